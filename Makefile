@@ -36,7 +36,7 @@ check: $(VENV)/.dev ## Check formatting, lint, types and the direction of import
 	@echo '· format' && $(VENV)/bin/ruff format --check .
 	@echo '· lint'   && $(VENV)/bin/ruff check .
 	@echo '· types'  && $(VENV)/bin/mypy
-	@echo '· layers' && $(VENV)/bin/lint-imports
+	@echo '· layers' && $(VENV)/bin/lint-imports --no-logo
 
 .PHONY: fix
 fix: $(VENV)/.dev ## Format the code and mend what the linter can mend

@@ -1,0 +1,219 @@
+"""The package as its users get it: what an import costs, what is shipped, whether the pages are true."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.metadata
+import inspect
+import os
+import re
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import maskloss
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PUBLIC_MODULES = [
+    "maskloss",
+    *(f"maskloss.{path.stem}" for path in sorted(Path(maskloss.__file__).parent.glob("[a-z]*.py"))),
+]
+
+
+def python(*args: str, cwd: Path, **environment: str) -> str:
+    """Run a fresh interpreter away from the repository and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    loaded = python(
+        "-c",
+        "import sys, torch; before = set(sys.modules); import maskloss; new = set(sys.modules) - before; "
+        "print(torch.cuda.is_initialized(), *{name.partition('.')[0] for name in new})",
+        cwd=tmp_path,
+    ).split()
+    heavy = {
+        "numba",
+        "llvmlite",
+        "triton",
+        "transformers",
+        "matplotlib",
+        "sklearn",
+        "pycocotools",
+        "PIL",
+        "rich",
+    }
+    assert loaded[0] == "False", "importing maskloss must not initialise CUDA"
+    assert "maskloss" in loaded
+    assert not heavy & set(loaded)
+
+
+def test_version_is_the_installed_one() -> None:
+    assert maskloss.__version__ == importlib.metadata.version("maskloss")
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {maskloss.__version__}" in changes
+    assert f"version: {maskloss.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    python("-m", "hatchling", "build", "-t", "wheel", "-d", str(out), cwd=ROOT)
+    [built] = out.glob("*.whl")
+    return built
+
+
+def test_wheel_ships_the_package_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        [info] = {name.partition("/")[0] for name in names if ".dist-info/" in name}
+        metadata = archive.read(f"{info}/METADATA").decode()
+        scripts = archive.read(f"{info}/entry_points.txt").decode()
+    assert "maskloss/py.typed" in names
+    assert f"{info}/licenses/LICENSE" in names
+    assert {name.partition("/")[0] for name in names} == {"maskloss", info}
+    assert not [name for name in names if name.endswith((".pyc", ".nbi", ".nbc"))]
+    assert "maskloss = maskloss.cli:main" in scripts
+    assert re.findall(r"^Requires-Dist: (\w+)[^;\n]*$", metadata, re.MULTILINE) == [
+        "numba",
+        "numpy",
+        "scipy",
+        "torch",
+    ]
+
+
+@pytest.mark.slow
+def test_wheel_works_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    python(
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+        cwd=tmp_path,
+    )
+    code = """
+import pathlib, sys, torch, maskloss
+assert pathlib.Path(maskloss.__file__).is_relative_to(sys.argv[1]), maskloss.__file__
+logits = torch.randn(3, 16, 16, requires_grad=True)
+out = maskloss.MaskLoss()(logits, torch.rand(3, 64, 64) > 0.5, seed=0)
+out.total.backward()
+print(float(out.total), float(logits.grad.abs().sum()))
+"""
+    total, gradient = map(float, python("-c", code, str(site), cwd=tmp_path, PYTHONPATH=str(site)).split())
+    assert total > 0
+    assert gradient > 0
+    assert "train" in python("-m", "maskloss.cli", "--help", cwd=tmp_path, PYTHONPATH=str(site))
+
+
+def test_command_line_explains_itself(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("maskloss")
+    if not script.exists():
+        pytest.skip("the package is on the path but not installed")
+    text = subprocess.run([script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    for command in ("train", "bench", "show", "methods"):
+        assert command in text
+        shown = subprocess.run(
+            [script, command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert "usage" in shown.stdout.lower()
+
+
+# --------------------------------------------------------------------------------------- documentation is true
+
+
+def fences(page: Path) -> list[tuple[int, str, str]]:
+    """List a page's blocks: line, language, text. A block after `<!-- not run: why -->` is left out."""
+    pattern = re.compile(
+        r"^(<!-- not run: .+ -->\n+)?```(python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+    )
+    text = page.read_text()
+    return [
+        (text.count("\n", 0, match.start(2)) + 1, match[2], match[3])
+        for match in pattern.finditer(text)
+        if not match[1]
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_code_in_documentation_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a page's blocks in order, in one namespace: a later block may use what an earlier one defined."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for line, language, code in fences(page):
+        if language == "python":
+            # Empty lines first, so that a traceback names the line of the page.
+            exec(compile("\n" * line + code, str(page), "exec"), names)
+        else:
+            example = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line)
+            report: list[str] = []
+            assert not runner.run(example, out=report.append, clear_globs=False).failed, "".join(report)
+
+
+def public_objects() -> list[tuple[str, object]]:
+    """Everything that a public module lists in `__all__`, and the public methods that its classes define."""
+    found: dict[str, object] = {}
+    for name in PUBLIC_MODULES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            module = importlib.import_module(name)
+        for attribute in getattr(module, "__all__", []):
+            thing = getattr(module, attribute)
+            if inspect.ismodule(thing):
+                continue
+            found[f"{name}.{attribute}"] = thing
+            if inspect.isclass(thing):
+                for method, function in vars(thing).items():
+                    function = getattr(function, "__func__", function)
+                    if inspect.isfunction(function) and not method.startswith("_"):
+                        found[f"{name}.{attribute}.{method}"] = function
+    return sorted(found.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "thing"), public_objects(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_public_names_are_documented(name: str, thing: object) -> None:
+    if not callable(thing):
+        return
+    text = inspect.getdoc(thing) or ""
+    assert text, f"{name} has no docstring"
+    signature = inspect.signature(thing)
+    takes = [p for p in signature.parameters.values() if p.name not in {"self", "cls"}]
+    if isinstance(thing, type) and issubclass(thing, BaseException | tuple):
+        return
+    if takes:
+        assert re.search(r"^Args:", text, re.MULTILINE), f"{name} does not document its arguments"
+        for parameter in takes:
+            assert re.search(rf"^ +\*{{0,2}}{parameter.name}\b.*:", text, re.MULTILINE), (
+                f"{name} does not document {parameter.name}"
+            )
+    if not isinstance(thing, type) and signature.return_annotation not in {
+        None,
+        "None",
+        inspect.Signature.empty,
+    }:
+        assert re.search(r"^Returns:|^Yields:", text, re.MULTILINE) or not takes, (
+            f"{name} does not say what it returns"
+        )
