@@ -1,0 +1,67 @@
+"""Sphinx configuration."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import maskloss
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+project = "maskloss"
+author = "the maskloss authors"
+copyright = f"2026, {author}"  # noqa: A001 (Sphinx names it)
+version = release = maskloss.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "docstrings",
+    "mathml",
+]
+exclude_patterns = ["_build", "figures"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
+myst_heading_anchors = 3
+html_math_renderer = "mathml"
+default_role = "code"
+
+# The one-line-per-argument signatures and short type names that a reader can take in at a glance.
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 88
+napoleon_custom_sections = ["Source"]
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+python_use_unqualified_type_names = True
+
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+html_theme = "furo"
+html_title = f"maskloss {version}"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_favicon = "_static/logo.svg"
+html_theme_options = {
+    "light_logo": "logo.svg",
+    "dark_logo": "logo-dark.svg",
+    "sidebar_hide_name": False,
+    "light_css_variables": {
+        "color-brand-primary": "#0b7285",
+        "color-brand-content": "#0b7285",
+        "color-brand-visited": "#0b7285",
+        "font-stack": "Inter, 'Source Sans 3', 'Segoe UI', system-ui, sans-serif",
+        "font-stack--monospace": "'JetBrains Mono', 'Cascadia Code', 'SF Mono', 'DejaVu Sans Mono'",
+    },
+    "dark_css_variables": {
+        "color-brand-primary": "#66d9e8",
+        "color-brand-content": "#66d9e8",
+        "color-brand-visited": "#66d9e8",
+    },
+}
