@@ -1,3 +1,30 @@
-"""Point-sampled mask losses for PyTorch: binary cross-entropy, Dice, Hungarian matching and the whole criterion."""
+"""Point-sampled mask losses: match predictions and targets, draw points, and compare them there."""
+
+from maskloss import functional
+from maskloss.criterion import CriterionOutput, MaskCriterion
+from maskloss.distributed import StepTotals, step_totals
+from maskloss.errors import MaskLossError, MissingExtraError
+from maskloss.loss import InstanceLosses, MaskLoss, MaskLossOutput
+from maskloss.matches import Matches
+from maskloss.matching import HungarianMatcher
+from maskloss.points import PointSampling
+from maskloss.targets import MaskTargets
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CriterionOutput",
+    "HungarianMatcher",
+    "InstanceLosses",
+    "MaskCriterion",
+    "MaskLoss",
+    "MaskLossError",
+    "MaskLossOutput",
+    "MaskTargets",
+    "Matches",
+    "MissingExtraError",
+    "PointSampling",
+    "StepTotals",
+    "functional",
+    "step_totals",
+]

@@ -1,0 +1,100 @@
+"""From the target dicts of a batch to what the operations take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskloss.errors import Cause, describe
+from maskloss.targets import MaskTargets
+
+Targets = Sequence[Mapping[str, Any]] | Mapping[str, Any]
+
+
+def collate(targets: Targets) -> tuple[MaskTargets, list[Tensor]]:
+    """Turn a list with one dict per image, torchvision's detection convention, into targets and labels.
+
+    Args:
+        targets: per image `{"masks": ..., "labels": int64 [T]}`. "masks" is a dense `[T, H, W]` tensor, a
+            `MaskTargets` of that image, or an integer label map `[H, W]` along with `"ids"`. Other keys are left
+            alone: data sets carry more than a loss needs. Or one dict of a collated batch: "masks" is the `MaskTargets`
+            of all images, "labels" a list of `[T]`.
+
+    Returns:
+        The targets of the batch, and the labels of each image.
+    """
+    if isinstance(targets, Mapping):
+        return _collated(targets)
+    if not targets:
+        raise Cause("targets must have one entry per image", "the list is empty", "give a dict for each image")
+    for image, entry in enumerate(targets):
+        if not isinstance(entry, Mapping) or "masks" not in entry or "labels" not in entry:
+            got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
+            raise Cause(
+                'each entry of targets must be a dict with "masks" and "labels"',
+                f"entry {image} is {got}",
+                'give [{"masks": [T, H, W], "labels": [T]}, ...]',
+            )
+    packed = _pack([entry["masks"] for entry in targets], [entry.get("ids") for entry in targets])
+    labels = [entry["labels"] for entry in targets]
+    for image, (found, count) in enumerate(zip(labels, packed.num_targets, strict=True)):
+        _check_labels(found, count, image)
+    return packed, labels
+
+
+def _collated(targets: Mapping[str, Any]) -> tuple[MaskTargets, list[Tensor]]:
+    masks, labels = targets.get("masks"), targets.get("labels")
+    if not isinstance(masks, MaskTargets) or not isinstance(labels, Sequence) or len(labels) != masks.batch_size:
+        raise Cause(
+            'a single dict must hold a collated batch: a MaskTargets in "masks", a list with one [T] per image in "labels"',
+            f"got {describe(targets)}",
+            "give a list with one dict per image, or join the images with MaskTargets.cat",
+        )
+    for image, (found, count) in enumerate(zip(labels, masks.num_targets, strict=True)):
+        _check_labels(found, count, image)
+    return masks, list(labels)
+
+
+def _pack(masks: Sequence[Any], ids: Sequence[Any]) -> MaskTargets:
+    if all(isinstance(each, Tensor) and each.ndim == 3 for each in masks):
+        # Together, so that all images of the batch get one encoding.
+        return MaskTargets.from_masks(masks)
+    parts = []
+    for image, (each, numbers) in enumerate(zip(masks, ids, strict=True)):
+        if isinstance(each, MaskTargets):
+            if each.batch_size != 1:
+                raise Cause(
+                    "a MaskTargets in an entry must hold one image",
+                    f"that of entry {image} holds {each.batch_size}",
+                    "give each image its own",
+                )
+            parts.append(each)
+        elif isinstance(each, Tensor):
+            parts.append(MaskTargets.from_label_map(each, numbers) if each.ndim == 2 else MaskTargets.from_masks(each))
+        else:
+            raise Cause(
+                '"masks" must be a tensor or a MaskTargets',
+                f"that of image {image} is {type(each).__name__}",
+                "use torch.as_tensor, or MaskTargets.from_coco for RLE and polygons",
+            )
+    return MaskTargets.cat(parts)
+
+
+def _check_labels(labels: Any, count: int, image: int) -> None:
+    integers = (torch.uint8, torch.int16, torch.int32, torch.int64)
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in integers:
+        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise Cause(
+            "labels must be an integer tensor [T]",
+            f"those of image {image} are {got}",
+            "give one class per mask",
+        )
+    if len(labels) != count:
+        raise Cause(
+            "masks and labels must pair up",
+            f"image {image} has {count} masks but {len(labels)} labels",
+            "give one label for each mask",
+        )

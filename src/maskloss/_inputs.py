@@ -1,0 +1,124 @@
+"""What the public calls share: the options of a mask term, checks of logits and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskloss.errors import Cause
+from maskloss.targets import MaskTargets
+
+# Mask2Former's weights, for the loss and for the matching alike.
+CLASS_WEIGHT, CE_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PADDING_MODES, TARGET_MODES = ("zeros", "border"), ("bilinear", "nearest")
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How a mask term reads its points, and which cross-entropy it takes."""
+
+    padding_mode: str = "zeros"
+    target_mode: str = "bilinear"
+    focal_alpha: float | None = None
+    focal_gamma: float | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("padding_mode", self.padding_mode, PADDING_MODES)
+        check_choice("target_mode", self.target_mode, TARGET_MODES)
+        if self.focal_alpha is not None and self.focal_gamma is None:
+            raise Cause(
+                "focal_alpha goes with focal_gamma",
+                "focal_gamma is None",
+                "focal_gamma=2.0 is usual; 0.0 only weighs",
+            )
+        if self.focal_alpha is not None and not 0 <= self.focal_alpha <= 1:
+            raise Cause("focal_alpha must lie in [0, 1]", f"focal_alpha={self.focal_alpha!r}", "0.25 is usual")
+        if self.focal_gamma is not None and not 0 <= self.focal_gamma < float("inf"):
+            raise Cause("focal_gamma must be at least 0", f"focal_gamma={self.focal_gamma!r}", "2.0 is usual")
+
+    @property
+    def focal(self) -> tuple[float, float]:
+        """Alpha and gamma as the operations take them: -1 switches off."""
+        return (
+            -1.0 if self.focal_alpha is None else self.focal_alpha,
+            -1.0 if self.focal_gamma is None else self.focal_gamma,
+        )
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices."""
+    if value not in choices:
+        raise Cause(
+            f"{name} must be one of {', '.join(choices)}",
+            f"{name}={value!r}",
+            f"{choices[0]!r} is the default",
+        )
+
+
+def check_weight(name: str, value: float) -> None:
+    """Refuse a weight that is negative or not finite."""
+    if not 0 <= value < float("inf"):
+        raise Cause(f"{name} must be a finite number, at least 0", f"{name}={value!r}", "0 switches the term off")
+
+
+def check_maps(name: str, maps: Tensor, shape: str, *, min_size: int = 1) -> None:
+    """Refuse maps of another rank than `shape` says, of a dtype without kernels, or without pixels."""
+    rank = shape.count(",") + 1
+    if not isinstance(maps, Tensor) or maps.ndim != rank:
+        got = f"{maps.ndim} dimensions" if isinstance(maps, Tensor) else type(maps).__name__
+        raise Cause(f"{name} must be {shape}", f"got {got}", f"add or drop dimensions until {name} has {rank}")
+    if maps.dtype not in _DTYPES:
+        raise Cause(
+            f"{name} must be float16, bfloat16, float32 or float64",
+            f"got {maps.dtype}",
+            f"{name}.float() converts",
+        )
+    if min(maps.shape[-2:]) < min_size:
+        raise Cause(f"{name} must have at least one pixel", f"got {list(maps.shape)}", "check the sizes upstream")
+
+
+def check_layers(name: str, layers: Tensor | Sequence[Tensor], shape: str) -> list[Tensor]:
+    """Bring logits of one layer, or of a sequence of decoder layers, into a checked list."""
+    listed = [layers] if isinstance(layers, Tensor) else list(layers)
+    if not listed:
+        raise Cause(f"{name} must have at least one decoder layer", "the sequence is empty", "give the final layer's")
+    for layer in listed:
+        check_maps(name, layer, shape)
+    first = listed[0]
+    for number, layer in enumerate(listed):
+        same = (layer.shape[:2], layer.dtype, layer.device) == (first.shape[:2], first.dtype, first.device)
+        if not same:
+            raise Cause(
+                f"{name} of all decoder layers must agree in batch size, queries, dtype and device",
+                f"layer 0 is {list(first.shape[:2])} {first.dtype} on {first.device}, "
+                f"layer {number} is {list(layer.shape[:2])} {layer.dtype} on {layer.device}",
+                "bring them to one dtype and device",
+            )
+    return listed
+
+
+def check_targets(targets: MaskTargets, logits: Tensor) -> None:
+    """Refuse targets of another batch size or device than logits `[B, Q, h, w]`."""
+    if targets.batch_size != logits.shape[0]:
+        raise Cause(
+            "mask_logits and targets must have the same number of images",
+            f"{logits.shape[0]} images of logits but {targets.batch_size} of targets",
+            "give an entry for every image; an image without instances has masks [0, H, W]",
+        )
+    check_device("targets", targets.device, logits.device)
+
+
+def check_device(name: str, device: torch.device, wanted: torch.device) -> None:
+    """Refuse a tensor that is not where the logits are."""
+    if device != wanted:
+        raise Cause(
+            f"{name} must be on the device of the logits",
+            f"{name} on {device}, logits on {wanted}",
+            f"{name}.to({str(wanted)!r}, non_blocking=True), before the step",
+        )

@@ -1,0 +1,194 @@
+"""Turning masks into what the kernels read: bits cropped to their bounding boxes, COCO run lengths, label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from maskloss.errors import Cause, require
+
+Bytes = NDArray[np.uint8]
+# Columns of a target's row: offset, stride, top, left, height, width (frame and id follow, see MaskTargets.tensors).
+PLACE = 6
+# Label maps with values below this are ranked through a table, others by binary search.
+_LARGEST_TABLE = 1 << 22
+
+
+def pack(masks: Tensor) -> Tensor:
+    """Pack masks `[..., H, W]`, non-zero inside, into bits: uint8 `[..., H, ceil(W / 8)]`, lowest bit leftmost."""
+    if masks.device.type == "cpu":
+        values = masks.detach().contiguous().numpy()
+        values = values.view(np.uint8) if values.dtype == np.bool_ else values
+        return torch.from_numpy(np.packbits(values, axis=-1, bitorder="little"))
+    width = masks.shape[-1]
+    padded = torch.nn.functional.pad((masks != 0).to(torch.uint8), (0, -width % 8))
+    shifts = torch.arange(8, dtype=torch.uint8, device=masks.device)
+    return (padded.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+
+
+def crop(packed: Tensor, width: int) -> tuple[Tensor, NDArray[np.int64]]:
+    """Cut packed masks `[T, H, ceil(W / 8)]` down to their bounding boxes, where that needs no wait for a device.
+
+    Returns:
+        The bytes of all crops, uint8 `[n]`, and the place of each, int64 `[T, 6]`.
+    """
+    count, height, row = packed.shape
+    place = np.zeros((count, PLACE), dtype=np.int64)
+    if packed.device.type != "cpu":
+        place[:] = (0, row, 0, 0, height, width)
+        place[:, 0] = np.arange(count) * (height * row)
+        return packed.flatten(), place
+    crops: list[Bytes] = []
+    offset = 0
+    for target, mask in enumerate(packed.numpy()):
+        piece, top, left = _crop_one(mask)
+        box_h, box_row = piece.shape
+        place[target] = (offset, box_row, top, 8 * left, box_h, min(8 * box_row, width - 8 * left))
+        crops.append(piece.reshape(-1))
+        offset += piece.size
+    return _join(crops), place
+
+
+def _crop_one(mask: Bytes) -> tuple[Bytes, int, int]:
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not rows.size:
+        return mask[:0, :0], 0, 0
+    top, bottom = rows[0], rows[-1] + 1
+    columns = np.flatnonzero(mask[top:bottom].any(axis=0))
+    left, right = columns[0], columns[-1] + 1
+    return mask[top:bottom, left:right], int(top), int(left)
+
+
+def _join(crops: Sequence[Bytes]) -> Tensor:
+    return torch.from_numpy(np.concatenate(crops)) if crops else torch.empty(0, dtype=torch.uint8)
+
+
+def label_boxes(labels: Tensor, ids: Sequence[int]) -> NDArray[np.int64]:
+    """Find the bounding box of each id in a CPU label map `[H, W]`: int64 `[T, 4]`, (top, left, height, width).
+
+    An id that is not in the map has height and width 0.
+    """
+    values = labels.numpy()
+    wanted, which = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+    boxes = np.zeros((len(ids), 4), dtype=np.int64)
+    if not wanted.size:
+        return boxes
+    slices = ndimage.find_objects(_ranks(values, wanted), max_label=len(wanted))
+    for target, rank in enumerate(which):
+        if slices[rank] is not None:
+            (top, bottom), (left, right) = ((side.start, side.stop) for side in slices[rank])
+            boxes[target] = (top, left, bottom - top, right - left)
+    return boxes
+
+
+def _ranks(values: NDArray[Any], wanted: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Replace each value by 1 + its position in the sorted `wanted`, and by 0 where it is not there."""
+    largest = int(values.max(initial=0))
+    if values.min(initial=0) >= 0 and largest < _LARGEST_TABLE:
+        table = np.zeros(largest + 1, dtype=np.int32)
+        inside = (wanted >= 0) & (wanted <= largest)
+        table[wanted[inside]] = np.flatnonzero(inside) + 1
+        return table[values]
+    position = np.searchsorted(wanted, values).clip(max=len(wanted) - 1)
+    return np.where(wanted[position] == values, position + 1, 0).astype(np.int32)
+
+
+def pack_coco(segmentations: Sequence[Any], height: int, width: int) -> tuple[Tensor, NDArray[np.int64]]:
+    """Pack COCO segmentations (RLE or polygons), one at a time: bytes of all crops, and the place of each `[T, 6]`."""
+    api = require("pycocotools.mask", "coco")
+    place = np.zeros((len(segmentations), PLACE), dtype=np.int64)
+    crops: list[Bytes] = []
+    offset = 0
+    for target, segmentation in enumerate(segmentations):
+        run = _run_length(api, segmentation, target, height, width)
+        packed = np.packbits(api.decode(run), axis=-1, bitorder="little")
+        piece, top, left = _crop_one(packed)
+        box_h, box_row = piece.shape
+        place[target] = (offset, box_row, top, 8 * left, box_h, min(8 * box_row, width - 8 * left))
+        crops.append(piece.reshape(-1))
+        offset += piece.size
+    return _join(crops), place
+
+
+def _run_length(api: Any, segmentation: Any, target: int, height: int, width: int) -> Any:
+    """Bring one segmentation into compressed run lengths, and check that they fill the image."""
+    if isinstance(segmentation, Mapping):
+        return _checked_rle(api, segmentation, target, height, width)
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, (str, bytes)) or not segmentation:
+        raise Cause(
+            "a segmentation must be an RLE dict or a non-empty list of polygons",
+            f"segmentation {target} is {type(segmentation).__name__}",
+            'use {"size": [height, width], "counts": ...} or [[x0, y0, x1, y1, x2, y2, ...], ...]',
+        )
+    for polygon in segmentation:
+        if not isinstance(polygon, Sequence) or isinstance(polygon, (str, bytes)):
+            raise Cause(
+                "a segmentation must be a list of polygons",
+                f"segmentation {target} holds a {type(polygon).__name__}",
+                "wrap a single polygon in a list: [[x0, y0, x1, y1, x2, y2, ...]]",
+            )
+        if len(polygon) % 2 or len(polygon) < 6:
+            raise Cause(
+                "a polygon must have an even number of coordinates, at least 6",
+                f"segmentation {target} has a polygon with {len(polygon)} coordinates",
+                "list x and y of at least three corners in turn",
+            )
+        if not np.isfinite(np.asarray(polygon, dtype=np.float64)).all():
+            raise Cause(
+                "the coordinates of a polygon must be finite",
+                f"segmentation {target} has a NaN or an infinity",
+                "drop the instance, or mend the annotation",
+            )
+    return api.merge(api.frPyObjects([[float(c) for c in p] for p in segmentation], height, width))
+
+
+def _checked_rle(api: Any, rle: Mapping[str, Any], target: int, height: int, width: int) -> Any:
+    if "size" not in rle or "counts" not in rle:
+        raise Cause(
+            'an RLE must have the keys "size" and "counts"',
+            f"segmentation {target} has {sorted(map(str, rle))}",
+            'use {"size": [height, width], "counts": ...}',
+        )
+    size, counts = [int(side) for side in rle["size"]], rle["counts"]
+    if size != [height, width]:
+        raise Cause(
+            "the size of an RLE must be that of its image",
+            f"segmentation {target} has size {size}, the image is [{height}, {width}]",
+            "size is [height, width]",
+        )
+    runs = _runs(counts) if isinstance(counts, (str, bytes)) else [int(run) for run in counts]
+    if min(runs, default=0) < 0 or sum(runs) != height * width:
+        raise Cause(
+            "the counts of an RLE must fill its size",
+            f"segmentation {target} has counts for {sum(runs)} pixels, {height} x {width} = {height * width}",
+            "the counts alternate between outside and inside, column by column, and add up to height * width",
+        )
+    if isinstance(counts, (str, bytes)):
+        return {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
+    return api.frPyObjects({"size": size, "counts": runs}, height, width)
+
+
+def _runs(counts: str | bytes) -> list[int]:
+    """Decode compressed counts: 5 bits a character, lowest first; from the third run on, the change to two runs ago."""
+    text = counts.encode() if isinstance(counts, str) else counts
+    runs: list[int] = []
+    value = shift = 0
+    for byte in text:
+        digit = byte - 48
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise Cause("compressed counts must be complete", "they end inside a number", "the string was cut off")
+    return runs

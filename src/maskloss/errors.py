@@ -1,0 +1,122 @@
+"""The library's error, and how its message is built.
+
+Deep code raises a short `Cause`. The public call in which it happened (marked with `reported`) turns it into one
+readable error that names the operation and the shapes that it was given:
+
+    MaskLoss: mask_logits and masks must pair up
+      mask_logits [12, 64, 64] float32, masks [11, 256, 256] bool
+      cause: 12 predictions but 11 targets
+      hint: give one target mask for each prediction
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class MaskLossError(ValueError):
+    """Input that `maskloss` cannot work with; the message says which, why, and what to do."""
+
+
+class Cause(MaskLossError):
+    """What is wrong, said where it is found; `reported` adds the operation and its inputs.
+
+    Args:
+        rule: what must hold, as one clause.
+        cause: what was found instead.
+        hint: what the caller can do about it.
+    """
+
+    def __init__(self, rule: str, cause: str, hint: str) -> None:
+        super().__init__(f"{rule}\n  cause: {cause}\n  hint: {hint}")
+        self.rule, self.cause, self.hint = rule, cause, hint
+
+
+class MissingExtraError(ImportError):
+    """A package of an optional extra is not installed; the message names the extra."""
+
+
+def describe(value: object) -> str:
+    """Name shape, dtype and, off the CPU, device of a tensor; shorten everything else to one line."""
+    if isinstance(value, torch.Tensor):
+        where = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}{where}"
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{key!r}: {describe(item)}" for key, item in list(value.items())[:4])
+        return "{" + inner + "}"
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        if not value:
+            return "empty"
+        return f"{len(value)} x {describe(value[0])}"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def reported(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Mark a public call: a `Cause` raised inside it becomes an error that names `operation` and its inputs."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except Cause as cause:
+                message = _message(operation, cause, _inputs(function, args, kwargs))
+            raise MaskLossError(message) from None
+
+        return call
+
+    return decorate
+
+
+def _inputs(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    bound = inspect.signature(function).bind(*args, **kwargs).arguments
+    extra = bound.pop("kwargs", {})
+    given = {**bound, **extra}
+    return ", ".join(
+        f"{name} {describe(value)}"
+        for name, value in given.items()
+        if name not in {"self", "cls"} and value is not None
+    )
+
+
+def _message(operation: str, cause: Cause, inputs: str) -> str:
+    lines = [f"{operation}: {cause.rule}"]
+    if inputs:
+        lines.append(f"  {inputs}")
+    return "\n".join([*lines, f"  cause: {cause.cause}", f"  hint: {cause.hint}"])
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import a module of an optional extra.
+
+    Args:
+        module: dotted name of the module.
+        extra: name of the extra of `maskloss` that installs it.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        MissingExtraError: the module is not installed. An error *inside* an installed module is passed on as it is.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        top = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != top:
+            raise
+        raise MissingExtraError(
+            f"maskloss: this needs the package that provides {top!r}, which is not installed\n"
+            f"  hint: pip install 'maskloss[{extra}]'"
+        ) from None

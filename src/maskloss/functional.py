@@ -1,0 +1,368 @@
+"""The mathematics as functions, one per formula: plain PyTorch, any float dtype, any device, differentiable.
+
+Notation: N instances with P points each, z a logit, s(z) = 1 / (1 + exp(-z)), t a target value in [0, 1], w the weight
+of a point (1, or 0 where it is to be ignored).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskloss import _inputs, ops
+from maskloss.errors import Cause, reported
+from maskloss.ops import reference
+from maskloss.points import PointSampling, draw_seed
+
+__all__ = [
+    "PairwiseCost",
+    "class_cost",
+    "mask_bce",
+    "mask_dice",
+    "mask_focal",
+    "pairwise_mask_cost",
+    "point_sample",
+    "uncertain_points",
+    "uncertainty",
+]
+
+
+@reported("point_sample")
+def point_sample(
+    maps: Tensor,
+    points: Tensor,
+    *,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    backend: str | None = None,
+) -> Tensor:
+    """Read maps at points.
+
+    A point (x, y) in [0, 1]^2 lies at pixel coordinates (x * w - 0.5, y * h - 0.5), as
+    `grid_sample(maps, 2 * points - 1, align_corners=False)` has it.
+
+    Args:
+        maps: `[N, h, w]`, float.
+        points: `[N, P, 2]`, (x, y), float. Points outside [0, 1]^2 are allowed.
+        mode: "bilinear" or "nearest".
+        padding_mode: what lies outside the map: "zeros", or "border", its nearest pixel.
+        backend: "reference", "cpu" or "gpu"; default: by device.
+
+    Returns:
+        `[N, P]`, float32, or float64 for float64 maps. Gradients flow to the maps, not to the points.
+
+    Raises:
+        MaskLossError: wrong rank, dtype or device, numbers of maps and points that differ, an unknown mode.
+
+    Source:
+        PointRend (Kirillov et al., 2020), section 3.1.
+
+    Example:
+        >>> maps = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
+        >>> point_sample(maps, torch.tensor([[[0.5, 0.5], [0.25, 0.75]]]))
+        tensor([[1.5000, 2.0000]])
+    """
+    _inputs.check_maps("maps", maps, "[N, h, w]")
+    _inputs.check_choice("mode", mode, _inputs.TARGET_MODES)
+    _inputs.check_choice("padding_mode", padding_mode, _inputs.PADDING_MODES)
+    check_points(points, len(maps), maps.device)
+    chosen = ops.choose_backend(maps.device, backend)
+    index = torch.arange(len(maps), device=maps.device)
+    values: Tensor = ops.point_sample(maps, index, points, mode, padding_mode, chosen)
+    return values
+
+
+def uncertainty(z: Tensor) -> Tensor:
+    """Compute how uncertain predictions are: U(z) = -|z|, highest where s(z) is near 1/2.
+
+    Args:
+        z: logits, any shape, float.
+
+    Returns:
+        The shape and dtype of `z`. Differentiable, though the choice of points passes no gradient.
+
+    Source:
+        PointRend (Kirillov et al., 2020), section 3.1, for one class.
+
+    Example:
+        >>> uncertainty(torch.tensor([-2.0, 0.5]))
+        tensor([-2.0000, -0.5000])
+    """
+    return -z.abs()
+
+
+@reported("uncertain_points")
+def uncertain_points(
+    logits: Tensor,
+    *,
+    sampling: PointSampling | None = None,
+    padding_mode: str = "zeros",
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Draw the points of the loss: the most uncertain candidates, and uniform points.
+
+    `sampling.num_candidates` uniform points are drawn, the logits are sampled there, and the `sampling.num_uncertain`
+    with the highest U(z) = -|z| are kept, ties to the one drawn first; `sampling.num_random` fresh ones are added.
+
+    Args:
+        logits: `[N, h, w]`, float. Instance n draws the points of target n of image 0 in layer 0.
+        sampling: numbers of points; default `PointSampling()`.
+        padding_mode: "zeros" or "border".
+        seed: 64-bit seed; the points are a function of it and of the logits.
+        generator: where to draw a seed from; default: torch's default generator.
+        backend: "reference", "cpu" or "gpu"; default: by device.
+
+    Returns:
+        float32 `[N, P, 2]`, (x, y) in [0, 1)^2: first the uncertain points in the order in which they were drawn,
+        then the uniform ones. No gradient.
+
+    Raises:
+        MaskLossError: wrong rank or dtype, an unknown mode, seed and generator both given.
+
+    Source:
+        PointRend (Kirillov et al., 2020), section 3.1. Uncertainty is taken from the sampled logit.
+
+    Example:
+        >>> logits = torch.linspace(-4, 4, 64).repeat(1, 64, 1)
+        >>> points = uncertain_points(logits, sampling=PointSampling(num_points=8), seed=0)
+        >>> points.shape, bool(((points[0, :6, 0] - 0.5).abs() < 0.2).all())
+        (torch.Size([1, 8, 2]), True)
+    """
+    _inputs.check_maps("logits", logits, "[N, h, w]")
+    _inputs.check_choice("padding_mode", padding_mode, _inputs.PADDING_MODES)
+    sampling = PointSampling() if sampling is None else sampling
+    backend = ops.choose_backend(logits.device, backend)
+    count, device = len(logits), logits.device
+    index = pair_index(count, device)
+    window = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).to(device)
+    image = torch.zeros(1, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        return ops.uncertain_points(
+            [logits[None]],
+            index,
+            [count],
+            window,
+            image,
+            draw_seed(seed, generator),
+            sampling.num_points,
+            sampling.num_candidates,
+            sampling.num_uncertain,
+            padding_mode,
+            backend,
+        )
+
+
+@reported("mask_bce")
+def mask_bce(z: Tensor, t: Tensor, w: Tensor | None = None) -> Tensor:
+    """Compute the binary cross-entropy of each instance, the mean over its points.
+
+        sum_p w (max(z, 0) - z t + log1p(exp(-|z|))) / max(sum_p w, 1)
+
+    Args:
+        z: logits `[..., P]`, float.
+        t: targets `[..., P]` in [0, 1].
+        w: weights `[..., P]` in {0, 1}; default: 1.
+
+    Returns:
+        `[...]`, in the dtype of `z`. Gradients flow to `z` and `t`.
+
+    Raises:
+        MaskLossError: shapes that differ, or a dtype that is not float.
+
+    Source:
+        Mask2Former (Cheng et al., 2022), section 3.2.2; the stable form of the sigmoid cross-entropy.
+
+    Example:
+        >>> mask_bce(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 1.0]]))
+        tensor([0.4100])
+    """
+    return _mean_focal(z, t, w, -1.0, -1.0)
+
+
+@reported("mask_focal")
+def mask_focal(z: Tensor, t: Tensor, *, alpha: float | None, gamma: float, w: Tensor | None = None) -> Tensor:
+    """Compute the focal loss of each instance, the mean over its points.
+
+        a_t (1 - p_t)^gamma bce(z, t),  p_t = s t + (1 - s)(1 - t),  a_t = alpha t + (1 - alpha)(1 - t)
+
+    Args:
+        z: logits `[..., P]`, float.
+        t: targets `[..., P]` in [0, 1].
+        alpha: weight of the foreground in [0, 1]; None leaves a_t out.
+        gamma: focusing exponent, at least 0.
+        w: weights `[..., P]` in {0, 1}; default: 1.
+
+    Returns:
+        `[...]`, in the dtype of `z`. Gradients flow to `z` and `t`.
+
+    Raises:
+        MaskLossError: shapes that differ, a dtype that is not float, alpha or gamma out of range.
+
+    Source:
+        Lin et al., "Focal loss for dense object detection" (2017), with soft targets as torchvision takes them.
+
+    Example:
+        >>> mask_focal(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 1.0]]), alpha=0.25, gamma=2.0)
+        tensor([0.0219])
+    """
+    options = _inputs.MaskOptions(focal_alpha=alpha, focal_gamma=gamma)
+    return _mean_focal(z, t, w, *options.focal)
+
+
+@reported("mask_dice")
+def mask_dice(z: Tensor, t: Tensor, w: Tensor | None = None) -> Tensor:
+    """Compute the Dice loss of each instance.
+
+        1 - (2 sum_p w s(z) t + 1) / (sum_p w s(z) + sum_p w t + 1)
+
+    Args:
+        z: logits `[..., P]`, float.
+        t: targets `[..., P]` in [0, 1].
+        w: weights `[..., P]` in {0, 1}; default: 1.
+
+    Returns:
+        `[...]` in [0, 1), in the dtype of `z`. Gradients flow to `z` and `t`.
+
+    Raises:
+        MaskLossError: shapes that differ, or a dtype that is not float.
+
+    Source:
+        V-Net (Milletari et al., 2016), without squares and with 1 added above and below, as in DETR and Mask2Former.
+
+    Example:
+        >>> mask_dice(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
+        tensor([0.3333])
+    """
+    return reference.dice(z, t, _weights(z, t, w))
+
+
+class PairwiseCost(NamedTuple):
+    """The mask terms of the matching cost of all pairs.
+
+    Attributes:
+        ce: cross-entropy `[..., Q, T]`.
+        dice: Dice `[..., Q, T]`.
+    """
+
+    ce: Tensor
+    dice: Tensor
+
+
+@reported("pairwise_mask_cost")
+def pairwise_mask_cost(z: Tensor, t: Tensor, w: Tensor | None = None) -> PairwiseCost:
+    """Compute cross-entropy and Dice of all pairs of predictions and targets.
+
+        ce[q, t] = mask_bce(z[q], t[t]),  dice[q, t] = mask_dice(z[q], t[t])
+
+    both through matrix products, since bce(z, t) = softplus(z) - z t is linear in t.
+
+    Args:
+        z: logits `[..., Q, P]`, float.
+        t: targets `[..., T, P]` in [0, 1], at the same points.
+        w: weights `[..., P]` of the points in {0, 1}; default: 1.
+
+    Returns:
+        Two tensors `[..., Q, T]`, in the dtype of `z`.
+
+    Raises:
+        MaskLossError: numbers of points that differ, or a dtype that is not float.
+
+    Source:
+        Mask2Former (Cheng et al., 2022), section 3.2.2.
+
+    Example:
+        >>> cost = pairwise_mask_cost(torch.tensor([[4.0, -4.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> cost.ce
+        tensor([[0.0181, 4.0181]])
+    """
+    _check_floats(z, t)
+    if z.ndim < 2 or t.ndim < 2 or z.shape[-1] != t.shape[-1]:
+        raise Cause(
+            "z and t must be [..., Q, P] and [..., T, P]",
+            f"got {list(z.shape)} and {list(t.shape)}",
+            "sample both at the same P points",
+        )
+    if w is None:
+        w = z.new_ones(z.shape[-1])
+    elif w.shape[-1:] != z.shape[-1:]:
+        raise Cause("w must be [..., P]", f"got {list(w.shape)} for P = {z.shape[-1]}", "give one weight per point")
+    return PairwiseCost(*reference.pairwise_costs(z, t.to(z.dtype), w.to(z.dtype), -1.0, -1.0))
+
+
+@reported("class_cost")
+def class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the class term of the matching cost: -softmax(class_logits)[label].
+
+    The probability itself and not its logarithm, so that the term is of the size of the mask terms and bounded.
+
+    Args:
+        class_logits: `[..., Q, C + 1]`, float; the last class is "no object".
+        labels: int64 `[..., T]` in [0, C).
+
+    Returns:
+        `[..., Q, T]` in [-1, 0].
+
+    Raises:
+        MaskLossError: wrong rank or dtype. Labels are not looked at: `MaskCriterion` checks them.
+
+    Source:
+        DETR (Carion et al., 2020), section 3.1.
+
+    Example:
+        >>> class_cost(torch.tensor([[0.0, 0.0, 0.0, 0.0]]), torch.tensor([2]))
+        tensor([[-0.2500]])
+    """
+    if class_logits.ndim < 2 or not class_logits.is_floating_point():
+        raise Cause(
+            "class_logits must be float [..., Q, C + 1]",
+            f"got {class_logits.dtype} {list(class_logits.shape)}",
+            "the last dimension holds the classes and 'no object'",
+        )
+    if labels.ndim < 1 or labels.is_floating_point():
+        raise Cause("labels must be integers [..., T]", f"got {labels.dtype} {list(labels.shape)}", "labels.long()")
+    probability = class_logits.softmax(-1)
+    where = labels.long().clamp(0, class_logits.shape[-1] - 1).unsqueeze(-2)
+    return -probability.gather(-1, where.expand(*probability.shape[:-1], -1))
+
+
+def check_points(points: Tensor, count: int, device: torch.device) -> None:
+    """Refuse points that are not float `[count, P, 2]` on the given device."""
+    if not isinstance(points, Tensor) or points.ndim != 3 or points.shape[-1] != 2 or not points.is_floating_point():
+        got = f"{points.dtype} {list(points.shape)}" if isinstance(points, Tensor) else type(points).__name__
+        raise Cause("points must be float [N, P, 2]", f"got {got}", "the last dimension holds (x, y) in [0, 1]")
+    if points.shape[0] != count or points.shape[1] < 1:
+        raise Cause(
+            "there must be points for every instance",
+            f"{count} instances but points {list(points.shape)}",
+            "give [N, P, 2] with P at least 1",
+        )
+    _inputs.check_device("points", points.device, device)
+
+
+def pair_index(count: int, device: torch.device) -> Tensor:
+    """Index prediction n and target n of one image: int64 `[N, 4]`, rows (0, 0, n, n)."""
+    index = torch.zeros(count, 4, dtype=torch.int64, device=device)
+    index[:, 2:] = torch.arange(count, device=device)[:, None]
+    return index
+
+
+def _mean_focal(z: Tensor, t: Tensor, w: Tensor | None, alpha: float, gamma: float) -> Tensor:
+    weights = _weights(z, t, w)
+    return (reference.focal(z, t, alpha, gamma) * weights).sum(-1) / weights.sum(-1).clamp(min=1)
+
+
+def _check_floats(z: Tensor, t: Tensor) -> None:
+    if not z.is_floating_point() or not t.is_floating_point():
+        raise Cause("z and t must be float", f"got {z.dtype} and {t.dtype}", "t.to(z.dtype) converts a bool mask")
+
+
+def _weights(z: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+    _check_floats(z, t)
+    if z.shape != t.shape or z.ndim < 1 or (w is not None and w.shape != z.shape):
+        shapes = ", ".join(str(list(each.shape)) for each in (z, t, w) if each is not None)
+        raise Cause("z, t and w must have the same shape [..., P]", f"got {shapes}", "sample them at the same points")
+    return torch.ones_like(z) if w is None else w.to(z.dtype)

@@ -1,0 +1,84 @@
+"""Which prediction goes with which target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskloss.errors import Cause, reported
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Pairs of a prediction and a target, for every image and decoder layer.
+
+    Attributes:
+        index: int64 `[N, 4]`, rows (layer, image, query, target within its image), sorted by layer.
+        layer_sizes: the number of rows of each layer.
+        batch_size: the number of images.
+    """
+
+    index: Tensor
+    layer_sizes: tuple[int, ...]
+    batch_size: int
+
+    def __len__(self) -> int:
+        """Return N, the number of pairs of all layers."""
+        return sum(self.layer_sizes)
+
+    def pairs(self, layer: int = -1) -> list[tuple[Tensor, Tensor]]:
+        """List the pairs of one layer as DETR does: (queries, targets) of each image, both int64."""
+        rows = self.index.split(list(self.layer_sizes))[layer]
+        return [(mine[:, 2], mine[:, 3]) for mine in (rows[rows[:, 1] == image] for image in range(self.batch_size))]
+
+    @staticmethod
+    @reported("Matches.from_pairs")
+    def from_pairs(pairs: Sequence[tuple[Tensor, Tensor]], *, num_queries: int, num_targets: Sequence[int]) -> Matches:
+        """Take the pairs of one layer from DETR's form, and check that they exist.
+
+        Args:
+            pairs: (queries, targets) of each image, two int64 tensors of one length. They are looked at on the host,
+                so leave them on the CPU, where an assignment makes them.
+            num_queries: Q, predictions of an image.
+            num_targets: targets of each image.
+
+        Returns:
+            The matches, on the CPU.
+
+        Raises:
+            MaskLossError: a list of another length than `num_targets`, queries and targets that do not pair up, or an
+                index out of range.
+        """
+        if len(pairs) != len(num_targets):
+            raise Cause(
+                "there must be matches for every image",
+                f"{len(pairs)} entries for {len(num_targets)} images",
+                "an image without targets has two empty tensors",
+            )
+        rows = []
+        for image, ((queries, targets), count) in enumerate(zip(pairs, num_targets, strict=True)):
+            queries, targets = torch.as_tensor(queries).cpu().long(), torch.as_tensor(targets).cpu().long()
+            if queries.ndim != 1 or queries.shape != targets.shape:
+                raise Cause(
+                    "queries and targets of an image must pair up",
+                    f"image {image} has {list(queries.shape)} queries and {list(targets.shape)} targets",
+                    "give two 1-D tensors of the same length",
+                )
+            for name, found, limit in (("queries", queries, num_queries), ("targets", targets, count)):
+                if len(found) and not 0 <= int(found.min()) <= int(found.max()) < limit:
+                    raise Cause(
+                        f"the {name} of a match must lie in [0, {limit})",
+                        f"those of image {image} reach from {int(found.min())} to {int(found.max())}",
+                        "matches index the queries and the targets of one image, from 0",
+                    )
+            fixed = torch.zeros_like(queries)
+            rows.append(torch.stack([fixed, fixed + image, queries, targets], dim=1))
+        index = torch.cat(rows) if rows else torch.empty(0, 4, dtype=torch.int64)
+        return Matches(index, (len(index),), len(pairs))
+
+    def to(self, device: torch.device | str) -> Matches:
+        """Move the index to a device."""
+        return Matches(self.index.to(device, non_blocking=True), self.layer_sizes, self.batch_size)

@@ -1,0 +1,194 @@
+"""The Hungarian matching of predictions and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from maskloss import _inputs, distributed, ops
+from maskloss._collate import Targets, collate
+from maskloss.errors import Cause, reported
+from maskloss.functional import class_cost
+from maskloss.matches import Matches
+from maskloss.points import PointSampling, draw_seed
+from maskloss.targets import MaskTargets
+
+
+class HungarianMatcher(nn.Module):
+    """Match queries and targets one to one, at the lowest total cost, for every image and decoder layer.
+
+        C[q, t] = class_weight * (-softmax(class)[q, label_t]) + ce_weight * BCE[q, t] + dice_weight * Dice[q, t]
+
+    Both mask terms are taken at `num_points` uniform points, which all queries and all layers of an image share. All
+    costs are computed first, go to the host together, are solved there, and the matches come back together. An image
+    with more targets than queries has Q matches. A non-finite cost is a pair that is taken only if no other is left.
+
+    Args:
+        class_weight: weight of the class term, at least 0. Default 2.
+        ce_weight: weight of the cross-entropy, at least 0. Default 5.
+        dice_weight: weight of Dice, at least 0. Default 5.
+        num_points: P, uniform points per image. Default 12544.
+        padding_mode: "zeros" (default) or "border".
+        target_mode: "bilinear" (default) or "nearest".
+        focal_alpha: alpha of the focal cost; needs `focal_gamma`. Default None.
+        focal_gamma: take the focal cost in place of BCE. Default None: off.
+        backend: "reference", "cpu" or "gpu". Default: by device.
+
+    Raises:
+        MaskLossError: an option outside its range, or all weights 0.
+
+    Source:
+        DETR (Carion et al., 2020), section 3.1; Mask2Former (Cheng et al., 2022), section 3.2.2. Mask2Former draws new
+        points for each layer; here the layers of a step share theirs, which leaves each layer's distribution as it is.
+
+    Example:
+        >>> masks = torch.zeros(2, 16, 16, dtype=torch.bool)
+        >>> masks[0, :8], masks[1, 8:] = True, True
+        >>> mask_logits = torch.stack([masks[1], masks[0]]).float()[None] * 8 - 4
+        >>> targets = [{"masks": masks, "labels": torch.tensor([0, 0])}]
+        >>> matches = HungarianMatcher(num_points=256)(torch.zeros(1, 2, 2), mask_logits, targets)
+        >>> matches.pairs()
+        [(tensor([0, 1]), tensor([1, 0]))]
+    """
+
+    @reported("HungarianMatcher")
+    def __init__(
+        self,
+        *,
+        class_weight: float = _inputs.CLASS_WEIGHT,
+        ce_weight: float = _inputs.CE_WEIGHT,
+        dice_weight: float = _inputs.DICE_WEIGHT,
+        num_points: int = PointSampling.num_points,
+        padding_mode: str = "zeros",
+        target_mode: str = "bilinear",
+        focal_alpha: float | None = None,
+        focal_gamma: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        weights = {"class_weight": class_weight, "ce_weight": ce_weight, "dice_weight": dice_weight}
+        for name, weight in weights.items():
+            _inputs.check_weight(name, weight)
+        if not any(weights.values()):
+            raise Cause("one weight at least must be positive", "all are 0", "a cost of 0 everywhere matches nothing")
+        self.class_weight, self.ce_weight, self.dice_weight = (float(weight) for weight in weights.values())
+        self.num_points = PointSampling(num_points=num_points).num_points
+        self.options = _inputs.MaskOptions(padding_mode, target_mode, focal_alpha, focal_gamma, backend)
+
+    @reported("HungarianMatcher")
+    def forward(
+        self,
+        class_logits: Tensor | Sequence[Tensor],
+        mask_logits: Tensor | Sequence[Tensor],
+        targets: Targets,
+        *,
+        image_ids: Tensor | Sequence[int] | None = None,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Matches:
+        """Match the predictions of one layer, or of a sequence of layers.
+
+        Args:
+            class_logits: `[B, Q, C + 1]`, or a sequence of them; the last class is "no object".
+            mask_logits: `[B, Q, h, w]`, or a sequence of them.
+            targets: one dict per image with "masks" and "labels" (see `MaskCriterion`).
+            image_ids: global numbers of the images, `[B]`. Default: rank * B + b.
+            seed: 64-bit seed of the points.
+            generator: where to draw a seed from. Default: torch's default generator.
+
+        Returns:
+            The matches, on the device of the logits. No gradient.
+
+        Raises:
+            MaskLossError: wrong rank, dtype or device, numbers that do not pair up, or labels outside the classes.
+        """
+        classes, logits = check_predictions(class_logits, mask_logits)
+        packed, labels = collate(targets)
+        _inputs.check_targets(packed, logits[0])
+        numbers = distributed.image_numbers(image_ids, logits[0].shape[0], logits[0].device)
+        stacked = torch.stack([layer.detach().float() for layer in classes])
+        return self.match(stacked, logits, packed, labels, numbers, draw_seed(seed, generator))
+
+    @torch.no_grad()
+    def match(
+        self,
+        class_logits: Tensor,
+        mask_logits: Sequence[Tensor],
+        targets: MaskTargets,
+        labels: Sequence[Tensor],
+        image_ids: Tensor,
+        seed: Tensor,
+    ) -> Matches:
+        """Match checked inputs: class logits stacked to `[L, B, Q, C + 1]`, targets packed, images numbered."""
+        cost = self.costs(class_logits, mask_logits, targets, labels, image_ids, seed)
+        num_classes, num_queries = class_logits.shape[-1] - 1, class_logits.shape[2]
+        index = ops.assign(cost, torch.cat(list(labels)), targets.num_targets, num_classes)
+        matched = sum(min(count, num_queries) for count in targets.num_targets)
+        return Matches(index, (matched,) * len(mask_logits), targets.batch_size)
+
+    @torch.no_grad()
+    def costs(
+        self,
+        class_logits: Tensor,
+        mask_logits: Sequence[Tensor],
+        targets: MaskTargets,
+        labels: Sequence[Tensor],
+        image_ids: Tensor,
+        seed: Tensor,
+    ) -> Tensor:
+        """Compute the matching costs `[L, B, Q, T_max]` of checked inputs; meaningless beyond an image's targets."""
+        options = self.options
+        ce, dice = ops.match_cost(
+            mask_logits,
+            targets.tensors,
+            targets.encoding,
+            targets.num_targets,
+            image_ids,
+            seed,
+            self.num_points,
+            options.padding_mode,
+            options.target_mode,
+            *options.focal,
+            ops.choose_backend(mask_logits[0].device, options.backend),
+        )
+        padded = pad_sequence(list(labels), batch_first=True)
+        return self.class_weight * class_cost(class_logits, padded) + self.ce_weight * ce + self.dice_weight * dice
+
+    def extra_repr(self) -> str:
+        """Show the options in `print(module)`."""
+        weights = f"class_weight={self.class_weight}, ce_weight={self.ce_weight}, dice_weight={self.dice_weight}"
+        return f"{weights}, num_points={self.num_points}, {self.options}"
+
+
+def check_predictions(
+    class_logits: Tensor | Sequence[Tensor], mask_logits: Tensor | Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Bring the predictions of all decoder layers into two checked lists of the same length."""
+    masks = _inputs.check_layers("mask_logits", mask_logits, "[B, Q, h, w]")
+    classes = [class_logits] if isinstance(class_logits, Tensor) else list(class_logits)
+    if len(classes) != len(masks):
+        raise Cause(
+            "class_logits and mask_logits must have the same decoder layers",
+            f"{len(classes)} layers of classes but {len(masks)} of masks",
+            "give both for every layer",
+        )
+    wanted = masks[0].shape[:2]
+    for layer, logits in enumerate(classes):
+        if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
+            got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise Cause(
+                "class_logits must be float [B, Q, C + 1]",
+                f"those of layer {layer} are {got}",
+                "the last class is 'no object'",
+            )
+        if logits.shape[:2] != wanted or logits.shape[2] != classes[0].shape[2] or logits.shape[2] < 2:
+            raise Cause(
+                "class_logits must be [B, Q, C + 1] with B and Q of the mask logits and one C of at least 1",
+                f"those of layer {layer} are {list(logits.shape)}, B and Q are {list(wanted)}",
+                "both heads must read the same queries",
+            )
+        _inputs.check_device("class_logits", logits.device, masks[0].device)
+    return classes, masks

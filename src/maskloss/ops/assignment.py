@@ -1,0 +1,78 @@
+"""The Hungarian assignment of all layers and images: one trip to the host, whatever their number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from maskloss.errors import Cause
+
+
+def assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
+    """Match queries to targets at the lowest total cost, for every layer and image on its own.
+
+    Args:
+        cost: `[L, B, Q, T_max]`; columns beyond an image's number of targets are not read. A non-finite cost is a pair
+            that is taken only where no other is left.
+        labels: int64 `[T_all]`, the class of each target, or `[0]`. They travel to the host with the costs, so that
+            checking them costs no trip of its own.
+        num_targets: targets of each image.
+        num_classes: labels must lie in [0, num_classes).
+
+    Returns:
+        int64 `[N, 4]` on the device of `cost`: rows (layer, image, query, target), sorted by layer, image, query.
+
+    Raises:
+        Cause: a label outside the classes.
+    """
+    host, classes = _to_host(cost, labels)
+    check_labels(classes, num_classes)
+    rows = [
+        _solve(host[layer, image, :, :count], layer, image)
+        for layer in range(host.shape[0])
+        for image, count in enumerate(num_targets)
+    ]
+    index = torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0, 4, dtype=torch.int64)
+    if cost.device.type == "cpu":
+        return index
+    if cost.device.type == "cuda":
+        index = index.pin_memory()
+    return index.to(cost.device, non_blocking=True)
+
+
+def check_labels(labels: NDArray[Any], num_classes: int) -> None:
+    """Refuse labels outside [0, num_classes)."""
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if wrong.size:
+        raise Cause(
+            f"labels must lie in [0, {num_classes})",
+            f"{wrong.size} of {labels.size} labels do not, the first is {int(wrong[0])}",
+            f"num_classes={num_classes} counts the classes without 'no object', and labels start at 0",
+        )
+
+
+def _to_host(cost: Tensor, labels: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    if cost.device.type == "cpu":
+        return cost.numpy(), labels.cpu().numpy()
+    together = torch.cat([cost.flatten(), labels.to(cost.dtype)]).cpu().numpy()
+    return together[: cost.numel()].reshape(cost.shape), together[cost.numel() :]
+
+
+def _solve(cost: NDArray[Any], layer: int, image: int) -> NDArray[np.int64]:
+    """Solve one image: int64 `[min(Q, T), 4]`."""
+    table = np.asarray(cost, dtype=np.float64)
+    finite = np.isfinite(table)
+    if not finite.all():
+        # Dearer than any assignment of finite pairs, and no larger: a huge number would drown the others' digits.
+        largest = float(np.abs(table[finite]).max(initial=0.0))
+        table = np.where(finite, table, 1.0 + 2.0 * min(table.shape) * largest)
+    queries, targets = linear_sum_assignment(table)
+    rows = np.empty((len(queries), 4), dtype=np.int64)
+    rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = layer, image, queries, targets
+    return rows

@@ -1,0 +1,86 @@
+"""Which implementation runs an operation: a pure function of the device and an explicit request."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from maskloss.errors import Cause
+
+BACKENDS = ("reference", "cpu", "gpu")
+VARIABLE = "MASKLOSS_BACKEND"
+_NEEDS = {"cpu": "numba", "gpu": "triton"}
+
+
+def choose_backend(device: torch.device, requested: str | None = None) -> str:
+    """Name the backend for tensors on `device`.
+
+    Args:
+        device: where the logits are.
+        requested: "reference", "cpu" or "gpu"; None asks the environment variable MASKLOSS_BACKEND, and without that
+            takes the fastest one there is: "cpu" (Numba) on a CPU, "gpu" (Triton) on a CUDA or ROCm device,
+            "reference" elsewhere.
+
+    Returns:
+        The backend's name. A request is met or refused, never replaced by another backend.
+
+    Raises:
+        Cause: the name is unknown, the backend does not run on that device, or its package is not installed.
+    """
+    wanted = requested if requested is not None else os.environ.get(VARIABLE) or None
+    if wanted is None:
+        return _default(device.type)
+    if wanted not in BACKENDS:
+        raise Cause(
+            f"backend must be one of {', '.join(BACKENDS)}",
+            f"backend={wanted!r}",
+            f"leave it out, or check the environment variable {VARIABLE}",
+        )
+    if wanted == "reference":
+        return wanted
+    if device.type != ("cpu" if wanted == "cpu" else "cuda"):
+        raise Cause(
+            f"backend {wanted!r} runs on {'CPU' if wanted == 'cpu' else 'CUDA and ROCm'} tensors only",
+            f"the logits are on {device}",
+            "leave backend out, or use 'reference', which runs everywhere",
+        )
+    if not _installed(wanted):
+        raise Cause(
+            f"backend {wanted!r} needs the package {_NEEDS[wanted]}",
+            f"{_NEEDS[wanted]} cannot be imported",
+            f"pip install {_NEEDS[wanted]}, or use backend='reference'",
+        )
+    return wanted
+
+
+def load(backend: str) -> ModuleType:
+    """Import the module of a backend; heavy packages load here, at the first use, and nowhere else."""
+    return importlib.import_module(f"maskloss.ops.{backend}")
+
+
+@cache
+def _installed(backend: str) -> bool:
+    try:
+        importlib.import_module(_NEEDS[backend])
+    except ImportError:
+        return False
+    return importlib.util.find_spec(f"maskloss.ops.{backend}") is not None
+
+
+@cache
+def _default(device_type: str) -> str:
+    backend = {"cpu": "cpu", "cuda": "gpu"}.get(device_type, "reference")
+    if backend == "reference" or _installed(backend):
+        return backend
+    warnings.warn(
+        f"maskloss: {_NEEDS[backend]} cannot be imported, so {device_type} tensors run on the slower reference backend",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "reference"

@@ -1,0 +1,198 @@
+"""Where the loss looks: how many points of which kind, and the counter-based generator that draws them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskloss.errors import Cause, reported
+
+# Streams keep apart the draws of one instance; the number is part of the generator's counter.
+CANDIDATES, RANDOM, MATCHER = 0, 1, 2
+# The matcher's points belong to an image, not to one of its targets.
+ALL_TARGETS = 0xFFFFFFFF
+
+_MASK = 0xFFFFFFFF
+_PARITY = 0x1BD11BDA
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+@dataclass(frozen=True)
+class PointSampling:
+    """How the points of an instance are drawn: the most uncertain of many candidates, and uniform ones.
+
+        num_candidates = int(oversample_ratio * num_points)
+        num_uncertain  = floor(importance_ratio * num_points)
+        num_random     = num_points - num_uncertain
+
+    `num_candidates` points are drawn uniformly in [0, 1]^2 and the logits are sampled there; the `num_uncertain` with
+    the smallest |logit| are kept, and `num_random` fresh uniform points are added.
+
+    Args:
+        num_points: P, points per instance, at least 1. Default 12544 = 112^2.
+        oversample_ratio: k, candidates per point, finite and at least 1. Default 3.
+        importance_ratio: alpha, the share of uncertain points, in [0, 1]. Default 0.75.
+
+    Raises:
+        MaskLossError: a value outside its range.
+
+    Source:
+        PointRend (Kirillov et al., 2020), section 3.1, with the values of Mask2Former (Cheng et al., 2022), section
+        3.2.2.
+
+    Example:
+        >>> sampling = PointSampling(num_points=100)
+        >>> sampling.num_candidates, sampling.num_uncertain, sampling.num_random
+        (300, 75, 25)
+    """
+
+    num_points: int = 12544
+    oversample_ratio: float = 3.0
+    importance_ratio: float = 0.75
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    @reported("PointSampling")
+    def _check(self) -> None:
+        if isinstance(self.num_points, bool) or not isinstance(self.num_points, int) or self.num_points < 1:
+            raise Cause(
+                "num_points must be a positive integer",
+                f"num_points={self.num_points!r}",
+                "take at least one point per instance; 12544 is usual",
+            )
+        if not 1 <= self.oversample_ratio < float("inf"):
+            raise Cause(
+                "oversample_ratio must be at least 1",
+                f"oversample_ratio={self.oversample_ratio!r}",
+                "there must be enough candidates to choose from; 3.0 is usual",
+            )
+        if not 0 <= self.importance_ratio <= 1:
+            raise Cause(
+                "importance_ratio must lie in [0, 1]",
+                f"importance_ratio={self.importance_ratio!r}",
+                "it is the share of uncertain points; 0.75 is usual, 0 draws all points uniformly",
+            )
+
+    @property
+    def num_uncertain(self) -> int:
+        """Points taken from the candidates: floor(importance_ratio * num_points)."""
+        return int(self.importance_ratio * self.num_points)
+
+    @property
+    def num_random(self) -> int:
+        """Fresh uniform points: num_points - num_uncertain."""
+        return self.num_points - self.num_uncertain
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates that are drawn for the uncertain part: int(oversample_ratio * num_points)."""
+        return int(self.oversample_ratio * self.num_points)
+
+
+def draw_seed(seed: int | Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """Return the 64-bit seed of a step as an int64 tensor with one element.
+
+    Args:
+        seed: the seed itself: an integer in [-2^63, 2^64), or an int64 tensor with one element on any device, which
+            is returned as it is, so that a captured CUDA graph can be given a new seed in place.
+        generator: where to draw a seed from if none is given. Default: torch's default CPU generator.
+
+    Returns:
+        int64 `[]`; the kernels read its 64 bits as an unsigned number.
+
+    Raises:
+        MaskLossError: seed and generator are both given, or the seed is not one 64-bit integer.
+
+    Example:
+        >>> draw_seed(7)
+        tensor(7)
+    """
+    if seed is not None and generator is not None:
+        raise Cause("give seed or generator, not both", "both were given", "leave one of them out")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise Cause(
+                "a seed tensor must hold one int64",
+                f"shape {list(seed.shape)}, {seed.dtype}",
+                "use torch.randint(2**63 - 1, (), dtype=torch.int64)",
+            )
+        return seed.reshape(())
+    if seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise Cause("seed must be a 64-bit integer", f"seed={seed!r}", "use a whole number in [0, 2**64)")
+        return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator, device=device)
+
+
+def threefry2x32(key0: Tensor, key1: Tensor, counter0: Tensor, counter1: Tensor) -> tuple[Tensor, Tensor]:
+    """Encrypt a 64-bit counter with a 64-bit key: Threefry-2x32 with 20 rounds.
+
+    A random number is a pure function of key and counter: nothing is stored, and every device, thread count and order
+    of evaluation gives the same.
+
+    Args:
+        key0: low word of the key, int64 tensor with values in [0, 2^32); the four arguments broadcast.
+        key1: high word of the key.
+        counter0: low word of the counter.
+        counter1: high word of the counter.
+
+    Returns:
+        Two int64 tensors of the broadcast shape, with values in [0, 2^32).
+
+    Source:
+        Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), and the Random123 distribution. The
+        32-bit words live in int64 tensors because torch has neither uint32 arithmetic nor a logical shift.
+
+    Example:
+        >>> zero = torch.zeros((), dtype=torch.int64)
+        >>> [hex(int(word)) for word in threefry2x32(zero, zero, zero, zero)]
+        ['0x6b200159', '0x99ba4efe']
+    """
+    schedule = (key0, key1, key0 ^ key1 ^ _PARITY)
+    x0 = (counter0 + key0) & _MASK
+    x1 = (counter1 + key1) & _MASK
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x0 = (x0 + x1) & _MASK
+            x1 = ((x1 << rotation) | (x1 >> (32 - rotation))) & _MASK ^ x0
+        x0 = (x0 + schedule[(group + 1) % 3]) & _MASK
+        x1 = (x1 + schedule[(group + 2) % 3] + (group + 1)) & _MASK
+    return x0, x1
+
+
+def instance_keys(seed: Tensor, image_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Derive one generator key per instance from (seed, global image number, target number).
+
+    Args:
+        seed: int64 `[]`.
+        image_ids: int64 `[N]`, global number of each instance's image, in [0, 2^32).
+        targets: int64 `[N]`, index of each instance's target within its image, in [0, 2^32).
+
+    Returns:
+        Two int64 `[N]` tensors: low and high word of the keys.
+    """
+    return threefry2x32(seed & _MASK, (seed >> 32) & _MASK, image_ids & _MASK, targets & _MASK)
+
+
+def uniform_points(keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor, stream: int) -> Tensor:
+    """Draw uniform points in [0, 1)^2, on a grid of 2^-24.
+
+    Point i of an instance is threefry(instance key, counter = (i, layer + 2^16 * stream)); the top 24 bits of its two
+    words are x and y.
+
+    Args:
+        keys: two int64 `[N]` tensors, from `instance_keys`.
+        num_points: points per instance.
+        layers: int64 `[N]`, decoder layer of each instance, in [0, 2^16).
+        stream: which of an instance's draws: CANDIDATES, RANDOM or MATCHER.
+
+    Returns:
+        float32 `[N, num_points, 2]`, (x, y); every value is exact, so it is the same on every device.
+    """
+    counter = torch.arange(num_points, device=keys[0].device)
+    words = threefry2x32(keys[0][:, None], keys[1][:, None], counter, layers[:, None] | (stream << 16))
+    return torch.stack([(word >> 8).to(torch.float32) for word in words], dim=-1) * 2.0**-24
