@@ -1,0 +1,264 @@
+"""The CPU kernels of matched instances: uncertain points, the loss, and its gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ._cpu_choose import list_chosen, make_keys, mark_chosen, threshold
+from ._cpu_loss import add_focal_gradients, loss_gradients, sum_focal, sum_losses
+from ._cpu_random import U32, draw_points, instance_key
+from ._cpu_sampling import (
+    BLOCK,
+    BORDER,
+    HEIGHT,
+    WIDTH,
+    gather,
+    given_points,
+    locate,
+    read_plane,
+    scatter,
+    write_plane,
+)
+from ._cpu_targets import FIRST, IGNORED, VALUES, mark_ignored, read_targets, values_of_codes
+from ._cpu_threads import helper, kernel, take
+
+_CANDIDATES, _RANDOM = 0, 1
+# Rows of the work spaces that hold one block.
+VALUE_ROWS, DOUBLE_ROWS, INTEGER_ROWS = 6, 4, 4
+
+
+@helper()
+def _count_up(counters, first, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        counters[i] = first + i
+
+
+@helper()
+def _weights(codes, n, w):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        w[i] = 0 if codes[i] & IGNORED else 1
+
+
+@helper()
+def choose_candidates(buffer, source, key, layer, window, sampling, border, z, blocks, integers, bits):  # type: ignore[no-untyped-def]
+    """Draw candidates, read the logits there, and mark the chosen ones: z `[K]`, bits `[ceil(K / 8)]`."""
+    num_candidates, num_uncertain = sampling[1], sampling[2]
+    doubles, values, ints = blocks
+    x, y = doubles[0], doubles[1]
+    fx, fy = values[0], values[1]
+    counters, index = ints[0], ints[1]
+    keys = integers[:num_candidates]
+    space = integers[num_candidates : 2 * num_candidates + 1]
+    stream = U32(layer | (_CANDIDATES << 16))
+    for first in range(0, num_candidates, BLOCK):
+        n = min(BLOCK, num_candidates - first)
+        _count_up(counters, first, n)
+        draw_points(key, stream, counters, n, window, x, y)
+        locate(x, y, n, source[HEIGHT], source[WIDTH], border, index, fx, fy)
+        part = z[first : first + n]
+        gather(buffer, source[WIDTH] + 2 * BORDER, index, fx, fy, n, part)
+        make_keys(part, n, keys[first : first + n])
+    limit, below = threshold(keys, num_candidates, num_uncertain, space)
+    mark_chosen(keys, num_candidates, limit, num_uncertain - below, bits)
+
+
+@helper()
+def points_of_block(first, n, sampling, given, instance, key, layer, window, chosen, x, y, counters):  # type: ignore[no-untyped-def]
+    """Points `first:first + n` of an instance: the caller's, or chosen candidates and then random ones."""
+    num_uncertain = sampling[2]
+    if given[0] != 0:
+        given_points(given, instance, first, n, x, y)
+    elif first < num_uncertain:
+        draw_points(key, U32(layer | (_CANDIDATES << 16)), chosen[first : first + n], n, window, x, y)
+    else:
+        _count_up(counters, first - num_uncertain, n)
+        draw_points(key, U32(layer | (_RANDOM << 16)), counters, n, window, x, y)
+
+
+@helper(forceinline=True)
+def _block_length(first, num_points, num_uncertain):  # type: ignore[no-untyped-def]
+    # A block holds points of one kind.
+    return min(BLOCK, (num_uncertain if first < num_uncertain else num_points) - first)
+
+
+@kernel
+def uncertain_points(
+    counter, items, values, doubles, integers, sources, index, windows, image_ids, seed, sampling, border, points
+):  # type: ignore[no-untyped-def]
+    """Points `[N, P, 2]` of instances, chosen candidates first."""
+    num_points, num_candidates, num_uncertain = sampling
+    value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
+    double_blocks = doubles[: DOUBLE_ROWS * BLOCK].reshape(DOUBLE_ROWS, BLOCK)
+    ints = integers[: INTEGER_ROWS * BLOCK].reshape(INTEGER_ROWS, BLOCK)
+    rest = integers[INTEGER_ROWS * BLOCK :]
+    chosen = rest[2 * num_candidates + 1 :]
+    z = values[VALUE_ROWS * BLOCK : VALUE_ROWS * BLOCK + num_candidates]
+    buffer = values[VALUE_ROWS * BLOCK + num_candidates :]
+    bits = np.empty((num_candidates + 7) // 8, np.uint8)
+    x, y = double_blocks[0], double_blocks[1]
+    while True:
+        item = take(counter)
+        if item >= items:
+            break
+        layer, image, query, target = index[item, 0], index[item, 1], index[item, 2], index[item, 3]
+        key = instance_key(seed, image_ids[image], target)
+        window = windows[image]
+        if num_uncertain > 0:
+            source = sources[layer]
+            read_plane(source, image, query, buffer)
+            blocks = (double_blocks, value_blocks, ints)
+            choose_candidates(buffer, source, key, layer, window, sampling, border, z, blocks, rest, bits)
+            list_chosen(bits, chosen)
+        first = 0
+        while first < num_points:
+            n = _block_length(first, num_points, num_uncertain)
+            points_of_block(first, n, sampling, (0, False, 0, 0, 0), item, key, layer, window, chosen, x, y, ints[0])
+            for i in range(n):
+                points[item, first + i, 0] = x[i]
+                points[item, first + i, 1] = y[i]
+            first += n
+
+
+@kernel
+def mask_loss(
+    counter, items, values, doubles, integers,
+    sources, index, data, encoding, table, images, windows, ignore, image_ids, seed, given, sampling,
+    border, nearest, alpha, gamma, ce, dice, chosen_bits, corner_codes, corner_values,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Cross-entropy and Dice of instances, the chosen candidates as bits, and the targets at their points.
+
+    ce = sum w f(z, t) / max(sum w, 1);  dice = 1 - (2 sum w s t + 1) / (sum w s + sum w t + 1)
+    """
+    num_points, num_candidates, num_uncertain = sampling
+    value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
+    double_blocks = doubles[: DOUBLE_ROWS * BLOCK].reshape(DOUBLE_ROWS, BLOCK)
+    ints = integers[: INTEGER_ROWS * BLOCK].reshape(INTEGER_ROWS, BLOCK)
+    rest = integers[INTEGER_ROWS * BLOCK :]
+    chosen = rest[2 * num_candidates + 1 :]
+    candidates = values[VALUE_ROWS * BLOCK : VALUE_ROWS * BLOCK + num_candidates]
+    buffer = values[VALUE_ROWS * BLOCK + num_candidates :]
+    x, y, xs, ys = double_blocks[0], double_blocks[1], double_blocks[2], double_blocks[3]
+    fx, fy, z, t, w = value_blocks[0], value_blocks[1], value_blocks[2], value_blocks[3], value_blocks[4]
+    blocks = (double_blocks, value_blocks, ints)
+    while True:
+        item = take(counter)
+        if item >= items:
+            break
+        layer, image, query, target = index[item, 0], index[item, 1], index[item, 2], index[item, 3]
+        source, window = sources[layer], windows[image]
+        height, width = source[HEIGHT], source[WIDTH]
+        row = table[images[image, FIRST] + target]
+        key = instance_key(seed, image_ids[image], target)
+        read_plane(source, image, query, buffer)
+        if num_uncertain > 0:
+            choose_candidates(
+                buffer, source, key, layer, window, sampling, border, candidates, blocks, rest, chosen_bits[item]
+            )
+            list_chosen(chosen_bits[item], chosen)
+        weight, loss, area, marked, both = 0.0, 0.0, 0.0, 0.0, 0.0
+        first = 0
+        while first < num_points:
+            n = _block_length(first, num_points, num_uncertain)
+            points_of_block(first, n, sampling, given, item, key, layer, window, chosen, x, y, ints[0])
+            if first < num_uncertain:
+                for i in range(n):
+                    z[i] = candidates[np.uintp(np.uint32(chosen[first + i]))]
+            else:
+                locate(x, y, n, height, width, border, ints[3], fx, fy)
+                gather(buffer, width + 2 * BORDER, ints[3], fx, fy, n, z)
+            read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, fx, fy)
+            mark_ignored(x, y, n, images[image], ignore, given[1], ints[0])
+            _weights(ints[0], n, w)
+            if encoding < VALUES:
+                for i in range(n):
+                    corner_codes[item, first + i] = np.uint8(ints[0, i])
+            else:
+                for i in range(n):
+                    corner_values[item, first + i] = t[i] if ints[0, i] & IGNORED == 0 else -1
+            part = sum_losses(z, t, w, n)
+            weight += part[0]
+            area += part[2]
+            marked += part[3]
+            both += part[4]
+            loss += part[1] if gamma < 0 else sum_focal(z, t, w, n, alpha, gamma)
+            first += n
+        ce[item] = loss / max(weight, 1.0)
+        dice[item] = 1.0 - (2.0 * both + 1.0) / (area + marked + 1.0)
+
+
+@kernel
+def mask_loss_backward(
+    counter, items, values, doubles, integers,
+    sources, index, encoding, table, images, windows, ignore, image_ids, seed, given, sampling,
+    border, nearest, alpha, gamma, by_ce, by_dice, chosen_bits, corner_codes, corner_values,
+    order, starts, grads,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """The gradient of `mask_loss`. A work item is a plane: its instances are added in their order, by one thread."""
+    num_points, _, num_uncertain = sampling
+    double_blocks = doubles[: DOUBLE_ROWS * BLOCK].reshape(DOUBLE_ROWS, BLOCK)
+    ints = integers[: INTEGER_ROWS * BLOCK].reshape(INTEGER_ROWS, BLOCK)
+    places = integers[INTEGER_ROWS * BLOCK : INTEGER_ROWS * BLOCK + num_points]
+    chosen = integers[INTEGER_ROWS * BLOCK + num_points :]
+    space = values[: 2 * BLOCK].reshape(2, BLOCK)
+    points = values[2 * BLOCK : 2 * BLOCK + 6 * num_points].reshape(6, num_points)
+    fx, fy, z, t, w, grad = points[0], points[1], points[2], points[3], points[4], points[5]
+    planes = values[2 * BLOCK + 6 * num_points :]
+    x, y, xs, ys = double_blocks[0], double_blocks[1], double_blocks[2], double_blocks[3]
+    while True:
+        item = take(counter)
+        if item >= items:
+            break
+        layer, image, query = (
+            index[order[starts[item]], 0],
+            index[order[starts[item]], 1],
+            index[order[starts[item]], 2],
+        )
+        source, window = sources[layer], windows[image]
+        height, width = source[HEIGHT], source[WIDTH]
+        pitch = width + 2 * BORDER
+        size = (height + 2 * BORDER) * pitch
+        logits, sums = planes[:size], planes[size : 2 * size]
+        read_plane(source, image, query, logits)
+        sums[:] = 0
+        for place in range(starts[item], starts[item + 1]):
+            instance = order[place]
+            target = index[instance, 3]
+            row = table[images[image, FIRST] + target]
+            key = instance_key(seed, image_ids[image], target)
+            if num_uncertain > 0:
+                list_chosen(chosen_bits[instance], chosen)
+            weight, area, marked, both = 0.0, 0.0, 0.0, 0.0
+            first = 0
+            while first < num_points:
+                n = _block_length(first, num_points, num_uncertain)
+                last = first + n
+                points_of_block(first, n, sampling, given, instance, key, layer, window, chosen, x, y, ints[0])
+                locate(x, y, n, height, width, border, places[first:last], fx[first:last], fy[first:last])
+                gather(logits, pitch, places[first:last], fx[first:last], fy[first:last], n, z[first:last])
+                if encoding < VALUES:
+                    for i in range(n):
+                        ints[0, i] = corner_codes[instance, first + i]
+                    values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t[first:last], space[0], space[1])
+                else:
+                    for i in range(n):
+                        saved = corner_values[instance, first + i]
+                        ints[0, i] = IGNORED if saved < 0 else 0
+                        t[first + i] = 0 if saved < 0 else saved
+                _weights(ints[0], n, w[first:last])
+                part = sum_losses(z[first:last], t[first:last], w[first:last], n)
+                weight += part[0]
+                area += part[2]
+                marked += part[3]
+                both += part[4]
+                first += n
+            ce = by_ce[instance] / max(weight, 1.0)
+            if gamma >= 0:
+                grad[:] = 0
+                add_focal_gradients(z, t, w, num_points, ce, alpha, gamma, grad)
+                ce = 0.0
+            loss_gradients(z, t, w, num_points, ce, by_dice[instance], area, both, marked)
+            if gamma >= 0:
+                for i in range(num_points):
+                    z[i] += grad[i]
+            scatter(sums, pitch, places, fx, fy, z, num_points)
+        write_plane(sums, grads[layer], image, query)

@@ -1,0 +1,69 @@
+"""Random points for the CPU kernels: Threefry-2x32 with 20 rounds, many points at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ._cpu_threads import helper
+
+U32 = np.uint32
+_PARITY = U32(0x1BD11BDA)
+_UNIT = np.float32(2.0**-24)
+_MATCHER = U32(0xFFFFFFFF)
+
+
+@helper(forceinline=True)
+def _mix(x0, x1, left):  # type: ignore[no-untyped-def]
+    # Numba widens unsigned arithmetic to 64 bits: without a cast after every operation the result would be wrong.
+    x0 = U32(x0 + x1)
+    return x0, U32(U32(U32(x1 << U32(left)) | U32(x1 >> U32(32 - left))) ^ x0)
+
+
+@helper(forceinline=True)
+def threefry(k0, k1, c0, c1):  # type: ignore[no-untyped-def]
+    """Threefry-2x32 of Salmon et al. (Random123), 20 rounds: 64 random bits for a key and a counter."""
+    k2 = U32(U32(k0 ^ k1) ^ _PARITY)
+    x0, x1 = U32(c0 + k0), U32(c1 + k1)
+    x0, x1 = _mix(x0, x1, 13)
+    x0, x1 = _mix(x0, x1, 15)
+    x0, x1 = _mix(x0, x1, 26)
+    x0, x1 = _mix(x0, x1, 6)
+    x0, x1 = U32(x0 + k1), U32(x1 + U32(k2 + U32(1)))
+    x0, x1 = _mix(x0, x1, 17)
+    x0, x1 = _mix(x0, x1, 29)
+    x0, x1 = _mix(x0, x1, 16)
+    x0, x1 = _mix(x0, x1, 24)
+    x0, x1 = U32(x0 + k2), U32(x1 + U32(k0 + U32(2)))
+    x0, x1 = _mix(x0, x1, 13)
+    x0, x1 = _mix(x0, x1, 15)
+    x0, x1 = _mix(x0, x1, 26)
+    x0, x1 = _mix(x0, x1, 6)
+    x0, x1 = U32(x0 + k0), U32(x1 + U32(k1 + U32(3)))
+    x0, x1 = _mix(x0, x1, 17)
+    x0, x1 = _mix(x0, x1, 29)
+    x0, x1 = _mix(x0, x1, 16)
+    x0, x1 = _mix(x0, x1, 24)
+    x0, x1 = U32(x0 + k1), U32(x1 + U32(k2 + U32(4)))
+    x0, x1 = _mix(x0, x1, 13)
+    x0, x1 = _mix(x0, x1, 15)
+    x0, x1 = _mix(x0, x1, 26)
+    x0, x1 = _mix(x0, x1, 6)
+    return U32(x0 + k2), U32(x1 + U32(k0 + U32(5)))
+
+
+@helper()
+def instance_key(seed, image_id, target):  # type: ignore[no-untyped-def]
+    """The key of one (image, target) pair: `threefry(seed, (image_id, target))`."""
+    bits = np.uint64(seed)
+    return threefry(U32(bits), U32(bits >> np.uint64(32)), U32(np.uint64(image_id)), U32(np.uint64(target)))
+
+
+@helper()
+def draw_points(key, stream, counters, n, window, x, y):  # type: ignore[no-untyped-def]
+    """Points `counters[:n]` of a stream: `x = x0 + u * width` with `u = bits * 2**-24`, in float32, then widened."""
+    k0, k1 = key
+    x0, y0, width, height = window[0], window[1], window[2], window[3]
+    for i in range(n):
+        r0, r1 = threefry(k0, k1, U32(counters[i]), stream)
+        x[i] = np.float64(x0 + np.float32(np.int32(r0 >> U32(8))) * _UNIT * width)
+        y[i] = np.float64(y0 + np.float32(np.int32(r1 >> U32(8))) * _UNIT * height)

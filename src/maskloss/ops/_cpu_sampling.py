@@ -1,0 +1,278 @@
+"""Reading and writing maps for the CPU kernels: planes with a border of zeros, bilinear gather, and its adjoint."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ._cpu_threads import at, helper
+
+# Element types of tensors that reach a kernel as an address.
+F32, F16, BF16, F64 = 0, 1, 2, 3
+# Columns of the table that describes a tensor `[B, Q, h, w]`: address, element type, h, w, and strides in elements.
+ADDRESS, DTYPE, HEIGHT, WIDTH, STRIDE_B, STRIDE_Q, STRIDE_Y, STRIDE_X = range(8)
+# A buffer holds pixel (y, x) of a plane at row y + 2 and column x + 2; the rest is zero. A point that lies off the map
+# reads zeros there, so that the inner loops have no branch.
+BORDER = 2
+BLOCK = 512
+
+_I32 = np.int32
+
+
+# ------------------------------------------------------------------------------------------------ number formats
+
+
+@helper(forceinline=True)
+def from_bf16(bits):  # type: ignore[no-untyped-def]
+    """The float32 whose upper half is `bits`."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@helper(forceinline=True)
+def from_f16(bits):  # type: ignore[no-untyped-def]
+    """IEEE half to float32, by integer operations: not every CPU has an instruction, and this one vectorises."""
+    sign = np.uint32(np.uint32(np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16))
+    rest = np.uint32(np.uint32(bits) & np.uint32(0x7FFF))
+    normal = np.uint32(np.uint32(rest << np.uint32(13)) + np.uint32(0x38000000))
+    special = np.uint32(np.uint32(rest << np.uint32(13)) | np.uint32(0x7F800000))
+    # A subnormal half is a whole multiple of 2**-24.
+    tiny = np.float32(np.float32(_I32(rest)) * np.float32(2.0**-24)).view(np.uint32)
+    size = normal if rest < np.uint32(0x7C00) else special
+    size = tiny if rest < np.uint32(0x0400) else size
+    return np.uint32(size | sign).view(np.float32)
+
+
+@helper(forceinline=True)
+def to_bf16(value):  # type: ignore[no-untyped-def]
+    """float32 to bfloat16, rounded half to even; NaN stays NaN."""
+    bits = np.float32(value).view(np.uint32)
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd) >> np.uint32(16))
+    return np.uint16(rounded if value == value else np.uint32(0x7FC0))
+
+
+@helper(forceinline=True)
+def to_f16(value):  # type: ignore[no-untyped-def]
+    """float32 to IEEE half, rounded half to even; too large becomes infinite, NaN stays NaN."""
+    bits = np.float32(value).view(np.uint32)
+    sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
+    size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    odd = np.uint32(np.uint32(size >> np.uint32(13)) & np.uint32(1))
+    normal = np.uint32(np.uint32(np.uint32(size + np.uint32(0xC8000FFF)) + odd) >> np.uint32(13))
+    # Adding 0.5 aligns the last bit of a subnormal half with the last bit of the sum.
+    shifted = np.float32(np.uint32(size).view(np.float32) + np.float32(0.5)).view(np.uint32)
+    half = normal if size >= np.uint32(0x38800000) else np.uint32(shifted - np.uint32(0x3F000000))
+    half = half if size < np.uint32(0x477FF000) else np.uint32(0x7C00)
+    half = half if value == value else np.uint32(0x7E00)
+    return np.uint16(np.uint32(half | sign))
+
+
+# --------------------------------------------------------------------------------------------------------- planes
+
+
+@helper()
+def _read_row(address, dtype, n, step, out):  # type: ignore[no-untyped-def]
+    if dtype == F32:
+        f32 = at(address, n * step, np.float32)
+        if step == 1:
+            for x in range(n):
+                out[x] = f32[x]
+        else:
+            for x in range(n):
+                out[x] = f32[x * step]
+    elif dtype == F64:
+        f64 = at(address, n * step, np.float64)
+        for x in range(n):
+            out[x] = f64[x * step]
+    elif dtype == BF16:
+        u16 = at(address, n * step, np.uint16)
+        if step == 1:
+            for x in range(n):
+                out[x] = from_bf16(u16[x])
+        else:
+            for x in range(n):
+                out[x] = from_bf16(u16[x * step])
+    else:
+        u16 = at(address, n * step, np.uint16)
+        for x in range(n):
+            out[x] = from_f16(u16[x * step])
+
+
+@helper()
+def read_rows(source, b, q, first, last, buffer):  # type: ignore[no-untyped-def]
+    """Copy rows `first:last` of plane (b, q) into a buffer whose row 0 is row `first`; rows off the map become zero.
+
+    `source` is a row of the table of tensors. The columns of the border must be zero already.
+    """
+    width = source[WIDTH]
+    pitch = width + 2 * BORDER
+    item = _item_bytes(source[DTYPE])
+    plane = source[ADDRESS] + (b * source[STRIDE_B] + q * source[STRIDE_Q]) * item
+    for y in range(first, last):
+        start = (y - first) * pitch + BORDER
+        row = buffer[start : start + width]
+        if 0 <= y < source[HEIGHT]:
+            _read_row(plane + y * source[STRIDE_Y] * item, source[DTYPE], width, source[STRIDE_X], row)
+        else:
+            row[:] = 0
+
+
+@helper(forceinline=True)
+def _item_bytes(dtype):  # type: ignore[no-untyped-def]
+    return 8 if dtype == F64 else (4 if dtype == F32 else 2)
+
+
+@helper()
+def read_plane(source, b, q, buffer):  # type: ignore[no-untyped-def]
+    """Copy a whole plane and its border; the buffer has `buffer_size(h, w)` elements."""
+    pitch = source[WIDTH] + 2 * BORDER
+    for y in range(source[HEIGHT] + 2 * BORDER):
+        buffer[y * pitch] = 0
+        buffer[y * pitch + 1] = 0
+        buffer[y * pitch + pitch - 2] = 0
+        buffer[y * pitch + pitch - 1] = 0
+    read_rows(source, b, q, -BORDER, source[HEIGHT] + BORDER, buffer)
+
+
+@helper()
+def write_plane(buffer, target, b, q):  # type: ignore[no-untyped-def]
+    """Write the inner part of a buffer to a contiguous plane, rounded to its element type."""
+    width = target[WIDTH]
+    dtype = target[DTYPE]
+    plane = target[ADDRESS] + (b * target[STRIDE_B] + q * target[STRIDE_Q]) * _item_bytes(dtype)
+    for y in range(target[HEIGHT]):
+        start = (y + BORDER) * (width + 2 * BORDER) + BORDER
+        row = buffer[start : start + width]
+        if dtype == F32:
+            f32 = at(plane + y * width * 4, width, np.float32)
+            for x in range(width):
+                f32[x] = np.float32(row[x])
+        elif dtype == F64:
+            f64 = at(plane + y * width * 8, width, np.float64)
+            for x in range(width):
+                f64[x] = np.float64(row[x])
+        elif dtype == BF16:
+            u16 = at(plane + y * width * 2, width, np.uint16)
+            for x in range(width):
+                u16[x] = to_bf16(np.float32(row[x]))
+        else:
+            u16 = at(plane + y * width * 2, width, np.uint16)
+            for x in range(width):
+                u16[x] = to_f16(np.float32(row[x]))
+
+
+def buffer_size(height: int, width: int) -> int:
+    """Elements of the buffer for a plane."""
+    return (height + 2 * BORDER) * (width + 2 * BORDER)
+
+
+# ---------------------------------------------------------------------------------------------------- positions
+
+
+@helper()
+def locate(x, y, n, height, width, border, index, fx, fy):  # type: ignore[no-untyped-def]
+    """Where points lie in a buffer: `px = x * width - 0.5`, the pixel `floor(px)`, the fraction `px - floor(px)`.
+
+    In double precision, where the position of a float32 point is exact. Points off the map by more than a pixel, and
+    NaN, are sent into the border.
+    """
+    w, h = np.float64(width), np.float64(height)
+    x_low, x_high = (0.0, w - 1.0) if border else (-np.inf, np.inf)
+    y_low, y_high = (0.0, h - 1.0) if border else (-np.inf, np.inf)
+    pitch = _I32(width + 2 * BORDER)
+    for i in range(n):
+        px = x[i] * w - 0.5
+        px = max(px, x_low)
+        px = min(px, x_high)
+        x0 = np.floor(px)
+        fx[i] = px - x0
+        py = y[i] * h - 0.5
+        py = max(py, y_low)
+        py = min(py, y_high)
+        y0 = np.floor(py)
+        fy[i] = py - y0
+        x0 = max(-2.0, x0)
+        y0 = max(-2.0, y0)
+        column = _I32(min(w, x0))
+        row = _I32(min(h, y0))
+        index[i] = _I32(_I32(_I32(row + _I32(BORDER)) * pitch) + _I32(column + _I32(BORDER)))
+
+
+@helper()
+def round_nearest(index, fx, fy, n, height, width, border):  # type: ignore[no-untyped-def]
+    """Turn what `locate` found into the nearest pixel, half to even; with a border mode the last pixel is the limit."""
+    pitch = width + 2 * BORDER
+    for i in range(n):
+        row, column = index[i] // pitch, index[i] % pitch
+        # BORDER is even, so a column is as odd as its pixel.
+        if fx[i] > 0.5 or (fx[i] == 0.5 and column % 2 == 1):
+            column += 1
+        if fy[i] > 0.5 or (fy[i] == 0.5 and row % 2 == 1):
+            row += 1
+        if border:
+            column = min(column, width - 1 + BORDER)
+            row = min(row, height - 1 + BORDER)
+        index[i] = row * pitch + column
+
+
+# ------------------------------------------------------------------------------------------- gather and scatter
+
+
+@helper()
+def gather(buffer, pitch, index, fx, fy, n, z):  # type: ignore[no-untyped-def]
+    """Bilinear values: along x in both rows, then along y. No contraction: selections agree bit for bit."""
+    below = np.uintp(pitch)
+    one = np.uintp(1)
+    for i in range(n):
+        upper = np.uintp(np.uint32(index[i]))
+        lower = upper + below
+        top = buffer[upper] + fx[i] * (buffer[upper + one] - buffer[upper])
+        bottom = buffer[lower] + fx[i] * (buffer[lower + one] - buffer[lower])
+        z[i] = top + fy[i] * (bottom - top)
+
+
+@helper()
+def scatter(buffer, pitch, index, fx, fy, grad, n):  # type: ignore[no-untyped-def]
+    """The adjoint of `gather`: every point adds its gradient, with the bilinear weights, to four pixels."""
+    below = np.uintp(pitch)
+    one = np.uintp(1)
+    for i in range(n):
+        upper = np.uintp(np.uint32(index[i]))
+        lower = upper + below
+        bottom = fy[i] * grad[i]
+        top = grad[i] - bottom
+        right = fx[i] * top
+        buffer[upper] += top - right
+        buffer[upper + one] += right
+        right = fx[i] * bottom
+        buffer[lower] += bottom - right
+        buffer[lower + one] += right
+
+
+@helper()
+def gather_nearest(buffer, index, n, z):  # type: ignore[no-untyped-def]
+    """The value of one pixel."""
+    for i in range(n):
+        z[i] = buffer[np.uintp(np.uint32(index[i]))]
+
+
+@helper()
+def scatter_nearest(buffer, index, grad, n):  # type: ignore[no-untyped-def]
+    """The adjoint of `gather_nearest`."""
+    for i in range(n):
+        buffer[np.uintp(np.uint32(index[i]))] += grad[i]
+
+
+@helper()
+def given_points(given, n, first, count, x, y):  # type: ignore[no-untyped-def]
+    """Points `first:first + count` of row n of a caller's tensor: address, whether float64, strides in elements."""
+    address, double, row, point, coordinate = given
+    if double:
+        f64 = at(address + (n * row + first * point) * 8, count * point + coordinate + 1, np.float64)
+        for i in range(count):
+            x[i] = f64[i * point]
+            y[i] = f64[i * point + coordinate]
+    else:
+        f32 = at(address + (n * row + first * point) * 4, count * point + coordinate + 1, np.float32)
+        for i in range(count):
+            x[i] = f32[i * point]
+            y[i] = f32[i * point + coordinate]

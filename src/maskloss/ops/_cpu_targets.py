@@ -1,0 +1,171 @@
+"""Reading targets for the CPU kernels: packed bits, label maps and soft values, all cropped."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ._cpu_sampling import BF16, BORDER, F16, F32, from_bf16, from_f16, locate, round_nearest
+from ._cpu_threads import at, helper
+
+# Encodings, as codes: packed bits; label maps of 1, 2, 4 and 8 bytes; soft values by element type, from 8.
+BITS, LABEL_U8, LABEL_I16, LABEL_I32, LABEL_I64, VALUES = 0, 1, 2, 3, 4, 8
+# Columns of a target's row.
+OFFSET, STRIDE, TOP, LEFT, CROP_H, CROP_W, FRAME_H, FRAME_W, LABEL = range(9)
+# Columns of an image's row.
+FIRST, COUNT, IGNORE_OFFSET, IGNORE_STRIDE, IGNORE_H, IGNORE_W, IMAGE_H, IMAGE_W = range(8)
+IGNORED = 16
+
+_I32 = np.int32
+
+
+@helper()
+def collect_inside(x, y, n, row, border, inside, xs, ys):  # type: ignore[no-untyped-def]
+    """List the points that may touch the stored crop of a target; all others read 0 without looking at memory.
+
+    The box is wider than the crop by the reach of the interpolation and a little more; `read_pixel` decides exactly.
+    """
+    if row[CROP_H] == 0 or row[CROP_W] == 0:
+        return 0
+    slack = 1e-6
+    left = (row[LEFT] - 0.5) / row[FRAME_W] - slack
+    right = (row[LEFT] + row[CROP_W] + 0.5) / row[FRAME_W] + slack
+    top = (row[TOP] - 0.5) / row[FRAME_H] - slack
+    bottom = (row[TOP] + row[CROP_H] + 0.5) / row[FRAME_H] + slack
+    if border:
+        left = -np.inf if row[LEFT] == 0 else left
+        top = -np.inf if row[TOP] == 0 else top
+        right = np.inf if row[LEFT] + row[CROP_W] >= row[FRAME_W] else right
+        bottom = np.inf if row[TOP] + row[CROP_H] >= row[FRAME_H] else bottom
+    count = 0
+    for first in range(0, n, 64):
+        last = min(first + 64, n)
+        hits = _I32(0)
+        for i in range(first, last):
+            hit = (x[i] >= left) & (x[i] <= right) & (y[i] >= top) & (y[i] <= bottom)
+            hits += _I32(1) if hit else _I32(0)
+        if hits == 0:
+            continue
+        for i in range(first, last):
+            inside[count] = i
+            xs[count] = x[i]
+            ys[count] = y[i]
+            hit = (x[i] >= left) & (x[i] <= right) & (y[i] >= top) & (y[i] <= bottom)
+            count += 1 if hit else 0
+    return count
+
+
+@helper()
+def _read_label(data, encoding, element):  # type: ignore[no-untyped-def]
+    if encoding == LABEL_U8:
+        return np.int64(at(data + element, 1, np.uint8)[0])
+    if encoding == LABEL_I16:
+        return np.int64(at(data + element * 2, 1, np.int16)[0])
+    if encoding == LABEL_I32:
+        return np.int64(at(data + element * 4, 1, np.int32)[0])
+    return at(data + element * 8, 1, np.int64)[0]
+
+
+@helper()
+def _read_value(data, encoding, element):  # type: ignore[no-untyped-def]
+    dtype = encoding - VALUES
+    if dtype == F32:
+        return np.float64(at(data + element * 4, 1, np.float32)[0])
+    if dtype == F16:
+        return np.float64(from_f16(at(data + element * 2, 1, np.uint16)[0]))
+    if dtype == BF16:
+        return np.float64(from_bf16(at(data + element * 2, 1, np.uint16)[0]))
+    return at(data + element * 8, 1, np.float64)[0]
+
+
+@helper()
+def read_pixel(data, encoding, row, y, x):  # type: ignore[no-untyped-def]
+    """The target at pixel (y, x) of its crop; 0 outside."""
+    if y < 0 or x < 0 or y >= row[CROP_H] or x >= row[CROP_W]:
+        return 0.0
+    start = row[OFFSET] + y * row[STRIDE]
+    if encoding == BITS:
+        return np.float64((at(data + start + (x >> 3), 1, np.uint8)[0] >> (x & 7)) & 1)
+    if encoding < VALUES:
+        return 1.0 if _read_label(data, encoding, start + x) == row[LABEL] else 0.0
+    return _read_value(data, encoding, start + x)
+
+
+@helper()
+def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, fx, fy):  # type: ignore[no-untyped-def]
+    """Target values at n points of one target, and for bits and labels the four pixels around each as a code.
+
+    The pixels are interpolated as `gather` does it. `ints[0]` gets the codes; rows 1 and 2 are work space.
+    """
+    codes, inside, index = ints[0], ints[1], ints[2]
+    for i in range(n):
+        codes[i] = 0
+        t[i] = 0
+    count = collect_inside(x, y, n, row, border, inside, xs, ys)
+    if count == 0:
+        return
+    height, width = row[FRAME_H], row[FRAME_W]
+    pitch = width + 2 * BORDER
+    locate(xs, ys, count, height, width, border, index, fx, fy)
+    if nearest:
+        round_nearest(index, fx, fy, count, height, width, border)
+    for k in range(count):
+        v = np.int64(index[k]) // pitch - BORDER - row[TOP]
+        u = np.int64(index[k]) % pitch - BORDER - row[LEFT]
+        a = t.dtype.type(read_pixel(data, encoding, row, v, u))
+        i = inside[k]
+        if nearest:
+            t[i] = a
+            codes[i] = _I32(a)
+        else:
+            b = t.dtype.type(read_pixel(data, encoding, row, v, u + 1))
+            c = t.dtype.type(read_pixel(data, encoding, row, v + 1, u))
+            d = t.dtype.type(read_pixel(data, encoding, row, v + 1, u + 1))
+            top = a + fx[k] * (b - a)
+            bottom = c + fx[k] * (d - c)
+            t[i] = top + fy[k] * (bottom - top)
+            codes[i] = _I32(a) + _I32(2) * _I32(b) + _I32(4) * _I32(c) + _I32(8) * _I32(d)
+
+
+@helper()
+def values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t, fx, fy):  # type: ignore[no-untyped-def]
+    """Target values from the codes in `ints[0]`: only points between unlike pixels need their position."""
+    codes, mixed, index = ints[0], ints[1], ints[2]
+    count = 0
+    for i in range(n):
+        code = codes[i] & 15
+        t[i] = 0
+        if code == 15 or (nearest and code == 1):
+            t[i] = 1
+        mixed[count] = i
+        xs[count] = x[i]
+        ys[count] = y[i]
+        count += 1 if code not in (0, 15) else 0
+    if nearest or count == 0:
+        return
+    locate(xs, ys, count, row[FRAME_H], row[FRAME_W], border, index, fx, fy)
+    for k in range(count):
+        code = codes[mixed[k]]
+        a, b = t.dtype.type(code & 1), t.dtype.type((code >> 1) & 1)
+        c, d = t.dtype.type((code >> 2) & 1), t.dtype.type((code >> 3) & 1)
+        top = a + fx[k] * (b - a)
+        bottom = c + fx[k] * (d - c)
+        t[mixed[k]] = top + fy[k] * (bottom - top)
+
+
+@helper()
+def mark_ignored(x, y, n, image, ignore, double, codes):  # type: ignore[no-untyped-def]
+    """Set the flag of the points in pixels that the ignore region covers: pixel `int(x * frame_w)`, in the points' type."""
+    if image[IGNORE_OFFSET] < 0 or ignore.shape[0] == 0:
+        return
+    for i in range(n):
+        u, v = x[i] * image[IMAGE_W], y[i] * image[IMAGE_H]
+        if not double:
+            u = np.float64(np.float32(x[i]) * np.float32(image[IMAGE_W]))
+            v = np.float64(np.float32(y[i]) * np.float32(image[IMAGE_H]))
+        # A NaN counts as 0.
+        column = int(min(u, image[IMAGE_W] - 1.0)) if u > 0 else 0
+        row = int(min(v, image[IMAGE_H] - 1.0)) if v > 0 else 0
+        if row < image[IGNORE_H] and column < image[IGNORE_W]:
+            byte = ignore[image[IGNORE_OFFSET] + row * image[IGNORE_STRIDE] + (column >> 3)]
+            if (byte >> (column & 7)) & 1:
+                codes[i] |= IGNORED

@@ -1,0 +1,203 @@
+"""Running a Numba kernel on several plain Python threads.
+
+Numba's own threading layers and OpenMP both keep their threads spinning between two regions, and two such pools in one
+process fight over the cores. The kernels here release the GIL and take their work from a shared counter, so a few
+sleeping Python threads are all that is needed; results cannot depend on their number, because one work item is always
+computed by one thread, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils, event
+from numba.extending import intrinsic
+
+# A scratch array is kept for its thread's next call up to this size; larger ones (planes of many megapixels) are
+# given back, so that one unusual batch does not stay in memory.
+_KEEP_BYTES = 64 << 20
+
+_lock = threading.Lock()
+_compile_lock = threading.RLock()
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+_compiled: set[tuple[int, str]] = set()
+_hinted = False
+_local = threading.local()
+
+
+def _after_fork() -> None:
+    # A child owns none of the parent's threads, and a lock may have been copied while another thread held it.
+    global _lock, _compile_lock, _pool, _pool_size
+    _lock = threading.Lock()
+    _compile_lock = threading.RLock()
+    _pool = None
+    _pool_size = 0
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+# ------------------------------------------------------------------------------------------------- compilation
+
+
+def _source_digest() -> bytes:
+    here = Path(__file__).parent
+    return sha256(b"".join(path.read_bytes() for path in sorted(here.glob("_cpu_*.py")))).digest()
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile an entry point: no GIL, NumPy's division (no exceptions in loops), cached on disk where that is possible.
+
+    Numba notices a change of the file of the entry point only, so the cache of each kernel is stamped with all kernel
+    files. Without a writable cache directory the kernel is compiled in every process.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        compiled = njit(cache=True, **options)(function)
+        compiled._cache._cache_file._source_stamp = _source_digest()
+    except (RuntimeError, AttributeError):
+        # RuntimeError: no directory is writable; AttributeError: a Numba without that private field, where a cache
+        # could serve code of another version.
+        compiled = njit(**options)(function)
+    return compiled
+
+
+def helper(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function that only kernels call."""
+
+    def compile_later(function: Callable[..., Any]) -> Any:
+        return njit(error_model="numpy", **options)(function)
+
+    return compile_later
+
+
+class _Hint(event.Listener):  # type: ignore[misc]
+    """Says once per process that a compilation (not a load from the cache) has begun."""
+
+    def on_start(self, event: Any) -> None:
+        global _hinted
+        if not _hinted:
+            _hinted = True
+            sys.stderr.write("maskloss: compiling CPU kernels, once per machine (about 20 s)\n")
+            sys.stderr.flush()
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+def _prepare(function: Any, dtype: np.dtype[Any], scratch: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+    """Compile `function` or load it from the cache, by a call without work."""
+    key = (id(function), dtype.char)
+    if key in _compiled:
+        return
+    with _compile_lock, event.install_listener("numba:compile", _Hint()):
+        function(np.zeros(1, np.int64), 0, *_scratch(dtype, scratch), *args)
+        _compiled.add(key)
+
+
+# ----------------------------------------------------------------------------------------------------- threads
+
+
+def _scratch(dtype: np.dtype[Any], sizes: tuple[int, int, int]) -> list[np.ndarray[Any, Any]]:
+    """This thread's work space: an array of `dtype`, one of float64, one of int32, of at least `sizes` elements."""
+    arrays = []
+    for name, kind, size in zip(("values", "doubles", "integers"), (dtype, np.float64, np.int32), sizes, strict=True):
+        attribute = f"{name}_{np.dtype(kind).char}"
+        array = getattr(_local, attribute, None)
+        if array is None or array.size < size:
+            array = np.empty(size, kind)
+            if array.nbytes <= _KEEP_BYTES:
+                setattr(_local, attribute, array)
+        arrays.append(array)
+    return arrays
+
+
+def _executor(size: int) -> ThreadPoolExecutor:
+    global _pool, _pool_size
+    with _lock:
+        if _pool is None or _pool_size < size:
+            if _pool is not None:
+                _pool.shutdown(wait=False)
+            _pool = ThreadPoolExecutor(size, thread_name_prefix="maskloss")
+            _pool_size = size
+        return _pool
+
+
+def launch(
+    function: Any, items: int, dtype: np.dtype[Any], scratch: tuple[int, int, int], args: tuple[Any, ...]
+) -> None:
+    """Run `function(counter, items, values, doubles, integers, *args)` on `torch.get_num_threads()` threads.
+
+    Every thread takes item numbers from `counter` until none is left; the calling thread is one of them.
+
+    Args:
+        function: a kernel (see `kernel`).
+        items: number of work items; nothing happens (and nothing is compiled) for 0.
+        dtype: element type of the first scratch array.
+        scratch: sizes of the three scratch arrays, in elements.
+        args: what the kernel takes after its scratch arrays.
+    """
+    if items == 0:
+        return
+    _prepare(function, dtype, scratch, args)
+    counter = np.zeros(1, np.int64)
+
+    def work() -> None:
+        function(counter, items, *_scratch(dtype, scratch), *args)
+
+    others = min(torch.get_num_threads(), items) - 1
+    futures: list[Future[None]] = []
+    if others > 0:
+        pool = _executor(others)
+        futures = [pool.submit(work) for _ in range(others)]
+    try:
+        work()
+    finally:
+        # When the pool serves another caller, this thread may have done everything before a helper was free.
+        started = [future for future in futures if not future.cancel()]
+        for future in started:
+            future.result()
+
+
+# --------------------------------------------------------------------------------------------------- intrinsics
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def take(typingctx: Any, counter: Any) -> Any:
+    """The next item number: an atomic `counter[0] += 1` that returns the value before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typingctx: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), codegen
+
+
+@helper(forceinline=True)
+def at(address, size, dtype):  # type: ignore[no-untyped-def]
+    """The memory at `address` as an array of `size` elements.
+
+    Tensors reach the kernels as addresses: one kernel then serves all element types, strides and numbers of layers, and
+    is compiled once.
+    """
+    return carray(_pointer(address), size, dtype)

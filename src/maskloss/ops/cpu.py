@@ -1,0 +1,366 @@
+"""The operations on CPU tensors, as Numba kernels; `reference.py` defines what they compute.
+
+This file turns tensors into what the kernels take: tables of addresses, sizes and strides, so that one compiled kernel
+serves every element type, memory layout and number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import _cpu_instances as instances
+from . import _cpu_maps as maps_
+from . import _cpu_match as matching
+from ._cpu_sampling import BLOCK, BORDER, F16, F32, F64, BF16, buffer_size
+from ._cpu_targets import BITS, LABEL_I16, LABEL_I32, LABEL_I64, LABEL_U8, VALUES
+from ._cpu_threads import launch
+
+Array = NDArray[Any]
+
+_FLOATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.float64: F64}
+_LABELS = {torch.uint8: LABEL_U8, torch.int16: LABEL_I16, torch.int32: LABEL_I32, torch.int64: LABEL_I64}
+_STORAGE = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.int16, torch.float64: np.float64}
+
+
+# ----------------------------------------------------------------------------------------- tensors to arguments
+
+
+def _array(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().contiguous().numpy()
+    return array
+
+
+def _accumulation(dtype: torch.dtype) -> np.dtype[Any]:
+    return np.dtype(np.float64 if dtype == torch.float64 else np.float32)
+
+
+def _describe(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
+    """One row per tensor `[B, Q, h, w]`: address, element type, h, w, strides in elements."""
+    rows = [
+        (t.data_ptr(), _FLOATS[t.dtype], t.shape[2], t.shape[3], t.stride(0), t.stride(1), t.stride(2), t.stride(3))
+        for t in tensors
+    ]
+    return np.array(rows, np.int64).reshape(len(rows), 8)
+
+
+def _encode(data: Tensor, encoding: str) -> int:
+    if encoding == "bits":
+        return BITS
+    return _LABELS[data.dtype] if encoding == "labels" else VALUES + _FLOATS[data.dtype]
+
+
+def _point_rows(points: Tensor | None) -> tuple[tuple[int, bool, int, int, int], Tensor | None]:
+    """The caller's points for a kernel (address 0: none), and the tensor that must stay alive while it runs."""
+    if points is None:
+        return (0, False, 0, 0, 0), None
+    if points.dtype not in (torch.float32, torch.float64):
+        points = points.float()
+    return (points.data_ptr(), points.dtype == torch.float64, *points.stride()), points
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros from the operating system's own zero pages: what is never written costs neither time nor memory."""
+    return torch.from_numpy(np.zeros(tuple(shape), _STORAGE[dtype])).view(dtype)
+
+
+def _groups(keys: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows in the order of their keys, and where each run of equal keys starts (and the last one ends)."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    starts = np.flatnonzero(np.concatenate([np.ones(min(1, len(keys)), bool), ordered[1:] != ordered[:-1]]))
+    return order.astype(np.int64), np.append(starts, len(keys)).astype(np.int64)
+
+
+def _largest(tensors: Sequence[Tensor]) -> int:
+    return max(buffer_size(t.shape[2], t.shape[3]) for t in tensors)
+
+
+# --------------------------------------------------------------------------------------------------- operations
+
+
+def point_sample(maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str) -> Tensor:
+    """Read maps `[M, h, w]`, chosen by index `[N]`, at points `[N, P, 2]`: `[N, P]`."""
+    dtype = _accumulation(maps.dtype)
+    result = np.empty(points.shape[:2], dtype)
+    given, kept = _point_rows(points)
+    rows = _array(index)
+    order, starts = _groups(rows)
+    if result.size:
+        args = (_describe([maps[:, None]]), rows, order, starts, given, mode == "nearest", padding == "border", result)
+        sizes = (2 * BLOCK + buffer_size(*maps.shape[1:]), 2 * BLOCK, BLOCK)
+        launch(maps_.point_sample, len(starts) - 1, dtype, sizes, args)
+    del kept
+    return torch.from_numpy(result)
+
+
+def point_sample_backward(grad: Tensor, maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str) -> Tensor:
+    """Scatter the gradient `[N, P]` of the values to the maps."""
+    dtype = _accumulation(maps.dtype)
+    result = _zeros(maps.shape, maps.dtype)
+    given, kept = _point_rows(points)
+    rows = _array(index)
+    order, starts = _groups(rows)
+    if grad.numel() and maps.numel():
+        by_value = _array(grad).astype(dtype, copy=False)
+        flags = (mode == "nearest", padding == "border")
+        table = _describe([result[:, None]])
+        args = (table, rows, order, starts, given, *flags, by_value, table)
+        sizes = (2 * BLOCK + buffer_size(*maps.shape[1:]), 2 * BLOCK, BLOCK)
+        launch(maps_.point_sample_backward, len(starts) - 1, dtype, sizes, args)
+    del kept
+    return result
+
+
+def uncertain_points(
+    logits: Sequence[Tensor],
+    index: Tensor,
+    layer_sizes: Sequence[int],
+    windows: Tensor,
+    image_ids: Tensor,
+    seed: Tensor,
+    num_points: int,
+    num_candidates: int,
+    num_uncertain: int,
+    padding: str,
+) -> Tensor:
+    """Draw the points of all instances: float32 `[N, P, 2]`, the uncertain ones first."""
+    dtype = _accumulation(logits[0].dtype)
+    candidates = num_candidates if num_uncertain else 0
+    points = np.empty((len(index), num_points, 2), np.float32)
+    args = (
+        _describe(logits),
+        _array(index),
+        _array(windows),
+        _array(image_ids),
+        int(seed),
+        (num_points, candidates, num_uncertain),
+        padding == "border",
+        points,
+    )
+    launch(instances.uncertain_points, len(index), dtype, _room(logits, candidates, num_uncertain), args)
+    return torch.from_numpy(points)
+
+
+def _room(logits: Sequence[Tensor], candidates: int, num_uncertain: int) -> tuple[int, int, int]:
+    return (
+        instances.VALUE_ROWS * BLOCK + candidates + _largest(logits),
+        instances.DOUBLE_ROWS * BLOCK,
+        instances.INTEGER_ROWS * BLOCK + 2 * candidates + 1 + num_uncertain + 8,
+    )
+
+
+def mask_loss(
+    logits: Sequence[Tensor],
+    index: Tensor,
+    layer_sizes: Sequence[int],
+    targets: Sequence[Tensor],
+    encoding: str,
+    image_ids: Tensor,
+    seed: Tensor,
+    points: Tensor | None,
+    num_points: int,
+    num_candidates: int,
+    num_uncertain: int,
+    padding: str,
+    target_mode: str,
+    focal_alpha: float,
+    focal_gamma: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy `[N]`, Dice `[N]`, chosen candidates as bits, and the target pixels at the points."""
+    dtype = _accumulation(logits[0].dtype)
+    count = len(index)
+    uncertain = num_uncertain if points is None else 0
+    candidates = num_candidates if uncertain else 0
+    ce, dice = np.empty(count, dtype), np.empty(count, dtype)
+    chosen = np.empty((count, (candidates + 7) // 8), np.uint8)
+    codes, values = _corner_arrays(count, num_points, encoding, dtype)
+    given, kept = _point_rows(points)
+    data, table, images, windows, ignore = targets
+    data = data.contiguous()
+    args = (
+        _describe(logits),
+        _array(index),
+        data.data_ptr(),
+        _encode(data, encoding),
+        _array(table),
+        _array(images),
+        _array(windows),
+        _array(ignore),
+        _array(image_ids),
+        int(seed),
+        given,
+        (num_points, candidates, uncertain),
+        padding == "border",
+        target_mode == "nearest",
+        float(focal_alpha),
+        float(focal_gamma),
+        ce,
+        dice,
+        chosen,
+        codes,
+        values,
+    )
+    launch(instances.mask_loss, count, dtype, _room(logits, candidates, uncertain), args)
+    del kept
+    corners = values if encoding == "values" else codes
+    return torch.from_numpy(ce), torch.from_numpy(dice), torch.from_numpy(chosen), torch.from_numpy(corners)
+
+
+def _corner_arrays(count: int, num_points: int, encoding: str, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Where the kernels keep targets: codes for bits and labels, values for soft targets; the other one is empty."""
+    soft = encoding == "values"
+    codes = np.empty((count, 0 if soft else num_points), np.uint8)
+    return codes, np.empty((count, num_points if soft else 0), dtype)
+
+
+def mask_loss_backward(
+    grad_ce: Tensor,
+    grad_dice: Tensor,
+    chosen: Tensor,
+    corners: Tensor,
+    needs_grad: Sequence[bool],
+    logits: Sequence[Tensor],
+    index: Tensor,
+    layer_sizes: Sequence[int],
+    targets: Sequence[Tensor],
+    encoding: str,
+    image_ids: Tensor,
+    seed: Tensor,
+    points: Tensor | None,
+    num_points: int,
+    num_candidates: int,
+    num_uncertain: int,
+    padding: str,
+    target_mode: str,
+    focal_alpha: float,
+    focal_gamma: float,
+) -> list[Tensor]:
+    """Dense gradients of the logits; an empty tensor for each layer that needs none."""
+    dtype = _accumulation(logits[0].dtype)
+    grads = [_zeros(layer.shape if need else (0,), layer.dtype) for layer, need in zip(logits, needs_grad, strict=True)]
+    if not any(needs_grad):
+        return grads
+    uncertain = num_uncertain if points is None else 0
+    codes, values = _corner_arrays(0, num_points, encoding, dtype)
+    codes, values = (codes, _array(corners)) if encoding == "values" else (_array(corners), values)
+    given, kept = _point_rows(points)
+    data, table, images, windows, ignore = targets
+    rows = _array(index)
+    batch, queries = logits[0].shape[:2]
+    order, starts = _groups((rows[:, 0] * batch + rows[:, 1]) * queries + rows[:, 2])
+    needed = np.asarray(needs_grad, bool)[rows[order[starts[:-1]], 0]] if len(rows) else np.zeros(0, bool)
+    if not needed.all():
+        keep = np.repeat(needed, np.diff(starts))
+        order, starts = order[keep], np.append(0, np.cumsum(np.diff(starts)[needed]))
+    args = (
+        _describe(logits),
+        rows,
+        _encode(data, encoding),
+        _array(table),
+        _array(images),
+        _array(windows),
+        _array(ignore),
+        _array(image_ids),
+        int(seed),
+        given,
+        (num_points, 0, uncertain),
+        padding == "border",
+        target_mode == "nearest",
+        float(focal_alpha),
+        float(focal_gamma),
+        _array(grad_ce),
+        _array(grad_dice),
+        _array(chosen),
+        codes,
+        values,
+        order,
+        starts,
+        _describe([g if need else layer for g, layer, need in zip(grads, logits, needs_grad, strict=True)]),
+    )
+    sizes = (
+        2 * BLOCK + 6 * num_points + 2 * _largest(logits),
+        instances.DOUBLE_ROWS * BLOCK,
+        instances.INTEGER_ROWS * BLOCK + num_points + uncertain + 8,
+    )
+    launch(instances.mask_loss_backward, len(starts) - 1, dtype, sizes, args)
+    del kept
+    return grads
+
+
+def match_cost(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    encoding: str,
+    num_targets: Sequence[int],
+    image_ids: Tensor,
+    seed: Tensor,
+    num_points: int,
+    padding: str,
+    target_mode: str,
+    focal_alpha: float,
+    focal_gamma: float,
+) -> tuple[Tensor, Tensor]:
+    """Both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
+    dtype = _accumulation(logits[0].dtype)
+    batch, queries = logits[0].shape[:2]
+    shape = (len(logits), batch, queries, max(num_targets, default=0))
+    ce, dice = np.empty(shape, dtype), np.empty(shape, dtype)
+    if ce.size == 0:
+        return torch.from_numpy(ce), torch.from_numpy(dice)
+    sizes, size_of = np.unique([t.shape[2:] for t in logits], axis=0, return_inverse=True)
+    rows = np.maximum(1, matching.BAND_BYTES // dtype.itemsize // (sizes[:, 1] + 2 * BORDER) - 1)
+    points, weights, lists = _match_targets(
+        targets, encoding, num_targets, image_ids, seed, num_points, padding == "border", target_mode, dtype
+    )
+    index = np.empty((batch, len(sizes), num_points), np.int32)
+    fx, fy = (np.empty((batch, len(sizes), num_points), dtype) for _ in range(2))
+    bands = np.empty((batch, len(sizes), int(((sizes[:, 0] + 3) // rows).max()) + 2), np.int64)
+    args = (points, sizes.astype(np.int64), padding == "border", rows.astype(np.int64), index, fx, fy, bands)
+    launch(matching.place_points, batch * len(sizes), dtype, (0, 0, 0), args)
+    images = _array(targets[2])
+    launch(
+        matching.match_cost,
+        len(logits) * batch * queries,
+        dtype,
+        (2 * num_points + int(((rows + 1) * (sizes[:, 1] + 2 * BORDER)).max()), 0, 0),
+        (_describe(logits), size_of.reshape(-1).astype(np.int64), rows.astype(np.int64), index, fx, fy, bands, weights)
+        + (images, *lists, float(focal_alpha), float(focal_gamma), ce, dice),
+    )
+    return torch.from_numpy(ce), torch.from_numpy(dice)
+
+
+def _match_targets(
+    targets: Sequence[Tensor],
+    encoding: str,
+    num_targets: Sequence[int],
+    image_ids: Tensor,
+    seed: Tensor,
+    num_points: int,
+    border: bool,
+    target_mode: str,
+    dtype: np.dtype[Any],
+) -> tuple[Array, Array, tuple[Array, ...]]:
+    """What all planes share: points `[B, 2, P]`, weights `[B, P]`, and for each target the points in it."""
+    batch = len(num_targets)
+    data = targets[0].contiguous()
+    table, images, windows, ignore = (_array(t) for t in targets[1:])
+    points, weights = np.empty((batch, 2, num_points)), np.empty((batch, num_points), dtype)
+    args: tuple[Any, ...] = (_array(image_ids), int(seed), windows, images, ignore, num_points, points, weights)
+    launch(matching.draw, batch, dtype, (0, 0, 3 * num_points), args)
+    owner = np.repeat(np.arange(batch), num_targets)
+    counts = np.zeros(len(table), np.int64)
+    room = (0, 2 * num_points, num_points)
+    launch(matching.count_inside, len(table), dtype, room, (points, images, table, border, owner, counts))
+    starts = np.cumsum(counts) - counts
+    ends, total = np.empty_like(starts), int(counts.sum())
+    members, shares, sums = np.empty(total, np.int32), np.empty(total, dtype), np.empty(len(table), dtype)
+    args = (points, weights, table, data.data_ptr(), _encode(data, encoding), border, target_mode == "nearest")
+    args += (owner, starts, ends, members, shares, sums)
+    launch(matching.list_targets, len(table), dtype, (3 * BLOCK, 2 * BLOCK, 3 * BLOCK), args)
+    return points, weights, (starts, ends, members, shares, sums)
