@@ -31,12 +31,12 @@ default_role = "code"
 
 # The one-line-per-argument signatures and short type names that a reader can take in at a glance.
 add_module_names = False
+autodoc_default_options = {"members": True, "exclude-members": "extra_repr"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 88
-napoleon_custom_sections = ["Source"]
-napoleon_use_ivar = True
+napoleon_custom_sections = ["Source", ("Attributes", "params_style")]
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 

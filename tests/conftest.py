@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Set before torch and Numba start their pools. Waiting threads sleep: pools that spin fight over the cores.
+# Set before torch starts its pool. Waiting threads sleep, so that two busy processes do not fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("NUMBA_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

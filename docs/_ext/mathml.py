@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
+# Bars around something are brackets, and a function's name is a name: both without the space of an infix operator.
+_MENDS = (
+    (re.compile(r"(<mrow>\s*)<mo>\|</mo>"), r'\1<mo form="prefix" stretchy="false">|</mo>'),
+    (re.compile(r"<mo>\|</mo>(\s*</mrow>)"), r'<mo form="postfix" stretchy="false">|</mo>\1'),
+    (re.compile(r"<mo>(max|min)</mo>"), r"<mi>\1</mi>"),
+)
+
+
+def _formula(tex: str, *, as_block: bool) -> str:
+    xml = tex2mathml(tex, as_block=as_block)
+    for pattern, replacement in _MENDS:
+        xml = pattern.sub(replacement, xml)
+    return xml
+
 
 def _inline(self: Any, node: nodes.math) -> None:
-    self.body.append(tex2mathml(node.astext()))
+    self.body.append(_formula(node.astext(), as_block=False))
     raise nodes.SkipNode
 
 
 def _block(self: Any, node: nodes.math_block) -> None:
-    self.body.append(f'<div class="formula">{tex2mathml(node.astext(), as_block=True)}</div>\n')
+    self.body.append(f'<div class="formula">{_formula(node.astext(), as_block=True)}</div>\n')
     raise nodes.SkipNode
 
 
