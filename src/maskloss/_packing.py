@@ -23,13 +23,13 @@ _LARGEST_TABLE = 1 << 22
 def pack(masks: Tensor) -> Tensor:
     """Pack masks `[..., H, W]`, non-zero inside, into bits: uint8 `[..., H, ceil(W / 8)]`, lowest bit leftmost."""
     if masks.device.type == "cpu":
-        values = masks.detach().contiguous().numpy()
-        values = values.view(np.uint8) if values.dtype == np.bool_ else values
-        return torch.from_numpy(np.packbits(values, axis=-1, bitorder="little"))
+        values = masks if masks.dtype in (torch.bool, torch.uint8) else masks != 0
+        return torch.from_numpy(np.packbits(values.contiguous().numpy(), axis=-1, bitorder="little"))
     width = masks.shape[-1]
     padded = torch.nn.functional.pad((masks != 0).to(torch.uint8), (0, -width % 8))
     shifts = torch.arange(8, dtype=torch.uint8, device=masks.device)
-    return (padded.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (padded.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def crop(packed: Tensor, width: int) -> tuple[Tensor, NDArray[np.int64]]:
@@ -94,7 +94,8 @@ def _ranks(values: NDArray[Any], wanted: NDArray[np.int64]) -> NDArray[np.int32]
         table = np.zeros(largest + 1, dtype=np.int32)
         inside = (wanted >= 0) & (wanted <= largest)
         table[wanted[inside]] = np.flatnonzero(inside) + 1
-        return table[values]
+        ranks: NDArray[np.int32] = table[values]
+        return ranks
     position = np.searchsorted(wanted, values).clip(max=len(wanted) - 1)
     return np.where(wanted[position] == values, position + 1, 0).astype(np.int32)
 
