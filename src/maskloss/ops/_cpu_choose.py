@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from ._cpu_threads import helper
 
 _I32 = np.int32
 _SMALL = 4096
 _PREFIX = 2048
+# Keys are looked at in groups of this size; an array of keys is filled up to whole groups with the largest key.
+GROUP = 16
+LARGEST_KEY = _I32(0x7FFFFFFF)
 
 
-def _positions() -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+def _positions() -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
     """For each byte the positions of its set bits, and behind them zeros."""
-    table = np.zeros((256, 8), np.uint8)
+    table = np.zeros((256, 8), np.int32)
     for byte in range(256):
         bits = [bit for bit in range(8) if byte >> bit & 1]
         table[byte, : len(bits)] = bits
@@ -24,11 +32,31 @@ _POSITIONS = _positions()
 _COUNTS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _within(typingctx: Any, array: Any, first: Any, low: Any, span: Any) -> Any:
+    """16 bits: which of `array[first:first + 16]` (int32) lie in [low, low + span). One comparison of a vector."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        vector = ir.VectorType(ir.IntType(32), GROUP)
+        keys = builder.load(builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer()), align=4)
+        low, span = (_splat(builder, value, vector) for value in args[2:])
+        return builder.bitcast(builder.icmp_unsigned("<", builder.sub(keys, low), span), ir.IntType(16))
+
+    return types.uint16(array, types.uintp, types.int32, types.int32), codegen
+
+
+def _splat(builder: Any, value: Any, vector: Any) -> Any:
+    single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), GROUP), [0] * GROUP)
+    return builder.shuffle_vector(single, single, lanes)
+
+
 @helper()
 def make_keys(z, n, keys):  # type: ignore[no-untyped-def]
     """The bits of |z| in float32, which order as |z| does; 0 for what is not finite, so that it is always chosen."""
     for i in range(n):
-        bits = _I32(np.float32(z[i]).view(np.int32) & _I32(0x7FFFFFFF))
+        bits = _I32(np.float32(z[i]).view(np.int32) & LARGEST_KEY)
         keys[i] = bits if bits < _I32(0x7F800000) else _I32(0)
 
 
@@ -78,29 +106,35 @@ def threshold(keys, n, rank, space):  # type: ignore[no-untyped-def]
 
 @helper()
 def _collect(keys, n, low, high, space):  # type: ignore[no-untyped-def]
+    """Copy the keys in [low, high] to `space`, which needs room for 8 more than there are; count those below."""
     below = _count_below(keys, n, low)
-    between = 0
-    for i in range(n):
-        # Stored always, kept if it lies between: no branch to mispredict.
-        space[between] = keys[i]
-        between += 1 if low <= keys[i] <= high else 0
-    return below, between
+    span = _I32(_I32(high - low) + _I32(1))
+    count = np.uintp(0)
+    for first in range(0, n, GROUP):
+        hits = np.uintp(_within(keys, np.uintp(first), low, span))
+        for half in range(2):
+            byte = (hits >> np.uintp(8 * half)) & np.uintp(255)
+            for j in range(8):
+                space[count + np.uintp(j)] = keys[np.uintp(first + 8 * half) + np.uintp(_POSITIONS[byte, j])]
+            count += np.uintp(_COUNTS[byte])
+    return below, np.int64(count)
+
+
+@helper()
+def mark(keys, n, limit, bits):  # type: ignore[no-untyped-def]
+    """Write a bit mask `[ceil(n / 8)]` of the keys below `limit`."""
+    for first in range(0, n, GROUP):
+        hits = _within(keys, np.uintp(first), _I32(0), limit)
+        byte = first // 8
+        bits[byte] = np.uint8(hits & 255)
+        if byte + 1 < bits.shape[0]:
+            bits[byte + 1] = np.uint8(hits >> 8)
 
 
 @helper()
 def mark_chosen(keys, n, key, ties, bits):  # type: ignore[no-untyped-def]
     """Write the bit mask of the chosen: all keys below `key`, and of those equal to it the first `ties`."""
-    whole = n // 8
-    for byte in range(whole):
-        value = _I32(0)
-        for j in range(8):
-            value |= _I32((_I32(1) if keys[byte * 8 + j] < key else _I32(0)) << _I32(j))
-        bits[byte] = value
-    if whole * 8 < n:
-        bits[whole] = 0
-        for i in range(whole * 8, n):
-            if keys[i] < key:
-                bits[whole] |= np.uint8(1 << (i - whole * 8))
+    mark(keys, n, key, bits)
     i = 0
     while ties > 0:
         if keys[i] == key:
@@ -110,12 +144,13 @@ def mark_chosen(keys, n, key, ties, bits):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def list_chosen(bits, chosen):  # type: ignore[no-untyped-def]
-    """The positions of the set bits, ascending. `chosen` needs room for 8 more than there are."""
+def list_marked(bits, positions):  # type: ignore[no-untyped-def]
+    """The positions of the set bits, ascending, and their number. `positions` needs room for 8 more than there are."""
     count = np.uintp(0)
     for byte in range(bits.shape[0]):
         value = np.uintp(bits[byte])
-        for j in range(8):
-            chosen[count + np.uintp(j)] = _I32(_I32(byte * 8) + _I32(_POSITIONS[value, j]))
-        count += np.uintp(_COUNTS[value])
-    return count
+        if value != 0:
+            for j in range(8):
+                positions[count + np.uintp(j)] = _I32(_I32(byte * 8) + _POSITIONS[value, j])
+            count += np.uintp(_COUNTS[value])
+    return np.int64(count)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._cpu_choose import list_chosen, make_keys, mark_chosen, threshold
-from ._cpu_loss import add_focal_gradients, loss_gradients, sum_focal, sum_losses
-from ._cpu_random import U32, draw_points, instance_key
+from ._cpu_choose import GROUP, LARGEST_KEY, list_marked, make_keys, mark_chosen, threshold
+from ._cpu_loss import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses
+from ._cpu_random import U32, draw_bits, instance_key, points_of_bits
 from ._cpu_sampling import (
+    BITS_LIMIT,
     BLOCK,
     BORDER,
     HEIGHT,
@@ -15,6 +16,7 @@ from ._cpu_sampling import (
     gather,
     given_points,
     locate,
+    locate_bits,
     read_plane,
     scatter,
     write_plane,
@@ -22,9 +24,13 @@ from ._cpu_sampling import (
 from ._cpu_targets import FIRST, IGNORED, VALUES, mark_ignored, read_targets, values_of_codes
 from ._cpu_threads import helper, kernel, take
 
+_I32 = np.int32
 _CANDIDATES, _RANDOM = 0, 1
 # Rows of the work spaces that hold one block.
-VALUE_ROWS, DOUBLE_ROWS, INTEGER_ROWS = 6, 4, 4
+VALUE_ROWS, POINT_ROWS, INTEGER_ROWS = 6, 4, 4
+ROW = BLOCK + GROUP
+# Integers beside the keys and copies of keys that choosing needs, for whole groups.
+SPARE = 2 * GROUP
 
 
 @helper()
@@ -40,39 +46,64 @@ def _weights(codes, n, w):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def choose_candidates(buffer, source, key, layer, window, sampling, border, z, blocks, integers, bits):  # type: ignore[no-untyped-def]
-    """Draw candidates, read the logits there, and mark the chosen ones: z `[K]`, bits `[ceil(K / 8)]`."""
+def locate_drawn(bits, x, y, n, source, window, border, index, fx, fy):  # type: ignore[no-untyped-def]
+    """Places of random points in a plane's buffer; x and y are work space."""
+    height, width = source[HEIGHT], source[WIDTH]
+    whole = window[0] == 0 and window[1] == 0 and window[2] == 1 and window[3] == 1
+    if whole and not border and max(height, width) < BITS_LIMIT:
+        locate_bits(bits, n, height, width, index, fx, fy)
+    else:
+        points_of_bits(bits, n, window, x, y)
+        locate(x, y, n, height, width, border, index, fx, fy)
+
+
+@helper()
+def choose_candidates(buffer, source, key, layer, window, sampling, border, z, blocks, integers, marks):  # type: ignore[no-untyped-def]
+    """Draw candidates, read the logits there, and mark the chosen ones: z `[K]`, marks `[ceil(K / 8)]`."""
     num_candidates, num_uncertain = sampling[1], sampling[2]
-    doubles, values, ints = blocks
-    x, y = doubles[0], doubles[1]
-    fx, fy = values[0], values[1]
-    counters, index = ints[0], ints[1]
-    keys = integers[:num_candidates]
-    space = integers[num_candidates : 2 * num_candidates + 1]
+    points, values, ints = blocks
+    x, y, fx, fy = points[0], points[1], values[0], values[1]
+    counters, index, bits = ints[0], ints[1], ints[2:4]
+    keys, space = integers[: num_candidates + GROUP], integers[num_candidates + GROUP :]
     stream = U32(layer | (_CANDIDATES << 16))
     for first in range(0, num_candidates, BLOCK):
         n = min(BLOCK, num_candidates - first)
         _count_up(counters, first, n)
-        draw_points(key, stream, counters, n, window, x, y)
-        locate(x, y, n, source[HEIGHT], source[WIDTH], border, index, fx, fy)
+        draw_bits(key, stream, counters, n, bits)
+        locate_drawn(bits, x, y, n, source, window, border, index, fx, fy)
         part = z[first : first + n]
         gather(buffer, source[WIDTH] + 2 * BORDER, index, fx, fy, n, part)
         make_keys(part, n, keys[first : first + n])
+    keys[num_candidates:] = LARGEST_KEY
     limit, below = threshold(keys, num_candidates, num_uncertain, space)
-    mark_chosen(keys, num_candidates, limit, num_uncertain - below, bits)
+    mark_chosen(keys, num_candidates, _I32(limit), num_uncertain - below, marks)
 
 
 @helper()
-def points_of_block(first, n, sampling, given, instance, key, layer, window, chosen, x, y, counters):  # type: ignore[no-untyped-def]
-    """Points `first:first + n` of an instance: the caller's, or chosen candidates and then random ones."""
+def points_of_block(first, n, sampling, given, instance, key, layer, window, chosen, x, y, ints):  # type: ignore[no-untyped-def]
+    """Points `first:first + n` of an instance: the caller's, or chosen candidates and then random ones.
+
+    Random points also stay in `ints[2:4]`, as bits.
+    """
     num_uncertain = sampling[2]
     if given[0] != 0:
         given_points(given, instance, first, n, x, y)
-    elif first < num_uncertain:
-        draw_points(key, U32(layer | (_CANDIDATES << 16)), chosen[first : first + n], n, window, x, y)
+        return
+    if first < num_uncertain:
+        draw_bits(key, U32(layer | (_CANDIDATES << 16)), chosen[first : first + n], n, ints[2:4])
     else:
-        _count_up(counters, first - num_uncertain, n)
-        draw_points(key, U32(layer | (_RANDOM << 16)), counters, n, window, x, y)
+        _count_up(ints[0], first - num_uncertain, n)
+        draw_bits(key, U32(layer | (_RANDOM << 16)), ints[0], n, ints[2:4])
+    points_of_bits(ints[2:4], n, window, x, y)
+
+
+@helper()
+def _locate_block(given, ints, x, y, n, source, window, border, index, fx, fy):  # type: ignore[no-untyped-def]
+    if given[0] != 0:
+        locate(x, y, n, source[HEIGHT], source[WIDTH], border, index, fx, fy)
+    else:
+        # The caller keeps x and y: the general path writes the same numbers again.
+        locate_drawn(ints[2:4], x, y, n, source, window, border, index, fx, fy)
 
 
 @helper(forceinline=True)
@@ -83,19 +114,19 @@ def _block_length(first, num_points, num_uncertain):  # type: ignore[no-untyped-
 
 @kernel
 def uncertain_points(
-    counter, items, values, doubles, integers, sources, index, windows, image_ids, seed, sampling, border, points
+    counter, items, values, coordinates, integers, sources, index, windows, image_ids, seed, sampling, border, points
 ):  # type: ignore[no-untyped-def]
     """Points `[N, P, 2]` of instances, chosen candidates first."""
     num_points, num_candidates, num_uncertain = sampling
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
-    double_blocks = doubles[: DOUBLE_ROWS * BLOCK].reshape(DOUBLE_ROWS, BLOCK)
-    ints = integers[: INTEGER_ROWS * BLOCK].reshape(INTEGER_ROWS, BLOCK)
-    rest = integers[INTEGER_ROWS * BLOCK :]
-    chosen = rest[2 * num_candidates + 1 :]
+    point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
+    ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)
+    rest = integers[INTEGER_ROWS * ROW :]
+    chosen = rest[2 * num_candidates + SPARE :]
     z = values[VALUE_ROWS * BLOCK : VALUE_ROWS * BLOCK + num_candidates]
     buffer = values[VALUE_ROWS * BLOCK + num_candidates :]
     bits = np.empty((num_candidates + 7) // 8, np.uint8)
-    x, y = double_blocks[0], double_blocks[1]
+    x, y = point_blocks[0], point_blocks[1]
     while True:
         item = take(counter)
         if item >= items:
@@ -106,13 +137,13 @@ def uncertain_points(
         if num_uncertain > 0:
             source = sources[layer]
             read_plane(source, image, query, buffer)
-            blocks = (double_blocks, value_blocks, ints)
+            blocks = (point_blocks, value_blocks, ints)
             choose_candidates(buffer, source, key, layer, window, sampling, border, z, blocks, rest, bits)
-            list_chosen(bits, chosen)
+            list_marked(bits, chosen)
         first = 0
         while first < num_points:
             n = _block_length(first, num_points, num_uncertain)
-            points_of_block(first, n, sampling, (0, False, 0, 0, 0), item, key, layer, window, chosen, x, y, ints[0])
+            points_of_block(first, n, sampling, (0, False, 0, 0, 0), item, key, layer, window, chosen, x, y, ints)
             for i in range(n):
                 points[item, first + i, 0] = x[i]
                 points[item, first + i, 1] = y[i]
@@ -121,7 +152,7 @@ def uncertain_points(
 
 @kernel
 def mask_loss(
-    counter, items, values, doubles, integers,
+    counter, items, values, coordinates, integers,
     sources, index, data, encoding, table, images, windows, ignore, image_ids, seed, given, sampling,
     border, nearest, alpha, gamma, ce, dice, chosen_bits, corner_codes, corner_values,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
@@ -131,22 +162,21 @@ def mask_loss(
     """
     num_points, num_candidates, num_uncertain = sampling
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
-    double_blocks = doubles[: DOUBLE_ROWS * BLOCK].reshape(DOUBLE_ROWS, BLOCK)
-    ints = integers[: INTEGER_ROWS * BLOCK].reshape(INTEGER_ROWS, BLOCK)
-    rest = integers[INTEGER_ROWS * BLOCK :]
-    chosen = rest[2 * num_candidates + 1 :]
+    point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
+    ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)
+    rest = integers[INTEGER_ROWS * ROW :]
+    chosen = rest[2 * num_candidates + SPARE :]
     candidates = values[VALUE_ROWS * BLOCK : VALUE_ROWS * BLOCK + num_candidates]
     buffer = values[VALUE_ROWS * BLOCK + num_candidates :]
-    x, y, xs, ys = double_blocks[0], double_blocks[1], double_blocks[2], double_blocks[3]
-    fx, fy, z, t, w = value_blocks[0], value_blocks[1], value_blocks[2], value_blocks[3], value_blocks[4]
-    blocks = (double_blocks, value_blocks, ints)
+    x, y, xs, ys = point_blocks[0], point_blocks[1], point_blocks[2], point_blocks[3]
+    fx, fy, z, t, w = (value_blocks[0], value_blocks[1], value_blocks[2], value_blocks[3], value_blocks[4])
+    blocks = (point_blocks, value_blocks, ints)
     while True:
         item = take(counter)
         if item >= items:
             break
         layer, image, query, target = index[item, 0], index[item, 1], index[item, 2], index[item, 3]
         source, window = sources[layer], windows[image]
-        height, width = source[HEIGHT], source[WIDTH]
         row = table[images[image, FIRST] + target]
         key = instance_key(seed, image_ids[image], target)
         read_plane(source, image, query, buffer)
@@ -154,18 +184,18 @@ def mask_loss(
             choose_candidates(
                 buffer, source, key, layer, window, sampling, border, candidates, blocks, rest, chosen_bits[item]
             )
-            list_chosen(chosen_bits[item], chosen)
+            list_marked(chosen_bits[item], chosen)
         weight, loss, area, marked, both = 0.0, 0.0, 0.0, 0.0, 0.0
         first = 0
         while first < num_points:
             n = _block_length(first, num_points, num_uncertain)
-            points_of_block(first, n, sampling, given, item, key, layer, window, chosen, x, y, ints[0])
+            points_of_block(first, n, sampling, given, item, key, layer, window, chosen, x, y, ints)
             if first < num_uncertain:
                 for i in range(n):
                     z[i] = candidates[np.uintp(np.uint32(chosen[first + i]))]
             else:
-                locate(x, y, n, height, width, border, ints[3], fx, fy)
-                gather(buffer, width + 2 * BORDER, ints[3], fx, fy, n, z)
+                _locate_block(given, ints, x, y, n, source, window, border, ints[1], fx, fy)
+                gather(buffer, source[WIDTH] + 2 * BORDER, ints[1], fx, fy, n, z)
             read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, fx, fy)
             mark_ignored(x, y, n, images[image], ignore, given[1], ints[0])
             _weights(ints[0], n, w)
@@ -188,22 +218,22 @@ def mask_loss(
 
 @kernel
 def mask_loss_backward(
-    counter, items, values, doubles, integers,
+    counter, items, values, coordinates, integers,
     sources, index, encoding, table, images, windows, ignore, image_ids, seed, given, sampling,
     border, nearest, alpha, gamma, by_ce, by_dice, chosen_bits, corner_codes, corner_values,
     order, starts, grads,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """The gradient of `mask_loss`. A work item is a plane: its instances are added in their order, by one thread."""
     num_points, _, num_uncertain = sampling
-    double_blocks = doubles[: DOUBLE_ROWS * BLOCK].reshape(DOUBLE_ROWS, BLOCK)
-    ints = integers[: INTEGER_ROWS * BLOCK].reshape(INTEGER_ROWS, BLOCK)
-    places = integers[INTEGER_ROWS * BLOCK : INTEGER_ROWS * BLOCK + num_points]
-    chosen = integers[INTEGER_ROWS * BLOCK + num_points :]
+    point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
+    ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)
+    places = integers[INTEGER_ROWS * ROW : INTEGER_ROWS * ROW + num_points]
+    chosen = integers[INTEGER_ROWS * ROW + num_points :]
     space = values[: 2 * BLOCK].reshape(2, BLOCK)
     points = values[2 * BLOCK : 2 * BLOCK + 6 * num_points].reshape(6, num_points)
     fx, fy, z, t, w, grad = points[0], points[1], points[2], points[3], points[4], points[5]
     planes = values[2 * BLOCK + 6 * num_points :]
-    x, y, xs, ys = double_blocks[0], double_blocks[1], double_blocks[2], double_blocks[3]
+    x, y, xs, ys = point_blocks[0], point_blocks[1], point_blocks[2], point_blocks[3]
     while True:
         item = take(counter)
         if item >= items:
@@ -226,14 +256,16 @@ def mask_loss_backward(
             row = table[images[image, FIRST] + target]
             key = instance_key(seed, image_ids[image], target)
             if num_uncertain > 0:
-                list_chosen(chosen_bits[instance], chosen)
+                list_marked(chosen_bits[instance], chosen)
             weight, area, marked, both = 0.0, 0.0, 0.0, 0.0
             first = 0
             while first < num_points:
                 n = _block_length(first, num_points, num_uncertain)
                 last = first + n
-                points_of_block(first, n, sampling, given, instance, key, layer, window, chosen, x, y, ints[0])
-                locate(x, y, n, height, width, border, places[first:last], fx[first:last], fy[first:last])
+                points_of_block(first, n, sampling, given, instance, key, layer, window, chosen, x, y, ints)
+                _locate_block(
+                    given, ints, x, y, n, source, window, border, places[first:last], fx[first:last], fy[first:last]
+                )
                 gather(logits, pitch, places[first:last], fx[first:last], fy[first:last], n, z[first:last])
                 if encoding < VALUES:
                     for i in range(n):
@@ -245,11 +277,11 @@ def mask_loss_backward(
                         ints[0, i] = IGNORED if saved < 0 else 0
                         t[first + i] = 0 if saved < 0 else saved
                 _weights(ints[0], n, w[first:last])
-                part = sum_losses(z[first:last], t[first:last], w[first:last], n)
+                part = sum_areas(z[first:last], t[first:last], w[first:last], n)
                 weight += part[0]
-                area += part[2]
-                marked += part[3]
-                both += part[4]
+                area += part[1]
+                marked += part[2]
+                both += part[3]
                 first += n
             ce = by_ce[instance] / max(weight, 1.0)
             if gamma >= 0:

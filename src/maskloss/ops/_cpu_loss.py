@@ -103,6 +103,21 @@ def sum_losses(z, t, w, n):  # type: ignore[no-untyped-def]
     return weight, ce, area, target, both
 
 
+@helper(fastmath={"contract", "reassoc", "nsz"})
+def sum_areas(z, t, w, n):  # type: ignore[no-untyped-def]
+    """The sums over a block that the gradient of Dice needs: w, w s, w t, w s t."""
+    zero, one = z.dtype.type(0), z.dtype.type(1)
+    weight, area, target, both = zero, zero, zero, zero
+    for i in range(n):
+        e = exp_negative(-abs(z[i]))
+        s = (one if z[i] >= 0 else e) / (one + e)
+        weight += w[i]
+        area += w[i] * s
+        target += w[i] * t[i]
+        both += w[i] * s * t[i]
+    return weight, area, target, both
+
+
 @helper(forceinline=True)
 def power(base, exponent):  # type: ignore[no-untyped-def]
     """base ** exponent, fast for the exponents in use."""

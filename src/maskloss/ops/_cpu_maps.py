@@ -24,11 +24,11 @@ from ._cpu_threads import kernel, take
 
 @kernel
 def point_sample(
-    counter, items, values, doubles, integers, sources, index, order, starts, given, nearest, border, result
+    counter, items, values, coordinates, integers, sources, index, order, starts, given, nearest, border, result
 ):  # type: ignore[no-untyped-def]
     """Values `[N, P]` of maps at points. A work item is a map, so each is copied once."""
     num_points = result.shape[1]
-    x, y = doubles[:BLOCK], doubles[BLOCK : 2 * BLOCK]
+    x, y = coordinates[:BLOCK], coordinates[BLOCK : 2 * BLOCK]
     fx, fy = values[:BLOCK], values[BLOCK : 2 * BLOCK]
     buffer = values[2 * BLOCK :]
     places = integers[:BLOCK]
@@ -55,11 +55,11 @@ def point_sample(
 
 @kernel
 def point_sample_backward(
-    counter, items, values, doubles, integers, sources, index, order, starts, given, nearest, border, by_value, grads
+    counter, items, values, coordinates, integers, sources, index, order, starts, given, nearest, border, by_value, grads
 ):  # type: ignore[no-untyped-def]
     """The adjoint of `point_sample`. A work item is a map: one thread adds up all that was read from it."""
     num_points = by_value.shape[1]
-    x, y = doubles[:BLOCK], doubles[BLOCK : 2 * BLOCK]
+    x, y = coordinates[:BLOCK], coordinates[BLOCK : 2 * BLOCK]
     fx, fy = values[:BLOCK], values[BLOCK : 2 * BLOCK]
     places = integers[:BLOCK]
     height, width = grads[0, HEIGHT], grads[0, WIDTH]

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from ._cpu_choose import GROUP
 from ._cpu_loss import power, sigmoid_softplus
-from ._cpu_random import U32, draw_points, instance_key, threefry
+from ._cpu_random import U32, draw_bits, instance_key, points_of_bits, threefry
 from ._cpu_sampling import BLOCK, BORDER, HEIGHT, WIDTH, gather, locate, read_rows
-from ._cpu_targets import COUNT, FIRST, IGNORED, collect_inside, mark_ignored, read_targets
+from ._cpu_targets import COUNT, FIRST, IGNORED, list_inside, mark_ignored, read_targets
 from ._cpu_threads import helper, kernel, take
 
 _MATCHER = 2
@@ -49,18 +50,20 @@ def _order_by_y(key, num_points, order, space):  # type: ignore[no-untyped-def]
 
 @kernel
 def draw(
-    counter, items, values, doubles, integers, image_ids, seed, windows, images, ignore, num_points, points, weights
+    counter, items, values, coordinates, integers, image_ids, seed, windows, images, ignore, num_points, points, weights
 ):  # type: ignore[no-untyped-def]
     """The matcher's points of each image, sorted by y: x and y `[B, 2, P]` and their weights `[B, P]`."""
-    order, space, codes = integers[:num_points], integers[num_points : 2 * num_points], integers[2 * num_points :]
+    order, codes = integers[:num_points], integers[num_points : 2 * num_points]
+    bits = integers[2 * num_points : 4 * num_points].reshape(2, num_points)
     while True:
         image = take(counter)
         if image >= items:
             break
         key = instance_key(seed, image_ids[image], _ALL_TARGETS)
-        _order_by_y(key, num_points, order, space)
+        _order_by_y(key, num_points, order, codes)
         x, y = points[image, 0], points[image, 1]
-        draw_points(key, U32(_MATCHER << 16), order, num_points, windows[image], x, y)
+        draw_bits(key, U32(_MATCHER << 16), order, num_points, bits)
+        points_of_bits(bits, num_points, windows[image], x, y)
         codes[:num_points] = 0
         mark_ignored(x, y, num_points, images[image], ignore, False, codes)
         for i in range(num_points):
@@ -68,7 +71,7 @@ def draw(
 
 
 @kernel
-def count_inside(counter, items, values, doubles, integers, points, images, table, border, owner, counts):  # type: ignore[no-untyped-def]
+def count_inside(counter, items, values, coordinates, integers, points, images, table, border, owner, counts):  # type: ignore[no-untyped-def]
     """How many points may lie in each target: room for the lists of `list_targets`."""
     num_points = points.shape[2]
     while True:
@@ -76,21 +79,21 @@ def count_inside(counter, items, values, doubles, integers, points, images, tabl
         if item >= items:
             break
         x, y = points[owner[item], 0], points[owner[item], 1]
-        counts[item] = collect_inside(
-            x, y, num_points, table[item], border, integers, doubles[:num_points], doubles[num_points:]
+        counts[item] = list_inside(
+            x, y, num_points, table[item], border, integers[: num_points + GROUP], integers[num_points + GROUP :]
         )
 
 
 @kernel
 def list_targets(
-    counter, items, values, doubles, integers,
+    counter, items, values, coordinates, integers,
     points, weights, table, data, encoding, border, nearest, owner, starts, ends, members, shares, sums,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """For each target the points with w t > 0, in lists: point numbers, w t, and their sum."""
     num_points = points.shape[2]
-    ints = integers[: 3 * BLOCK].reshape(3, BLOCK)
+    ints = integers[: 3 * (BLOCK + GROUP)].reshape(3, BLOCK + GROUP)
     t, fx, fy = values[:BLOCK], values[BLOCK : 2 * BLOCK], values[2 * BLOCK : 3 * BLOCK]
-    xs, ys = doubles[:BLOCK], doubles[BLOCK : 2 * BLOCK]
+    xs, ys = coordinates[:BLOCK], coordinates[BLOCK : 2 * BLOCK]
     while True:
         item = take(counter)
         if item >= items:
@@ -114,7 +117,7 @@ def list_targets(
 
 
 @kernel
-def place_points(counter, items, values, doubles, integers, points, sizes, border, rows_per_band, index, fx, fy, bands):  # type: ignore[no-untyped-def]
+def place_points(counter, items, values, coordinates, integers, points, sizes, border, rows_per_band, index, fx, fy, bands):  # type: ignore[no-untyped-def]
     """For each image and plane size: places in a band's buffer, fractions, and where the points of each band begin."""
     num_points = points.shape[2]
     while True:
@@ -193,7 +196,7 @@ def _products(z, s, members, shares, first, last):  # type: ignore[no-untyped-de
 
 @kernel
 def match_cost(
-    counter, items, values, doubles, integers,
+    counter, items, values, coordinates, integers,
     sources, size_of, rows_per_band, index, fx, fy, bands, weights, images, starts, ends, members, shares, sums,
     alpha, gamma, ce, dice,
 ):  # type: ignore[no-untyped-def]  # fmt: skip

@@ -59,11 +59,21 @@ def instance_key(seed, image_id, target):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def draw_points(key, stream, counters, n, window, x, y):  # type: ignore[no-untyped-def]
-    """Points `counters[:n]` of a stream: `x = x0 + u * width` with `u = bits * 2**-24`, in float32, then widened."""
+def draw_bits(key, stream, counters, n, bits):  # type: ignore[no-untyped-def]
+    """Points `counters[:n]` of a stream as integers: 24 bits for x in `bits[0]`, for y in `bits[1]`."""
     k0, k1 = key
-    x0, y0, width, height = window[0], window[1], window[2], window[3]
+    xs, ys = bits[0], bits[1]
     for i in range(n):
         r0, r1 = threefry(k0, k1, U32(counters[i]), stream)
-        x[i] = np.float64(x0 + np.float32(np.int32(r0 >> U32(8))) * _UNIT * width)
-        y[i] = np.float64(y0 + np.float32(np.int32(r1 >> U32(8))) * _UNIT * height)
+        xs[i] = np.int32(r0 >> U32(8))
+        ys[i] = np.int32(r1 >> U32(8))
+
+
+@helper()
+def points_of_bits(bits, n, window, x, y):  # type: ignore[no-untyped-def]
+    """Into the valid window: `x = x0 + bits * 2**-24 * width`, in float32, every operation rounded."""
+    x0, y0, width, height = window[0], window[1], window[2], window[3]
+    xs, ys = bits[0], bits[1]
+    for i in range(n):
+        x[i] = x0 + np.float32(xs[i]) * _UNIT * width
+        y[i] = y0 + np.float32(ys[i]) * _UNIT * height

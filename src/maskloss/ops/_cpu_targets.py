@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ._cpu_choose import GROUP, list_marked, mark
 from ._cpu_sampling import BF16, BORDER, F16, F32, from_bf16, from_f16, locate, round_nearest
 from ._cpu_threads import at, helper
 
@@ -19,39 +20,36 @@ _I32 = np.int32
 
 
 @helper()
-def collect_inside(x, y, n, row, border, inside, xs, ys):  # type: ignore[no-untyped-def]
+def list_inside(x, y, n, row, border, inside, space):  # type: ignore[no-untyped-def]
     """List the points that may touch the stored crop of a target; all others read 0 without looking at memory.
 
     The box is wider than the crop by the reach of the interpolation and a little more; `read_pixel` decides exactly.
+    `inside` and `space` are work spaces of at least n + 16 integers.
     """
     if row[CROP_H] == 0 or row[CROP_W] == 0:
         return 0
-    slack = 1e-6
-    left = (row[LEFT] - 0.5) / row[FRAME_W] - slack
-    right = (row[LEFT] + row[CROP_W] + 0.5) / row[FRAME_W] + slack
-    top = (row[TOP] - 0.5) / row[FRAME_H] - slack
-    bottom = (row[TOP] + row[CROP_H] + 0.5) / row[FRAME_H] + slack
+    slack, kind = 1e-6, x.dtype.type
+    left = kind((row[LEFT] - 0.5) / row[FRAME_W] - slack)
+    right = kind((row[LEFT] + row[CROP_W] + 0.5) / row[FRAME_W] + slack)
+    top = kind((row[TOP] - 0.5) / row[FRAME_H] - slack)
+    bottom = kind((row[TOP] + row[CROP_H] + 0.5) / row[FRAME_H] + slack)
     if border:
-        left = -np.inf if row[LEFT] == 0 else left
-        top = -np.inf if row[TOP] == 0 else top
-        right = np.inf if row[LEFT] + row[CROP_W] >= row[FRAME_W] else right
-        bottom = np.inf if row[TOP] + row[CROP_H] >= row[FRAME_H] else bottom
-    count = 0
-    for first in range(0, n, 64):
-        last = min(first + 64, n)
-        hits = _I32(0)
-        for i in range(first, last):
-            hit = (x[i] >= left) & (x[i] <= right) & (y[i] >= top) & (y[i] <= bottom)
-            hits += _I32(1) if hit else _I32(0)
-        if hits == 0:
-            continue
-        for i in range(first, last):
-            inside[count] = i
-            xs[count] = x[i]
-            ys[count] = y[i]
-            hit = (x[i] >= left) & (x[i] <= right) & (y[i] >= top) & (y[i] <= bottom)
-            count += 1 if hit else 0
-    return count
+        left = kind(-np.inf) if row[LEFT] == 0 else left
+        top = kind(-np.inf) if row[TOP] == 0 else top
+        right = kind(np.inf) if row[LEFT] + row[CROP_W] >= row[FRAME_W] else right
+        bottom = kind(np.inf) if row[TOP] + row[CROP_H] >= row[FRAME_H] else bottom
+    hits = _I32(0)
+    for i in range(n):
+        hit = (x[i] >= left) & (x[i] <= right) & (y[i] >= top) & (y[i] <= bottom)
+        space[i] = _I32(0) if hit else _I32(1)
+        hits += _I32(1) if hit else _I32(0)
+    if hits == 0:
+        return 0
+    space[n : n + GROUP] = 1
+    # The marks overwrite flags that have been read already: a byte for each eight integers.
+    bits = space.view(np.uint8)[: (n + 7) // 8]
+    mark(space, n, _I32(1), bits)
+    return list_marked(bits, inside)
 
 
 @helper()
@@ -92,7 +90,7 @@ def read_pixel(data, encoding, row, y, x):  # type: ignore[no-untyped-def]
 
 @helper()
 def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, fx, fy):  # type: ignore[no-untyped-def]
-    """Target values at n points of one target, and for bits and labels the four pixels around each as a code.
+    """Target values at a block of points of one target, and for bits and labels the four pixels around each as a code.
 
     The pixels are interpolated as `gather` does it. `ints[0]` gets the codes; rows 1 and 2 are work space.
     """
@@ -100,9 +98,12 @@ def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t,
     for i in range(n):
         codes[i] = 0
         t[i] = 0
-    count = collect_inside(x, y, n, row, border, inside, xs, ys)
+    count = list_inside(x, y, n, row, border, inside, index)
     if count == 0:
         return
+    for k in range(count):
+        xs[k] = x[inside[k]]
+        ys[k] = y[inside[k]]
     height, width = row[FRAME_H], row[FRAME_W]
     pitch = width + 2 * BORDER
     locate(xs, ys, count, height, width, border, index, fx, fy)
@@ -130,18 +131,19 @@ def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t,
 def values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t, fx, fy):  # type: ignore[no-untyped-def]
     """Target values from the codes in `ints[0]`: only points between unlike pixels need their position."""
     codes, mixed, index = ints[0], ints[1], ints[2]
-    count = 0
     for i in range(n):
         code = codes[i] & 15
-        t[i] = 0
-        if code == 15 or (nearest and code == 1):
-            t[i] = 1
-        mixed[count] = i
-        xs[count] = x[i]
-        ys[count] = y[i]
-        count += 1 if code not in (0, 15) else 0
-    if nearest or count == 0:
+        t[i] = 1 if code == 15 or (nearest and code == 1) else 0
+        index[i] = _I32(1) if code in (0, 15) else _I32(0)
+    if nearest:
         return
+    index[n : n + GROUP] = 1
+    bits = index.view(np.uint8)[: (n + 7) // 8]
+    mark(index, n, _I32(1), bits)
+    count = list_marked(bits, mixed)
+    for k in range(count):
+        xs[k] = x[mixed[k]]
+        ys[k] = y[mixed[k]]
     locate(xs, ys, count, row[FRAME_H], row[FRAME_W], border, index, fx, fy)
     for k in range(count):
         code = codes[mixed[k]]

@@ -28,11 +28,13 @@ from numba.extending import intrinsic
 # given back, so that one unusual batch does not stay in memory.
 _KEEP_BYTES = 64 << 20
 
+Dtypes = tuple[type[np.floating[Any]], type[np.floating[Any]]]
+
 _lock = threading.Lock()
 _compile_lock = threading.RLock()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
-_compiled: set[tuple[int, str]] = set()
+_compiled: set[tuple[int | str, ...]] = set()
 _hinted = False
 _local = threading.local()
 
@@ -97,23 +99,23 @@ class _Hint(event.Listener):  # type: ignore[misc]
         pass
 
 
-def _prepare(function: Any, dtype: np.dtype[Any], scratch: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+def _prepare(function: Any, dtypes: Dtypes, scratch: tuple[int, int, int], args: tuple[Any, ...]) -> None:
     """Compile `function` or load it from the cache, by a call without work."""
-    key = (id(function), dtype.char)
+    key = (id(function), *(np.dtype(dtype).char for dtype in dtypes))
     if key in _compiled:
         return
     with _compile_lock, event.install_listener("numba:compile", _Hint()):
-        function(np.zeros(1, np.int64), 0, *_scratch(dtype, scratch), *args)
+        function(np.zeros(1, np.int64), 0, *_scratch(dtypes, scratch), *args)
         _compiled.add(key)
 
 
 # ----------------------------------------------------------------------------------------------------- threads
 
 
-def _scratch(dtype: np.dtype[Any], sizes: tuple[int, int, int]) -> list[np.ndarray[Any, Any]]:
-    """This thread's work space: an array of `dtype`, one of float64, one of int32, of at least `sizes` elements."""
+def _scratch(dtypes: Dtypes, sizes: tuple[int, int, int]) -> list[np.ndarray[Any, Any]]:
+    """This thread's work space: an array of `dtypes[0]`, one of `dtypes[1]`, one of int32, of at least `sizes` elements."""
     arrays = []
-    for name, kind, size in zip(("values", "doubles", "integers"), (dtype, np.float64, np.int32), sizes, strict=True):
+    for name, kind, size in zip(("values", "points", "integers"), (*dtypes, np.int32), sizes, strict=True):
         attribute = f"{name}_{np.dtype(kind).char}"
         array = getattr(_local, attribute, None)
         if array is None or array.size < size:
@@ -136,26 +138,26 @@ def _executor(size: int) -> ThreadPoolExecutor:
 
 
 def launch(
-    function: Any, items: int, dtype: np.dtype[Any], scratch: tuple[int, int, int], args: tuple[Any, ...]
+    function: Any, items: int, dtypes: Dtypes, scratch: tuple[int, int, int], args: tuple[Any, ...]
 ) -> None:
-    """Run `function(counter, items, values, doubles, integers, *args)` on `torch.get_num_threads()` threads.
+    """Run `function(counter, items, values, points, integers, *args)` on `torch.get_num_threads()` threads.
 
     Every thread takes item numbers from `counter` until none is left; the calling thread is one of them.
 
     Args:
         function: a kernel (see `kernel`).
         items: number of work items; nothing happens (and nothing is compiled) for 0.
-        dtype: element type of the first scratch array.
+        dtypes: element types of the first two scratch arrays, for values and for coordinates of points.
         scratch: sizes of the three scratch arrays, in elements.
         args: what the kernel takes after its scratch arrays.
     """
     if items == 0:
         return
-    _prepare(function, dtype, scratch, args)
+    _prepare(function, dtypes, scratch, args)
     counter = np.zeros(1, np.int64)
 
     def work() -> None:
-        function(counter, items, *_scratch(dtype, scratch), *args)
+        function(counter, items, *_scratch(dtypes, scratch), *args)
 
     others = min(torch.get_num_threads(), items) - 1
     futures: list[Future[None]] = []

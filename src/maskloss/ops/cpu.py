@@ -17,9 +17,10 @@ from torch import Tensor
 from . import _cpu_instances as instances
 from . import _cpu_maps as maps_
 from . import _cpu_match as matching
+from ._cpu_choose import GROUP
 from ._cpu_sampling import BLOCK, BORDER, F16, F32, F64, BF16, buffer_size
 from ._cpu_targets import BITS, LABEL_I16, LABEL_I32, LABEL_I64, LABEL_U8, VALUES
-from ._cpu_threads import launch
+from ._cpu_threads import Dtypes, launch
 
 Array = NDArray[Any]
 
@@ -36,8 +37,13 @@ def _array(tensor: Tensor) -> Array:
     return array
 
 
-def _accumulation(dtype: torch.dtype) -> np.dtype[Any]:
-    return np.dtype(np.float64 if dtype == torch.float64 else np.float32)
+def _float(dtype: torch.dtype) -> type[np.floating[Any]]:
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
+def _dtypes(logits: Tensor, points: Tensor | None = None) -> Dtypes:
+    """Element types of a kernel's work space: of its sums, and of the coordinates of points."""
+    return _float(logits.dtype), np.float32 if points is None else _float(points.dtype)
 
 
 def _describe(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
@@ -86,33 +92,33 @@ def _largest(tensors: Sequence[Tensor]) -> int:
 
 def point_sample(maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str) -> Tensor:
     """Read maps `[M, h, w]`, chosen by index `[N]`, at points `[N, P, 2]`: `[N, P]`."""
-    dtype = _accumulation(maps.dtype)
-    result = np.empty(points.shape[:2], dtype)
+    dtypes = _dtypes(maps, points)
+    result = np.empty(points.shape[:2], dtypes[0])
     given, kept = _point_rows(points)
     rows = _array(index)
     order, starts = _groups(rows)
     if result.size:
         args = (_describe([maps[:, None]]), rows, order, starts, given, mode == "nearest", padding == "border", result)
         sizes = (2 * BLOCK + buffer_size(*maps.shape[1:]), 2 * BLOCK, BLOCK)
-        launch(maps_.point_sample, len(starts) - 1, dtype, sizes, args)
+        launch(maps_.point_sample, len(starts) - 1, dtypes, sizes, args)
     del kept
     return torch.from_numpy(result)
 
 
 def point_sample_backward(grad: Tensor, maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str) -> Tensor:
     """Scatter the gradient `[N, P]` of the values to the maps."""
-    dtype = _accumulation(maps.dtype)
+    dtypes = _dtypes(maps, points)
     result = _zeros(maps.shape, maps.dtype)
     given, kept = _point_rows(points)
     rows = _array(index)
     order, starts = _groups(rows)
     if grad.numel() and maps.numel():
-        by_value = _array(grad).astype(dtype, copy=False)
+        by_value = _array(grad).astype(dtypes[0], copy=False)
         flags = (mode == "nearest", padding == "border")
         table = _describe([result[:, None]])
         args = (table, rows, order, starts, given, *flags, by_value, table)
         sizes = (2 * BLOCK + buffer_size(*maps.shape[1:]), 2 * BLOCK, BLOCK)
-        launch(maps_.point_sample_backward, len(starts) - 1, dtype, sizes, args)
+        launch(maps_.point_sample_backward, len(starts) - 1, dtypes, sizes, args)
     del kept
     return result
 
@@ -130,7 +136,7 @@ def uncertain_points(
     padding: str,
 ) -> Tensor:
     """Draw the points of all instances: float32 `[N, P, 2]`, the uncertain ones first."""
-    dtype = _accumulation(logits[0].dtype)
+    dtypes = _dtypes(logits[0])
     candidates = num_candidates if num_uncertain else 0
     points = np.empty((len(index), num_points, 2), np.float32)
     args = (
@@ -143,15 +149,15 @@ def uncertain_points(
         padding == "border",
         points,
     )
-    launch(instances.uncertain_points, len(index), dtype, _room(logits, candidates, num_uncertain), args)
+    launch(instances.uncertain_points, len(index), dtypes, _room(logits, candidates, num_uncertain), args)
     return torch.from_numpy(points)
 
 
 def _room(logits: Sequence[Tensor], candidates: int, num_uncertain: int) -> tuple[int, int, int]:
     return (
         instances.VALUE_ROWS * BLOCK + candidates + _largest(logits),
-        instances.DOUBLE_ROWS * BLOCK,
-        instances.INTEGER_ROWS * BLOCK + 2 * candidates + 1 + num_uncertain + 8,
+        instances.POINT_ROWS * BLOCK,
+        instances.INTEGER_ROWS * instances.ROW + 2 * candidates + instances.SPARE + num_uncertain + 8,
     )
 
 
@@ -173,7 +179,8 @@ def mask_loss(
     focal_gamma: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy `[N]`, Dice `[N]`, chosen candidates as bits, and the target pixels at the points."""
-    dtype = _accumulation(logits[0].dtype)
+    dtypes = _dtypes(logits[0], points)
+    dtype = dtypes[0]
     count = len(index)
     uncertain = num_uncertain if points is None else 0
     candidates = num_candidates if uncertain else 0
@@ -206,13 +213,13 @@ def mask_loss(
         codes,
         values,
     )
-    launch(instances.mask_loss, count, dtype, _room(logits, candidates, uncertain), args)
+    launch(instances.mask_loss, count, dtypes, _room(logits, candidates, uncertain), args)
     del kept
     corners = values if encoding == "values" else codes
     return torch.from_numpy(ce), torch.from_numpy(dice), torch.from_numpy(chosen), torch.from_numpy(corners)
 
 
-def _corner_arrays(count: int, num_points: int, encoding: str, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+def _corner_arrays(count: int, num_points: int, encoding: str, dtype: type[np.floating[Any]]) -> tuple[Array, Array]:
     """Where the kernels keep targets: codes for bits and labels, values for soft targets; the other one is empty."""
     soft = encoding == "values"
     codes = np.empty((count, 0 if soft else num_points), np.uint8)
@@ -242,12 +249,12 @@ def mask_loss_backward(
     focal_gamma: float,
 ) -> list[Tensor]:
     """Dense gradients of the logits; an empty tensor for each layer that needs none."""
-    dtype = _accumulation(logits[0].dtype)
+    dtypes = _dtypes(logits[0], points)
     grads = [_zeros(layer.shape if need else (0,), layer.dtype) for layer, need in zip(logits, needs_grad, strict=True)]
     if not any(needs_grad):
         return grads
     uncertain = num_uncertain if points is None else 0
-    codes, values = _corner_arrays(0, num_points, encoding, dtype)
+    codes, values = _corner_arrays(0, num_points, encoding, dtypes[0])
     codes, values = (codes, _array(corners)) if encoding == "values" else (_array(corners), values)
     given, kept = _point_rows(points)
     data, table, images, windows, ignore = targets
@@ -285,10 +292,10 @@ def mask_loss_backward(
     )
     sizes = (
         2 * BLOCK + 6 * num_points + 2 * _largest(logits),
-        instances.DOUBLE_ROWS * BLOCK,
-        instances.INTEGER_ROWS * BLOCK + num_points + uncertain + 8,
+        instances.POINT_ROWS * BLOCK,
+        instances.INTEGER_ROWS * instances.ROW + num_points + uncertain + 8,
     )
-    launch(instances.mask_loss_backward, len(starts) - 1, dtype, sizes, args)
+    launch(instances.mask_loss_backward, len(starts) - 1, dtypes, sizes, args)
     del kept
     return grads
 
@@ -307,27 +314,28 @@ def match_cost(
     focal_gamma: float,
 ) -> tuple[Tensor, Tensor]:
     """Both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
-    dtype = _accumulation(logits[0].dtype)
+    dtypes = _dtypes(logits[0])
+    dtype = dtypes[0]
     batch, queries = logits[0].shape[:2]
     shape = (len(logits), batch, queries, max(num_targets, default=0))
     ce, dice = np.empty(shape, dtype), np.empty(shape, dtype)
     if ce.size == 0:
         return torch.from_numpy(ce), torch.from_numpy(dice)
     sizes, size_of = np.unique([t.shape[2:] for t in logits], axis=0, return_inverse=True)
-    rows = np.maximum(1, matching.BAND_BYTES // dtype.itemsize // (sizes[:, 1] + 2 * BORDER) - 1)
+    rows = np.maximum(1, matching.BAND_BYTES // np.dtype(dtype).itemsize // (sizes[:, 1] + 2 * BORDER) - 1)
     points, weights, lists = _match_targets(
-        targets, encoding, num_targets, image_ids, seed, num_points, padding == "border", target_mode, dtype
+        targets, encoding, num_targets, image_ids, seed, num_points, padding == "border", target_mode, dtypes
     )
     index = np.empty((batch, len(sizes), num_points), np.int32)
     fx, fy = (np.empty((batch, len(sizes), num_points), dtype) for _ in range(2))
     bands = np.empty((batch, len(sizes), int(((sizes[:, 0] + 3) // rows).max()) + 2), np.int64)
     args = (points, sizes.astype(np.int64), padding == "border", rows.astype(np.int64), index, fx, fy, bands)
-    launch(matching.place_points, batch * len(sizes), dtype, (0, 0, 0), args)
+    launch(matching.place_points, batch * len(sizes), dtypes, (0, 0, 0), args)
     images = _array(targets[2])
     launch(
         matching.match_cost,
         len(logits) * batch * queries,
-        dtype,
+        dtypes,
         (2 * num_points + int(((rows + 1) * (sizes[:, 1] + 2 * BORDER)).max()), 0, 0),
         (_describe(logits), size_of.reshape(-1).astype(np.int64), rows.astype(np.int64), index, fx, fy, bands, weights)
         + (images, *lists, float(focal_alpha), float(focal_gamma), ce, dice),
@@ -344,23 +352,23 @@ def _match_targets(
     num_points: int,
     border: bool,
     target_mode: str,
-    dtype: np.dtype[Any],
+    dtypes: Dtypes,
 ) -> tuple[Array, Array, tuple[Array, ...]]:
     """What all planes share: points `[B, 2, P]`, weights `[B, P]`, and for each target the points in it."""
-    batch = len(num_targets)
+    batch, dtype = len(num_targets), dtypes[0]
     data = targets[0].contiguous()
     table, images, windows, ignore = (_array(t) for t in targets[1:])
-    points, weights = np.empty((batch, 2, num_points)), np.empty((batch, num_points), dtype)
+    points, weights = np.empty((batch, 2, num_points), dtypes[1]), np.empty((batch, num_points), dtype)
     args: tuple[Any, ...] = (_array(image_ids), int(seed), windows, images, ignore, num_points, points, weights)
-    launch(matching.draw, batch, dtype, (0, 0, 3 * num_points), args)
+    launch(matching.draw, batch, dtypes, (0, 0, 4 * num_points), args)
     owner = np.repeat(np.arange(batch), num_targets)
     counts = np.zeros(len(table), np.int64)
-    room = (0, 2 * num_points, num_points)
-    launch(matching.count_inside, len(table), dtype, room, (points, images, table, border, owner, counts))
+    room = (0, 0, 2 * (num_points + GROUP))
+    launch(matching.count_inside, len(table), dtypes, room, (points, images, table, border, owner, counts))
     starts = np.cumsum(counts) - counts
     ends, total = np.empty_like(starts), int(counts.sum())
     members, shares, sums = np.empty(total, np.int32), np.empty(total, dtype), np.empty(len(table), dtype)
     args = (points, weights, table, data.data_ptr(), _encode(data, encoding), border, target_mode == "nearest")
     args += (owner, starts, ends, members, shares, sums)
-    launch(matching.list_targets, len(table), dtype, (3 * BLOCK, 2 * BLOCK, 3 * BLOCK), args)
+    launch(matching.list_targets, len(table), dtypes, (3 * BLOCK, 2 * BLOCK, 3 * (BLOCK + GROUP)), args)
     return points, weights, (starts, ends, members, shares, sums)
