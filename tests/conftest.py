@@ -10,10 +10,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib import import_module
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+
+import contract
+from maskloss.ops import BACKENDS
 
 torch.set_num_threads(2)
 
@@ -30,6 +37,17 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Each implementation of the operations that runs on CPU tensors."""
     name: str = request.param
     return name
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _checked_shapes() -> Iterator[None]:
+    """Check shapes and dtypes at the boundary of every backend (see `contract`)."""
+    with ExitStack() as stack:
+        for name in BACKENDS:
+            module = f"maskloss.ops.{name}"
+            if find_spec(module) and (name != "gpu" or torch.cuda.is_available()):
+                stack.enter_context(contract.checked(import_module(module)))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
