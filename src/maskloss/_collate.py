@@ -14,17 +14,17 @@ from maskloss.targets import MaskTargets
 Targets = Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 
-def collate(targets: Targets) -> tuple[MaskTargets, list[Tensor]]:
+def collate(targets: Targets) -> tuple[MaskTargets, Tensor]:
     """Turn a list with one dict per image, torchvision's detection convention, into targets and labels.
 
     Args:
         targets: per image `{"masks": ..., "labels": int64 [T]}`. "masks" is a dense `[T, H, W]` tensor, a
             `MaskTargets` of that image, or an integer label map `[H, W]` along with `"ids"`. Other keys are left
             alone: data sets carry more than a loss needs. Or one dict of a collated batch: "masks" is the `MaskTargets`
-            of all images, "labels" a list of `[T]`.
+            of all images, "labels" a list of `[T]` per image or one `[T_all]`.
 
     Returns:
-        The targets of the batch, and the labels of each image.
+        The targets of the batch, and the labels of all images, int64 `[T_all]`.
     """
     if isinstance(targets, Mapping):
         return _collated(targets)
@@ -41,21 +41,24 @@ def collate(targets: Targets) -> tuple[MaskTargets, list[Tensor]]:
     packed = _pack([entry["masks"] for entry in targets], [entry.get("ids") for entry in targets])
     labels = [entry["labels"] for entry in targets]
     for image, (found, count) in enumerate(zip(labels, packed.num_targets, strict=True)):
-        _check_labels(found, count, image)
-    return packed, labels
+        _check_labels(found, count, f"image {image}")
+    return packed, torch.cat(labels).long()
 
 
-def _collated(targets: Mapping[str, Any]) -> tuple[MaskTargets, list[Tensor]]:
+def _collated(targets: Mapping[str, Any]) -> tuple[MaskTargets, Tensor]:
     masks, labels = targets.get("masks"), targets.get("labels")
+    if isinstance(masks, MaskTargets) and isinstance(labels, Tensor):
+        _check_labels(labels, len(masks), "the batch")
+        return masks, labels.long()
     if not isinstance(masks, MaskTargets) or not isinstance(labels, Sequence) or len(labels) != masks.batch_size:
         raise Cause(
-            'a single dict must hold a collated batch: a MaskTargets in "masks", a list with one [T] per image in "labels"',
+            'a dict must hold a collated batch: a MaskTargets in "masks", and in "labels" a list with one [T] per image',
             f"got {describe(targets)}",
             "give a list with one dict per image, or join the images with MaskTargets.cat",
         )
     for image, (found, count) in enumerate(zip(labels, masks.num_targets, strict=True)):
-        _check_labels(found, count, image)
-    return masks, list(labels)
+        _check_labels(found, count, f"image {image}")
+    return masks, torch.cat(list(labels)).long()
 
 
 def _pack(masks: Sequence[Any], ids: Sequence[Any]) -> MaskTargets:
@@ -83,18 +86,18 @@ def _pack(masks: Sequence[Any], ids: Sequence[Any]) -> MaskTargets:
     return MaskTargets.cat(parts)
 
 
-def _check_labels(labels: Any, count: int, image: int) -> None:
+def _check_labels(labels: Any, count: int, where: str) -> None:
     integers = (torch.uint8, torch.int16, torch.int32, torch.int64)
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in integers:
         got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise Cause(
             "labels must be an integer tensor [T]",
-            f"those of image {image} are {got}",
+            f"those of {where} are {got}",
             "give one class per mask",
         )
     if len(labels) != count:
         raise Cause(
             "masks and labels must pair up",
-            f"image {image} has {count} masks but {len(labels)} labels",
+            f"{where} has {count} masks but {len(labels)} labels",
             "give one label for each mask",
         )

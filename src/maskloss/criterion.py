@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from maskloss import _inputs, distributed
 from maskloss._collate import Targets, collate
 from maskloss.distributed import StepTotals
-from maskloss.errors import Cause, reported
+from maskloss.errors import Cause, describe, reported
 from maskloss.loss import InstanceLosses, MaskLoss
 from maskloss.matches import Matches
 from maskloss.matching import HungarianMatcher, check_predictions
@@ -91,8 +91,6 @@ class MaskCriterion(nn.Module):
         {'loss_class': 1.3863, 'loss_mask': 0.6931, 'loss_dice': 0.6575}
     """
 
-    class_weights: Tensor
-
     @reported("MaskCriterion")
     def __init__(
         self,
@@ -115,7 +113,7 @@ class MaskCriterion(nn.Module):
             raise Cause("num_classes must be a positive integer", f"got {num_classes!r}", "do not count 'no object'")
         _inputs.check_weight("class_weight", class_weight)
         _inputs.check_weight("no_object_weight", no_object_weight)
-        sampling = PointSampling() if sampling is None else sampling
+        sampling = _inputs.check_sampling(sampling)
         options = {
             "padding_mode": padding_mode,
             "target_mode": target_mode,
@@ -133,9 +131,6 @@ class MaskCriterion(nn.Module):
             num_points=sampling.num_points,
             **options,  # type: ignore[arg-type]
         )
-        weights = torch.ones(num_classes + 1)
-        weights[-1] = no_object_weight
-        self.register_buffer("class_weights", weights, persistent=False)
 
     @reported("MaskCriterion")
     def forward(
@@ -177,7 +172,8 @@ class MaskCriterion(nn.Module):
                 "num_classes does not count 'no object', the class logits do",
             )
         packed, labels = collate(targets)
-        _inputs.check_targets(packed, logits[0])
+        _inputs.check_targets(packed, logits[0], labels)
+        _check_totals(totals)
         drawn = draw_seed(seed, generator)
         numbers = distributed.image_numbers(image_ids, batch, logits[0].device)
         stacked = torch.stack(classes)
@@ -188,29 +184,27 @@ class MaskCriterion(nn.Module):
             totals = StepTotals(*distributed.mean_over_ranks(counts, logits[0].device))
         losses = self.mask_loss.instance_losses(logits, matches, packed, numbers, drawn)
         divisor = distributed.at_least_one(totals.instances)
-        ce, dice = (term.view(len(logits), -1).sum(1) / divisor for term in losses)
+        # Both terms of all layers at once: on a GPU every small operation costs a launch.
+        ce, dice = (torch.stack(losses).view(2, len(logits), -1).sum(2) / divisor).unbind()
         loss_class = self._classify(stacked, packed, labels, matches, totals)
-        total = (
-            self.class_weight * loss_class.sum()
-            + self.mask_loss.ce_weight * ce.sum()
-            + self.mask_loss.dice_weight * dice.sum()
-        )
+        weighted = self.class_weight * loss_class + self.mask_loss.ce_weight * ce + self.mask_loss.dice_weight * dice
+        total = weighted.sum()
         return CriterionOutput(total, loss_class, ce, dice, losses, matches, drawn)
 
     def _classify(
         self,
         class_logits: Tensor,
         targets: MaskTargets,
-        labels: Sequence[Tensor],
+        labels: Tensor,
         matches: Matches,
         totals: StepTotals,
     ) -> Tensor:
         """Compute the classification of each layer, `[L]`, from class logits `[L, B, Q, C + 1]`."""
         layer, image, query, target = matches.index.unbind(1)
         wanted = torch.full(class_logits.shape[:3], self.num_classes, device=class_logits.device)
-        known = torch.cat(list(labels)).long()
-        wanted[layer, image, query] = known[targets.images[:, 0][image] + target]
-        weights = self.class_weights.to(class_logits.dtype)
+        wanted[layer, image, query] = labels[targets.images[:, 0][image] + target]
+        # Made here and not kept as a buffer, which `module.half()` would round.
+        weights = pad(class_logits.new_ones(self.num_classes), (0, 1), value=self.no_object_weight)
         nll = cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), weights, reduction="none")
         # The sum of the weights, known without asking the device: matched queries have 1, the others no_object_weight.
         weight = totals.instances + self.no_object_weight * (totals.queries - totals.instances)
@@ -224,3 +218,13 @@ class MaskCriterion(nn.Module):
         """Show the options in `print(module)`."""
         weights = f"class_weight={self.class_weight}, no_object_weight={self.no_object_weight}"
         return f"num_classes={self.num_classes}, {weights}"
+
+
+def _check_totals(totals: StepTotals | None) -> None:
+    if totals is None:
+        return
+    if not isinstance(totals, StepTotals):
+        raise Cause("totals must be a StepTotals", f"got {describe(totals)}", "step_totals makes them")
+    for name, count in totals._asdict().items():
+        if not isinstance(count, Tensor):
+            _inputs.check_count(f"totals.{name}", count)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from maskloss import _inputs, distributed, ops
 from maskloss._collate import Targets, collate
-from maskloss.errors import Cause, reported
+from maskloss.errors import Cause, describe, reported
 from maskloss.functional import class_cost
 from maskloss.matches import Matches
 from maskloss.points import PointSampling, draw_seed
@@ -107,7 +106,7 @@ class HungarianMatcher(nn.Module):
         """
         classes, logits = check_predictions(class_logits, mask_logits)
         packed, labels = collate(targets)
-        _inputs.check_targets(packed, logits[0])
+        _inputs.check_targets(packed, logits[0], labels)
         numbers = distributed.image_numbers(image_ids, logits[0].shape[0], logits[0].device)
         stacked = torch.stack([layer.detach().float() for layer in classes])
         return self.match(stacked, logits, packed, labels, numbers, draw_seed(seed, generator))
@@ -118,16 +117,16 @@ class HungarianMatcher(nn.Module):
         class_logits: Tensor,
         mask_logits: Sequence[Tensor],
         targets: MaskTargets,
-        labels: Sequence[Tensor],
+        labels: Tensor,
         image_ids: Tensor,
         seed: Tensor,
     ) -> Matches:
-        """Match checked inputs: class logits stacked to `[L, B, Q, C + 1]`, targets packed, images numbered."""
+        """Match checked inputs: class logits `[L, B, Q, C + 1]`, targets packed, labels of all images `[T_all]`."""
         cost = self.costs(class_logits, mask_logits, targets, labels, image_ids, seed)
         num_classes, num_queries = class_logits.shape[-1] - 1, class_logits.shape[2]
-        index = ops.assign(cost, torch.cat(list(labels)), targets.num_targets, num_classes)
+        index = ops.assign(cost, labels, targets.num_targets, num_classes)
         matched = sum(min(count, num_queries) for count in targets.num_targets)
-        return Matches(index, (matched,) * len(mask_logits), targets.batch_size)
+        return Matches(index, (matched,) * len(mask_logits), num_queries, targets.num_targets)
 
     @torch.no_grad()
     def costs(
@@ -135,7 +134,7 @@ class HungarianMatcher(nn.Module):
         class_logits: Tensor,
         mask_logits: Sequence[Tensor],
         targets: MaskTargets,
-        labels: Sequence[Tensor],
+        labels: Tensor,
         image_ids: Tensor,
         seed: Tensor,
     ) -> Tensor:
@@ -154,7 +153,7 @@ class HungarianMatcher(nn.Module):
             *options.focal,
             ops.choose_backend(mask_logits[0].device, options.backend),
         )
-        padded = pad_sequence(list(labels), batch_first=True)
+        padded = _by_image(labels, targets)
         return self.class_weight * class_cost(class_logits, padded) + self.ce_weight * ce + self.dice_weight * dice
 
     def extra_repr(self) -> str:
@@ -163,12 +162,21 @@ class HungarianMatcher(nn.Module):
         return f"{weights}, num_points={self.num_points}, {self.options}"
 
 
+def _by_image(labels: Tensor, targets: MaskTargets) -> Tensor:
+    """Arrange labels `[T_all]` by image, `[B, T_max]`; columns beyond an image's targets hold some other label."""
+    widest = max(targets.num_targets)
+    if widest == 0:
+        return labels.new_empty(targets.batch_size, 0)
+    rows = targets.images[:, :1] + torch.arange(widest, device=labels.device)
+    return labels[rows.clamp(max=len(labels) - 1)]
+
+
 def check_predictions(
     class_logits: Tensor | Sequence[Tensor], mask_logits: Tensor | Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Bring the predictions of all decoder layers into two checked lists of the same length."""
     masks = _inputs.check_layers("mask_logits", mask_logits, "[B, Q, h, w]")
-    classes = [class_logits] if isinstance(class_logits, Tensor) else list(class_logits)
+    classes = list(class_logits) if isinstance(class_logits, Sequence) else [class_logits]
     if len(classes) != len(masks):
         raise Cause(
             "class_logits and mask_logits must have the same decoder layers",
@@ -178,10 +186,9 @@ def check_predictions(
     wanted = masks[0].shape[:2]
     for layer, logits in enumerate(classes):
         if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
-            got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise Cause(
                 "class_logits must be float [B, Q, C + 1]",
-                f"those of layer {layer} are {got}",
+                f"those of layer {layer} are {describe(logits)}",
                 "the last class is 'no object'",
             )
         if logits.shape[:2] != wanted or logits.shape[2] != classes[0].shape[2] or logits.shape[2] < 2:

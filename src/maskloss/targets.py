@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -12,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskloss import _packing
-from maskloss.errors import Cause, reported
+from maskloss.errors import Cause, describe, reported
 
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # Integer types without arithmetic in torch, and what holds their values.
-_WIDER = {torch.int8: torch.int16, torch.uint16: torch.int32}
+_WIDER = {torch.int8: torch.int16, torch.uint16: torch.int32, torch.uint32: torch.int64}
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -80,8 +81,8 @@ class MaskTargets:
             soft: whether float masks are soft targets in [0, 1], which are kept as they are, or binary ones, which are
                 packed (non-zero is inside). Default None: on a CPU the values decide; elsewhere float masks count as
                 soft, because looking at their values would stall the device.
-            canvas: (height, width) of the padded canvas in whose top left corner the masks lie and which the predictions
-                cover. Default: the masks fill the frame.
+            canvas: (height, width) of the padded canvas in whose top left corner the masks lie and which the
+                predictions cover. Default: the masks fill the frame.
             ignore: bool `[H, W]`, pixels whose points weigh nothing (void, crowd).
             valid: (top, left, height, width) in pixels of the frame, the part inside which points are drawn.
                 Default: all of it. `canvas`, `ignore` and `valid` hold for every image of a list.
@@ -93,7 +94,7 @@ class MaskTargets:
             MaskLossError: wrong rank or dtype, float values outside [0, 1], a canvas smaller than the masks, an ignore
                 region of another size, or a window that is empty or leaves the frame.
         """
-        listed = [masks] if isinstance(masks, Tensor) else list(masks)
+        listed = list(masks) if isinstance(masks, Sequence) else [masks]
         for image in listed:
             _check_masks(image)
         make = _from_values if _are_soft(listed, soft) else _from_binary
@@ -124,10 +125,11 @@ class MaskTargets:
         Raises:
             MaskLossError: not uint8 `[T, H, ceil(width / 8)]`, or as in `from_masks`.
         """
-        if packed.dtype != torch.uint8 or packed.ndim != 3 or packed.shape[2] != (width + 7) // 8:
+        fits = isinstance(packed, Tensor) and packed.dtype == torch.uint8 and packed.ndim == 3
+        if not fits or packed.shape[2] != (width + 7) // 8:
             raise Cause(
                 "packed masks must be uint8 [T, H, ceil(width / 8)]",
-                f"got {packed.dtype} {list(packed.shape)} for width {width}",
+                f"got {describe(packed)} for width {width}",
                 'numpy.packbits(masks, axis=-1, bitorder="little") makes them',
             )
         if width % 8:
@@ -213,8 +215,8 @@ class MaskTargets:
         Raises:
             MaskLossError: nothing to join, or encodings or devices that differ.
         """
-        if not parts:
-            raise Cause("there must be targets to join", "the list is empty", "give one MaskTargets per image")
+        if not parts or not all(isinstance(part, MaskTargets) for part in parts):
+            raise Cause("parts must be the MaskTargets to join", f"got {describe(parts)}", "give one per image")
         if len(parts) == 1:
             return parts[0]
         full = [part for part in parts if len(part)] or [parts[0]]
@@ -232,6 +234,8 @@ class MaskTargets:
         return sum(self.num_targets)
 
     def __repr__(self) -> str:
+        if self.device.type == "meta":
+            return f"MaskTargets({len(self)} masks, {self.encoding}, meta)"
         sizes = sorted({(int(row[6]), int(row[7])) for row in self.images.tolist()})
         size = f"{sizes[0][0]} x {sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} sizes"
         masks, images = len(self), self.batch_size
@@ -316,11 +320,10 @@ class _Frame(NamedTuple):
 
 def _check_masks(masks: Tensor) -> None:
     if not isinstance(masks, Tensor) or masks.ndim != 3:
-        got = f"{list(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
         raise Cause(
-            "masks must be [T, H, W]",
-            f"got {got}",
-            "a single mask is masks[None]; label maps go with their ids",
+            "masks must be a tensor [T, H, W]",
+            f"got {describe(masks)}",
+            "a single mask is masks[None]; label maps go with their ids; torch.as_tensor converts arrays",
         )
     if masks.dtype not in (torch.bool, torch.uint8) and not masks.is_floating_point():
         raise Cause(
@@ -367,21 +370,15 @@ def _from_values(masks: Tensor, frame: _Frame) -> MaskTargets:
 
 
 def _from_labels(labels: Tensor, ids: Tensor | Sequence[int] | None, allow_missing: bool, frame: _Frame) -> MaskTargets:
-    if labels.dtype in _WIDER:
+    if isinstance(labels, Tensor) and labels.dtype in _WIDER:
         labels = labels.to(_WIDER[labels.dtype])
-    if labels.ndim != 2 or labels.dtype not in _INTEGERS:
+    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.dtype not in _INTEGERS:
         raise Cause(
-            "a label map must be [H, W] with an integer dtype",
-            f"got {list(labels.shape)} {labels.dtype}",
+            "a label map must be a tensor [H, W] with an integer dtype",
+            f"got {describe(labels)}",
             "give one map per image; masks of shape [T, H, W] go to from_masks",
         )
-    if ids is None:
-        raise Cause(
-            "a label map needs the ids of its targets",
-            "no ids were given",
-            "list the ids to use, in the order of the labels; the background's is usually left out",
-        )
-    listed = [int(number) for number in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+    listed = _listed_ids(ids)
     height, width = labels.shape
     place = np.zeros((len(listed), _packing.PLACE), dtype=np.int64)
     place[:] = (0, width, 0, 0, height, width)
@@ -397,6 +394,22 @@ def _from_labels(labels: Tensor, ids: Tensor | Sequence[int] | None, allow_missi
         place[:, 0] = boxes[:, 0] * width + boxes[:, 1]
         place[:, 2:] = boxes
     return _build("labels", labels.detach().reshape(-1), place, (height, width), frame, listed)
+
+
+def _listed_ids(ids: Any) -> list[int]:
+    if ids is None:
+        raise Cause(
+            "a label map needs the ids of its targets",
+            "no ids were given",
+            "list the ids to use, in the order of the labels; the background's is usually left out",
+        )
+    try:
+        listed = [operator.index(number) for number in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+    except TypeError:
+        listed = [2**63]
+    if any(not -(2**63) <= number < 2**63 for number in listed):
+        raise Cause("ids must be 64-bit integers, one per target", f"got {describe(ids)}", "give a list or a tensor [T]")
+    return listed
 
 
 def _build(
@@ -433,6 +446,8 @@ def _build(
 def _frame_size(size: Size, canvas: Size | None) -> Size:
     if canvas is None:
         return max(size[0], 1), max(size[1], 1)
+    if not isinstance(canvas, Sequence) or len(canvas) != 2:
+        raise Cause("the canvas must be (height, width)", f"got {describe(canvas)}", "leave the channels out")
     height, width = (int(side) for side in canvas)
     if height < max(size[0], 1) or width < max(size[1], 1):
         raise Cause(
@@ -444,10 +459,11 @@ def _frame_size(size: Size, canvas: Size | None) -> Size:
 
 
 def _packed_ignore(ignore: Tensor, size: Size, device: torch.device) -> Tensor:
-    if tuple(ignore.shape) != tuple(size) or ignore.dtype not in (torch.bool, torch.uint8):
+    fits = isinstance(ignore, Tensor) and tuple(ignore.shape) == tuple(size)
+    if not fits or ignore.dtype not in (torch.bool, torch.uint8):
         raise Cause(
-            "the ignore region must be a bool [H, W] of the size of the masks",
-            f"got {ignore.dtype} {list(ignore.shape)}, masks are {size[0]} x {size[1]}",
+            "the ignore region must be a bool tensor [H, W] of the size of the masks",
+            f"got {describe(ignore)}, masks are {size[0]} x {size[1]}",
             "mark the pixels to leave out with True",
         )
     if ignore.device != device:
@@ -462,6 +478,8 @@ def _packed_ignore(ignore: Tensor, size: Size, device: torch.device) -> Tensor:
 def _window(valid: Box | None, height: int, width: int) -> NDArray[np.float32]:
     if valid is None:
         return np.array([[0, 0, 1, 1]], dtype=np.float32)
+    if not isinstance(valid, Sequence) or len(valid) != 4:
+        raise Cause("the valid window must be (top, left, height, width)", f"got {describe(valid)}", "in pixels")
     top, left, rows, columns = valid
     if rows <= 0 or columns <= 0 or top < 0 or left < 0 or top + rows > height or left + columns > width:
         raise Cause(
