@@ -11,6 +11,8 @@ from torch import Tensor
 from maskloss.errors import Cause, describe
 from maskloss.targets import MaskTargets
 
+_CONVENTION = 'give [{"masks": [T, H, W], "labels": [T]}, ...]'
+
 Targets = Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 
@@ -28,36 +30,34 @@ def collate(targets: Targets) -> tuple[MaskTargets, Tensor]:
     """
     if isinstance(targets, Mapping):
         return _collated(targets)
-    if not targets:
-        raise Cause("targets must have one entry per image", "the list is empty", "give a dict for each image")
+    if not isinstance(targets, Sequence) or not targets:
+        raise Cause("targets must be a list with one dict per image", f"got {describe(targets)}", _CONVENTION)
     for image, entry in enumerate(targets):
         if not isinstance(entry, Mapping) or "masks" not in entry or "labels" not in entry:
-            got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
+            got = f"has {sorted(map(str, entry))}" if isinstance(entry, Mapping) else f"is {describe(entry)}"
             raise Cause(
-                'each entry of targets must be a dict with "masks" and "labels"',
-                f"entry {image} is {got}",
-                'give [{"masks": [T, H, W], "labels": [T]}, ...]',
+                'each entry of targets must be a dict with "masks" and "labels"', f"entry {image} {got}", _CONVENTION
             )
     packed = _pack([entry["masks"] for entry in targets], [entry.get("ids") for entry in targets])
     labels = [entry["labels"] for entry in targets]
     for image, (found, count) in enumerate(zip(labels, packed.num_targets, strict=True)):
-        _check_labels(found, count, f"image {image}")
+        _check_labels(found, count, f"image {image}", packed.device)
     return packed, torch.cat(labels).long()
 
 
 def _collated(targets: Mapping[str, Any]) -> tuple[MaskTargets, Tensor]:
     masks, labels = targets.get("masks"), targets.get("labels")
     if isinstance(masks, MaskTargets) and isinstance(labels, Tensor):
-        _check_labels(labels, len(masks), "the batch")
+        _check_labels(labels, len(masks), "the batch", masks.device)
         return masks, labels.long()
     if not isinstance(masks, MaskTargets) or not isinstance(labels, Sequence) or len(labels) != masks.batch_size:
         raise Cause(
-            'a dict must hold a collated batch: a MaskTargets in "masks", and in "labels" a list with one [T] per image',
+            'a dict must hold a collated batch: a MaskTargets in "masks", a list of [T] per image in "labels"',
             f"got {describe(targets)}",
             "give a list with one dict per image, or join the images with MaskTargets.cat",
         )
     for image, (found, count) in enumerate(zip(labels, masks.num_targets, strict=True)):
-        _check_labels(found, count, f"image {image}")
+        _check_labels(found, count, f"image {image}", masks.device)
     return masks, torch.cat(list(labels)).long()
 
 
@@ -80,20 +80,25 @@ def _pack(masks: Sequence[Any], ids: Sequence[Any]) -> MaskTargets:
         else:
             raise Cause(
                 '"masks" must be a tensor or a MaskTargets',
-                f"that of image {image} is {type(each).__name__}",
+                f"that of image {image} is {describe(each)}",
                 "use torch.as_tensor, or MaskTargets.from_coco for RLE and polygons",
             )
     return MaskTargets.cat(parts)
 
 
-def _check_labels(labels: Any, count: int, where: str) -> None:
+def _check_labels(labels: Any, count: int, where: str, device: torch.device) -> None:
     integers = (torch.uint8, torch.int16, torch.int32, torch.int64)
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in integers:
-        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise Cause(
             "labels must be an integer tensor [T]",
-            f"those of {where} are {got}",
+            f"those of {where} are {describe(labels)}",
             "give one class per mask",
+        )
+    if labels.device != device:
+        raise Cause(
+            "labels must be on the device of the masks",
+            f"those of {where} are on {labels.device}, the masks on {device}",
+            "move both to the device of the logits",
         )
     if len(labels) != count:
         raise Cause(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from maskloss.errors import Cause
+from maskloss.errors import Cause, describe
+from maskloss.ops.backends import check_backend
+from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
 
 # Mask2Former's weights, for the loss and for the matching alike.
@@ -31,6 +34,8 @@ class MaskOptions:
     def __post_init__(self) -> None:
         check_choice("padding_mode", self.padding_mode, PADDING_MODES)
         check_choice("target_mode", self.target_mode, TARGET_MODES)
+        if self.backend is not None:
+            check_backend(self.backend)
         if self.focal_alpha is not None and self.focal_gamma is None:
             raise Cause(
                 "focal_alpha goes with focal_gamma",
@@ -61,18 +66,40 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         )
 
 
-def check_weight(name: str, value: float) -> None:
+def check_weight(name: str, value: object) -> None:
     """Refuse a weight that is negative or not finite."""
-    if not 0 <= value < float("inf"):
+    if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
         raise Cause(f"{name} must be a finite number, at least 0", f"{name}={value!r}", "0 switches the term off")
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse a number of instances or queries that is negative or not finite."""
+    if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
+        raise Cause(f"{name} must be a finite number, at least 0", f"{name}={value!r}", "step_totals counts them")
+
+
+def check_sampling(sampling: PointSampling | None) -> PointSampling:
+    """Take the default for None, and refuse anything else that is no `PointSampling`."""
+    if sampling is None:
+        return PointSampling()
+    if not isinstance(sampling, PointSampling):
+        raise Cause(
+            "sampling must be a PointSampling",
+            f"got {describe(sampling)}",
+            "PointSampling(num_points=12544, oversample_ratio=3.0, importance_ratio=0.75) is the default",
+        )
+    return sampling
 
 
 def check_maps(name: str, maps: Tensor, shape: str, *, min_size: int = 1) -> None:
     """Refuse maps of another rank than `shape` says, of a dtype without kernels, or without pixels."""
     rank = shape.count(",") + 1
-    if not isinstance(maps, Tensor) or maps.ndim != rank:
-        got = f"{maps.ndim} dimensions" if isinstance(maps, Tensor) else type(maps).__name__
-        raise Cause(f"{name} must be {shape}", f"got {got}", f"add or drop dimensions until {name} has {rank}")
+    if not isinstance(maps, Tensor):
+        raise Cause(f"{name} must be a tensor {shape}", f"got {describe(maps)}", "torch.as_tensor converts arrays")
+    if maps.ndim != rank:
+        raise Cause(
+            f"{name} must be {shape}", f"got {maps.ndim} dimensions", f"add or drop dimensions until {name} has {rank}"
+        )
     if maps.dtype not in _DTYPES:
         raise Cause(
             f"{name} must be float16, bfloat16, float32 or float64",
@@ -85,7 +112,7 @@ def check_maps(name: str, maps: Tensor, shape: str, *, min_size: int = 1) -> Non
 
 def check_layers(name: str, layers: Tensor | Sequence[Tensor], shape: str) -> list[Tensor]:
     """Bring logits of one layer, or of a sequence of decoder layers, into a checked list."""
-    listed = [layers] if isinstance(layers, Tensor) else list(layers)
+    listed = list(layers) if isinstance(layers, Sequence) else [layers]
     if not listed:
         raise Cause(f"{name} must have at least one decoder layer", "the sequence is empty", "give the final layer's")
     for layer in listed:

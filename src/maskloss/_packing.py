@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,15 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from maskloss.errors import Cause, require
+from maskloss.errors import Cause, describe, require
 
 Bytes = NDArray[np.uint8]
 # Columns of a target's row: offset, stride, top, left, height, width (frame and id follow, see MaskTargets.tensors).
 PLACE = 6
 # Label maps with values below this are ranked through a table, others by binary search.
 _LARGEST_TABLE = 1 << 22
+# pycocotools works with coordinates times 5 in 32-bit integers.
+_FAR = 1 << 20
 
 
 def pack(masks: Tensor) -> Tensor:
@@ -103,6 +106,14 @@ def _ranks(values: NDArray[Any], wanted: NDArray[np.int64]) -> NDArray[np.int32]
 def pack_coco(segmentations: Sequence[Any], height: int, width: int) -> tuple[Tensor, NDArray[np.int64]]:
     """Pack COCO segmentations (RLE or polygons), one at a time: bytes of all crops, and the place of each `[T, 6]`."""
     api = require("pycocotools.mask", "coco")
+    if not isinstance(segmentations, Sequence) or isinstance(segmentations, (str, bytes)):
+        raise Cause(
+            "segmentations must be a list with one per target",
+            f"got {describe(segmentations)}",
+            "wrap a single segmentation in a list",
+        )
+    if height < 1 or width < 1:
+        raise Cause("an image must have pixels", f"height={height!r}, width={width!r}", "take them from the image")
     place = np.zeros((len(segmentations), PLACE), dtype=np.int64)
     crops: list[Bytes] = []
     offset = 0
@@ -140,10 +151,11 @@ def _run_length(api: Any, segmentation: Any, target: int, height: int, width: in
                 f"segmentation {target} has a polygon with {len(polygon)} coordinates",
                 "list x and y of at least three corners in turn",
             )
-        if not np.isfinite(np.asarray(polygon, dtype=np.float64)).all():
+        # Farther off, the coordinates overflow inside pycocotools.
+        if not all(isinstance(value, Real) and -_FAR < float(value) < _FAR for value in polygon):
             raise Cause(
-                "the coordinates of a polygon must be finite",
-                f"segmentation {target} has a NaN or an infinity",
+                f"the coordinates of a polygon must be numbers below {_FAR} in size",
+                f"segmentation {target} has {describe(polygon)}",
                 "drop the instance, or mend the annotation",
             )
     return api.merge(api.frPyObjects([[float(c) for c in p] for p in segmentation], height, width))
@@ -156,12 +168,18 @@ def _checked_rle(api: Any, rle: Mapping[str, Any], target: int, height: int, wid
             f"segmentation {target} has {sorted(map(str, rle))}",
             'use {"size": [height, width], "counts": ...}',
         )
-    size, counts = [int(side) for side in rle["size"]], rle["counts"]
-    if size != [height, width]:
+    size, counts = rle["size"], rle["counts"]
+    if not isinstance(size, Sequence) or list(size) != [height, width]:
         raise Cause(
             "the size of an RLE must be that of its image",
             f"segmentation {target} has size {size}, the image is [{height}, {width}]",
             "size is [height, width]",
+        )
+    if not isinstance(counts, Sequence):
+        raise Cause(
+            "the counts of an RLE must be a compressed string or a list",
+            f"those of segmentation {target} are {describe(counts)}",
+            "COCO's annotation files have a list, pycocotools has bytes",
         )
     runs = _runs(counts) if isinstance(counts, (str, bytes)) else [int(run) for run in counts]
     if min(runs, default=0) < 0 or sum(runs) != height * width:
@@ -171,8 +189,8 @@ def _checked_rle(api: Any, rle: Mapping[str, Any], target: int, height: int, wid
             "the counts alternate between outside and inside, column by column, and add up to height * width",
         )
     if isinstance(counts, (str, bytes)):
-        return {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
-    return api.frPyObjects({"size": size, "counts": runs}, height, width)
+        return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
+    return api.frPyObjects({"size": [height, width], "counts": runs}, height, width)
 
 
 def _runs(counts: str | bytes) -> list[int]:

@@ -172,7 +172,7 @@ class MaskCriterion(nn.Module):
                 "num_classes does not count 'no object', the class logits do",
             )
         packed, labels = collate(targets)
-        _inputs.check_targets(packed, logits[0], labels)
+        _inputs.check_targets(packed, logits[0])
         _check_totals(totals)
         drawn = draw_seed(seed, generator)
         numbers = distributed.image_numbers(image_ids, batch, logits[0].device)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from maskloss.errors import Cause, reported
+from maskloss.errors import Cause, describe, reported
 
 
 class StepTotals(NamedTuple):
@@ -89,8 +89,14 @@ def step_totals(
         >>> step_totals([[3, 5], [0, 2]], num_queries=100)
         StepTotals(instances=10.0, queries=400.0)
     """
-    if num_queries < 1:
-        raise Cause("num_queries must be at least 1", f"num_queries={num_queries!r}", "it is Q of the mask logits")
+    if not isinstance(num_queries, int) or num_queries < 1:
+        raise Cause("num_queries must be a positive integer", f"num_queries={num_queries!r}", "it is Q of the logits")
+    if not isinstance(num_targets, Sequence) or not all(isinstance(counts, Sequence) for counts in num_targets):
+        raise Cause(
+            "num_targets must list the micro-batches, and of each the number of targets of its images",
+            f"got {describe(num_targets)}",
+            "a step of a single batch is [targets.num_targets]",
+        )
     counts = [count for micro_batch in num_targets for count in micro_batch]
     if min(counts, default=0) < 0:
         raise Cause("numbers of targets must not be negative", f"got {min(counts)}", "count the masks of each image")
@@ -107,7 +113,7 @@ def image_numbers(image_ids: Tensor | Sequence[int] | None, batch: int, device: 
     if ids.shape != (batch,) or ids.dtype not in (torch.int64, torch.int32):
         raise Cause(
             "image_ids must hold one integer per image",
-            f"got {list(ids.shape)} {ids.dtype} for {batch} images",
+            f"got {describe(ids)} for {batch} image{'s' * (batch != 1)}",
             "number the images of all ranks and micro-batches of a step",
         )
     return ids.to(device=device, dtype=torch.int64, non_blocking=True)

@@ -1,7 +1,8 @@
 """The library's error, and how its message is built.
 
 Deep code raises a short `Cause`. The public call in which it happened (marked with `reported`) turns it into one
-readable error that names the operation and the shapes that it was given:
+readable error that names the operation and the shapes that it was given; of public calls inside each other, the one
+that the user made:
 
     MaskLoss: mask_logits and masks must pair up
       mask_logits [12, 64, 64] float32, masks [11, 256, 256] bool
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 
 P = ParamSpec("P")
@@ -26,6 +28,8 @@ R = TypeVar("R")
 
 class MaskLossError(ValueError):
     """Input that `maskloss` cannot work with; the message says which, why, and what to do."""
+
+    parts: tuple[str, str, str] | None = None
 
 
 class Cause(MaskLossError):
@@ -39,7 +43,7 @@ class Cause(MaskLossError):
 
     def __init__(self, rule: str, cause: str, hint: str) -> None:
         super().__init__(f"{rule}\n  cause: {cause}\n  hint: {hint}")
-        self.rule, self.cause, self.hint = rule, cause, hint
+        self.parts = (rule, cause, hint)
 
 
 class MissingExtraError(ImportError):
@@ -47,32 +51,42 @@ class MissingExtraError(ImportError):
 
 
 def describe(value: object) -> str:
-    """Name shape, dtype and, off the CPU, device of a tensor; shorten everything else to one line."""
+    """Name shape, dtype and, off the CPU, device of a tensor or an array; shorten everything else to one line."""
     if isinstance(value, torch.Tensor):
         where = "" if value.device.type == "cpu" else f" on {value.device}"
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}{where}"
+    if isinstance(value, np.ndarray):
+        return f"numpy {list(value.shape)} {value.dtype}"
     if isinstance(value, Mapping):
         inner = ", ".join(f"{key!r}: {describe(item)}" for key, item in list(value.items())[:4])
         return "{" + inner + "}"
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         if not value:
             return "empty"
-        return f"{len(value)} x {describe(value[0])}"
-    text = repr(value)
+        if not isinstance(value[0], (int, float)):
+            return f"{len(value)} x {describe(value[0])}"
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def reported(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Mark a public call: a `Cause` raised inside it becomes an error that names `operation` and its inputs."""
+    """Mark a public call: a `Cause` raised inside it becomes an error that names `operation` and its inputs.
+
+    An error of a marked call inside this one is told again as this one's: the user knows nothing of the inner call.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return function(*args, **kwargs)
-            except Cause as cause:
-                message = _message(operation, cause, _inputs(function, args, kwargs))
-            raise MaskLossError(message) from None
+            except MaskLossError as error:
+                parts = error.parts
+                if parts is None:
+                    raise
+                told = MaskLossError(_message(operation, parts, _inputs(function, args, kwargs)))
+            told.parts = parts
+            raise told from None
 
         return call
 
@@ -90,11 +104,12 @@ def _inputs(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     )
 
 
-def _message(operation: str, cause: Cause, inputs: str) -> str:
-    lines = [f"{operation}: {cause.rule}"]
+def _message(operation: str, parts: tuple[str, str, str], inputs: str) -> str:
+    rule, cause, hint = parts
+    lines = [f"{operation}: {rule}"]
     if inputs:
         lines.append(f"  {inputs}")
-    return "\n".join([*lines, f"  cause: {cause.cause}", f"  hint: {cause.hint}"])
+    return "\n".join([*lines, f"  cause: {cause}", f"  hint: {hint}"])
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskloss import _inputs, ops
-from maskloss.errors import Cause, reported
+from maskloss.errors import Cause, describe, reported
 from maskloss.ops import reference
 from maskloss.points import PointSampling, draw_seed
 
@@ -134,7 +134,7 @@ def uncertain_points(
     """
     _inputs.check_maps("logits", logits, "[N, h, w]")
     _inputs.check_choice("padding_mode", padding_mode, _inputs.PADDING_MODES)
-    sampling = PointSampling() if sampling is None else sampling
+    sampling = _inputs.check_sampling(sampling)
     backend = ops.choose_backend(logits.device, backend)
     count, device = len(logits), logits.device
     index = pair_index(count, device)
@@ -319,11 +319,11 @@ def class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:
     if class_logits.ndim < 2 or not class_logits.is_floating_point():
         raise Cause(
             "class_logits must be float [..., Q, C + 1]",
-            f"got {class_logits.dtype} {list(class_logits.shape)}",
+            f"got {describe(class_logits)}",
             "the last dimension holds the classes and 'no object'",
         )
     if labels.ndim < 1 or labels.is_floating_point():
-        raise Cause("labels must be integers [..., T]", f"got {labels.dtype} {list(labels.shape)}", "labels.long()")
+        raise Cause("labels must be integers [..., T]", f"got {describe(labels)}", "labels.long()")
     probability = class_logits.softmax(-1)
     where = labels.long().clamp(0, class_logits.shape[-1] - 1).unsqueeze(-2)
     return -probability.gather(-1, where.expand(*probability.shape[:-1], -1))
@@ -332,8 +332,9 @@ def class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:
 def check_points(points: Tensor, count: int, device: torch.device) -> None:
     """Refuse points that are not float `[count, P, 2]` on the given device."""
     if not isinstance(points, Tensor) or points.ndim != 3 or points.shape[-1] != 2 or not points.is_floating_point():
-        got = f"{points.dtype} {list(points.shape)}" if isinstance(points, Tensor) else type(points).__name__
-        raise Cause("points must be float [N, P, 2]", f"got {got}", "the last dimension holds (x, y) in [0, 1]")
+        raise Cause(
+            "points must be float [N, P, 2]", f"got {describe(points)}", "the last dimension holds (x, y) in [0, 1]"
+        )
     if points.shape[0] != count or points.shape[1] < 1:
         raise Cause(
             "there must be points for every instance",
@@ -356,8 +357,12 @@ def _mean_focal(z: Tensor, t: Tensor, w: Tensor | None, alpha: float, gamma: flo
 
 
 def _check_floats(z: Tensor, t: Tensor) -> None:
-    if not z.is_floating_point() or not t.is_floating_point():
-        raise Cause("z and t must be float", f"got {z.dtype} and {t.dtype}", "t.to(z.dtype) converts a bool mask")
+    for each in (z, t):
+        if not isinstance(each, Tensor) or not each.is_floating_point():
+            raise Cause(
+                "z and t must be float", f"got {describe(z)} and {describe(t)}", "t.to(z.dtype) converts a bool mask"
+            )
+    _inputs.check_device("t", t.device, z.device)
 
 
 def _weights(z: Tensor, t: Tensor, w: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskloss import _inputs, distributed, ops
-from maskloss.errors import Cause, reported
+from maskloss.errors import Cause, describe, reported
 from maskloss.functional import check_points, pair_index
 from maskloss.matches import Matches
 from maskloss.points import PointSampling, draw_seed
@@ -98,7 +98,7 @@ class MaskLoss(nn.Module):
         _inputs.check_weight("ce_weight", ce_weight)
         _inputs.check_weight("dice_weight", dice_weight)
         self.ce_weight, self.dice_weight = float(ce_weight), float(dice_weight)
-        self.sampling = PointSampling() if sampling is None else sampling
+        self.sampling = _inputs.check_sampling(sampling)
         self.options = _inputs.MaskOptions(padding_mode, target_mode, focal_alpha, focal_gamma, backend)
 
     @reported("MaskLoss")
@@ -149,6 +149,8 @@ class MaskLoss(nn.Module):
             losses, count = _masked(losses, instance_mask)
         if num_instances is None:
             num_instances = self._count(count, logits.device)
+        elif not isinstance(num_instances, Tensor):
+            _inputs.check_count("num_instances", num_instances)
         divisor = distributed.at_least_one(num_instances)
         ce, dice = losses.ce.sum() / divisor, losses.dice.sum() / divisor
         return MaskLossOutput(self.ce_weight * ce + self.dice_weight * dice, ce, dice, losses, drawn)
@@ -208,6 +210,12 @@ class MaskLoss(nn.Module):
         """Bring both forms of the call into one: logits `[B, Q, h, w]`, targets, matches."""
         targets = masks if isinstance(masks, MaskTargets) else MaskTargets.from_masks(masks)
         if matches is None:
+            if isinstance(mask_logits, Tensor) and mask_logits.ndim == 4:
+                raise Cause(
+                    "mask_logits [B, Q, h, w] go with matches",
+                    "matches is None",
+                    "give the (queries, targets) of each image, or pick the matched predictions: [N, h, w]",
+                )
             _inputs.check_maps("mask_logits", mask_logits, "[N, h, w]")
             count = len(mask_logits)
             if targets.batch_size != 1 or len(targets) != count:
@@ -217,16 +225,23 @@ class MaskLoss(nn.Module):
                     "give one target mask for each prediction, or matches along with [B, Q, h, w] logits",
                 )
             _inputs.check_device("masks", targets.device, mask_logits.device)
-            return mask_logits[None], targets, Matches(pair_index(count, mask_logits.device), (count,), 1)
+            return mask_logits[None], targets, Matches(pair_index(count, mask_logits.device), (count,), count, (count,))
         _inputs.check_maps("mask_logits", mask_logits, "[B, Q, h, w]")
         _inputs.check_targets(targets, mask_logits)
         if not isinstance(matches, Matches):
             matches = Matches.from_pairs(matches, num_queries=mask_logits.shape[1], num_targets=targets.num_targets)
-        elif len(matches.layer_sizes) != 1 or matches.batch_size != mask_logits.shape[0]:
+        elif len(matches.layer_sizes) != 1:
             raise Cause(
-                "matches must be those of one layer and of these images",
-                f"they have {len(matches.layer_sizes)} layers and {matches.batch_size} images",
-                "use MaskCriterion for several decoder layers",
+                "matches must be those of one decoder layer",
+                f"they have {len(matches.layer_sizes)} layers",
+                "use MaskCriterion for several decoder layers, or take the pairs of one: matches.pairs(layer)",
+            )
+        elif (matches.num_queries, matches.num_targets) != (mask_logits.shape[1], targets.num_targets):
+            raise Cause(
+                "matches must be those of these predictions and targets",
+                f"they pair {matches.num_queries} queries with {list(matches.num_targets)} targets, "
+                f"here are {mask_logits.shape[1]} queries and {list(targets.num_targets)} targets",
+                "match again after changing the batch",
             )
         return mask_logits, targets, matches.to(mask_logits.device)
 
@@ -239,12 +254,13 @@ class MaskLoss(nn.Module):
 
 def _masked(losses: InstanceLosses, keep: Tensor) -> tuple[InstanceLosses, Tensor]:
     """Leave instances out; a NaN in one that is left out must not come through, hence no multiplication."""
-    if keep.shape != losses.ce.shape or keep.dtype != torch.bool or keep.device != losses.ce.device:
+    if not isinstance(keep, Tensor) or keep.shape != losses.ce.shape or keep.dtype != torch.bool:
         raise Cause(
-            "instance_mask must be a bool [N] on the device of the logits",
-            f"got {keep.dtype} {list(keep.shape)} on {keep.device} for {len(losses.ce)} instances",
+            "instance_mask must be a bool tensor [N]",
+            f"got {describe(keep)} for {len(losses.ce)} instances",
             "mark the instances to keep with True",
         )
+    _inputs.check_device("instance_mask", keep.device, losses.ce.device)
     zero = losses.ce.new_zeros(())
     kept = InstanceLosses(*(torch.where(keep, term, zero) for term in losses))
     return kept, keep.sum(dtype=losses.ce.dtype)

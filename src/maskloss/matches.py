@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskloss.errors import Cause, reported
+from maskloss.errors import Cause, describe, reported
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,12 +19,19 @@ class Matches:
     Attributes:
         index: int64 `[N, 4]`, rows (layer, image, query, target within its image), sorted by layer.
         layer_sizes: the number of rows of each layer.
-        batch_size: the number of images.
+        num_queries: Q, predictions of an image.
+        num_targets: targets of each image.
     """
 
     index: Tensor
     layer_sizes: tuple[int, ...]
-    batch_size: int
+    num_queries: int
+    num_targets: tuple[int, ...]
+
+    @property
+    def batch_size(self) -> int:
+        """The number of images."""
+        return len(self.num_targets)
 
     def __len__(self) -> int:
         """Return N, the number of pairs of all layers."""
@@ -59,14 +67,8 @@ class Matches:
                 "an image without targets has two empty tensors",
             )
         rows = []
-        for image, ((queries, targets), count) in enumerate(zip(pairs, num_targets, strict=True)):
-            queries, targets = torch.as_tensor(queries).cpu().long(), torch.as_tensor(targets).cpu().long()
-            if queries.ndim != 1 or queries.shape != targets.shape:
-                raise Cause(
-                    "queries and targets of an image must pair up",
-                    f"image {image} has {list(queries.shape)} queries and {list(targets.shape)} targets",
-                    "give two 1-D tensors of the same length",
-                )
+        for image, (pair, count) in enumerate(zip(pairs, num_targets, strict=True)):
+            queries, targets = _check_pair(pair, image)
             for name, found, limit in (("queries", queries, num_queries), ("targets", targets, count)):
                 if len(found) and not 0 <= int(found.min()) <= int(found.max()) < limit:
                     raise Cause(
@@ -77,8 +79,29 @@ class Matches:
             fixed = torch.zeros_like(queries)
             rows.append(torch.stack([fixed, fixed + image, queries, targets], dim=1))
         index = torch.cat(rows) if rows else torch.empty(0, 4, dtype=torch.int64)
-        return Matches(index, (len(index),), len(pairs))
+        return Matches(index, (len(index),), num_queries, tuple(num_targets))
 
     def to(self, device: torch.device | str) -> Matches:
         """Move the index to a device."""
-        return Matches(self.index.to(device, non_blocking=True), self.layer_sizes, self.batch_size)
+        return replace(self, index=self.index.to(device, non_blocking=True))
+
+
+def _check_pair(pair: Any, image: int) -> tuple[Tensor, Tensor]:
+    """Bring (queries, targets) of one image to int64 on the CPU, and check that they pair up."""
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        raise Cause(
+            "the matches of an image must be a pair (queries, targets)",
+            f"those of image {image} are {describe(pair)}",
+            "give one pair of 1-D tensors for each image",
+        )
+    queries, targets = (torch.as_tensor(side).cpu() for side in pair)
+    if queries.ndim != 1 or queries.shape != targets.shape:
+        raise Cause(
+            "queries and targets of an image must pair up",
+            f"image {image} has {list(queries.shape)} queries and {list(targets.shape)} targets",
+            "give two 1-D tensors of the same length",
+        )
+    for side in (queries, targets):
+        if len(side) and (side.is_floating_point() or side.dtype == torch.bool):
+            raise Cause("matches must be integers", f"those of image {image} are {describe(side)}", "they are indices")
+    return queries.long(), targets.long()

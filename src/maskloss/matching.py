@@ -106,7 +106,7 @@ class HungarianMatcher(nn.Module):
         """
         classes, logits = check_predictions(class_logits, mask_logits)
         packed, labels = collate(targets)
-        _inputs.check_targets(packed, logits[0], labels)
+        _inputs.check_targets(packed, logits[0])
         numbers = distributed.image_numbers(image_ids, logits[0].shape[0], logits[0].device)
         stacked = torch.stack([layer.detach().float() for layer in classes])
         return self.match(stacked, logits, packed, labels, numbers, draw_seed(seed, generator))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from maskloss.errors import Cause, reported
+from maskloss.errors import Cause, describe, reported
 
 # Streams keep apart the draws of one instance; the number is part of the generator's counter.
 CANDIDATES, RANDOM, MATCHER = 0, 1, 2
@@ -17,6 +18,10 @@ ALL_TARGETS = 0xFFFFFFFF
 _MASK = 0xFFFFFFFF
 _PARITY = 0x1BD11BDA
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,15 @@ class PointSampling:
                 f"num_points={self.num_points!r}",
                 "take at least one point per instance; 12544 is usual",
             )
-        if not 1 <= self.oversample_ratio < float("inf"):
+        if not _is_number(self.oversample_ratio) or not 1 <= self.oversample_ratio < float("inf"):
             raise Cause(
-                "oversample_ratio must be at least 1",
+                "oversample_ratio must be a finite number, at least 1",
                 f"oversample_ratio={self.oversample_ratio!r}",
                 "there must be enough candidates to choose from; 3.0 is usual",
             )
-        if not 0 <= self.importance_ratio <= 1:
+        if not _is_number(self.importance_ratio) or not 0 <= self.importance_ratio <= 1:
             raise Cause(
-                "importance_ratio must lie in [0, 1]",
+                "importance_ratio must be a number in [0, 1]",
                 f"importance_ratio={self.importance_ratio!r}",
                 "it is the share of uncertain points; 0.75 is usual, 0 draws all points uniformly",
             )
@@ -116,7 +121,7 @@ def draw_seed(seed: int | Tensor | None = None, generator: torch.Generator | Non
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise Cause(
                 "a seed tensor must hold one int64",
-                f"shape {list(seed.shape)}, {seed.dtype}",
+                f"got {describe(seed)}",
                 "use torch.randint(2**63 - 1, (), dtype=torch.int64)",
             )
         return seed.reshape(())

@@ -408,7 +408,7 @@ def _listed_ids(ids: Any) -> list[int]:
     except TypeError:
         listed = [2**63]
     if any(not -(2**63) <= number < 2**63 for number in listed):
-        raise Cause("ids must be 64-bit integers, one per target", f"got {describe(ids)}", "give a list or a tensor [T]")
+        raise Cause("ids must be 64-bit integers, one per target", f"got {describe(ids)}", "give a list [T]")
     return listed
 
 

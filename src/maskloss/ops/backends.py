@@ -36,12 +36,7 @@ def choose_backend(device: torch.device, requested: str | None = None) -> str:
     wanted = requested if requested is not None else os.environ.get(VARIABLE) or None
     if wanted is None:
         return _default(device.type)
-    if wanted not in BACKENDS:
-        raise Cause(
-            f"backend must be one of {', '.join(BACKENDS)}",
-            f"backend={wanted!r}",
-            f"leave it out, or check the environment variable {VARIABLE}",
-        )
+    check_backend(wanted)
     if wanted == "reference":
         return wanted
     if device.type != ("cpu" if wanted == "cpu" else "cuda"):
@@ -57,6 +52,16 @@ def choose_backend(device: torch.device, requested: str | None = None) -> str:
             f"pip install {_NEEDS[wanted]}, or use backend='reference'",
         )
     return wanted
+
+
+def check_backend(name: object) -> None:
+    """Refuse a name that is no backend's."""
+    if name not in BACKENDS:
+        raise Cause(
+            f"backend must be one of {', '.join(BACKENDS)}",
+            f"backend={name!r}",
+            f"leave it out, or check the environment variable {VARIABLE}",
+        )
 
 
 def load(backend: str) -> ModuleType:
