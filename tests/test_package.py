@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,9 +21,11 @@ import maskloss
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-PUBLIC_MODULES = [
-    "maskloss",
-    *(f"maskloss.{path.stem}" for path in sorted(Path(maskloss.__file__).parent.glob("[a-z]*.py"))),
+PACKAGE = Path(maskloss.__file__).parent
+PUBLIC_MODULES = ["maskloss"] + [
+    f"maskloss.{path.stem}"
+    for path in sorted(PACKAGE.glob("[a-z]*"))
+    if (path.suffix == ".py" or path.joinpath("__init__.py").exists()) and path.stem != "ops"
 ]
 
 
@@ -213,3 +216,10 @@ def test_public_names_are_documented(name: str) -> None:
         assert re.search(rf"^ +{parameter}\b.*:", text, re.MULTILINE), f"{name} does not document {parameter}"
     if takes and not isinstance(thing, type) and signature.return_annotation not in {None, "None"}:
         assert re.search(r"^(Returns|Yields):", text, re.MULTILINE), f"{name} does not say what it returns"
+
+
+@pytest.mark.parametrize("module", [maskloss, maskloss.functional])
+def test_public_names_have_a_place_in_the_reference(module: ModuleType) -> None:
+    listed = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    for name in module.__all__:
+        assert inspect.ismodule(getattr(module, name)) or re.search(rf"^.. auto.*\b{name}$", listed, re.MULTILINE), name
