@@ -124,6 +124,12 @@ class MaskCriterion(nn.Module):
         self.num_classes, self.class_weight = num_classes, float(class_weight)
         self.no_object_weight = float(no_object_weight)
         self.mask_loss = MaskLoss(ce_weight=ce_weight, dice_weight=dice_weight, sampling=sampling, **options)  # type: ignore[arg-type]
+        if matcher is not None and matcher.classification != "softmax":
+            raise Cause(
+                'the matcher must have classification="softmax"',
+                f"it has {matcher.classification!r}, and this criterion classifies with a softmax",
+                "maskloss.integrations.detr has a criterion for classes with sigmoids",
+            )
         self.matcher = matcher or HungarianMatcher(
             class_weight=class_weight,
             ce_weight=ce_weight,

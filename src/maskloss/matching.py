@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from maskloss import _inputs, distributed, ops
 from maskloss._collate import Targets, collate
 from maskloss.errors import Cause, describe, reported
-from maskloss.functional import class_cost
+from maskloss.functional import class_cost, focal_class_cost
 from maskloss.matches import Matches
 from maskloss.points import PointSampling, draw_seed
 from maskloss.targets import MaskTargets
@@ -30,6 +30,8 @@ class HungarianMatcher(nn.Module):
         ce_weight: weight of the cross-entropy, at least 0. Default 5.
         dice_weight: weight of Dice, at least 0. Default 5.
         num_points: P, uniform points per image. Default 12544.
+        classification: "softmax" (default), or "focal": the class logits have no "no object", and the class term is
+            `functional.focal_class_cost`.
         padding_mode: "zeros" (default) or "border".
         target_mode: "bilinear" (default) or "nearest".
         focal_alpha: alpha of the focal cost; needs `focal_gamma`. Default None.
@@ -61,6 +63,7 @@ class HungarianMatcher(nn.Module):
         ce_weight: float = _inputs.CE_WEIGHT,
         dice_weight: float = _inputs.DICE_WEIGHT,
         num_points: int = PointSampling.num_points,
+        classification: str = "softmax",
         padding_mode: str = "zeros",
         target_mode: str = "bilinear",
         focal_alpha: float | None = None,
@@ -75,6 +78,8 @@ class HungarianMatcher(nn.Module):
             raise Cause("one weight at least must be positive", "all are 0", "a cost of 0 everywhere matches nothing")
         self.class_weight, self.ce_weight, self.dice_weight = (float(weight) for weight in weights.values())
         self.num_points = PointSampling(num_points=num_points).num_points
+        _inputs.check_choice("classification", classification, ("softmax", "focal"))
+        self.classification = classification
         self.options = _inputs.MaskOptions(padding_mode, target_mode, focal_alpha, focal_gamma, backend)
 
     @reported("HungarianMatcher")
@@ -84,6 +89,7 @@ class HungarianMatcher(nn.Module):
         mask_logits: Tensor | Sequence[Tensor],
         targets: Targets,
         *,
+        extra_costs: Sequence[Tensor] | None = None,
         image_ids: Tensor | Sequence[int] | None = None,
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -91,9 +97,12 @@ class HungarianMatcher(nn.Module):
         """Match the predictions of one layer, or of a sequence of layers.
 
         Args:
-            class_logits: `[B, Q, C + 1]`, or a sequence of them; the last class is "no object".
+            class_logits: `[B, Q, C + 1]`, or a sequence of them; the last class is "no object". `[B, Q, C]` for
+                classification "focal".
             mask_logits: `[B, Q, h, w]`, or a sequence of them.
             targets: one dict per image with "masks" and "labels" (see `MaskCriterion`).
+            extra_costs: more terms of the cost, of boxes for instance, with their weights: `[Q, T]` for each image, or
+                `[L, Q, T]` for several layers. Default: none.
             image_ids: global numbers of the images, `[B]`. Default: rank * B + b.
             seed: 64-bit seed of the points.
             generator: where to draw a seed from. Default: torch's default generator.
@@ -104,12 +113,13 @@ class HungarianMatcher(nn.Module):
         Raises:
             MaskLossError: wrong rank, dtype or device, numbers that do not pair up, or labels outside the classes.
         """
-        classes, logits = check_predictions(class_logits, mask_logits)
+        classes, logits = check_predictions(class_logits, mask_logits, no_object=self.classification == "softmax")
         packed, labels = collate(targets)
         _inputs.check_targets(packed, logits[0])
         numbers = distributed.image_numbers(image_ids, logits[0].shape[0], logits[0].device)
         stacked = torch.stack([layer.detach().float() for layer in classes])
-        return self.match(stacked, logits, packed, labels, numbers, draw_seed(seed, generator))
+        extra = None if extra_costs is None else stack_costs(extra_costs, stacked, packed)
+        return self.match(stacked, logits, packed, labels, numbers, draw_seed(seed, generator), extra)
 
     @torch.no_grad()
     def match(
@@ -120,10 +130,11 @@ class HungarianMatcher(nn.Module):
         labels: Tensor,
         image_ids: Tensor,
         seed: Tensor,
+        extra_costs: Tensor | None = None,
     ) -> Matches:
         """Match checked inputs: class logits `[L, B, Q, C + 1]`, targets packed, labels of all images `[T_all]`."""
-        cost = self.costs(class_logits, mask_logits, targets, labels, image_ids, seed)
-        num_classes, num_queries = class_logits.shape[-1] - 1, class_logits.shape[2]
+        cost = self.costs(class_logits, mask_logits, targets, labels, image_ids, seed, extra_costs)
+        num_classes, num_queries = class_logits.shape[-1] - (self.classification == "softmax"), class_logits.shape[2]
         index = ops.assign(cost, labels, targets.num_targets, num_classes)
         matched = sum(min(count, num_queries) for count in targets.num_targets)
         return Matches(index, (matched,) * len(mask_logits), num_queries, targets.num_targets)
@@ -137,6 +148,7 @@ class HungarianMatcher(nn.Module):
         labels: Tensor,
         image_ids: Tensor,
         seed: Tensor,
+        extra_costs: Tensor | None = None,
     ) -> Tensor:
         """Compute the matching costs `[L, B, Q, T_max]` of checked inputs; meaningless beyond an image's targets."""
         options = self.options
@@ -154,12 +166,38 @@ class HungarianMatcher(nn.Module):
             ops.choose_backend(mask_logits[0].device, options.backend),
         )
         padded = _by_image(labels, targets)
-        return self.class_weight * class_cost(class_logits, padded) + self.ce_weight * ce + self.dice_weight * dice
+        by_class = class_cost if self.classification == "softmax" else focal_class_cost
+        cost: Tensor = (
+            self.class_weight * by_class(class_logits, padded) + self.ce_weight * ce + self.dice_weight * dice
+        )
+        return cost if extra_costs is None else cost + extra_costs
 
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
         weights = f"class_weight={self.class_weight}, ce_weight={self.ce_weight}, dice_weight={self.dice_weight}"
         return f"{weights}, num_points={self.num_points}, {self.options}"
+
+
+def stack_costs(costs: Sequence[Tensor], class_logits: Tensor, targets: MaskTargets) -> Tensor:
+    """Bring costs `[Q, T]` or `[L, Q, T]` of each image together: `[L, B, Q, T_max]`, 0 beyond an image's targets."""
+    layers, batch, queries = class_logits.shape[:3]
+    stacked = class_logits.new_zeros(layers, batch, queries, max(targets.num_targets, default=0))
+    if len(costs) != batch:
+        raise Cause(
+            "extra_costs must have one entry per image",
+            f"{len(costs)} entries for {batch} images",
+            "an image without targets has costs [Q, 0]",
+        )
+    for image, (cost, count) in enumerate(zip(costs, targets.num_targets, strict=True)):
+        wanted = [(layers, queries, count)] + [(queries, count)] * (layers == 1)
+        if not isinstance(cost, Tensor) or tuple(cost.shape) not in wanted:
+            raise Cause(
+                "extra_costs must be [Q, T] for each image, or [L, Q, T] for several layers",
+                f"image {image} has {count} targets, and its costs are {describe(cost)}",
+                f"give it {' or '.join(str(list(shape)) for shape in wanted)}",
+            )
+        stacked[:, image, :, :count] = cost.detach()
+    return stacked
 
 
 def _by_image(labels: Tensor, targets: MaskTargets) -> Tensor:
@@ -172,9 +210,15 @@ def _by_image(labels: Tensor, targets: MaskTargets) -> Tensor:
 
 
 def check_predictions(
-    class_logits: Tensor | Sequence[Tensor], mask_logits: Tensor | Sequence[Tensor]
+    class_logits: Tensor | Sequence[Tensor], mask_logits: Tensor | Sequence[Tensor], *, no_object: bool = True
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Bring the predictions of all decoder layers into two checked lists of the same length."""
+    """Bring the predictions of all decoder layers into two checked lists of the same length.
+
+    Args:
+        class_logits: `[B, Q, C + 1]`, or a sequence over decoder layers.
+        mask_logits: `[B, Q, h, w]`, or a sequence over decoder layers.
+        no_object: whether the last class is "no object", so that there must be two classes at least.
+    """
     masks = _inputs.check_layers("mask_logits", mask_logits, "[B, Q, h, w]")
     classes = list(class_logits) if isinstance(class_logits, Sequence) else [class_logits]
     if len(classes) != len(masks):
@@ -183,17 +227,17 @@ def check_predictions(
             f"{len(classes)} layers of classes but {len(masks)} of masks",
             "give both for every layer",
         )
-    wanted = masks[0].shape[:2]
+    wanted, shape = masks[0].shape[:2], "[B, Q, C + 1]" if no_object else "[B, Q, C]"
     for layer, logits in enumerate(classes):
         if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
             raise Cause(
-                "class_logits must be float [B, Q, C + 1]",
+                f"class_logits must be float {shape}",
                 f"those of layer {layer} are {describe(logits)}",
-                "the last class is 'no object'",
+                "the last class is 'no object'" if no_object else "there is no 'no object' among the classes",
             )
-        if logits.shape[:2] != wanted or logits.shape[2] != classes[0].shape[2] or logits.shape[2] < 2:
+        if logits.shape[:2] != wanted or logits.shape[2] != classes[0].shape[2] or logits.shape[2] < 1 + no_object:
             raise Cause(
-                "class_logits must be [B, Q, C + 1] with B and Q of the mask logits and one C of at least 1",
+                f"class_logits must be {shape} with B and Q of the mask logits and one C of at least 1",
                 f"those of layer {layer} are {list(logits.shape)}, B and Q are {list(wanted)}",
                 "both heads must read the same queries",
             )
