@@ -45,7 +45,11 @@ def exp_negative(a: Any) -> Any:
 @overload(exp_negative, jit_options={"forceinline": True, "error_model": "numpy", "fastmath": {"contract"}})
 def _exp_negative(a: Any) -> Any:
     if a == types.float64:
-        return lambda a: math.exp(a)
+
+        def library(a: Any) -> Any:
+            return math.exp(a)
+
+        return library
 
     def polynomial(a: Any) -> Any:
         # exp(a) = 2^k exp(r), written so that LLVM makes vectors of it, which it cannot with a call of the C library.
@@ -67,7 +71,11 @@ def log1p_unit(e: Any) -> Any:
 @overload(log1p_unit, jit_options={"forceinline": True, "error_model": "numpy", "fastmath": {"contract"}})
 def _log1p_unit(e: Any) -> Any:
     if e == types.float64:
-        return lambda e: math.log1p(e)
+
+        def library(e: Any) -> Any:
+            return math.log1p(e)
+
+        return library
 
     def polynomial(e: Any) -> Any:
         p = _L5 + e * (_L6 + e * (_L7 + e * (_L8 + e * _L9)))
@@ -78,11 +86,11 @@ def _log1p_unit(e: Any) -> Any:
 
 @helper(forceinline=True, fastmath={"contract"})
 def sigmoid_softplus(z):  # type: ignore[no-untyped-def]
-    """s(z) and log(1 + exp(z)), both from exp(-|z|), so that neither overflows."""
-    zero, one = z * 0, z * 0 + 1
+    """s(z) and max(z, 0) + log1p(exp(-|z|)), both from exp(-|z|), so that neither overflows."""
+    # A literal 1 would take the arithmetic to double precision.
+    zero, one = type(z)(0), type(z)(1)
     e = exp_negative(-abs(z))
-    s = (one if z >= 0 else e) / (one + e)
-    return s + zero, (z if z > 0 else z - z) + log1p_unit(e)
+    return (one if z >= zero else e) / (one + e), (z if z > zero else zero) + log1p_unit(e)
 
 
 @helper(fastmath={"contract", "reassoc", "nsz"})
@@ -110,7 +118,7 @@ def sum_areas(z, t, w, n):  # type: ignore[no-untyped-def]
     weight, area, target, both = zero, zero, zero, zero
     for i in range(n):
         e = exp_negative(-abs(z[i]))
-        s = (one if z[i] >= 0 else e) / (one + e)
+        s = (one if z[i] >= zero else e) / (one + e)
         weight += w[i]
         area += w[i] * s
         target += w[i] * t[i]
@@ -156,7 +164,7 @@ def loss_gradients(z, t, w, n, by_ce, by_dice, area, both, target):  # type: ign
     ce = z.dtype.type(by_ce)
     for i in range(n):
         e = exp_negative(-abs(z[i]))
-        s = (one if z[i] >= 0 else e) / (one + e)
+        s = (one if z[i] >= zero else e) / (one + e)
         grad = ce * (s - t[i]) + s * (one - s) * (flat - slope * t[i])
         z[i] = w[i] * grad + zero * z[i]
 

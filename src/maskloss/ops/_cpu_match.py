@@ -157,12 +157,12 @@ def _sample_plane(source, b, q, rows, index, fx, fy, bands, buffer, z):  # type:
 
 @helper(fastmath={"contract", "reassoc", "nsz"})
 def _terms(z, w, n, s):  # type: ignore[no-untyped-def]
-    """s(z) at each point; returns the sums of w softplus(z) and w s(z)."""
+    """s(z) at each point; returns the sums of w softplus(z) and w s(z). 0 z lets non-finite logits show in every pair."""
     zero = z.dtype.type(0)
     negative, area = zero, zero
     for i in range(n):
         s[i], softplus = sigmoid_softplus(z[i])
-        negative += w[i] * softplus
+        negative += w[i] * softplus + zero * z[i]
         area += w[i] * s[i]
     return negative, area
 

@@ -1,0 +1,403 @@
+"""The Numba kernels against the reference: same points, same choices, and no larger errors than its own."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from maskloss.ops import _cpu_sampling, cpu, reference
+from maskloss.ops._cpu_choose import threshold
+from maskloss.targets import MaskTargets
+
+PLAIN = ("zeros", "bilinear", -1.0, -1.0)
+OPTIONS = {
+    "plain": PLAIN,
+    "border": ("border", "bilinear", -1.0, -1.0),
+    "nearest": ("zeros", "nearest", -1.0, -1.0),
+    "focal": ("zeros", "bilinear", 0.25, 2.0),
+    "focal without alpha": ("border", "nearest", -1.0, 1.5),
+    "focal with gamma 0": ("zeros", "bilinear", 0.75, 0.0),
+}
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+class Case(NamedTuple):
+    """A batch, in the order of the operations' arguments."""
+
+    logits: list[Tensor]
+    index: Tensor
+    layer_sizes: list[int]
+    targets: MaskTargets
+    image_ids: Tensor
+    seed: Tensor
+
+    def loss(self, ops: Any, sampling: tuple[int, int, int], options: Any = PLAIN, points: Any = None) -> Any:
+        return ops.mask_loss(*self._inputs(points), *sampling, *options)
+
+    def gradients(self, ops: Any, saved: Any, sampling: tuple[int, int, int], options: Any = PLAIN,
+                  points: Any = None, needs_grad: Any = None) -> list[Tensor]:  # fmt: skip
+        weight = torch.linspace(0.5, 1.5, len(self.index), dtype=saved[0].dtype)
+        needed = needs_grad or [True] * len(self.logits)
+        return ops.mask_loss_backward(
+            weight, 2 - weight, *saved[2:], needed, *self._inputs(points), *sampling, *options
+        )
+
+    def points(self, ops: Any, sampling: tuple[int, int, int], padding: str = "zeros") -> Tensor:
+        return ops.uncertain_points(
+            self.logits, self.index, self.layer_sizes, self.targets.windows, self.image_ids, self.seed, *sampling, padding
+        )
+
+    def costs(self, ops: Any, num_points: int, options: Any = PLAIN) -> tuple[Tensor, Tensor]:
+        t = self.targets
+        return ops.match_cost(
+            self.logits, t.tensors, t.encoding, t.num_targets, self.image_ids, self.seed, num_points, *options
+        )
+
+    def _inputs(self, points: Tensor | None) -> tuple[Any, ...]:
+        t = self.targets
+        return (
+            self.logits, self.index, self.layer_sizes, t.tensors, t.encoding, self.image_ids, self.seed, points
+        )  # fmt: skip
+
+
+def rectangles(count: int, height: int, width: int) -> Tensor:
+    masks = torch.zeros(count, height, width, dtype=torch.bool)
+    for mask in masks[: max(1, count - 1)]:  # The last of several is empty.
+        top, left = int(torch.randint(height, ())), int(torch.randint(width, ()))
+        mask[top : top + height // 2 + 1, left : left + width // 2 + 1] = True
+    return masks
+
+
+def encode(encoding: str, height: int, width: int, counts: tuple[int, ...] = (3, 1, 4), **extra: Any) -> MaskTargets:
+    if encoding == "bits":
+        return MaskTargets.from_masks([rectangles(count, height, width) for count in counts], **extra)
+    if encoding.startswith("values"):
+        dtype = getattr(torch, encoding.removeprefix("values "))
+        return MaskTargets.from_masks([torch.rand(c, height, width).to(dtype) for c in counts], soft=True, **extra)
+    dtype = getattr(torch, encoding.removeprefix("labels "))
+    maps = [MaskTargets.from_label_map(torch.randint(5, (height, width)).to(dtype), list(range(c)), **extra) for c in counts]
+    return MaskTargets.cat(maps)
+
+
+def make(
+    dtype: torch.dtype = torch.float32,
+    plane: tuple[int, int] = (23, 31),
+    frame: tuple[int, int] = (57, 91),
+    encoding: str = "bits",
+    **extra: Any,
+) -> Case:
+    targets = encode(encoding, *frame, **extra)
+    logits = [torch.randn(3, 5, *plane).to(dtype), torch.randn(3, 5, plane[0] + 2, plane[1]).to(dtype)]
+    index = [
+        (layer, image, int(query), target)
+        for layer in range(2)
+        for image, count in enumerate(targets.num_targets)
+        for target, query in enumerate(torch.randperm(5)[:count])
+    ]
+    seed = torch.randint(-(2**63), 2**63 - 1, ())
+    return Case(logits, torch.tensor(index), [len(index) // 2] * 2, targets, torch.tensor([7, 0, 2**32 - 1]), seed)
+
+
+def upcast(case: Case) -> Case:
+    return case._replace(logits=[layer.double() for layer in case.logits])
+
+
+def assert_as_good(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """The error may not exceed the reference's own by more than 1e-6, relative to the largest value."""
+    slack = 1e-6 * float(exact.abs().max().clamp(min=1))
+    if exact.dtype == got.dtype == torch.float64:
+        slack = 1e-12 * float(exact.abs().max().clamp(min=1))
+    assert got.dtype == plain.dtype
+    assert got.shape == plain.shape
+    error, allowed = (got.double() - exact).abs().max(), (plain.double() - exact).abs().max()
+    assert error <= allowed + slack, f"error {error:g}, the reference's {allowed:g}"
+
+
+def assert_matches(case: Case, sampling: tuple[int, int, int], options: Any = PLAIN, points: Any = None) -> None:
+    """Loss, choices, codes, gradients and matching costs of both backends, on the points of the reference."""
+    plain = case.loss(reference, sampling, options, points)
+    at = case.points(reference, sampling, options[0]) if points is None else points
+    exact = upcast(case).loss(reference, sampling, options, at)
+    got = case.loss(cpu, sampling, options, points)
+    for k in (0, 1):
+        assert_as_good(got[k], plain[k], exact[k])
+    assert torch.equal(got[2], plain[2])
+    if case.targets.encoding == "values":
+        torch.testing.assert_close(got[3], plain[3], rtol=0, atol=1e-6)
+    else:
+        assert torch.equal(got[3], plain[3])
+    exact_grads = upcast(case).gradients(reference, exact, sampling, options, at)
+    plain_grads = case.gradients(reference, plain, sampling, options, points)
+    grads = case.gradients(cpu, got, sampling, options, points)
+    for grad, plain_grad, exact_grad in zip(grads, plain_grads, exact_grads, strict=True):
+        assert_as_good(grad, plain_grad, exact_grad)
+    if points is None:
+        pairs = zip(
+            case.costs(cpu, sampling[0], options),
+            case.costs(reference, sampling[0], options),
+            upcast(case).costs(reference, sampling[0], options),
+            strict=True,
+        )
+        for cost, plain_cost, exact_cost in pairs:
+            assert_as_good(cost, plain_cost, exact_cost)
+
+
+SAMPLING = (123, 369, 92)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_loss_gradient_and_cost_match_the_reference(dtype: torch.dtype, name: str) -> None:
+    assert_matches(make(dtype), SAMPLING, OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", ["plain", "nearest", "focal", "border"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["labels uint8", "labels int16", "labels int32", "labels int64", "values float32", "values bfloat16",
+     "values float16", "values float64"],
+)  # fmt: skip
+def test_encodings(encoding: str, name: str) -> None:
+    assert_matches(make(encoding=encoding), SAMPLING, OPTIONS[name])
+
+
+@pytest.mark.parametrize("size", [1, 7, 123, 507])
+def test_odd_sizes(size: int) -> None:
+    assert_matches(make(plane=(size, 7), frame=(size, 1)), SAMPLING)
+    assert_matches(make(plane=(1, size), frame=(123, size)), (size, 3 * size, 3 * size // 4))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [(1, 3, 0), (1, 3, 1), (40, 120, 0), (40, 120, 40), (40, 40, 30), (40, 40, 40), (5, 7, 5), (2048, 6144, 1536)],
+    ids=str,
+)
+def test_numbers_of_points(sampling: tuple[int, int, int]) -> None:
+    assert_matches(make(), sampling)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_uncertain_points_are_bit_identical(dtype: torch.dtype, padding: str) -> None:
+    for plane in ((64, 64), (123, 507)):
+        case = make(dtype, plane)
+        sampling = (3136, 9408, 2352)
+        assert torch.equal(case.points(cpu, sampling, padding), case.points(reference, sampling, padding))
+
+
+def test_ties_go_to_the_lower_index_and_non_finite_logits_come_first() -> None:
+    case = make()
+    flat = case._replace(logits=[layer.clamp(-0.1, 0.1) for layer in case.logits])
+    constant = case._replace(logits=[torch.zeros_like(layer) for layer in case.logits])
+    spoilt = case._replace(logits=[layer.masked_fill(layer > 1.5, float("inf")) for layer in case.logits])
+    for each in (flat, constant, spoilt):
+        sampling = (2000, 6000, 1500)
+        assert torch.equal(each.loss(cpu, sampling)[2], each.loss(reference, sampling)[2])
+
+
+@pytest.mark.parametrize("n", [5, 5000, 37632])
+def test_threshold_survives_a_misleading_prefix(n: int) -> None:
+    rng = np.random.default_rng(0)
+    for values in (np.arange(n), np.arange(n)[::-1], np.zeros(n), rng.integers(0, 2**31 - 1, n), rng.integers(0, 9, n)):
+        keys = np.ascontiguousarray(values, np.int32)
+        padded = np.full(n + 16, 2**31 - 1, np.int32)
+        padded[:n] = keys
+        for rank in (1, n // 4, n // 2, n):
+            expected = int(np.sort(keys)[max(rank, 1) - 1])
+            key, below = threshold(padded, n, max(rank, 1), np.empty(n + 16, np.int32))
+            assert (key, below) == (expected, int((keys < expected).sum()))
+
+
+@pytest.mark.parametrize("name", ["plain", "nearest"])
+def test_ignore_regions_and_windows(name: str) -> None:
+    ignore = torch.rand(57, 91) < 0.3
+    window = (3, 5, 41, 67)
+    case = make(ignore=ignore, valid=window)
+    assert_matches(case, (507, 1521, 380), OPTIONS[name])
+    assert case.loss(cpu, SAMPLING)[3].bitwise_and(16).any()
+    assert_matches(make(encoding="values float32", ignore=ignore), SAMPLING, OPTIONS[name])
+    assert_matches(make(ignore=torch.ones(57, 91, dtype=torch.bool)), SAMPLING, OPTIONS[name])
+
+
+def test_frame_larger_than_the_mask() -> None:
+    assert_matches(make(canvas=(64, 128), ignore=torch.rand(57, 91) < 0.2), SAMPLING, OPTIONS["border"])
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["plain", "border", "nearest"])
+def test_given_points(kind: torch.dtype, name: str) -> None:
+    case = make()
+    points = torch.rand(len(case.index), 77, 2).to(kind) * 1.2 - 0.1
+    assert_matches(case, (77, 0, 0), OPTIONS[name], points)
+    shared = points[:1].expand(len(case.index), -1, -1)
+    assert_matches(case, (77, 0, 0), OPTIONS[name], shared)
+
+
+@pytest.mark.parametrize("name", ["plain", "border", "nearest"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 1e9])
+def test_points_that_are_nowhere_touch_no_memory(bad: float, name: str) -> None:
+    case = make()
+    points = torch.rand(len(case.index), 50, 2)
+    points[:, ::3, 0] = bad
+    points[:, ::4, 1] = bad
+    saved = case.loss(cpu, (50, 0, 0), OPTIONS[name], points)
+    plain = case.loss(reference, (50, 0, 0), OPTIONS[name], points)
+    torch.testing.assert_close(saved[0], plain[0], equal_nan=True)
+    torch.testing.assert_close(saved[1], plain[1], equal_nan=True)
+    grads = case.gradients(cpu, saved, (50, 0, 0), OPTIONS[name], points)
+    assert all(grad.shape == layer.shape for grad, layer in zip(grads, case.logits, strict=True))
+    ignoring = make(ignore=torch.rand(57, 91) < 0.3)
+    assert ignoring.loss(cpu, (50, 0, 0), OPTIONS[name], points)[0].shape == (len(case.index),)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_logits_show(bad: float) -> None:
+    case = make()
+    for layer in case.logits:
+        layer[:, :, 4, 5] = bad
+    saved = case.loss(cpu, (507, 1521, 380))
+    assert not saved[0].isfinite().any()
+    plain = case.loss(reference, (507, 1521, 380))
+    assert torch.equal(saved[0].isnan(), plain[0].isnan())
+    grads = case.gradients(cpu, saved, (507, 1521, 380))
+    for layer, image, query, _ in case.index.tolist():
+        assert not grads[layer][image, query].isfinite().all()
+    costs = case.costs(cpu, 2000)[0]
+    assert torch.equal(costs.isfinite(), case.costs(reference, 2000)[0].isfinite())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_strided_and_expanded_logits_are_read_in_place(dtype: torch.dtype) -> None:
+    case = make(dtype)
+    layers = {
+        "transposed": case.logits[0].transpose(2, 3).contiguous().transpose(2, 3),
+        "channels last": case.logits[0].contiguous(memory_format=torch.channels_last),
+        "sliced": torch.randn(3, 10, 46, 62).to(dtype)[:, ::2, ::2, ::2],
+        "expanded": case.logits[0][:, :1].expand(-1, 5, -1, -1),
+        "constant": torch.randn(()).to(dtype).expand(3, 5, 23, 31),
+    }
+    for strided in layers.values():
+        views = case._replace(logits=[strided, case.logits[1]])
+        copies = case._replace(logits=[strided.contiguous(), case.logits[1]])
+        saved, plain = views.loss(cpu, SAMPLING), copies.loss(cpu, SAMPLING)
+        assert all(torch.equal(a, b) for a, b in zip(saved, plain, strict=True))
+        grads = zip(views.gradients(cpu, saved, SAMPLING), copies.gradients(cpu, plain, SAMPLING), strict=True)
+        assert all(torch.equal(a, b) for a, b in grads)
+        costs = zip(views.costs(cpu, 99), copies.costs(cpu, 99), strict=True)
+        assert all(torch.equal(a, b) for a, b in costs)
+
+
+def test_instances_of_one_plane_add_up() -> None:
+    case = make()
+    together = case.index.clone()
+    together[:, 2] = 1
+    assert_matches(case._replace(index=together), SAMPLING)
+
+
+def test_layers_that_need_no_gradient() -> None:
+    case = make()
+    saved = case.loss(cpu, SAMPLING)
+    both = case.gradients(cpu, saved, SAMPLING)
+    for needs_grad in ([False, True], [True, False], [False, False]):
+        some = case.gradients(cpu, saved, SAMPLING, needs_grad=needs_grad)
+        for needed, grad, full in zip(needs_grad, some, both, strict=True):
+            assert torch.equal(grad, full) if needed else grad.numel() == 0
+
+
+def test_no_instances_and_no_targets() -> None:
+    case = make(encoding="bits", counts=(0, 0, 0))
+    case = case._replace(index=torch.zeros(0, 4, dtype=torch.int64))
+    saved = case.loss(cpu, SAMPLING)
+    assert [list(part.shape) for part in saved] == [[0], [0], [0, 47], [0, 123]]
+    assert case.points(cpu, SAMPLING).shape == (0, 123, 2)
+    for grad, layer in zip(case.gradients(cpu, saved, SAMPLING), case.logits, strict=True):
+        assert grad.shape == layer.shape
+        assert not grad.any()
+    assert [list(cost.shape) for cost in case.costs(cpu, 50)] == [[2, 3, 5, 0]] * 2
+    assert_matches(make(counts=(0, 2, 0)), SAMPLING)
+
+
+def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make(ignore=torch.rand(57, 91) < 0.3)
+    before = (case.loss(cpu, SAMPLING), case.costs(cpu, 99), case.points(cpu, SAMPLING))
+    empty = np.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        array = empty(*args, **kwargs)
+        array.view(np.uint8).fill(0xFF) if array.ndim == 1 else array.fill(-1 if array.dtype.kind == "i" else 255)
+        return array
+
+    monkeypatch.setattr(cpu.np, "empty", poisoned)
+    after = (case.loss(cpu, SAMPLING), case.costs(cpu, 99), case.points(cpu, SAMPLING))
+    for old, new in zip((*before[0], *before[1], before[2]), (*after[0], *after[1], after[2]), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_point_sample(dtype: torch.dtype, mode: str, padding: str) -> None:
+    maps = torch.randn(4, 17, 29).to(dtype)
+    index = torch.tensor([2, 0, 2, 3, 2])
+    points = torch.rand(5, 601, 2, dtype=torch.float64 if dtype == torch.float64 else torch.float32) * 1.2 - 0.1
+    points[:, 0] = float("nan")
+    values = cpu.point_sample(maps, index, points, mode, padding)
+    expected = reference.point_sample(maps, index, points, mode, padding)
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+    by_value = torch.randn(5, 601, dtype=values.dtype)
+    points[:, 0] = 0.5
+    grad = cpu.point_sample_backward(by_value, maps, index, points, mode, padding)
+    exact = reference.point_sample_backward(by_value.double(), maps.double(), index, points, mode, padding)
+    assert grad.dtype == dtype
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+    torch.testing.assert_close(grad.double(), exact, rtol=tolerance, atol=tolerance)
+    assert not grad[1].any()
+
+
+def test_point_sample_of_nothing() -> None:
+    maps, none = torch.randn(2, 3, 3), torch.zeros(0, dtype=torch.int64)
+    assert cpu.point_sample(maps, none, torch.rand(0, 5, 2), "bilinear", "zeros").shape == (0, 5)
+    assert cpu.point_sample(maps, torch.tensor([1]), torch.rand(1, 0, 2), "bilinear", "zeros").shape == (1, 0)
+    assert not cpu.point_sample_backward(torch.rand(0, 5), maps, none, torch.rand(0, 5, 2), "bilinear", "zeros").any()
+
+
+def test_every_half_precision_number_is_converted_exactly() -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        values = bits.view(dtype)
+        maps = values.reshape(1, 1, -1)
+        # A map one pixel high, read in the middle of each pixel.
+        x = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
+        points = torch.stack([x, torch.full_like(x, 0.5)], dim=-1)[None]
+        read = cpu.point_sample(maps, torch.tensor([0]), points, "nearest", "zeros")[0]
+        torch.testing.assert_close(read, values.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_are_rounded_half_to_even(dtype: torch.dtype) -> None:
+    exact = torch.cat([torch.randn(4096), torch.randn(4096) * 1e-6, torch.randn(4096) * 1e5, torch.linspace(1, 2, 4097)])
+    halfway = torch.arange(0x3F800000, 0x3F900000, 0x800, dtype=torch.int32).view(torch.float32)
+    exact = torch.cat([exact, halfway, torch.tensor([0.0, float("inf"), -float("inf"), float("nan")])])
+    maps = torch.zeros(1, 1, len(exact), dtype=dtype)
+    x = (torch.arange(len(exact), dtype=torch.float64) + 0.5) / len(exact)
+    points = torch.stack([x, torch.full_like(x, 0.5)], dim=-1)[None]
+    grad = cpu.point_sample_backward(exact[None], maps, torch.tensor([0]), points, "nearest", "zeros")
+    torch.testing.assert_close(grad[0, 0], exact.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_positions_as_integers_are_those_in_double_precision() -> None:
+    bits = torch.randint(2**24, (2, 512), dtype=torch.int32).numpy()
+    bits[:, :4] = [0, 1, 2**23, 2**24 - 1]
+    for height, width in ((1, 1), (7, 123), (256, 507), (4096, 100_003)):
+        places, others = np.empty((2, 512), np.int32)
+        fx, fy, gx, gy = np.empty((4, 512), np.float32)
+        _cpu_sampling.locate_bits(bits, 512, height, width, places, fx, fy)
+        x, y = (bits.astype(np.float32) * np.float32(2**-24)).copy()
+        _cpu_sampling.locate(x, y, 512, height, width, False, others, gx, gy)
+        assert (places == others).all()
+        assert (fx == gx).all()
+        assert (fy == gy).all()
