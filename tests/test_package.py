@@ -126,7 +126,8 @@ print(float(out.total), float(logits.grad.abs().sum()))
     total, gradient = map(float, python("-c", code, str(site), cwd=tmp_path, PYTHONPATH=str(site)).split())
     assert total > 0
     assert gradient > 0
-    assert "train" in python("-m", "maskloss.cli", "--help", cwd=tmp_path, PYTHONPATH=str(site))
+    command = "import sys; from maskloss.cli import main; sys.argv = ['maskloss', '--help']; sys.exit(main())"
+    assert "train" in python("-c", command, cwd=tmp_path, PYTHONPATH=str(site))
 
 
 def test_command_line_explains_itself(tmp_path: Path) -> None:
