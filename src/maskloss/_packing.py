@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -211,3 +212,52 @@ def _runs(counts: str | bytes) -> list[int]:
     if shift:
         raise Cause("compressed counts must be complete", "they end inside a number", "the string was cut off")
     return runs
+
+
+def check_masks(masks: Tensor) -> None:
+    if not isinstance(masks, Tensor) or masks.ndim != 3:
+        raise Cause(
+            "masks must be a tensor [T, H, W]",
+            f"got {describe(masks)}",
+            "a single mask is masks[None]; label maps go with their ids; torch.as_tensor converts arrays",
+        )
+    if masks.dtype not in (torch.bool, torch.uint8) and not masks.is_floating_point():
+        raise Cause(
+            "masks must be bool, uint8 or float",
+            f"got {masks.dtype}",
+            "an integer map of instance ids goes to MaskTargets.from_label_map",
+        )
+
+
+def are_soft(images: Sequence[Tensor], soft: bool | None) -> bool:
+    """Decide for a whole batch, which must have one encoding, whether its masks are kept as soft values."""
+    floats = [image for image in images if image.is_floating_point()]
+    if soft is False or not floats:
+        return False
+    on_cpu = [image for image in floats if image.device.type == "cpu"]
+    if soft is None and len(on_cpu) == len(floats) and all(bool(((i == 0) | (i == 1)).all()) for i in floats):
+        return False
+    for image in on_cpu:
+        if not bool(((image >= 0) & (image <= 1)).all()):
+            raise Cause(
+                "soft masks must lie in [0, 1]",
+                f"values reach from {float(image.min()):g} to {float(image.max()):g}",
+                "divide masks in [0, 255] by 255, or compare with a threshold",
+            )
+    return True
+
+
+def listed_ids(ids: Any) -> list[int]:
+    if ids is None:
+        raise Cause(
+            "a label map needs the ids of its targets",
+            "no ids were given",
+            "list the ids to use, in the order of the labels; the background's is usually left out",
+        )
+    try:
+        listed = [operator.index(number) for number in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+    except TypeError:
+        listed = [2**63]
+    if any(not -(2**63) <= number < 2**63 for number in listed):
+        raise Cause("ids must be 64-bit integers, one per target", f"got {describe(ids)}", "give a list [T]")
+    return listed

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskloss import _packing
+from maskloss._frames import Box, Frame, Size, frame_size, packed_ignore, window_row
 from maskloss.errors import Cause, describe, reported
 
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # Integer types without arithmetic in torch, and what holds their values.
 _WIDER = {torch.int8: torch.int16, torch.uint16: torch.int32, torch.uint32: torch.int64}
-
-Size = tuple[int, int]
-Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,9 +93,9 @@ class MaskTargets:
         """
         listed = list(masks) if isinstance(masks, Sequence) else [masks]
         for image in listed:
-            _check_masks(image)
-        make = _from_values if _are_soft(listed, soft) else _from_binary
-        return MaskTargets.cat([make(image, _Frame(canvas, ignore, valid)) for image in listed])
+            _packing.check_masks(image)
+        make = _from_values if _packing.are_soft(listed, soft) else _from_binary
+        return MaskTargets.cat([make(image, Frame(canvas, ignore, valid)) for image in listed])
 
     @staticmethod
     @reported("MaskTargets.from_packed")
@@ -135,7 +132,7 @@ class MaskTargets:
         if width % 8:
             packed = packed.clone()
             packed[..., -1] &= (1 << width % 8) - 1
-        return _from_bits(packed, width, _Frame(canvas, ignore, valid))
+        return _from_bits(packed, width, Frame(canvas, ignore, valid))
 
     @staticmethod
     @reported("MaskTargets.from_label_map")
@@ -165,7 +162,7 @@ class MaskTargets:
             MaskLossError: a map that is not `[H, W]` of integers, no ids, ids that do not occur in the map (looked for
                 on a CPU only), or as in `from_masks`.
         """
-        return _from_labels(labels, ids, allow_missing, _Frame(canvas, ignore, valid))
+        return _from_labels(labels, ids, allow_missing, Frame(canvas, ignore, valid))
 
     @staticmethod
     @reported("MaskTargets.from_coco")
@@ -198,7 +195,7 @@ class MaskTargets:
             MissingExtraError: pycocotools is not installed (extra `coco`).
         """
         data, place = _packing.pack_coco(segmentations, height, width)
-        return _build("bits", data, place, (height, width), _Frame(canvas, ignore, valid))
+        return _build("bits", data, place, (height, width), Frame(canvas, ignore, valid))
 
     @staticmethod
     @reported("MaskTargets.cat")
@@ -310,57 +307,16 @@ class MaskTargets:
         return bool((self.windows != self.windows.new_tensor([0.0, 0.0, 1.0, 1.0])).any())
 
 
-class _Frame(NamedTuple):
-    """What the constructors are told about the frame of an image."""
-
-    canvas: Size | None
-    ignore: Tensor | None
-    valid: Box | None
-
-
-def _check_masks(masks: Tensor) -> None:
-    if not isinstance(masks, Tensor) or masks.ndim != 3:
-        raise Cause(
-            "masks must be a tensor [T, H, W]",
-            f"got {describe(masks)}",
-            "a single mask is masks[None]; label maps go with their ids; torch.as_tensor converts arrays",
-        )
-    if masks.dtype not in (torch.bool, torch.uint8) and not masks.is_floating_point():
-        raise Cause(
-            "masks must be bool, uint8 or float",
-            f"got {masks.dtype}",
-            "an integer map of instance ids goes to MaskTargets.from_label_map",
-        )
-
-
-def _are_soft(images: Sequence[Tensor], soft: bool | None) -> bool:
-    """Decide for a whole batch, which must have one encoding, whether its masks are kept as soft values."""
-    floats = [image for image in images if image.is_floating_point()]
-    if soft is False or not floats:
-        return False
-    on_cpu = [image for image in floats if image.device.type == "cpu"]
-    if soft is None and len(on_cpu) == len(floats) and all(bool(((i == 0) | (i == 1)).all()) for i in floats):
-        return False
-    for image in on_cpu:
-        if not bool(((image >= 0) & (image <= 1)).all()):
-            raise Cause(
-                "soft masks must lie in [0, 1]",
-                f"values reach from {float(image.min()):g} to {float(image.max()):g}",
-                "divide masks in [0, 255] by 255, or compare with a threshold",
-            )
-    return True
-
-
-def _from_binary(masks: Tensor, frame: _Frame) -> MaskTargets:
+def _from_binary(masks: Tensor, frame: Frame) -> MaskTargets:
     return _from_bits(_packing.pack(masks), masks.shape[2], frame)
 
 
-def _from_bits(packed: Tensor, width: int, frame: _Frame) -> MaskTargets:
+def _from_bits(packed: Tensor, width: int, frame: Frame) -> MaskTargets:
     data, place = _packing.crop(packed, width)
     return _build("bits", data, place, (packed.shape[1], width), frame)
 
 
-def _from_values(masks: Tensor, frame: _Frame) -> MaskTargets:
+def _from_values(masks: Tensor, frame: Frame) -> MaskTargets:
     count, height, width = masks.shape
     place = np.zeros((count, _packing.PLACE), dtype=np.int64)
     place[:] = (0, width, 0, 0, height, width)
@@ -369,7 +325,7 @@ def _from_values(masks: Tensor, frame: _Frame) -> MaskTargets:
     return _build("values", values.detach().reshape(-1), place, (height, width), frame)
 
 
-def _from_labels(labels: Tensor, ids: Tensor | Sequence[int] | None, allow_missing: bool, frame: _Frame) -> MaskTargets:
+def _from_labels(labels: Tensor, ids: Tensor | Sequence[int] | None, allow_missing: bool, frame: Frame) -> MaskTargets:
     if isinstance(labels, Tensor) and labels.dtype in _WIDER:
         labels = labels.to(_WIDER[labels.dtype])
     if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.dtype not in _INTEGERS:
@@ -378,7 +334,7 @@ def _from_labels(labels: Tensor, ids: Tensor | Sequence[int] | None, allow_missi
             f"got {describe(labels)}",
             "give one map per image; masks of shape [T, H, W] go to from_masks",
         )
-    listed = _listed_ids(ids)
+    listed = _packing.listed_ids(ids)
     height, width = labels.shape
     place = np.zeros((len(listed), _packing.PLACE), dtype=np.int64)
     place[:] = (0, width, 0, 0, height, width)
@@ -396,33 +352,17 @@ def _from_labels(labels: Tensor, ids: Tensor | Sequence[int] | None, allow_missi
     return _build("labels", labels.detach().reshape(-1), place, (height, width), frame, listed)
 
 
-def _listed_ids(ids: Any) -> list[int]:
-    if ids is None:
-        raise Cause(
-            "a label map needs the ids of its targets",
-            "no ids were given",
-            "list the ids to use, in the order of the labels; the background's is usually left out",
-        )
-    try:
-        listed = [operator.index(number) for number in (ids.tolist() if isinstance(ids, Tensor) else ids)]
-    except TypeError:
-        listed = [2**63]
-    if any(not -(2**63) <= number < 2**63 for number in listed):
-        raise Cause("ids must be 64-bit integers, one per target", f"got {describe(ids)}", "give a list [T]")
-    return listed
-
-
 def _build(
     encoding: str,
     data: Tensor,
     place: NDArray[np.int64],
     size: Size,
-    frame: _Frame,
+    frame: Frame,
     ids: Sequence[int] | None = None,
 ) -> MaskTargets:
     """Put the targets of one image together: the place of each mask, its frame, the ignore region and the window."""
     count = len(place)
-    height, width = _frame_size(size, frame.canvas)
+    height, width = frame_size(size, frame.canvas)
     table = np.zeros((count, 9), dtype=np.int64)
     table[:, : _packing.PLACE] = place
     table[:, 6:8] = height, width
@@ -430,64 +370,17 @@ def _build(
     image = np.array([[0, count, -1, 0, 0, 0, height, width]], dtype=np.int64)
     ignore = torch.empty(0, dtype=torch.uint8, device=data.device)
     if frame.ignore is not None:
-        ignore = _packed_ignore(frame.ignore, size, data.device)
+        ignore = packed_ignore(frame.ignore, size, data.device)
         image[0, 2:6] = (0, (size[1] + 7) // 8, *size)
     return MaskTargets(
         encoding=encoding,
         data=data,
         table=torch.from_numpy(table).to(data.device),
         images=torch.from_numpy(image).to(data.device),
-        windows=torch.from_numpy(_window(frame.valid, height, width)).to(data.device),
+        windows=torch.from_numpy(window_row(frame.valid, height, width)).to(data.device),
         ignore=ignore,
         num_targets=(count,),
     )
-
-
-def _frame_size(size: Size, canvas: Size | None) -> Size:
-    if canvas is None:
-        return max(size[0], 1), max(size[1], 1)
-    if not isinstance(canvas, Sequence) or len(canvas) != 2:
-        raise Cause("the canvas must be (height, width)", f"got {describe(canvas)}", "leave the channels out")
-    height, width = (int(side) for side in canvas)
-    if height < max(size[0], 1) or width < max(size[1], 1):
-        raise Cause(
-            "the canvas must be at least as large as the masks",
-            f"canvas {height} x {width}, masks {size[0]} x {size[1]}",
-            "canvas is the (height, width) of the padded batch",
-        )
-    return height, width
-
-
-def _packed_ignore(ignore: Tensor, size: Size, device: torch.device) -> Tensor:
-    fits = isinstance(ignore, Tensor) and tuple(ignore.shape) == tuple(size)
-    if not fits or ignore.dtype not in (torch.bool, torch.uint8):
-        raise Cause(
-            "the ignore region must be a bool tensor [H, W] of the size of the masks",
-            f"got {describe(ignore)}, masks are {size[0]} x {size[1]}",
-            "mark the pixels to leave out with True",
-        )
-    if ignore.device != device:
-        raise Cause(
-            "the ignore region must be on the device of the masks",
-            f"it is on {ignore.device}, the masks on {device}",
-            "move it there first",
-        )
-    return _packing.pack(ignore).flatten()
-
-
-def _window(valid: Box | None, height: int, width: int) -> NDArray[np.float32]:
-    if valid is None:
-        return np.array([[0, 0, 1, 1]], dtype=np.float32)
-    if not isinstance(valid, Sequence) or len(valid) != 4:
-        raise Cause("the valid window must be (top, left, height, width)", f"got {describe(valid)}", "in pixels")
-    top, left, rows, columns = valid
-    if rows <= 0 or columns <= 0 or top < 0 or left < 0 or top + rows > height or left + columns > width:
-        raise Cause(
-            "the valid window must be a part of the frame",
-            f"window (top, left, height, width) = {tuple(valid)}, frame {height} x {width}",
-            "give it in pixels of the frame, with a positive height and width",
-        )
-    return np.array([[left / width, top / height, columns / width, rows / height]], dtype=np.float32)
 
 
 def _join(parts: Sequence[MaskTargets], full: Sequence[MaskTargets]) -> MaskTargets:
