@@ -1,0 +1,1 @@
+"""maskloss inside other libraries: `maskloss.integrations.transformers` and `maskloss.integrations.detr`."""

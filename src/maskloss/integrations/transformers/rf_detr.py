@@ -1,0 +1,234 @@
+"""The loss of RF-DETR segmentation: quality-weighted classification, boxes, and masks at sampled points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import l1_loss, logsigmoid
+
+from maskloss import ops
+from maskloss.errors import Cause, reported
+from maskloss.integrations._boxes import box_costs, box_terms
+from maskloss.integrations._layers import Step, accumulated, mean_count
+from maskloss.integrations._targets import pack_masks, repeat_targets
+from maskloss.loss import MaskLoss
+from maskloss.matches import Matches
+from maskloss.matching import HungarianMatcher, check_predictions
+from maskloss.points import PointSampling
+
+# What Transformers has in its code and not in its configuration.
+OVERSAMPLE_RATIO, IMPORTANCE_RATIO, FOCAL_GAMMA, LEAST_QUALITY = 3.0, 0.75, 2.0, 0.01
+
+Layers = list[dict[str, Tensor]]
+
+
+@reported("maskloss in Transformers")
+def rf_detr_loss(
+    logits: Tensor,
+    labels: Sequence[Mapping[str, Any]],
+    device: torch.device,
+    pred_boxes: Tensor,
+    pred_masks: Tensor,
+    config: Any,
+    outputs_class: Tensor | None = None,
+    outputs_coord: Tensor | None = None,
+    outputs_masks: Sequence[Tensor] | None = None,
+    enc_outputs_class: Tensor | None = None,
+    enc_outputs_coord: Tensor | None = None,
+    enc_outputs_masks: Tensor | None = None,
+    *,
+    backend: str | None = None,
+    **_: Any,
+) -> tuple[Tensor, dict[str, Tensor], Layers | None]:
+    """Compute the loss of `RfDetrForInstanceSegmentation`, with the arguments and results of Transformers' own.
+
+    Args:
+        logits: `[B, G * Q, C]`, class logits of the final layer, for G groups of queries (1 outside training).
+        labels: one dict per image: "class_labels" int64 `[T]`, "boxes" `[T, 4]` (cx, cy, w, h) in [0, 1], "masks":
+            dense `[T, H, W]`, `MaskTargets`, or a label map `[H, W]` along with "ids".
+        device: not used; the logits say where they are.
+        pred_boxes: `[B, G * Q, 4]`.
+        pred_masks: `[B, G * Q, h, w]`.
+        config: the model's configuration, with all weights.
+        outputs_class: `[L, B, G * Q, C]`, all decoder layers; the last is left out, likewise below.
+        outputs_coord: `[L, B, G * Q, 4]`.
+        outputs_masks: L times `[B, G * Q, h, w]`.
+        enc_outputs_class: `[B, G * Q, C]`, the encoder's proposals.
+        enc_outputs_coord: `[B, G * Q, 4]`.
+        enc_outputs_masks: `[B, G * Q, h, w]`.
+        backend: see `MaskLoss`.
+
+    Returns:
+        The weighted total, the unweighted terms by name, and the auxiliary layers' outputs.
+
+    Raises:
+        MaskLossError: a number of queries that the groups do not divide, or wrong targets.
+
+    Source:
+        LW-DETR (Chen et al., 2024) for groups and classification, Mask2Former for the masks.
+    """
+    layers, suffixes = [{"logits": logits, "pred_boxes": pred_boxes, "pred_masks": pred_masks}], [""]
+    auxiliary = None
+    if config.auxiliary_loss and outputs_class is not None and outputs_coord is not None and outputs_masks is not None:
+        columns = zip(outputs_class[:-1], outputs_coord[:-1], outputs_masks[:-1], strict=True)
+        auxiliary = [{"logits": a, "pred_boxes": b, "pred_masks": c} for a, b, c in columns]
+        layers += auxiliary
+        suffixes += [f"_{layer}" for layer in range(len(auxiliary))]
+    if enc_outputs_class is not None and enc_outputs_coord is not None and enc_outputs_masks is not None:
+        proposals = {"logits": enc_outputs_class, "pred_boxes": enc_outputs_coord, "pred_masks": enc_outputs_masks}
+        layers.append(proposals)
+        suffixes.append("_enc")
+    terms = _layer_terms(layers, labels, config, backend)
+    losses = {f"{name}{suffix}": values[i] for i, suffix in enumerate(suffixes) for name, values in terms.items()}
+    weights = _weights(config, suffixes)
+    total = torch.stack([losses[name] * weight for name, weight in weights.items()]).sum()
+    return total, losses, auxiliary
+
+
+def _weights(config: Any, suffixes: Sequence[str]) -> dict[str, float]:
+    """Name the weight of every term; without auxiliary losses the proposals weigh nothing, as in Transformers."""
+    weights = {
+        "loss_ce": config.class_loss_coefficient,
+        "loss_bbox": config.bbox_loss_coefficient,
+        "loss_giou": config.giou_loss_coefficient,
+        "loss_mask_ce": config.mask_class_loss_coefficient,
+        "loss_mask_dice": config.mask_dice_loss_coefficient,
+    }
+    counted = suffixes if config.auxiliary_loss else [""]
+    return {f"{name}{suffix}": float(weight) for suffix in counted for name, weight in weights.items()}
+
+
+def _layer_terms(
+    layers: Layers, labels: Sequence[Mapping[str, Any]], config: Any, backend: str | None
+) -> dict[str, Tensor]:
+    """Compute every term of every layer, `[L]` each, in the order of `layers`."""
+    classes, masks = check_predictions(
+        [layer["logits"] for layer in layers], [layer["pred_masks"] for layer in layers], no_object=False
+    )
+    boxes = accumulated(torch.stack([layer["pred_boxes"] for layer in layers]))
+    logits = accumulated(torch.stack(classes))
+    groups = _groups(logits.shape[2], config.num_queries)
+    step, box_targets = _targets(labels, masks[0], boxes)
+    height, width = masks[0].shape[2:]
+    area = height * width // config.mask_point_sample_ratio
+    index = _match(step, logits, boxes, masks, box_targets, groups, config, max(area, 1), backend)
+    sampling = PointSampling(max(height, area), OVERSAMPLE_RATIO, IMPORTANCE_RATIO)
+    sums = _mask_sums(step, MaskLoss(sampling=sampling, target_mode="nearest", backend=backend), masks, index, groups)
+    layer, image, query, _ = index.unbind(1)
+    rows = step.target_rows(index)
+    pairs = box_terms(boxes[layer, image, query], torch.cat(box_targets)[rows])
+    place = (layer, image, query, step.labels[rows])
+    count = mean_count(float(len(step.targets) * groups), logits.device)
+
+    def per_layer(values: Tensor) -> Tensor:
+        return values.reshape(len(layers), values.numel() // len(layers)).sum(1) / count
+
+    return {
+        "loss_ce": per_layer(_quality_loss(logits, place, pairs.iou.detach(), config.focal_alpha)),
+        "loss_bbox": per_layer(pairs.l1),
+        "loss_giou": per_layer(pairs.giou),
+        "cardinality_error": _cardinality_error(logits.detach(), step),
+        "loss_mask_ce": sums.ce / count,
+        "loss_mask_dice": sums.dice / count,
+    }
+
+
+def _groups(queries: int, per_group: int) -> int:
+    """Tell how many groups the queries make: G in training, 1 in evaluation, where the model runs one group."""
+    groups, rest = divmod(queries, per_group)
+    if rest or not groups:
+        raise Cause(
+            "the number of queries must be a multiple of config.num_queries",
+            f"{queries} queries, num_queries={per_group}",
+            "train with the configuration that the model was built with",
+        )
+    return groups
+
+
+def _targets(labels: Sequence[Mapping[str, Any]], masks: Tensor, boxes: Tensor) -> tuple[Step, list[Tensor]]:
+    wanted = {"class_labels", "boxes", "masks"}
+    for image, entry in enumerate(labels):
+        if not isinstance(entry, Mapping) or not wanted <= set(entry):
+            got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
+            raise Cause(
+                'each entry of labels must be a dict with "class_labels", "boxes" and "masks"',
+                f"entry {image} is {got}",
+                "RF-DETR is trained on boxes and masks",
+            )
+    entries = [(entry["masks"], entry["ids"]) if "ids" in entry else entry["masks"] for entry in labels]
+    step = Step.begin(pack_masks(entries, masks.device), [entry["class_labels"] for entry in labels], masks)
+    box_targets = [entry["boxes"].to(boxes) for entry in labels]
+    for image, (found, count) in enumerate(zip(box_targets, step.targets.num_targets, strict=True)):
+        if found.shape != (count, 4):
+            raise Cause(
+                "boxes must be [T, 4], one for each mask",
+                f"image {image} has {count} masks and boxes {list(found.shape)}",
+                "give (cx, cy, w, h) as fractions of the image",
+            )
+    return step, box_targets
+
+
+def _match(
+    step: Step,
+    logits: Tensor,
+    boxes: Tensor,
+    masks: Sequence[Tensor],
+    box_targets: Sequence[Tensor],
+    groups: int,
+    config: Any,
+    num_points: int,
+    backend: str | None,
+) -> Tensor:
+    """Match every group of queries on its own: int64 `[N, 4]`, rows (layer, image, query, target), sorted by layer."""
+    matcher = HungarianMatcher(
+        class_weight=config.class_cost,
+        ce_weight=config.mask_class_loss_coefficient,
+        dice_weight=config.mask_dice_loss_coefficient,
+        num_points=num_points,
+        target_mode="nearest",
+        classification="focal",
+        backend=backend,
+    )
+    extra = box_costs(boxes, box_targets, config.bbox_cost, config.giou_cost)
+    cost = matcher.costs(logits.detach(), masks, step.targets, step.labels, step.image_ids, step.seed, extra)
+    depth, batch, queries, widest = cost.shape
+    apart = cost.view(depth, batch, groups, queries // groups, widest).transpose(1, 2).flatten(0, 1)
+    index = ops.assign(apart, step.labels, step.targets.num_targets, logits.shape[3])
+    layer, image, query, target = index.unbind(1)
+    group = layer % groups
+    return torch.stack([layer // groups, image, query + group * (queries // groups), target], dim=1)
+
+
+def _mask_sums(step: Step, loss: MaskLoss, masks: Sequence[Tensor], index: Tensor, groups: int) -> Any:
+    """Sum the mask terms by layer. A target that supervises one query in each group has points for each of them."""
+    repeated = Step(repeat_targets(step.targets, groups), step.labels, step.image_ids, step.seed)
+    per_group = masks[0].shape[1] // groups
+    counts = step.targets.images[:, 1][index[:, 1]]
+    index = torch.cat([index[:, :3], (index[:, 3] + index[:, 2] // per_group * counts)[:, None]], dim=1)
+    size = groups * sum(min(count, per_group) for count in step.targets.num_targets)
+    matches = Matches(index, (size,) * len(masks), masks[0].shape[1], repeated.targets.num_targets)
+    return repeated.mask_terms(loss, masks, matches)
+
+
+def _quality_loss(logits: Tensor, place: tuple[Tensor, ...], iou: Tensor, alpha: float) -> Tensor:
+    """Compute the classification of all queries and classes, weighted by the quality of the box: `[L, B, Q, C]`.
+
+    A matched class has the target q = max(p^alpha * IoU^(1 - alpha), 0.01), all others the target 0 and the weight
+    p^2. Written with log-sigmoids: the logarithm of a rounded probability is infinite.
+    """
+    p = logits.sigmoid()
+    quality = (p[place].detach() ** alpha * iou ** (1 - alpha)).clamp(min=LEAST_QUALITY)
+    positive = torch.zeros_like(logits).index_put(place, quality)
+    negative = (p**FOCAL_GAMMA).index_put(place, 1 - quality)
+    return -positive * logsigmoid(logits) - negative * logsigmoid(-logits)
+
+
+@torch.no_grad()
+def _cardinality_error(logits: Tensor, step: Step) -> Tensor:
+    """Compare the number of confident queries with that of targets, for the log: `[L]`."""
+    confident = (logits.amax(-1) > 0).sum(-1).to(logits.dtype)
+    wanted = step.targets.images[:, 1].to(logits.dtype).expand_as(confident)
+    return l1_loss(confident, wanted, reduction="none").mean(1)

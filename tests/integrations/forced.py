@@ -1,0 +1,112 @@
+"""Give Transformers the very points that maskloss draws, by answering its calls of `torch.rand`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskloss import ops
+from maskloss.integrations import _layers
+from maskloss.integrations._layers import Step
+from maskloss.loss import MaskLoss
+from maskloss.matches import Matches
+from maskloss.ops import reference
+from maskloss.points import CANDIDATES, RANDOM, instance_keys, uniform_points
+
+SEED = 1234
+
+
+@dataclass
+class Call:
+    """One call of a criterion of maskloss: what decides its points, and its matches."""
+
+    step: Step
+    loss: MaskLoss
+    matches: Matches
+    match_points: int
+
+    def instance_rows(self, layer: int) -> Tensor:
+        """The matches of a layer, in the order of Transformers: by image, then by query."""
+        rows = self.matches.index.split(list(self.matches.layer_sizes))[layer]
+        return rows[(rows[:, 1] * 10_000 + rows[:, 2]).argsort()]
+
+    def draws(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The matcher's points `[B, P, 2]`, the candidates `[n, K, 2]` and the uniform points of a layer."""
+        step, sampling = self.step, self.loss.sampling
+        matcher = reference.match_points(step.targets.windows, step.image_ids, step.seed, self.match_points)
+        rows = self.instance_rows(layer)
+        keys = instance_keys(step.seed, step.image_ids[rows[:, 1]], rows[:, 3])
+        candidates = uniform_points(keys, sampling.num_candidates, rows[:, 0], CANDIDATES)
+        return matcher, candidates, uniform_points(keys, sampling.num_random, rows[:, 0], RANDOM)
+
+
+@dataclass
+class Recorder:
+    """The calls of maskloss's criteria, in order."""
+
+    calls: list[Call] = field(default_factory=list)
+
+
+@contextmanager
+def recorded(monkeypatch: pytest.MonkeyPatch, *, one_image: bool = False) -> Iterator[Recorder]:
+    """Fix the seed of maskloss's criteria and record their calls.
+
+    Args:
+        monkeypatch: pytest's.
+        one_image: number all images 0, so that they share the matcher's points, as they do in RF-DETR.
+    """
+    recorder = Recorder()
+    matched: list[int] = []
+    terms, cost = Step.mask_terms, ops.match_cost
+
+    def spy_terms(step: Step, loss: MaskLoss, logits: Any, matches: Matches) -> Any:
+        recorder.calls.append(Call(step, loss, matches, matched[-1]))
+        return terms(step, loss, logits, matches)
+
+    def spy_cost(*args: Any) -> Any:
+        matched.append(args[6])
+        return cost(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "mask_terms", spy_terms)
+        patch.setattr(ops, "match_cost", spy_cost)
+        patch.setattr(_layers, "draw_seed", lambda: torch.tensor(SEED))
+        if one_image:
+            numbers = lambda ids, batch, device: torch.zeros(batch, dtype=torch.int64, device=device)  # noqa: E731
+            patch.setattr(_layers.distributed, "image_numbers", numbers)
+        yield recorder
+
+
+@contextmanager
+def answered(monkeypatch: pytest.MonkeyPatch, recorder: Recorder, *, final_first: bool, shared: bool) -> Iterator[None]:
+    """Answer Transformers' calls of `torch.rand` with the recorded points, and check that it asked for all of them.
+
+    Args:
+        monkeypatch: pytest's.
+        recorder: what maskloss drew.
+        final_first: whether maskloss has the final layer last, and Transformers first.
+        shared: whether Transformers draws the matcher's points once for the batch, not for each image.
+    """
+    queue: deque[Tensor] = deque()
+    for call in recorder.calls:
+        depth = len(call.matches.layer_sizes)
+        for layer in [depth - 1, *range(depth - 1)] if final_first else range(depth):
+            matcher, candidates, uniform = call.draws(layer)
+            queue += [matcher[:1]] if shared else list(matcher.split(1))
+            queue += [candidates, uniform]
+    original = torch.rand
+
+    def rand(*size: Any, **options: Any) -> Tensor:
+        return queue.popleft() if len(size) == 3 and size[2] == 2 else original(*size, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", rand)
+        yield
+    assert not queue
