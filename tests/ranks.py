@@ -1,0 +1,139 @@
+"""A small model and its steps, on one process and on several: what `test_distributed` compares.
+
+In a file of its own because the processes of a distributed run import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from maskloss import MaskCriterion, MaskLoss, PointSampling, step_totals
+
+RANKS, IMAGES, QUERIES, CLASSES, LAYERS, FEATURES, SIDE = 2, 4, 5, 3, 2, 6, 9
+SEED = 11
+# Targets of each image; rank r has images 2r and 2r + 1.
+COUNTS = {
+    "uneven, more targets than queries": (2, 0, 7, 1),
+    "a rank without targets": (3, 2, 0, 0),
+    "no targets at all": (0, 0, 0, 0),
+}
+# Pairs of prediction and target on each rank, and which of them count.
+PAIRS = (3, 1)
+KEPT = ((True, False, True), (False,))
+BACKENDS = ("reference", "cpu")
+
+Grads = dict[str, Tensor]
+
+
+class Model(nn.Module):
+    """Features `[B, Q, F]` to the class and mask logits of every layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.classes = nn.ModuleList(nn.Linear(FEATURES, CLASSES + 1) for _ in range(LAYERS))
+        self.masks = nn.ModuleList(nn.Linear(FEATURES, SIDE * SIDE) for _ in range(LAYERS))
+
+    def forward(self, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        masks = [head(features).unflatten(-1, (SIDE, SIDE)) for head in self.masks]
+        return [head(features) for head in self.classes], masks
+
+
+def batch(case: str) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(IMAGES, QUERIES, FEATURES, generator=generator)
+    targets = [
+        {
+            "masks": torch.rand(count, 20, 30, generator=generator) > 0.5,
+            "labels": torch.randint(CLASSES, (count,), generator=generator),
+        }
+        for count in COUNTS[case]
+    ]
+    return features, targets
+
+
+def criterion(backend: str) -> MaskCriterion:
+    return MaskCriterion(CLASSES, sampling=PointSampling(num_points=50), backend=backend)
+
+
+def gradients(model: nn.Module) -> Grads:
+    grads = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+def whole_batch(case: str, backend: str) -> tuple[Tensor, Grads]:
+    """The step on one process: its loss and gradients."""
+    model, (features, targets) = Model(), batch(case)
+    total = criterion(backend)(*model(features), targets, seed=SEED).total
+    total.backward()
+    return total.detach(), gradients(model)
+
+
+def accumulated(model: nn.Module, case: str, backend: str, micro_batches: Sequence[Sequence[int]]) -> Tensor:
+    """Go through micro-batches, given as numbers of images; the loss of all, and gradients left in the model."""
+    features, targets = batch(case)
+    counts = [[len(targets[image]["labels"]) for image in images] for images in micro_batches]
+    totals = step_totals(counts, QUERIES)
+    loss = torch.zeros(())
+    for number, images in enumerate(micro_batches):
+        held = isinstance(model, DistributedDataParallel) and number < len(micro_batches) - 1
+        with model.no_sync() if held else nullcontext():
+            out = criterion(backend)(
+                *model(features[list(images)]),
+                [targets[image] for image in images],
+                totals=totals,
+                image_ids=list(images),
+                seed=SEED,
+            )
+            out.total.backward()
+        loss += out.total.detach()
+    return loss
+
+
+def pairs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    count = sum(PAIRS)
+    logits = torch.randn(count, SIDE, SIDE, generator=generator)
+    return logits, torch.rand(count, 12, 12, generator=generator) > 0.5, torch.rand(count, 40, 2, generator=generator)
+
+
+def pair_gradient(backend: str, mine: slice, **options: Any) -> Tensor:
+    """The gradient of `MaskLoss` for some of the pairs, at given points."""
+    logits, masks, points = (each[mine] for each in pairs())
+    logits.requires_grad_()
+    MaskLoss(backend=backend)(logits, masks, points=points, **options).total.backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+def run(rank: int, folder: str) -> None:
+    """Be one of two ranks; leave the results in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    mine = list(range(IMAGES))[2 * rank : 2 * rank + 2]
+    pairs_here = slice(0, PAIRS[0]) if rank == 0 else slice(PAIRS[0], None)
+    results: dict[Any, Any] = {}
+    for backend in BACKENDS:
+        for case in COUNTS:
+            model = DistributedDataParallel(Model())
+            features, targets = batch(case)
+            total = criterion(backend)(*model(features[mine]), [targets[image] for image in mine], seed=SEED).total
+            total.backward()
+            results["default", case, backend] = (total.detach(), gradients(model))
+            loss = accumulated(model, case, backend, [[image] for image in mine])
+            results["accumulated", case, backend] = (loss, gradients(model))
+        results["pairs", backend] = pair_gradient(backend, pairs_here)
+        keep = torch.tensor(KEPT[rank])
+        results["kept pairs", backend] = pair_gradient(backend, pairs_here, instance_mask=keep)
+    results["totals"] = step_totals([[3 + rank, 9], [0]], QUERIES)
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
