@@ -208,7 +208,7 @@ def test_threshold_survives_a_misleading_prefix(n: int) -> None:
         padded[:n] = keys
         for rank in (1, n // 4, n // 2, n):
             expected = int(np.sort(keys)[max(rank, 1) - 1])
-            key, below = threshold(padded, n, max(rank, 1), np.empty(n + 16, np.int32))
+            key, below = threshold(padded, n, max(rank, 1), np.empty(n + 16, np.int32), np.empty((n + 7) // 8, np.uint8))
             assert (key, below) == (expected, int((keys < expected).sum()))
 
 

@@ -48,8 +48,24 @@ def _within(typingctx: Any, array: Any, first: Any, low: Any, span: Any) -> Any:
 
 def _splat(builder: Any, value: Any, vector: Any) -> Any:
     single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
-    lanes = ir.Constant(ir.VectorType(ir.IntType(32), GROUP), [0] * GROUP)
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
     return builder.shuffle_vector(single, single, lanes)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _put(typingctx: Any, out: Any, place: Any, table: Any, row: Any, base: Any) -> Any:
+    """`out[place:place + 8] = base + table[row]`, as one vector: LLVM cannot know that the arrays do not overlap."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        out, table = (context.make_array(signature.args[k])(context, builder, args[k]).data for k in (0, 2))
+        vector = ir.VectorType(ir.IntType(32), 8)
+        start = builder.gep(table, [builder.mul(args[3], args[3].type(8))])
+        positions = builder.load(builder.bitcast(start, vector.as_pointer()), align=4)
+        total = builder.add(positions, _splat(builder, args[4], vector))
+        builder.store(total, builder.bitcast(builder.gep(out, [args[1]]), vector.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(out, types.uintp, table, types.uintp, types.int32), codegen
 
 
 @helper()
@@ -83,11 +99,11 @@ def _ranked(keys, n, rank, low, high):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def threshold(keys, n, rank, space):  # type: ignore[no-untyped-def]
+def threshold(keys, n, rank, space, bits):  # type: ignore[no-untyped-def]
     """The `rank`-th smallest of n keys (from 1), and how many are smaller.
 
     The candidates are independent, so a prefix tells within which two keys the answer lies; one pass collects the keys
-    between them. Should the prefix have misled, all keys are searched.
+    between them. Should the prefix have misled, all keys are searched. `space` and `bits` are work space.
     """
     if n > _SMALL:
         p = rank / n
@@ -96,7 +112,7 @@ def threshold(keys, n, rank, space):  # type: ignore[no-untyped-def]
         top = 0x7FFFFFFF
         low = _ranked(keys, _PREFIX, low_rank, 0, top) if low_rank >= 1 else 0
         high = _ranked(keys, _PREFIX, high_rank, low, top) if high_rank <= _PREFIX else top
-        below, between = _collect(keys, n, _I32(low), _I32(high), space)
+        below, between = _collect(keys, n, _I32(low), _I32(high), space, bits)
         if below < rank <= below + between:
             key = _ranked(space, between, rank - below, low, high)
             return key, below + _count_below(space, between, _I32(key))
@@ -105,36 +121,37 @@ def threshold(keys, n, rank, space):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def _collect(keys, n, low, high, space):  # type: ignore[no-untyped-def]
+def _collect(keys, n, low, high, space, bits):  # type: ignore[no-untyped-def]
     """Copy the keys in [low, high] to `space`, which needs room for 8 more than there are; count those below."""
-    below = _count_below(keys, n, low)
-    span = _I32(_I32(high - low) + _I32(1))
-    count = np.uintp(0)
-    for first in range(0, n, GROUP):
-        hits = np.uintp(_within(keys, np.uintp(first), low, span))
-        for half in range(2):
-            byte = (hits >> np.uintp(8 * half)) & np.uintp(255)
-            for j in range(8):
-                space[count + np.uintp(j)] = keys[np.uintp(first + 8 * half) + np.uintp(_POSITIONS[byte, j])]
-            count += np.uintp(_COUNTS[byte])
-    return below, np.int64(count)
+    mark(keys, n, low, _I32(_I32(high - low) + _I32(1)), bits)
+    count = list_marked(bits, space)
+    for k in range(count):
+        space[k] = keys[np.uintp(np.uint32(space[k]))]
+    return _count_below(keys, n, low), count
 
 
 @helper()
-def mark(keys, n, limit, bits):  # type: ignore[no-untyped-def]
-    """Write a bit mask `[ceil(n / 8)]` of the keys below `limit`."""
-    for first in range(0, n, GROUP):
-        hits = _within(keys, np.uintp(first), _I32(0), limit)
-        byte = first // 8
-        bits[byte] = np.uint8(hits & 255)
-        if byte + 1 < bits.shape[0]:
-            bits[byte + 1] = np.uint8(hits >> 8)
+def mark(keys, n, low, span, bits):  # type: ignore[no-untyped-def]
+    """Write a bit mask `[ceil(n / 8)]` of the keys in [low, low + span)."""
+    whole = n // GROUP
+    words = bits[: 2 * whole].view(np.uint16)
+    for k in range(whole):
+        words[k] = _within(keys, np.uintp(k * GROUP), low, span)
+    if whole * GROUP < n:
+        rest = _within(keys, np.uintp(whole * GROUP), low, span)
+        bits[2 * whole] = np.uint8(rest & 255)
+        if 2 * whole + 1 < bits.shape[0]:
+            bits[2 * whole + 1] = np.uint8(rest >> 8)
 
 
 @helper()
 def mark_chosen(keys, n, key, ties, bits):  # type: ignore[no-untyped-def]
     """Write the bit mask of the chosen: all keys below `key`, and of those equal to it the first `ties`."""
-    mark(keys, n, key, bits)
+    equal = _count_below(keys, n, _I32(key + _I32(1))) - _count_below(keys, n, key)
+    if equal == ties:
+        mark(keys, n, _I32(0), _I32(key + _I32(1)), bits)
+        return
+    mark(keys, n, _I32(0), key, bits)
     i = 0
     while ties > 0:
         if keys[i] == key:
@@ -149,8 +166,6 @@ def list_marked(bits, positions):  # type: ignore[no-untyped-def]
     count = np.uintp(0)
     for byte in range(bits.shape[0]):
         value = np.uintp(bits[byte])
-        if value != 0:
-            for j in range(8):
-                positions[count + np.uintp(j)] = _I32(_I32(byte * 8) + _POSITIONS[value, j])
-            count += np.uintp(_COUNTS[value])
+        _put(positions, count, _POSITIONS, value, _I32(byte * 8))
+        count += np.uintp(_COUNTS[value])
     return np.int64(count)

@@ -75,7 +75,7 @@ def choose_candidates(buffer, source, key, layer, window, sampling, border, z, b
         gather(buffer, source[WIDTH] + 2 * BORDER, index, fx, fy, n, part)
         make_keys(part, n, keys[first : first + n])
     keys[num_candidates:] = LARGEST_KEY
-    limit, below = threshold(keys, num_candidates, num_uncertain, space)
+    limit, below = threshold(keys, num_candidates, num_uncertain, space, marks)
     mark_chosen(keys, num_candidates, _I32(limit), num_uncertain - below, marks)
 
 

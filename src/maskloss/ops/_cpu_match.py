@@ -1,146 +1,163 @@
 """The CPU kernels of the matching cost.
 
-The points of an image are the same for all its queries and layers, so what depends on them alone is computed once: they
-are sorted by y, which makes a pass over a plane sequential, and the targets there are kept as lists of the points that
-lie in each, because most points lie in few targets. Both cost terms are linear in t, so a plane then needs one gather,
-one pass for softplus and sigmoid, and one sparse sum per target.
+The points of an image are the same for all its queries and layers, so what depends on them alone is computed once. They
+are sorted into bands of y and within a band by x. A plane is then read a band of rows at a time, from the first-level
+cache, and the points in the box of a target are one run per band, over which its values are stored densely. Both cost
+terms are linear in t, so a plane needs one gather, one pass for softplus and sigmoid, and one sum of products per run.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ._cpu_choose import GROUP
 from ._cpu_loss import power, sigmoid_softplus
-from ._cpu_random import U32, draw_bits, instance_key, points_of_bits, threefry
-from ._cpu_sampling import BLOCK, BORDER, HEIGHT, WIDTH, gather, locate, read_rows
+from ._cpu_random import U32, draw_bits, instance_key, points_of_bits
+from ._cpu_sampling import BORDER, WIDTH, gather, locate, read_rows
 from ._cpu_targets import COUNT, FIRST, IGNORED, list_inside, mark_ignored, read_targets
 from ._cpu_threads import helper, kernel, take
 
+_I32 = np.int32
 _MATCHER = 2
 _ALL_TARGETS = 0xFFFFFFFF
-# Rows of a plane that are copied together: with a border they fit into the first-level cache.
+# Rows of a plane that are read together should fit into the first-level cache.
 BAND_BYTES = 16384
+MOST_BANDS = 256
+# Runs are filled up with zeros to whole vectors.
+VECTOR = 16
+
+
+def bands_for(sizes: NDArray[np.int64], item_bytes: int) -> int:
+    """Into how many bands to sort the points, for planes of the given sizes `[n, 2]`."""
+    plane_bytes = int(((sizes[:, 0]) * (sizes[:, 1] + 2 * BORDER)).max()) * item_bytes
+    return min(MOST_BANDS, -(-plane_bytes // BAND_BYTES))
 
 
 @helper()
-def _order_by_y(key, num_points, order, space):  # type: ignore[no-untyped-def]
-    """Sort point numbers by the 24 bits of y: two stable counting passes of 12 bits."""
-    k0, k1 = key
-    counts = np.empty(4097, np.int64)
-    high = np.empty(num_points, np.uint32)
-    for i in range(num_points):
-        _, r1 = threefry(k0, k1, U32(i), U32(_MATCHER << 16))
-        high[i] = U32(r1 >> U32(8))
-        space[i] = i
-    for shift in (0, 12):
-        source, target = (space, order) if shift == 0 else (order, space)
-        counts[:] = 0
-        for i in range(num_points):
-            counts[((high[i] >> U32(shift)) & 4095) + 1] += 1
-        for digit in range(4096):
-            counts[digit + 1] += counts[digit]
-        for i in range(num_points):
-            point = source[i]
-            digit = (high[point] >> U32(shift)) & 4095
-            target[counts[digit]] = point
-            counts[digit] += 1
-    order[:num_points] = space[:num_points]
+def _sort_pass(digits, shift, bins, n, source, target, counts):  # type: ignore[no-untyped-def]
+    """One stable counting pass: point numbers from `source` to `target`, by `digits >> shift`."""
+    counts[: bins + 1] = 0
+    for i in range(n):
+        counts[(digits[i] >> shift) + 1] += 1
+    for digit in range(bins):
+        counts[digit + 1] += counts[digit]
+    for i in range(n):
+        digit = digits[source[i]] >> shift
+        target[counts[digit]] = source[i]
+        counts[digit] += 1
 
 
 @kernel
 def draw(
-    counter, items, values, coordinates, integers, image_ids, seed, windows, images, ignore, num_points, points, weights
-):  # type: ignore[no-untyped-def]
-    """The matcher's points of each image, sorted by y: x and y `[B, 2, P]` and their weights `[B, P]`."""
-    order, codes = integers[:num_points], integers[num_points : 2 * num_points]
+    counter, items, values, coordinates, integers,
+    image_ids, seed, windows, images, ignore, num_points, num_bands, points, weights, bands,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """The matcher's points of each image, sorted: `[B, 2, P]`, weights `[B, P]`, and where each band begins."""
+    order, space = integers[:num_points], integers[num_points : 2 * num_points]
     bits = integers[2 * num_points : 4 * num_points].reshape(2, num_points)
+    counts = np.empty(4097, np.int64)
     while True:
         image = take(counter)
         if image >= items:
             break
         key = instance_key(seed, image_ids[image], _ALL_TARGETS)
-        _order_by_y(key, num_points, order, codes)
-        x, y = points[image, 0], points[image, 1]
-        draw_bits(key, U32(_MATCHER << 16), order, num_points, bits)
-        points_of_bits(bits, num_points, windows[image], x, y)
-        codes[:num_points] = 0
-        mark_ignored(x, y, num_points, images[image], ignore, False, codes)
+        stream = U32(_MATCHER << 16)
         for i in range(num_points):
-            weights[image, i] = 0 if codes[i] & IGNORED else 1
+            order[i] = i
+        draw_bits(key, stream, order, num_points, bits)
+        for i in range(num_points):
+            bits[1, i] = _I32((np.int64(bits[1, i]) * num_bands) >> 24)
+        _sort_pass(bits[0], 12, 4096, num_points, order, space, counts)
+        _sort_pass(bits[1], 0, num_bands, num_points, space, order, counts)
+        bands[image, 0] = 0
+        for band in range(num_bands):
+            bands[image, band + 1] = counts[band]
+        x, y = points[image, 0], points[image, 1]
+        draw_bits(key, stream, order, num_points, bits)
+        points_of_bits(bits, num_points, windows[image], x, y)
+        space[:] = 0
+        mark_ignored(x, y, num_points, images[image], ignore, False, space)
+        for i in range(num_points):
+            weights[image, i] = 0 if space[i] & IGNORED else 1
 
 
 @kernel
-def count_inside(counter, items, values, coordinates, integers, points, images, table, border, owner, counts):  # type: ignore[no-untyped-def]
-    """How many points may lie in each target: room for the lists of `list_targets`."""
-    num_points = points.shape[2]
-    while True:
-        item = take(counter)
-        if item >= items:
-            break
-        x, y = points[owner[item], 0], points[owner[item], 1]
-        counts[item] = list_inside(
-            x, y, num_points, table[item], border, integers[: num_points + GROUP], integers[num_points + GROUP :]
-        )
-
-
-@kernel
-def list_targets(
-    counter, items, values, coordinates, integers,
-    points, weights, table, data, encoding, border, nearest, owner, starts, ends, members, shares, sums,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """For each target the points with w t > 0, in lists: point numbers, w t, and their sum."""
-    num_points = points.shape[2]
-    ints = integers[: 3 * (BLOCK + GROUP)].reshape(3, BLOCK + GROUP)
-    t, fx, fy = values[:BLOCK], values[BLOCK : 2 * BLOCK], values[2 * BLOCK : 3 * BLOCK]
-    xs, ys = coordinates[:BLOCK], coordinates[BLOCK : 2 * BLOCK]
+def find_runs(
+    counter, items, values, coordinates, integers, points, bands, table, border, owner, first, length
+):  # type: ignore[no-untyped-def]
+    """For each target and band the run of points that may touch its crop: first point and padded length `[T, bands]`."""
+    room = integers.shape[0] // 2
+    inside, space = integers[:room], integers[room:]
     while True:
         item = take(counter)
         if item >= items:
             break
         image = owner[item]
-        count = starts[item]
-        total = 0.0
-        for first in range(0, num_points, BLOCK):
-            n = min(BLOCK, num_points - first)
-            x, y = points[image, 0, first : first + n], points[image, 1, first : first + n]
+        for band in range(bands.shape[1] - 1):
+            start, stop = bands[image, band], bands[image, band + 1]
+            x, y = points[image, 0, start:stop], points[image, 1, start:stop]
+            count = list_inside(x, y, stop - start, table[item], border, inside, space)
+            first[item, band] = start + inside[0] if count else 0
+            length[item, band] = (inside[count - 1] - inside[0] + VECTOR) // VECTOR * VECTOR if count else 0
+
+
+@kernel
+def fill_runs(
+    counter, items, values, coordinates, integers,
+    points, weights, table, data, encoding, border, nearest, bands, owner, first, length, offset, shares, sums,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """The values w t over the runs of each target, 0 in the padding behind a band, and their sums."""
+    room = integers.shape[0] // 3
+    ints = integers[: 3 * room].reshape(3, room)
+    t, fx, fy = values[:room], values[room : 2 * room], values[2 * room : 3 * room]
+    xs, ys = coordinates[:room], coordinates[room : 2 * room]
+    while True:
+        item = take(counter)
+        if item >= items:
+            break
+        image, total = owner[item], 0.0
+        for band in range(first.shape[1]):
+            padded, start, place = length[item, band], first[item, band], offset[item, band]
+            if padded == 0:
+                continue
+            n = min(padded, bands[image, band + 1] - start)
+            x, y = points[image, 0, start : start + n], points[image, 1, start : start + n]
             read_targets(x, y, n, table[item], data, encoding, border, nearest, xs, ys, ints, t, fx, fy)
             for i in range(n):
-                share = t[i] * weights[image, first + i]
-                if share != 0:
-                    members[count] = first + i
-                    shares[count] = share
-                    total += share
-                    count += 1
-        ends[item] = count
+                shares[place + i] = t[i] * weights[image, start + i]
+            shares[place + n : place + padded] = 0
+            for i in range(n):
+                total += shares[place + i]
         sums[item] = total
 
 
 @kernel
-def place_points(counter, items, values, coordinates, integers, points, sizes, border, rows_per_band, index, fx, fy, bands):  # type: ignore[no-untyped-def]
-    """For each image and plane size: places in a band's buffer, fractions, and where the points of each band begin."""
+def place_points(
+    counter, items, values, coordinates, integers, points, bands, sizes, border, index, fx, fy, rows
+):  # type: ignore[no-untyped-def]
+    """For each image, plane size and band: its first row, its number of rows, and the points' places in a buffer."""
     num_points = points.shape[2]
     while True:
         item = take(counter)
         if item >= items:
             break
         image, size = item // sizes.shape[0], item % sizes.shape[0]
-        height, width, rows = sizes[size, 0], sizes[size, 1], rows_per_band[size]
+        height, width = sizes[size, 0], sizes[size, 1]
         pitch = width + 2 * BORDER
         places = index[image, size]
         locate(
             points[image, 0], points[image, 1], num_points, height, width, border, places,
             fx[image, size], fy[image, size],
         )  # fmt: skip
-        band = 0
-        bands[image, size, :] = num_points
-        bands[image, size, 0] = 0
-        for i in range(num_points):
-            mine = places[i] // pitch // rows
-            while band < mine:
-                band += 1
-                bands[image, size, band] = i
-            places[i] -= mine * rows * pitch
+        for band in range(bands.shape[1] - 1):
+            low, high = height + 2 * BORDER, 0
+            for i in range(bands[image, band], bands[image, band + 1]):
+                low, high = min(low, places[i] // pitch), max(high, places[i] // pitch)
+            for i in range(bands[image, band], bands[image, band + 1]):
+                places[i] -= low * pitch
+            rows[image, size, band, 0] = low - BORDER
+            rows[image, size, band, 1] = high - low + 1
 
 
 @helper()
@@ -150,8 +167,8 @@ def _sample_plane(source, b, q, rows, index, fx, fy, bands, buffer, z):  # type:
     for band in range(bands.shape[0] - 1):
         first, last = bands[band], bands[band + 1]
         if first < last:
-            top = band * rows - BORDER
-            read_rows(source, b, q, top, top + rows + 1, buffer)
+            top = rows[band, 0]
+            read_rows(source, b, q, top, top + rows[band, 1] + 1, buffer)
             gather(buffer, pitch, index[first:last], fx[first:last], fy[first:last], last - first, z[first:last])
 
 
@@ -184,20 +201,19 @@ def _focal_terms(z, w, n, alpha, gamma, s):  # type: ignore[no-untyped-def]
 
 
 @helper(fastmath={"contract", "reassoc", "nsz"})
-def _products(z, s, members, shares, first, last):  # type: ignore[no-untyped-def]
-    """Sums of z t and s t over the points of one target."""
+def _products(z, s, shares, n):  # type: ignore[no-untyped-def]
+    """Sums of z t and s t over a run."""
     by_z, by_s = z.dtype.type(0), z.dtype.type(0)
-    for k in range(first, last):
-        point = np.uintp(np.uint32(members[k]))
-        by_z += z[point] * shares[k]
-        by_s += s[point] * shares[k]
+    for k in range(n):
+        by_z += z[k] * shares[k]
+        by_s += s[k] * shares[k]
     return by_z, by_s
 
 
 @kernel
 def match_cost(
     counter, items, values, coordinates, integers,
-    sources, size_of, rows_per_band, index, fx, fy, bands, weights, images, starts, ends, members, shares, sums,
+    sources, size_of, rows, index, fx, fy, bands, weights, images, starts, first, length, offset, shares, sums,
     alpha, gamma, ce, dice,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Both mask terms of all pairs. A work item is a plane.
@@ -206,22 +222,25 @@ def match_cost(
     """
     batch, queries, widest = ce.shape[1], ce.shape[2], ce.shape[3]
     num_points = weights.shape[1]
-    z, s = values[:num_points], values[num_points : 2 * num_points]
-    buffer = values[2 * num_points :]
-    used = -1
+    room = num_points + VECTOR
+    z, s = values[:room], values[room : 2 * room]
+    z[num_points:] = 0
+    s[num_points:] = 0
+    buffer = values[2 * room :]
+    width = -1
     while True:
         item = take(counter)
         if item >= items:
             break
         layer, image, query = item // (batch * queries), item // queries % batch, item % queries
         size, source = size_of[layer], sources[layer]
-        if used != size:
-            # The columns of the border are zeroed once for each plane size; rows are overwritten.
-            buffer[: (rows_per_band[size] + 1) * (source[WIDTH] + 2 * BORDER)] = 0
-            used = size
+        if width != source[WIDTH]:
+            # The columns of the border are zeroed once for each width; rows are overwritten.
+            buffer[:] = 0
+            width = source[WIDTH]
         _sample_plane(
-            source, image, query, rows_per_band[size], index[image, size], fx[image, size], fy[image, size],
-            bands[image, size], buffer, z,
+            source, image, query, rows[image, size], index[image, size], fx[image, size], fy[image, size],
+            bands[image], buffer, z,
         )  # fmt: skip
         w = weights[image]
         if gamma < 0:
@@ -232,13 +251,15 @@ def match_cost(
         for i in range(num_points):
             count += w[i]
         count = max(count, 1.0)
-        first = images[image, FIRST]
-        for target in range(widest):
-            if target < images[image, COUNT]:
-                row = first + target
-                by_z, by_s = _products(z, s, members, shares, starts[row], ends[row])
-                ce[layer, image, query, target] = (negative - by_z) / count
-                dice[layer, image, query, target] = 1.0 - (2.0 * by_s + 1.0) / (area + sums[row] + 1.0)
-            else:
-                ce[layer, image, query, target] = 0
-                dice[layer, image, query, target] = 0
+        for target in range(images[image, COUNT]):
+            row = images[image, FIRST] + target
+            by_z, by_s = 0.0, 0.0
+            for run in range(starts[row], starts[row + 1]):
+                n = length[run]
+                one = _products(z[first[run] : first[run] + n], s[first[run] : first[run] + n], shares[offset[run] :], n)
+                by_z += one[0]
+                by_s += one[1]
+            ce[layer, image, query, target] = (negative - by_z) / count
+            dice[layer, image, query, target] = 1.0 - (2.0 * by_s + 1.0) / (area + sums[row] + 1.0)
+        ce[layer, image, query, images[image, COUNT] : widest] = 0
+        dice[layer, image, query, images[image, COUNT] : widest] = 0

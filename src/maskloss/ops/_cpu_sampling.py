@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
 from ._cpu_threads import at, helper
@@ -247,23 +248,54 @@ def round_nearest(index, fx, fy, n, height, width, border):  # type: ignore[no-u
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _bilinear(typingctx: Any, buffer: Any, upper: Any, lower: Any, fx: Any, fy: Any) -> Any:
-    """The value between two pixels from `upper` on and two from `lower` on.
+def _bilinear(
+    typingctx: Any, buffer: Any, pitch: Any, index: Any, fx: Any, fy: Any, z: Any, first: Any, lanes: Any
+) -> Any:
+    """Interpolate at `lanes` points (a literal) from `first` on: `z[i] = top + fy (bottom - top)`, and so on.
 
-    Both rows are interpolated at once in vectors of two, so a point costs two loads: LLVM would gather four times. There
-    is no contraction to fused operations: selections agree bit for bit with those of other devices.
+    Two neighbouring pixels come with one load, and shuffles bring them into vectors over the points; left to itself LLVM
+    gathers four times. There are no fused operations: selections agree bit for bit with those of other devices.
     """
+    if not isinstance(lanes, types.IntegerLiteral):
+        raise RequireLiteralValue("lanes")
+    count = lanes.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        top, bottom = _pair(builder, array.data, args[1]), _pair(builder, array.data, args[2])
-        left, right = _shuffle(builder, top, bottom, 0, 2), _shuffle(builder, top, bottom, 1, 3)
-        across = _both(builder, args[3], args[3])
-        rows = builder.fadd(left, builder.fmul(across, builder.fsub(right, left)))
-        first, second = (builder.extract_element(rows, ir.IntType(32)(lane)) for lane in (0, 1))
-        return builder.fadd(first, builder.fmul(args[4], builder.fsub(second, first)))
+        arrays = [context.make_array(signature.args[k])(context, builder, args[k]).data for k in (0, 2, 3, 4, 5)]
+        data, index, fx, fy, z = arrays
+        first = args[6]
+        vector = ir.VectorType(data.type.pointee, count)
+        places = [
+            builder.zext(builder.load(builder.gep(index, [builder.add(first, first.type(k))])), first.type)
+            for k in range(count)
+        ]
+        rows = []
+        for start in (data, builder.gep(data, [args[1]])):
+            pixels = _concatenate(builder, [_pair(builder, start, place) for place in places])
+            left, right = (_shuffle(builder, pixels, pixels, *range(side, 2 * count, 2)) for side in (0, 1))
+            rows.append((left, right))
+        across, down = (_vector(builder, array, first, vector) for array in (fx, fy))
 
-    return buffer.dtype(buffer, types.uintp, types.uintp, buffer.dtype, buffer.dtype), codegen
+        def mix(one: Any, other: Any, share: Any) -> Any:
+            return builder.fadd(one, builder.fmul(share, builder.fsub(other, one)))
+
+        value = mix(mix(*rows[0], across), mix(*rows[1], across), down)
+        pointer = builder.bitcast(builder.gep(z, [first]), vector.as_pointer())
+        builder.store(value, pointer, align=_align(vector))
+        return context.get_dummy_value()
+
+    return types.void(buffer, pitch, index, fx, fy, z, types.uintp, lanes), codegen
+
+
+def _concatenate(builder: Any, vectors: list[Any]) -> Any:
+    while len(vectors) > 1:
+        width = range(2 * vectors[0].type.count)
+        vectors = [_shuffle(builder, one, other, *width) for one, other in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+def _vector(builder: Any, data: Any, first: Any, vector: Any) -> Any:
+    return builder.load(builder.bitcast(builder.gep(data, [first]), vector.as_pointer()), align=_align(vector))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -285,8 +317,7 @@ def _align(vector: Any) -> int:
 
 
 def _pair(builder: Any, data: Any, place: Any) -> Any:
-    vector = ir.VectorType(data.type.pointee, 2)
-    return builder.load(builder.bitcast(builder.gep(data, [place]), vector.as_pointer()), align=_align(vector))
+    return _vector(builder, data, place, ir.VectorType(data.type.pointee, 2))
 
 
 def _both(builder: Any, first: Any, second: Any) -> Any:
@@ -304,9 +335,12 @@ def _shuffle(builder: Any, one: Any, other: Any, *lanes: int) -> Any:
 @helper()
 def gather(buffer, pitch, index, fx, fy, n, z):  # type: ignore[no-untyped-def]
     """Bilinear values: along x in both rows, then along y."""
-    for i in range(n):
-        place = np.uintp(np.uint32(index[i]))
-        z[i] = _bilinear(buffer, place, place + np.uintp(pitch), fx[i], fy[i])
+    below = np.uintp(pitch)
+    whole = n - n % 8
+    for i in range(0, whole, 8):
+        _bilinear(buffer, below, index, fx, fy, z, np.uintp(i), 8)
+    for i in range(whole, n):
+        _bilinear(buffer, below, index, fx, fy, z, np.uintp(i), 1)
 
 
 @helper()

@@ -48,7 +48,7 @@ def list_inside(x, y, n, row, border, inside, space):  # type: ignore[no-untyped
     space[n : n + GROUP] = 1
     # The marks overwrite flags that have been read already: a byte for each eight integers.
     bits = space.view(np.uint8)[: (n + 7) // 8]
-    mark(space, n, _I32(1), bits)
+    mark(space, n, _I32(0), _I32(1), bits)
     return list_marked(bits, inside)
 
 
@@ -139,7 +139,7 @@ def values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t, fx, fy):  # 
         return
     index[n : n + GROUP] = 1
     bits = index.view(np.uint8)[: (n + 7) // 8]
-    mark(index, n, _I32(1), bits)
+    mark(index, n, _I32(0), _I32(1), bits)
     count = list_marked(bits, mixed)
     for k in range(count):
         xs[k] = x[mixed[k]]

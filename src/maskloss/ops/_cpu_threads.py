@@ -113,7 +113,7 @@ def _prepare(function: Any, dtypes: Dtypes, scratch: tuple[int, int, int], args:
 
 
 def _scratch(dtypes: Dtypes, sizes: tuple[int, int, int]) -> list[np.ndarray[Any, Any]]:
-    """This thread's work space: an array of `dtypes[0]`, one of `dtypes[1]`, one of int32, of at least `sizes` elements."""
+    """This thread's work space: an array of `dtypes[0]`, one of `dtypes[1]`, one of int32, of `sizes` elements."""
     arrays = []
     for name, kind, size in zip(("values", "points", "integers"), (*dtypes, np.int32), sizes, strict=True):
         attribute = f"{name}_{np.dtype(kind).char}"
@@ -122,7 +122,7 @@ def _scratch(dtypes: Dtypes, sizes: tuple[int, int, int]) -> list[np.ndarray[Any
             array = np.empty(size, kind)
             if array.nbytes <= _KEEP_BYTES:
                 setattr(_local, attribute, array)
-        arrays.append(array)
+        arrays.append(array[:size])
     return arrays
 
 

@@ -322,23 +322,24 @@ def match_cost(
     if ce.size == 0:
         return torch.from_numpy(ce), torch.from_numpy(dice)
     sizes, size_of = np.unique([t.shape[2:] for t in logits], axis=0, return_inverse=True)
-    rows = np.maximum(1, matching.BAND_BYTES // np.dtype(dtype).itemsize // (sizes[:, 1] + 2 * BORDER) - 1)
-    points, weights, lists = _match_targets(
-        targets, encoding, num_targets, image_ids, seed, num_points, padding == "border", target_mode, dtypes
+    num_bands = matching.bands_for(sizes, np.dtype(dtype).itemsize)
+    bands = np.empty((batch, num_bands + 1), np.int64)
+    points, weights, runs = _match_targets(
+        targets, encoding, num_targets, image_ids, seed, num_points, padding == "border", target_mode, dtypes, bands
     )
     index = np.empty((batch, len(sizes), num_points), np.int32)
     fx, fy = (np.empty((batch, len(sizes), num_points), dtype) for _ in range(2))
-    bands = np.empty((batch, len(sizes), int(((sizes[:, 0] + 3) // rows).max()) + 2), np.int64)
-    args = (points, sizes.astype(np.int64), padding == "border", rows.astype(np.int64), index, fx, fy, bands)
+    rows = np.empty((batch, len(sizes), num_bands, 2), np.int64)
+    args = (points, bands, sizes.astype(np.int64), padding == "border", index, fx, fy, rows)
     launch(matching.place_points, batch * len(sizes), dtypes, (0, 0, 0), args)
-    images = _array(targets[2])
+    highest = (rows[..., 1].max(axis=(0, 2)) + 1) * (sizes[:, 1] + 2 * BORDER)
     launch(
         matching.match_cost,
         len(logits) * batch * queries,
         dtypes,
-        (2 * num_points + int(((rows + 1) * (sizes[:, 1] + 2 * BORDER)).max()), 0, 0),
-        (_describe(logits), size_of.reshape(-1).astype(np.int64), rows.astype(np.int64), index, fx, fy, bands, weights)
-        + (images, *lists, float(focal_alpha), float(focal_gamma), ce, dice),
+        (2 * (num_points + matching.VECTOR) + int(highest.max()), 0, 0),
+        (_describe(logits), size_of.reshape(-1).astype(np.int64), rows, index, fx, fy, bands, weights)
+        + (_array(targets[2]), *runs, float(focal_alpha), float(focal_gamma), ce, dice),
     )
     return torch.from_numpy(ce), torch.from_numpy(dice)
 
@@ -353,22 +354,30 @@ def _match_targets(
     border: bool,
     target_mode: str,
     dtypes: Dtypes,
+    bands: NDArray[np.int64],
 ) -> tuple[Array, Array, tuple[Array, ...]]:
-    """What all planes share: points `[B, 2, P]`, weights `[B, P]`, and for each target the points in it."""
+    """What all planes share: points `[B, 2, P]`, weights `[B, P]`, and each target as runs of sorted points.
+
+    Fills `bands` with the first point of each band. The runs of target t are `starts[t]` to `starts[t + 1]`: their first
+    points, lengths and offsets into the values, the values, and the sum of each target's values.
+    """
     batch, dtype = len(num_targets), dtypes[0]
     data = targets[0].contiguous()
     table, images, windows, ignore = (_array(t) for t in targets[1:])
     points, weights = np.empty((batch, 2, num_points), dtypes[1]), np.empty((batch, num_points), dtype)
-    args: tuple[Any, ...] = (_array(image_ids), int(seed), windows, images, ignore, num_points, points, weights)
-    launch(matching.draw, batch, dtypes, (0, 0, 4 * num_points), args)
+    args: tuple[Any, ...] = (_array(image_ids), int(seed), windows, images, ignore, num_points, bands.shape[1] - 1)
+    launch(matching.draw, batch, dtypes, (0, 0, 4 * num_points), (*args, points, weights, bands))
     owner = np.repeat(np.arange(batch), num_targets)
-    counts = np.zeros(len(table), np.int64)
-    room = (0, 0, 2 * (num_points + GROUP))
-    launch(matching.count_inside, len(table), dtypes, room, (points, images, table, border, owner, counts))
-    starts = np.cumsum(counts) - counts
-    ends, total = np.empty_like(starts), int(counts.sum())
-    members, shares, sums = np.empty(total, np.int32), np.empty(total, dtype), np.empty(len(table), dtype)
+    first, length = np.empty((2, len(table), bands.shape[1] - 1), np.int64)
+    room = int(np.diff(bands).max()) + matching.VECTOR + GROUP
+    launch(
+        matching.find_runs, len(table), dtypes, (0, 0, 2 * room), (points, bands, table, border, owner, first, length)
+    )
+    offset = np.cumsum(length).reshape(length.shape) - length
+    shares, sums = np.empty(int(length.sum()), dtype), np.empty(len(table), dtype)
     args = (points, weights, table, data.data_ptr(), _encode(data, encoding), border, target_mode == "nearest")
-    args += (owner, starts, ends, members, shares, sums)
-    launch(matching.list_targets, len(table), dtypes, (3 * BLOCK, 2 * BLOCK, 3 * (BLOCK + GROUP)), args)
-    return points, weights, (starts, ends, members, shares, sums)
+    args += (bands, owner, first, length, offset, shares, sums)
+    launch(matching.fill_runs, len(table), dtypes, (3 * room, 2 * room, 3 * room), args)
+    real = length > 0
+    starts = np.append(0, np.cumsum(real.sum(axis=1)))
+    return points, weights, (starts, first[real], length[real], offset[real], shares, sums)
