@@ -1,0 +1,156 @@
+"""How the work of an operation is cut into launches: layers of one geometry together, scratch memory bounded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Scratch memory of an operation: logits of candidates, or the planes in which half precision adds up its gradients.
+SCRATCH_BYTES = 256 * 2**20
+# Points or candidates of one program.
+BLOCK = 512
+# Pointers that one launch takes; a model with more decoder layers takes two launches.
+MAX_LAYERS = 16
+# The definition rounds after each multiplication and each addition, so no kernel may fuse them.
+OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
+
+
+@dataclass(frozen=True)
+class Span:
+    """One launch: consecutive layers of one geometry, and the rows of the index that belong to it.
+
+    Attributes:
+        layers: their logits.
+        first: number of the first of them.
+        start: first row.
+        stop: row after the last one.
+    """
+
+    layers: tuple[Tensor, ...]
+    first: int
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return self.stop - self.start
+
+    @property
+    def rows(self) -> slice:
+        """The rows, to slice with."""
+        return slice(self.start, self.stop)
+
+
+def geometry(layer: Tensor) -> tuple[int, ...]:
+    """Height, width, and the four strides of logits `[B, Q, h, w]`, as all kernels take them."""
+    return (*layer.shape[2:], *layer.stride())
+
+
+def spans(logits: Sequence[Tensor], layer_sizes: Sequence[int], row_bytes: int) -> list[Span]:
+    """Cut the rows into launches whose scratch memory, `row_bytes` each, stays within SCRATCH_BYTES."""
+    rows = max(1, SCRATCH_BYTES // max(row_bytes, 1))
+    return [
+        Span(run.layers, run.first, start, min(start + rows, run.stop))
+        for run in layer_spans(logits, layer_sizes, [True] * len(logits), lambda _: 0)
+        for start in range(run.start, run.stop, rows)
+    ]
+
+
+def layer_spans(
+    logits: Sequence[Tensor], layer_sizes: Sequence[int], needed: Sequence[bool], row_bytes: Callable[[Tensor], int]
+) -> list[Span]:
+    """Cut the layers into launches, at layers only, with `row_bytes(layer)` of scratch memory for each row."""
+    found: list[Span] = []
+    row = 0
+    for number, (layer, size, need) in enumerate(zip(logits, layer_sizes, needed, strict=True)):
+        if need:
+            last = found[-1] if found else None
+            if last is not None and _fits(last, number, layer, (last.count + size) * row_bytes(layer)):
+                found[-1] = Span((*last.layers, layer), last.first, last.start, row + size)
+            else:
+                found.append(Span((layer,), number, row, row + size))
+        row += size
+    return found
+
+
+def _fits(span: Span, number: int, layer: Tensor, scratch: int) -> bool:
+    return (
+        span.first + len(span.layers) == number
+        and len(span.layers) < MAX_LAYERS
+        and geometry(span.layers[0]) == geometry(layer)
+        and scratch <= SCRATCH_BYTES
+    )
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's device current: Triton launches there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    """Divide, rounding up."""
+    return -(-a // b)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate what a kernel fills."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def float_points(points: Tensor) -> Tensor:
+    """Read points in float32 or float64."""
+    return points if points.dtype in (torch.float32, torch.float64) else points.float()
+
+
+# ----------------------------------------------------------------------------------------------- where points come from
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What the points of instances depend on, apart from the logits."""
+
+    points: Tensor | None
+    windows: Tensor
+    image_ids: Tensor
+    seed: tuple[int, Tensor | None]
+    num_points: int
+    num_candidates: int
+    num_uncertain: int
+    border: bool
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the points that were given."""
+        return (0, 0, 0) if self.points is None else self.points.stride()
+
+    def given(self, span: Span) -> Tensor | None:
+        """Points of the instances of a span."""
+        return None if self.points is None else self.points[span.rows]
+
+
+def split_seed(seed: Tensor) -> tuple[int, Tensor | None]:
+    """A seed on the host becomes a number; one on the device is read there, where a captured graph can vary it."""
+    return (int(seed), None) if seed.device.type == "cpu" else (0, seed)
+
+
+def make_sampling(
+    points: Tensor | None,
+    windows: Tensor,
+    image_ids: Tensor,
+    seed: Tensor,
+    numbers: tuple[int, int, int],
+    padding: str,
+) -> Sampling:
+    """Gather what points depend on; `numbers` are those of points, candidates and uncertain points."""
+    num_points, num_candidates, num_uncertain = numbers
+    if points is not None:
+        points, num_uncertain = float_points(points), 0
+    candidates = num_candidates if num_uncertain else 0
+    seeds = split_seed(seed)
+    return Sampling(points, windows, image_ids, seeds, num_points, candidates, num_uncertain, padding == "border")

@@ -1,0 +1,270 @@
+"""Triton kernels for the loss of the instances: terms at their points, sums, and the slopes of the sums."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._gpu_sampling import (
+    IMAGE_COLUMNS,
+    INDEX_COLUMNS,
+    TABLE_COLUMNS,
+    is_ignored,
+    layer_pointer,
+    load_corners,
+    point_of,
+    read_targets,
+    sample_map,
+    save_corners,
+)
+
+# Sums of an instance, in this order: weights, weighted sigmoids, their products with the targets, weighted targets.
+# The cross-entropy, which only the forward pass needs, comes last.
+NUM_SUMS: tl.constexpr = tl.constexpr(5)
+
+
+@triton.jit
+def sigmoids(z):
+    """Compute sigmoid(z), sigmoid(-z) and log1p(exp(-|z|)), each without cancellation."""
+    e = tl.exp(-tl.abs(z))
+    large, small = 1.0 / (1.0 + e), e / (1.0 + e)
+    # log(1 + e) loses the low digits of a small e; dividing by what 1 + e kept of e gives them back.
+    rounded = 1.0 + e
+    exact = rounded == 1.0
+    logarithm = tl.where(exact, e, tl.log(rounded) * (e / tl.where(exact, 1.0, rounded - 1.0)))
+    return tl.where(z >= 0.0, large, small), tl.where(z >= 0.0, small, large), logarithm
+
+
+@triton.jit
+def power(base, EXPONENT: tl.constexpr):
+    """Raise to a power that is known when the kernel is compiled: base^EXPONENT, 0^0 = 1. The base is at least 0."""
+    if EXPONENT == 0.0:
+        result = base * 0.0 + 1.0
+    elif EXPONENT == 1.0:
+        result = base
+    elif EXPONENT == 2.0:
+        result = base * base
+    else:
+        positive = base > 0.0
+        result = tl.exp2(EXPONENT * tl.log2(tl.where(positive, base, 1.0)))
+        result = tl.where(positive, result, base * 0.0)  # keeps a NaN
+    return result
+
+
+@triton.jit
+def cross_entropy(z, s, c, logarithm, t, ALPHA: tl.constexpr, GAMMA: tl.constexpr):
+    """BCE max(z, 0) - z t + log1p(exp(-|z|)), or focal a_t (1 - p_t)^gamma BCE; s and c are sigmoid(z), sigmoid(-z)."""
+    loss = tl.where(z > 0.0, z, 0.0) - z * t + logarithm
+    if GAMMA >= 0.0:
+        loss *= power(s * (1.0 - t) + c * t, GAMMA)  # 1 - p_t, without cancellation
+        if ALPHA >= 0.0:
+            loss *= ALPHA * t + (1.0 - ALPHA) * (1.0 - t)
+    return loss
+
+
+@triton.jit
+def cross_entropy_slope(z, s, c, logarithm, t, ALPHA: tl.constexpr, GAMMA: tl.constexpr):
+    """Derivative of `cross_entropy` by z: s - t, or (1 - p)^g (s - t) - g (1 - p)^(g - 1) BCE s (1 - s) (2 t - 1)."""
+    slope = s - t
+    if GAMMA >= 0.0:
+        miss = s * (1.0 - t) + c * t
+        slope *= power(miss, GAMMA)
+        if GAMMA > 0.0:
+            loss = tl.where(z > 0.0, z, 0.0) - z * t + logarithm
+            # miss^(gamma - 1) is infinite at a perfect prediction, where the loss that it multiplies is 0.
+            hit = miss <= 0.0
+            steep = GAMMA * power(tl.where(hit, 1.0, miss), GAMMA - 1.0) * loss * s * c * (2.0 * t - 1.0)
+            slope -= tl.where(hit, 0.0, steep)
+        if ALPHA >= 0.0:
+            slope *= ALPHA * t + (1.0 - ALPHA) * (1.0 - t)
+    return slope
+
+
+@triton.jit
+def _store_sums(sums, block, z, s, t, weight, keep):
+    """Sums of a block of points that both passes need."""
+    tl.store(block, tl.sum(tl.where(keep, weight, 0.0), 0))
+    tl.store(block + 1, tl.sum(tl.where(keep, weight * s, 0.0), 0))
+    tl.store(block + 2, tl.sum(tl.where(keep, weight * s * t, 0.0), 0))
+    tl.store(block + 3, tl.sum(tl.where(keep, weight * t, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["first_layer", "seed_value"])
+def loss_terms(
+    layers,
+    first_layer,
+    index,
+    data,
+    table,
+    images,
+    windows,
+    ignore,
+    image_ids,
+    seed_value,
+    seed_pointer,
+    points,
+    order,
+    kept,
+    corners,
+    sums,
+    num_points,
+    num_uncertain,
+    blocks,
+    height,
+    width,
+    stride_b,
+    stride_q,
+    stride_y,
+    stride_x,
+    stride_n,
+    stride_p,
+    stride_c,
+    LAYERS: tl.constexpr,
+    ENCODING: tl.constexpr,
+    NEAREST: tl.constexpr,
+    BORDER: tl.constexpr,
+    ALPHA: tl.constexpr,
+    GAMMA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Forward pass at a block of points of an instance: read z and t, write the block's five sums and `corners`.
+
+    The logits of chosen candidates were read when the choice was made (`kept`); only the uniform points are read here.
+    """
+    program = tl.program_id(0)
+    n = (program // blocks).to(tl.int64)
+    i = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    keep = i < num_points
+    ACC: tl.constexpr = sums.dtype.element_ty
+    row = index + n * INDEX_COLUMNS
+    layer, image = tl.load(row), tl.load(row + 1)
+    base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + 2) * stride_q
+    x, y = point_of(
+        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, points, order,
+        stride_n, stride_p, stride_c, num_uncertain,
+    )  # fmt: skip
+    if order is None:
+        z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, False, BORDER, ACC)
+    else:
+        fresh = keep & (i >= num_uncertain)
+        z = sample_map(base, x, y, height, width, stride_y, stride_x, fresh, False, BORDER, ACC)
+        known = tl.load(kept + n * num_uncertain + i, mask=i < num_uncertain, other=0.0)
+        z = tl.where(i < num_uncertain, known, z)
+    image_row = images + image * IMAGE_COLUMNS
+    target_row = table + (tl.load(image_row) + tl.load(row + 3)) * TABLE_COLUMNS
+    t, code = read_targets(data, target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
+    skip = is_ignored(ignore, image_row, x, y, keep)
+    save_corners(corners, n * num_points + i, t, code, skip, keep, ENCODING)
+    weight = 1.0 - skip.to(ACC)
+    s, c, logarithm = sigmoids(z)
+    loss = cross_entropy(z, s, c, logarithm, t, ALPHA, GAMMA)
+    block = sums + program.to(tl.int64) * NUM_SUMS
+    _store_sums(sums, block, z, s, t, weight, keep)
+    tl.store(block + 4, tl.sum(tl.where(keep, weight * loss, 0.0), 0))
+
+
+@triton.jit
+def _add_blocks(sums, which: tl.constexpr, n, keep, blocks, ACC: tl.constexpr):
+    """Add up one of the sums over the blocks of instances n, in order."""
+    total = tl.zeros(n.shape, ACC)
+    for block in range(blocks):
+        total += tl.load(sums + (n * blocks + block) * NUM_SUMS + which, mask=keep, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["count"])
+def finish_losses(sums, ce, dice, count, blocks, BLOCK: tl.constexpr):
+    """Divide the sums of BLOCK instances.
+
+    ce = sum w l / max(sum w, 1), dice = 1 - (2 sum w s t + 1) / (sum w s + sum w t + 1)
+    """
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = n < count
+    ACC: tl.constexpr = sums.dtype.element_ty
+    weights = _add_blocks(sums, 0, n, keep, blocks, ACC)
+    predicted = _add_blocks(sums, 1, n, keep, blocks, ACC)
+    overlap = _add_blocks(sums, 2, n, keep, blocks, ACC)
+    wanted = _add_blocks(sums, 3, n, keep, blocks, ACC)
+    losses = _add_blocks(sums, 4, n, keep, blocks, ACC)
+    tl.store(ce + n, losses / tl.where(weights > 1.0, weights, 1.0), mask=keep)
+    tl.store(dice + n, 1.0 - (2.0 * overlap + 1.0) / (predicted + wanted + 1.0), mask=keep)
+
+
+@triton.jit(do_not_specialize=["first_layer", "seed_value"])
+def slope_terms(
+    layers,
+    first_layer,
+    index,
+    table,
+    images,
+    windows,
+    image_ids,
+    seed_value,
+    seed_pointer,
+    points,
+    order,
+    corners,
+    values,
+    sums,
+    num_points,
+    num_uncertain,
+    blocks,
+    height,
+    width,
+    stride_b,
+    stride_q,
+    stride_y,
+    stride_x,
+    stride_n,
+    stride_p,
+    stride_c,
+    LAYERS: tl.constexpr,
+    ENCODING: tl.constexpr,
+    NEAREST: tl.constexpr,
+    BORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Backward pass, first half, at a block of points: read z again (`values`), sum up what the slope of Dice needs."""
+    program = tl.program_id(0)
+    n = (program // blocks).to(tl.int64)
+    i = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    keep = i < num_points
+    ACC: tl.constexpr = sums.dtype.element_ty
+    row = index + n * INDEX_COLUMNS
+    layer, image = tl.load(row), tl.load(row + 1)
+    base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + 2) * stride_q
+    x, y = point_of(
+        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, points, order,
+        stride_n, stride_p, stride_c, num_uncertain,
+    )  # fmt: skip
+    z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, False, BORDER, ACC)
+    tl.store(values + n * num_points + i, z, mask=keep)
+    target_row = table + (tl.load(images + image * IMAGE_COLUMNS) + tl.load(row + 3)) * TABLE_COLUMNS
+    t, weight = load_corners(corners, n * num_points + i, target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
+    s, _c, _logarithm = sigmoids(z)
+    _store_sums(sums, sums + program.to(tl.int64) * NUM_SUMS, z, s, t, weight, keep)
+
+
+@triton.jit
+def slopes(sums, blocks, grad_ce, grad_dice, z, t, weight, ALPHA: tl.constexpr, GAMMA: tl.constexpr, ACC: tl.constexpr):
+    """Gradient of the losses of an instance by z at its points.
+
+    g_ce w slope / max(sum w, 1) + g_dice w s (1 - s) (overlap - 2 t area) / area^2 + 0 z, with
+    overlap = 2 sum w s t + 1, area = sum w s + sum w t + 1. The last term makes it NaN where z is not finite.
+    """
+    total = tl.full((), 0.0, ACC)
+    predicted = tl.full((), 0.0, ACC)
+    overlap = tl.full((), 1.0, ACC)
+    wanted = tl.full((), 0.0, ACC)
+    for block in range(blocks):
+        at = sums + block * NUM_SUMS
+        total += tl.load(at)
+        predicted += tl.load(at + 1)
+        overlap += 2.0 * tl.load(at + 2)
+        wanted += tl.load(at + 3)
+    area = predicted + wanted + 1.0
+    s, c, logarithm = sigmoids(z)
+    d_ce = cross_entropy_slope(z, s, c, logarithm, t, ALPHA, GAMMA) / tl.where(total > 1.0, total, 1.0)
+    d_dice = s * c * ((overlap - 2.0 * t * area) / (area * area))
+    return weight * (grad_ce * d_ce + grad_dice * d_dice) + 0.0 * z

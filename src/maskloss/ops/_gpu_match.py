@@ -1,0 +1,363 @@
+"""Triton kernels for the matching cost: the points of an image, its targets there, and all pairs as matrix products.
+
+All queries and layers of an image share its points, so targets and weights at the points are read once. The points are
+sorted by rows of the map: a program that reads 16 maps then walks down through them, and each map crosses the memory
+bus once; in random order every read would fetch its cache line anew, because the maps in flight do not fit the cache.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._gpu_launch import BLOCK, OPTIONS, Span, cdiv, empty, geometry, split_seed
+from ._gpu_loss import power, sigmoids
+from ._gpu_sampling import (
+    IMAGE_COLUMNS,
+    MATCHER,
+    TABLE_COLUMNS,
+    draw,
+    instance_key,
+    is_ignored,
+    layer_pointer,
+    locate,
+    read_targets,
+    sample_cells,
+)
+
+_GRID: tl.constexpr = tl.constexpr(1024)
+# Programs that keep a large GPU busy.
+_PROGRAMS = 1024
+
+
+@triton.jit(do_not_specialize=["seed_value"])
+def match_points(windows, image_ids, seed_value, seed_pointer, points, keys, num_points, blocks, BLOCK: tl.constexpr):
+    """Uniform points of an image, and the key that sorts them: the cell of a 1024 x 1024 grid, row by row."""
+    program = tl.program_id(0)
+    image = (program // blocks).to(tl.int64)
+    i = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    keep = i < num_points
+    everything = tl.full((), 0xFFFFFFFF, tl.uint32)
+    key0, key1 = instance_key(seed_value, seed_pointer, tl.load(image_ids + image), everything)
+    x, y = draw(key0, key1, i.to(tl.uint32), tl.full((), MATCHER, tl.uint32), windows, image)
+    place = image * num_points + i
+    tl.store(points + 2 * place, x, mask=keep)
+    tl.store(points + 2 * place + 1, y, mask=keep)
+    cell = (y * _GRID).to(tl.int32) * _GRID + (x * _GRID).to(tl.int32)
+    tl.store(keys + place, cell, mask=keep)
+
+
+@triton.jit
+def _load_point(points, order, image, i, num_points, keep):
+    """Sorted points of an image."""
+    point = points + 2 * (image * num_points + tl.load(order + image * num_points + i, mask=keep, other=0))
+    return tl.load(point, mask=keep, other=0.0), tl.load(point + 1, mask=keep, other=0.0)
+
+
+@triton.jit
+def match_targets(
+    points,
+    order,
+    data,
+    table,
+    images,
+    ignore,
+    weighted,
+    weights,
+    num_points,
+    blocks,
+    widest,
+    ENCODING: tl.constexpr,
+    NEAREST: tl.constexpr,
+    BORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """weighted[b, t, i] = w t at the sorted points, 0 beyond an image's targets; weights[b, i] = w."""
+    program = tl.program_id(0)
+    pair = (program // blocks).to(tl.int64)
+    image, target = pair // widest, pair % widest
+    i = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    keep = i < num_points
+    ACC: tl.constexpr = weights.dtype.element_ty
+    x, y = _load_point(points, order, image, i, num_points, keep)
+    image_row = images + image * IMAGE_COLUMNS
+    weight = 1.0 - is_ignored(ignore, image_row, x, y, keep).to(ACC)
+    tl.store(weights + image * num_points + i, weight, mask=keep & (target == 0))
+    real = target < tl.load(image_row + 1)
+    row = table + tl.where(real, tl.load(image_row) + target, 0) * TABLE_COLUMNS
+    value, _code = read_targets(data, row, x, y, keep & real, ENCODING, NEAREST, BORDER, ACC)
+    tl.store(weighted + pair * num_points + i, tl.where(real, value * weight, 0.0), mask=keep)
+
+
+@triton.jit
+def match_cells(
+    points, order, cells, fractions, count, num_points, blocks, height, width, BORDER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Where the sorted points lie in maps of one size: cells y, x and fractions fy, fx, `[2, B, P]` each."""
+    program = tl.program_id(0)
+    image = (program // blocks).to(tl.int64)
+    i = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    keep = i < num_points
+    ACC: tl.constexpr = fractions.dtype.element_ty
+    px, py = _load_point(points, order, image, i, num_points, keep)
+    y, fy = locate(py, height, BORDER, ACC)
+    x, fx = locate(px, width, BORDER, ACC)
+    place = image * num_points + i
+    tl.store(cells + place, y, mask=keep)
+    tl.store(cells + count + place, x, mask=keep)
+    tl.store(fractions + place, fy, mask=keep)
+    tl.store(fractions + count + place, fx, mask=keep)
+
+
+@triton.jit
+def _pair_terms(z, ALPHA: tl.constexpr, GAMMA: tl.constexpr):
+    """Sigmoid, cost where t = 0, and how much less it is where t = 1: the cost is linear in t."""
+    s, c, logarithm = sigmoids(z)
+    negative = tl.where(z > 0.0, z, 0.0) + logarithm
+    slope = z
+    if GAMMA >= 0.0:
+        positive = tl.where(z > 0.0, 0.0, -z) + logarithm
+        positive *= power(c, GAMMA)
+        negative *= power(s, GAMMA)
+        if ALPHA >= 0.0:
+            positive *= ALPHA
+            negative *= 1.0 - ALPHA
+        slope = negative - positive
+    return s, negative, slope
+
+
+@triton.jit(do_not_specialize=["first_layer"])
+def match_terms(
+    layers,
+    first_layer,
+    cells,
+    fractions,
+    weighted,
+    weights,
+    products,
+    overlaps,
+    negatives,
+    areas,
+    count,
+    num_points,
+    splits,
+    per_split,
+    batch,
+    queries,
+    widest,
+    num_rows,
+    height,
+    width,
+    stride_b,
+    stride_q,
+    stride_y,
+    stride_x,
+    LAYERS: tl.constexpr,
+    ALPHA: tl.constexpr,
+    GAMMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr,
+    TARGETS: tl.constexpr,
+    POINTS: tl.constexpr,
+):
+    """Sums over one of `splits` parts of the points, for QUERIES queries of an image and layer and TARGETS targets.
+
+    products[split] = sum slope (w t) and overlaps[split] = sum s (w t), `[L, B, Q, T]`;
+    negatives[split] = sum w negative and areas[split] = sum w s, `[L, B, Q]`.
+    """
+    program = tl.program_id(0)
+    target_blocks = tl.cdiv(widest, TARGETS)
+    query_blocks = tl.cdiv(queries, QUERIES)
+    target = program % target_blocks * TARGETS + tl.arange(0, TARGETS)
+    program = program // target_blocks
+    split = program % splits
+    program = program // splits
+    query = program % query_blocks * QUERIES + tl.arange(0, QUERIES)
+    program = program // query_blocks
+    image, layer = (program % batch).to(tl.int64), program // batch
+    ACC: tl.constexpr = products.dtype.element_ty
+    base = layer_pointer(layers, layer, LAYERS) + image * stride_b + query.to(tl.int64)[:, None] * stride_q
+    row = ((layer + first_layer) * batch + image) * queries + query
+    wanted = weighted + (image * widest + target)[None, :] * num_points
+    product = tl.zeros((QUERIES, TARGETS), ACC)
+    overlap = tl.zeros((QUERIES, TARGETS), ACC)
+    negative_sum = tl.zeros((QUERIES, POINTS), ACC)
+    area_sum = tl.zeros((QUERIES, POINTS), ACC)
+    last = tl.minimum((split + 1) * per_split, num_points)
+    for start in range(split * per_split, last, POINTS):
+        i = start + tl.arange(0, POINTS)
+        keep = i < last
+        place = image * num_points + i
+        y = tl.load(cells + place, mask=keep, other=0)[None, :]
+        x = tl.load(cells + count + place, mask=keep, other=0)[None, :]
+        fy = tl.load(fractions + place, mask=keep, other=0.0)[None, :]
+        fx = tl.load(fractions + count + place, mask=keep, other=0.0)[None, :]
+        weight = tl.load(weights + place, mask=keep, other=0.0)[None, :]
+        real = keep[None, :] & (query < queries)[:, None]
+        z = sample_cells(base, y, x, fy, fx, height, width, stride_y, stride_x, real, ACC)
+        s, negative, slope = _pair_terms(z, ALPHA, GAMMA)
+        t = tl.load(wanted + i[:, None], mask=keep[:, None] & (target < widest)[None, :], other=0.0)
+        product = tl.dot(slope, t, product, input_precision=PRECISION, out_dtype=ACC)
+        overlap = tl.dot(s, t, overlap, input_precision=PRECISION, out_dtype=ACC)
+        negative_sum += negative * weight
+        area_sum += s * weight
+    real = (query < queries)[:, None] & (target < widest)[None, :]
+    place = (split * num_rows + row)[:, None] * widest + target[None, :]
+    tl.store(products + place, product, mask=real)
+    tl.store(overlaps + place, overlap, mask=real)
+    mine = (query < queries) & (tl.min(target, 0) == 0)
+    tl.store(negatives + split * num_rows + row, tl.sum(negative_sum, 1), mask=mine)
+    tl.store(areas + split * num_rows + row, tl.sum(area_sum, 1), mask=mine)
+
+
+@triton.jit
+def finish_costs(
+    products,
+    overlaps,
+    negatives,
+    areas,
+    target_sums,
+    counts,
+    images,
+    ce,
+    dice,
+    size,
+    splits,
+    num_rows,
+    batch,
+    queries,
+    widest,
+    BLOCK: tl.constexpr,
+):
+    """Divide the sums of all parts.
+
+    ce = (sum w negative - sum slope w t) / max(sum w, 1), dice = 1 - (2 sum s w t + 1) / (sum w s + sum w t + 1)
+    """
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = element < size
+    row, target = element // widest, element % widest
+    image = row // queries % batch
+    ACC: tl.constexpr = ce.dtype.element_ty
+    product = tl.zeros((BLOCK,), ACC)
+    overlap = tl.zeros((BLOCK,), ACC)
+    negative = tl.zeros((BLOCK,), ACC)
+    area = tl.zeros((BLOCK,), ACC)
+    for split in range(splits):
+        part = row * 0 + split  # 64-bit, as all parts together may be large
+        product += tl.load(products + part * size + element, mask=keep, other=0.0)
+        overlap += tl.load(overlaps + part * size + element, mask=keep, other=0.0)
+        negative += tl.load(negatives + part * num_rows + row, mask=keep, other=0.0)
+        area += tl.load(areas + part * num_rows + row, mask=keep, other=0.0)
+    count = tl.load(counts + image, mask=keep, other=1.0)
+    area += tl.load(target_sums + image * widest + target, mask=keep, other=0.0) + 1.0
+    real = target < tl.load(images + image * IMAGE_COLUMNS + 1, mask=keep, other=0)
+    cost = (negative - product) / tl.where(count > 1.0, count, 1.0)
+    tl.store(ce + element, tl.where(real, cost, 0.0), mask=keep)
+    tl.store(dice + element, tl.where(real, 1.0 - (2.0 * overlap + 1.0) / area, 0.0), mask=keep)
+
+
+# -------------------------------------------------------------------------------------------------------- launches
+
+
+class Tile(NamedTuple):
+    """What one step of one program of `match_terms` holds."""
+
+    queries: int
+    targets: int
+    points: int
+    warps: int
+
+    def splits(self, images: int, queries: int, targets: int, num_points: int) -> int:
+        """Into how many parts the points are cut, so that a large GPU is busy."""
+        programs = images * cdiv(queries, self.queries) * cdiv(targets, self.targets)
+        return max(1, min(cdiv(_PROGRAMS, programs), num_points // (8 * self.points)))
+
+
+def tile_of(targets: int, dtype: torch.dtype) -> Tile:
+    """Choose a tile that needs no more registers than there are."""
+    if dtype == torch.float64:
+        return Tile(16, 32, 16, 8)
+    wide = min(max(16, 1 << (targets - 1).bit_length()), 128)
+    return Tile(16, wide, 32, 4 if wide <= 32 else 8)
+
+
+class Pairs(NamedTuple):
+    """What all queries and layers of an image share: sorted points `[B, P]`, and the targets there."""
+
+    points: Tensor
+    order: Tensor
+    weighted: Tensor
+    weights: Tensor
+    num_points: int
+    border: bool
+
+
+def prepare(
+    targets: Sequence[Tensor],
+    encoding: int,
+    widest: int,
+    image_ids: Tensor,
+    seed: Tensor,
+    num_points: int,
+    padding: str,
+    nearest: bool,
+    dtype: torch.dtype,
+) -> Pairs:
+    """Draw and sort the points of each image, and read its targets there."""
+    data, table, images, windows, ignore = targets
+    batch, device, blocks = len(images), images.device, cdiv(num_points, BLOCK)
+    points = empty((batch, num_points, 2), torch.float32, device)
+    keys = empty((batch, num_points), torch.int32, device)
+    match_points[(batch * blocks,)](
+        windows, image_ids, *split_seed(seed), points, keys, num_points, blocks, BLOCK=BLOCK, **OPTIONS
+    )
+    order = keys.sort(dim=1, stable=True).indices
+    weighted = empty((batch, widest, num_points), dtype, device)
+    weights = empty((batch, num_points), dtype, device)
+    match_targets[(batch * widest * blocks,)](
+        points, order, data, table, images, ignore if ignore.numel() else None, weighted, weights, num_points, blocks,
+        widest, ENCODING=encoding, NEAREST=nearest, BORDER=padding == "border", BLOCK=BLOCK, **OPTIONS,
+    )  # fmt: skip
+    return Pairs(points, order, weighted, weights, num_points, padding == "border")
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How tensor cores multiply float32 without losing digits: NVIDIA's in three steps of tf32, AMD's as it is."""
+    return "ieee" if dtype == torch.float64 or torch.version.hip else "tf32x3"
+
+
+def add_terms(
+    span: Span,
+    shared: Pairs,
+    parts: Sequence[Tensor],
+    widest: int,
+    num_rows: int,
+    tile: Tile,
+    focal: tuple[float, float],
+) -> None:
+    """Sums of all pairs of the layers of a span."""
+    first = span.layers[0]
+    batch, queries, height, width = first.shape
+    count, num_points, dtype = shared.order.numel(), shared.num_points, shared.weights.dtype
+    cells = empty((2, count), torch.int32, first.device)
+    fractions = empty((2, count), dtype, first.device)
+    blocks = cdiv(num_points, BLOCK)
+    match_cells[(batch * blocks,)](
+        shared.points, shared.order, cells, fractions, count, num_points, blocks, height, width,
+        BORDER=shared.border, BLOCK=BLOCK, **OPTIONS,
+    )  # fmt: skip
+    splits = parts[0].shape[0]
+    per_split = cdiv(cdiv(num_points, splits), tile.points) * tile.points
+    programs = len(span.layers) * batch * cdiv(queries, tile.queries) * splits * cdiv(widest, tile.targets)
+    match_terms[(programs,)](
+        span.layers, span.first, cells, fractions, shared.weighted, shared.weights, *parts, count, num_points,
+        splits, per_split, batch, queries, widest, num_rows, *geometry(first),
+        LAYERS=len(span.layers), ALPHA=focal[0], GAMMA=focal[1], PRECISION=_precision(dtype),
+        QUERIES=tile.queries, TARGETS=tile.targets, POINTS=tile.points, **{**OPTIONS, "num_warps": tile.warps},
+    )  # fmt: skip

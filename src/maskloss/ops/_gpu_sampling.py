@@ -1,0 +1,320 @@
+"""Device functions that all Triton kernels share: random numbers, positions, reading maps and targets.
+
+Points and float32 values must agree with the reference bit by bit, or another candidate would be chosen here and
+there. So every kernel that samples is launched with `enable_fp_fusion=False` (a fused multiply-add rounds once where
+the definition rounds twice), positions are computed in float64, and the order of operations is the reference's.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Encodings of the targets.
+BITS: tl.constexpr = tl.constexpr(0)
+LABELS: tl.constexpr = tl.constexpr(1)
+VALUES: tl.constexpr = tl.constexpr(2)
+# Streams of the random numbers, as in `points.py`, in the half of the counter that holds them.
+CANDIDATES: tl.constexpr = tl.constexpr(0)
+RANDOM: tl.constexpr = tl.constexpr(1 << 16)
+MATCHER: tl.constexpr = tl.constexpr(2 << 16)
+# Columns of `index`, `MaskTargets.table` and `MaskTargets.images`.
+INDEX_COLUMNS: tl.constexpr = tl.constexpr(4)
+TABLE_COLUMNS: tl.constexpr = tl.constexpr(9)
+IMAGE_COLUMNS: tl.constexpr = tl.constexpr(8)
+_IGNORED: tl.constexpr = tl.constexpr(16)
+
+
+# ------------------------------------------------------------------------------------------------ random numbers
+
+
+@triton.jit
+def _four_rounds(x0, x1, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Four rounds of Threefry: x0 += x1; x1 = rotate(x1, A) ^ x0; and so on with B, C, D."""
+    x0 += x1
+    x1 = ((x1 << A) | (x1 >> (32 - A))) ^ x0
+    x0 += x1
+    x1 = ((x1 << B) | (x1 >> (32 - B))) ^ x0
+    x0 += x1
+    x1 = ((x1 << C) | (x1 >> (32 - C))) ^ x0
+    x0 += x1
+    x1 = ((x1 << D) | (x1 >> (32 - D))) ^ x0
+    return x0, x1
+
+
+@triton.jit
+def threefry(key0, key1, counter0, counter1):
+    """Threefry-2x32 with 20 rounds, on uint32: see `points.threefry2x32`."""
+    key2 = key0 ^ key1 ^ 0x1BD11BDA
+    x0, x1 = _four_rounds(counter0 + key0, counter1 + key1, 13, 15, 26, 6)
+    x0, x1 = _four_rounds(x0 + key1, x1 + (key2 + 1), 17, 29, 16, 24)
+    x0, x1 = _four_rounds(x0 + key2, x1 + (key0 + 2), 13, 15, 26, 6)
+    x0, x1 = _four_rounds(x0 + key0, x1 + (key1 + 3), 17, 29, 16, 24)
+    x0, x1 = _four_rounds(x0 + key1, x1 + (key2 + 4), 13, 15, 26, 6)
+    return x0 + key2, x1 + (key0 + 5)
+
+
+@triton.jit
+def instance_key(seed_value, seed_pointer, image_id, target):
+    """Key of an instance: threefry(key = seed, counter = (image number, target)).
+
+    The seed is a number, or is read from the device (pointer not None), where a captured graph can vary it.
+    """
+    if seed_pointer is None:
+        seed = seed_value.to(tl.int64)
+    else:
+        seed = tl.load(seed_pointer)
+    return threefry(seed.to(tl.uint32), (seed >> 32).to(tl.uint32), image_id.to(tl.uint32), target.to(tl.uint32))
+
+
+@triton.jit
+def draw(key0, key1, counter0, counter1, windows, image):
+    """Points x, y in the window of an image: x0 + width * (word >> 8) / 2^24, multiplied and added separately."""
+    word0, word1 = threefry(key0, key1, counter0, counter1)
+    u = (word0 >> 8).to(tl.float32) * 5.9604644775390625e-08
+    v = (word1 >> 8).to(tl.float32) * 5.9604644775390625e-08
+    window = windows + image * 4
+    x = u * tl.load(window + 2) + tl.load(window)
+    y = v * tl.load(window + 3) + tl.load(window + 1)
+    return x, y
+
+
+# ------------------------------------------------------------------------------------------------------ positions
+
+
+@triton.jit
+def locate(coordinate, size, BORDER: tl.constexpr, ACC: tl.constexpr):
+    """Pixel before a point and its fraction: coordinate * size - 0.5 in float64, where it is exact.
+
+    The pixel is -2 or `size` where the point is off the map by more than a pixel, and -2 where it is NaN.
+    """
+    position = coordinate.to(tl.float64) * size - 0.5
+    if BORDER:
+        position = tl.where(position < 0.0, 0.0, position)
+        position = tl.where(position > size - 1, size - 1, position)
+    first = tl.floor(position)
+    fraction = (position - first).to(ACC)
+    first = tl.where(first >= -2.0, first, -2.0)
+    first = tl.where(first <= size, first, size)
+    return first.to(tl.int32), fraction
+
+
+@triton.jit
+def nearest(first, fraction, size, BORDER: tl.constexpr):
+    """Round a position half to even."""
+    up = (fraction > 0.5) | ((fraction == 0.5) & ((first & 1) == 1))
+    pixel = first + up.to(tl.int32)
+    if BORDER:
+        pixel = tl.where(pixel < size, pixel, size - 1).to(tl.int32)
+    return pixel
+
+
+@triton.jit
+def interpolate(v00, v01, v10, v11, fx, fy):
+    """Interpolate along x, then along y; each operation is rounded on its own."""
+    top = v00 + fx * (v01 - v00)
+    bottom = v10 + fx * (v11 - v10)
+    return top + fy * (bottom - top)
+
+
+@triton.jit
+def read_pixel(base, y, x, height, width, stride_y, stride_x, keep, ACC: tl.constexpr):
+    """One pixel of a map for each point, 0 outside; addresses are 64-bit."""
+    inside = keep & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    address = base + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+    return tl.load(address, mask=inside, other=0.0).to(ACC)
+
+
+@triton.jit
+def sample_cells(base, y, x, fy, fx, height, width, stride_y, stride_x, keep, ACC: tl.constexpr):
+    """Value of a map between four pixels."""
+    v00 = read_pixel(base, y, x, height, width, stride_y, stride_x, keep, ACC)
+    v01 = read_pixel(base, y, x + 1, height, width, stride_y, stride_x, keep, ACC)
+    v10 = read_pixel(base, y + 1, x, height, width, stride_y, stride_x, keep, ACC)
+    v11 = read_pixel(base, y + 1, x + 1, height, width, stride_y, stride_x, keep, ACC)
+    return interpolate(v00, v01, v10, v11, fx, fy)
+
+
+@triton.jit
+def sample_map(
+    base,
+    px,
+    py,
+    height,
+    width,
+    stride_y,
+    stride_x,
+    keep,
+    NEAREST: tl.constexpr,
+    BORDER: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Value of a map at points."""
+    x, fx = locate(px, width, BORDER, ACC)
+    y, fy = locate(py, height, BORDER, ACC)
+    if NEAREST:
+        y, x = nearest(y, fy, height, BORDER), nearest(x, fx, width, BORDER)
+        value = read_pixel(base, y, x, height, width, stride_y, stride_x, keep, ACC)
+    else:
+        value = sample_cells(base, y, x, fy, fx, height, width, stride_y, stride_x, keep, ACC)
+    return value
+
+
+# -------------------------------------------------------------------------------------------------------- targets
+
+
+@triton.jit
+def _read_target(data, start, stride, top, left, height, width, label, y, x, keep, ENCODING: tl.constexpr):
+    """One stored pixel of a target for each point: 0 or 1 as int32, or a soft value as it is stored."""
+    y, x = y - top, x - left
+    inside = keep & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    address = data + start + y * stride
+    if ENCODING == BITS:
+        byte = tl.load(address + (x >> 3), mask=inside, other=0).to(tl.int32)
+        value = (byte >> (x & 7).to(tl.int32)) & 1
+    elif ENCODING == LABELS:
+        found = tl.load(address + x, mask=inside, other=0).to(tl.int64)
+        value = (inside & (found == label)).to(tl.int32)
+    else:
+        value = tl.load(address + x, mask=inside, other=0.0)
+    return value
+
+
+@triton.jit
+def read_targets(
+    data, row, px, py, keep, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ACC: tl.constexpr
+):
+    """Value of a target at points, and the code of the pixels it came from (bits 0 to 3: 00, 01, 10, 11)."""
+    start, stride, top, left = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    rows, columns, frame_h, frame_w = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+    label = tl.load(row + 8)
+    y, fy = locate(py, frame_h, BORDER, ACC)
+    x, fx = locate(px, frame_w, BORDER, ACC)
+    if NEAREST:
+        y, x = nearest(y, fy, frame_h, BORDER), nearest(x, fx, frame_w, BORDER)
+        v00 = _read_target(data, start, stride, top, left, rows, columns, label, y, x, keep, ENCODING)
+        value = v00.to(ACC)
+        code = v00.to(tl.int32)
+    else:
+        v00 = _read_target(data, start, stride, top, left, rows, columns, label, y, x, keep, ENCODING)
+        v01 = _read_target(data, start, stride, top, left, rows, columns, label, y, x + 1, keep, ENCODING)
+        v10 = _read_target(data, start, stride, top, left, rows, columns, label, y + 1, x, keep, ENCODING)
+        v11 = _read_target(data, start, stride, top, left, rows, columns, label, y + 1, x + 1, keep, ENCODING)
+        value = interpolate(v00.to(ACC), v01.to(ACC), v10.to(ACC), v11.to(ACC), fx, fy)
+        code = v00.to(tl.int32) + 2 * v01.to(tl.int32) + 4 * v10.to(tl.int32) + 8 * v11.to(tl.int32)
+    return value, code
+
+
+@triton.jit
+def is_ignored(ignore, image_row, px, py, keep):
+    """Whether the pixel that a point lies in is left out; the product is rounded in the precision of the points."""
+    if ignore is None:
+        skip = tl.full(keep.shape, False, tl.int1)
+    else:
+        frame_h, frame_w = tl.load(image_row + 6), tl.load(image_row + 7)
+        y = _clipped_pixel(py, frame_h)
+        x = _clipped_pixel(px, frame_w)
+        offset = tl.load(image_row + 2)
+        inside = keep & (offset >= 0) & (y < tl.load(image_row + 4)) & (x < tl.load(image_row + 5))
+        byte = tl.load(ignore + offset + y * tl.load(image_row + 3) + (x >> 3), mask=inside, other=0)
+        skip = ((byte.to(tl.int32) >> (x & 7).to(tl.int32)) & 1) != 0
+    return skip
+
+
+@triton.jit
+def _clipped_pixel(coordinate, size):
+    position = coordinate * size
+    position = tl.where(position > 0, position, 0.0)
+    return tl.where(position < size, position, size - 1).to(tl.int64)
+
+
+@triton.jit
+def save_corners(corners, offsets, value, code, skip, keep, ENCODING: tl.constexpr):
+    """Keep what the backward pass needs of the targets: four pixels and the ignore flag in a byte, or soft values."""
+    if ENCODING == VALUES:
+        tl.store(corners + offsets, tl.where(skip, -1.0, value), mask=keep)
+    else:
+        tl.store(corners + offsets, (code + skip.to(tl.int32) * _IGNORED).to(tl.uint8), mask=keep)
+
+
+@triton.jit
+def load_corners(
+    corners,
+    offsets,
+    row,
+    px,
+    py,
+    keep,
+    ENCODING: tl.constexpr,
+    NEAREST: tl.constexpr,
+    BORDER: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Invert `save_corners`: target values at points, and their weights, 0 or 1."""
+    saved = tl.load(corners + offsets, mask=keep, other=0)
+    if ENCODING == VALUES:
+        weight = 1 - (saved < 0).to(ACC)
+        value = tl.where(saved < 0, 0.0, saved)
+    else:
+        code = saved.to(tl.int32)
+        weight = 1 - ((code & _IGNORED) != 0).to(ACC)
+        v00 = (code & 1).to(ACC)
+        if NEAREST:
+            value = v00
+        else:
+            _x, fx = locate(px, tl.load(row + 7), BORDER, ACC)
+            _y, fy = locate(py, tl.load(row + 6), BORDER, ACC)
+            v01, v10, v11 = ((code >> 1) & 1).to(ACC), ((code >> 2) & 1).to(ACC), ((code >> 3) & 1).to(ACC)
+            value = interpolate(v00, v01, v10, v11, fx, fy)
+    return value, weight
+
+
+# ------------------------------------------------------------------------------------------- layers and instances
+
+
+@triton.jit
+def layer_pointer(layers, number, LAYERS: tl.constexpr):
+    """Pick the tensor of a layer: layers of one geometry share a launch, and each has its own allocation."""
+    pointer = layers[0]
+    for other in tl.static_range(1, LAYERS):
+        pointer = tl.where(number == other, layers[other], pointer)
+    return pointer
+
+
+@triton.jit
+def point_of(
+    instance,
+    offsets,
+    keep,
+    index_row,
+    windows,
+    image_ids,
+    seed_value,
+    seed_pointer,
+    points,
+    order,
+    stride_n,
+    stride_p,
+    stride_c,
+    num_uncertain,
+):
+    """Points of an instance: those that were given, or drawn again, first the chosen candidates, then uniform ones."""
+    if points is None:
+        image = tl.load(index_row + 1)
+        key0, key1 = instance_key(seed_value, seed_pointer, tl.load(image_ids + image), tl.load(index_row + 3))
+        layer = tl.load(index_row).to(tl.uint32)
+        if order is None:
+            counter = offsets
+            stream = layer + RANDOM
+        else:
+            uncertain = offsets < num_uncertain
+            candidate = tl.load(order + instance * num_uncertain + offsets, mask=keep & uncertain, other=0)
+            counter = tl.where(uncertain, candidate, offsets - num_uncertain)
+            stream = tl.where(uncertain, layer + CANDIDATES, layer + RANDOM)
+        x, y = draw(key0, key1, counter.to(tl.uint32), stream, windows, image)
+    else:
+        point = points + instance * stride_n + offsets.to(tl.int64) * stride_p
+        x = tl.load(point, mask=keep, other=0.0)
+        y = tl.load(point + stride_c, mask=keep, other=0.0)
+    return x, y
