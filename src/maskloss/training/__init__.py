@@ -1,0 +1,1 @@
+"""What `maskloss train` is made of: scenes, a compact query model, the training loop, evaluation and the report."""
