@@ -48,7 +48,14 @@ class Case(NamedTuple):
 
     def points(self, ops: Any, sampling: tuple[int, int, int], padding: str = "zeros") -> Tensor:
         return ops.uncertain_points(
-            self.logits, self.index, self.layer_sizes, self.targets.windows, self.image_ids, self.seed, *sampling, padding
+            self.logits,
+            self.index,
+            self.layer_sizes,
+            self.targets.windows,
+            self.image_ids,
+            self.seed,
+            *sampling,
+            padding,
         )
 
     def costs(self, ops: Any, num_points: int, options: Any = PLAIN) -> tuple[Tensor, Tensor]:
@@ -79,7 +86,9 @@ def encode(encoding: str, height: int, width: int, counts: tuple[int, ...] = (3,
         dtype = getattr(torch, encoding.removeprefix("values "))
         return MaskTargets.from_masks([torch.rand(c, height, width).to(dtype) for c in counts], soft=True, **extra)
     dtype = getattr(torch, encoding.removeprefix("labels "))
-    maps = [MaskTargets.from_label_map(torch.randint(5, (height, width)).to(dtype), list(range(c)), **extra) for c in counts]
+    maps = [
+        MaskTargets.from_label_map(torch.randint(5, (height, width)).to(dtype), list(range(c)), **extra) for c in counts
+    ]
     return MaskTargets.cat(maps)
 
 
@@ -208,7 +217,9 @@ def test_threshold_survives_a_misleading_prefix(n: int) -> None:
         padded[:n] = keys
         for rank in (1, n // 4, n // 2, n):
             expected = int(np.sort(keys)[max(rank, 1) - 1])
-            key, below = threshold(padded, n, max(rank, 1), np.empty(n + 16, np.int32), np.empty((n + 7) // 8, np.uint8))
+            key, below = threshold(
+                padded, n, max(rank, 1), np.empty(n + 16, np.int32), np.empty((n + 7) // 8, np.uint8)
+            )
             assert (key, below) == (expected, int((keys < expected).sum()))
 
 
@@ -379,7 +390,9 @@ def test_every_half_precision_number_is_converted_exactly() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gradients_are_rounded_half_to_even(dtype: torch.dtype) -> None:
-    exact = torch.cat([torch.randn(4096), torch.randn(4096) * 1e-6, torch.randn(4096) * 1e5, torch.linspace(1, 2, 4097)])
+    exact = torch.cat(
+        [torch.randn(4096), torch.randn(4096) * 1e-6, torch.randn(4096) * 1e5, torch.linspace(1, 2, 4097)]
+    )
     halfway = torch.arange(0x3F800000, 0x3F900000, 0x800, dtype=torch.int32).view(torch.float32)
     exact = torch.cat([exact, halfway, torch.tensor([0.0, float("inf"), -float("inf"), float("nan")])])
     maps = torch.zeros(1, 1, len(exact), dtype=dtype)

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Choosing the uncertain candidates: a threshold on |z| instead of a sort."""
 
 from __future__ import annotations
@@ -5,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
@@ -29,10 +30,10 @@ def _positions() -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
 
 
 _POSITIONS = _positions()
-_COUNTS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+_COUNTS = np.array([int(byte).bit_count() for byte in range(256)], np.uint8)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _within(typingctx: Any, array: Any, first: Any, low: Any, span: Any) -> Any:
     """16 bits: which of `array[first:first + 16]` (int32) lie in [low, low + span). One comparison of a vector."""
 
@@ -52,7 +53,7 @@ def _splat(builder: Any, value: Any, vector: Any) -> Any:
     return builder.shuffle_vector(single, single, lanes)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _put(typingctx: Any, out: Any, place: Any, table: Any, row: Any, base: Any) -> Any:
     """`out[place:place + 8] = base + table[row]`, as one vector: LLVM cannot know that the arrays do not overlap."""
 
@@ -69,7 +70,7 @@ def _put(typingctx: Any, out: Any, place: Any, table: Any, row: Any, base: Any) 
 
 
 @helper()
-def make_keys(z, n, keys):  # type: ignore[no-untyped-def]
+def make_keys(z, n, keys):
     """The bits of |z| in float32, which order as |z| does; 0 for what is not finite, so that it is always chosen."""
     for i in range(n):
         bits = _I32(np.float32(z[i]).view(np.int32) & LARGEST_KEY)
@@ -77,7 +78,7 @@ def make_keys(z, n, keys):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def _count_below(keys, n, limit):  # type: ignore[no-untyped-def]
+def _count_below(keys, n, limit):
     count = _I32(0)
     for i in range(n):
         count = _I32(count + (_I32(1) if keys[i] < limit else _I32(0)))
@@ -85,7 +86,7 @@ def _count_below(keys, n, limit):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def _ranked(keys, n, rank, low, high):  # type: ignore[no-untyped-def]
+def _ranked(keys, n, rank, low, high):
     """The `rank`-th smallest key (from 1), known to lie in [low, high]: the answer is built bit by bit, by counting."""
     bit = 30
     while bit >= 0 and (low >> bit) == (high >> bit):
@@ -99,7 +100,7 @@ def _ranked(keys, n, rank, low, high):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def threshold(keys, n, rank, space, bits):  # type: ignore[no-untyped-def]
+def threshold(keys, n, rank, space, bits):
     """The `rank`-th smallest of n keys (from 1), and how many are smaller.
 
     The candidates are independent, so a prefix tells within which two keys the answer lies; one pass collects the keys
@@ -121,7 +122,7 @@ def threshold(keys, n, rank, space, bits):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def _collect(keys, n, low, high, space, bits):  # type: ignore[no-untyped-def]
+def _collect(keys, n, low, high, space, bits):
     """Copy the keys in [low, high] to `space`, which needs room for 8 more than there are; count those below."""
     mark(keys, n, low, _I32(_I32(high - low) + _I32(1)), bits)
     count = list_marked(bits, space)
@@ -131,7 +132,7 @@ def _collect(keys, n, low, high, space, bits):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def mark(keys, n, low, span, bits):  # type: ignore[no-untyped-def]
+def mark(keys, n, low, span, bits):
     """Write a bit mask `[ceil(n / 8)]` of the keys in [low, low + span)."""
     whole = n // GROUP
     words = bits[: 2 * whole].view(np.uint16)
@@ -145,7 +146,7 @@ def mark(keys, n, low, span, bits):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def mark_chosen(keys, n, key, ties, bits):  # type: ignore[no-untyped-def]
+def mark_chosen(keys, n, key, ties, bits):
     """Write the bit mask of the chosen: all keys below `key`, and of those equal to it the first `ties`."""
     equal = _count_below(keys, n, _I32(key + _I32(1))) - _count_below(keys, n, key)
     if equal == ties:
@@ -161,7 +162,7 @@ def mark_chosen(keys, n, key, ties, bits):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def list_marked(bits, positions):  # type: ignore[no-untyped-def]
+def list_marked(bits, positions):
     """The positions of the set bits, ascending, and their number. `positions` needs room for 8 more than there are."""
     count = np.uintp(0)
     for byte in range(bits.shape[0]):

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The CPU kernels of matched instances: uncertain points, the loss, and its gradient."""
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ SPARE = 2 * GROUP
 
 
 @helper()
-def _count_up(counters, first, n):  # type: ignore[no-untyped-def]
+def _count_up(counters, first, n):
     for i in range(n):
         counters[i] = first + i
 
 
 @helper()
-def _weights(codes, n, w):  # type: ignore[no-untyped-def]
+def _weights(codes, n, w):
     for i in range(n):
         w[i] = 0 if codes[i] & IGNORED else 1
 
 
 @helper()
-def locate_drawn(bits, x, y, n, source, window, border, index, fx, fy):  # type: ignore[no-untyped-def]
+def locate_drawn(bits, x, y, n, source, window, border, index, fx, fy):
     """Places of random points in a plane's buffer; x and y are work space."""
     height, width = source[HEIGHT], source[WIDTH]
     whole = window[0] == 0 and window[1] == 0 and window[2] == 1 and window[3] == 1
@@ -58,7 +59,7 @@ def locate_drawn(bits, x, y, n, source, window, border, index, fx, fy):  # type:
 
 
 @helper()
-def choose_candidates(buffer, source, key, layer, window, sampling, border, z, blocks, integers, marks):  # type: ignore[no-untyped-def]
+def choose_candidates(buffer, source, key, layer, window, sampling, border, z, blocks, integers, marks):
     """Draw candidates, read the logits there, and mark the chosen ones: z `[K]`, marks `[ceil(K / 8)]`."""
     num_candidates, num_uncertain = sampling[1], sampling[2]
     points, values, ints = blocks
@@ -80,7 +81,7 @@ def choose_candidates(buffer, source, key, layer, window, sampling, border, z, b
 
 
 @helper()
-def points_of_block(first, n, sampling, given, instance, key, layer, window, chosen, x, y, ints):  # type: ignore[no-untyped-def]
+def points_of_block(first, n, sampling, given, instance, key, layer, window, chosen, x, y, ints):
     """Points `first:first + n` of an instance: the caller's, or chosen candidates and then random ones.
 
     Random points also stay in `ints[2:4]`, as bits.
@@ -98,7 +99,7 @@ def points_of_block(first, n, sampling, given, instance, key, layer, window, cho
 
 
 @helper()
-def _locate_block(given, ints, x, y, n, source, window, border, index, fx, fy):  # type: ignore[no-untyped-def]
+def _locate_block(given, ints, x, y, n, source, window, border, index, fx, fy):
     if given[0] != 0:
         locate(x, y, n, source[HEIGHT], source[WIDTH], border, index, fx, fy)
     else:
@@ -107,7 +108,7 @@ def _locate_block(given, ints, x, y, n, source, window, border, index, fx, fy): 
 
 
 @helper(forceinline=True)
-def _block_length(first, num_points, num_uncertain):  # type: ignore[no-untyped-def]
+def _block_length(first, num_points, num_uncertain):
     # A block holds points of one kind.
     return min(BLOCK, (num_uncertain if first < num_uncertain else num_points) - first)
 
@@ -115,7 +116,7 @@ def _block_length(first, num_points, num_uncertain):  # type: ignore[no-untyped-
 @kernel
 def uncertain_points(
     counter, items, values, coordinates, integers, sources, index, windows, image_ids, seed, sampling, border, points
-):  # type: ignore[no-untyped-def]
+):
     """Points `[N, P, 2]` of instances, chosen candidates first."""
     num_points, num_candidates, num_uncertain = sampling
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
@@ -155,7 +156,7 @@ def mask_loss(
     counter, items, values, coordinates, integers,
     sources, index, data, encoding, table, images, windows, ignore, image_ids, seed, given, sampling,
     border, nearest, alpha, gamma, ce, dice, chosen_bits, corner_codes, corner_values,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Cross-entropy and Dice of instances, the chosen candidates as bits, and the targets at their points.
 
     ce = sum w f(z, t) / max(sum w, 1);  dice = 1 - (2 sum w s t + 1) / (sum w s + sum w t + 1)
@@ -222,7 +223,7 @@ def mask_loss_backward(
     sources, index, encoding, table, images, windows, ignore, image_ids, seed, given, sampling,
     border, nearest, alpha, gamma, by_ce, by_dice, chosen_bits, corner_codes, corner_values,
     order, starts, grads,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """The gradient of `mask_loss`. A work item is a plane: its instances are added in their order, by one thread."""
     num_points, _, num_uncertain = sampling
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
@@ -275,7 +276,7 @@ def mask_loss_backward(
                     for i in range(n):
                         saved = corner_values[instance, first + i]
                         ints[0, i] = IGNORED if saved < 0 else 0
-                        t[first + i] = 0 if saved < 0 else saved
+                        t[first + i] = max(saved, 0)
                 _weights(ints[0], n, w[first:last])
                 part = sum_areas(z[first:last], t[first:last], w[first:last], n)
                 weight += part[0]

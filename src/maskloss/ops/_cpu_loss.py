@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Cross-entropy, focal loss and Dice over blocks of points for the CPU kernels, and their derivatives."""
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _exp_negative(a: Any) -> Any:
 
     def polynomial(a: Any) -> Any:
         # exp(a) = 2^k exp(r), written so that LLVM makes vectors of it, which it cannot with a call of the C library.
-        a = _SMALLEST if a < _SMALLEST else a
+        a = max(a, _SMALLEST)
         k = _I32(a * _LOG2_E - _F32(0.5))
         r = (a - _F32(k) * _LN2_HIGH) - _F32(k) * _LN2_LOW
         e = _E3 + r * (_E4 + r * (_E5 + r * _E6))
@@ -85,16 +86,16 @@ def _log1p_unit(e: Any) -> Any:
 
 
 @helper(forceinline=True, fastmath={"contract"})
-def sigmoid_softplus(z):  # type: ignore[no-untyped-def]
+def sigmoid_softplus(z):
     """s(z) and max(z, 0) + log1p(exp(-|z|)), both from exp(-|z|), so that neither overflows."""
     # A literal 1 would take the arithmetic to double precision.
     zero, one = type(z)(0), type(z)(1)
     e = exp_negative(-abs(z))
-    return (one if z >= zero else e) / (one + e), (z if z > zero else zero) + log1p_unit(e)
+    return (one if z >= zero else e) / (one + e), (max(zero, z)) + log1p_unit(e)
 
 
 @helper(fastmath={"contract", "reassoc", "nsz"})
-def sum_losses(z, t, w, n):  # type: ignore[no-untyped-def]
+def sum_losses(z, t, w, n):
     """The sums over a block that an instance's losses are made of: w, w bce, w s, w t, w s t.
 
     bce(z, t) = max(z, 0) - z t + log1p(exp(-|z|))
@@ -112,7 +113,7 @@ def sum_losses(z, t, w, n):  # type: ignore[no-untyped-def]
 
 
 @helper(fastmath={"contract", "reassoc", "nsz"})
-def sum_areas(z, t, w, n):  # type: ignore[no-untyped-def]
+def sum_areas(z, t, w, n):
     """The sums over a block that the gradient of Dice needs: w, w s, w t, w s t."""
     zero, one = z.dtype.type(0), z.dtype.type(1)
     weight, area, target, both = zero, zero, zero, zero
@@ -127,8 +128,8 @@ def sum_areas(z, t, w, n):  # type: ignore[no-untyped-def]
 
 
 @helper(forceinline=True)
-def power(base, exponent):  # type: ignore[no-untyped-def]
-    """base ** exponent, fast for the exponents in use."""
+def power(base, exponent):
+    """Base ** exponent, fast for the exponents in use."""
     if exponent == 2.0:
         return base * base
     if exponent == 1.0:
@@ -137,7 +138,7 @@ def power(base, exponent):  # type: ignore[no-untyped-def]
 
 
 @helper(fastmath={"contract"})
-def sum_focal(z, t, w, n, alpha, gamma):  # type: ignore[no-untyped-def]
+def sum_focal(z, t, w, n, alpha, gamma):
     """The sum of w a_t (1 - p_t)^gamma bce over a block."""
     one = z.dtype.type(1)
     a, g = z.dtype.type(alpha), z.dtype.type(gamma)
@@ -151,7 +152,7 @@ def sum_focal(z, t, w, n, alpha, gamma):  # type: ignore[no-untyped-def]
 
 
 @helper(fastmath={"contract"})
-def loss_gradients(z, t, w, n, by_ce, by_dice, area, both, target):  # type: ignore[no-untyped-def]
+def loss_gradients(z, t, w, n, by_ce, by_dice, area, both, target):
     """Overwrite z with the gradient at each point.
 
     by_ce w (s - t) + by_dice w s (1 - s) (num / den^2 - 2 t / den) + 0 z, with num = 2 both + 1 and
@@ -170,7 +171,7 @@ def loss_gradients(z, t, w, n, by_ce, by_dice, area, both, target):  # type: ign
 
 
 @helper(fastmath={"contract"})
-def add_focal_gradients(z, t, w, n, by_ce, alpha, gamma, grad):  # type: ignore[no-untyped-def]
+def add_focal_gradients(z, t, w, n, by_ce, alpha, gamma, grad):
     """Add the gradient of the focal term.
 
     by_ce w a_t [(1 - p)^gamma (s - t) - gamma (1 - p)^(gamma - 1) (2 t - 1) s (1 - s) bce]

@@ -1,8 +1,7 @@
+# mypy: allow-untyped-defs
 """The CPU kernels of plain point sampling and of packing."""
 
 from __future__ import annotations
-
-import numpy as np
 
 from ._cpu_sampling import (
     BLOCK,
@@ -25,7 +24,7 @@ from ._cpu_threads import kernel, take
 @kernel
 def point_sample(
     counter, items, values, coordinates, integers, sources, index, order, starts, given, nearest, border, result
-):  # type: ignore[no-untyped-def]
+):
     """Values `[N, P]` of maps at points. A work item is a map, so each is copied once."""
     num_points = result.shape[1]
     x, y = coordinates[:BLOCK], coordinates[BLOCK : 2 * BLOCK]
@@ -55,8 +54,21 @@ def point_sample(
 
 @kernel
 def point_sample_backward(
-    counter, items, values, coordinates, integers, sources, index, order, starts, given, nearest, border, by_value, grads
-):  # type: ignore[no-untyped-def]
+    counter,
+    items,
+    values,
+    coordinates,
+    integers,
+    sources,
+    index,
+    order,
+    starts,
+    given,
+    nearest,
+    border,
+    by_value,
+    grads,
+):
     """The adjoint of `point_sample`. A work item is a map: one thread adds up all that was read from it."""
     num_points = by_value.shape[1]
     x, y = coordinates[:BLOCK], coordinates[BLOCK : 2 * BLOCK]

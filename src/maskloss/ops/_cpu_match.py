@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The CPU kernels of the matching cost.
 
 The points of an image are the same for all its queries and layers, so what depends on them alone is computed once. They
@@ -11,7 +12,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ._cpu_choose import GROUP
 from ._cpu_loss import power, sigmoid_softplus
 from ._cpu_random import U32, draw_bits, instance_key, points_of_bits
 from ._cpu_sampling import BORDER, WIDTH, gather, locate, read_rows
@@ -35,7 +35,7 @@ def bands_for(sizes: NDArray[np.int64], item_bytes: int) -> int:
 
 
 @helper()
-def _sort_pass(digits, shift, bins, n, source, target, counts):  # type: ignore[no-untyped-def]
+def _sort_pass(digits, shift, bins, n, source, target, counts):
     """One stable counting pass: point numbers from `source` to `target`, by `digits >> shift`."""
     counts[: bins + 1] = 0
     for i in range(n):
@@ -52,7 +52,7 @@ def _sort_pass(digits, shift, bins, n, source, target, counts):  # type: ignore[
 def draw(
     counter, items, values, coordinates, integers,
     image_ids, seed, windows, images, ignore, num_points, num_bands, points, weights, bands,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """The matcher's points of each image, sorted: `[B, 2, P]`, weights `[B, P]`, and where each band begins."""
     order, space = integers[:num_points], integers[num_points : 2 * num_points]
     bits = integers[2 * num_points : 4 * num_points].reshape(2, num_points)
@@ -83,10 +83,8 @@ def draw(
 
 
 @kernel
-def find_runs(
-    counter, items, values, coordinates, integers, points, bands, table, border, owner, first, length
-):  # type: ignore[no-untyped-def]
-    """For each target and band the run of points that may touch its crop: first point and padded length `[T, bands]`."""
+def find_runs(counter, items, values, coordinates, integers, points, bands, table, border, owner, first, length):
+    """For each target and band the run of points that may touch its crop: first point, padded length `[T, bands]`."""
     room = integers.shape[0] // 2
     inside, space = integers[:room], integers[room:]
     while True:
@@ -106,7 +104,7 @@ def find_runs(
 def fill_runs(
     counter, items, values, coordinates, integers,
     points, weights, table, data, encoding, border, nearest, bands, owner, first, length, offset, shares, sums,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """The values w t over the runs of each target, 0 in the padding behind a band, and their sums."""
     room = integers.shape[0] // 3
     ints = integers[: 3 * room].reshape(3, room)
@@ -133,9 +131,7 @@ def fill_runs(
 
 
 @kernel
-def place_points(
-    counter, items, values, coordinates, integers, points, bands, sizes, border, index, fx, fy, rows
-):  # type: ignore[no-untyped-def]
+def place_points(counter, items, values, coordinates, integers, points, bands, sizes, border, index, fx, fy, rows):
     """For each image, plane size and band: its first row, its number of rows, and the points' places in a buffer."""
     num_points = points.shape[2]
     while True:
@@ -161,7 +157,7 @@ def place_points(
 
 
 @helper()
-def _sample_plane(source, b, q, rows, index, fx, fy, bands, buffer, z):  # type: ignore[no-untyped-def]
+def _sample_plane(source, b, q, rows, index, fx, fy, bands, buffer, z):
     """Logits at sorted points: a band of rows at a time is copied to a small buffer and read there."""
     pitch = source[WIDTH] + 2 * BORDER
     for band in range(bands.shape[0] - 1):
@@ -173,8 +169,11 @@ def _sample_plane(source, b, q, rows, index, fx, fy, bands, buffer, z):  # type:
 
 
 @helper(fastmath={"contract", "reassoc", "nsz"})
-def _terms(z, w, n, s):  # type: ignore[no-untyped-def]
-    """s(z) at each point; returns the sums of w softplus(z) and w s(z). 0 z lets non-finite logits show in every pair."""
+def _terms(z, w, n, s):
+    """s(z) at each point; returns the sums of w softplus(z) and w s(z).
+
+    0 z lets a non-finite logit show in every pair, as in a dense product with t.
+    """
     zero = z.dtype.type(0)
     negative, area = zero, zero
     for i in range(n):
@@ -185,7 +184,7 @@ def _terms(z, w, n, s):  # type: ignore[no-untyped-def]
 
 
 @helper(fastmath={"contract"})
-def _focal_terms(z, w, n, alpha, gamma, s):  # type: ignore[no-untyped-def]
+def _focal_terms(z, w, n, alpha, gamma, s):
     """As `_terms` for the focal cost neg + (pos - neg) t; z becomes neg - pos, what t is multiplied with."""
     one = z.dtype.type(1)
     on, off = (one, one) if alpha < 0 else (z.dtype.type(alpha), z.dtype.type(1.0 - alpha))
@@ -201,7 +200,7 @@ def _focal_terms(z, w, n, alpha, gamma, s):  # type: ignore[no-untyped-def]
 
 
 @helper(fastmath={"contract", "reassoc", "nsz"})
-def _products(z, s, shares, n):  # type: ignore[no-untyped-def]
+def _products(z, s, shares, n):
     """Sums of z t and s t over a run."""
     by_z, by_s = z.dtype.type(0), z.dtype.type(0)
     for k in range(n):
@@ -215,7 +214,7 @@ def match_cost(
     counter, items, values, coordinates, integers,
     sources, size_of, rows, index, fx, fy, bands, weights, images, starts, first, length, offset, shares, sums,
     alpha, gamma, ce, dice,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Both mask terms of all pairs. A work item is a plane.
 
     ce = sum w (softplus(z) - z t) / max(sum w, 1);  dice = 1 - (2 sum w s t + 1) / (sum w s + sum w t + 1)
@@ -256,7 +255,9 @@ def match_cost(
             by_z, by_s = 0.0, 0.0
             for run in range(starts[row], starts[row + 1]):
                 n = length[run]
-                one = _products(z[first[run] : first[run] + n], s[first[run] : first[run] + n], shares[offset[run] :], n)
+                one = _products(
+                    z[first[run] : first[run] + n], s[first[run] : first[run] + n], shares[offset[run] :], n
+                )
                 by_z += one[0]
                 by_s += one[1]
             ce[layer, image, query, target] = (negative - by_z) / count

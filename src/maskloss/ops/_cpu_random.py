@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Random points for the CPU kernels: Threefry-2x32 with 20 rounds, many points at a time."""
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ _MATCHER = U32(0xFFFFFFFF)
 
 
 @helper(forceinline=True)
-def _mix(x0, x1, left):  # type: ignore[no-untyped-def]
+def _mix(x0, x1, left):
     # Numba widens unsigned arithmetic to 64 bits: without a cast after every operation the result would be wrong.
     x0 = U32(x0 + x1)
     return x0, U32(U32(U32(x1 << U32(left)) | U32(x1 >> U32(32 - left))) ^ x0)
 
 
 @helper(forceinline=True)
-def threefry(k0, k1, c0, c1):  # type: ignore[no-untyped-def]
+def threefry(k0, k1, c0, c1):
     """Threefry-2x32 of Salmon et al. (Random123), 20 rounds: 64 random bits for a key and a counter."""
     k2 = U32(U32(k0 ^ k1) ^ _PARITY)
     x0, x1 = U32(c0 + k0), U32(c1 + k1)
@@ -52,14 +53,14 @@ def threefry(k0, k1, c0, c1):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def instance_key(seed, image_id, target):  # type: ignore[no-untyped-def]
+def instance_key(seed, image_id, target):
     """The key of one (image, target) pair: `threefry(seed, (image_id, target))`."""
     bits = np.uint64(seed)
     return threefry(U32(bits), U32(bits >> np.uint64(32)), U32(np.uint64(image_id)), U32(np.uint64(target)))
 
 
 @helper()
-def draw_bits(key, stream, counters, n, bits):  # type: ignore[no-untyped-def]
+def draw_bits(key, stream, counters, n, bits):
     """Points `counters[:n]` of a stream as integers: 24 bits for x in `bits[0]`, for y in `bits[1]`."""
     k0, k1 = key
     xs, ys = bits[0], bits[1]
@@ -70,7 +71,7 @@ def draw_bits(key, stream, counters, n, bits):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def points_of_bits(bits, n, window, x, y):  # type: ignore[no-untyped-def]
+def points_of_bits(bits, n, window, x, y):
     """Into the valid window: `x = x0 + bits * 2**-24 * width`, in float32, every operation rounded."""
     x0, y0, width, height = window[0], window[1], window[2], window[3]
     xs, ys = bits[0], bits[1]

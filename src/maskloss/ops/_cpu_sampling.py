@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Reading and writing maps for the CPU kernels: planes with a border of zeros, bilinear gather, and its adjoint."""
 
 from __future__ import annotations
@@ -5,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
@@ -31,13 +32,13 @@ BITS_LIMIT = 1 << 18
 
 
 @helper(forceinline=True)
-def from_bf16(bits):  # type: ignore[no-untyped-def]
+def from_bf16(bits):
     """The float32 whose upper half is `bits`."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
 @helper(forceinline=True)
-def from_f16(bits):  # type: ignore[no-untyped-def]
+def from_f16(bits):
     """IEEE half to float32, by integer operations: not every CPU has an instruction, and this one vectorises."""
     sign = np.uint32(np.uint32(np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16))
     rest = np.uint32(np.uint32(bits) & np.uint32(0x7FFF))
@@ -51,7 +52,7 @@ def from_f16(bits):  # type: ignore[no-untyped-def]
 
 
 @helper(forceinline=True)
-def to_bf16(value):  # type: ignore[no-untyped-def]
+def to_bf16(value):
     """float32 to bfloat16, rounded half to even; NaN stays NaN."""
     bits = np.float32(value).view(np.uint32)
     odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
@@ -60,7 +61,7 @@ def to_bf16(value):  # type: ignore[no-untyped-def]
 
 
 @helper(forceinline=True)
-def to_f16(value):  # type: ignore[no-untyped-def]
+def to_f16(value):
     """float32 to IEEE half, rounded half to even; too large becomes infinite, NaN stays NaN."""
     bits = np.float32(value).view(np.uint32)
     sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
@@ -79,7 +80,7 @@ def to_f16(value):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def _read_row(address, dtype, n, step, out):  # type: ignore[no-untyped-def]
+def _read_row(address, dtype, n, step, out):
     if dtype == F32:
         f32 = at(address, n * step, np.float32)
         if step == 1:
@@ -107,7 +108,7 @@ def _read_row(address, dtype, n, step, out):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def read_rows(source, b, q, first, last, buffer):  # type: ignore[no-untyped-def]
+def read_rows(source, b, q, first, last, buffer):
     """Copy rows `first:last` of plane (b, q) into a buffer whose row 0 is row `first`; rows off the map become zero.
 
     `source` is a row of the table of tensors. The columns of the border must be zero already.
@@ -126,12 +127,12 @@ def read_rows(source, b, q, first, last, buffer):  # type: ignore[no-untyped-def
 
 
 @helper(forceinline=True)
-def _item_bytes(dtype):  # type: ignore[no-untyped-def]
+def _item_bytes(dtype):
     return 8 if dtype == F64 else (4 if dtype == F32 else 2)
 
 
 @helper()
-def read_plane(source, b, q, buffer):  # type: ignore[no-untyped-def]
+def read_plane(source, b, q, buffer):
     """Copy a whole plane and its border; the buffer has `buffer_size(h, w)` elements."""
     pitch = source[WIDTH] + 2 * BORDER
     for y in range(source[HEIGHT] + 2 * BORDER):
@@ -143,7 +144,7 @@ def read_plane(source, b, q, buffer):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def write_plane(buffer, target, b, q):  # type: ignore[no-untyped-def]
+def write_plane(buffer, target, b, q):
     """Write the inner part of a buffer to a contiguous plane, rounded to its element type."""
     width = target[WIDTH]
     dtype = target[DTYPE]
@@ -178,7 +179,7 @@ def buffer_size(height: int, width: int) -> int:
 
 
 @helper()
-def locate(x, y, n, height, width, border, index, fx, fy):  # type: ignore[no-untyped-def]
+def locate(x, y, n, height, width, border, index, fx, fy):
     """Where points lie in a buffer: `px = x * width - 0.5`, the pixel `floor(px)`, the fraction `px - floor(px)`.
 
     In double precision, where the position of a float32 point is exact. Points off the map by more than a pixel, and
@@ -207,7 +208,7 @@ def locate(x, y, n, height, width, border, index, fx, fy):  # type: ignore[no-un
 
 
 @helper(forceinline=True)
-def _split(bits, size):  # type: ignore[no-untyped-def]
+def _split(bits, size):
     """`bits * size / 2**24 - 0.5` as whole part and 24 bits of fraction, in 32-bit integers (12 bits at a time)."""
     low = _I32(_I32(bits & _I32(4095)) * size)
     high = _I32(_I32(_I32(bits >> _I32(12)) * size) + _I32(low >> _I32(12)))
@@ -217,7 +218,7 @@ def _split(bits, size):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def locate_bits(bits, n, height, width, index, fx, fy):  # type: ignore[no-untyped-def]
+def locate_bits(bits, n, height, width, index, fx, fy):
     """As `locate`, for points of the whole frame given as 24-bit integers: exact, and twice as fast as with doubles."""
     w, h, pitch = _I32(width), _I32(height), _I32(width + 2 * BORDER)
     xs, ys = bits[0], bits[1]
@@ -228,7 +229,7 @@ def locate_bits(bits, n, height, width, index, fx, fy):  # type: ignore[no-untyp
 
 
 @helper()
-def round_nearest(index, fx, fy, n, height, width, border):  # type: ignore[no-untyped-def]
+def round_nearest(index, fx, fy, n, height, width, border):
     """Turn what `locate` found into the nearest pixel, half to even; with a border mode the last pixel is the limit."""
     pitch = width + 2 * BORDER
     for i in range(n):
@@ -247,14 +248,14 @@ def round_nearest(index, fx, fy, n, height, width, border):  # type: ignore[no-u
 # ------------------------------------------------------------------------------------------- gather and scatter
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _bilinear(
     typingctx: Any, buffer: Any, pitch: Any, index: Any, fx: Any, fy: Any, z: Any, first: Any, lanes: Any
 ) -> Any:
     """Interpolate at `lanes` points (a literal) from `first` on: `z[i] = top + fy (bottom - top)`, and so on.
 
-    Two neighbouring pixels come with one load, and shuffles bring them into vectors over the points; left to itself LLVM
-    gathers four times. There are no fused operations: selections agree bit for bit with those of other devices.
+    Two neighbouring pixels come with one load, and shuffles bring them into vectors over the points; left to itself
+    LLVM gathers four times. There are no fused operations: selections agree bit for bit with those of other devices.
     """
     if not isinstance(lanes, types.IntegerLiteral):
         raise RequireLiteralValue("lanes")
@@ -290,7 +291,9 @@ def _bilinear(
 def _concatenate(builder: Any, vectors: list[Any]) -> Any:
     while len(vectors) > 1:
         width = range(2 * vectors[0].type.count)
-        vectors = [_shuffle(builder, one, other, *width) for one, other in zip(vectors[::2], vectors[1::2], strict=True)]
+        vectors = [
+            _shuffle(builder, one, other, *width) for one, other in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
     return vectors[0]
 
 
@@ -298,7 +301,7 @@ def _vector(builder: Any, data: Any, first: Any, vector: Any) -> Any:
     return builder.load(builder.bitcast(builder.gep(data, [first]), vector.as_pointer()), align=_align(vector))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _add_pair(typingctx: Any, buffer: Any, place: Any, first: Any, second: Any) -> Any:
     """Add to two neighbouring pixels at once."""
 
@@ -333,7 +336,7 @@ def _shuffle(builder: Any, one: Any, other: Any, *lanes: int) -> Any:
 
 
 @helper()
-def gather(buffer, pitch, index, fx, fy, n, z):  # type: ignore[no-untyped-def]
+def gather(buffer, pitch, index, fx, fy, n, z):
     """Bilinear values: along x in both rows, then along y."""
     below = np.uintp(pitch)
     whole = n - n % 8
@@ -344,7 +347,7 @@ def gather(buffer, pitch, index, fx, fy, n, z):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def scatter(buffer, pitch, index, fx, fy, grad, n):  # type: ignore[no-untyped-def]
+def scatter(buffer, pitch, index, fx, fy, grad, n):
     """The adjoint of `gather`: every point adds its gradient, with the bilinear weights, to four pixels."""
     for i in range(n):
         place = np.uintp(np.uint32(index[i]))
@@ -357,21 +360,21 @@ def scatter(buffer, pitch, index, fx, fy, grad, n):  # type: ignore[no-untyped-d
 
 
 @helper()
-def gather_nearest(buffer, index, n, z):  # type: ignore[no-untyped-def]
+def gather_nearest(buffer, index, n, z):
     """The value of one pixel."""
     for i in range(n):
         z[i] = buffer[np.uintp(np.uint32(index[i]))]
 
 
 @helper()
-def scatter_nearest(buffer, index, grad, n):  # type: ignore[no-untyped-def]
+def scatter_nearest(buffer, index, grad, n):
     """The adjoint of `gather_nearest`."""
     for i in range(n):
         buffer[np.uintp(np.uint32(index[i]))] += grad[i]
 
 
 @helper()
-def given_points(given, n, first, count, x, y):  # type: ignore[no-untyped-def]
+def given_points(given, n, first, count, x, y):
     """Points `first:first + count` of row n of a caller's tensor: address, whether float64, strides in elements."""
     address, double, row, point, coordinate = given
     if double:

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Reading targets for the CPU kernels: packed bits, label maps and soft values, all cropped."""
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _I32 = np.int32
 
 
 @helper()
-def list_inside(x, y, n, row, border, inside, space):  # type: ignore[no-untyped-def]
+def list_inside(x, y, n, row, border, inside, space):
     """List the points that may touch the stored crop of a target; all others read 0 without looking at memory.
 
     The box is wider than the crop by the reach of the interpolation and a little more; `read_pixel` decides exactly.
@@ -53,7 +54,7 @@ def list_inside(x, y, n, row, border, inside, space):  # type: ignore[no-untyped
 
 
 @helper()
-def _read_label(data, encoding, element):  # type: ignore[no-untyped-def]
+def _read_label(data, encoding, element):
     if encoding == LABEL_U8:
         return np.int64(at(data + element, 1, np.uint8)[0])
     if encoding == LABEL_I16:
@@ -64,7 +65,7 @@ def _read_label(data, encoding, element):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def _read_value(data, encoding, element):  # type: ignore[no-untyped-def]
+def _read_value(data, encoding, element):
     dtype = encoding - VALUES
     if dtype == F32:
         return np.float64(at(data + element * 4, 1, np.float32)[0])
@@ -76,7 +77,7 @@ def _read_value(data, encoding, element):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def read_pixel(data, encoding, row, y, x):  # type: ignore[no-untyped-def]
+def read_pixel(data, encoding, row, y, x):
     """The target at pixel (y, x) of its crop; 0 outside."""
     if y < 0 or x < 0 or y >= row[CROP_H] or x >= row[CROP_W]:
         return 0.0
@@ -89,7 +90,7 @@ def read_pixel(data, encoding, row, y, x):  # type: ignore[no-untyped-def]
 
 
 @helper()
-def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, fx, fy):  # type: ignore[no-untyped-def]
+def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, fx, fy):
     """Target values at a block of points of one target, and for bits and labels the four pixels around each as a code.
 
     The pixels are interpolated as `gather` does it. `ints[0]` gets the codes; rows 1 and 2 are work space.
@@ -128,7 +129,7 @@ def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t,
 
 
 @helper()
-def values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t, fx, fy):  # type: ignore[no-untyped-def]
+def values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t, fx, fy):
     """Target values from the codes in `ints[0]`: only points between unlike pixels need their position."""
     codes, mixed, index = ints[0], ints[1], ints[2]
     for i in range(n):
@@ -155,8 +156,8 @@ def values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t, fx, fy):  # 
 
 
 @helper()
-def mark_ignored(x, y, n, image, ignore, double, codes):  # type: ignore[no-untyped-def]
-    """Set the flag of the points in pixels that the ignore region covers: pixel `int(x * frame_w)`, in the points' type."""
+def mark_ignored(x, y, n, image, ignore, double, codes):
+    """Flag the points in pixels that the ignore region covers: pixel `int(x * frame_w)`, in the points' type."""
     if image[IGNORE_OFFSET] < 0 or ignore.shape[0] == 0:
         return
     for i in range(n):

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Running a Numba kernel on several plain Python threads.
 
 Numba's own threading layers and OpenMP both keep their threads spinning between two regions, and two such pools in one
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray, njit, types
 from numba.core import cgutils, event
 from numba.extending import intrinsic
@@ -115,7 +116,8 @@ def _prepare(function: Any, dtypes: Dtypes, scratch: tuple[int, int, int], args:
 def _scratch(dtypes: Dtypes, sizes: tuple[int, int, int]) -> list[np.ndarray[Any, Any]]:
     """This thread's work space: an array of `dtypes[0]`, one of `dtypes[1]`, one of int32, of `sizes` elements."""
     arrays = []
-    for name, kind, size in zip(("values", "points", "integers"), (*dtypes, np.int32), sizes, strict=True):
+    kinds: tuple[type[np.generic], ...] = (*dtypes, np.int32)
+    for name, kind, size in zip(("values", "points", "integers"), kinds, sizes, strict=True):
         attribute = f"{name}_{np.dtype(kind).char}"
         array = getattr(_local, attribute, None)
         if array is None or array.size < size:
@@ -137,9 +139,7 @@ def _executor(size: int) -> ThreadPoolExecutor:
         return _pool
 
 
-def launch(
-    function: Any, items: int, dtypes: Dtypes, scratch: tuple[int, int, int], args: tuple[Any, ...]
-) -> None:
+def launch(function: Any, items: int, dtypes: Dtypes, scratch: tuple[int, int, int], args: tuple[Any, ...]) -> None:
     """Run `function(counter, items, values, points, integers, *args)` on `torch.get_num_threads()` threads.
 
     Every thread takes item numbers from `counter` until none is left; the calling thread is one of them.
@@ -176,7 +176,7 @@ def launch(
 # --------------------------------------------------------------------------------------------------- intrinsics
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def take(typingctx: Any, counter: Any) -> Any:
     """The next item number: an atomic `counter[0] += 1` that returns the value before."""
 
@@ -187,7 +187,7 @@ def take(typingctx: Any, counter: Any) -> Any:
     return types.int64(counter), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _pointer(typingctx: Any, address: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], cgutils.voidptr_t)
@@ -196,7 +196,7 @@ def _pointer(typingctx: Any, address: Any) -> Any:
 
 
 @helper(forceinline=True)
-def at(address, size, dtype):  # type: ignore[no-untyped-def]
+def at(address, size, dtype):
     """The memory at `address` as an array of `size` elements.
 
     Tensors reach the kernels as addresses: one kernel then serves all element types, strides and numbers of layers, and

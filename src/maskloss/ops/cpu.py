@@ -18,7 +18,7 @@ from . import _cpu_instances as instances
 from . import _cpu_maps as maps_
 from . import _cpu_match as matching
 from ._cpu_choose import GROUP
-from ._cpu_sampling import BLOCK, BORDER, F16, F32, F64, BF16, buffer_size
+from ._cpu_sampling import BF16, BLOCK, BORDER, F16, F32, F64, buffer_size
 from ._cpu_targets import BITS, LABEL_I16, LABEL_I32, LABEL_I64, LABEL_U8, VALUES
 from ._cpu_threads import Dtypes, launch
 
@@ -67,7 +67,8 @@ def _point_rows(points: Tensor | None) -> tuple[tuple[int, bool, int, int, int],
         return (0, False, 0, 0, 0), None
     if points.dtype not in (torch.float32, torch.float64):
         points = points.float()
-    return (points.data_ptr(), points.dtype == torch.float64, *points.stride()), points
+    row, point, coordinate = points.stride()
+    return (points.data_ptr(), points.dtype == torch.float64, row, point, coordinate), points
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -332,14 +333,14 @@ def match_cost(
     rows = np.empty((batch, len(sizes), num_bands, 2), np.int64)
     args = (points, bands, sizes.astype(np.int64), padding == "border", index, fx, fy, rows)
     launch(matching.place_points, batch * len(sizes), dtypes, (0, 0, 0), args)
+    planes = (_describe(logits), size_of.reshape(-1).astype(np.int64), rows, index, fx, fy, bands)
     highest = (rows[..., 1].max(axis=(0, 2)) + 1) * (sizes[:, 1] + 2 * BORDER)
     launch(
         matching.match_cost,
         len(logits) * batch * queries,
         dtypes,
         (2 * (num_points + matching.VECTOR) + int(highest.max()), 0, 0),
-        (_describe(logits), size_of.reshape(-1).astype(np.int64), rows, index, fx, fy, bands, weights)
-        + (_array(targets[2]), *runs, float(focal_alpha), float(focal_gamma), ce, dice),
+        (*planes, weights, _array(targets[2]), *runs, float(focal_alpha), float(focal_gamma), ce, dice),
     )
     return torch.from_numpy(ce), torch.from_numpy(dice)
 
@@ -358,8 +359,8 @@ def _match_targets(
 ) -> tuple[Array, Array, tuple[Array, ...]]:
     """What all planes share: points `[B, 2, P]`, weights `[B, P]`, and each target as runs of sorted points.
 
-    Fills `bands` with the first point of each band. The runs of target t are `starts[t]` to `starts[t + 1]`: their first
-    points, lengths and offsets into the values, the values, and the sum of each target's values.
+    Fills `bands` with the first point of each band. The runs of target t are `starts[t]` to `starts[t + 1]`: their
+    first points, lengths and offsets into the values, the values, and the sum of each target's values.
     """
     batch, dtype = len(num_targets), dtypes[0]
     data = targets[0].contiguous()

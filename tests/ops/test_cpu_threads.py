@@ -1,0 +1,246 @@
+"""The threads of the CPU kernels: any number of them, several callers, forked children, and the cache on disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import maskloss
+from maskloss.ops import _cpu_threads, cpu
+from maskloss.targets import MaskTargets
+
+SAMPLING = (256, 768, 192)
+OPTIONS = ("zeros", "bilinear", -1.0, -1.0)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    yield
+    torch.set_num_threads(2)
+
+
+def step(seed: int = 0) -> list[Tensor]:
+    """Every result of one training step: points, losses, gradients, matching costs; two instances share a plane."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = [torch.randn(2, 4, 37, 53, generator=generator) for _ in range(3)]
+    targets = MaskTargets.from_masks([torch.rand(5, 64, 80, generator=generator) < 0.4 for _ in range(2)])
+    index = torch.tensor([(l, b, q % 4, q) for l in range(3) for b in range(2) for q in range(5)])  # noqa: E741
+    ids, key = torch.tensor([0, 1]), torch.tensor(seed)
+    inputs = (logits, index, [10] * 3, targets.tensors, "bits", ids, key, None, *SAMPLING, *OPTIONS)
+    saved = cpu.mask_loss(*inputs)
+    ones = torch.ones(len(index))
+    grads = cpu.mask_loss_backward(ones, ones, *saved[2:], [True] * 3, *inputs)
+    costs = cpu.match_cost(logits, targets.tensors, "bits", (5, 5), ids, key, 256, *OPTIONS)
+    points = cpu.uncertain_points(logits, index, [10] * 3, targets.windows, ids, key, *SAMPLING, "zeros")
+    maps = logits[0].flatten(0, 1)
+    values = cpu.point_sample(maps, index[:, 2], points, "bilinear", "zeros")
+    back = cpu.point_sample_backward(values, maps, index[:, 2], points, "bilinear", "zeros")
+    return [*saved, *grads, *costs, points, values, back]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 33])
+def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    torch.set_num_threads(1)
+    alone = step()
+    torch.set_num_threads(threads)
+    for _ in range(3):
+        assert same(step(), alone)
+
+
+def test_one_thread_starts_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+
+    def refuse(size: int) -> Any:
+        raise AssertionError(f"a pool of {size}")
+
+    monkeypatch.setattr(_cpu_threads, "_executor", refuse)
+    step()
+
+
+def test_several_callers_at_once() -> None:
+    expected = [step(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as callers:
+        for results in callers.map(lambda seed: (seed, step(seed)), list(range(4)) * 6):
+            assert same(results[1], expected[results[0]])
+
+
+def test_a_growing_pool_serves_callers_of_the_old_one() -> None:
+    expected = step()
+    stop = threading.Event()
+    wrong: list[int] = []
+
+    def keep_calling() -> None:
+        while not stop.is_set():
+            if not same(step(), expected):
+                wrong.append(1)
+
+    caller = threading.Thread(target=keep_calling)
+    caller.start()
+    try:
+        for threads in (2, 5, 9, 2, 12):
+            torch.set_num_threads(threads)
+            assert same(step(), expected)
+    finally:
+        stop.set()
+        caller.join()
+    assert not wrong
+
+
+def run_in_child(work: Any) -> int:
+    """Fork, run `work` in the child, and return the child's exit code: 0 if `work` returned true."""
+    child = os.fork()
+    if child == 0:
+        code = 2
+        try:
+            code = 0 if work() else 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_children_build_their_own_pool() -> None:
+    expected = step()
+    assert _cpu_threads._pool is not None
+
+    def child() -> bool:
+        torch.set_num_threads(2)
+        return _cpu_threads._pool is None and same(step(), expected) and _cpu_threads._pool is not None
+
+    assert run_in_child(child) == 0
+    assert same(step(), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_while_another_thread_computes() -> None:
+    expected = step()
+    stop = threading.Event()
+
+    def keep_calling() -> None:
+        while not stop.is_set():
+            step()
+
+    caller = threading.Thread(target=keep_calling)
+    caller.start()
+    try:
+        codes = [run_in_child(lambda: torch.set_num_threads(2) is None and same(step(), expected)) for _ in range(8)]
+    finally:
+        stop.set()
+        caller.join()
+    assert codes == [0] * 8
+
+
+class Batches(torch.utils.data.Dataset[Tensor]):
+    """Kernels called in data-loading workers."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, seed: int) -> Tensor:
+        return step(seed)[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_data_loading_workers() -> None:
+    expected = [step(seed)[0] for seed in range(4)]
+    loader = torch.utils.data.DataLoader(Batches(), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert same(list(loader), expected)
+
+
+def test_an_error_in_a_kernel_reaches_the_caller() -> None:
+    def broken(counter: Any, items: int, *scratch: Any) -> None:
+        if items:
+            raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        _cpu_threads.launch(broken, 5, (np.float32, np.float32), (0, 0, 0), ())
+
+
+def test_no_work_compiles_nothing() -> None:
+    def never(*args: Any) -> None:
+        raise AssertionError
+
+    _cpu_threads.launch(never, 0, (np.float32, np.float32), (0, 0, 0), ())
+
+
+def test_large_scratch_arrays_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu_threads, "_KEEP_BYTES", 1000)
+    large = _cpu_threads._scratch((np.float16, np.float16), (10_000, 0, 0))[0]
+    assert large.shape == (10_000,)
+    small = _cpu_threads._scratch((np.float16, np.float16), (300, 0, 0))[0]
+    assert small.base is not large.base
+    assert _cpu_threads._scratch((np.float16, np.float16), (200, 0, 0))[0].base is small.base
+
+
+SCRIPT = """
+import numpy as np
+from maskloss.ops import _cpu_threads, _cpu_random
+
+@_cpu_threads.kernel
+def fill(counter, items, values, coordinates, integers, out):
+    while True:
+        item = _cpu_threads.take(counter)
+        if item >= items:
+            break
+        out[item] = item
+
+out = np.empty(1000, np.int64)
+_cpu_threads.launch(fill, 1000, (np.float32, np.float32), (0, 0, 0), (out,))
+assert (out == np.arange(1000)).all()
+print(fill.stats.cache_hits and "from the cache" or "compiled", fill._cache.__class__.__name__)
+"""
+
+
+def run_script(script: Path, **environment: str) -> tuple[str, str]:
+    env = {**os.environ, "PYTHONPATH": str(Path(maskloss.__file__).parents[1]), **environment}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=env, check=True, capture_output=True, text=True, timeout=300
+    )
+    return done.stdout.strip(), done.stderr
+
+
+def test_compiled_once_per_machine_and_said_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    out, err = run_script(script, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    assert out.startswith("compiled")
+    assert err.count("maskloss: compiling CPU kernels, once per machine") == 1
+    out, err = run_script(script, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    assert out.startswith("from the cache")
+    assert err == ""
+
+
+def test_works_without_a_directory_for_the_cache(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    # A locator that finds no directory is what Numba meets in a read-only installation without a home.
+    deny = "from numba.core import caching\ncaching.CacheImpl._locator_classes = []\n"
+    script.write_text(deny + SCRIPT)
+    out, err = run_script(script)
+    assert out == "compiled NullCache"
+    assert "compiling CPU kernels" in err
+
+
+def test_a_change_in_any_kernel_file_invalidates_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    stamp = _cpu_threads._source_digest()
+    assert stamp == _cpu_threads._source_digest()
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + b"# changed")
+    assert stamp != _cpu_threads._source_digest()
