@@ -1,0 +1,141 @@
+"""What is measured: the presets, and the families in which one size grows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from maskloss.errors import Cause, reported
+from maskloss.points import PointSampling
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes of one step.
+
+    Attributes:
+        name: how tables call it.
+        batch: B, images.
+        queries: Q, predictions per image.
+        targets: T, targets per image.
+        layers: L, decoder layers.
+        classes: C, without "no object".
+        logit_size: height and width of the predictions.
+        target_size: height and width of the targets.
+        points: P, points per instance.
+        extent: smallest and largest size of an instance: the square root of its area, as a share of the image's.
+    """
+
+    name: str
+    batch: int
+    queries: int
+    targets: int
+    layers: int
+    classes: int
+    logit_size: Size
+    target_size: Size
+    points: int = PointSampling.num_points
+    extent: tuple[float, float] = (0.03, 0.5)
+
+    @property
+    def instances(self) -> int:
+        """Matched pairs of a prediction and a target, over all images and layers."""
+        return self.batch * self.layers * min(self.targets, self.queries)
+
+    @property
+    def logit_count(self) -> int:
+        """Mask logits of all layers: also the number of entries of their gradient."""
+        return self.layers * self.batch * self.queries * math.prod(self.logit_size)
+
+    @property
+    def target_count(self) -> int:
+        """Target pixels of all images, as dense masks have them."""
+        return self.batch * self.targets * math.prod(self.target_size)
+
+    def describe(self) -> str:
+        """Write the sizes in one line; of a case of a family, those that all its cases have."""
+        numbers = {
+            "batch": f"B={self.batch}",
+            "queries": f"Q={self.queries}",
+            "targets": f"T={self.targets}",
+            "layers": f"L={self.layers}",
+            "classes": f"C={self.classes}",
+            "points": f"P={self.points}",
+        }
+        sizes = {
+            "logit_size": f"logits {self.logit_size[0]} × {self.logit_size[1]}",
+            "target_size": f"targets {self.target_size[0]} × {self.target_size[1]}",
+        }
+        grows = self.name.partition("=")[0].replace("-", "_") if "=" in self.name else ""
+        parts = [" ".join(text for field, text in numbers.items() if field != grows)]
+        return ", ".join(parts + [text for field, text in sizes.items() if field != grows])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the sizes as plain values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Case:
+        """Invert `as_dict`, also after JSON has made lists of the pairs."""
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return Case(**plain)
+
+
+PRESETS = {
+    case.name: case
+    for case in (
+        Case("coco", 2, 100, 20, 10, 80, (256, 256), (1024, 1024)),
+        Case("crowded", 1, 300, 200, 10, 80, (256, 256), (1024, 1024), extent=(0.012, 0.06)),
+        Case("cityscapes", 1, 100, 30, 10, 19, (256, 512), (1024, 2048), extent=(0.01, 0.25)),
+        Case("small", 8, 50, 8, 4, 80, (64, 64), (256, 256), points=3136),
+        Case("tiny", 1, 8, 3, 2, 4, (16, 16), (64, 64), points=128, extent=(0.1, 0.5)),
+    )
+}
+
+# One image of `coco`; with 400 queries, so that up to 400 targets can be matched, where the targets grow in number.
+_IMAGE = replace(PRESETS["coco"], batch=1)
+_GROWTH: dict[str, tuple[Case, tuple[int, ...]]] = {
+    "targets": (replace(_IMAGE, queries=400, extent=(0.012, 0.1)), (1, 10, 50, 100, 200, 400)),
+    "target-size": (_IMAGE, (256, 512, 1024, 2048, 4096)),
+    "queries": (_IMAGE, (50, 100, 200, 400)),
+    "points": (_IMAGE, (1024, 3136, 12544, 50176)),
+    "layers": (_IMAGE, (1, 3, 6, 10)),
+}
+FAMILIES = tuple(_GROWTH)
+
+
+def family(name: str) -> list[Case]:
+    """List the cases of a family; each is named after the family and its value, as in "targets=50"."""
+    base, values = _GROWTH[name]
+    field = name.replace("-", "_")
+    cases = []
+    for value in values:
+        size: Any = (value, value) if field == "target_size" else value
+        cases.append(replace(base, name=f"{name}={value}", **{field: size}))
+    return cases
+
+
+@reported("maskloss bench")
+def choose(presets: list[str], families: list[str]) -> list[Case]:
+    """Look up presets and families by name.
+
+    Args:
+        presets: names of presets.
+        families: names of families.
+
+    Returns:
+        The cases, in the order of the names.
+
+    Raises:
+        MaskLossError: a name that does not exist.
+    """
+    for kind, names, known in (("preset", presets, list(PRESETS)), ("family", families, list(FAMILIES))):
+        for name in names:
+            if name not in known:
+                raise Cause(f"there must be a {kind} of that name", f"got {name!r}", f"take one of {', '.join(known)}")
+    return [PRESETS[name] for name in presets] + [case for name in families for case in family(name)]
