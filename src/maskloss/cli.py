@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="maskloss", description="Mask losses at sampled points.")
     parser.add_argument("--version", action="version", version=f"maskloss {__version__}")
     commands: Commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for add in (_add_train,):
+    for add in (_add_train, _add_bench):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -137,3 +137,14 @@ def _progress(console: Console, steps: int) -> Iterator[Listener]:
             bar.console.print(f"step {step:>5}  {_scores(scores)}")
 
         yield Listener(on_step, on_evaluation, lambda text: bar.update(task, description=text))
+
+
+# ---------------------------------------------------------------------------------------------------------------- bench
+
+
+def _add_bench(commands: Commands) -> None:
+    from maskloss.bench import DESCRIPTION, add_arguments, main
+
+    parser = commands.add_parser("bench", help="measure time and memory of a training step", description=DESCRIPTION)
+    add_arguments(parser)
+    parser.set_defaults(run=main)
