@@ -21,7 +21,7 @@ from maskloss.bench import command, measure, plots, runner, table, worker
 from maskloss.bench.arms import MasklossArm, make_arm
 from maskloss.bench.cases import FAMILIES, PRESETS, Case, choose, family
 from maskloss.bench.check import compare
-from maskloss.bench.counting import StepCounter
+from maskloss.bench.counting import StepCounter, _copies_to_host
 from maskloss.bench.inputs import Inputs, make_inputs
 from maskloss.bench.measure import Clock, PeakMemory, StageClock
 
@@ -194,6 +194,15 @@ def test_transformers_waits_for_every_image_and_layer(inputs: Inputs) -> None:
     with counter:
         arm.forward(inputs, targets, 0).backward()
     assert counter.transfers.total() == TINY.layers * TINY.batch
+
+
+def test_copies_from_a_device_are_told_from_others() -> None:
+    there, here = torch.ones(2, device="meta"), torch.ones(2)
+    assert _copies_to_host("_to_copy", (there,), {"device": CPU})
+    assert _copies_to_host("copy_", (here, there), {})
+    assert not _copies_to_host("_to_copy", (there,), {"dtype": torch.float64})
+    assert not _copies_to_host("_to_copy", (here,), {"device": "meta"})
+    assert not _copies_to_host("copy_", (there, here), {})
 
 
 @pytest.mark.gpu
@@ -436,7 +445,9 @@ def test_pictures_are_drawn_from_what_there_is(tmp_path: Path) -> None:
     assert not plots.plot_families(report, tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--arms", "magic"], ["--preset", "huge"]])
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "0"], ["--arms", "magic"], ["--preset", "huge"], ["--device", "abacus"]]
+)
 def test_arguments_that_make_no_sense(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(*arguments)

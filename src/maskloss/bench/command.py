@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from maskloss.bench import plots, table
 from maskloss.bench.arms import ARMS
 from maskloss.bench.cases import FAMILIES, PRESETS, choose
@@ -31,9 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: gets them.
     """
-    sizes = "; ".join(f"{name}: {case.describe()}" for name, case in PRESETS.items())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "presets:\n" + "\n".join(f"  {name:<11} {case.describe()}" for name, case in PRESETS.items())
     add = parser.add_argument
-    add("--preset", nargs="+", choices=list(PRESETS), metavar="NAME", help=f"what to measure; {sizes} (default: coco)")
+    names = ", ".join(PRESETS)
+    add("--preset", nargs="+", choices=list(PRESETS), metavar="NAME", help=f"{names} (default: coco)")
     add(
         "--scaling",
         nargs="*",
@@ -59,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--quick", action="store_true", help="3 steps: a first impression")
     add("--threads", type=_positive, help="CPU threads (default: the cores that there are)")
-    add("--device", default="cpu", help="cpu, or a CUDA device (default: cpu)")
+    add("--device", type=_device, default="cpu", help="cpu, or a CUDA device (default: cpu)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the logits")
     add("--seed", type=int, default=0, help="of inputs and points (default: 0)")
     add("--out", type=Path, default=Path("runs/bench"), help="folder for results and pictures (default: runs/bench)")
@@ -173,6 +177,18 @@ def _print_families(console: Any, report: dict[str, Any], families: list[str]) -
 
 def _failed(case: dict[str, Any]) -> bool:
     return "failed" in case or any("failed" in found for found in case["arms"].values())
+
+
+def _device(text: str) -> str:
+    try:
+        kind = torch.device(text).type
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error).partition("\n")[0]) from None
+    if kind not in {"cpu", "cuda"}:
+        raise argparse.ArgumentTypeError(f"must be cpu or a CUDA device, got {text!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("PyTorch finds no CUDA device")
+    return text
 
 
 def _positive(text: str) -> int:
