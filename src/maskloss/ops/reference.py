@@ -514,7 +514,9 @@ def match_cost(
         cells = target_cells(repeated, rows, padding, dtype)
         t = target_values(read_targets(cells, rows, data, encoding, padding, target_mode, dtype), cells)
         w = (~ignored(points, images, ignore)).to(dtype)
-        costs = pairwise_costs(z, t.view(batch, widest, num_points), w, focal_alpha, focal_gamma)
+        # Mixed precision around the call must not round the matrix products.
+        with torch.autocast(layer.device.type, enabled=False):
+            costs = pairwise_costs(z, t.view(batch, widest, num_points), w, focal_alpha, focal_gamma)
         ce.append(torch.where(real[:, None], costs[0], 0.0))
         overlap.append(torch.where(real[:, None], costs[1], 0.0))
     return torch.stack(ce), torch.stack(overlap)
