@@ -31,7 +31,7 @@ class TrainConfig:
         class_weight: weight of the classification in the loss; matching keeps Mask2Former's weights.
         no_object_weight: weight of "no object" in the classification.
         evaluations: how often held-out scenes are looked at during training.
-        held_out: number of held-out scenes of digits.
+        held_out: number of held-out scenes of digits; a folder says itself which of its images are held out.
         seed: decides the initial weights, the training scenes and the points.
         threads: CPU threads; None: as many as torch takes by itself.
         device: where to train, "cpu" or "cuda".
@@ -42,7 +42,7 @@ class TrainConfig:
 
     data: str | None = None
     size: int = 64
-    steps: int = 1500
+    steps: int = 1000
     batch_size: int = 16
     lr: float = 3e-3
     weight_decay: float = 0.05
@@ -50,7 +50,7 @@ class TrainConfig:
     grid: int = 4
     class_weight: float = 10.0
     no_object_weight: float = 0.4
-    evaluations: int = 5
+    evaluations: int = 8
     held_out: int = 400
     seed: int = 0
     threads: int | None = None

@@ -50,6 +50,7 @@ class QueryNet(nn.Module):
     def __init__(self, num_classes: int, grid: int = 4) -> None:
         super().__init__()
         self.grid = grid
+        self.anchors: Tensor
         self.pyramid = Pyramid()
         self.born = nn.Linear(DIM, DIM)
         self.layers = nn.ModuleList(DecoderLayer() for _ in range(LAYERS))
@@ -209,7 +210,8 @@ class Head(nn.Module):
         scale = torch.exp(-2 * radius)
         x = (_axis(width, fine) - anchors[:, :1] - DISC_REACH * shift_x.tanh()) ** 2 * scale
         y = (_axis(height, fine) - anchors[:, 1:] - DISC_REACH * shift_y.tanh()) ** 2 * scale
-        return constant[..., None] - (x[:, :, None, :] + y[..., None]).clamp(max=8)
+        logits: Tensor = constant[..., None] - (x[:, :, None, :] + y[..., None]).clamp(max=8)
+        return logits
 
 
 def positions(height: int, width: int, like: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def overview(
 ) -> Figure:
     """Draw a run at a glance, wide: the truth and what was found, the points, and the score over time."""
     shown = shown[:6]
-    figure = plots.new_figure(14.4, 4.4)
+    figure = plots.new_figure(14.4, 4.05)
     grid = figure.add_gridspec(2, 8, width_ratios=[1] * 6 + [1.05] * 2)
     for place, (scene, prediction) in enumerate(shown):
         row, column = divmod(place, 3)
@@ -221,12 +221,12 @@ def _draw_losses(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_scores(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
-    lines = [entry for entry in history if "held_out" in entry]
-    steps = [0, *(entry["step"] for entry in lines)]
+    # No scores without instances to find.
+    lines = [entry for entry in history if "held_out" in entry and entry["held_out"]["ap"] is not None]
+    steps = [entry["step"] for entry in lines]
     names = {"AP50": "ap50", "mean IoU": "mean_iou", "AP": "ap"}
-    # A model without training finds nothing.
-    scores = {name: (steps, [0.0, *(entry["held_out"][key] or 0.0 for entry in lines)]) for name, key in names.items()}
-    plots.draw_curves(axes, scores, title="Held-out scenes", markers=True)
+    scores = {name: (steps, [entry["held_out"][key] for entry in lines]) for name, key in names.items()}
+    plots.draw_curves(axes, scores, title="Scores on held-out scenes", markers=True)
     axes.set_ylim(0, 1)
 
 

@@ -148,22 +148,21 @@ class Session:
     def fit(self, write: Callable[[str], object], listener: Listener) -> list[dict[str, Any]]:
         """Take all steps; write a line of JSON for what happens, and return the same as a list."""
         config, history = self.config, []
-        evaluate_at = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+        evaluate_at = {round(config.steps * part / config.evaluations) for part in range(1, config.evaluations + 1)}
         snapshot_at = {max(1, round(config.steps * share)) for share in SNAPSHOTS}
         pending: list[Tensor] = []
-        names: list[str] = []
-        since = time.perf_counter()
 
         def record(entry: dict[str, Any]) -> None:
             history.append(entry)
             write(json.dumps(entry) + "\n")
 
+        record({"step": 0, "held_out": self.glance().as_dict()})
+        since = time.perf_counter()
         for step in range(1, config.steps + 1):
             terms = self.step(step)
-            names = list(terms)
             pending.append(torch.stack(list(terms.values())))
             if step % LOG_EVERY == 0 or step == config.steps:
-                mean = dict(zip(names, torch.stack(pending).mean(0).tolist(), strict=True))
+                mean = dict(zip(terms, torch.stack(pending).mean(0).tolist(), strict=True))
                 if not math.isfinite(mean["total"]):
                     raise Cause("the loss must stay finite", f"it is {mean['total']} at step {step}", "lower --lr")
                 record({"step": step, "lr": self.optimiser.param_groups[0]["lr"], **mean})
