@@ -90,11 +90,11 @@ def points_of_block(first, n, sampling, given, instance, key, layer, window, cho
     if given[0] != 0:
         given_points(given, instance, first, n, x, y)
         return
-    if first < num_uncertain:
-        draw_bits(key, U32(layer | (_CANDIDATES << 16)), chosen[first : first + n], n, ints[2:4])
-    else:
-        _count_up(ints[0], first - num_uncertain, n)
-        draw_bits(key, U32(layer | (_RANDOM << 16)), ints[0], n, ints[2:4])
+    counters, stream = chosen[first : first + n], U32(layer | (_CANDIDATES << 16))
+    if first >= num_uncertain:
+        counters, stream = ints[0], U32(layer | (_RANDOM << 16))
+        _count_up(counters, first - num_uncertain, n)
+    draw_bits(key, stream, counters, n, ints[2:4])
     points_of_bits(ints[2:4], n, window, x, y)
 
 
