@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers")
-
 from integrations import tiny
 from integrations.forced import Recorder, answered, recorded
 from maskloss.integrations.transformers import patch
+
+pytest.importorskip("transformers")
 
 TOLERANCE = 1e-5
 
@@ -132,7 +132,7 @@ def test_means_over_free_points_agree(family: str) -> None:
     again = capture(model := build(family, **options), family, tiny.batch_for(family))
 
     def statistics() -> tuple[list[str], Tensor, Tensor]:
-        torch.manual_seed(3)
+        torch.manual_seed(4)
         rounds = [again() for _ in range(draws)]
         values = torch.stack([torch.stack([v.double().sum() for v in terms.values()]) for terms in rounds])
         return list(rounds[0]), values.mean(0), values.var(0) / draws

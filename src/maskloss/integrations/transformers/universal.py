@@ -150,7 +150,8 @@ class OneFormerCriterion(PointCriterion):
         layers = [*(auxiliary_predictions or ()), _named(masks_queries_logits, class_queries_logits)]
         *others, final = self.layer_losses(*_columns(layers), mask_labels, class_labels)
         if calculate_contrastive_loss:
-            final |= self.loss_contrastive(contrastive_queries_logits, text_queries)
+            # In float32 like the other operand, which Transformers upcasts itself.
+            final |= self.loss_contrastive(contrastive_queries_logits, accumulated(text_queries))
         return _join([*others, final])
 
 

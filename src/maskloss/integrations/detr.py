@@ -1,0 +1,367 @@
+"""Matcher and criterion with DETR's convention: dicts of outputs, dicts of targets, a dict of losses.
+
+In Mask2Former's own code base `from maskloss.integrations.detr import HungarianMatcher, SetCriterion` replaces the
+imports of both; the criterion also takes the code base's own matcher. `maskloss.integrations.maskdino` has the same
+names for MaskDINO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskloss import _inputs
+from maskloss import matching as core
+from maskloss.errors import Cause, describe, reported
+from maskloss.functional import mask_focal
+from maskloss.integrations._boxes import box_costs, box_terms
+from maskloss.integrations._layers import Step, accumulated, mean_count, weighted_cross_entropy
+from maskloss.integrations._targets import pack_masks
+from maskloss.loss import MaskLoss
+from maskloss.matches import Matches
+from maskloss.points import PointSampling
+
+__all__ = ["HungarianMatcher", "SetCriterion"]
+
+Outputs = Mapping[str, Any]
+Targets = Sequence[Mapping[str, Any]]
+Pairs = list[tuple[Tensor, Tensor]]
+
+CLASSIFICATIONS, LOSSES = ("softmax", "focal"), ("labels", "masks", "boxes")
+
+
+class HungarianMatcher(nn.Module):
+    """DETR's matcher: `matcher(outputs, targets)` is one pair (queries, targets) of index tensors per image.
+
+    Args:
+        cost_class: weight of the class term. Default 1, as in Mask2Former's own; likewise below.
+        cost_mask: weight of the masks' cross-entropy. Default 1.
+        cost_dice: weight of Dice. Default 1.
+        num_points: P, uniform points per image.
+        cost_box: weight of the L1 distance of boxes; outputs and targets need boxes unless it is 0. Default 0.
+        cost_giou: weight of the boxes' GIoU. Default 0.
+        classification: "softmax" (default) or "focal" (see `maskloss.HungarianMatcher`).
+        options: more options of `maskloss.HungarianMatcher`: `padding_mode`, `target_mode`, `focal_alpha`,
+            `focal_gamma`, `backend`.
+
+    Raises:
+        MaskLossError: an option outside its range, or all weights 0.
+
+    Source:
+        DETR (Carion et al., 2020); Mask2Former (Cheng et al., 2022); MaskDINO (Li et al., 2023) for the boxes. A
+        non-finite cost is a pair that is taken last, where they raise an error.
+
+    Example:
+        >>> masks = torch.zeros(2, 16, 16)
+        >>> masks[0, :8], masks[1, 8:] = 1, 1
+        >>> outputs = {"pred_logits": torch.zeros(1, 2, 2), "pred_masks": masks.flip(0)[None] * 8 - 4}
+        >>> HungarianMatcher(num_points=256)(outputs, [{"labels": torch.tensor([0, 0]), "masks": masks}])
+        [(tensor([0, 1]), tensor([1, 0]))]
+    """
+
+    @reported("HungarianMatcher")
+    def __init__(
+        self,
+        cost_class: float = 1.0,
+        cost_mask: float = 1.0,
+        cost_dice: float = 1.0,
+        num_points: int = PointSampling.num_points,
+        *,
+        cost_box: float = 0.0,
+        cost_giou: float = 0.0,
+        classification: str = "softmax",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        for name, weight in (("cost_box", cost_box), ("cost_giou", cost_giou)):
+            _inputs.check_weight(name, weight)
+        self.cost_box, self.cost_giou = float(cost_box), float(cost_giou)
+        self.core = core.HungarianMatcher(
+            class_weight=cost_class,
+            ce_weight=cost_mask,
+            dice_weight=cost_dice,
+            num_points=num_points,
+            classification=classification,
+            **options,
+        )
+
+    @reported("HungarianMatcher")
+    def forward(self, outputs: Outputs, targets: Targets) -> Pairs:
+        """Match the outputs of one layer.
+
+        Args:
+            outputs: "pred_logits" `[B, Q, C + 1]` (`[B, Q, C]` for classification "focal"), "pred_masks"
+                `[B, Q, h, w]`, "pred_boxes" `[B, Q, 4]` if boxes have a weight, and, if wanted, "extra_costs": one
+                `[Q, T]` per image, with its weight, which is added to the cost.
+            targets: one dict per image: "labels" int64 `[T]`, "masks" (see `SetCriterion`), "boxes" `[T, 4]`.
+
+        Returns:
+            (queries, targets) of each image, int64, on the device of the logits.
+
+        Raises:
+            MaskLossError: wrong or missing outputs or targets.
+        """
+        step = begin(outputs, targets)
+        return self.match([outputs], targets, step).pairs()
+
+    def match(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Matches:
+        """Match several layers with the same numbers of queries and classes, in one trip to the host."""
+        softmax = self.core.classification == "softmax"
+        classes, masks = core.check_predictions(*_columns(layers), no_object=softmax)
+        logits = accumulated(torch.stack(classes)).detach()
+        extra = self.box_costs(layers, targets, step) if self.cost_box or self.cost_giou else None
+        if any("extra_costs" in layer for layer in layers):
+            given = [layer.get("extra_costs") for layer in layers]
+            if any(costs is None for costs in given):
+                raise Cause(
+                    "all layers must have extra_costs, or none", "some do not", "give aux_outputs theirs as well"
+                )
+            more = [core.stack_costs(costs, logits[:1], step.targets) for costs in given if costs is not None]
+            extra = torch.cat(more) if extra is None else extra + torch.cat(more)
+        return self.core.match(logits, masks, step.targets, step.labels, step.image_ids, step.seed, extra)
+
+    def box_costs(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Tensor:
+        """Compute the boxes' part of the cost: `[L, B, Q, T_max]`."""
+        boxes = torch.stack([_entry(layer, "pred_boxes") for layer in layers])
+        return box_costs(boxes, _boxes(targets, boxes, step), self.cost_box, self.cost_giou)
+
+
+class SetCriterion(nn.Module):
+    """DETR's criterion with masks at sampled points: matches, and computes every loss of every layer.
+
+    Args:
+        num_classes: C, without "no object".
+        matcher: a `HungarianMatcher` of this module, which matches all layers at once, or any callable that takes
+            outputs and targets of one layer and returns a pair (queries, targets) per image.
+        weight_dict: the weight of each loss by name. Kept for the training loop; the losses are not weighted.
+        eos_coef: weight of "no object" in the classification "softmax".
+        losses: which of "labels", "masks" and "boxes" to compute.
+        num_points: P, points per instance.
+        oversample_ratio: see `PointSampling`.
+        importance_sample_ratio: see `PointSampling`.
+        classification: "softmax" (default): cross-entropy over C + 1 classes; "focal": the focal loss of C sigmoids
+            with alpha 0.25 and gamma 2, summed over queries and classes and divided by the number of instances.
+        padding_mode: see `MaskLoss`.
+        target_mode: see `MaskLoss`.
+        focal_alpha: see `MaskLoss`; of the masks.
+        focal_gamma: see `MaskLoss`; of the masks.
+        backend: see `MaskLoss`.
+
+    Raises:
+        MaskLossError: an unknown loss or classification, or an option outside its range.
+
+    Source:
+        Mask2Former (Cheng et al., 2022) and its names. As there, instances are counted as targets, over all ranks.
+        Masks of different sizes lie in the top left corner of one canvas, for the matching too.
+
+    Example:
+        >>> criterion = SetCriterion(3, HungarianMatcher(num_points=64), {"loss_ce": 2.0}, 0.1, ["labels", "masks"], 64)
+        >>> targets = [{"labels": torch.tensor([2]), "masks": torch.ones(1, 32, 32)}]
+        >>> outputs = {"pred_logits": torch.zeros(1, 5, 4), "pred_masks": torch.zeros(1, 5, 16, 16)}
+        >>> {name: round(value.item(), 3) for name, value in criterion(outputs, targets).items()}
+        {'loss_ce': 1.386, 'loss_mask': 0.693, 'loss_dice': 0.334}
+    """
+
+    empty_weight: Tensor
+    mixes_classifications = False
+
+    @reported("SetCriterion")
+    def __init__(
+        self,
+        num_classes: int,
+        matcher: Callable[[Outputs, Targets], Pairs],
+        weight_dict: Mapping[str, float],
+        eos_coef: float,
+        losses: Sequence[str],
+        num_points: int = PointSampling.num_points,
+        oversample_ratio: float = PointSampling.oversample_ratio,
+        importance_sample_ratio: float = PointSampling.importance_ratio,
+        *,
+        classification: str = "softmax",
+        padding_mode: str = "zeros",
+        target_mode: str = "bilinear",
+        focal_alpha: float | None = None,
+        focal_gamma: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        _inputs.check_weight("eos_coef", eos_coef)
+        _inputs.check_choice("classification", classification, CLASSIFICATIONS)
+        for name in losses:
+            check_loss(name)
+        own = isinstance(matcher, HungarianMatcher) and matcher.core.classification != classification
+        if own and not self.mixes_classifications:
+            raise Cause(
+                "matcher and criterion must classify alike",
+                f"the criterion has {classification!r}, the matcher has not",
+                "give both the same classification",
+            )
+        self.num_classes, self.matcher, self.weight_dict, self.eos_coef = num_classes, matcher, weight_dict, eos_coef
+        self.losses, self.classification = list(losses), classification
+        weights = torch.ones(num_classes + 1)
+        weights[-1] = eos_coef
+        self.register_buffer("empty_weight", weights)
+        self.mask_loss = MaskLoss(
+            sampling=PointSampling(num_points, oversample_ratio, importance_sample_ratio),
+            padding_mode=padding_mode,
+            target_mode=target_mode,
+            focal_alpha=focal_alpha,
+            focal_gamma=focal_gamma,
+            backend=backend,
+        )
+
+    @reported("SetCriterion")
+    def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        """Match all layers and compute their losses.
+
+        Args:
+            outputs: of the final layer, as `HungarianMatcher` takes them, and "aux_outputs": a list of the other
+                layers', "interm_outputs": those of the encoder, if there are any.
+            targets: one dict per image: "labels" int64 `[T]`; "masks": dense `[T, H, W]`, a `MaskTargets`, or a label
+                map `[H, W]` along with "ids"; "boxes" `[T, 4]` (cx, cy, w, h) in [0, 1], where boxes are used.
+
+        Returns:
+            "loss_ce", "loss_mask", "loss_dice", "loss_bbox", "loss_giou", as far as asked for, of the final layer;
+            the same with "_0" ... of the others, and with "_interm". Not weighted. Gradients flow to the outputs.
+
+        Raises:
+            MaskLossError: wrong or missing outputs or targets.
+        """
+        step = begin(outputs, targets)
+        return self.matched_losses(outputs, targets, step)
+
+    def matched_losses(self, outputs: Outputs, targets: Targets, step: Step) -> dict[str, Tensor]:
+        """Match the layers of checked inputs and compute their losses."""
+        auxiliary = list(outputs.get("aux_outputs", ()))
+        layers, suffixes = [outputs, *auxiliary], ["", *(f"_{i}" for i in range(len(auxiliary)))]
+        if "interm_outputs" in outputs:
+            layers.append(outputs["interm_outputs"])
+            suffixes.append("_interm")
+        matches = self._match(layers, targets, step)
+        count = mean_count(float(len(step.targets)), matches.index.device)
+        return self.losses_of(self.losses, dict(zip(suffixes, layers, strict=True)), matches, targets, step, count)
+
+    def losses_of(
+        self,
+        losses: Sequence[str],
+        layers: Mapping[str, Outputs],
+        matches: Matches,
+        targets: Targets,
+        step: Step,
+        count: float | Tensor,
+    ) -> dict[str, Tensor]:
+        """Compute losses of layers of one shape, by their suffixes, and divide those of instances by `count`."""
+        outputs = list(layers.values())
+        classes, masks = core.check_predictions(*_columns(outputs), no_object=self.classification == "softmax")
+        terms: dict[str, Tensor] = {}
+        if "labels" in losses:
+            terms["loss_ce"] = self._classify(accumulated(torch.stack(classes)), matches, step, count)
+        if "masks" in losses:
+            sums = step.mask_terms(self.mask_loss, masks, matches)
+            terms |= {"loss_mask": sums.ce / count, "loss_dice": sums.dice / count}
+        if "boxes" in losses:
+            terms |= self._compare_boxes(outputs, matches, targets, step, count)
+        # Tensors of their own: training loops multiply them by their weights in place.
+        return {f"{name}{suffix}": term[i].clone() for i, suffix in enumerate(layers) for name, term in terms.items()}
+
+    def _match(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Matches:
+        if isinstance(self.matcher, HungarianMatcher):
+            return self.matcher.match(layers, targets, step)
+        queries, counts, parts = layers[0]["pred_logits"].shape[1], step.targets.num_targets, []
+        for number, layer in enumerate(layers):
+            without = {name: value for name, value in layer.items() if name not in ("aux_outputs", "interm_outputs")}
+            index = Matches.from_pairs(self.matcher(without, targets), num_queries=queries, num_targets=counts).index
+            parts.append(torch.cat([torch.full_like(index[:, :1], number), index[:, 1:]], dim=1))
+        sizes = tuple(len(part) for part in parts)
+        return Matches(torch.cat(parts), sizes, queries, counts).to(layers[0]["pred_masks"].device)
+
+    def _classify(self, logits: Tensor, matches: Matches, step: Step, count: float | Tensor) -> Tensor:
+        """Compute the classification of each layer `[L]` from logits `[L, B, Q, C (+ 1)]`."""
+        softmax = self.classification == "softmax"
+        if logits.shape[-1] != self.num_classes + softmax:
+            raise Cause(
+                f"pred_logits must have {self.num_classes + softmax} entries for {self.num_classes} classes",
+                f"got {logits.shape[-1]}",
+                'classification "softmax" has "no object" as the last class, "focal" has not',
+            )
+        wanted = step.wanted_classes(matches.index, logits.shape[:3], self.num_classes)
+        if softmax:
+            return weighted_cross_entropy(logits, wanted, self.empty_weight)
+        one_hot = torch.zeros(*logits.shape[:3], self.num_classes + 1, dtype=logits.dtype, device=logits.device)
+        hot = one_hot.scatter_(3, wanted[..., None], 1)[..., :-1]
+        # The mean over the classes of a query, back to a sum.
+        per_query = mask_focal(logits, hot, alpha=0.25, gamma=2.0) * self.num_classes
+        return per_query.flatten(1).sum(1) / count
+
+    def _compare_boxes(
+        self, outputs: Sequence[Outputs], matches: Matches, targets: Targets, step: Step, count: float | Tensor
+    ) -> dict[str, Tensor]:
+        """Compute the boxes' losses of each layer, `[L]` each."""
+        boxes = accumulated(torch.stack([_entry(layer, "pred_boxes") for layer in outputs]))
+        layer, image, query, _ = matches.index.unbind(1)
+        rows = step.target_rows(matches.index)
+        terms = box_terms(boxes[layer, image, query], torch.cat(_boxes(targets, boxes, step))[rows])
+        counted = self.has_box(step.labels[rows])
+        l1, giou = (
+            torch.stack([part.sum() for part in torch.where(counted, term, 0.0).split(list(matches.layer_sizes))])
+            for term in (terms.l1, terms.giou)
+        )
+        return {"loss_bbox": l1 / count, "loss_giou": giou / count}
+
+    def has_box(self, labels: Tensor) -> Tensor:
+        """Tell which classes' boxes count in the loss: all of them."""
+        return torch.ones_like(labels, dtype=torch.bool)
+
+
+def check_loss(name: str) -> None:
+    """Refuse a loss that is not computed here."""
+    if name not in LOSSES:
+        raise Cause(
+            f"losses must be among {', '.join(LOSSES)}", f"got {name!r}", "compute others next to this criterion"
+        )
+
+
+def begin(outputs: Outputs, targets: Targets) -> Step:
+    """Pack the targets of a step, and check that they fit."""
+    logits = _entry(outputs, "pred_masks")
+    for image, entry in enumerate(targets):
+        if not isinstance(entry, Mapping) or not {"labels", "masks"} <= set(entry):
+            got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
+            raise Cause(
+                'each entry of targets must be a dict with "labels" and "masks"',
+                f"entry {image} is {got}",
+                'give [{"labels": [T], "masks": [T, H, W]}, ...]',
+            )
+    masks = [(entry["masks"], entry["ids"]) if "ids" in entry else entry["masks"] for entry in targets]
+    return Step.begin(pack_masks(masks, logits.device), [entry["labels"] for entry in targets], logits)
+
+
+def _entry(outputs: Outputs, name: str) -> Tensor:
+    found = outputs.get(name)
+    if not isinstance(found, Tensor) or found.ndim < 3:
+        raise Cause(f'outputs must have "{name}"', f"there are {', '.join(map(str, outputs))}", "of every layer")
+    return found
+
+
+def _columns(layers: Sequence[Outputs]) -> tuple[list[Tensor], list[Tensor]]:
+    classes, masks = ([_entry(layer, name) for layer in layers] for name in ("pred_logits", "pred_masks"))
+    return classes, masks
+
+
+def _boxes(targets: Targets, boxes: Tensor, step: Step) -> list[Tensor]:
+    """List the boxes `[T, 4]` of each image, on the device of the predicted ones."""
+    found = []
+    for image, (entry, count) in enumerate(zip(targets, step.targets.num_targets, strict=True)):
+        given = entry.get("boxes")
+        if not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] != 4 or count % max(len(given), 1):
+            raise Cause(
+                'targets must have "boxes" [T, 4], one for each mask',
+                f"image {image} has {count} masks and boxes {describe(given)}",
+                "give (cx, cy, w, h) as fractions of the image",
+            )
+        # Denoising lists every target several times, one list after the other.
+        found.append(given.to(boxes).repeat(count // max(len(given), 1), 1))
+    return found

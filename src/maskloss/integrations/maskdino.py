@@ -1,0 +1,195 @@
+"""Matcher and criterion of MaskDINO's code base: classes by sigmoids, boxes, denoising, two stages.
+
+In MaskDINO's own code base `from maskloss.integrations.maskdino import HungarianMatcher, SetCriterion` replaces the
+imports of both; the criterion also takes MaskDINO's own matcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskloss.errors import Cause, reported
+from maskloss.integrations import detr
+from maskloss.integrations._layers import Step, mean_count
+from maskloss.integrations._targets import repeat_targets
+from maskloss.integrations.detr import Outputs, Pairs, Targets
+from maskloss.matches import Matches
+from maskloss.points import PointSampling
+
+__all__ = ["HungarianMatcher", "SetCriterion"]
+
+# COCO's panoptic classes: the first 80 are things, and only things have boxes.
+NUM_THINGS = 80
+
+# What there is a loss of, by what is denoised: MaskDINO logs zeros under these names where it denoises nothing.
+_DENOISED = {
+    "standard": ("loss_bbox", "loss_giou", "loss_ce"),
+    "seg": ("loss_bbox", "loss_giou", "loss_ce", "loss_mask", "loss_dice"),
+}
+
+
+class HungarianMatcher(detr.HungarianMatcher):
+    """MaskDINO's matcher: the class cost of sigmoids, and boxes.
+
+    Args:
+        cost_class: see `detr.HungarianMatcher`; likewise the next five.
+        cost_mask: weight of the masks' cross-entropy. Default 1.
+        cost_dice: weight of Dice. Default 1.
+        num_points: P, uniform points per image.
+        cost_box: weight of the L1 distance of boxes. Default 0.
+        cost_giou: weight of the boxes' GIoU. Default 0.
+        panoptic_on: give stuff (labels from 80 on) the mean of the things' box costs. Default False.
+        options: more options of `maskloss.HungarianMatcher`.
+
+    Raises:
+        MaskLossError: an option outside its range, or all weights 0.
+
+    Source:
+        MaskDINO (Li et al., 2023), section 3.4.
+    """
+
+    @reported("HungarianMatcher")
+    def __init__(
+        self,
+        cost_class: float = 1.0,
+        cost_mask: float = 1.0,
+        cost_dice: float = 1.0,
+        num_points: int = PointSampling.num_points,
+        cost_box: float = 0.0,
+        cost_giou: float = 0.0,
+        panoptic_on: bool = False,
+        **options: Any,
+    ) -> None:
+        masks = (cost_class, cost_mask, cost_dice, num_points)
+        super().__init__(*masks, cost_box=cost_box, cost_giou=cost_giou, classification="focal", **options)
+        self.panoptic_on = panoptic_on
+
+    def box_costs(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Tensor:
+        """Compute the boxes' part of the cost: `[L, B, Q, T_max]`."""
+        costs = super().box_costs(layers, targets, step)
+        if self.panoptic_on:
+            for image, labels in enumerate(step.labels.split(list(step.targets.num_targets))):
+                part = costs[:, image, :, : len(labels)]
+                thing = labels < NUM_THINGS
+                mean = torch.where(thing, part, 0.0).sum((1, 2), keepdim=True) / (thing.sum() * part.shape[1])
+                part.copy_(torch.where(thing, part, mean).nan_to_num())
+        return costs
+
+
+class SetCriterion(detr.SetCriterion):
+    """MaskDINO's criterion: `detr.SetCriterion` with sigmoid classes and denoising.
+
+    Args:
+        num_classes: C.
+        matcher: a `HungarianMatcher` of this module, or MaskDINO's own.
+        weight_dict: see `detr.SetCriterion`; likewise the next six.
+        eos_coef: weight of "no object", used with `semantic_ce_loss`.
+        losses: which of "labels", "masks" and "boxes" to compute.
+        num_points: P, points per instance.
+        oversample_ratio: see `PointSampling`.
+        importance_sample_ratio: see `PointSampling`.
+        dn: "no" (default), "standard" (classes and boxes) or "seg" (masks as well): what is denoised.
+        dn_losses: which losses the denoised queries have. Default: none.
+        panoptic_on: the boxes of stuff (labels from 80 on) do not count. Default False.
+        semantic_ce_loss: classify by a softmax over C + 1 classes. Default False: sigmoids.
+        options: the keyword options of `detr.SetCriterion` but for `classification`.
+
+    Raises:
+        MaskLossError: an unknown loss or kind of denoising, or an option outside its range.
+
+    Source:
+        MaskDINO (Li et al., 2023) and its names. The zeros that it logs where there is nothing to denoise are kept.
+    """
+
+    # With semantic_ce_loss MaskDINO matches by sigmoids all the same.
+    mixes_classifications = True
+
+    @reported("SetCriterion")
+    def __init__(
+        self,
+        num_classes: int,
+        matcher: Callable[[Outputs, Targets], Pairs],
+        weight_dict: Mapping[str, float],
+        eos_coef: float,
+        losses: Sequence[str],
+        num_points: int = PointSampling.num_points,
+        oversample_ratio: float = PointSampling.oversample_ratio,
+        importance_sample_ratio: float = PointSampling.importance_ratio,
+        dn: str = "no",
+        dn_losses: Sequence[str] = (),
+        panoptic_on: bool = False,
+        semantic_ce_loss: bool = False,
+        **options: Any,
+    ) -> None:
+        for name in dn_losses:
+            detr.check_loss(name)
+        if dn not in ("no", *_DENOISED):
+            raise Cause(f"dn must be one of no, {', '.join(_DENOISED)}", f"dn={dn!r}", "'no' switches denoising off")
+        points = (num_points, oversample_ratio, importance_sample_ratio)
+        classification = "softmax" if semantic_ce_loss else "focal"
+        given = (num_classes, matcher, weight_dict, eos_coef, losses, *points)
+        super().__init__(*given, classification=classification, **options)
+        self.dn, self.dn_losses, self.panoptic_on = dn, list(dn_losses), panoptic_on
+
+    @reported("SetCriterion")
+    def forward(
+        self, outputs: Outputs, targets: Targets, mask_dict: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Match all layers and compute their losses, and those of the denoised queries.
+
+        Args:
+            outputs: see `detr.SetCriterion`.
+            targets: see `detr.SetCriterion`.
+            mask_dict: what MaskDINO's decoder returns along with the outputs: "output_known_lbs_bboxes" (the outputs
+                of the denoised queries), "scalar" (how often each target was noised) and "pad_size" (their number).
+
+        Returns:
+            The losses of `detr.SetCriterion`; with denoising those with "_dn", and "_dn_0" ... of the other layers.
+
+        Raises:
+            MaskLossError: wrong or missing outputs or targets.
+        """
+        step = detr.begin(outputs, targets)
+        losses = self.matched_losses(outputs, targets, step)
+        if self.dn == "no":
+            return losses
+        others = range(0 if "interm_outputs" in outputs else 1, len(outputs.get("aux_outputs", ())))
+        if mask_dict is None:
+            zero = outputs["pred_logits"].new_zeros(())
+            suffixes = ["_dn", *(f"_dn_{i}" for i in others)]
+            return losses | {f"{name}{suffix}": zero.clone() for suffix in suffixes for name in _DENOISED[self.dn]}
+        known = mask_dict["output_known_lbs_bboxes"]
+        layers = {"_dn": known} | {f"_dn_{i}": known["aux_outputs"][i] for i in others}
+        return losses | self._denoised(layers, targets, step, mask_dict["scalar"], mask_dict["pad_size"])
+
+    def _denoised(
+        self, layers: Mapping[str, Outputs], targets: Targets, step: Step, times: int, size: int
+    ) -> dict[str, Tensor]:
+        """Compute the losses of queries made from targets: query s * size / times + t is target t, noised anew."""
+        if size % times:
+            raise Cause(
+                "pad_size must be a multiple of scalar", f"pad_size={size}, scalar={times}", "see MaskDINO's decoder"
+            )
+        counts, device = step.targets.num_targets, step.labels.device
+        rows = [
+            (layer, image, copy * (size // times) + target, copy * count + target)
+            for layer in range(len(layers))
+            for image, count in enumerate(counts)
+            for copy in range(times)
+            for target in range(count)
+        ]
+        index = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).to(device, non_blocking=True)
+        repeated = repeat_targets(step.targets, times)
+        labels = torch.cat([part.repeat(times) for part in step.labels.split(list(counts))])
+        known = Step(repeated, labels, step.image_ids, step.seed)
+        matches = Matches(index, (len(repeated),) * len(layers), size, repeated.num_targets)
+        count = mean_count(float(len(step.targets)), device) * times
+        return self.losses_of(self.dn_losses, layers, matches, targets, known, count)
+
+    def has_box(self, labels: Tensor) -> Tensor:
+        """Tell which classes' boxes count in the loss."""
+        return labels < NUM_THINGS if self.panoptic_on else super().has_box(labels)

@@ -1,0 +1,274 @@
+"""The criteria with DETR's convention, against Transformers on the same points and against formulas."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from integrations import tiny
+from integrations.forced import answered, recorded
+from maskloss import MaskLossError, MaskTargets
+from maskloss.integrations import _boxes, detr, maskdino
+
+WEIGHTS = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+POINTS = 64
+
+
+def outputs_of(*, queries: int = 6, classes: int = tiny.CLASSES + 1, auxiliary: int = 2, boxes: bool = False) -> Any:
+    generator = torch.Generator().manual_seed(3)
+
+    def one() -> dict[str, Tensor]:
+        layer = {
+            "pred_logits": torch.randn(2, queries, classes, generator=generator),
+            "pred_masks": torch.randn(2, queries, 16, 16, generator=generator) * 2,
+        }
+        if boxes:
+            layer["pred_boxes"] = torch.rand(2, queries, 4, generator=generator) * 0.5 + 0.2
+        return {name: value.requires_grad_() for name, value in layer.items()}
+
+    return one() | {"aux_outputs": [one() for _ in range(auxiliary)]}
+
+
+def targets_of(*, boxes: bool = False) -> list[dict[str, Any]]:
+    masks = tiny.blobs()
+    columns = zip(masks, tiny.labels_of(masks), tiny.boxes_of(masks), strict=True)
+    return [{"masks": m, "labels": c} | ({"boxes": b} if boxes else {}) for m, c, b in columns]
+
+
+def mask2former_criterion(**options: Any) -> detr.SetCriterion:
+    matcher = detr.HungarianMatcher(2.0, 5.0, 5.0, POINTS, backend=options.get("backend"))
+    return detr.SetCriterion(tiny.CLASSES, matcher, WEIGHTS, 0.1, ["labels", "masks"], POINTS, 3.0, 0.75, **options)
+
+
+def test_agrees_with_transformers_on_the_same_points(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    modeling = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
+    config = transformers.Mask2FormerConfig(num_labels=tiny.CLASSES, train_num_points=POINTS)
+    outputs, targets = outputs_of(), targets_of()
+    leaves = [outputs["pred_logits"], outputs["pred_masks"], *(v for a in outputs["aux_outputs"] for v in a.values())]
+    with recorded(monkeypatch) as recorder:
+        losses = mask2former_criterion(backend=backend)(outputs, targets)
+    # maskloss has the final layer first here, as Transformers has.
+    with answered(monkeypatch, recorder, final_first=False, shared=False):
+        theirs = modeling.Mask2FormerLoss(config, {})(
+            outputs["pred_masks"],
+            outputs["pred_logits"],
+            [t["masks"] for t in targets],
+            [t["labels"] for t in targets],
+            [
+                {"masks_queries_logits": a["pred_masks"], "class_queries_logits": a["pred_logits"]}
+                for a in outputs["aux_outputs"]
+            ],
+        )
+    renamed = {name.replace("loss_cross_entropy", "loss_ce"): value for name, value in theirs.items()}
+    assert losses.keys() == renamed.keys()
+    for name, value in losses.items():
+        torch.testing.assert_close(value, renamed[name], rtol=1e-5, atol=1e-7)
+    ours = torch.autograd.grad(sum(losses.values()), leaves)
+    for mine, other in zip(ours, torch.autograd.grad(sum(renamed.values()), leaves), strict=True):
+        assert float((mine - other).norm()) <= 1e-5 * float(other.norm())
+
+
+@pytest.mark.parametrize("kind", ["packed", "label map", "dense"])
+def test_takes_every_form_of_masks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    label_maps = [torch.randint(0, 4, (40, 40), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    dense = [torch.stack([m == 1, m == 3]) for m in label_maps]
+    labels = [torch.tensor([0, 2]), torch.tensor([1, 1])]
+    forms: dict[str, list[dict[str, Any]]] = {
+        "packed": [{"masks": MaskTargets.from_masks(m)} for m in dense],
+        "label map": [{"masks": m, "ids": [1, 3]} for m in label_maps],
+        "dense": [{"masks": m.float()} for m in dense],
+    }
+    outputs = outputs_of()
+    found = []
+    for form in ("dense", kind):
+        with recorded(monkeypatch):
+            targets = [entry | {"labels": c} for entry, c in zip(forms[form], labels, strict=True)]
+            found.append(mask2former_criterion()(outputs, targets))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-6, atol=0)
+
+
+def test_takes_the_code_bases_own_matcher() -> None:
+    outputs, targets = outputs_of(), targets_of()
+    seen = []
+
+    def matcher(outputs: Any, targets: Any) -> Any:
+        seen.append(sorted(outputs))
+        return [(torch.arange(len(t["labels"])) + 1, torch.arange(len(t["labels"]))) for t in targets]
+
+    criterion = detr.SetCriterion(tiny.CLASSES, matcher, WEIGHTS, 0.1, ["labels", "masks"], POINTS)
+    losses = criterion(outputs, targets)
+    assert seen[0] == ["pred_logits", "pred_masks"]
+    assert list(losses) == [f"loss_{n}{s}" for s in ("", "_0", "_1") for n in ("ce", "mask", "dice")]
+    wanted = torch.full((2, 6), tiny.CLASSES)
+    for image, target in enumerate(targets):
+        wanted[image, 1 : 1 + len(target["labels"])] = target["labels"]
+    expected = F.cross_entropy(outputs["pred_logits"].transpose(1, 2), wanted, criterion.empty_weight)
+    torch.testing.assert_close(losses["loss_ce"], expected)
+
+
+def test_extra_costs_decide_the_matching() -> None:
+    outputs, targets = outputs_of(auxiliary=0), targets_of()
+    costs = []
+    for target in targets:
+        count = len(target["labels"])
+        cost = torch.full((6, count), 1e4)
+        cost[torch.arange(count) + 2, torch.arange(count).flip(0)] = 0
+        costs.append(cost)
+    pairs = detr.HungarianMatcher(num_points=POINTS)(outputs | {"extra_costs": costs}, targets)
+    assert [q.tolist() for q, _ in pairs] == [[2, 3], [2, 3, 4]]
+    assert [t.tolist() for _, t in pairs] == [[1, 0], [2, 1, 0]]
+
+
+def test_boxes_are_part_of_cost_and_loss() -> None:
+    outputs, targets = outputs_of(auxiliary=1, boxes=True), targets_of(boxes=True)
+    for layer in (outputs, *outputs["aux_outputs"]):
+        with torch.no_grad():
+            for image, target in enumerate(targets):
+                layer["pred_boxes"][image, 1 : 1 + len(target["boxes"])] = target["boxes"]
+    matcher = detr.HungarianMatcher(0.1, 0.1, 0.1, POINTS, cost_box=100.0, cost_giou=100.0)
+    pairs = matcher(outputs, targets)
+    assert [(q - t).tolist() for q, t in pairs] == [[1, 1], [1, 1, 1]]
+    losses = detr.SetCriterion(tiny.CLASSES, matcher, {}, 0.1, ["boxes"], POINTS)(outputs, targets)
+    assert list(losses) == ["loss_bbox", "loss_giou", "loss_bbox_0", "loss_giou_0"]
+    for value in losses.values():
+        torch.testing.assert_close(value, torch.zeros(()), atol=1e-6, rtol=0)
+
+
+def test_box_terms_equal_their_formulas() -> None:
+    a, b = torch.rand(50, 4, dtype=torch.float64) * 0.5 + 0.1, torch.rand(50, 4, dtype=torch.float64) * 0.5 + 0.1
+    terms = _boxes.box_terms(a, b)
+    for one, other, l1, giou, iou in zip(a.tolist(), b.tolist(), *(t.tolist() for t in terms), strict=True):
+        low = [max(p[i] - p[i + 2] / 2 for p in (one, other)) for i in (0, 1)]
+        high = [min(p[i] + p[i + 2] / 2 for p in (one, other)) for i in (0, 1)]
+        outer_low = [min(p[i] - p[i + 2] / 2 for p in (one, other)) for i in (0, 1)]
+        outer_high = [max(p[i] + p[i + 2] / 2 for p in (one, other)) for i in (0, 1)]
+        overlap = max(high[0] - low[0], 0) * max(high[1] - low[1], 0)
+        union = one[2] * one[3] + other[2] * other[3] - overlap
+        hull = (outer_high[0] - outer_low[0]) * (outer_high[1] - outer_low[1])
+        assert l1 == pytest.approx(sum(abs(p - q) for p, q in zip(one, other, strict=True)))
+        assert iou == pytest.approx(overlap / union)
+        assert giou == pytest.approx(1 - (overlap / union - (hull - union) / hull))
+
+
+def test_sigmoid_classes_have_the_focal_loss() -> None:
+    outputs, targets = outputs_of(classes=tiny.CLASSES, auxiliary=0), targets_of()
+    matcher = detr.HungarianMatcher(num_points=POINTS, classification="focal")
+    criterion = detr.SetCriterion(tiny.CLASSES, matcher, {}, 0.1, ["labels"], POINTS, classification="focal")
+    with_fixed = detr.SetCriterion(tiny.CLASSES, lambda *_: pairs, {}, 0.1, ["labels"], POINTS, classification="focal")
+    pairs = [(torch.arange(len(t["labels"])), torch.arange(len(t["labels"]))) for t in targets]
+    hot = torch.zeros_like(outputs["pred_logits"])
+    for image, target in enumerate(targets):
+        hot[image, torch.arange(len(target["labels"])), target["labels"]] = 1
+    p, logits = outputs["pred_logits"].sigmoid(), outputs["pred_logits"]
+    right = torch.where(hot == 1, p, 1 - p)
+    weight = torch.where(hot == 1, 0.25, 0.75)
+    expected = (weight * (1 - right) ** 2 * F.binary_cross_entropy_with_logits(logits, hot, reduction="none")).sum() / 5
+    torch.testing.assert_close(with_fixed(outputs, targets)["loss_ce"], expected)
+    assert criterion(outputs, targets)["loss_ce"].isfinite()
+
+
+def test_denoised_queries_have_the_targets_they_were_made_from() -> None:
+    copies, size = 2, 6
+    outputs, targets = outputs_of(classes=tiny.CLASSES, boxes=True), targets_of(boxes=True)
+    known = outputs_of(queries=size, classes=tiny.CLASSES, boxes=True)
+    for layer in (known, *known["aux_outputs"]):
+        with torch.no_grad():
+            for image, target in enumerate(targets):
+                for copy in range(copies):
+                    first = copy * size // copies
+                    layer["pred_boxes"][image, first : first + len(target["boxes"])] = target["boxes"]
+                    layer["pred_logits"][image, first : first + len(target["boxes"])] = -50
+                    rows = torch.arange(len(target["labels"]))
+                    layer["pred_logits"][image, first + rows, target["labels"]] = 50
+            layer["pred_logits"][0, 2::3] = -50
+            layer["pred_masks"].zero_()
+    matcher = maskdino.HungarianMatcher(2.0, 5.0, 5.0, POINTS, 5.0, 2.0)
+    losses_of = ["labels", "masks", "boxes"]
+    points = (POINTS, 3.0, 0.75)
+    criterion = maskdino.SetCriterion(tiny.CLASSES, matcher, {}, 0.1, losses_of, *points, "seg", losses_of)
+    losses = criterion(outputs, targets, {"output_known_lbs_bboxes": known, "scalar": copies, "pad_size": size})
+    names = [f"loss_{n}" for n in ("ce", "mask", "dice", "bbox", "giou")]
+    assert set(losses) == {f"{n}{s}" for n in names for s in ("", "_0", "_1", "_dn", "_dn_1")}
+    for suffix in ("_dn", "_dn_1"):
+        for name in ("loss_bbox", "loss_giou", "loss_ce"):
+            assert abs(losses[name + suffix].item()) < 1e-5
+        assert losses["loss_mask" + suffix].item() == pytest.approx(0.6931, abs=1e-4)
+    nothing = criterion(outputs, targets)
+    assert nothing.keys() == losses.keys()
+    assert nothing["loss_mask_dn_1"].item() == 0
+
+
+def test_two_stages_and_panoptic_boxes() -> None:
+    outputs, targets = outputs_of(classes=100, auxiliary=1, boxes=True), targets_of(boxes=True)
+    outputs["interm_outputs"] = outputs_of(classes=100, auxiliary=0, boxes=True)
+    del outputs["interm_outputs"]["aux_outputs"]
+    targets[0]["labels"] = torch.tensor([90, 95])
+    matcher = maskdino.HungarianMatcher(2.0, 5.0, 5.0, POINTS, 5.0, 2.0, panoptic_on=True)
+    points = (POINTS, 3.0, 0.75)
+    criterion = maskdino.SetCriterion(100, matcher, {}, 0.1, ["boxes"], *points, panoptic_on=True)
+    losses = criterion(outputs, targets)
+    assert set(losses) == {f"loss_{n}{s}" for n in ("bbox", "giou") for s in ("", "_0", "_interm")}
+    targets[1]["labels"] = torch.tensor([80, 80, 80])
+    assert criterion(outputs, targets)["loss_bbox"].item() == 0
+
+
+def test_sam_3_style_focal_masks_at_points(backend: str) -> None:
+    outputs, targets = outputs_of(auxiliary=0), targets_of()
+    plain = mask2former_criterion(backend=backend)(outputs, targets)
+    focal = mask2former_criterion(backend=backend, focal_alpha=0.25, focal_gamma=2.0)(outputs, targets)
+    border = mask2former_criterion(backend=backend, padding_mode="border", target_mode="nearest")(outputs, targets)
+    assert focal["loss_mask"].item() < 0.5 * plain["loss_mask"].item()
+    assert border["loss_dice"].isfinite()
+
+
+def test_weights_and_state_are_those_of_mask2former() -> None:
+    criterion = mask2former_criterion()
+    assert list(criterion.state_dict()) == ["empty_weight"]
+    assert criterion.weight_dict == WEIGHTS
+    losses = criterion(outputs_of(), targets_of())
+    for name in losses:
+        losses[name] *= 2.0
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+
+
+ERRORS = {
+    "losses must be among labels, masks, boxes": lambda: detr.SetCriterion(3, lambda *_: [], {}, 0.1, ["cards"]),
+    "matcher and criterion must classify alike": lambda: detr.SetCriterion(
+        3, detr.HungarianMatcher(), {}, 0.1, ["labels"], classification="focal"
+    ),
+    "classification must be one of softmax, focal": lambda: detr.SetCriterion(
+        3, lambda *_: [], {}, 0.1, [], classification="hinge"
+    ),
+    "cost_box must be": lambda: detr.HungarianMatcher(cost_box=-1.0),
+    "dn must be one of no, standard, seg": lambda: maskdino.SetCriterion(3, lambda *_: [], {}, 0.1, [], dn="yes"),
+    'outputs must have "pred_masks"': lambda: mask2former_criterion()(
+        {"pred_logits": torch.zeros(2, 6, 4)}, targets_of()
+    ),
+    'dict with "labels" and "masks"': lambda: mask2former_criterion()(outputs_of(), [{}, {}]),
+    "pred_logits must have 4 entries for 3 classes": lambda: mask2former_criterion()(
+        outputs_of(classes=6), targets_of()
+    ),
+    'targets must have "boxes"': lambda: detr.HungarianMatcher(cost_box=1.0)(outputs_of(boxes=True), targets_of()),
+    "all layers must have extra_costs": lambda: mask2former_criterion()(
+        outputs_of() | {"extra_costs": [torch.zeros(6, 2), torch.zeros(6, 3)]}, targets_of()
+    ),
+    "extra_costs must be [Q, T]": lambda: detr.HungarianMatcher()(
+        outputs_of() | {"extra_costs": [torch.zeros(6, 3), torch.zeros(6, 3)]}, targets_of()
+    ),
+    "pad_size must be a multiple of scalar": lambda: maskdino.SetCriterion(
+        4, detr.HungarianMatcher(num_points=POINTS, classification="focal"), {}, 0.1, [], POINTS, dn="seg"
+    )(outputs_of(), targets_of(), {"output_known_lbs_bboxes": outputs_of(), "scalar": 4, "pad_size": 6}),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_say_what_is_wrong(message: str) -> None:
+    with pytest.raises(MaskLossError, match=re.escape(message)):
+        ERRORS[message]()

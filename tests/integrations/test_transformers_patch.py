@@ -1,0 +1,269 @@
+"""Patching: what it changes, that it can be undone, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import pickle
+import re
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from integrations import tiny
+from maskloss import MaskLossError, MaskTargets
+from maskloss.integrations.transformers import patch
+from maskloss.integrations.transformers.families import FAMILIES
+from maskloss.integrations.transformers.universal import PointCriterion
+
+transformers = pytest.importorskip("transformers")
+
+INSTALLED = [family for family in FAMILIES if family.is_installed()]
+FOLDERS = {
+    "Mask2Former": "mask2former",
+    "OneFormer": "oneformer",
+    "EoMT": "eomt",
+    "EoMT-DINOv3": "eomt_dinov3",
+    "VidEoMT": "videomt",
+    "RF-DETR segmentation": "rf_detr",
+}
+
+
+def library() -> dict[str, Any]:
+    """Every class and function in the modules of the supported models, and the methods of those that matter."""
+    found: dict[str, Any] = {}
+    for family in INSTALLED:
+        module = importlib.import_module(family.path)
+        found |= {f"{family.path}.{name}": value for name, value in vars(module).items()}
+        for name in (family.model, family.criterion):
+            if name is not None:
+                found |= {f"{family.path}.{name}.{k}": v for k, v in vars(getattr(module, name)).items()}
+    mapping = importlib.import_module("transformers.loss.loss_utils").LOSS_MAPPING
+    return found | {f"LOSS_MAPPING.{name}": value for name, value in mapping.items()}
+
+
+def changed(before: dict[str, Any]) -> list[str]:
+    after = library()
+    different = [name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)]
+    # What Transformers remembers about a class when its first model is built.
+    return [name for name in different if not name.endswith("_cached_value")]
+
+
+def is_patched(model: Any) -> bool:
+    return isinstance(getattr(model, "criterion", None), PointCriterion) or "_loss_function" in vars(model)
+
+
+@pytest.fixture(params=tiny.BUILDERS)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name not in {FOLDERS[f.name] for f in INSTALLED}:
+        pytest.skip(f"this Transformers has no {name}")
+    return name
+
+
+def test_a_model_is_patched_and_undone(family: str) -> None:
+    before, model = library(), tiny.BUILDERS[family]()
+    names, parts = list(model.state_dict()), dict(model.named_modules())
+    classes, attributes = {n: type(m) for n, m in parts.items()}, {n: set(vars(m)) for n, m in parts.items()}
+    parameters = list(model.parameters())
+    handle = patch(model)
+    assert changed(before) == []
+    assert is_patched(model)
+    assert list(model.state_dict()) == names
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert all(isinstance(m, classes[n]) for n, m in model.named_modules())
+    assert FOLDERS[handle.families[0]] == family
+    handle.undo()
+    handle.undo()
+    assert not is_patched(model)
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+    assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
+    assert repr(handle) == "Patch(undone)"
+
+
+def test_models_built_while_the_patch_is_on_are_patched(family: str) -> None:
+    before, early = library(), tiny.BUILDERS[family]()
+    with patch() as handle:
+        assert {FOLDERS[name] for name in handle.families} == {FOLDERS[f.name] for f in INSTALLED}
+        inside = tiny.BUILDERS[family]()
+        assert is_patched(inside)
+        assert not is_patched(early)
+        assert sorted(changed(before)) == sorted(f"{f.path}.{f.model}.__init__" for f in INSTALLED)
+    assert changed(before) == []
+    assert not is_patched(inside)
+    assert not is_patched(tiny.BUILDERS[family]())
+
+
+def test_a_patch_is_undone_after_an_error() -> None:
+    before = library()
+    with pytest.raises(KeyError), patch():
+        raise KeyError
+    assert changed(before) == []
+
+
+def test_a_patch_keeps_no_model_alive() -> None:
+    with patch():
+        model = tiny.mask2former()
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None
+
+
+def test_wrapped_models_are_found() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleList([tiny.mask2former(), nn.Linear(2, 2)])
+
+    wrapper = Wrapper()
+    with patch(wrapper):
+        assert is_patched(wrapper.inner[0])
+
+
+def test_copies_and_pickles_of_a_patched_model_are_patched(family: str) -> None:
+    model = tiny.BUILDERS[family]()
+    with patch(model, backend="reference"):
+        batch = tiny.batch_for(family)
+        tiny.run(model, family, batch)
+        again = copy.deepcopy(model)
+        assert is_patched(again)
+        # Not the whole model: Transformers hangs local functions into some.
+        if family == "rf_detr":
+            again._loss_function = pickle.loads(pickle.dumps(model._loss_function))
+        else:
+            again.criterion = pickle.loads(pickle.dumps(model.criterion))
+        assert is_patched(again)
+        loss, _ = tiny.run(again, family, batch)
+        assert loss.isfinite().all()
+
+
+def test_checkpoints_load_both_ways() -> None:
+    plain, patched = tiny.mask2former(), tiny.mask2former()
+    with patch(patched):
+        patched.load_state_dict(plain.state_dict())
+        plain.load_state_dict(patched.state_dict())
+
+
+def test_pretrained_models_load_into_the_patch(tmp_path: Any) -> None:
+    tiny.mask2former().save_pretrained(tmp_path)
+    kind = tiny.model_class("mask2former", "Mask2FormerForUniversalSegmentation")
+    with patch():
+        # Another number of labels: Transformers makes the criterion's buffer anew.
+        model = kind.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)  # type: ignore[attr-defined]
+        assert is_patched(model)
+        batch = tiny.batch_for("mask2former")
+        tiny.run(model, "mask2former", batch)[0].backward()
+    torch.testing.assert_close(model.criterion.empty_weight, torch.tensor([1.0] * 5 + [0.1]))
+
+
+def test_class_weights_of_a_checkpoint_count() -> None:
+    model, batch = tiny.mask2former(), tiny.batch_for("mask2former")
+    with patch(model):
+        terms = tiny.run(model, "mask2former", batch)[1]
+        model.criterion.empty_weight[:] = torch.tensor([5.0, 1.0, 0.2, 0.7])
+        changed = tiny.run(model, "mask2former", batch)[1]
+    assert terms["loss_cross_entropy@0"] != changed["loss_cross_entropy@0"]
+
+
+@pytest.mark.parametrize("kind", ["packed images", "packed batch", "label maps", "bool", "one tensor"])
+def test_mask_labels_in_other_forms(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = [torch.randint(0, 5, (64, 64), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    dense = [torch.stack([(m == i).float() for i in (1, 4)]) for m in maps]
+    packed = [MaskTargets.from_masks(m) for m in dense]
+    forms: dict[str, Any] = {
+        "packed images": packed,
+        "packed batch": MaskTargets.cat(packed),
+        "label maps": [(m, [1, 4]) for m in maps],
+        "bool": [m.bool() for m in dense],
+        "one tensor": torch.stack(dense),
+    }
+    model, batch = tiny.BUILDERS[family](), tiny.batch_for(family, dense)
+    monkeypatch.setattr("maskloss.integrations._layers.draw_seed", lambda: torch.tensor(5))
+    with patch(model):
+        expected, _ = tiny.run(model, family, batch)
+        if family == "rf_detr":
+            if kind in ("packed batch", "one tensor"):
+                pytest.skip("RF-DETR has one dict per image")
+            for entry, masks in zip(batch["labels"], forms[kind], strict=True):
+                entry |= {"masks": masks[0], "ids": masks[1]} if kind == "label maps" else {"masks": masks}
+        else:
+            batch["mask_labels"] = forms[kind]
+        loss, _ = tiny.run(model, family, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def test_masks_are_packed_once_for_all_layers_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not FAMILIES[2].is_installed():
+        pytest.skip("this Transformers has no EoMT")
+    made = []
+    inner = MaskTargets.from_masks
+    monkeypatch.setattr(MaskTargets, "from_masks", staticmethod(lambda *a, **k: made.append(1) or inner(*a, **k)))
+    model, batch = tiny.eomt(), tiny.batch_for("eomt")
+    with patch(model):
+        tiny.run(model, "eomt", batch)
+        assert len(made) == 1
+        batch["mask_labels"][0][0, :5] = 1
+        tiny.run(model, "eomt", batch)
+    assert len(made) == 2
+
+
+def _patched_twice() -> None:
+    model = tiny.mask2former()
+    patch(model)
+    patch(model)
+
+
+def _all_patched_twice() -> None:
+    with patch():
+        patch()
+
+
+def _other_criterion() -> None:
+    model: Any = tiny.mask2former()
+    model.criterion = type("MyLoss", (type(model.criterion),), {})(model.config, model.weight_dict)
+    patch(model)
+
+
+def _maskformer() -> None:
+    config = transformers.MaskFormerConfig(
+        backbone_config=tiny.swin(), decoder_config=transformers.DetrConfig(d_model=32, decoder_layers=1)
+    )
+    patch(transformers.MaskFormerForInstanceSegmentation(config))
+
+
+ERRORS = {
+    "supported: Mask2Former (Mask2FormerForUniversalSegmentation), OneFormer": lambda: patch(nn.Linear(2, 2)),
+    "backend must be one of reference, cpu, gpu": lambda: patch(tiny.mask2former(), backend="tpu"),
+    "the model must not be patched already": _patched_twice,
+    "the models must not be patched already": _all_patched_twice,
+    "the criterion must be Transformers' own Mask2FormerLoss": _other_criterion,
+    "MaskFormer's loss covers every pixel": _maskformer,
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_what_cannot_be_patched_is_refused(message: str) -> None:
+    before = library()
+    with pytest.raises(MaskLossError, match=re.escape(message)):
+        ERRORS[message]()
+    assert changed(before) == []
+
+
+def test_wrong_targets_are_refused() -> None:
+    model, batch = tiny.mask2former(), tiny.batch_for("mask2former")
+    with patch(model):
+        wrong = {
+            "masks and labels must pair up": {"class_labels": [torch.tensor([0]), torch.tensor([0, 1, 2])]},
+            "labels must lie in [0, 3)": {"class_labels": [torch.tensor([0, 3]), torch.tensor([0, 1, 2])]},
+            "the masks of an image must be": {"mask_labels": ["mask", "mask"]},
+            "the same number of images": {"mask_labels": batch["mask_labels"][:1]},
+        }
+        for message, change in wrong.items():
+            with pytest.raises(MaskLossError, match=re.escape(message)) as error:
+                model(**(batch | change))
+            assert "maskloss in Transformers" in str(error.value)
