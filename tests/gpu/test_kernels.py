@@ -1,0 +1,427 @@
+"""The Triton kernels against the reference: on a GPU, or on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
+
+`test_interpreter.py` runs this file under the interpreter. Sizes are small because an interpreted program takes a good
+part of a second; blocks are made smaller still in some cases, so that every loop runs more than once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from maskloss.ops import reference
+from maskloss.targets import MaskTargets
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")] + [pytest.mark.gpu] * (not INTERPRETED)
+
+pytest.importorskip("triton")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration. `sampling` is P, K and the number of uncertain points."""
+
+    dtype: torch.dtype = torch.float32
+    sizes: tuple[tuple[int, int], ...] = ((13, 9),)
+    frame: tuple[int, int] = (21, 30)
+    targets: str = "bits"
+    sampling: tuple[int, int, int] = (123, 369, 92)
+    padding: str = "zeros"
+    target_mode: str = "bilinear"
+    focal: tuple[float, float] = (-1.0, -1.0)
+    extra: bool = False
+    given: bool = False
+    rows: tuple[tuple[int, int, int, int], ...] = ((0, 0, 1, 1), (0, 1, 0, 0))
+
+    def options(self) -> tuple[Any, ...]:
+        return (self.padding, self.target_mode, *self.focal)
+
+
+# Each option once at least, in company with as many others as possible.
+CASES = {
+    "plain": Case(),
+    "one plane twice": Case(rows=((0, 0, 1, 0), (0, 0, 1, 1)), sampling=(33, 99, 24)),
+    "bfloat16, ignored pixels, windows": Case(torch.bfloat16, extra=True),
+    "float16, soft float16": Case(torch.float16, targets="values float16", sizes=((7, 123),), sampling=(40, 120, 30)),
+    "float64, focal": Case(torch.float64, focal=(-1.0, 1.5), targets="labels int64", sampling=(40, 120, 30)),
+    "border, nearest, focal": Case(
+        padding="border", target_mode="nearest", focal=(0.25, 2.0), targets="labels uint8", sampling=(7, 21, 5)
+    ),
+    "border, soft bfloat16": Case(padding="border", targets="values bfloat16", sampling=(64, 192, 48)),
+    "no uncertain points, nearest, soft": Case(
+        target_mode="nearest", targets="values float32", sampling=(20, 60, 0), extra=True
+    ),
+    "one point, one pixel": Case(sampling=(1, 3, 0), sizes=((1, 1),), frame=(1, 1), targets="labels int16"),
+    "one candidate": Case(sampling=(1, 1, 1), sizes=((1, 7),), frame=(3, 1), focal=(0.6, 0.0)),
+    "all uncertain, no oversampling": Case(sampling=(50, 50, 50), targets="labels int32", focal=(0.25, 3.0)),
+    "given points": Case(given=True, sampling=(60, 180, 45), extra=True, padding="border"),
+    "given points, nearest": Case(given=True, sampling=(60, 180, 45), target_mode="nearest", targets="values float64"),
+    "two layers of different sizes": Case(
+        sizes=((5, 6), (9, 4)), rows=((0, 1, 1, 0), (1, 0, 0, 2)), sampling=(30, 90, 22), focal=(-1.0, 1.0)
+    ),
+    "two layers together": Case(torch.bfloat16, sizes=((5, 6), (5, 6)), rows=((1, 1, 1, 0), (1, 0, 0, 2))),
+}
+
+
+class Inputs:
+    """The tensors of a case, and the operations called with them."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.targets = _targets(case).to(DEVICE)
+        self.logits = [_logits(case, size) for size in case.sizes]
+        self.index = torch.tensor(case.rows, dtype=torch.int64).reshape(-1, 4).to(DEVICE)
+        self.layer_sizes = [sum(row[0] == layer for row in case.rows) for layer in range(len(case.sizes))]
+        self.image_ids = torch.tensor([7, 2**32 + 3], device=DEVICE)
+        self.seed = torch.tensor(-(2**61) + 987654321)
+        self.points = None
+        if case.given:
+            points = torch.rand(len(case.rows), 2, case.sampling[0]).transpose(1, 2) * 1.4 - 0.2
+            points[0, 0], points[0, 1, 0], points[-1, 2] = 1.0, -50.0, 0.0
+            self.points = points.to(DEVICE)
+
+    def exact(self) -> Inputs:
+        """The same points on float64 logits."""
+        other = Inputs.__new__(Inputs)
+        other.__dict__.update(self.__dict__)
+        if self.points is None:
+            other.points = self.drawn(reference)
+        other.logits = [layer.double() for layer in self.logits]
+        return other
+
+    def drawn(self, ops: Any) -> Tensor:
+        windows, sampling = self.targets.windows, self.case.sampling
+        return ops.uncertain_points(
+            self.logits, self.index, self.layer_sizes, windows, self.image_ids, self.seed, *sampling, self.case.padding
+        )
+
+    def arguments(self) -> tuple[Any, ...]:
+        targets = self.targets
+        head = (self.logits, self.index, self.layer_sizes, targets.tensors, targets.encoding, self.image_ids, self.seed)
+        return (*head, self.points, *self.case.sampling, *self.case.options())
+
+    def loss(self, ops: Any) -> tuple[Tensor, ...]:
+        return ops.mask_loss(*self.arguments())
+
+    def gradients(self, ops: Any, saved: tuple[Tensor, ...], needed: list[bool] | None = None) -> list[Tensor]:
+        weight = torch.linspace(0.5, 1.5, len(self.index), device=DEVICE, dtype=saved[0].dtype)
+        needed = needed or [True] * len(self.logits)
+        return ops.mask_loss_backward(weight, 2 - weight, *saved[2:], needed, *self.arguments())
+
+    def costs(self, ops: Any, num_points: int) -> tuple[Tensor, Tensor]:
+        t = self.targets
+        return ops.match_cost(
+            self.logits, t.tensors, t.encoding, t.num_targets, self.image_ids, self.seed, num_points,
+            *self.case.options(),
+        )  # fmt: skip
+
+
+def _logits(case: Case, size: tuple[int, int]) -> Tensor:
+    """Strided in every dimension, and larger than what is read of it."""
+    height, width = size
+    whole = (torch.randn(3, width, 2, height, 2) * 3).to(case.dtype).to(DEVICE)
+    return whole.permute(2, 0, 3, 1, 4)[..., 0][:, :2]
+
+
+def _targets(case: Case) -> MaskTargets:
+    kind, _, dtype = case.targets.partition(" ")
+    height, width = case.frame
+    images = []
+    for count in (2, 3):
+        options: dict[str, Any] = {}
+        if case.extra:
+            options["ignore"] = torch.rand(height, width) > 0.6
+            options["canvas"] = (height + 3, width + 1)
+            options["valid"] = (1, 2, height - 2, width - 5)
+        if kind == "labels":
+            label_map = torch.randint(5, (height, width)).to(getattr(torch, dtype))
+            images.append(MaskTargets.from_label_map(label_map, range(1, count + 1), allow_missing=True, **options))
+        elif kind == "values":
+            images.append(
+                MaskTargets.from_masks(torch.rand(count, height, width).to(getattr(torch, dtype)), soft=True, **options)
+            )
+        else:
+            masks = torch.zeros(count, height, width, dtype=torch.bool)
+            masks[0, height // 3 :, : width // 2 + 1] = True
+            masks[1] = torch.rand(height, width) > 0.5
+            images.append(MaskTargets.from_masks(masks, **options))
+    return MaskTargets.cat(images)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The operations; what they allocate without filling it holds garbage, and no arithmetic warns."""
+    from maskloss.ops import gpu as ops
+
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        # An assertion after every addition, for integers that do not wrap; those of the random numbers must.
+        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    _fill_with_garbage(monkeypatch)
+    with np.errstate(all="ignore"):
+        yield ops
+
+
+def _fill_with_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dirty(allocate: Any) -> Any:
+        def allocated(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 113)
+
+        return allocated
+
+    monkeypatch.setattr(torch, "empty", dirty(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", dirty(torch.empty_like))
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from maskloss.ops import _gpu_choose, _gpu_match, _gpu_scatter, gpu
+
+    for module in (_gpu_choose, _gpu_match, _gpu_scatter, gpu):
+        monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(_gpu_choose, "WIDE", 128)
+
+
+def assert_no_worse(found: Tensor, plain: Tensor, exact: Tensor, tolerance: float) -> None:
+    """An error of at most the reference's own in that precision, plus a tolerance relative to the largest value."""
+    assert found.shape == plain.shape
+    assert found.dtype == plain.dtype
+    assert torch.equal(found.isfinite(), plain.isfinite())
+    if not found.numel():
+        return
+    exact = exact.double()
+    scale = float(exact.abs().nan_to_num(posinf=0, nan=0).max()) or 1.0
+    ours, theirs = (value.double().sub(exact).abs().nan_to_num(nan=0.0) for value in (found, plain))
+    assert bool((ours <= theirs + tolerance * scale).all()), (float(ours.max()), float(theirs.max()), scale)
+
+
+# Of the largest value: sums of float32 in another order; half precision rounds a gradient once (the interpreter cuts
+# off the digits of a bfloat16).
+TOLERANCE = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.bfloat16: 2**-7 if INTERPRETED else 2**-8,
+    torch.float16: 2**-10,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradient_follow_the_reference(gpu: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = Inputs(CASES[name])
+    if name in {"plain", "given points"}:
+        small_blocks(monkeypatch)
+    found, plain = inputs.loss(gpu), inputs.loss(reference)
+    exact = inputs.exact()
+    wanted = exact.loss(reference)
+    for mine, theirs, right in zip(found[:2], plain[:2], wanted[:2], strict=True):
+        assert_no_worse(mine, theirs, right, TOLERANCE[mine.dtype])
+    assert torch.equal(found[2], plain[2])  # the same candidates are chosen
+    if found[3].dtype == torch.uint8:
+        assert torch.equal(found[3], plain[3])
+    else:
+        torch.testing.assert_close(found[3], plain[3])
+    gradients = inputs.gradients(gpu, found), inputs.gradients(reference, plain), exact.gradients(reference, wanted)
+    for mine, theirs, right in zip(*gradients, strict=True):
+        assert mine.is_contiguous()
+        assert_no_worse(mine, theirs, right, TOLERANCE[mine.dtype])
+
+
+@pytest.mark.parametrize("name", ["plain", "bfloat16, ignored pixels, windows", "float64, focal"])
+def test_points_are_those_of_the_reference(gpu: Any, name: str) -> None:
+    inputs = Inputs(CASES[name])
+    assert torch.equal(inputs.drawn(gpu), inputs.drawn(reference))
+
+
+@pytest.mark.parametrize("count", [1, 37, 254, 255])
+def test_ties_go_to_the_first_candidates(gpu: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_blocks(monkeypatch)
+    inputs = Inputs(Case(sampling=(255, 255, count), rows=((0, 1, 0, 0),)))
+    inputs.logits = [layer.sign() * (layer.abs() > 1) for layer in inputs.logits]
+    assert torch.equal(inputs.drawn(gpu), inputs.drawn(reference))
+
+
+def test_scratch_memory_is_bounded(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from maskloss.ops import _gpu_launch
+
+    monkeypatch.setattr(_gpu_launch, "SCRATCH_BYTES", 1)
+    inputs = Inputs(Case(sizes=((5, 6), (5, 6)), rows=((0, 1, 1, 0), (0, 0, 0, 1), (1, 0, 0, 2)), sampling=(9, 27, 6)))
+    assert torch.equal(inputs.drawn(gpu), inputs.drawn(reference))
+
+
+def test_a_seed_on_the_device(gpu: Any) -> None:
+    inputs = Inputs(Case(sampling=(9, 27, 6)))
+    expected = inputs.drawn(gpu)
+    pointers = pytest.MonkeyPatch()
+    from maskloss.ops import _gpu_launch
+
+    with pointers.context() as patch:
+        patch.setattr(_gpu_launch, "split_seed", lambda seed: (0, seed.to(DEVICE)))
+        assert torch.equal(inputs.drawn(gpu), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_logit_that_is_not_finite_shows(gpu: Any, value: float) -> None:
+    inputs = Inputs(Case(sampling=(60, 180, 45), sizes=((9, 9),)))
+    inputs.logits[0][0, 1, 4, 4] = value
+    found, plain = inputs.loss(gpu), inputs.loss(reference)
+    assert torch.equal(found[2], plain[2])
+    for mine, theirs in zip(found[:2], plain[:2], strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+    assert not found[0][0].isfinite()
+    assert found[0][1].isfinite()
+    mine, theirs = inputs.gradients(gpu, found)[0], inputs.gradients(reference, plain)[0]
+    torch.testing.assert_close(mine, theirs, equal_nan=True, atol=1e-6, rtol=1e-5)
+    assert mine[0, 1].isnan().any()
+    assert mine[1].isfinite().all()
+
+
+def test_given_points_outside_the_map_and_nan(gpu: Any) -> None:
+    inputs = Inputs(Case(given=True, sampling=(5, 15, 3), rows=((0, 0, 0, 0),)))
+    inputs.points = torch.tensor([[[1e30, 0.5], [-1e30, 2.0], [0.5, 0.5], [1.0, 1.0], [-3.0, 0.2]]], device=DEVICE)
+    mine, theirs = inputs.loss(gpu), inputs.loss(reference)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    inputs.points[0, 0] = float("nan")
+    found = inputs.loss(gpu)
+    assert found[0].isnan().all()
+    assert inputs.gradients(gpu, found)[0].shape == inputs.logits[0].shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_gradients_are_as_good(gpu: Any, dtype: torch.dtype) -> None:
+    rows = ((0, 0, 1, 0), (0, 0, 1, 1), (0, 1, 0, 2))
+    inputs = Inputs(Case(dtype, rows=rows, sampling=(40, 120, 30)))
+    saved = inputs.loss(gpu)
+    plain, exact = inputs.gradients(reference, saved), inputs.exact()
+    wanted = exact.gradients(reference, exact.loss(reference))
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = inputs.gradients(gpu, saved)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_no_worse(found[0], plain[0], wanted[0], TOLERANCE[dtype])
+
+
+def test_layers_that_need_no_gradient(gpu: Any) -> None:
+    rows = ((0, 0, 1, 0), (1, 0, 1, 1), (2, 1, 0, 2))
+    inputs = Inputs(Case(sizes=((4, 5),) * 3, rows=rows, sampling=(10, 30, 7)))
+    saved = inputs.loss(gpu)
+    found, plain = (inputs.gradients(ops, saved, [True, False, True]) for ops in (gpu, reference))
+    assert found[1].numel() == 0
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_more_instances_than_planes(gpu: Any) -> None:
+    rows = tuple((0, image, 0, image) for image in (0, 1, 1, 0, 1))
+    inputs = Inputs(Case(torch.bfloat16, rows=rows, sampling=(6, 18, 4)))
+    inputs.logits = [layer[:, :1] for layer in inputs.logits]
+    saved = inputs.loss(gpu)
+    found, plain = inputs.gradients(gpu, saved)[0], inputs.gradients(reference, saved)[0]
+    torch.testing.assert_close(found, plain, atol=1e-3, rtol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_instances(gpu: Any, dtype: torch.dtype) -> None:
+    inputs = Inputs(Case(dtype, rows=()))
+    found = inputs.loss(gpu)
+    assert [list(part.shape) for part in found] == [list(part.shape) for part in inputs.loss(reference)]
+    assert not inputs.gradients(gpu, found)[0].any()
+    assert inputs.drawn(gpu).shape == (0, 123, 2)
+
+
+MATCHING = {
+    "plain": Case(),
+    "bfloat16, ignored pixels, windows": Case(torch.bfloat16, extra=True, sizes=((7, 123), (7, 123))),
+    "focal, border, nearest": Case(focal=(0.25, 2.0), padding="border", target_mode="nearest", sizes=((1, 7),)),
+    "float64, focal without alpha, two sizes": Case(torch.float64, focal=(-1.0, 1.5), sizes=((5, 6), (9, 4))),
+    "float16, labels": Case(torch.float16, targets="labels uint8"),
+    "soft": Case(targets="values float32", extra=True),
+}
+
+
+@pytest.mark.parametrize("name", MATCHING)
+def test_matching_costs_follow_the_reference(gpu: Any, name: str) -> None:
+    inputs = Inputs(MATCHING[name])
+    num_points = 600 if name == "plain" else 61  # enough for two parts, or less than two steps
+    exact = inputs.exact()
+    for mine, theirs, right in zip(
+        inputs.costs(gpu, num_points),
+        inputs.costs(reference, num_points),
+        exact.costs(reference, num_points),
+        strict=True,
+    ):
+        assert_no_worse(mine, theirs, right, max(TOLERANCE[mine.dtype], 0 if INTERPRETED else 1e-6))
+
+
+def test_matching_costs_of_one_point_and_many_queries(gpu: Any) -> None:
+    inputs = Inputs(Case(sizes=((4, 4),)))
+    inputs.logits = [torch.randn(2, 35, 4, 4, device=DEVICE)]
+    for mine, theirs in zip(inputs.costs(gpu, 1), inputs.costs(reference, 1), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_matching_costs_of_more_targets_than_a_tile(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from maskloss.ops import _gpu_match
+
+    monkeypatch.setattr(_gpu_match, "tile_of", lambda targets, dtype: _gpu_match.Tile(16, 16, 32, 4))
+    inputs = Inputs(Case(sizes=((4, 4),)))
+    masks = [torch.rand(19, 12, 17) > 0.5, torch.rand(0, 12, 17) > 0.5]
+    inputs.targets = MaskTargets.from_masks(masks).to(DEVICE)
+    for mine, theirs in zip(inputs.costs(gpu, 50), inputs.costs(reference, 50), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+        assert not mine[:, 1].any()
+
+
+def test_matching_costs_without_targets(gpu: Any) -> None:
+    inputs = Inputs(Case())
+    inputs.targets = MaskTargets.from_masks([torch.zeros(0, 4, 4, dtype=torch.bool)] * 2).to(DEVICE)
+    assert [cost.shape for cost in inputs.costs(gpu, 50)] == [(1, 2, 2, 0)] * 2
+
+
+def test_matching_costs_that_are_not_finite(gpu: Any) -> None:
+    inputs = Inputs(Case(sizes=((4, 4),)))
+    inputs.logits[0][0, 1] = float("nan")
+    for mine, theirs in zip(inputs.costs(gpu, 50), inputs.costs(reference, 50), strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_point_sampling(gpu: Any, mode: str, padding: str, dtype: torch.dtype) -> None:
+    maps = torch.randn(5, 3, 8).transpose(1, 2)[:, ::2].to(dtype).to(DEVICE)
+    index = torch.tensor([4, 0, 4], device=DEVICE)
+    points = (torch.rand(3, 70, 2, dtype=torch.float64) * 1.6 - 0.3).to(DEVICE)
+    points = points if dtype == torch.bfloat16 else points.float()
+    found, plain = (ops.point_sample(maps, index, points, mode, padding) for ops in (gpu, reference))
+    assert torch.equal(found, plain)
+    back, wanted = (ops.point_sample_backward(plain, maps, index, points, mode, padding) for ops in (gpu, reference))
+    torch.testing.assert_close(back, wanted, atol=1e-5, rtol=2 * torch.finfo(dtype).eps)
+
+
+def test_point_sampling_deterministic_and_empty(gpu: Any) -> None:
+    maps, index = torch.randn(2, 3, 3, device=DEVICE), torch.tensor([1, 1], device=DEVICE)
+    points = torch.rand(2, 9, 2, device=DEVICE)
+    grad = torch.randn(2, 9, device=DEVICE)
+    plain = reference.point_sample_backward(grad, maps, index, points, "bilinear", "zeros")
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = gpu.point_sample_backward(grad, maps, index, points, "bilinear", "zeros")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found, plain)
+    assert gpu.point_sample(maps, index[:0], points[:0], "bilinear", "zeros").shape == (0, 9)
+    assert not gpu.point_sample_backward(grad[:0], maps, index[:0], points[:0], "bilinear", "zeros").any()
