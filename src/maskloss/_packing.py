@@ -24,9 +24,14 @@ _LARGEST_TABLE = 1 << 22
 _FAR = 1 << 20
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Tell whether values may be looked at: elsewhere that stalls a device, or breaks the graph of `torch.compile`."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def pack(masks: Tensor) -> Tensor:
     """Pack masks `[..., H, W]`, non-zero inside, into bits: uint8 `[..., H, ceil(W / 8)]`, lowest bit leftmost."""
-    if masks.device.type == "cpu":
+    if on_host(masks):
         values = masks if masks.dtype in (torch.bool, torch.uint8) else masks != 0
         return torch.from_numpy(np.packbits(values.contiguous().numpy(), axis=-1, bitorder="little"))
     width = masks.shape[-1]
@@ -44,7 +49,7 @@ def crop(packed: Tensor, width: int) -> tuple[Tensor, NDArray[np.int64]]:
     """
     count, height, row = packed.shape
     place = np.zeros((count, PLACE), dtype=np.int64)
-    if packed.device.type != "cpu":
+    if not on_host(packed):
         place[:] = (0, row, 0, 0, height, width)
         place[:, 0] = np.arange(count) * (height * row)
         return packed.flatten(), place
@@ -234,7 +239,7 @@ def are_soft(images: Sequence[Tensor], soft: bool | None) -> bool:
     floats = [image for image in images if image.is_floating_point()]
     if soft is False or not floats:
         return False
-    on_cpu = [image for image in floats if image.device.type == "cpu"]
+    on_cpu = [image for image in floats if on_host(image)]
     if soft is None and len(on_cpu) == len(floats) and all(bool(((i == 0) | (i == 1)).all()) for i in floats):
         return False
     for image in on_cpu:

@@ -76,8 +76,8 @@ class MaskTargets:
             masks: `[T, H, W]` of one image, bool, uint8 (non-zero is inside) or float, or a list with one such tensor
                 per image, of any sizes.
             soft: whether float masks are soft targets in [0, 1], which are kept as they are, or binary ones, which are
-                packed (non-zero is inside). Default None: on a CPU the values decide; elsewhere float masks count as
-                soft, because looking at their values would stall the device.
+                packed (non-zero is inside). Default None: on a CPU the values decide; elsewhere, and inside
+                `torch.compile`, float masks count as soft, because looking at their values would stall the device.
             canvas: (height, width) of the padded canvas in whose top left corner the masks lie and which the
                 predictions cover. Default: the masks fill the frame.
             ignore: bool `[H, W]`, pixels whose points weigh nothing (void, crowd).
@@ -338,7 +338,7 @@ def _from_labels(labels: Tensor, ids: Tensor | Sequence[int] | None, allow_missi
     height, width = labels.shape
     place = np.zeros((len(listed), _packing.PLACE), dtype=np.int64)
     place[:] = (0, width, 0, 0, height, width)
-    if labels.device.type == "cpu":
+    if _packing.on_host(labels):
         boxes = _packing.label_boxes(labels, listed)
         missing = [number for number, box in zip(listed, boxes, strict=True) if not box[2]]
         if missing and not allow_missing:

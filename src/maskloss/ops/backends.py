@@ -54,6 +54,10 @@ def choose_backend(device: torch.device, requested: str | None = None) -> str:
     return wanted
 
 
+# What `torch.compiler.assume_constant_result` sets, without importing the compiler: the choice is made while tracing.
+choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def check_backend(name: object) -> None:
     """Refuse a name that is no backend's."""
     if name not in BACKENDS:
