@@ -89,14 +89,18 @@ def read_pixel(data, encoding, row, y, x):
     return _read_value(data, encoding, start + x)
 
 
-@helper()
+@helper(forceinline=True)
 def _bits_around(start, stride, y, x):
-    """The code of the four pixels from (y, x) on, all of them inside the crop that begins at address `start`."""
-    left, right = np.uintp(x >> 3), np.uintp((x + 1) >> 3)
-    upper = at(start + y * stride, 0, np.uint8)
-    lower = at(start + y * stride + stride, 0, np.uint8)
-    code = ((upper[left] >> (x & 7)) & 1) | (((upper[right] >> ((x + 1) & 7)) & 1) << 1)
-    return _I32(code | (((lower[left] >> (x & 7)) & 1) << 2) | (((lower[right] >> ((x + 1) & 7)) & 1) << 3))
+    """The code of the four pixels from (y, x) on, x at least 7, inside the crop that begins at address `start`.
+
+    Two bytes hold both pixels of a row. They are the one with the right pixel and the one before it, so that nothing
+    behind the last row is read.
+    """
+    byte = ((x + 1) >> 3) - 1
+    shift = np.uint32(x - 8 * byte)
+    upper = np.uint32(at(start + y * stride + byte, 1, np.uint16)[0])
+    lower = np.uint32(at(start + y * stride + stride + byte, 1, np.uint16)[0])
+    return _I32(((upper >> shift) & np.uint32(3)) | (((lower >> shift) & np.uint32(3)) << np.uint32(2)))
 
 
 @helper()
@@ -136,7 +140,7 @@ def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t,
             v += 1
             lower = _mix(read_pixel(data, encoding, row, v, u), read_pixel(data, encoding, row, v, u + 1), t, fx[k])
             fx[k], index[k] = upper + fy[k] * (lower - upper), 0
-        elif encoding == BITS and 0 <= v < bottom and 0 <= u < right:
+        elif encoding == BITS and 0 <= v < bottom and 7 <= u < right:
             index[k] = _bits_around(start, stride, v, u)
         else:
             code = read_pixel(data, encoding, row, v, u) + 2.0 * read_pixel(data, encoding, row, v, u + 1)
