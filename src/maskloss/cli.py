@@ -81,9 +81,12 @@ def _add_train(commands: Commands) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=shown, metavar="…")
     parser.add_argument("--out", type=Path, help="folder to write; default: runs/<time>%(default).0s", metavar="…")
     parser.add_argument(
-        "--evaluate", type=Path, help="score this checkpoint instead of training%(default).0s", metavar="…"
+        "--evaluate",
+        type=Path,
+        help="score this checkpoint instead of training; takes --data only%(default).0s",
+        metavar="…",
     )
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run=_train, refuse=parser.error)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -92,6 +95,9 @@ def _train(options: argparse.Namespace) -> int:
 
     console = require("rich.console", "train").Console(highlight=False)
     if options.evaluate is not None:
+        defaults = TrainConfig().as_dict() | {"data": options.data}
+        if options.out or any(getattr(options, name) != default for name, default in defaults.items()):
+            options.refuse("--evaluate goes with --data only: a checkpoint knows how it was trained")
         _, _, evaluation = evaluate_checkpoint(options.evaluate, options.data)
         console.print(f"{_scores(evaluation)}  on {evaluation.scenes} held-out scenes")
         return 0
@@ -125,7 +131,7 @@ def _progress(console: Console, steps: int) -> Iterator[Listener]:
         rich.TimeRemainingColumn(compact=True),
     ]
     with rich.Progress(*columns, console=console) as bar:
-        task = bar.add_task("Training", total=steps, terms="[dim]compiling")
+        task = bar.add_task("Training", total=steps, terms="[dim]starting")
 
         def on_step(progress: Progress) -> None:
             names = {"class": "loss_class", "mask": "loss_mask", "dice": "loss_dice"}
@@ -136,7 +142,7 @@ def _progress(console: Console, steps: int) -> Iterator[Listener]:
             step, scores = at
             bar.console.print(f"step {step:>5}  {_scores(scores)}")
 
-        yield Listener(on_step, on_evaluation, lambda text: bar.update(task, description=text))
+        yield Listener(on_step, on_evaluation, lambda text: bar.update(task, description=text, terms=""))
 
 
 # ---------------------------------------------------------------------------------------------------------------- bench

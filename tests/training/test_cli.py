@@ -56,6 +56,13 @@ def test_an_option_that_does_not_exist(capsys):
     assert stopped.value.code == 2 and "--colour" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [["--steps", "5"], ["--out", "there"]])
+def test_evaluating_takes_no_options_of_training(option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--evaluate", "model.safetensors", *option])
+    assert stopped.value.code == 2 and "--evaluate goes with --data only" in capsys.readouterr().err
+
+
 def test_a_missing_package_is_named(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
     assert main(["train", *SHORT, "--out", str(tmp_path)]) == 2

@@ -186,8 +186,8 @@ def _read_image(path: Path, entry: Entry, size: int) -> Tensor:
             image = opened.convert("RGB")
     except FileNotFoundError:
         raise Cause("every image must be there", f"there is no file {path}", _LAYOUT) from None
-    except pillow.UnidentifiedImageError:
-        raise Cause("every image must be readable", f"{path} is no image that Pillow knows", _LAYOUT) from None
+    except OSError as error:
+        raise Cause("every image must be readable", f"{path}: {error}", "Pillow has to know its format") from None
     if image.size != (entry.width, entry.height):
         raise Cause(
             "annotations must give the size of the image",

@@ -109,9 +109,12 @@ def scenes(shown: Sequence[tuple[Scene, Prediction]], class_names: Sequence[str]
     """Draw scenes in threes: the image, the truth, and what was found."""
     columns = min(2, len(shown))
     rows = -(-len(shown) // columns)
-    figure = plots.new_figure(6.7 * columns, 2.38 * rows)
+    figure = plots.new_figure(6.8 * columns, 2.38 * rows)
+    # A narrow empty column after each three keeps neighbouring scenes apart.
+    grid = figure.add_gridspec(rows, 4 * columns, width_ratios=[1, 1, 1, 0.04] * columns)
     for place, (scene, prediction) in enumerate(shown):
-        axes = [figure.add_subplot(rows, 3 * columns, 3 * place + 1 + part) for part in range(3)]
+        row, column = divmod(place, columns)
+        axes = [figure.add_subplot(grid[row, 4 * column + part]) for part in range(3)]
         plots.draw_image(axes[0], scene.picture())
         _truth(axes[1], scene, class_names)
         _found(axes[2], scene, prediction, class_names)

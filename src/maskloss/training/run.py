@@ -285,7 +285,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def _machine(config: TrainConfig) -> dict[str, Any]:
     return {
-        "device": torch.cuda.get_device_name() if config.device.startswith("cuda") else platform.machine(),
+        "processor": torch.cuda.get_device_name() if config.device.startswith("cuda") else platform.machine(),
         "threads": config.threads or torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
