@@ -1,0 +1,120 @@
+"""Every operation against torch's own checks: schema, shape function, autograd registration, tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskloss import MaskTargets, ops
+
+Args = tuple[Any, ...]
+
+POINTS, CANDIDATES, UNCERTAIN = 20, 50, 12
+SEED = torch.tensor(3)
+FOCAL = (0.3, 1.5)
+# Two layers of different sizes, two images, three queries; (layer, image, query, target) sorted by layer.
+INDEX = torch.tensor([[0, 0, 2, 1], [0, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1], [1, 1, 2, 0]])
+LAYER_SIZES, IMAGE_IDS = (2, 3), torch.tensor([7, 8])
+
+
+def layers(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(2, 3, *size, dtype=dtype).requires_grad_() for size in ((5, 8), (9, 4))]
+
+
+def targets(encoding: str) -> MaskTargets:
+    masks = [torch.rand(2, 11, 13) > 0.5, torch.rand(1, 6, 7) > 0.5]
+    if encoding == "labels":
+        return MaskTargets.cat([MaskTargets.from_label_map(each[0].int(), [0, 1][: len(each)]) for each in masks])
+    soft = [each * 0.7 for each in masks] if encoding == "values" else masks
+    ignore = torch.rand(6, 7) > 0.7
+    return MaskTargets.cat([MaskTargets.from_masks(soft[0]), MaskTargets.from_masks(soft[1], ignore=ignore)])
+
+
+def point_sample(backend: str, mode: str = "bilinear") -> Args:
+    index = torch.tensor([1, 0, 1])
+    return torch.randn(2, 5, 8, requires_grad=True), index, torch.rand(3, POINTS, 2), mode, "zeros", backend
+
+
+def point_sample_backward(backend: str) -> Args:
+    maps, *rest = point_sample(backend)
+    return torch.randn(3, POINTS), maps.detach(), *rest
+
+
+def uncertain_points(backend: str, num_uncertain: int = UNCERTAIN) -> Args:
+    windows = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.2, 0.3, 0.5, 0.5]])
+    sampling = (POINTS, CANDIDATES, num_uncertain)
+    plain = [layer.detach() for layer in layers()]
+    return plain, INDEX, LAYER_SIZES, windows, IMAGE_IDS, SEED, *sampling, "border", backend
+
+
+def mask_loss(backend: str, encoding: str = "bits", *, given: bool = False, dtype: torch.dtype = torch.float32) -> Args:
+    packed = targets(encoding)
+    points = torch.rand(len(INDEX), POINTS, 2) if given else None
+    sampling, modes = (POINTS, CANDIDATES, UNCERTAIN), ("zeros", "bilinear")
+    return (
+        *(layers(dtype), INDEX, LAYER_SIZES, packed.tensors, packed.encoding, IMAGE_IDS, SEED, points),
+        *(*sampling, *modes, *FOCAL, backend),
+    )
+
+
+def mask_loss_backward(backend: str, encoding: str = "bits") -> Args:
+    logits, *rest = mask_loss(backend, encoding)
+    plain = [layer.detach() for layer in logits]
+    _, _, chosen, corners = ops.mask_loss(plain, *rest)
+    return torch.randn(len(INDEX)), torch.randn(len(INDEX)), chosen, corners, [True, False], plain, *rest
+
+
+def match_cost(backend: str, encoding: str = "bits") -> Args:
+    packed = targets(encoding)
+    plain = [layer.detach() for layer in layers()]
+    options = (POINTS, "zeros", "nearest", *FOCAL, backend)
+    return plain, packed.tensors, packed.encoding, packed.num_targets, IMAGE_IDS, SEED, *options
+
+
+@pytest.mark.parametrize(
+    ("operation", "make"),
+    [
+        pytest.param(ops.point_sample, point_sample, id="point_sample"),
+        pytest.param(ops.point_sample, lambda backend: point_sample(backend, "nearest"), id="point_sample, nearest"),
+        pytest.param(ops._point_sample_backward, point_sample_backward, id="point_sample_backward"),
+        pytest.param(ops.uncertain_points, uncertain_points, id="uncertain_points"),
+        pytest.param(ops.uncertain_points, lambda backend: uncertain_points(backend, 0), id="uniform points"),
+        pytest.param(ops.mask_loss, mask_loss, id="mask_loss"),
+        pytest.param(ops.mask_loss, lambda backend: mask_loss(backend, "labels"), id="mask_loss, label maps"),
+        pytest.param(ops.mask_loss, lambda backend: mask_loss(backend, "values"), id="mask_loss, soft"),
+        pytest.param(ops.mask_loss, lambda backend: mask_loss(backend, given=True), id="mask_loss, given points"),
+        pytest.param(
+            ops.mask_loss, lambda backend: mask_loss(backend, "values", dtype=torch.bfloat16), id="mask_loss, bfloat16"
+        ),
+        pytest.param(ops._mask_loss_backward, mask_loss_backward, id="mask_loss_backward"),
+        pytest.param(
+            ops._mask_loss_backward,
+            lambda backend: mask_loss_backward(backend, "values"),
+            id="mask_loss_backward soft",
+        ),
+        pytest.param(ops.match_cost, match_cost, id="match_cost"),
+        pytest.param(ops.match_cost, lambda backend: match_cost(backend, "labels"), id="match_cost, label maps"),
+    ],
+)
+def test_operation(backend: str, operation: Any, make: Callable[[str], Args]) -> None:
+    torch.library.opcheck(operation, make(backend))
+
+
+def test_assign() -> None:
+    labels, counts = torch.tensor([0, 1, 1, 0, 2]), (4, 0, 1)
+    torch.library.opcheck(ops.assign, (torch.rand(2, 3, 3, 4), labels, counts, 3))
+
+
+def test_every_operation_is_checked() -> None:
+    known = {
+        *("point_sample", "point_sample_backward", "uncertain_points", "match_cost", "assign"),
+        *("mask_loss", "mask_loss_backward"),
+    }
+    assert set(dir(torch.ops.maskloss)) - {"name"} >= known
+    registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
+                  if name.startswith("maskloss::")}  # fmt: skip
+    assert registered == known
