@@ -62,8 +62,9 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         MissingExtraError: matplotlib is not installed (extra `plots`).
     """
+    layout = require("matplotlib.layout_engine", "plots").ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.07)
     figure: Figure = require("matplotlib.figure", "plots").Figure(
-        figsize=(width, height), layout="constrained", facecolor="white"
+        figsize=(width, height), layout=layout, facecolor="white"
     )
     return figure
 
@@ -115,6 +116,8 @@ def draw_instances(
     masks: Tensor,
     names: Sequence[str],
     colours: Sequence[str],
+    *,
+    text_size: float = 7.5,
 ) -> None:
     """Draw instances in colour over a dimmed image, each with its name.
 
@@ -124,6 +127,7 @@ def draw_instances(
         masks: bool `[T, H, W]`, of the same picture at any resolution; a later one lies on top.
         names: what to write on each instance; an empty name is left out.
         colours: of each instance.
+        text_size: of the names, in typographic points. Default 7.5.
     """
     grey = image.mean(0, keepdim=True).expand(3, -1, -1)
     draw_image(axes, 0.16 + 0.45 * grey)
@@ -134,7 +138,7 @@ def draw_instances(
         _outline(axes, mask, colour, 1.5, "-")
     for mask, name, colour in zip(masks.cpu(), names, colours, strict=True):
         if name and mask.any():
-            _tag(axes, mask, name, colour)
+            _tag(axes, mask, name, colour, text_size)
     frame(axes, image.shape[1] / image.shape[2])
 
 
@@ -233,7 +237,7 @@ def _outline(axes: Axes, mask: Tensor, colour: str, width: float, style: str) ->
     axes.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=width, linestyles=style, zorder=2.5)
 
 
-def _tag(axes: Axes, mask: Tensor, name: str, colour: str) -> None:
+def _tag(axes: Axes, mask: Tensor, name: str, colour: str, text_size: float) -> None:
     """Write a name above the topmost pixel of a mask, or below its lowest one where there is no room above."""
     height, width = mask.shape
     rows = mask.any(1).nonzero().flatten()
@@ -246,7 +250,7 @@ def _tag(axes: Axes, mask: Tensor, name: str, colour: str) -> None:
         name,
         ha="center",
         va="bottom" if above else "top",
-        fontsize=7.5,
+        fontsize=text_size,
         fontweight="bold",
         color="#212529",
         clip_on=True,

@@ -172,13 +172,13 @@ def overview(
 ) -> Figure:
     """Draw a run at a glance, wide: the truth and what was found, the points, and the score over time."""
     shown = shown[:6]
-    figure = plots.new_figure(14.4, 4.05)
+    figure = plots.new_figure(14.4, 4.1)
     grid = figure.add_gridspec(2, 8, width_ratios=[1] * 6 + [1.05] * 2)
     for place, (scene, prediction) in enumerate(shown):
         row, column = divmod(place, 3)
         truth, found = (figure.add_subplot(grid[row, 2 * column + side]) for side in (0, 1))
-        _truth(truth, scene, class_names)
-        _found(found, scene, prediction, class_names)
+        _truth(truth, scene, class_names, text_size=6)
+        _found(found, scene, prediction, class_names, text_size=6)
         for axes, title in ((truth, "Truth"), (found, "Prediction")):
             axes.set_title(title, fontsize=9, pad=4)
     masks = held_out[last.scene].targets.dense()
@@ -192,17 +192,21 @@ def overview(
     return figure
 
 
-def _truth(axes: Axes, scene: Scene, class_names: Sequence[str]) -> None:
+def _truth(axes: Axes, scene: Scene, class_names: Sequence[str], text_size: float = 7.5) -> None:
     labels = scene.labels.tolist()
-    plots.draw_instances(axes, scene.picture(), scene.masks(), [class_names[each] for each in labels], _colours(labels))
+    names = [class_names[each] for each in labels]
+    plots.draw_instances(axes, scene.picture(), scene.masks(), names, _colours(labels), text_size=text_size)
 
 
-def _found(axes: Axes, scene: Scene, prediction: Prediction, class_names: Sequence[str]) -> None:
+def _found(
+    axes: Axes, scene: Scene, prediction: Prediction, class_names: Sequence[str], text_size: float = 7.5
+) -> None:
     found = prediction.scores >= FOUND
     # Drawn worst first, so that the best lie on top.
     labels, scores = prediction.labels[found].flip(0).tolist(), prediction.scores[found].flip(0).tolist()
     names = [f"{class_names[label]} · {100 * score:.0f}" for label, score in zip(labels, scores, strict=True)]
-    plots.draw_instances(axes, scene.picture(), prediction.masks[found].flip(0), names, _colours(labels))
+    masks = prediction.masks[found].flip(0)
+    plots.draw_instances(axes, scene.picture(), masks, names, _colours(labels), text_size=text_size)
 
 
 def _colours(labels: Sequence[int]) -> list[str]:
