@@ -21,13 +21,9 @@ patch = pytest.importorskip("maskloss.integrations.transformers").patch
 FAMILIES = ("mask2former", "oneformer", "eomt", "rf_detr")
 
 
-def build(family: str) -> Any:
-    return tiny.BUILDERS[family]().train()
-
-
 def both(family: str, masks: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, Any]:
     """The loss of the patched and of the unpatched model on the same points."""
-    model, batch, rf_detr = build(family), tiny.batch_for(family, masks), family == "rf_detr"
+    model, batch, rf_detr = tiny.build(family), tiny.batch_for(family, masks), family == "rf_detr"
     with patch(model, backend="reference"), recorded(monkeypatch, one_image=rf_detr) as recorder:
         ours, _ = tiny.run(model, family, batch)
     with answered(monkeypatch, recorder, final_first=not rf_detr, shared=rf_detr):
@@ -47,7 +43,7 @@ def test_as_in_transformers(family: str, counts: tuple[int, ...], monkeypatch: p
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_targets_at_all(family: str) -> None:
-    model, batch = build(family), tiny.batch_for(family, tiny.blobs((0, 0)))
+    model, batch = tiny.build(family), tiny.batch_for(family, tiny.blobs((0, 0)))
     theirs, _ = tiny.run(model, family, batch)
     with patch(model, backend="reference"):
         ours, terms = tiny.run(model, family, batch)
@@ -66,7 +62,7 @@ def test_masks_of_different_sizes_lie_on_one_canvas(family: str, monkeypatch: py
     """As if the user had padded them, in matching and loss alike; Transformers pads for the loss only, or fails."""
     masks = [tiny.blobs((2,), (64, 48))[0], tiny.blobs((2,), (40, 64))[0]]
     padded = [torch.nn.functional.pad(m, (0, 64 - m.shape[2], 0, 64 - m.shape[1])) for m in masks]
-    model, boxes = build(family), tiny.boxes_of(padded)
+    model, boxes = tiny.build(family), tiny.boxes_of(padded)
     losses = []
     for given in (masks, padded):
         batch = tiny.batch_for(family, given)
@@ -83,7 +79,7 @@ def test_masks_of_different_sizes_lie_on_one_canvas(family: str, monkeypatch: py
 @pytest.mark.parametrize("where", ["masks", "classes"])
 def test_a_non_finite_logit_shows_in_loss_and_gradient(family: str, value: float, where: str) -> None:
     """As in Transformers, except for RF-DETR's boxes: no exception, so that a gradient scaler can skip the step."""
-    model, batch = build(family), tiny.batch_for(family)
+    model, batch = tiny.build(family), tiny.batch_for(family)
     heads = {"masks": ("mask_embedder", "mask_embed.", "mask_head.fc3", "query_features_proj"), "classes": ("class",)}
     hit = [p for n, p in model.named_parameters() if any(head in n for head in heads[where]) and p.ndim == 1]
     for parameter in hit:
@@ -97,7 +93,7 @@ def test_a_non_finite_logit_shows_in_loss_and_gradient(family: str, value: float
 
 
 def test_non_finite_boxes_give_a_non_finite_loss() -> None:
-    model, batch = build("rf_detr"), tiny.batch_for("rf_detr")
+    model, batch = tiny.build("rf_detr"), tiny.batch_for("rf_detr")
     for name, parameter in model.named_parameters():
         if "bbox_embed" in name and parameter.ndim == 1:
             parameter.data[:] = float("nan")
@@ -109,7 +105,7 @@ def test_non_finite_boxes_give_a_non_finite_loss() -> None:
 
 def test_rf_detr_matches_one_group_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers splits the queries of evaluation into as many groups as in training, and matches each of them."""
-    model, batch = build("rf_detr").eval(), tiny.batch_for("rf_detr")
+    model, batch = tiny.build("rf_detr").eval(), tiny.batch_for("rf_detr")
     with patch(model, backend="reference"), recorded(monkeypatch) as recorder:
         tiny.run(model, "rf_detr", batch)
     assert recorder.calls[0].matches.layer_sizes == (5, 5, 5)
@@ -121,7 +117,7 @@ def test_rf_detr_matches_one_group_in_evaluation(monkeypatch: pytest.MonkeyPatch
 
 def test_rf_detr_matches_on_a_share_of_the_masks_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers takes height and width from the boxes' shape: here 2 * 12 * 4 // 4 = 24 points."""
-    model, batch = build("rf_detr"), tiny.batch_for("rf_detr")
+    model, batch = tiny.build("rf_detr"), tiny.batch_for("rf_detr")
     with patch(model, backend="reference"), recorded(monkeypatch) as recorder:
         tiny.run(model, "rf_detr", batch)
     assert recorder.calls[0].match_points == 16 * 16 // 4
@@ -130,7 +126,7 @@ def test_rf_detr_matches_on_a_share_of_the_masks_pixels(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_logits_are_summed_in_float32(family: str) -> None:
     """Transformers fails without autocast: it samples with float32 points."""
-    model, batch = build(family), tiny.batch_for(family)
+    model, batch = tiny.build(family), tiny.batch_for(family)
     exact = tiny.run(model, family, batch)[0]
     model.bfloat16()
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
@@ -143,7 +139,7 @@ def test_half_precision_logits_are_summed_in_float32(family: str) -> None:
 
 
 def test_autocast_gives_float32_losses() -> None:
-    model, batch = build("mask2former"), tiny.batch_for("mask2former")
+    model, batch = tiny.build("mask2former"), tiny.batch_for("mask2former")
     with patch(model, backend="reference"), torch.autocast("cpu", dtype=torch.bfloat16):
         loss, terms = tiny.run(model, "mask2former", batch)
     assert loss.dtype == torch.float32
@@ -153,7 +149,7 @@ def test_autocast_gives_float32_losses() -> None:
 
 def test_masks_beyond_zero_and_one_are_refused() -> None:
     """Transformers trains on masks in [0, 255] as if they were probabilities."""
-    model, batch = build("mask2former"), tiny.batch_for("mask2former", [m * 255 for m in tiny.blobs()])
+    model, batch = tiny.build("mask2former"), tiny.batch_for("mask2former", [m * 255 for m in tiny.blobs()])
     with patch(model), pytest.raises(ValueError, match=r"soft masks must lie in \[0, 1\]"):
         model(**batch)
 
@@ -169,7 +165,7 @@ def _rank(rank: int, port: int, queue: Any) -> None:
 
     PartialState(cpu=True, backend="gloo")
     torch.manual_seed(0)
-    model, masks = build("mask2former"), tiny.blobs((2, 4) if rank == 0 else (1, 4), seed=rank)
+    model, masks = tiny.build("mask2former"), tiny.blobs((2, 4) if rank == 0 else (1, 4), seed=rank)
     theirs = model.criterion.get_num_masks(tiny.labels_of(masks), device="cpu").item()
     from maskloss.integrations.transformers import universal
 

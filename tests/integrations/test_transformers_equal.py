@@ -18,16 +18,6 @@ pytest.importorskip("transformers")
 TOLERANCE = 1e-5
 
 
-def build(family: str, **options: Any) -> Any:
-    model = tiny.BUILDERS[family](**options)
-    model.train()
-    # Larger masks than a new model's, so that points are uncertain in some places and not in others.
-    for name, parameter in model.named_parameters():
-        if "mask" in name and parameter.ndim > 1:
-            parameter.data *= 2
-    return model
-
-
 def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.sum().backward()
@@ -69,7 +59,7 @@ def our_matches(
 def test_terms_gradients_and_matches_agree_on_the_same_points(
     family: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, batch = build(family), tiny.batch_for(family)
+    model, batch = tiny.build(family), tiny.batch_for(family)
     rf_detr = family == "rf_detr"
     with patch(model, backend=backend), recorded(monkeypatch, one_image=rf_detr) as recorder:
         loss, terms = tiny.run(model, family, batch)
@@ -129,7 +119,7 @@ def test_means_over_free_points_agree(family: str) -> None:
     draws = 200
     # RF-DETR: 2 images of 2 * 16 queries make Transformers match on the number of points that it means to match on.
     options = {"num_queries": 16} if family == "rf_detr" else {}
-    again = capture(model := build(family, **options), family, tiny.batch_for(family))
+    again = capture(model := tiny.build(family, **options), family, tiny.batch_for(family))
 
     def statistics() -> tuple[list[str], Tensor, Tensor]:
         torch.manual_seed(4)

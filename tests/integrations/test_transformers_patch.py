@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import importlib.util
 import pickle
 import re
 import weakref
@@ -42,8 +43,10 @@ def library() -> dict[str, Any]:
         for name in (family.model, family.criterion):
             if name is not None:
                 found |= {f"{family.path}.{name}.{k}": v for k, v in vars(getattr(module, name)).items()}
-    mapping = importlib.import_module("transformers.loss.loss_utils").LOSS_MAPPING
-    return found | {f"LOSS_MAPPING.{name}": value for name, value in mapping.items()}
+    if importlib.util.find_spec("transformers.loss") is not None:
+        mapping = importlib.import_module("transformers.loss.loss_utils").LOSS_MAPPING
+        found |= {f"LOSS_MAPPING.{name}": value for name, value in mapping.items()}
+    return found
 
 
 def changed(before: dict[str, Any]) -> list[str]:
