@@ -262,7 +262,7 @@ def _tag(axes: Axes, mask: Tensor, name: str, colour: str, text_size: float) -> 
 def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each curve's name beside its end, and push apart names that would overlap."""
     low, high = axes.get_ylim()
-    gap, last = 0.075 * (high - low), float("-inf")
+    gap, last = 0.1 * (high - low), float("-inf")
     for value, step, name, colour in sorted(ends):
         last = max(value, last + gap)
         axes.annotate(

@@ -115,11 +115,7 @@ def scenes(shown: Sequence[tuple[Scene, Prediction]], class_names: Sequence[str]
     for place, (scene, prediction) in enumerate(shown):
         row, column = divmod(place, columns)
         axes = [figure.add_subplot(grid[row, 4 * column + part]) for part in range(3)]
-        plots.draw_image(axes[0], scene.picture())
-        _truth(axes[1], scene, class_names)
-        _found(axes[2], scene, prediction, class_names)
-        for each, title in zip(axes, ("Scene", "Truth", "Prediction"), strict=True):
-            each.set_title(title, fontsize=9, pad=4)
+        _three(axes, scene, prediction, class_names, 7.5)
     return figure
 
 
@@ -170,43 +166,42 @@ def overview(
     last: Snapshot,
     held_out: Sequence[Scene],
 ) -> Figure:
-    """Draw a run at a glance, wide: the truth and what was found, the points, and the score over time."""
-    shown = shown[:6]
+    """Draw a run at a glance, wide: scenes, the truth and what was found, the points, and the scores over time."""
     figure = plots.new_figure(14.4, 4.1)
-    grid = figure.add_gridspec(2, 8, width_ratios=[1] * 6 + [1.05] * 2)
-    for place, (scene, prediction) in enumerate(shown):
-        row, column = divmod(place, 3)
-        truth, found = (figure.add_subplot(grid[row, 2 * column + side]) for side in (0, 1))
-        _truth(truth, scene, class_names, text_size=6)
-        _found(found, scene, prediction, class_names, text_size=6)
-        for axes, title in ((truth, "Truth"), (found, "Prediction")):
-            axes.set_title(title, fontsize=9, pad=4)
+    grid = figure.add_gridspec(2, 9, width_ratios=[1, 1, 1, 0.04, 1, 1, 1, 1.05, 1.05])
+    for place, (scene, prediction) in enumerate(shown[:4]):
+        row, column = divmod(place, 2)
+        _three(
+            [figure.add_subplot(grid[row, 4 * column + part]) for part in range(3)], scene, prediction, class_names, 6
+        )
     masks = held_out[last.scene].targets.dense()
     for side, target in enumerate(_largest(masks)[:2]):
-        axes = figure.add_subplot(grid[0, 6 + side])
+        axes = figure.add_subplot(grid[0, 7 + side])
         plots.draw_points(
             axes, last.logits[target], last.points[target], last.num_uncertain, target=masks[target], size=4
         )
         axes.set_title("Points of the loss", fontsize=9, pad=4)
-    _draw_scores(figure.add_subplot(grid[1, 6:]), history)
+    _draw_scores(figure.add_subplot(grid[1, 7:]), history)
     return figure
 
 
-def _truth(axes: Axes, scene: Scene, class_names: Sequence[str], text_size: float = 7.5) -> None:
-    labels = scene.labels.tolist()
-    names = [class_names[each] for each in labels]
-    plots.draw_instances(axes, scene.picture(), scene.masks(), names, _colours(labels), text_size=text_size)
-
-
-def _found(
-    axes: Axes, scene: Scene, prediction: Prediction, class_names: Sequence[str], text_size: float = 7.5
+def _three(
+    axes: Sequence[Axes], scene: Scene, prediction: Prediction, class_names: Sequence[str], text_size: float
 ) -> None:
+    """Draw a scene, its truth, and what was found in it."""
+    picture = scene.picture()
+    plots.draw_image(axes[0], picture)
+    truth = scene.labels.tolist()
+    names = [class_names[label] for label in truth]
+    plots.draw_instances(axes[1], picture, scene.masks(), names, _colours(truth), text_size=text_size)
     found = prediction.scores >= FOUND
     # Drawn worst first, so that the best lie on top.
-    labels, scores = prediction.labels[found].flip(0).tolist(), prediction.scores[found].flip(0).tolist()
+    masks, labels, scores = (each[found].flip(0) for each in prediction)
+    colours = _colours(labels.tolist())
     names = [f"{class_names[label]} · {100 * score:.0f}" for label, score in zip(labels, scores, strict=True)]
-    masks = prediction.masks[found].flip(0)
-    plots.draw_instances(axes, scene.picture(), masks, names, _colours(labels), text_size=text_size)
+    plots.draw_instances(axes[2], picture, masks, names, colours, text_size=text_size)
+    for each, title in zip(axes, ("Scene", "Truth", "Prediction"), strict=True):
+        each.set_title(title, fontsize=9, pad=4)
 
 
 def _colours(labels: Sequence[int]) -> list[str]:
