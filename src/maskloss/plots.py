@@ -22,17 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = [
-    "COLOURS",
-    "draw_curves",
-    "draw_image",
-    "draw_instances",
-    "draw_points",
-    "frame",
-    "new_figure",
-    "points_figure",
-    "rgb",
-]
+__all__ = ["draw_curves", "draw_instances", "draw_points", "points_figure"]
 
 INK, GREY, PALE = "#343a40", "#868e96", "#dee2e6"
 TEAL, ORANGE = "#0b7285", "#e8590c"
