@@ -130,8 +130,6 @@ def test_half_precision_logits_are_summed_in_float32(family: str) -> None:
     exact = tiny.run(model, family, batch)[0]
     model.bfloat16()
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
-    with pytest.raises(RuntimeError):
-        tiny.run(model, family, batch)
     with patch(model, backend="reference"):
         loss, terms = tiny.run(model, family, batch)
     assert terms[next(name for name in terms if "mask" in name)].dtype == torch.float32

@@ -31,14 +31,12 @@ class Family:
 
     Attributes:
         name: as people write it.
-        since: the release of Transformers that brought it.
         module: where Transformers has it, below `transformers.models`.
         model: name of the model's class.
         criterion: name of the criterion's class in that module; None: the model calls a loss function.
     """
 
     name: str
-    since: str
     module: str
     model: str
     criterion: str | None
@@ -75,22 +73,20 @@ class Family:
 FAMILIES = (
     Family(
         "Mask2Former",
-        "4.25",
         "mask2former.modeling_mask2former",
         "Mask2FormerForUniversalSegmentation",
         "Mask2FormerLoss",
     ),
-    Family("OneFormer", "4.26", "oneformer.modeling_oneformer", "OneFormerForUniversalSegmentation", "OneFormerLoss"),
-    Family("EoMT", "4.54", "eomt.modeling_eomt", "EomtForUniversalSegmentation", "EomtLoss"),
+    Family("OneFormer", "oneformer.modeling_oneformer", "OneFormerForUniversalSegmentation", "OneFormerLoss"),
+    Family("EoMT", "eomt.modeling_eomt", "EomtForUniversalSegmentation", "EomtLoss"),
     Family(
         "EoMT-DINOv3",
-        "5.1",
         "eomt_dinov3.modeling_eomt_dinov3",
         "EomtDinov3ForUniversalSegmentation",
         "EomtDinov3Loss",
     ),
-    Family("VidEoMT", "5.4", "videomt.modeling_videomt", "VideomtForUniversalSegmentation", "VideomtLoss"),
-    Family("RF-DETR segmentation", "5.9", "rf_detr.modeling_rf_detr", "RfDetrForInstanceSegmentation", None),
+    Family("VidEoMT", "videomt.modeling_videomt", "VideomtForUniversalSegmentation", "VideomtLoss"),
+    Family("RF-DETR segmentation", "rf_detr.modeling_rf_detr", "RfDetrForInstanceSegmentation", None),
 )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maskloss.errors import reported
 from maskloss.integrations._layers import Step, accumulated, mean_count, weighted_cross_entropy
-from maskloss.integrations._targets import PackedOnce
+from maskloss.integrations._targets import PackedOnce, pack_masks
 from maskloss.loss import MaskLoss
 from maskloss.matching import HungarianMatcher, check_predictions
 from maskloss.points import PointSampling
@@ -34,10 +34,12 @@ class PointCriterion(nn.Module):
     Attributes:
         maskloss_backend: "reference", "cpu" or "gpu"; None: by device.
         count_shape: shape of the number of masks, and so of the mask terms: OneFormer has `[1]`, the others `[]`.
+        remembers_masks: whether masks are packed once for several calls with the same tensors.
     """
 
     maskloss_backend: str | None
     count_shape: tuple[int, ...] = ()
+    remembers_masks: bool = False
     matcher: Any
     num_points: int
     oversample_ratio: float
@@ -64,7 +66,8 @@ class PointCriterion(nn.Module):
             tensors of their own: the models multiply them by the weights in place.
         """
         classes, masks = check_predictions(class_logits, mask_logits)
-        packed = _PACKED.setdefault(self, PackedOnce())(mask_labels, masks[0].device)
+        pack = _PACKED.setdefault(self, PackedOnce()) if self.remembers_masks else pack_masks
+        packed = pack(mask_labels, masks[0].device)
         step = Step.begin(packed, class_labels, masks[0])
         stacked = accumulated(torch.stack(classes))
         matches = self._matcher().match(stacked.detach(), masks, step.targets, step.labels, step.image_ids, step.seed)
@@ -74,8 +77,8 @@ class PointCriterion(nn.Module):
         count = mean_count(float(len(step.targets)), stacked.device)
         return [
             {
-                "loss_mask": (terms.ce[layer] / count).reshape(self.count_shape).clone(),
-                "loss_dice": (terms.dice[layer] / count).reshape(self.count_shape).clone(),
+                "loss_mask": (terms.ce[layer] / count).reshape(self.count_shape),
+                "loss_dice": (terms.dice[layer] / count).reshape(self.count_shape),
                 "loss_cross_entropy": classification[layer].clone(),
             }
             for layer in range(len(masks))
@@ -96,7 +99,7 @@ class PointCriterion(nn.Module):
 
 
 class UniversalCriterion(PointCriterion):
-    """`forward` of `Mask2FormerLoss`, `EomtLoss`, `EomtDinov3Loss` and `VideomtLoss`."""
+    """`forward` of `Mask2FormerLoss` and `VideomtLoss`, and of the next class's."""
 
     @reported(_OPERATION)
     def forward(
@@ -122,6 +125,12 @@ class UniversalCriterion(PointCriterion):
         """
         layers = [*(auxiliary_predictions or ()), _named(masks_queries_logits, class_queries_logits)]
         return _join(self.layer_losses(*_columns(layers), mask_labels, class_labels))
+
+
+class LayerwiseCriterion(UniversalCriterion):
+    """`UniversalCriterion` for models that call it once for each decoder layer: EoMT and EoMT-DINOv3."""
+
+    remembers_masks = True
 
 
 class OneFormerCriterion(PointCriterion):
@@ -173,8 +182,8 @@ def _join(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 _MIXINS = {
     "mask2former.modeling_mask2former.Mask2FormerLoss": UniversalCriterion,
     "oneformer.modeling_oneformer.OneFormerLoss": OneFormerCriterion,
-    "eomt.modeling_eomt.EomtLoss": UniversalCriterion,
-    "eomt_dinov3.modeling_eomt_dinov3.EomtDinov3Loss": UniversalCriterion,
+    "eomt.modeling_eomt.EomtLoss": LayerwiseCriterion,
+    "eomt_dinov3.modeling_eomt_dinov3.EomtDinov3Loss": LayerwiseCriterion,
     "videomt.modeling_videomt.VideomtLoss": UniversalCriterion,
 }
 
