@@ -37,7 +37,9 @@ class Step:
     def begin(targets: MaskTargets, labels: Sequence[Tensor], logits: Tensor) -> Step:
         """Check targets and labels against logits `[B, Q, h, w]`, and draw a seed from torch's default generator."""
         _inputs.check_targets(targets, logits)
-        on_device = [label.to(logits.device, non_blocking=True) for label in labels]
+        on_device = [
+            label.to(logits.device, non_blocking=True) if isinstance(label, Tensor) else label for label in labels
+        ]
         packed, joined = collate({"masks": targets, "labels": on_device})
         numbers = distributed.image_numbers(None, logits.shape[0], logits.device)
         return Step(packed, joined, numbers, draw_seed())

@@ -34,6 +34,8 @@ def pack_masks(masks: Any, device: torch.device) -> MaskTargets:
     """
     if isinstance(masks, MaskTargets):
         return masks.to(device, non_blocking=True)
+    if not isinstance(masks, Iterable):
+        raise Cause("masks must have one entry per image", f"got {describe(masks)}", "give a list, or a MaskTargets")
     entries = list(masks)
     canvas = _canvas(entries)
     if entries and all(isinstance(entry, Tensor) for entry in entries):
