@@ -142,7 +142,7 @@ def uncertain_points(
     window = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).to(device)
     image = torch.zeros(1, dtype=torch.int64, device=device)
     with torch.no_grad():
-        return ops.uncertain_points(
+        points: Tensor = ops.uncertain_points(
             [logits[None]],
             index,
             [count],
@@ -155,6 +155,7 @@ def uncertain_points(
             padding_mode,
             backend,
         )
+    return points
 
 
 @reported("mask_bce")

@@ -465,7 +465,7 @@ def match_points(windows: Tensor, image_ids: Tensor, seed: Tensor, num_points: i
 
 
 def pairwise_costs(z: Tensor, t: Tensor, w: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and Dice `[..., Q, T]` of all pairs: logits `[..., Q, P]`, targets `[..., T, P]`, weights `[..., P]`.
+    """Cross-entropy, Dice `[..., Q, T]` of all pairs: logits `[..., Q, P]`, targets `[..., T, P]`, weights `[..., P]`.
 
     bce(z, t) = softplus(z) - z t is linear in t, so a matrix product does it for all pairs at once. The focal cost
     is a_1 (1 - s)^gamma softplus(-z) t + a_0 s^gamma softplus(z) (1 - t), linear as well.
