@@ -16,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gpu_launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry
-from ._gpu_sampling import CANDIDATES, INDEX_COLUMNS, draw, instance_key, layer_pointer, point_of, sample_map
+from ._gpu_sampling import (
+    CANDIDATES,
+    INDEX_COLUMNS,
+    draw,
+    instance_key,
+    layer_pointer,
+    load_point,
+    point_of,
+    sample_map,
+)
 from .reference import accumulation_dtype
 
 # Candidates that one step of a choice takes.
@@ -55,8 +64,7 @@ def sample_points(
     base = layer_pointer(layers, tl.load(row) - first_layer, LAYERS)
     base += tl.load(row + 1) * stride_b + tl.load(row + 2) * stride_q
     point = points + n * stride_n + i.to(tl.int64) * stride_p
-    x = tl.load(point, mask=keep, other=0.0)
-    y = tl.load(point + stride_c, mask=keep, other=0.0)
+    x, y = load_point(point, stride_c, keep)
     ACC: tl.constexpr = values.dtype.element_ty
     z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, NEAREST, BORDER, ACC)
     tl.store(values + n * num_points + i, z, mask=keep)

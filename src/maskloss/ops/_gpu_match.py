@@ -279,12 +279,14 @@ class Tile(NamedTuple):
         return max(1, min(cdiv(_PROGRAMS, programs), num_points // (8 * self.points)))
 
 
-def tile_of(targets: int, dtype: torch.dtype) -> Tile:
-    """Choose a tile that needs no more registers than there are."""
+def tile_of(targets: int, dtype: torch.dtype, gamma: float) -> Tile:
+    """Choose a tile by number of targets, such that no option needs more registers than there are."""
     if dtype == torch.float64:
         return Tile(16, 32, 16, 8)
     wide = min(max(16, 1 << (targets - 1).bit_length()), 128)
-    return Tile(16, wide, 32, 4 if wide <= 32 else 8)
+    if wide > 32:
+        return Tile(16, wide, 32, 8)
+    return Tile(16, wide, 16 if gamma in (0.0, 1.0, 2.0) else 32, 4)
 
 
 class Pairs(NamedTuple):

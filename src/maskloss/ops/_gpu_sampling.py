@@ -2,7 +2,8 @@
 
 Points and float32 values must agree with the reference bit by bit, or another candidate would be chosen here and
 there. So every kernel that samples is launched with `enable_fp_fusion=False` (a fused multiply-add rounds once where
-the definition rounds twice), positions are computed in float64, and the order of operations is the reference's.
+the definition rounds twice; `_locate_fused` asks for it where it is wanted), and the order of operations is the
+reference's.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -84,20 +85,55 @@ def draw(key0, key1, counter0, counter1, windows, image):
 
 
 @triton.jit
+def load_point(point, stride, keep):
+    """Load x and y of points that were given; far outside, they move to where nothing overflows."""
+    x = tl.load(point, mask=keep, other=0.0)
+    y = tl.load(point + stride, mask=keep, other=0.0)
+    return _bounded(x), _bounded(y)
+
+
+@triton.jit
+def _bounded(coordinate):
+    far = (tl.abs(coordinate) > 4.0) & (coordinate - coordinate == 0.0)
+    return tl.where(far, tl.where(coordinate > 0.0, 4.0, -4.0), coordinate)
+
+
+@triton.jit
 def locate(coordinate, size, BORDER: tl.constexpr, ACC: tl.constexpr):
-    """Pixel before a point and its fraction: coordinate * size - 0.5 in float64, where it is exact.
+    """Pixel before a point and its fraction: coordinate * size - 0.5, as float64 would have them.
 
     The pixel is -2 or `size` where the point is off the map by more than a pixel, and -2 where it is NaN.
     """
-    position = coordinate.to(tl.float64) * size - 0.5
+    if coordinate.dtype == tl.float32 and tl.float32 == ACC:
+        first, fraction = _locate_fused(coordinate, size)
+    else:
+        position = coordinate.to(tl.float64) * size - 0.5
+        first = tl.floor(position)
+        fraction = (position - first).to(ACC)
     if BORDER:
-        position = tl.where(position < 0.0, 0.0, position)
-        position = tl.where(position > size - 1, size - 1, position)
-    first = tl.floor(position)
-    fraction = (position - first).to(ACC)
+        outside = (first < 0.0) | (first >= size - 1)
+        fraction = tl.where(outside, 0.0, fraction)
+        first = tl.where(first < 0.0, 0.0, first)
+        first = tl.where(first >= size - 1, size - 1, first)
     first = tl.where(first >= -2.0, first, -2.0)
     first = tl.where(first <= size, first, size)
     return first.to(tl.int32), fraction
+
+
+@triton.jit
+def _locate_fused(coordinate, size):
+    """Compute the same in float32, many times faster where a GPU has few units for float64.
+
+    A fused multiply-add rounds the exact product and sum once. That may push a position that lies just below a pixel
+    up to it; the exact distance, again rounded once, is then negative, and the pixel is the one before.
+    """
+    extent = coordinate * 0.0 + size
+    half = tl.full(coordinate.shape, -0.5, tl.float32)
+    first = tl.floor(tl.fma(coordinate, extent, half))
+    fraction = tl.fma(coordinate, extent, half - first)
+    below = fraction < 0.0
+    first = tl.where(below, first - 1.0, first)
+    return first, tl.where(below, tl.fma(coordinate, extent, half - first), fraction)
 
 
 @triton.jit
@@ -128,11 +164,14 @@ def read_pixel(base, y, x, height, width, stride_y, stride_x, keep, ACC: tl.cons
 
 @triton.jit
 def sample_cells(base, y, x, fy, fx, height, width, stride_y, stride_x, keep, ACC: tl.constexpr):
-    """Value of a map between four pixels."""
-    v00 = read_pixel(base, y, x, height, width, stride_y, stride_x, keep, ACC)
-    v01 = read_pixel(base, y, x + 1, height, width, stride_y, stride_x, keep, ACC)
-    v10 = read_pixel(base, y + 1, x, height, width, stride_y, stride_x, keep, ACC)
-    v11 = read_pixel(base, y + 1, x + 1, height, width, stride_y, stride_x, keep, ACC)
+    """Value of a map between four pixels, 0 for those outside; addresses are 64-bit."""
+    upper, lower = keep & (y >= 0) & (y < height), keep & (y >= -1) & (y < height - 1)
+    left, right = (x >= 0) & (x < width), (x >= -1) & (x < width - 1)
+    first = base + (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)
+    v00 = tl.load(first, mask=upper & left, other=0.0).to(ACC)
+    v01 = tl.load(first + stride_x, mask=upper & right, other=0.0).to(ACC)
+    v10 = tl.load(first + stride_y, mask=lower & left, other=0.0).to(ACC)
+    v11 = tl.load(first + stride_y + stride_x, mask=lower & right, other=0.0).to(ACC)
     return interpolate(v00, v01, v10, v11, fx, fy)
 
 
@@ -315,6 +354,5 @@ def point_of(
         x, y = draw(key0, key1, counter.to(tl.uint32), stream, windows, image)
     else:
         point = points + instance * stride_n + offsets.to(tl.int64) * stride_p
-        x = tl.load(point, mask=keep, other=0.0)
-        y = tl.load(point + stride_c, mask=keep, other=0.0)
+        x, y = load_point(point, stride_c, keep)
     return x, y

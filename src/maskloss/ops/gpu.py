@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
 from torch import Tensor
 
 from . import _gpu_choose as choosing
@@ -32,6 +33,12 @@ from ._gpu_launch import (
 )
 from ._gpu_sampling import BITS, LABELS, VALUES
 from .reference import accumulation_dtype
+
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):
+    raise ImportError(
+        f"the GPU kernels of maskloss need Triton 3.3 or later, which comes with PyTorch 2.7; this is Triton "
+        f"{triton.__version__}. backend='reference' runs without it"
+    )
 
 _ENCODINGS = {"bits": BITS.value, "labels": LABELS.value, "values": VALUES.value}
 
@@ -227,7 +234,7 @@ def match_cost(
         shared = matching.prepare(
             targets, _ENCODINGS[encoding], widest, image_ids, seed, num_points, padding, target_mode == "nearest", dtype
         )
-        tile = matching.tile_of(widest, dtype)
+        tile = matching.tile_of(widest, dtype, focal_gamma)
         splits = tile.splits(len(logits) * batch, queries, widest, num_points)
         parts = [empty((splits, num_rows * size), dtype, device) for size in (widest, widest, 1, 1)]
         for span in layer_spans(logits, [0] * len(logits), [True] * len(logits), lambda _: 0):
