@@ -26,6 +26,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -235,9 +236,7 @@ def _number(pattern: str, text: str) -> str:
 def _ptxas(ptx: str, fused: bool) -> str:
     """Assemble as Triton does, and return the statistics."""
     architecture = _number(r"\.target (sm_\d+a?)", ptx)
-    tools = triton.knobs.nvidia
-    blackwell = int(_number(r"sm_(\d+)", architecture)) >= 100 and hasattr(tools, "ptxas_blackwell")
-    tool = (tools.ptxas_blackwell if blackwell else tools.ptxas).path
+    tool = get_ptxas(int(_number(r"sm_(\d+)", architecture))).path
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)

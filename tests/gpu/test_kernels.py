@@ -169,9 +169,19 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         # An assertion after every addition, for integers that do not wrap; those of the random numbers must.
         options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
         monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+        monkeypatch.setattr(interpreter.interpreter_builder, "create_fma", _fused, raising=True)
     _fill_with_garbage(monkeypatch)
     with np.errstate(all="ignore"):
         yield ops
+
+
+def _fused(x: Any, y: Any, z: Any) -> Any:
+    """Multiply and add with one rounding, as a GPU does and the interpreter does not."""
+    from triton.runtime.interpreter import TensorHandle
+
+    assert z.data.dtype == np.float32
+    exact = x.data.astype(np.float64) * y.data + z.data
+    return TensorHandle(exact.astype(np.float32), z.dtype.scalar)
 
 
 def _fill_with_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +297,19 @@ def test_a_logit_that_is_not_finite_shows(gpu: Any, value: float) -> None:
     assert mine[1].isfinite().all()
 
 
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_points_at_the_very_edge_of_pixels(gpu: Any, padding: str) -> None:
+    """A pixel and its fraction are those that float64 gives, also where float32 rounds up to the next pixel."""
+    maps = torch.randn(1, 1, 1000, device=DEVICE)
+    whole = torch.arange(0, 1000, 9, dtype=torch.float64) + 0.5
+    x = torch.cat([whole / 1000 + shift for shift in (0, 2**-30, -(2**-30), -(2**-24), 2**-24, -(2**-26))]).float()
+    points = torch.stack([x, torch.full_like(x, 0.5)], dim=-1)[None].to(DEVICE)
+    index = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for mode in ("bilinear", "nearest"):
+        found, plain = (ops.point_sample(maps, index, points, mode, padding) for ops in (gpu, reference))
+        assert torch.equal(found, plain)
+
+
 def test_given_points_outside_the_map_and_nan(gpu: Any) -> None:
     inputs = Inputs(Case(given=True, sampling=(5, 15, 3), rows=((0, 0, 0, 0),)))
     inputs.points = torch.tensor([[[1e30, 0.5], [-1e30, 2.0], [0.5, 0.5], [1.0, 1.0], [-3.0, 0.2]]], device=DEVICE)
@@ -376,7 +399,7 @@ def test_matching_costs_of_one_point_and_many_queries(gpu: Any) -> None:
 def test_matching_costs_of_more_targets_than_a_tile(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from maskloss.ops import _gpu_match
 
-    monkeypatch.setattr(_gpu_match, "tile_of", lambda targets, dtype: _gpu_match.Tile(16, 16, 32, 4))
+    monkeypatch.setattr(_gpu_match, "tile_of", lambda *_: _gpu_match.Tile(16, 16, 32, 4))
     inputs = Inputs(Case(sizes=((4, 4),)))
     masks = [torch.rand(19, 12, 17) > 0.5, torch.rand(0, 12, 17) > 0.5]
     inputs.targets = MaskTargets.from_masks(masks).to(DEVICE)

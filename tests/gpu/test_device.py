@@ -1,0 +1,148 @@
+"""What needs a real GPU: full sizes, CUDA graphs, torch.compile, deterministic mode, and no wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskloss import MaskCriterion, MaskLoss, MaskTargets, PointSampling
+from maskloss.matches import Matches
+
+pytestmark = pytest.mark.gpu
+
+BATCH, QUERIES, TARGETS, SIZE = 2, 30, 6, 128
+
+
+@pytest.fixture
+def forbid_waiting() -> Iterator[Callable[[], None]]:
+    """From the call on, every wait of the host for the device is an error."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def make_logits(dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(BATCH, QUERIES, SIZE, SIZE, device="cuda") * 3).to(dtype).requires_grad_()
+
+
+def make_targets() -> MaskTargets:
+    masks = [torch.rand(TARGETS, 4 * SIZE, 4 * SIZE) > 0.7 for _ in range(BATCH)]
+    return MaskTargets.from_masks(masks).to("cuda")
+
+
+def make_matches() -> Matches:
+    pairs = [(torch.randperm(QUERIES)[:TARGETS], torch.arange(TARGETS)) for _ in range(BATCH)]
+    found = Matches.from_pairs(pairs, num_queries=QUERIES, num_targets=[TARGETS] * BATCH)
+    return found.to("cuda")
+
+
+def step(
+    criterion: MaskLoss, logits: Tensor, targets: MaskTargets, matches: Matches, seed: Tensor
+) -> tuple[Any, Tensor]:
+    out = criterion(logits, targets, matches=matches, seed=seed)
+    (gradient,) = torch.autograd.grad(out.total, logits)
+    return out, gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_full_size_against_the_reference(dtype: torch.dtype) -> None:
+    logits, targets, matches = make_logits(dtype), make_targets(), make_matches()
+    seed = torch.tensor(1234567)
+    (fast, gradient), (plain, wanted) = (
+        step(MaskLoss(backend=name), logits, targets, matches, seed) for name in ("gpu", "reference")
+    )
+    torch.testing.assert_close(fast.per_instance.ce, plain.per_instance.ce, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fast.per_instance.dice, plain.per_instance.dice, rtol=1e-5, atol=1e-6)
+    tolerance = float(wanted.abs().max()) * (1e-5 if dtype == torch.float32 else 2**-8)
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=tolerance)
+
+
+def test_the_criterion_against_the_reference() -> None:
+    logits = [make_logits() for _ in range(3)]
+    classes = [torch.randn(BATCH, QUERIES, 11, device="cuda") for _ in range(3)]
+    labels = [torch.randint(10, (TARGETS,), device="cuda") for _ in range(BATCH)]
+    targets = {"masks": make_targets(), "labels": labels}
+    fast, plain = (
+        MaskCriterion(10, backend=name).cuda()(classes, logits, targets, seed=5) for name in ("gpu", "reference")
+    )
+    assert torch.equal(fast.matches.index, plain.matches.index)
+    torch.testing.assert_close(fast.total, plain.total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed_device", ["cpu", "cuda"])
+def test_the_loss_never_waits_for_the_device(seed_device: str, forbid_waiting: Callable[[], None]) -> None:
+    logits, targets, matches = make_logits(), make_targets(), make_matches()
+    seed = torch.tensor(3).to(seed_device)
+    forbid_waiting()
+    step(MaskLoss(backend="gpu"), logits, targets, matches, seed)
+
+
+def test_a_captured_graph_draws_new_points_from_its_seed() -> None:
+    criterion, logits, targets, matches = MaskLoss(backend="gpu"), make_logits(), make_targets(), make_matches()
+    seed = torch.tensor(1, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(criterion, logits, targets, matches, seed)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, gradient = step(criterion, logits, targets, matches, seed)
+    seen = []
+    for value in (2, 3):
+        seed.fill_(value)
+        with torch.no_grad():
+            logits.mul_(-1.1)
+        graph.replay()
+        eager, wanted = step(criterion, logits, targets, matches, torch.tensor(value))
+        torch.testing.assert_close(captured.total, eager.total)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
+        seen.append(float(captured.total))
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own parts
+def test_torch_compile() -> None:
+    criterion, logits, targets, matches = MaskLoss(backend="gpu"), make_logits(), make_targets(), make_matches()
+    seed = torch.tensor(7)
+
+    def total(logits: Tensor) -> Tensor:
+        result: Tensor = criterion(2 * logits, targets, matches=matches, seed=seed).total
+        return result
+
+    expected = total(logits)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    compiled = torch.compile(total)(logits)
+    (gradient,) = torch.autograd.grad(compiled, logits)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_mode_gives_the_same_bits(dtype: torch.dtype) -> None:
+    criterion, logits, targets, matches = MaskLoss(backend="gpu"), make_logits(dtype), make_targets(), make_matches()
+    seed = torch.tensor(11)
+    usual = step(criterion, logits, targets, matches, seed)[1]
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = (step(criterion, logits, targets, matches, seed)[1] for _ in range(4))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first, other) for other in others)
+    torch.testing.assert_close(first, usual, rtol=2**-6, atol=float(usual.abs().max()) * 1e-5)
+
+
+def test_a_plane_of_more_than_two_to_the_31_elements_away() -> None:
+    free = torch.cuda.mem_get_info()[0]
+    if free < 6 * 2**30:
+        pytest.skip("needs 6 GiB of GPU memory")
+    planes = torch.empty_strided((1, 2, 256, 256), (0, 2**31, 256, 1), dtype=torch.bfloat16, device="cuda").normal_()
+    loss = MaskLoss(backend="gpu", sampling=PointSampling(num_points=500))
+    targets = MaskTargets.from_masks([torch.rand(1, 64, 64) > 0.5]).to("cuda")
+    pairs = [(torch.tensor([1]), torch.tensor([0]))]
+    found, same = (loss(each, targets, matches=pairs, seed=3).total for each in (planes, planes.contiguous()))
+    assert torch.equal(found, same)
