@@ -281,3 +281,22 @@ def test_nan_points_touch_nothing_out_of_bounds(backend: str) -> None:
     out = MaskLoss(backend=backend)(logits, torch.ones(1, 9, 9, dtype=torch.bool), points=points)
     out.total.backward()
     assert logits.grad is not None and logits.grad.shape == logits.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("matched", [3, 30])
+def test_a_large_gradient_is_zero_wherever_nothing_was_matched(dtype: torch.dtype, matched: int) -> None:
+    """Few matched planes and many are written to different kinds of memory."""
+    logits = torch.randn(1, 40, 256, 257).to(dtype)
+    masks = torch.rand(matched, 64, 64) > 0.5
+    pairs = [(torch.randperm(40)[:matched], torch.arange(matched))]
+    grads = []
+    for backend in ("cpu", "reference"):
+        leaf = logits.clone().requires_grad_()
+        MaskLoss(sampling=PointSampling(500), backend=backend)(leaf, [masks], pairs, seed=3).total.backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
+    rest = torch.ones(40, dtype=torch.bool).scatter_(0, pairs[0][0], False)
+    assert bool((grads[0][0, rest] == 0).all())
+    grads[0].mul_(2.0)  # as a gradient scaler does

@@ -6,6 +6,8 @@ serves every element type, memory layout and number of layers.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +28,8 @@ Array = NDArray[Any]
 
 _FLOATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.float64: F64}
 _LABELS = {torch.uint8: LABEL_U8, torch.int16: LABEL_I16, torch.int32: LABEL_I32, torch.int64: LABEL_I64}
+# From this size on, NumPy asks for huge pages.
+_HUGE = 1 << 22
 _STORAGE = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.int16, torch.float64: np.float64}
 
 
@@ -71,9 +75,17 @@ def _point_rows(points: Tensor | None) -> tuple[tuple[int, bool, int, int, int],
     return (points.data_ptr(), points.dtype == torch.float64, row, point, coordinate), points
 
 
-def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros from the operating system's own zero pages: what is never written costs neither time nor memory."""
-    return torch.from_numpy(np.zeros(tuple(shape), _STORAGE[dtype])).view(dtype)
+def _zeros(shape: Sequence[int], dtype: torch.dtype, sparse: bool = False) -> Tensor:
+    """Zeros from the operating system's own zero pages: what is never written costs neither time nor memory.
+
+    NumPy asks for huge pages, 2 MB each. They are right where most of the memory will be written; where only some
+    planes will be (`sparse`), each write would clear the planes around it too, so these get ordinary pages.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not sparse or nbytes < _HUGE or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.from_numpy(np.zeros(tuple(shape), _STORAGE[dtype])).view(dtype)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
 def _groups(keys: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -251,7 +263,10 @@ def mask_loss_backward(
 ) -> list[Tensor]:
     """Dense gradients of the logits; an empty tensor for each layer that needs none."""
     dtypes = _dtypes(logits[0], points)
-    grads = [_zeros(layer.shape if need else (0,), layer.dtype) for layer, need in zip(logits, needs_grad, strict=True)]
+    grads = [
+        _zeros(layer.shape if need else (0,), layer.dtype, sparse=2 * count < layer.shape[0] * layer.shape[1])
+        for layer, need, count in zip(logits, needs_grad, layer_sizes, strict=True)
+    ]
     if not any(needs_grad):
         return grads
     uncertain = num_uncertain if points is None else 0
