@@ -120,7 +120,7 @@ def _record(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, A
     values = dict(zip(kernel.arg_names, args, strict=False)) | {
         k: v for k, v in kwargs.items() if k in kernel.arg_names
     }
-    options = {k: v for k, v in kwargs.items() if k in {"num_warps", "num_stages", "enable_fp_fusion"}}
+    options = {k: v for k, v in kwargs.items() if k in {"num_warps", "maxnreg", "enable_fp_fusion"}}
     signature, constants, aligned = [], {}, []
     for position, (parameter, name) in enumerate(zip(kernel.params, kernel.arg_names, strict=True)):
         path = (position,)
@@ -213,7 +213,8 @@ def compiled(launch: Launch, target: GPUTarget) -> Usage:
         constexprs=constants,
         attrs={path: [["tt.divisibility", 16]] for path in launch.aligned},
     )
-    binary = triton.compile(source, target=target, options=dict(launch.options))
+    options = {k: v for k, v in launch.options if target.backend == "cuda" or k != "maxnreg"}
+    binary = triton.compile(source, target=target, options=options)
     shared = int(binary.metadata.shared)
     if target.backend == "hip":
         text = binary.asm["amdgcn"]

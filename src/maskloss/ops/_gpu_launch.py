@@ -17,7 +17,7 @@ BLOCK = 512
 # Pointers that one launch takes; a model with more decoder layers takes two launches.
 MAX_LAYERS = 16
 # The definition rounds after each multiplication and each addition, so no kernel may fuse them.
-OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 4}
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,19 @@ def _fits(span: Span, number: int, layer: Tensor, scratch: int) -> bool:
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the tensor's device current: Triton launches there."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def is_simple(gamma: float) -> bool:
+    """Whether the focal factor is a product, or there is none; another power takes an exponential and a logarithm."""
+    return gamma <= 0 or gamma in (1.0, 2.0)
+
+
+def focal_options(gamma: float) -> dict[str, Any]:
+    """Launch options of a kernel that computes losses.
+
+    NVIDIA's assembler likes to spill a few bytes for more threads at a time; a bound on registers keeps it from that.
+    """
+    return OPTIONS if is_simple(gamma) or torch.version.hip else {**OPTIONS, "maxnreg": 255}
 
 
 def cdiv(a: int, b: int) -> int:

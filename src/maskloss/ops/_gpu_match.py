@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._gpu_launch import BLOCK, OPTIONS, Span, cdiv, empty, geometry, split_seed
+from ._gpu_launch import BLOCK, OPTIONS, Span, cdiv, empty, focal_options, geometry, is_simple, split_seed
 from ._gpu_loss import power, sigmoids
 from ._gpu_sampling import (
     IMAGE_COLUMNS,
@@ -284,9 +284,11 @@ def tile_of(targets: int, dtype: torch.dtype, gamma: float) -> Tile:
     if dtype == torch.float64:
         return Tile(16, 32, 16, 8)
     wide = min(max(16, 1 << (targets - 1).bit_length()), 128)
-    if wide > 32:
+    if wide == 128:
         return Tile(16, wide, 32, 8)
-    return Tile(16, wide, 16 if gamma in (0.0, 1.0, 2.0) else 32, 4)
+    if is_simple(gamma):
+        return Tile(16, wide, 16, 4)
+    return Tile(16, wide, 32, 4 if wide <= 32 else 8)
 
 
 class Pairs(NamedTuple):
@@ -357,9 +359,10 @@ def add_terms(
     splits = parts[0].shape[0]
     per_split = cdiv(cdiv(num_points, splits), tile.points) * tile.points
     programs = len(span.layers) * batch * cdiv(queries, tile.queries) * splits * cdiv(widest, tile.targets)
+    options = {**focal_options(focal[1]), "num_warps": tile.warps}
     match_terms[(programs,)](
         span.layers, span.first, cells, fractions, shared.weighted, shared.weights, *parts, count, num_points,
         splits, per_split, batch, queries, widest, num_rows, *geometry(first),
         LAYERS=len(span.layers), ALPHA=focal[0], GAMMA=focal[1], PRECISION=_precision(dtype),
-        QUERIES=tile.queries, TARGETS=tile.targets, POINTS=tile.points, **{**OPTIONS, "num_warps": tile.warps},
+        QUERIES=tile.queries, TARGETS=tile.targets, POINTS=tile.points, **options,
     )  # fmt: skip

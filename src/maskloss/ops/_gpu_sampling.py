@@ -208,10 +208,10 @@ def _read_target(data, start, stride, top, left, height, width, label, y, x, kee
     """One stored pixel of a target for each point: 0 or 1 as int32, or a soft value as it is stored."""
     y, x = y - top, x - left
     inside = keep & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    address = data + start + y * stride
+    address = data + start + y.to(tl.int64) * stride
     if ENCODING == BITS:
         byte = tl.load(address + (x >> 3), mask=inside, other=0).to(tl.int32)
-        value = (byte >> (x & 7).to(tl.int32)) & 1
+        value = (byte >> (x & 7)) & 1
     elif ENCODING == LABELS:
         found = tl.load(address + x, mask=inside, other=0).to(tl.int64)
         value = (inside & (found == label)).to(tl.int32)
@@ -225,9 +225,11 @@ def read_targets(
     data, row, px, py, keep, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ACC: tl.constexpr
 ):
     """Value of a target at points, and the code of the pixels it came from (bits 0 to 3: 00, 01, 10, 11)."""
-    start, stride, top, left = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    rows, columns, frame_h, frame_w = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-    label = tl.load(row + 8)
+    # Pixels are counted in 32 bits, addresses in 64.
+    start, stride, label = tl.load(row), tl.load(row + 1), tl.load(row + 8)
+    top, left = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
+    rows, columns = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32)
+    frame_h, frame_w = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
     y, fy = locate(py, frame_h, BORDER, ACC)
     x, fx = locate(px, frame_w, BORDER, ACC)
     if NEAREST:

@@ -25,6 +25,7 @@ from ._gpu_launch import (
     cdiv,
     empty,
     float_points,
+    focal_options,
     geometry,
     layer_spans,
     make_sampling,
@@ -160,7 +161,7 @@ def mask_loss(
                 corners[rows], sums[rows], num_points, sampling.num_uncertain, blocks,
                 *geometry(span.layers[0]), *sampling.strides,
                 LAYERS=len(span.layers), ENCODING=_ENCODINGS[encoding], NEAREST=target_mode == "nearest",
-                BORDER=sampling.border, ALPHA=focal_alpha, GAMMA=focal_gamma, BLOCK=BLOCK, **OPTIONS,
+                BORDER=sampling.border, ALPHA=focal_alpha, GAMMA=focal_gamma, BLOCK=BLOCK, **focal_options(focal_gamma),
             )  # fmt: skip
         if len(index):
             losses.finish_losses[(cdiv(len(index), 32),)](
