@@ -34,7 +34,7 @@ def _check_targets(targets: Sequence[Tensor], encoding: str) -> None:
     assert isinstance(data, Float[Tensor, " D"] if encoding == "values" else Shaped[Tensor, " D"])
     assert encoding != "bits" or data.dtype == torch.uint8
     assert isinstance(table, Int64[Tensor, "T 9"])
-    assert isinstance(images, Int64[Tensor, "B 8"])
+    assert isinstance(images, Int64[Tensor, "B 11"])
     assert isinstance(windows, Float32[Tensor, "B 4"])
     assert isinstance(ignore, UInt8[Tensor, " I"])
 

@@ -65,6 +65,8 @@ def _pack(masks: Sequence[Any], ids: Sequence[Any]) -> MaskTargets:
     if all(isinstance(each, Tensor) and each.ndim == 3 for each in masks):
         # Together, so that all images of the batch get one encoding.
         return MaskTargets.from_masks(masks)
+    if all(isinstance(each, Tensor) and each.ndim == 2 for each in masks):
+        return MaskTargets.from_label_map(masks, ids)
     parts = []
     for image, (each, numbers) in enumerate(zip(masks, ids, strict=True)):
         if isinstance(each, MaskTargets):

@@ -1,9 +1,9 @@
-"""What predictions cover: the frame of an image, the part of it where points are drawn, and what they ignore."""
+"""Where masks are stored and what predictions cover: the tables of a batch, described on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,14 @@ from maskloss.errors import Cause, describe
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
+
+# Columns of `MaskTargets.images`: three sizes, what the images before add up to, and what lies there.
+COUNT, SIZE, IGNORE_SIZE, FIRST, BASE, IGNORE_BASE, IGNORE_STRIDE, IGNORE_H, IGNORE_W, IMAGE_H, IMAGE_W = range(11)
+SIZES = 3
+IMAGE_COLUMNS = 11
+# Columns of `MaskTargets.table`; the first six are a place.
+OFFSET, STRIDE, TOP, LEFT, CROP_H, CROP_W, FRAME_H, FRAME_W, LABEL = range(9)
+TABLE_COLUMNS = 9
 
 
 class Frame(NamedTuple):
@@ -40,7 +48,67 @@ def frame_size(size: Size, canvas: Size | None) -> Size:
     return height, width
 
 
-def packed_ignore(ignore: Tensor, size: Size, device: torch.device) -> Tensor:
+class Stored(NamedTuple):
+    """Where the masks of one image are stored.
+
+    Attributes:
+        place: int64 `[T, 6]`, OFFSET to CROP_W of each mask.
+        elements: how much of `MaskTargets.data` they take.
+        size: height and width of the masks.
+        ids: of the targets in a label map.
+    """
+
+    place: NDArray[np.int64]
+    elements: int
+    size: Size
+    ids: Sequence[int] | None = None
+
+
+def describe_images(stored: Sequence[Stored], frame: Frame, device: torch.device) -> tuple[Tensor, ...]:
+    """Write down where the masks of all images are and what predictions cover.
+
+    Returns:
+        `table`, `images`, `windows` and `ignore` of `MaskTargets`, on `device`.
+    """
+    ignore = torch.empty(0, dtype=torch.uint8, device=device)
+    if frame.ignore is not None:
+        for image in stored:
+            check_ignore(frame.ignore, image.size, device)
+        ignore = _packing.pack(frame.ignore).flatten().repeat(len(stored))
+    ignored = len(ignore) // len(stored)
+    tables, images, windows = [], [], []
+    first = base = 0
+    for number, (place, elements, size, ids) in enumerate(stored):
+        height, width = frame_size(size, frame.canvas)
+        table = np.zeros((len(place), TABLE_COLUMNS), dtype=np.int64)
+        table[:, : place.shape[1]] = place
+        table[:, FRAME_H:LABEL] = height, width
+        table[:, LABEL] = 0 if ids is None else ids
+        region = (number * ignored, (size[1] + 7) // 8, *size) if ignored else (0, 0, 0, 0)
+        images.append((len(place), elements, ignored, first, base, *region, height, width))
+        windows.append(window_row(frame.valid, height, width))
+        tables.append(table)
+        first += len(place)
+        base += elements
+    rows = np.array(images, dtype=np.int64)
+    return *_upload([np.concatenate(tables), rows, np.concatenate(windows)], device), ignore
+
+
+def _upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """Send arrays, int64 or float32 with an even number of elements, to a device in one copy."""
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return [torch.from_numpy(array).to(device) for array in arrays]
+    words = torch.from_numpy(np.concatenate([array.reshape(-1).view(np.int64) for array in arrays]))
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    words = words.pin_memory() if pinned else words
+    parts = words.to(device, non_blocking=pinned).split([array.nbytes // 8 for array in arrays])
+    typed = [
+        part if array.dtype == np.int64 else part.view(torch.float32) for part, array in zip(parts, arrays, strict=True)
+    ]
+    return [part.view(array.shape) for part, array in zip(typed, arrays, strict=True)]
+
+
+def check_ignore(ignore: Tensor, size: Size, device: torch.device) -> None:
     fits = isinstance(ignore, Tensor) and tuple(ignore.shape) == tuple(size)
     if not fits or ignore.dtype not in (torch.bool, torch.uint8):
         raise Cause(
@@ -54,7 +122,6 @@ def packed_ignore(ignore: Tensor, size: Size, device: torch.device) -> Tensor:
             f"it is on {ignore.device}, the masks on {device}",
             "move it there first",
         )
-    return _packing.pack(ignore).flatten()
 
 
 def window_row(valid: Box | None, height: int, width: int) -> NDArray[np.float32]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,6 +129,30 @@ def check_layers(name: str, layers: Tensor | Sequence[Tensor], shape: str) -> li
                 "bring them to one dtype and device",
             )
     return listed
+
+
+class _Stack(torch.autograd.Function):
+    """`torch.stack`, whose own derivative cuts the layers out one by one."""
+
+    @staticmethod
+    def forward(*layers: Tensor) -> Tensor:
+        return torch.stack(layers)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.unbind()
+
+
+def stack(layers: Sequence[Tensor]) -> Tensor:
+    """Stack the layers along a new first dimension; one operation forward, one backward, whatever their number."""
+    if torch.compiler.is_compiling():
+        return torch.stack(list(layers))  # the compiler warns of functions of our own, and needs none
+    stacked: Tensor = _Stack.apply(*layers)  # type: ignore[no-untyped-call]
+    return stacked
 
 
 def check_targets(targets: MaskTargets, logits: Tensor) -> None:

@@ -16,10 +16,15 @@ from torch import Tensor
 from maskloss.errors import Cause, describe, require
 
 Bytes = NDArray[np.uint8]
+_INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+# Integer types without arithmetic in torch, and what holds their values.
+_WIDER = {torch.int8: torch.int16, torch.uint16: torch.int32, torch.uint32: torch.int64}
 # Columns of a target's row: offset, stride, top, left, height, width (frame and id follow, see MaskTargets.tensors).
 PLACE = 6
 # Label maps with values below this are ranked through a table, others by binary search.
 _LARGEST_TABLE = 1 << 22
+# Gathers the lowest bits of eight bytes in the highest byte, the first of them lowest.
+_GATHER = 0x0102040810204080
 # pycocotools works with coordinates times 5 in 32-bit integers.
 _FAR = 1 << 20
 
@@ -34,11 +39,19 @@ def pack(masks: Tensor) -> Tensor:
     if on_host(masks):
         values = masks if masks.dtype in (torch.bool, torch.uint8) else masks != 0
         return torch.from_numpy(np.packbits(values.contiguous().numpy(), axis=-1, bitorder="little"))
-    width = masks.shape[-1]
-    padded = torch.nn.functional.pad((masks != 0).to(torch.uint8), (0, -width % 8))
-    shifts = torch.arange(8, dtype=torch.uint8, device=masks.device)
-    packed: Tensor = (padded.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
-    return packed
+    return pack_elsewhere([masks]).view(*masks.shape[:-1], (masks.shape[-1] + 7) // 8)
+
+
+def pack_elsewhere(images: Sequence[Tensor]) -> Tensor:
+    """Pack masks on any device, a few operations for all images together: uint8 1-D, each row padded to a byte."""
+    rows = []
+    for masks in images:
+        inside = masks if masks.dtype == torch.bool else masks != 0
+        width = masks.shape[-1]
+        rows.append((torch.nn.functional.pad(inside, (0, -width % 8)) if width % 8 else inside).reshape(-1))
+    # Eight bytes that are 0 or 1 make a word; the product moves byte i to bit 56 + i, and no two terms meet.
+    words = torch.cat(rows).view(torch.int64) * _GATHER
+    return words.view(torch.uint8)[7::8].contiguous()
 
 
 def crop(packed: Tensor, width: int) -> tuple[Tensor, NDArray[np.int64]]:
@@ -94,6 +107,25 @@ def label_boxes(labels: Tensor, ids: Sequence[int]) -> NDArray[np.int64]:
             (top, bottom), (left, right) = ((side.start, side.stop) for side in slices[rank])
             boxes[target] = (top, left, bottom - top, right - left)
     return boxes
+
+
+def label_places(labels: Tensor, ids: Sequence[int], allow_missing: bool) -> NDArray[np.int64]:
+    """Where the masks of a label map are: in the box of each id if the map may be searched, or somewhere in it."""
+    height, width = labels.shape
+    place = np.zeros((len(ids), PLACE), dtype=np.int64)
+    place[:] = (0, width, 0, 0, height, width)
+    if on_host(labels):
+        boxes = label_boxes(labels, ids)
+        missing = [number for number, box in zip(ids, boxes, strict=True) if not box[2]]
+        if missing and not allow_missing:
+            raise Cause(
+                "every id must occur in its label map",
+                f"{len(missing)} of {len(ids)} do not, the first is {missing[0]}",
+                "drop those targets, or pass allow_missing=True to count them as empty masks",
+            )
+        place[:, 0] = boxes[:, 0] * width + boxes[:, 1]
+        place[:, 2:] = boxes
+    return place
 
 
 def _ranks(values: NDArray[Any], wanted: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -232,6 +264,33 @@ def check_masks(masks: Tensor) -> None:
             f"got {masks.dtype}",
             "an integer map of instance ids goes to MaskTargets.from_label_map",
         )
+
+
+def check_devices(images: Sequence[Tensor]) -> None:
+    devices = sorted({str(image.device) for image in images})
+    if len(devices) > 1:
+        raise Cause(
+            "the targets of a batch must be on one device", f"got {', '.join(devices)}", "move all of them to one"
+        )
+
+
+def check_label_map(labels: Any) -> Tensor:
+    """Bring a label map to a dtype that the kernels read."""
+    if isinstance(labels, Tensor) and labels.dtype in _WIDER:
+        labels = labels.to(_WIDER[labels.dtype])
+    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.dtype not in _INTEGERS:
+        raise Cause(
+            "a label map must be a tensor [H, W] with an integer dtype",
+            f"got {describe(labels)}",
+            "give one map per image; masks of shape [T, H, W] go to from_masks",
+        )
+    return labels
+
+
+def check_ids(ids: Tensor) -> Tensor:
+    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise Cause("ids must be 64-bit integers, one per target", f"got {describe(ids)}", "give a list [T]")
+    return ids
 
 
 def are_soft(images: Sequence[Tensor], soft: bool | None) -> bool:

@@ -14,10 +14,9 @@ from maskloss._collate import Targets, collate
 from maskloss.distributed import StepTotals
 from maskloss.errors import Cause, describe, reported
 from maskloss.loss import InstanceLosses, MaskLoss
-from maskloss.matches import Matches
+from maskloss.matches import Matches, wanted_classes
 from maskloss.matching import HungarianMatcher, check_predictions
 from maskloss.points import PointSampling, draw_seed
-from maskloss.targets import MaskTargets
 
 
 class CriterionOutput(NamedTuple):
@@ -182,7 +181,7 @@ class MaskCriterion(nn.Module):
         _check_totals(totals)
         drawn = draw_seed(seed, generator)
         numbers = distributed.image_numbers(image_ids, batch, logits[0].device)
-        stacked = torch.stack(classes)
+        stacked = _inputs.stack(classes)
         stacked = stacked if stacked.dtype == torch.float64 else stacked.float()
         matches = self.matcher.match(stacked, logits, packed, labels, numbers, drawn)
         if totals is None:
@@ -191,24 +190,15 @@ class MaskCriterion(nn.Module):
         losses = self.mask_loss.instance_losses(logits, matches, packed, numbers, drawn)
         divisor = distributed.at_least_one(totals.instances)
         # Both terms of all layers at once: on a GPU every small operation costs a launch.
-        ce, dice = (torch.stack(losses).view(2, len(logits), -1).sum(2) / divisor).unbind()
-        loss_class = self._classify(stacked, packed, labels, matches, totals)
-        weighted = self.class_weight * loss_class + self.mask_loss.ce_weight * ce + self.mask_loss.dice_weight * dice
-        total = weighted.sum()
+        ce, dice = (_inputs.stack(losses).view(2, len(logits), -1).sum(2) / divisor).unbind()
+        wanted = wanted_classes(matches, labels, packed.first_rows, stacked.shape[:3], self.num_classes)
+        loss_class = self._classify(stacked, wanted, totals)
+        weighted = torch.add(self.class_weight * loss_class, ce, alpha=self.mask_loss.ce_weight)
+        total = torch.add(weighted, dice, alpha=self.mask_loss.dice_weight).sum()
         return CriterionOutput(total, loss_class, ce, dice, losses, matches, drawn)
 
-    def _classify(
-        self,
-        class_logits: Tensor,
-        targets: MaskTargets,
-        labels: Tensor,
-        matches: Matches,
-        totals: StepTotals,
-    ) -> Tensor:
-        """Compute the classification of each layer, `[L]`, from class logits `[L, B, Q, C + 1]`."""
-        layer, image, query, target = matches.index.unbind(1)
-        wanted = torch.full(class_logits.shape[:3], self.num_classes, device=class_logits.device)
-        wanted[layer, image, query] = labels[targets.images[:, 0][image] + target]
+    def _classify(self, class_logits: Tensor, wanted: Tensor, totals: StepTotals) -> Tensor:
+        """Compute the classification of each layer, `[L]`, from `[L, B, Q, C + 1]` and the classes `[L, B, Q]`."""
         # Made here and not kept as a buffer, which `module.half()` would round.
         weights = pad(class_logits.new_ones(self.num_classes), (0, 1), value=self.no_object_weight)
         nll = cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), weights, reduction="none")

@@ -50,7 +50,8 @@ def mean_over_ranks(counts: Sequence[float], device: torch.device) -> list[float
     """
     if world_size() == 1:
         return list(counts)
-    total = torch.tensor(counts, dtype=torch.float32).to(device, non_blocking=True)
+    # Filled there and not copied there: a copy from pageable memory waits.
+    total = torch.stack([torch.full((), count, dtype=torch.float32, device=device) for count in counts])
     dist.all_reduce(total)
     return list((total / world_size()).unbind())
 

@@ -21,12 +21,15 @@ class Matches:
         layer_sizes: the number of rows of each layer.
         num_queries: Q, predictions of an image.
         num_targets: targets of each image.
+        classes: int64 `[L, B, Q]`, the class that each query should have, the number of classes for one without a
+            target. None for matches that were given as pairs.
     """
 
     index: Tensor
     layer_sizes: tuple[int, ...]
     num_queries: int
     num_targets: tuple[int, ...]
+    classes: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -82,8 +85,32 @@ class Matches:
         return Matches(index, (len(index),), num_queries, tuple(num_targets))
 
     def to(self, device: torch.device | str) -> Matches:
-        """Move the index to a device."""
-        return replace(self, index=self.index.to(device, non_blocking=True))
+        """Move the tensors to a device."""
+        classes = None if self.classes is None else self.classes.to(device, non_blocking=True)
+        return replace(self, index=self.index.to(device, non_blocking=True), classes=classes)
+
+
+def wanted_classes(
+    matches: Matches, labels: Tensor, first_rows: Tensor, shape: Sequence[int], no_object: int
+) -> Tensor:
+    """Write down the class that each query should have, `no_object` for one without a target.
+
+    Args:
+        matches: if the classes are in there, they are the answer.
+        labels: int64 `[T_all]`.
+        first_rows: int64 `[B]`, where the labels of each image begin.
+        shape: (L, B, Q).
+        no_object: the number of classes.
+
+    Returns:
+        int64 `[L, B, Q]`.
+    """
+    if matches.classes is not None:
+        return matches.classes
+    layer, image, query, target = matches.index.unbind(1)
+    wanted = torch.full(tuple(shape), no_object, device=matches.index.device)
+    wanted[layer, image, query] = labels[first_rows[image] + target]
+    return wanted
 
 
 def _check_pair(pair: Any, image: int) -> tuple[Tensor, Tensor]:

@@ -135,9 +135,9 @@ class HungarianMatcher(nn.Module):
         """Match checked inputs: class logits `[L, B, Q, C + 1]`, targets packed, labels of all images `[T_all]`."""
         cost = self.costs(class_logits, mask_logits, targets, labels, image_ids, seed, extra_costs)
         num_classes, num_queries = class_logits.shape[-1] - (self.classification == "softmax"), class_logits.shape[2]
-        index = ops.assign(cost, labels, targets.num_targets, num_classes)
+        index, wanted = ops.assign(cost, labels, targets.num_targets, num_classes)
         matched = sum(min(count, num_queries) for count in targets.num_targets)
-        return Matches(index, (matched,) * len(mask_logits), num_queries, targets.num_targets)
+        return Matches(index, (matched,) * len(mask_logits), num_queries, targets.num_targets, wanted)
 
     @torch.no_grad()
     def costs(
@@ -167,9 +167,8 @@ class HungarianMatcher(nn.Module):
         )
         padded = _by_image(labels, targets)
         by_class = class_cost if self.classification == "softmax" else focal_class_cost
-        cost: Tensor = (
-            self.class_weight * by_class(class_logits, padded) + self.ce_weight * ce + self.dice_weight * dice
-        )
+        cost = torch.add(self.ce_weight * ce, dice, alpha=self.dice_weight)
+        cost = torch.add(cost, by_class(class_logits, padded), alpha=self.class_weight)
         return cost if extra_costs is None else cost + extra_costs
 
     def extra_repr(self) -> str:
@@ -205,7 +204,7 @@ def _by_image(labels: Tensor, targets: MaskTargets) -> Tensor:
     widest = max(targets.num_targets)
     if widest == 0:
         return labels.new_empty(targets.batch_size, 0)
-    rows = targets.images[:, :1] + torch.arange(widest, device=labels.device)
+    rows = targets.first_rows[:, None] + torch.arange(widest, device=labels.device)
     return labels[rows.clamp(max=len(labels) - 1)]
 
 

@@ -133,14 +133,14 @@ def draw_seed(seed: int | Tensor | None = None, generator: torch.Generator | Non
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator, device=device)
 
 
-def threefry2x32(key0: Tensor, key1: Tensor, counter0: Tensor, counter1: Tensor) -> tuple[Tensor, Tensor]:
+def threefry2x32(key0: int | Tensor, key1: int | Tensor, counter0: Tensor, counter1: Tensor) -> tuple[Tensor, Tensor]:
     """Encrypt a 64-bit counter with a 64-bit key: Threefry-2x32 with 20 rounds.
 
     A random number is a pure function of key and counter: nothing is stored, and every device, thread count and order
     of evaluation gives the same.
 
     Args:
-        key0: low word of the key, int64 tensor with values in [0, 2^32); the four arguments broadcast.
+        key0: low word of the key, a number or int64 tensor with values in [0, 2^32); the four arguments broadcast.
         key1: high word of the key.
         counter0: low word of the counter.
         counter1: high word of the counter.
@@ -169,11 +169,11 @@ def threefry2x32(key0: Tensor, key1: Tensor, counter0: Tensor, counter1: Tensor)
     return x0, x1
 
 
-def instance_keys(seed: Tensor, image_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def instance_keys(seed: int | Tensor, image_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Derive one generator key per instance from (seed, global image number, target number).
 
     Args:
-        seed: int64 `[]`.
+        seed: a 64-bit integer, or int64 `[]` on the device of the others.
         image_ids: int64 `[N]`, global number of each instance's image, in [0, 2^32).
         targets: int64 `[N]`, index of each instance's target within its image, in [0, 2^32).
 

@@ -8,16 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from maskloss import _packing
-from maskloss._frames import Box, Frame, Size, frame_size, packed_ignore, window_row
+from maskloss._frames import (
+    BASE,
+    COUNT,
+    FIRST,
+    IMAGE_H,
+    IMAGE_W,
+    LABEL,
+    SIZES,
+    Box,
+    Frame,
+    Size,
+    Stored,
+    describe_images,
+)
 from maskloss.errors import Cause, describe, reported
-
-_INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
-# Integer types without arithmetic in torch, and what holds their values.
-_WIDER = {torch.int8: torch.int16, torch.uint16: torch.int32, torch.uint32: torch.int64}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,10 +42,12 @@ class MaskTargets:
     Attributes:
         encoding: "bits", "labels" or "values".
         data: 1-D, the pixels of all images: uint8, an integer type, or a float type.
-        table: int64 `[T_all, 9]`, one row per target: offset into `data`, elements from one row of pixels to the next;
-            top, left, height, width of the stored crop; height and width of the frame; id in the label map.
-        images: int64 `[B, 8]`, one row per image: first row in `table`, number of targets; offset (-1: none), bytes
-            per row, height, width of the ignore region; height and width of the frame.
+        table: int64 `[T_all, 9]`, one row per target: offset into the data of its image, elements from one row of
+            pixels to the next; top, left, height, width of the stored crop; height and width of the frame; id in the
+            label map.
+        images: int64 `[B, 11]`, one row per image: number of targets, elements in `data`, bytes in `ignore`; where
+            these three begin: row in `table`, offsets into `data` and `ignore`; bytes per row, height, width of the
+            ignore region; height and width of the frame.
         windows: float32 `[B, 4]`: left, top, width, height of the valid window, as fractions of the frame.
         ignore: uint8 1-D, the packed ignore regions; empty if no image has one.
         num_targets: the number of targets of each image.
@@ -94,8 +104,11 @@ class MaskTargets:
         listed = list(masks) if isinstance(masks, Sequence) else [masks]
         for image in listed:
             _packing.check_masks(image)
+        if not listed:
+            raise Cause("masks must hold one tensor per image", "the list is empty", "an empty image is [0, H, W]")
+        _packing.check_devices(listed)
         make = _from_values if _packing.are_soft(listed, soft) else _from_binary
-        return MaskTargets.cat([make(image, Frame(canvas, ignore, valid)) for image in listed])
+        return make(listed, Frame(canvas, ignore, valid))
 
     @staticmethod
     @reported("MaskTargets.from_packed")
@@ -132,13 +145,15 @@ class MaskTargets:
         if width % 8:
             packed = packed.clone()
             packed[..., -1] &= (1 << width % 8) - 1
-        return _from_bits(packed, width, Frame(canvas, ignore, valid))
+        data, place = _packing.crop(packed, width)
+        stored = Stored(place, len(data), (packed.shape[1], width))
+        return _build("bits", data, [stored], Frame(canvas, ignore, valid))
 
     @staticmethod
     @reported("MaskTargets.from_label_map")
     def from_label_map(
-        labels: Tensor,
-        ids: Tensor | Sequence[int] | None,
+        labels: Tensor | Sequence[Tensor],
+        ids: Tensor | Sequence[int] | Sequence[Tensor | Sequence[int]] | None,
         *,
         allow_missing: bool = False,
         canvas: Size | None = None,
@@ -148,21 +163,29 @@ class MaskTargets:
         """Take a label map: one integer map for all masks of an image.
 
         Args:
-            labels: `[H, W]`, integers; target i is where the map equals `ids[i]`.
-            ids: the ids to use, in the order of the targets.
+            labels: `[H, W]`, integers; target i is where the map equals `ids[i]`. Or a list with one map per image,
+                of any sizes.
+            ids: the ids to use, in the order of the targets, `[T]`. For a list of maps, a list with those of each.
             allow_missing: accept ids that do not occur in the map, as empty masks (after a crop, say).
             canvas: see `from_masks`.
             ignore: see `from_masks`.
             valid: see `from_masks`.
 
         Returns:
-            The targets of one image, on the device of the map. A map on a CPU is searched for the box of each id.
+            The targets, on the device of the map. A map on a CPU is searched for the box of each id.
 
         Raises:
             MaskLossError: a map that is not `[H, W]` of integers, no ids, ids that do not occur in the map (looked for
-                on a CPU only), or as in `from_masks`.
+                on a CPU only), maps and ids that do not pair up, or as in `from_masks`.
         """
-        return _from_labels(labels, ids, allow_missing, Frame(canvas, ignore, valid))
+        maps, numbers = (list(labels), ids) if isinstance(labels, Sequence) else ([labels], [ids])
+        if not maps or not isinstance(numbers, Sequence) or len(numbers) != len(maps):
+            raise Cause(
+                "a list of label maps goes with a list of their ids",
+                f"got {describe(labels)} and {describe(ids)}",
+                "give the ids of each map, in the order of its targets",
+            )
+        return _from_labels(maps, numbers, allow_missing, Frame(canvas, ignore, valid))
 
     @staticmethod
     @reported("MaskTargets.from_coco")
@@ -195,7 +218,7 @@ class MaskTargets:
             MissingExtraError: pycocotools is not installed (extra `coco`).
         """
         data, place = _packing.pack_coco(segmentations, height, width)
-        return _build("bits", data, place, (height, width), Frame(canvas, ignore, valid))
+        return _build("bits", data, [Stored(place, len(data), (height, width))], Frame(canvas, ignore, valid))
 
     @staticmethod
     @reported("MaskTargets.cat")
@@ -233,7 +256,7 @@ class MaskTargets:
     def __repr__(self) -> str:
         if self.device.type == "meta":
             return f"MaskTargets({len(self)} masks, {self.encoding}, meta)"
-        sizes = sorted({(int(row[6]), int(row[7])) for row in self.images.tolist()})
+        sizes = sorted({(row[IMAGE_H], row[IMAGE_W]) for row in self.images.tolist()})
         size = f"{sizes[0][0]} x {sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} sizes"
         masks, images = len(self), self.batch_size
         extras = "".join(
@@ -253,6 +276,16 @@ class MaskTargets:
     def batch_size(self) -> int:
         """The number of images."""
         return len(self.num_targets)
+
+    @property
+    def counts(self) -> Tensor:
+        """The number of targets of each image, int64 `[B]` on the device."""
+        return self.images[:, COUNT]
+
+    @property
+    def first_rows(self) -> Tensor:
+        """The row of `table` with which each image begins, int64 `[B]`."""
+        return self.images[:, FIRST]
 
     @property
     def device(self) -> torch.device:
@@ -280,14 +313,16 @@ class MaskTargets:
 
     def dense(self, image: int = 0) -> Tensor:
         """Unpack the masks of one image, to look at: `[T, frame height, frame width]`, bool, or float if soft."""
-        first, count, *_, height, width = self.images[image].tolist()
+        row = self.images[image].tolist()
+        first, count, height, width = row[FIRST], row[COUNT], row[IMAGE_H], row[IMAGE_W]
+        base = row[BASE]
         dtype = self.data.dtype if self.encoding == "values" else torch.bool
         masks = torch.zeros(count, height, width, dtype=dtype, device=self.device)
-        for mask, row in zip(masks, self.table[first : first + count].tolist(), strict=True):
-            offset, stride, top, left, h, w, _, _, label = row
+        for mask, place in zip(masks, self.table[first : first + count].tolist(), strict=True):
+            offset, stride, top, left, h, w, _, _, label = place
             if h * w:
                 across = (w + 7) // 8 if self.encoding == "bits" else w
-                pixels = self.data.as_strided((h, across), (stride, 1), offset)
+                pixels = self.data.as_strided((h, across), (stride, 1), base + offset)
                 mask[top : top + h, left : left + w] = self._decode(pixels, w, label)
         return masks
 
@@ -307,102 +342,78 @@ class MaskTargets:
         return bool((self.windows != self.windows.new_tensor([0.0, 0.0, 1.0, 1.0])).any())
 
 
-def _from_binary(masks: Tensor, frame: Frame) -> MaskTargets:
-    return _from_bits(_packing.pack(masks), masks.shape[2], frame)
+def _from_binary(images: Sequence[Tensor], frame: Frame) -> MaskTargets:
+    if not all(map(_packing.on_host, images)):
+        stored = [_whole(masks, (masks.shape[2] + 7) // 8) for masks in images]
+        return _build("bits", _packing.pack_elsewhere(images), stored, frame)
+    crops = [_packing.crop(_packing.pack(masks), masks.shape[2]) for masks in images]
+    stored = [
+        Stored(place, len(data), (masks.shape[1], masks.shape[2]))
+        for masks, (data, place) in zip(images, crops, strict=True)
+    ]
+    return _build("bits", _joined([data for data, _ in crops]), stored, frame)
 
 
-def _from_bits(packed: Tensor, width: int, frame: Frame) -> MaskTargets:
-    data, place = _packing.crop(packed, width)
-    return _build("bits", data, place, (packed.shape[1], width), frame)
+def _from_values(images: Sequence[Tensor], frame: Frame) -> MaskTargets:
+    values = [masks if masks.is_floating_point() else (masks != 0).float() for masks in images]
+    stored = [_whole(masks, masks.shape[2]) for masks in images]
+    return _build("values", _joined([masks.detach().reshape(-1) for masks in values]), stored, frame)
 
 
-def _from_values(masks: Tensor, frame: Frame) -> MaskTargets:
+def _whole(masks: Tensor, stride: int) -> Stored:
+    """Masks that are stored from edge to edge, `stride` elements a row."""
     count, height, width = masks.shape
     place = np.zeros((count, _packing.PLACE), dtype=np.int64)
-    place[:] = (0, width, 0, 0, height, width)
-    place[:, 0] = np.arange(count) * (height * width)
-    values = masks if masks.is_floating_point() else (masks != 0).float()
-    return _build("values", values.detach().reshape(-1), place, (height, width), frame)
+    place[:] = (0, stride, 0, 0, height, width)
+    place[:, 0] = np.arange(count) * (height * stride)
+    return Stored(place, count * height * stride, (height, width))
 
 
-def _from_labels(labels: Tensor, ids: Tensor | Sequence[int] | None, allow_missing: bool, frame: Frame) -> MaskTargets:
-    if isinstance(labels, Tensor) and labels.dtype in _WIDER:
-        labels = labels.to(_WIDER[labels.dtype])
-    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.dtype not in _INTEGERS:
-        raise Cause(
-            "a label map must be a tensor [H, W] with an integer dtype",
-            f"got {describe(labels)}",
-            "give one map per image; masks of shape [T, H, W] go to from_masks",
-        )
-    listed = _packing.listed_ids(ids)
-    height, width = labels.shape
-    place = np.zeros((len(listed), _packing.PLACE), dtype=np.int64)
-    place[:] = (0, width, 0, 0, height, width)
-    if _packing.on_host(labels):
-        boxes = _packing.label_boxes(labels, listed)
-        missing = [number for number, box in zip(listed, boxes, strict=True) if not box[2]]
-        if missing and not allow_missing:
-            raise Cause(
-                "every id must occur in its label map",
-                f"{len(missing)} of {len(listed)} do not, the first is {missing[0]}",
-                "drop those targets, or pass allow_missing=True to count them as empty masks",
-            )
-        place[:, 0] = boxes[:, 0] * width + boxes[:, 1]
-        place[:, 2:] = boxes
-    return _build("labels", labels.detach().reshape(-1), place, (height, width), frame, listed)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _build(
-    encoding: str,
-    data: Tensor,
-    place: NDArray[np.int64],
-    size: Size,
-    frame: Frame,
-    ids: Sequence[int] | None = None,
-) -> MaskTargets:
-    """Put the targets of one image together: the place of each mask, its frame, the ignore region and the window."""
-    count = len(place)
-    height, width = frame_size(size, frame.canvas)
-    table = np.zeros((count, 9), dtype=np.int64)
-    table[:, : _packing.PLACE] = place
-    table[:, 6:8] = height, width
-    table[:, 8] = 0 if ids is None else ids
-    image = np.array([[0, count, -1, 0, 0, 0, height, width]], dtype=np.int64)
-    ignore = torch.empty(0, dtype=torch.uint8, device=data.device)
-    if frame.ignore is not None:
-        ignore = packed_ignore(frame.ignore, size, data.device)
-        image[0, 2:6] = (0, (size[1] + 7) // 8, *size)
-    return MaskTargets(
-        encoding=encoding,
-        data=data,
-        table=torch.from_numpy(table).to(data.device),
-        images=torch.from_numpy(image).to(data.device),
-        windows=torch.from_numpy(window_row(frame.valid, height, width)).to(data.device),
-        ignore=ignore,
-        num_targets=(count,),
-    )
+def _from_labels(maps: Sequence[Tensor], ids: Sequence[Any], allow_missing: bool, frame: Frame) -> MaskTargets:
+    maps = [_packing.check_label_map(labels) for labels in maps]
+    _packing.check_devices(maps)
+    parts, stored = [], []
+    unread: list[tuple[int, Tensor]] = []
+    first = 0
+    for labels, numbers in zip(maps, ids, strict=True):
+        known = _packing.on_host(labels) or not isinstance(numbers, Tensor)
+        listed = _packing.listed_ids(numbers) if known else [0] * len(_packing.check_ids(numbers))
+        if not known:
+            unread.append((first, numbers))
+        place = _packing.label_places(labels, listed, allow_missing)
+        # Without targets there is nothing to read, and such an image fits any encoding.
+        parts.append(labels.detach().reshape(-1) if listed else labels.new_empty(0))
+        stored.append(Stored(place, len(parts[-1]), (labels.shape[0], labels.shape[1]), listed))
+        first += len(listed)
+    targets = _build("labels", _joined(parts), stored, frame)
+    for first, numbers in unread:
+        # To list ids that are on a device would wait for it.
+        targets.table[first : first + len(numbers), LABEL] = numbers.to(targets.device, torch.int64)
+    return targets
+
+
+def _build(encoding: str, data: Tensor, stored: Sequence[Stored], frame: Frame) -> MaskTargets:
+    """Put pixels and their description together."""
+    table, images, windows, ignore = describe_images(stored, frame, data.device)
+    counts = tuple(len(image.place) for image in stored)
+    return MaskTargets(encoding, data, table, images, windows, ignore, counts)
 
 
 def _join(parts: Sequence[MaskTargets], full: Sequence[MaskTargets]) -> MaskTargets:
-    """Concatenate, shifting what points into the concatenated tensors."""
-    tables, images = [], []
-    pixels = masks = bytes_ignored = 0
-    for part in parts:
-        table, image = part.table.clone(), part.images.clone()
-        table[:, 0] += pixels
-        image[:, 0] += masks
-        image[:, 2] = torch.where(image[:, 2] < 0, -1, image[:, 2] + bytes_ignored)
-        tables.append(table)
-        images.append(image)
-        pixels += part.data.numel() if part.encoding == full[0].encoding else 0
-        masks += len(part)
-        bytes_ignored += part.ignore.numel()
+    """Concatenate; where each image begins follows from the sizes of those before it, without asking a device."""
+    images = torch.cat([part.images for part in parts])
+    sizes = images[:, :SIZES]
+    images[:, SIZES : 2 * SIZES] = sizes.cumsum(0) - sizes
     return MaskTargets(
         encoding=full[0].encoding,
-        data=torch.cat([part.data for part in parts if part.encoding == full[0].encoding]),
-        table=torch.cat(tables),
-        images=torch.cat(images),
+        data=_joined([part.data for part in parts if part.encoding == full[0].encoding]),
+        table=torch.cat([part.table for part in parts]),
+        images=images,
         windows=torch.cat([part.windows for part in parts]),
-        ignore=torch.cat([part.ignore for part in parts]),
+        ignore=_joined([part.ignore for part in parts if part.ignore.numel()] or [parts[0].ignore]),
         num_targets=tuple(count for part in parts for count in part.num_targets),
     )

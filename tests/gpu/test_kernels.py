@@ -254,6 +254,22 @@ def test_points_are_those_of_the_reference(gpu: Any, name: str) -> None:
     assert torch.equal(inputs.drawn(gpu), inputs.drawn(reference))
 
 
+@pytest.mark.parametrize("name", ["plain", "bfloat16, ignored pixels, windows", "border, nearest, focal"])
+def test_three_backends_give_the_same_points_and_losses(gpu: Any, name: str) -> None:
+    from maskloss.ops import cpu
+
+    on_device, on_host = Inputs(CASES[name]), Inputs(CASES[name])
+    on_host.targets, on_host.image_ids = on_device.targets.to("cpu"), on_device.image_ids.cpu()
+    on_host.logits, on_host.index = [layer.cpu() for layer in on_device.logits], on_device.index.cpu()
+    points = [on_device.drawn(gpu).cpu(), on_device.drawn(reference).cpu(), on_host.drawn(cpu)]
+    losses = [on_device.loss(gpu), on_device.loss(reference), on_host.loss(cpu)]
+    for other in (1, 2):
+        assert torch.equal(points[0], points[other])
+        assert torch.equal(losses[0][2].cpu(), losses[other][2].cpu())  # the candidates that were chosen
+        for mine, theirs in zip(losses[0][:2], losses[other][:2], strict=True):
+            torch.testing.assert_close(mine.cpu(), theirs.cpu(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("count", [1, 37, 254, 255])
 def test_ties_go_to_the_first_candidates(gpu: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     small_blocks(monkeypatch)

@@ -106,7 +106,7 @@ def test_operation(backend: str, operation: Any, make: Callable[[str], Args]) ->
 
 def test_assign() -> None:
     labels, counts = torch.tensor([0, 1, 1, 0, 2]), (4, 0, 1)
-    torch.library.opcheck(ops.assign, (torch.rand(2, 3, 3, 4), labels, counts, 3))
+    torch.library.opcheck(ops._assign, (torch.rand(2, 3, 3, 4), labels, counts, 3))
 
 
 def test_every_operation_is_checked() -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from maskloss import _inputs, distributed
 from maskloss._collate import collate
 from maskloss.loss import InstanceLosses, MaskLoss
-from maskloss.matches import Matches
+from maskloss.matches import Matches, wanted_classes
 from maskloss.points import draw_seed
 from maskloss.targets import MaskTargets
 
@@ -46,13 +46,11 @@ class Step:
 
     def target_rows(self, index: Tensor) -> Tensor:
         """Number the targets of matches `[N, 4]` over the whole batch: int64 `[N]`."""
-        return self.targets.images[:, 0][index[:, 1]] + index[:, 3]
+        return self.targets.first_rows[index[:, 1]] + index[:, 3]
 
-    def wanted_classes(self, index: Tensor, shape: Sequence[int], no_object: int) -> Tensor:
+    def wanted_classes(self, matches: Matches, shape: Sequence[int], no_object: int) -> Tensor:
         """Write the classes that queries should have, int64 `[L, B, Q]`; the unmatched ones get `no_object`."""
-        wanted = torch.full(tuple(shape), no_object, device=index.device)
-        wanted[index[:, 0], index[:, 1], index[:, 2]] = self.labels[self.target_rows(index)]
-        return wanted
+        return wanted_classes(matches, self.labels, self.targets.first_rows, shape, no_object)
 
     def mask_terms(self, loss: MaskLoss, logits: Sequence[Tensor], matches: Matches) -> InstanceLosses:
         """Sum the mask terms of each layer over its instances: `[L]` each, not yet divided by anything."""

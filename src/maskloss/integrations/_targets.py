@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._frames import Size
+from maskloss._frames import COUNT, FIRST, Size
 from maskloss.errors import Cause, describe
 from maskloss.targets import MaskTargets
 
@@ -74,17 +74,14 @@ def repeat_targets(targets: MaskTargets, times: int) -> MaskTargets:
     """
     if times == 1:
         return targets
-    rows: list[int] = []
-    starts: list[int] = []
-    first = 0
-    for count in targets.num_targets:
-        starts.append(len(rows))
-        rows += list(range(first, first + count)) * times
-        first += count
     counts = tuple(count * times for count in targets.num_targets)
-    table = targets.table[torch.tensor(rows, dtype=torch.int64).to(targets.device, non_blocking=True)]
     images = targets.images.clone()
-    images[:, :2] = torch.tensor([starts, counts], dtype=torch.int64).T.to(targets.device, non_blocking=True)
+    images[:, COUNT] *= times
+    images[:, FIRST] *= times
+    which = torch.arange(targets.batch_size, device=targets.device)
+    image = which.repeat_interleave(images[:, COUNT], output_size=sum(counts))
+    copy = torch.arange(sum(counts), device=targets.device) - images[:, FIRST][image]
+    table = targets.table[targets.first_rows[image] + copy % targets.counts[image]]
     return replace(targets, table=table, images=images, num_targets=counts)
 
 

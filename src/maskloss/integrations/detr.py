@@ -288,7 +288,7 @@ class SetCriterion(nn.Module):
                 f"got {logits.shape[-1]}",
                 'classification "softmax" has "no object" as the last class, "focal" has not',
             )
-        wanted = step.wanted_classes(matches.index, logits.shape[:3], self.num_classes)
+        wanted = step.wanted_classes(matches, logits.shape[:3], self.num_classes)
         if softmax:
             return weighted_cross_entropy(logits, wanted, self.empty_weight)
         one_hot = torch.zeros(*logits.shape[:3], self.num_classes + 1, dtype=logits.dtype, device=logits.device)

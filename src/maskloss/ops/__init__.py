@@ -145,15 +145,27 @@ def _(
 
 
 @torch.library.custom_op("maskloss::assign", mutates_args=())
-def assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
-    """Solve the assignments of all layers and images: int64 `[N, 4]`; the one place that waits for the device."""
+def _assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
     return assignment.assign(cost, labels, num_targets, num_classes)
 
 
-@assign.register_fake
+@_assign.register_fake
 def _(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
-    matched = cost.shape[0] * sum(min(count, cost.shape[2]) for count in num_targets)
-    return cost.new_empty(matched, 4, dtype=torch.int64)
+    layers, batch, queries = cost.shape[:3]
+    matched = layers * sum(min(count, queries) for count in num_targets)
+    return cost.new_empty(4 * matched + layers * batch * queries, dtype=torch.int64)
+
+
+def assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> tuple[Tensor, Tensor]:
+    """Solve the assignments of all layers and images; the one place that waits for the device.
+
+    Returns:
+        The matches, int64 `[N, 4]`, and the class that each query should have, int64 `[L, B, Q]`.
+    """
+    answer = _assign(cost, labels, num_targets, num_classes)
+    wanted = cost.shape[0] * cost.shape[1] * cost.shape[2]
+    index, classes = answer.split([answer.shape[0] - wanted, wanted])
+    return index.view(-1, 4), classes.view(cost.shape[:3])
 
 
 @torch.library.custom_op("maskloss::mask_loss", mutates_args=())
@@ -287,10 +299,12 @@ def _mask_loss_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | 
     chosen, corners, index, image_ids, seed, points, *rest = ctx.saved_tensors
     targets, logits = rest[: ctx.num_target_tensors], rest[ctx.num_target_tensors :]
     needs_grad = [bool(need) for need in ctx.needs_input_grad[0]]
-    zero = torch.zeros(index.shape[0], dtype=accumulation_dtype(logits[0].dtype), device=index.device)
+    if grad_ce is None or grad_dice is None:
+        zero = torch.zeros(index.shape[0], dtype=accumulation_dtype(logits[0].dtype), device=index.device)
+        grad_ce, grad_dice = (zero if grad is None else grad for grad in (grad_ce, grad_dice))
     grads = _mask_loss_backward(
-        zero if grad_ce is None else grad_ce.contiguous(),
-        zero if grad_dice is None else grad_dice.contiguous(),
+        grad_ce.contiguous(),
+        grad_dice.contiguous(),
         chosen,
         corners,
         needs_grad,

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from maskloss._frames import FIRST
+
 from ._cpu_choose import GROUP, LARGEST_KEY, list_marked, make_keys, mark_chosen, threshold
 from ._cpu_loss import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses
 from ._cpu_random import U32, draw_bits, instance_key, points_of_bits
@@ -22,7 +24,7 @@ from ._cpu_sampling import (
     scatter,
     write_plane,
 )
-from ._cpu_targets import FIRST, IGNORED, VALUES, mark_ignored, read_targets, values_of_codes
+from ._cpu_targets import IGNORED, VALUES, mark_ignored, read_targets, values_of_codes
 from ._cpu_threads import helper, kernel, take
 
 _I32 = np.int32

@@ -12,10 +12,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from maskloss._frames import COUNT, FIRST
+
 from ._cpu_loss import power, sigmoid_softplus
 from ._cpu_random import U32, draw_bits, instance_key, points_of_bits
 from ._cpu_sampling import BORDER, WIDTH, gather, locate, read_rows
-from ._cpu_targets import COUNT, FIRST, IGNORED, list_inside, mark_ignored, read_targets
+from ._cpu_targets import IGNORED, list_inside, mark_ignored, read_targets
 from ._cpu_threads import helper, kernel, take
 
 _I32 = np.int32

@@ -5,16 +5,31 @@ from __future__ import annotations
 
 import numpy as np
 
+from maskloss._frames import (
+    CROP_H,
+    CROP_W,
+    FRAME_H,
+    FRAME_W,
+    IGNORE_BASE,
+    IGNORE_H,
+    IGNORE_SIZE,
+    IGNORE_STRIDE,
+    IGNORE_W,
+    IMAGE_H,
+    IMAGE_W,
+    LABEL,
+    LEFT,
+    OFFSET,
+    STRIDE,
+    TOP,
+)
+
 from ._cpu_choose import GROUP, list_marked, mark
 from ._cpu_sampling import BF16, BORDER, F16, F32, from_bf16, from_f16, locate, round_nearest
 from ._cpu_threads import at, helper
 
 # Encodings, as codes: packed bits; label maps of 1, 2, 4 and 8 bytes; soft values by element type, from 8.
 BITS, LABEL_U8, LABEL_I16, LABEL_I32, LABEL_I64, VALUES = 0, 1, 2, 3, 4, 8
-# Columns of a target's row.
-OFFSET, STRIDE, TOP, LEFT, CROP_H, CROP_W, FRAME_H, FRAME_W, LABEL = range(9)
-# Columns of an image's row.
-FIRST, COUNT, IGNORE_OFFSET, IGNORE_STRIDE, IGNORE_H, IGNORE_W, IMAGE_H, IMAGE_W = range(8)
 IGNORED = 16
 
 _I32 = np.int32
@@ -200,7 +215,7 @@ def values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t, fx, fy):
 @helper()
 def mark_ignored(x, y, n, image, ignore, double, codes):
     """Flag the points in pixels that the ignore region covers: pixel `int(x * frame_w)`, in the points' type."""
-    if image[IGNORE_OFFSET] < 0 or ignore.shape[0] == 0:
+    if image[IGNORE_SIZE] == 0:
         return
     for i in range(n):
         u, v = x[i] * image[IMAGE_W], y[i] * image[IMAGE_H]
@@ -211,6 +226,6 @@ def mark_ignored(x, y, n, image, ignore, double, codes):
         column = int(min(u, image[IMAGE_W] - 1.0)) if u > 0 else 0
         row = int(min(v, image[IMAGE_H] - 1.0)) if v > 0 else 0
         if row < image[IGNORE_H] and column < image[IGNORE_W]:
-            byte = ignore[image[IGNORE_OFFSET] + row * image[IGNORE_STRIDE] + (column >> 3)]
+            byte = ignore[image[IGNORE_BASE] + row * image[IGNORE_STRIDE] + (column >> 3)]
             if (byte >> (column & 7)) & 1:
                 codes[i] |= IGNORED

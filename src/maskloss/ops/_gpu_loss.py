@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from ._gpu_sampling import (
+    BASE,
     IMAGE_COLUMNS,
     INDEX_COLUMNS,
-    TABLE_COLUMNS,
     is_ignored,
     layer_pointer,
     load_corners,
@@ -17,6 +17,7 @@ from ._gpu_sampling import (
     read_targets,
     sample_map,
     save_corners,
+    table_row,
 )
 
 # Sums of an instance, in this order: weights, weighted sigmoids, their products with the targets, weighted targets.
@@ -152,8 +153,8 @@ def loss_terms(
         known = tl.load(kept + n * num_uncertain + i, mask=i < num_uncertain, other=0.0)
         z = tl.where(i < num_uncertain, known, z)
     image_row = images + image * IMAGE_COLUMNS
-    target_row = table + (tl.load(image_row) + tl.load(row + 3)) * TABLE_COLUMNS
-    t, code = read_targets(data, target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
+    target_row = table_row(table, image_row, tl.load(row + 3))
+    t, code = read_targets(data + tl.load(image_row + BASE), target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
     skip = is_ignored(ignore, image_row, x, y, keep)
     save_corners(corners, n * num_points + i, t, code, skip, keep, ENCODING)
     weight = 1.0 - skip.to(ACC)
@@ -240,7 +241,7 @@ def slope_terms(
     )  # fmt: skip
     z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, False, BORDER, ACC)
     tl.store(values + n * num_points + i, z, mask=keep)
-    target_row = table + (tl.load(images + image * IMAGE_COLUMNS) + tl.load(row + 3)) * TABLE_COLUMNS
+    target_row = table_row(table, images + image * IMAGE_COLUMNS, tl.load(row + 3))
     t, weight = load_corners(corners, n * num_points + i, target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
     s, _c, _logarithm = sigmoids(z)
     _store_sums(sums, sums + program.to(tl.int64) * NUM_SUMS, z, s, t, weight, keep)

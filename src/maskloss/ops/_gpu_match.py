@@ -19,9 +19,10 @@ from torch import Tensor
 from ._gpu_launch import BLOCK, OPTIONS, Span, cdiv, empty, focal_options, geometry, is_simple, split_seed
 from ._gpu_loss import power, sigmoids
 from ._gpu_sampling import (
+    BASE,
+    COUNT,
     IMAGE_COLUMNS,
     MATCHER,
-    TABLE_COLUMNS,
     draw,
     instance_key,
     is_ignored,
@@ -29,6 +30,7 @@ from ._gpu_sampling import (
     locate,
     read_targets,
     sample_cells,
+    table_row,
 )
 
 _GRID: tl.constexpr = tl.constexpr(1024)
@@ -89,9 +91,11 @@ def match_targets(
     image_row = images + image * IMAGE_COLUMNS
     weight = 1.0 - is_ignored(ignore, image_row, x, y, keep).to(ACC)
     tl.store(weights + image * num_points + i, weight, mask=keep & (target == 0))
-    real = target < tl.load(image_row + 1)
-    row = table + tl.where(real, tl.load(image_row) + target, 0) * TABLE_COLUMNS
-    value, _code = read_targets(data, row, x, y, keep & real, ENCODING, NEAREST, BORDER, ACC)
+    real = target < tl.load(image_row + COUNT)
+    row = tl.where(real, table_row(table, image_row, target), table)
+    value, _code = read_targets(
+        data + tl.load(image_row + BASE), row, x, y, keep & real, ENCODING, NEAREST, BORDER, ACC
+    )
     tl.store(weighted + pair * num_points + i, tl.where(real, value * weight, 0.0), mask=keep)
 
 
@@ -256,7 +260,7 @@ def finish_costs(
         area += tl.load(areas + part * num_rows + row, mask=keep, other=0.0)
     count = tl.load(counts + image, mask=keep, other=1.0)
     area += tl.load(target_sums + image * widest + target, mask=keep, other=0.0) + 1.0
-    real = target < tl.load(images + image * IMAGE_COLUMNS + 1, mask=keep, other=0)
+    real = target < tl.load(images + image * IMAGE_COLUMNS + COUNT, mask=keep, other=0)
     cost = (negative - product) / tl.where(count > 1.0, count, 1.0)
     tl.store(ce + element, tl.where(real, cost, 0.0), mask=keep)
     tl.store(dice + element, tl.where(real, 1.0 - (2.0 * overlap + 1.0) / area, 0.0), mask=keep)

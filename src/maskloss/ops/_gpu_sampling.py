@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from maskloss import _frames
+
 # Encodings of the targets.
 BITS: tl.constexpr = tl.constexpr(0)
 LABELS: tl.constexpr = tl.constexpr(1)
@@ -20,10 +22,20 @@ VALUES: tl.constexpr = tl.constexpr(2)
 CANDIDATES: tl.constexpr = tl.constexpr(0)
 RANDOM: tl.constexpr = tl.constexpr(1 << 16)
 MATCHER: tl.constexpr = tl.constexpr(2 << 16)
-# Columns of `index`, `MaskTargets.table` and `MaskTargets.images`.
+# Columns of `index`; those of `MaskTargets.table` and `MaskTargets.images`.
 INDEX_COLUMNS: tl.constexpr = tl.constexpr(4)
-TABLE_COLUMNS: tl.constexpr = tl.constexpr(9)
-IMAGE_COLUMNS: tl.constexpr = tl.constexpr(8)
+TABLE_COLUMNS: tl.constexpr = tl.constexpr(_frames.TABLE_COLUMNS)
+IMAGE_COLUMNS: tl.constexpr = tl.constexpr(_frames.IMAGE_COLUMNS)
+COUNT: tl.constexpr = tl.constexpr(_frames.COUNT)
+_FIRST: tl.constexpr = tl.constexpr(_frames.FIRST)
+BASE: tl.constexpr = tl.constexpr(_frames.BASE)
+_IGNORE_SIZE: tl.constexpr = tl.constexpr(_frames.IGNORE_SIZE)
+_IGNORE_BASE: tl.constexpr = tl.constexpr(_frames.IGNORE_BASE)
+_IGNORE_STRIDE: tl.constexpr = tl.constexpr(_frames.IGNORE_STRIDE)
+_IGNORE_H: tl.constexpr = tl.constexpr(_frames.IGNORE_H)
+_IGNORE_W: tl.constexpr = tl.constexpr(_frames.IGNORE_W)
+_IMAGE_H: tl.constexpr = tl.constexpr(_frames.IMAGE_H)
+_IMAGE_W: tl.constexpr = tl.constexpr(_frames.IMAGE_W)
 _IGNORED: tl.constexpr = tl.constexpr(16)
 
 
@@ -204,6 +216,12 @@ def sample_map(
 
 
 @triton.jit
+def table_row(table, image_row, target):
+    """Row of the target of an image."""
+    return table + (tl.load(image_row + _FIRST) + target) * TABLE_COLUMNS
+
+
+@triton.jit
 def _read_target(data, start, stride, top, left, height, width, label, y, x, keep, ENCODING: tl.constexpr):
     """One stored pixel of a target for each point: 0 or 1 as int32, or a soft value as it is stored."""
     y, x = y - top, x - left
@@ -253,12 +271,12 @@ def is_ignored(ignore, image_row, px, py, keep):
     if ignore is None:
         skip = tl.full(keep.shape, False, tl.int1)
     else:
-        frame_h, frame_w = tl.load(image_row + 6), tl.load(image_row + 7)
-        y = _clipped_pixel(py, frame_h)
-        x = _clipped_pixel(px, frame_w)
-        offset = tl.load(image_row + 2)
-        inside = keep & (offset >= 0) & (y < tl.load(image_row + 4)) & (x < tl.load(image_row + 5))
-        byte = tl.load(ignore + offset + y * tl.load(image_row + 3) + (x >> 3), mask=inside, other=0)
+        y = _clipped_pixel(py, tl.load(image_row + _IMAGE_H))
+        x = _clipped_pixel(px, tl.load(image_row + _IMAGE_W))
+        inside = keep & (tl.load(image_row + _IGNORE_SIZE) > 0)
+        inside = inside & (y < tl.load(image_row + _IGNORE_H)) & (x < tl.load(image_row + _IGNORE_W))
+        start = ignore + tl.load(image_row + _IGNORE_BASE)
+        byte = tl.load(start + y * tl.load(image_row + _IGNORE_STRIDE) + (x >> 3), mask=inside, other=0)
         skip = ((byte.to(tl.int32) >> (x & 7).to(tl.int32)) & 1) != 0
     return skip
 

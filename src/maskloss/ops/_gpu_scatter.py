@@ -21,12 +21,12 @@ from ._gpu_loss import NUM_SUMS, slope_terms, slopes
 from ._gpu_sampling import (
     IMAGE_COLUMNS,
     INDEX_COLUMNS,
-    TABLE_COLUMNS,
     layer_pointer,
     load_corners,
     locate,
     nearest,
     point_of,
+    table_row,
 )
 
 # In the table of slots: a plane that no instance reads.
@@ -129,7 +129,7 @@ def scatter(
     )  # fmt: skip
     d = tl.load(values + n * num_points + i, mask=keep, other=0.0)
     if grad_ce is not None:
-        at = table + (tl.load(images + image * IMAGE_COLUMNS) + tl.load(row + 3)) * TABLE_COLUMNS
+        at = table_row(table, images + image * IMAGE_COLUMNS, tl.load(row + 3))
         t, weight = load_corners(corners, n * num_points + i, at, x, y, keep, ENCODING, TARGET_NEAREST, BORDER, ACC)
         mine = sums + n * blocks * NUM_SUMS
         d = slopes(mine, blocks, tl.load(grad_ce + n), tl.load(grad_dice + n), d, t, weight, ALPHA, GAMMA, ACC)

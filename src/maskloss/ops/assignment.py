@@ -26,24 +26,30 @@ def assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes
         num_classes: labels must lie in [0, num_classes).
 
     Returns:
-        int64 `[N, 4]` on the device of `cost`: rows (layer, image, query, target), sorted by layer, image, query.
+        int64 1-D on the device of `cost`, two tables in one, so that they make one trip. First `[N, 4]`, rows (layer,
+        image, query, target), sorted by layer, image, query; then `[L, B, Q]`, the class of each query's target,
+        `num_classes` for a query without one.
 
     Raises:
         Cause: a label outside the classes.
     """
     host, classes = _to_host(cost, labels)
     check_labels(classes, num_classes)
-    rows = [
-        _solve(host[layer, image, :, :count], layer, image)
-        for layer in range(host.shape[0])
-        for image, count in enumerate(num_targets)
-    ]
-    index = torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0, 4, dtype=torch.int64)
+    first = np.cumsum([0, *num_targets])
+    wanted = np.full(host.shape[:3], num_classes, dtype=np.int64)
+    rows = [np.empty((0, 4), dtype=np.int64)]
+    for layer in range(host.shape[0]):
+        for image, count in enumerate(num_targets):
+            found = _solve(host[layer, image, :, :count], layer, image)
+            if classes.size:
+                wanted[layer, image, found[:, 2]] = classes[first[image] + found[:, 3]]
+            rows.append(found)
+    answer = torch.from_numpy(np.concatenate([*(found.reshape(-1) for found in rows), wanted.reshape(-1)]))
     if cost.device.type == "cpu":
-        return index
+        return answer
     if cost.device.type == "cuda":
-        index = index.pin_memory()
-    return index.to(cost.device, non_blocking=True)
+        answer = answer.pin_memory()
+    return answer.to(cost.device, non_blocking=answer.is_pinned())
 
 
 def check_labels(labels: NDArray[Any], num_classes: int) -> None:

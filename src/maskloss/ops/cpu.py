@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maskloss._frames import BASE, COUNT, OFFSET
+
 from . import _cpu_instances as instances
 from . import _cpu_maps as maps_
 from . import _cpu_match as matching
@@ -39,6 +41,13 @@ _STORAGE = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: 
 def _array(tensor: Tensor) -> Array:
     array: Array = tensor.detach().contiguous().numpy()
     return array
+
+
+def _absolute(table: Tensor, images: Tensor) -> Array:
+    """The table of targets, with offsets from where the data of all images begins."""
+    rows, described = table.detach().numpy().copy(), _array(images)
+    rows[:, OFFSET] += np.repeat(described[:, BASE], described[:, COUNT])
+    return rows
 
 
 def _float(dtype: torch.dtype) -> type[np.floating[Any]]:
@@ -208,7 +217,7 @@ def mask_loss(
         _array(index),
         data.data_ptr(),
         _encode(data, encoding),
-        _array(table),
+        _absolute(table, images),
         _array(images),
         _array(windows),
         _array(ignore),
@@ -379,7 +388,8 @@ def _match_targets(
     """
     batch, dtype = len(num_targets), dtypes[0]
     data = targets[0].contiguous()
-    table, images, windows, ignore = (_array(t) for t in targets[1:])
+    table = _absolute(*targets[1:3])
+    images, windows, ignore = (_array(t) for t in targets[2:])
     points, weights = np.empty((batch, 2, num_points), dtypes[1]), np.empty((batch, num_points), dtype)
     args: tuple[Any, ...] = (_array(image_ids), int(seed), windows, images, ignore, num_points, bands.shape[1] - 1)
     launch(matching.draw, batch, dtypes, (0, 0, 4 * num_points), (*args, points, weights, bands))

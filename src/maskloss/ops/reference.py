@@ -16,6 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from maskloss._frames import (
+    BASE,
+    COUNT,
+    FIRST,
+    IGNORE_BASE,
+    IGNORE_H,
+    IGNORE_SIZE,
+    IGNORE_STRIDE,
+    IGNORE_W,
+    IMAGE_H,
+    IMAGE_W,
+)
 from maskloss.points import ALL_TARGETS, CANDIDATES, MATCHER, RANDOM, instance_keys, uniform_points
 
 _CORNERS = (1, 2, 4, 8)
@@ -145,6 +157,11 @@ def into_window(points: Tensor, windows: Tensor) -> Tensor:
     return points * windows[:, None, 2:] + windows[:, None, :2]
 
 
+def _known_seed(seed: Tensor, device: torch.device) -> int | Tensor:
+    """A seed on the host becomes a number: to copy it to a device would wait for the device."""
+    return int(seed) if seed.device.type == "cpu" and device.type != "cpu" else seed.to(device)
+
+
 def draw_points(
     z_at: Callable[[Tensor], Tensor],
     index: Tensor,
@@ -157,7 +174,7 @@ def draw_points(
 ) -> tuple[Tensor, Tensor]:
     """Draw the points of instances of one layer: `[N, P, 2]` and the chosen candidates `[N, num_uncertain]`."""
     layers, images = index[:, 0], index[:, 1]
-    keys = instance_keys(seed.to(index.device), image_ids[images], index[:, 3])
+    keys = instance_keys(_known_seed(seed, index.device), image_ids[images], index[:, 3])
     window = windows[images]
     uniform = into_window(uniform_points(keys, num_points - num_uncertain, layers, RANDOM), window)
     if num_uncertain == 0:
@@ -218,12 +235,22 @@ def ignored(points: Tensor, images: Tensor, ignore: Tensor) -> Tensor:
     """Tell which points `[n, P, 2]` lie in a pixel that the ignore region of their image (rows `[n, 8]`) covers."""
     if ignore.numel() == 0:
         return torch.zeros(points.shape[:-1], dtype=torch.bool, device=points.device)
-    offset, stride, height, width, frame_h, frame_w = (column[:, None] for column in images[:, 2:].unbind(1))
+    columns = (IGNORE_SIZE, IGNORE_BASE, IGNORE_STRIDE, IGNORE_H, IGNORE_W, IMAGE_H, IMAGE_W)
+    size, offset, stride, height, width, frame_h, frame_w = (images[:, column, None] for column in columns)
     y = (points[..., 1] * frame_h).nan_to_num().long().clamp(min=0).clamp(max=frame_h - 1)
     x = (points[..., 0] * frame_w).nan_to_num().long().clamp(min=0).clamp(max=frame_w - 1)
-    inside = (offset >= 0) & (y < height) & (x < width)
+    inside = (size > 0) & (y < height) & (x < width)
     address = torch.where(inside, offset + y * stride + (x >> 3), 0)
     return inside & ((ignore[address] >> (x & 7)) & 1).bool()
+
+
+def _entries(image: Tensor, target: Tensor, table: Tensor, images: Tensor) -> Tensor:
+    """Look up the rows of targets, offsets counted from where the data begin. A target too many gets the first row."""
+    described = images[image]
+    real = target < described[:, COUNT]
+    rows = table[torch.where(real, described[:, FIRST] + target, 0)]
+    base = torch.where(real, described[:, BASE], 0)
+    return torch.cat([rows[:, :1] + base[:, None], rows[:, 1:]], dim=1)
 
 
 def target_cells(points: Tensor, rows: Tensor, padding: str, dtype: torch.dtype) -> Cells:
@@ -361,7 +388,7 @@ def mask_loss(
         if at is None:
             at, chosen = draw_points(z_at, rows, windows, image_ids, seed, num_points, num_candidates, num_uncertain)
         z = z_at(at)
-        entries = table[images[rows[:, 1], 0] + rows[:, 3]]
+        entries = _entries(rows[:, 1], rows[:, 3], table, images)
         cells = target_cells(at, entries, padding, dtype)
         corners = read_targets(cells, entries, data, encoding, padding, target_mode, dtype)
         skip = ignored(at, images[rows[:, 1]], ignore)
@@ -411,7 +438,7 @@ def mask_loss_backward(
             at = _redraw(ids, rows, windows, image_ids, seed, num_points, num_candidates, num_uncertain)
         planes = layer[rows[:, 1], rows[:, 2]]
         z = sample_planes(planes, at, "bilinear", padding)
-        cells = target_cells(at, table[images[rows[:, 1], 0] + rows[:, 3]], padding, z.dtype)
+        cells = target_cells(at, _entries(rows[:, 1], rows[:, 3], table, images), padding, z.dtype)
         t, skip = unpack_corners(packed, cells, target_mode, z.dtype)
         slopes = instance_slopes(z, t, (~skip).to(z.dtype), focal_alpha, focal_gamma)
         d_z = d_ce[:, None] * slopes[0] + d_dice[:, None] * slopes[1]
@@ -460,7 +487,7 @@ def _unpack_bits(bits: Tensor, num_chosen: int) -> Tensor:
 def match_points(windows: Tensor, image_ids: Tensor, seed: Tensor, num_points: int) -> Tensor:
     """Draw the matcher's uniform points, shared by all queries and layers of an image: `[B, P, 2]`."""
     everything = torch.full_like(image_ids, ALL_TARGETS)
-    keys = instance_keys(seed.to(image_ids.device), image_ids, everything)
+    keys = instance_keys(_known_seed(seed, image_ids.device), image_ids, everything)
     return into_window(uniform_points(keys, num_points, torch.zeros_like(image_ids), MATCHER), windows)
 
 
@@ -503,8 +530,9 @@ def match_cost(
     data, table, images, windows, ignore = targets
     batch, widest = len(num_targets), max(num_targets, default=0)
     column = torch.arange(widest, device=table.device)
-    real = column < images[:, 1:2]
-    rows = table[torch.where(real, images[:, :1] + column, 0)].flatten(0, 1) if len(table) else table
+    real = column < images[:, COUNT, None]
+    everyone = torch.arange(batch, device=table.device)
+    rows = _entries(everyone.repeat_interleave(widest), column.repeat(batch), table, images)
     points = match_points(windows, image_ids, seed, num_points)
     repeated = points.repeat_interleave(widest, dim=0)
     ce, overlap = [], []

@@ -196,7 +196,7 @@ def _match(
     cost = matcher.costs(logits.detach(), masks, step.targets, step.labels, step.image_ids, step.seed, extra)
     depth, batch, queries, widest = cost.shape
     apart = cost.view(depth, batch, groups, queries // groups, widest).transpose(1, 2).flatten(0, 1)
-    index = ops.assign(apart, step.labels, step.targets.num_targets, logits.shape[3])
+    index, _ = ops.assign(apart, step.labels, step.targets.num_targets, logits.shape[3])
     layer, image, query, target = index.unbind(1)
     group = layer % groups
     return torch.stack([layer // groups, image, query + group * (queries // groups), target], dim=1)
@@ -206,7 +206,7 @@ def _mask_sums(step: Step, loss: MaskLoss, masks: Sequence[Tensor], index: Tenso
     """Sum the mask terms by layer. A target that supervises one query in each group has points for each of them."""
     repeated = Step(repeat_targets(step.targets, groups), step.labels, step.image_ids, step.seed)
     per_group = masks[0].shape[1] // groups
-    counts = step.targets.images[:, 1][index[:, 1]]
+    counts = step.targets.counts[index[:, 1]]
     index = torch.cat([index[:, :3], (index[:, 3] + index[:, 2] // per_group * counts)[:, None]], dim=1)
     size = groups * sum(min(count, per_group) for count in step.targets.num_targets)
     matches = Matches(index, (size,) * len(masks), masks[0].shape[1], repeated.targets.num_targets)
@@ -230,5 +230,5 @@ def _quality_loss(logits: Tensor, place: tuple[Tensor, ...], iou: Tensor, alpha:
 def _cardinality_error(logits: Tensor, step: Step) -> Tensor:
     """Compare the number of confident queries with that of targets, for the log: `[L]`."""
     confident = (logits.amax(-1) > 0).sum(-1).to(logits.dtype)
-    wanted = step.targets.images[:, 1].to(logits.dtype).expand_as(confident)
+    wanted = step.targets.counts.to(logits.dtype).expand_as(confident)
     return l1_loss(confident, wanted, reduction="none").mean(1)

@@ -72,7 +72,7 @@ class PointCriterion(nn.Module):
         stacked = accumulated(torch.stack(classes))
         matches = self._matcher().match(stacked.detach(), masks, step.targets, step.labels, step.image_ids, step.seed)
         terms = step.mask_terms(self._mask_loss(), masks, matches)
-        wanted = step.wanted_classes(matches.index, stacked.shape[:3], stacked.shape[3] - 1)
+        wanted = step.wanted_classes(matches, stacked.shape[:3], stacked.shape[3] - 1)
         classification = weighted_cross_entropy(stacked, wanted, self.empty_weight)
         count = mean_count(float(len(step.targets)), stacked.device)
         return [

@@ -1,0 +1,139 @@
+"""Run as a program: a training step on CUDA, MPS and XPU tensors of a machine that has none of them.
+
+The tensors are fake: they have a device, a dtype and a shape, and no values, so whoever looks at one gets an error.
+Indexing asks PyTorch for the guard of the device, which a build without that device lacks; it gets the guard of the
+meta device, which does nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from maskloss import MaskCriterion, MaskTargets
+from maskloss.ops import choose_backend, reference
+
+# Places in c10::DeviceType.
+CUDA, XPU, MPS, META = 1, 12, 13, 14
+LAYERS, BATCH, QUERIES, TARGETS, CLASSES, SIZE = 10, 2, 100, 20, 80, 64
+SAMPLING = (112, 336, 84)
+
+
+def lend_guards() -> None:
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    registry = (ctypes.c_void_p * (META + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    for device in (CUDA, XPU, MPS):
+        registry[device] = registry[device] or registry[META]
+
+
+class Watch(TorchDispatchMode):
+    """Notes the copies between devices, and the dtypes that were computed with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[str, ...]] = []
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, made = ([t for t in tree_leaves(each) if isinstance(t, Tensor)] for each in ((args, kwargs), result))
+        devices = {tensor.device.type for tensor in (*given, *made)}
+        if "copy" in func._schema.name and len(devices) > 1:
+            self.copies.append((given[0].device.type, made[0].device.type))
+        self.dtypes |= {tensor.dtype for tensor in made}
+        return result
+
+
+@contextmanager
+def watched() -> Iterator[Watch]:
+    with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
+        yield watch
+
+
+def masks(device: str) -> list[Tensor]:
+    return [torch.empty(TARGETS, 2 * SIZE, 2 * SIZE + 3, dtype=torch.bool, device=device) for _ in range(BATCH)]
+
+
+def predictions(device: str) -> tuple[list[Tensor], list[Tensor]]:
+    classes = [torch.empty(BATCH, QUERIES, CLASSES + 1, device=device, requires_grad=True) for _ in range(LAYERS)]
+    logits = [torch.empty(BATCH, QUERIES, SIZE, SIZE, device=device, requires_grad=True) for _ in range(LAYERS)]
+    return classes, logits
+
+
+def entries(packed: bool) -> list[dict[str, Any]]:
+    labels = [torch.empty(TARGETS, dtype=torch.int64, device="cuda") for _ in range(BATCH)]
+    forms: list[Any] = [MaskTargets.from_masks(each) if packed else each for each in masks("cuda")]
+    return [{"masks": form, "labels": label} for form, label in zip(forms, labels, strict=True)]
+
+
+def criterion_copies_nothing() -> None:
+    """Packed targets: the one trip is inside the assignment. Dense ones: their description makes a trip as well."""
+    for packed, copies in ((True, []), (False, [("cpu", "cuda")])):
+        with watched() as watch:
+            targets = entries(packed)
+            watch.copies.clear()
+            out = MaskCriterion(CLASSES)(*predictions("cuda"), targets)
+        assert watch.copies == copies, (packed, watch.copies)
+        assert out.total.device.type == "cuda"
+        assert out.total.requires_grad
+
+
+def step_compiles_to_one_graph() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        targets, seed = entries(packed=True), torch.empty((), dtype=torch.int64)
+        step = torch.compile(MaskCriterion(CLASSES), fullgraph=True, backend=keep)
+        out = step(*predictions("cuda"), targets, seed=seed)
+    assert out.total.device.type == "cuda"
+    assert out.total.requires_grad
+    (graph,) = graphs
+    nodes = {str(node.target): node for node in graph.graph.nodes if "maskloss" in str(node.target)}
+    assert sorted(nodes) == [f"maskloss.{name}.default" for name in ("assign", "mask_loss", "match_cost")]
+    backend = choose_backend(torch.device("cuda"))
+    for name in ("mask_loss", "match_cost"):
+        assert nodes[f"maskloss.{name}.default"].args[-1] == backend
+
+
+def reference_stays_on(device: str) -> None:
+    """The reference backend, called with tensors of that device and a seed on the host, makes no trip."""
+    with watched() as watch, torch.no_grad():
+        targets = MaskTargets.from_masks(masks(device), ignore=torch.empty(2 * SIZE, 2 * SIZE + 3, device=device) > 0)
+        _, logits = predictions(device)
+        ids, count = torch.arange(BATCH, device=device), LAYERS * BATCH * TARGETS
+        index, sizes = torch.empty(count, 4, dtype=torch.int64, device=device), [BATCH * TARGETS] * LAYERS
+        seed, options = torch.tensor(5), ("zeros", "bilinear", 0.25, 2.0)
+        head = (logits, index, sizes, targets.tensors, "bits", ids, seed, None, *SAMPLING, *options)
+        watch.copies.clear()
+        reference.match_cost(logits, targets.tensors, "bits", targets.num_targets, ids, seed, 112, *options)
+        reference.uncertain_points(logits, index, sizes, targets.windows, ids, seed, *SAMPLING, "zeros")
+        ce, dice, *saved = reference.mask_loss(*head)
+        reference.mask_loss_backward(ce, dice, *saved, [True] * LAYERS, *head)
+    assert not watch.copies, watch.copies
+    assert device != "mps" or torch.float64 not in watch.dtypes
+
+
+if __name__ == "__main__":
+    lend_guards()
+    if sys.argv[1] == "criterion":
+        criterion_copies_nothing()
+    elif sys.argv[1] == "compile":
+        step_compiles_to_one_graph()
+    else:
+        reference_stays_on(sys.argv[1])

@@ -1,0 +1,35 @@
+"""What can be shown of CUDA, MPS and XPU tensors without such a device: see `fake_devices.py`, which runs by itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = Path(__file__).with_name("fake_devices.py")
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="lends device guards inside the Linux library"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="this build has the guard of a real device"),
+]
+
+
+def run(what: str) -> None:
+    done = subprocess.run([sys.executable, str(PROGRAM), what], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_criterion_copies_nothing_but_the_assignment() -> None:
+    run("criterion")
+
+
+def test_the_criterion_compiles_to_one_graph() -> None:
+    run("compile")
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_the_reference_never_waits_for_the_device(device: str) -> None:
+    run(device)
