@@ -345,6 +345,31 @@ TARGETS = {
         "MaskTargets.from_coco", "a list with one per target", "size", lambda: From.from_coco({"size": [4, 4]}, 4, 4)
     ),
     "no height": Bad("MaskTargets.from_coco", "must have pixels", "height=0", lambda: From.from_coco([], 0, 4)),
+    "maps without ids": Bad(
+        "MaskTargets.from_label_map",
+        "a list of label maps goes with a list of their ids",
+        "None",
+        lambda: From.from_label_map([MAP], None),
+    ),
+    "fewer ids than maps": Bad(
+        "MaskTargets.from_label_map",
+        "goes with a list of their ids",
+        "list",
+        lambda: From.from_label_map([MAP] * 2, [[7]]),
+    ),
+    "no maps": Bad(
+        "MaskTargets.from_label_map", "goes with a list of their ids", "empty", lambda: From.from_label_map([], [])
+    ),
+    "float ids on a device": Bad(
+        "MaskTargets.from_label_map",
+        "ids must be",
+        "float32",
+        lambda: From.from_label_map(MAP.to("meta"), torch.zeros(2, device="meta")),
+    ),
+    "no images": Bad("MaskTargets.from_masks", "one tensor per image", "empty", lambda: From.from_masks([])),
+    "masks on two devices": Bad(
+        "MaskTargets.from_masks", "on one device", "cpu, meta", lambda: From.from_masks([MASKS, MASKS.to("meta")])
+    ),
     "nothing to join": Bad("MaskTargets.cat", "the MaskTargets to join", "got empty", lambda: From.cat([])),
     "tensors to join": Bad(
         "MaskTargets.cat", "the MaskTargets to join", "[2, 10, 12]", lambda: From.cat([MASKS, MASKS])

@@ -39,11 +39,16 @@ def packed(targets: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry | {"masks": MaskTargets.from_masks(entry["masks"])} for entry in targets]
 
 
+def ids_as_tensors() -> list[dict[str, Any]]:
+    return [entry | {"ids": torch.tensor(entry["ids"])} for entry in label_maps()]
+
+
 FORMS: dict[str, Callable[[], Any]] = {
     "dense": lambda: entries((3, 0)),
     "soft": lambda: [entry | {"masks": entry["masks"] * 0.7} for entry in entries((3, 2))],
     "no targets": lambda: packed(entries((0, 0))),
     "label maps": label_maps,
+    "ids as tensors": ids_as_tensors,
     "collated": lambda: {
         "masks": MaskTargets.from_masks([torch.rand(2, 9, 9) > 0.5, torch.rand(1, 5, 7) > 0.5]),
         "labels": [torch.tensor([0, 1]), torch.tensor([2])],

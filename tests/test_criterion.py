@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import oracle
 from maskloss import (
@@ -259,6 +261,29 @@ def test_gradient_scaling_skips_a_broken_step(backend: str) -> None:
         moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
         assert moved == [not broken] * 4
         assert (scaler.get_scale() < scale) == broken
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_draws_the_same_points_again(backend: str, reentrant: bool) -> None:
+    """The seed comes from torch's generator, whose state is restored before the step is computed anew."""
+    targets, model, module = entries(), Heads(), criterion(backend)
+    features = torch.randn(len(targets), QUERIES, 6, requires_grad=True)
+
+    def step(features: Tensor) -> Tensor:
+        classes, masks = model(features)
+        total: Tensor = module(classes, masks, targets).total
+        return total
+
+    found = []
+    for run in (step, partial(checkpoint, step, use_reentrant=reentrant)):
+        torch.manual_seed(3)
+        total = run(features)
+        model.zero_grad()
+        total.backward()
+        torch.rand(5)
+        found.append([total.detach(), *(parameter.grad for parameter in model.parameters())])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_training_lowers_the_loss(backend: str) -> None:

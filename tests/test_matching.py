@@ -16,7 +16,7 @@ from maskloss import (
     functional,
 )
 from maskloss.ops import reference
-from steps import COUNTS, QUERIES, costs, criterion, entries, gradients, predictions
+from steps import CLASSES, COUNTS, QUERIES, costs, criterion, entries, gradients, predictions
 
 
 def cheapest(cost: Tensor) -> float:
@@ -43,6 +43,19 @@ def test_matches_are_the_cheapest_of_all(backend: str, counts: tuple[int, ...]) 
         assert len(set(queries.tolist())) == len(set(numbers.tolist())) == len(queries)
         found = float(cost[layer, image, queries, numbers].sum())
         assert found == pytest.approx(cheapest(cost[layer, image, :, : counts[image]]), rel=1e-6, abs=1e-6)
+
+
+def test_classes_of_the_queries(backend: str) -> None:
+    """Each matched query should have its target's class, the others that after the last one."""
+    targets, (classes, masks) = entries(), predictions()
+    matches = HungarianMatcher(num_points=40, backend=backend)(classes, masks, targets, seed=6)
+    wanted = torch.full((2, len(COUNTS), QUERIES), CLASSES)
+    for layer in range(2):
+        for image, (queries, numbers) in enumerate(matches.pairs(layer)):
+            wanted[layer, image, queries] = targets[image]["labels"][numbers]
+    assert matches.classes is not None
+    assert torch.equal(matches.classes, wanted)
+    assert matches.to("meta").classes.device.type == "meta"
 
 
 @pytest.mark.parametrize("focal", [{}, {"focal_alpha": 0.3, "focal_gamma": 1.5}])

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import workers
 from encodings_of_masks import LABEL_DTYPES, SIZES, WAYS, every_way, packed, parts_of, run_lengths, some_masks
-from maskloss import MaskTargets
+from maskloss import MaskTargets, _frames, _packing
 
 # ------------------------------------------------------------------------------------------------------- what they hold
 
@@ -64,6 +64,17 @@ def test_soft_is_decided_by_the_values_or_the_caller() -> None:
     assert torch.equal(both.dense(1), masks * 0.5)
 
 
+def test_packing_where_values_may_not_be_looked_at() -> None:
+    """On a device masks are packed by a product of eight bytes, not by NumPy: the bits are the same."""
+    every_byte = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    images = [every_byte[None], torch.rand(0, 4, 4) > 0.5, torch.rand(1, 1, 7), (torch.rand(2, 5, 13) > 0.5)[:, ::2]]
+    images += [torch.randint(3, (2, 3, 16), dtype=torch.uint8), torch.rand(3, 2, 9, dtype=torch.float64) > 0.5]
+    wanted = [np.packbits((image != 0).numpy(), axis=-1, bitorder="little").reshape(-1) for image in images]
+    assert torch.equal(_packing.pack_elsewhere(images), torch.from_numpy(np.concatenate(wanted)))
+    one = torch.rand(3, 8 * 6)[:, 1:25].unflatten(-1, (4, 6)) > 0.5  # begins in the middle of a word
+    assert torch.equal(_packing.pack_elsewhere([one]), _packing.pack(one).flatten())
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_packed_masks(size: tuple[int, int]) -> None:
     masks = some_masks(*size)
@@ -104,6 +115,25 @@ def test_large_ids_among_few() -> None:
     ids = [1 << 40, -(1 << 40), 1 << 41, -5]
     targets = MaskTargets.from_label_map(labels, ids, allow_missing=True)
     assert torch.equal(targets.dense(), labels == torch.tensor(ids)[:, None, None])
+
+
+def test_a_list_of_label_maps() -> None:
+    maps = [torch.tensor([[1, 3], [3, 0]]), torch.zeros(0, 4, dtype=torch.uint8), torch.tensor([[7, 7, 2]])]
+    ids: list[Any] = [[3, 1], [], torch.tensor([2, 7])]
+    joined = MaskTargets.cat([MaskTargets.from_label_map(*each) for each in zip(maps, ids, strict=True)])
+    assert same(MaskTargets.from_label_map(maps, ids), joined)
+    assert joined.dense(2).int().tolist() == [[[0, 0, 1]], [[1, 1, 0]]]
+
+
+def test_ids_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device ids are copied, not listed; without looking at the map, a mask may lie anywhere in it."""
+    maps, ids = [torch.tensor([[1, 3], [3, 0]]), torch.tensor([[5, 6, 5]])], [torch.tensor([3, 1]), torch.tensor([5])]
+    seen = MaskTargets.from_label_map(maps, ids)
+    monkeypatch.setattr(_packing, "on_host", lambda _: False)
+    monkeypatch.setattr(_packing, "listed_ids", None)
+    unseen = MaskTargets.from_label_map(maps, ids)
+    for image in range(2):
+        assert torch.equal(unseen.dense(image), seen.dense(image))
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4)])
@@ -211,6 +241,25 @@ def test_images_without_targets_fit_any_encoding(make: Callable[..., MaskTargets
     assert tuple(joined.dense(0).shape) == (0, 5, 3)
     nobody = MaskTargets.cat(others)
     assert (len(nobody), nobody.batch_size) == (0, len(others))
+
+
+@every_way
+def test_batches_join_as_images_do(make: Callable[..., MaskTargets]) -> None:
+    """Where the pixels, rows and ignore regions of each image begin follows from the sizes of those before it."""
+    region = torch.rand(6, 9) > 0.5
+    _, masks = parts_of(6, 9)
+    images = [make(masks, ignore=region), make(masks), make(masks[:0]), make(masks[:2], ignore=~region), make(masks)]
+    flat = MaskTargets.cat(images)
+    nested = MaskTargets.cat([MaskTargets.cat(images[:3]), MaskTargets.cat([MaskTargets.cat(images[3:4]), images[4]])])
+    assert same(flat, nested)
+    for image, one in enumerate(images):
+        assert torch.equal(flat.dense(image), one.dense())
+    assert flat.counts.tolist() == list(flat.num_targets)
+    assert flat.first_rows.tolist() == np.cumsum([0, *flat.num_targets])[:-1].tolist()
+    starts = flat.images[:, _frames.IGNORE_BASE].tolist()
+    for image, wanted in ((0, region), (3, ~region)):
+        packed = flat.ignore[starts[image] : starts[image] + 12].view(6, 2)
+        assert torch.equal(packed, _packing.pack(wanted))
 
 
 def test_label_maps_of_different_dtypes() -> None:
