@@ -203,6 +203,8 @@ LOSS = {
     "negative count": Bad("MaskLoss", "num_instances must be a finite", "=-1", lambda: loss(num_instances=-1)),
     "NaN count": Bad("MaskLoss", "num_instances must be a finite", "=nan", lambda: loss(num_instances=NAN)),
     "image ids": Bad("MaskLoss", "one integer per image", "[2] int64 for 1 image", lambda: loss(image_ids=[0, 1])),
+    "image id too large": Bad("MaskLoss", "[0, 2^32)", "to 4294967296", lambda: loss(image_ids=[2**32])),
+    "negative image id": Bad("MaskLoss", "[0, 2^32)", "from -1", lambda: loss(image_ids=[-1])),
     "half an image id": Bad("MaskLoss", "one integer per image", "float32", lambda: loss(image_ids=[0.5])),
     "seed and generator": Bad(
         "MaskLoss", "seed or generator", "both were given", lambda: loss(seed=1, generator=torch.Generator())
@@ -354,7 +356,7 @@ TARGETS = {
     "fewer ids than maps": Bad(
         "MaskTargets.from_label_map",
         "goes with a list of their ids",
-        "list",
+        "1 x [7]",
         lambda: From.from_label_map([MAP] * 2, [[7]]),
     ),
     "no maps": Bad(

@@ -116,6 +116,23 @@ def test_numbers_of_targets_may_change() -> None:
         assert torch.equal(fast(classes, masks, targets, seed), step(classes, masks, targets, seed)), counts
 
 
+def test_two_graphs_serve_all_numbers_of_targets() -> None:
+    """The largest number, and how many are matched, are expressions: no graph for each order of the images."""
+    module, graphs = criterion("reference"), 0
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Step:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    step: Step = torch.compile(module, fullgraph=True, backend=count)
+    classes, masks = predictions(images=6)
+    for number in range(10):
+        counts = [2 + (3 * number + 5 * image) % 9 for image in range(6)]
+        step(classes, masks, packed(entries(counts)), seed=torch.tensor(number))
+    assert graphs == 2
+
+
 def test_drawn_seeds_differ_from_call_to_call(backend: str) -> None:
     targets = MaskTargets.from_masks(torch.rand(3, 9, 14) > 0.5)
     loss, logits = compiled(MaskLoss(sampling=FEW, backend=backend)), torch.randn(3, 8, 8)

@@ -158,7 +158,7 @@ class MaskCriterion(nn.Module):
                 dense `[T, H, W]`, or a label map `[H, W]` along with "ids". Or, already collated, one dict with
                 "masks": the `MaskTargets` of the batch, and "labels": a list of `[T]`.
             totals: the step's totals, for gradient accumulation (`step_totals`). Default: this batch over all ranks.
-            image_ids: global numbers of the images, `[B]`; points depend on them. Default: rank * B + b.
+            image_ids: global numbers of the images, `[B]`, in [0, 2^32); points depend on them. Default: rank * B + b.
             seed: 64-bit seed of the points.
             generator: where to draw a seed from. Default: torch's default generator.
 

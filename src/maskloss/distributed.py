@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from maskloss._packing import on_host
 from maskloss.errors import Cause, describe, reported
 
 
@@ -116,6 +117,12 @@ def image_numbers(image_ids: Tensor | Sequence[int] | None, batch: int, device: 
             "image_ids must hold one integer per image",
             f"got {describe(ids)} for {batch} image{'s' * (batch != 1)}",
             "number the images of all ranks and micro-batches of a step",
+        )
+    if on_host(ids) and batch and not 0 <= int(ids.min()) <= int(ids.max()) < 2**32:
+        raise Cause(
+            "image_ids must lie in [0, 2^32)",
+            f"they reach from {int(ids.min())} to {int(ids.max())}",
+            "number the images, do not hash them: the generator has 32 bits for an image",
         )
     return ids.to(device=device, dtype=torch.int64, non_blocking=True)
 

@@ -127,7 +127,7 @@ class MaskLoss(nn.Module):
             num_instances: what the sums are divided by, in place of `max(N / R, 1)` with N counted over all R ranks:
                 for gradient accumulation the instances of the whole step over all ranks, divided by R
                 (`step_totals(...).instances`); bounded below by 1.
-            image_ids: global numbers of the images, `[B]`; points depend on them. Default: rank * B + b.
+            image_ids: global numbers of the images, `[B]`, in [0, 2^32); points depend on them. Default: rank * B + b.
             seed: 64-bit seed of the points.
             generator: where to draw a seed from. Default: torch's default generator.
 

@@ -103,7 +103,7 @@ class HungarianMatcher(nn.Module):
             targets: one dict per image with "masks" and "labels" (see `MaskCriterion`).
             extra_costs: more terms of the cost, of boxes for instance, with their weights: `[Q, T]` for each image, or
                 `[L, Q, T]` for several layers. Default: none.
-            image_ids: global numbers of the images, `[B]`. Default: rank * B + b.
+            image_ids: global numbers of the images, `[B]`, in [0, 2^32). Default: rank * B + b.
             seed: 64-bit seed of the points.
             generator: where to draw a seed from. Default: torch's default generator.
 
@@ -136,7 +136,7 @@ class HungarianMatcher(nn.Module):
         cost = self.costs(class_logits, mask_logits, targets, labels, image_ids, seed, extra_costs)
         num_classes, num_queries = class_logits.shape[-1] - (self.classification == "softmax"), class_logits.shape[2]
         index, wanted = ops.assign(cost, labels, targets.num_targets, num_classes)
-        matched = sum(min(count, num_queries) for count in targets.num_targets)
+        matched = ops.count_matches(targets.num_targets, num_queries)
         return Matches(index, (matched,) * len(mask_logits), num_queries, targets.num_targets, wanted)
 
     @torch.no_grad()
@@ -180,7 +180,7 @@ class HungarianMatcher(nn.Module):
 def stack_costs(costs: Sequence[Tensor], class_logits: Tensor, targets: MaskTargets) -> Tensor:
     """Bring costs `[Q, T]` or `[L, Q, T]` of each image together: `[L, B, Q, T_max]`, 0 beyond an image's targets."""
     layers, batch, queries = class_logits.shape[:3]
-    stacked = class_logits.new_zeros(layers, batch, queries, max(targets.num_targets, default=0))
+    stacked = class_logits.new_zeros(layers, batch, queries, ops.widest(targets.num_targets))
     if len(costs) != batch:
         raise Cause(
             "extra_costs must have one entry per image",
@@ -201,7 +201,7 @@ def stack_costs(costs: Sequence[Tensor], class_logits: Tensor, targets: MaskTarg
 
 def _by_image(labels: Tensor, targets: MaskTargets) -> Tensor:
     """Arrange labels `[T_all]` by image, `[B, T_max]`; columns beyond an image's targets hold some other label."""
-    widest = max(targets.num_targets)
+    widest = ops.widest(targets.num_targets)
     if widest == 0:
         return labels.new_empty(targets.batch_size, 0)
     rows = targets.first_rows[:, None] + torch.arange(widest, device=labels.device)

@@ -72,6 +72,27 @@ def test_the_criterion_against_the_reference() -> None:
     torch.testing.assert_close(fast.total, plain.total, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("form", ["packed", "dense"])
+def test_the_criterion_makes_one_trip(form: str, layers: int) -> None:
+    """As the driver saw it: one copy to the host and one back, and one with the description of dense masks."""
+    criterion = MaskCriterion(10).cuda()
+    logits = [make_logits() for _ in range(layers)]
+    classes = [torch.randn(BATCH, QUERIES, 11, device="cuda", requires_grad=True) for _ in range(layers)]
+    masks = [torch.rand(TARGETS, 256, 256, device="cuda") > 0.7 for _ in range(BATCH)]
+    forms = masks if form == "dense" else [MaskTargets.from_masks(each) for each in masks]
+    labels = torch.arange(TARGETS, device="cuda")
+    targets = [{"masks": each, "labels": labels} for each in forms]
+    criterion(classes, logits, targets).total.backward()  # compiles
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        criterion(classes, logits, targets).total.backward()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    assert sum("Memcpy DtoH" in name for name in names) == 1
+    assert sum("Memcpy HtoD" in name for name in names) == (2 if form == "dense" else 1)
+
+
 @pytest.mark.parametrize("seed_device", ["cpu", "cuda"])
 def test_the_loss_never_waits_for_the_device(seed_device: str, forbid_waiting: Callable[[], None]) -> None:
     logits, targets, matches = make_logits(), make_targets(), make_matches()

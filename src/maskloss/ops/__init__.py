@@ -7,6 +7,7 @@ them. Every operation is one node for autograd, `torch.compile` and the profiler
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,11 +21,23 @@ __all__ = [
     "BACKENDS",
     "assign",
     "choose_backend",
+    "count_matches",
     "mask_loss",
     "match_cost",
     "point_sample",
     "uncertain_points",
+    "widest",
 ]
+
+
+def widest(num_targets: Sequence[int]) -> int:
+    """Return the largest number of targets; an expression where numbers are symbols, so that one graph serves many."""
+    return reduce(torch.sym_max, num_targets, 0)
+
+
+def count_matches(num_targets: Sequence[int], num_queries: int) -> int:
+    """Return the number of matched instances of a layer: min(T, Q) of each image; of symbols again an expression."""
+    return sum(torch.sym_min(count, num_queries) for count in num_targets)
 
 
 @torch.library.custom_op("maskloss::point_sample", mutates_args=())
@@ -139,7 +152,7 @@ def _(
     logits: Sequence[Tensor], targets: Any, encoding: str, num_targets: Sequence[int], image_ids: Any, seed: Any,
     num_points: int, padding: str, target_mode: str, focal_alpha: float, focal_gamma: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = (len(logits), *logits[0].shape[:2], max(num_targets, default=0))
+    shape = (len(logits), *logits[0].shape[:2], widest(num_targets))
     dtype = accumulation_dtype(logits[0].dtype)
     return logits[0].new_empty(shape, dtype=dtype), logits[0].new_empty(shape, dtype=dtype)
 
@@ -152,7 +165,7 @@ def _assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classe
 @_assign.register_fake
 def _(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
     layers, batch, queries = cost.shape[:3]
-    matched = layers * sum(min(count, queries) for count in num_targets)
+    matched = layers * count_matches(num_targets, queries)
     return cost.new_empty(4 * matched + layers * batch * queries, dtype=torch.int64)
 
 

@@ -62,7 +62,7 @@ def _load_point(points, order, image, i, num_points, keep):
     return tl.load(point, mask=keep, other=0.0), tl.load(point + 1, mask=keep, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["widest"])
 def match_targets(
     points,
     order,
@@ -136,7 +136,8 @@ def _pair_terms(z, ALPHA: tl.constexpr, GAMMA: tl.constexpr):
     return s, negative, slope
 
 
-@triton.jit(do_not_specialize=["first_layer"])
+# Numbers that change with the targets of a batch would otherwise be compiled for again and again.
+@triton.jit(do_not_specialize=["first_layer", "splits", "widest"])
 def match_terms(
     layers,
     first_layer,
@@ -220,7 +221,7 @@ def match_terms(
     tl.store(areas + split * num_rows + row, tl.sum(area_sum, 1), mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "splits", "widest"])
 def finish_costs(
     products,
     overlaps,
