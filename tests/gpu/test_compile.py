@@ -21,6 +21,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -108,6 +109,16 @@ def test_the_committed_table_is_complete_and_shows_no_spill(table: ModuleType) -
     assert {dtype for row in rows for dtype in row[1].split()} == set(table.DTYPES)
     assert all(row[-2] == "0" for row in rows)
     assert {row[0] for row in rows} >= {launch.name for launch in table.launches_of(table.Case())}
+
+
+@pytest.mark.slow
+def test_the_committed_table_is_what_the_kernels_compile_to(table: ModuleType) -> None:
+    pinned = re.search(r"^triton==(\S+)", (SCRIPT.parents[1] / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    if triton.__version__ != pinned[1]:
+        pytest.skip(f"the table was made with Triton {pinned[1]}, and this is {triton.__version__}")
+    with table.TABLE.open() as file:
+        assert [tuple(row) for row in csv.reader(file)][1:] == table.rows()
 
 
 def test_launches_of_a_step(table: ModuleType) -> None:
