@@ -120,7 +120,9 @@ def _record(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, A
     values = dict(zip(kernel.arg_names, args, strict=False)) | {
         k: v for k, v in kwargs.items() if k in kernel.arg_names
     }
-    options = {k: v for k, v in kwargs.items() if k in {"num_warps", "maxnreg", "enable_fp_fusion"}}
+    options = {
+        k: v for k, v in kwargs.items() if k in {"num_warps", "maxnreg", "enable_fp_fusion", "sanitize_overflow"}
+    }
     signature, constants, aligned = [], {}, []
     for position, (parameter, name) in enumerate(zip(kernel.params, kernel.arg_names, strict=True)):
         path = (position,)
@@ -206,7 +208,7 @@ def launches_of(case: Case) -> list[Launch]:
 def compiled(launch: Launch, target: GPUTarget) -> Usage:
     """Compile for a target, and read what the assembler says."""
     # What `gpu.py` passes where torch is built for ROCm.
-    constants = {k: "ieee" if target.backend == "hip" and v == "tf32x3" else v for k, v in launch.constants}
+    constants = {k: "ieee" if target.backend == "hip" and v in ("sum", "tf32x3") else v for k, v in launch.constants}
     source = ASTSource(
         launch.kernel,
         dict(launch.signature),

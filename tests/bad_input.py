@@ -212,6 +212,12 @@ LOSS = {
     "seed too large": Bad("MaskLoss", "seed must be a 64-bit integer", str(2**64), lambda: loss(seed=2**64)),
     "seed too small": Bad("MaskLoss", "seed must be a 64-bit integer", "=-9223", lambda: loss(seed=-(2**63) - 1)),
     "half a seed": Bad("MaskLoss", "seed must be a 64-bit integer", "=0.5", lambda: loss(seed=0.5)),
+    "seed elsewhere": Bad(
+        "MaskLoss",
+        "on the CPU or on the device",
+        "it is on meta, the logits on cpu",
+        lambda: loss(seed=index(1).to("meta")),
+    ),
     "two seeds": Bad("MaskLoss", "seed tensor must hold one int64", "[2] int64", lambda: loss(seed=index(1, 2))),
     "backend of a GPU": Bad(
         "MaskLoss",

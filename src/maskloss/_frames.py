@@ -98,14 +98,20 @@ def _upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor
     """Send arrays, int64 or float32 with an even number of elements, to a device in one copy."""
     if device.type == "cpu" or torch.compiler.is_compiling():
         return [torch.from_numpy(array).to(device) for array in arrays]
-    words = torch.from_numpy(np.concatenate([array.reshape(-1).view(np.int64) for array in arrays]))
+    sizes = [array.nbytes // 8 for array in arrays]
+    # Each begins at a multiple of 16 bytes, whatever the number of targets: kernels are compiled for the alignment.
+    rooms = [size + size % 2 for size in sizes]
+    sent = np.zeros(sum(rooms), dtype=np.int64)
+    for array, size, start in zip(arrays, sizes, np.cumsum([0, *rooms]), strict=False):
+        sent[start : start + size] = array.reshape(-1).view(np.int64)
+    words = torch.from_numpy(sent)
     pinned = device.type == "cuda" and torch.cuda.is_available()
     words = words.pin_memory() if pinned else words
-    parts = words.to(device, non_blocking=pinned).split([array.nbytes // 8 for array in arrays])
-    typed = [
-        part if array.dtype == np.int64 else part.view(torch.float32) for part, array in zip(parts, arrays, strict=True)
+    parts = words.to(device, non_blocking=pinned).split(rooms)
+    return [
+        (part if array.dtype == np.int64 else part.view(torch.float32))[: array.size].view(array.shape)
+        for part, array in zip(parts, arrays, strict=True)
     ]
-    return [part.view(array.shape) for part, array in zip(typed, arrays, strict=True)]
 
 
 def check_ignore(ignore: Tensor, size: Size, device: torch.device) -> None:

@@ -179,7 +179,7 @@ class MaskCriterion(nn.Module):
         packed, labels = collate(targets)
         _inputs.check_targets(packed, logits[0])
         _check_totals(totals)
-        drawn = draw_seed(seed, generator)
+        drawn = draw_seed(seed, generator, logits[0].device)
         numbers = distributed.image_numbers(image_ids, batch, logits[0].device)
         stacked = _inputs.stack(classes)
         stacked = stacked if stacked.dtype == torch.float64 else stacked.float()

@@ -124,7 +124,7 @@ def image_numbers(image_ids: Tensor | Sequence[int] | None, batch: int, device: 
             f"they reach from {int(ids.min())} to {int(ids.max())}",
             "number the images, do not hash them: the generator has 32 bits for an image",
         )
-    return ids.to(device=device, dtype=torch.int64, non_blocking=True)
+    return ids.to(device=device, dtype=torch.int64, non_blocking=True).contiguous()
 
 
 def at_least_one(count: float | Tensor) -> float | Tensor:

@@ -139,7 +139,7 @@ def uncertain_points(
     backend = ops.choose_backend(logits.device, backend)
     count, device = len(logits), logits.device
     index = pair_index(count, device)
-    window = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).to(device)
+    window = torch.arange(4, device=device).ge(2).float()[None]  # 0, 0, 1, 1, made there
     image = torch.zeros(1, dtype=torch.int64, device=device)
     with torch.no_grad():
         points: Tensor = ops.uncertain_points(
@@ -148,7 +148,7 @@ def uncertain_points(
             [count],
             window,
             image,
-            draw_seed(seed, generator),
+            draw_seed(seed, generator, device),
             sampling.num_points,
             sampling.num_candidates,
             sampling.num_uncertain,

@@ -139,7 +139,7 @@ class MaskLoss(nn.Module):
             MaskLossError: wrong rank, dtype or device, numbers that do not pair up, or an index out of range.
         """
         logits, targets, matched = self._paired(mask_logits, masks, matches)
-        drawn = draw_seed(seed, generator)
+        drawn = draw_seed(seed, generator, logits.device)
         numbers = distributed.image_numbers(image_ids, logits.shape[0], logits.device)
         if points is not None:
             check_points(points, len(matched), logits.device)

@@ -119,7 +119,8 @@ class HungarianMatcher(nn.Module):
         numbers = distributed.image_numbers(image_ids, logits[0].shape[0], logits[0].device)
         stacked = torch.stack([layer.detach().float() for layer in classes])
         extra = None if extra_costs is None else stack_costs(extra_costs, stacked, packed)
-        return self.match(stacked, logits, packed, labels, numbers, draw_seed(seed, generator), extra)
+        drawn = draw_seed(seed, generator, logits[0].device)
+        return self.match(stacked, logits, packed, labels, numbers, drawn, extra)
 
     @torch.no_grad()
     def match(

@@ -97,19 +97,25 @@ class PointSampling:
         return int(self.oversample_ratio * self.num_points)
 
 
-def draw_seed(seed: int | Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+def draw_seed(
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Return the 64-bit seed of a step as an int64 tensor with one element.
 
     Args:
         seed: the seed itself: an integer in [-2^63, 2^64), or an int64 tensor with one element on any device, which
             is returned as it is, so that a captured CUDA graph can be given a new seed in place.
         generator: where to draw a seed from if none is given. Default: torch's default CPU generator.
+        device: where it will be used. Default None: anywhere.
 
     Returns:
         int64 `[]`; the kernels read its 64 bits as an unsigned number.
 
     Raises:
-        MaskLossError: seed and generator are both given, or the seed is not one 64-bit integer.
+        MaskLossError: seed and generator are both given, the seed is not one 64-bit integer, or it is neither on the
+            CPU nor on `device`.
 
     Example:
         >>> draw_seed(7)
@@ -124,13 +130,24 @@ def draw_seed(seed: int | Tensor | None = None, generator: torch.Generator | Non
                 f"got {describe(seed)}",
                 "use torch.randint(2**63 - 1, (), dtype=torch.int64)",
             )
-        return seed.reshape(())
+        return _reachable(seed.reshape(()), device)
     if seed is not None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             raise Cause("seed must be a 64-bit integer", f"seed={seed!r}", "use a whole number in [0, 2**64)")
-        return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
-    device = "cpu" if generator is None else generator.device
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator, device=device)
+        return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu")
+    source = "cpu" if generator is None else generator.device
+    drawn = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator, device=source)
+    return _reachable(drawn, device)
+
+
+def _reachable(seed: Tensor, device: torch.device | None) -> Tensor:
+    if device is not None and seed.device.type != "cpu" and seed.device != device:
+        raise Cause(
+            "a seed or generator must be on the CPU or on the device of the logits",
+            f"it is on {seed.device}, the logits on {device}",
+            "leave it on the CPU, unless a captured graph is to read it",
+        )
+    return seed
 
 
 def threefry2x32(key0: int | Tensor, key1: int | Tensor, counter0: Tensor, counter1: Tensor) -> tuple[Tensor, Tensor]:

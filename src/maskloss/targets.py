@@ -400,7 +400,7 @@ def _build(encoding: str, data: Tensor, stored: Sequence[Stored], frame: Frame) 
     """Put pixels and their description together."""
     table, images, windows, ignore = describe_images(stored, frame, data.device)
     counts = tuple(len(image.place) for image in stored)
-    return MaskTargets(encoding, data, table, images, windows, ignore, counts)
+    return MaskTargets(encoding, data.contiguous(), table, images, windows, ignore, counts)
 
 
 def _join(parts: Sequence[MaskTargets], full: Sequence[MaskTargets]) -> MaskTargets:

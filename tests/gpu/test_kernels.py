@@ -7,6 +7,7 @@ part of a second; blocks are made smaller still in some cases, so that every loo
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskloss.distributed import image_numbers
 from maskloss.ops import reference
 from maskloss.targets import MaskTargets
 
@@ -286,6 +288,40 @@ def test_scratch_memory_is_bounded(gpu: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(inputs.drawn(gpu), inputs.drawn(reference))
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scratch_memory_of_gradients_is_bounded(
+    gpu: Any, dtype: torch.dtype, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of one geometry, one of them without instances, that are cut into launches of their own."""
+    from maskloss.ops import _gpu_launch
+
+    rows = ((0, 0, 0, 1), (0, 1, 1, 0), (0, 1, 1, 1), (2, 0, 1, 1), (3, 1, 0, 2))
+    inputs = Inputs(Case(dtype, sizes=((5, 6),) * 4, rows=rows, sampling=(9, 27, 6)))
+    saved = inputs.loss(gpu)
+    monkeypatch.setattr(_gpu_launch, "SCRATCH_BYTES", 1)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = inputs.gradients(gpu, saved)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for mine, theirs in zip(found, inputs.gradients(reference, saved), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3 if dtype == torch.bfloat16 else 1e-6, rtol=2**-7)
+
+
+def test_tensors_with_gaps(gpu: Any) -> None:
+    """Kernels walk through pixels and image numbers one after another; callers may hold one column of many."""
+    maps = torch.stack([torch.randint(4, (21, 30), dtype=torch.int32), torch.full((21, 30), 9)], dim=-1).to(DEVICE)
+    targets = MaskTargets.from_label_map(maps[..., 0], [1, 2, 3], allow_missing=True)
+    soft = MaskTargets.from_masks(torch.rand(3, 21, 30, 2)[..., 1].to(DEVICE), soft=True)
+    for made in (targets, soft):
+        assert made.data.is_contiguous()
+    assert torch.equal(targets.dense(), maps[..., 0] == torch.arange(1, 4, device=DEVICE)[:, None, None])
+    ids = image_numbers(torch.tensor([[7, 1], [2, 1]], device=DEVICE)[:, 0], 2, torch.device(DEVICE))
+    assert ids.is_contiguous()
+    assert ids.tolist() == [7, 2]
+
+
 def test_a_seed_on_the_device(gpu: Any) -> None:
     inputs = Inputs(Case(sampling=(9, 27, 6)))
     expected = inputs.drawn(gpu)
@@ -332,6 +368,11 @@ def test_given_points_outside_the_map_and_nan(gpu: Any) -> None:
     mine, theirs = inputs.loss(gpu), inputs.loss(reference)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b)
+    maps, index = torch.randn(1, 5, 6, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    points = torch.tensor([[[float("inf"), 0.5], [-float("inf"), 0.1], [0.5, float("inf")]]], device=DEVICE)
+    for mode, padding in itertools.product(("bilinear", "nearest"), ("zeros", "border")):
+        found, plain = (ops.point_sample(maps, index, points, mode, padding) for ops in (gpu, reference))
+        torch.testing.assert_close(found, plain, equal_nan=True)
     inputs.points[0, 0] = float("nan")
     found = inputs.loss(gpu)
     assert found[0].isnan().all()

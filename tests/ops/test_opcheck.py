@@ -118,3 +118,12 @@ def test_every_operation_is_checked() -> None:
     registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
                   if name.startswith("maskloss::")}  # fmt: skip
     assert registered == known
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this PyTorch does not partition graphs")
+@pytest.mark.parametrize("name", ["assign", "match_cost", "uncertain_points", "mask_loss", "mask_loss_backward"])
+def test_what_a_graph_of_the_compiler_must_not_capture(name: str) -> None:
+    """A wait for the device would fail there, and a seed on the host would be read once and for all."""
+    operation = getattr(torch.ops.maskloss, name).default
+    assert torch.Tag.cudagraph_unsafe in operation.tags
+    assert torch.Tag.pt2_compliant_tag in operation.tags

@@ -30,6 +30,11 @@ __all__ = [
 ]
 
 
+# The compiler's own CUDA graphs must leave out what waits for the device or reads a seed on the host: a graph would
+# read it once and draw the same points ever after. Older releases of PyTorch have neither the tag nor such graphs.
+_NOT_CAPTURED: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
 def widest(num_targets: Sequence[int]) -> int:
     """Return the largest number of targets; an expression where numbers are symbols, so that one graph serves many."""
     return reduce(torch.sym_max, num_targets, 0)
@@ -77,7 +82,7 @@ def _point_sample_derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 point_sample.register_autograd(_point_sample_derivative, setup_context=_point_sample_setup)
 
 
-@torch.library.custom_op("maskloss::uncertain_points", mutates_args=())
+@torch.library.custom_op("maskloss::uncertain_points", mutates_args=(), **_NOT_CAPTURED)
 def uncertain_points(
     logits: Sequence[Tensor],
     index: Tensor,
@@ -115,7 +120,7 @@ def _(
     return windows.new_empty(index.shape[0], num_points, 2)
 
 
-@torch.library.custom_op("maskloss::match_cost", mutates_args=())
+@torch.library.custom_op("maskloss::match_cost", mutates_args=(), **_NOT_CAPTURED)
 def match_cost(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -157,7 +162,7 @@ def _(
     return logits[0].new_empty(shape, dtype=dtype), logits[0].new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("maskloss::assign", mutates_args=())
+@torch.library.custom_op("maskloss::assign", mutates_args=(), **_NOT_CAPTURED)
 def _assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
     return assignment.assign(cost, labels, num_targets, num_classes)
 
@@ -181,7 +186,7 @@ def assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes
     return index.view(-1, 4), classes.view(cost.shape[:3])
 
 
-@torch.library.custom_op("maskloss::mask_loss", mutates_args=())
+@torch.library.custom_op("maskloss::mask_loss", mutates_args=(), **_NOT_CAPTURED)
 def mask_loss(
     logits: Sequence[Tensor],
     index: Tensor,
@@ -237,7 +242,7 @@ def _(
     )
 
 
-@torch.library.custom_op("maskloss::mask_loss_backward", mutates_args=())
+@torch.library.custom_op("maskloss::mask_loss_backward", mutates_args=(), **_NOT_CAPTURED)
 def _mask_loss_backward(
     grad_ce: Tensor,
     grad_dice: Tensor,

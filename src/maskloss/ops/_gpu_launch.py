@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,25 +16,32 @@ SCRATCH_BYTES = 256 * 2**20
 BLOCK = 512
 # Pointers that one launch takes; a model with more decoder layers takes two launches.
 MAX_LAYERS = 16
-# The definition rounds after each multiplication and each addition, so no kernel may fuse them.
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 4}
+# The definition rounds after each multiplication and each addition, so no kernel may fuse them. The integers of the
+# random numbers wrap, which Triton would report in its debug mode.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "sanitize_overflow": False, "num_warps": 4}
 
 
 @dataclass(frozen=True)
 class Span:
-    """One launch: consecutive layers of one geometry, and the rows of the index that belong to it.
+    """One launch: rows of the index that belong to a run of consecutive layers of one geometry.
+
+    Kernels get all layers of the run, however few of them the rows belong to: their number is compiled in.
 
     Attributes:
-        layers: their logits.
+        layers: the logits of the run.
         first: number of the first of them.
         start: first row.
         stop: row after the last one.
+        low: the first layer of the run that the rows belong to.
+        high: the layer after the last one.
     """
 
     layers: tuple[Tensor, ...]
     first: int
     start: int
     stop: int
+    low: int
+    high: int
 
     @property
     def count(self) -> int:
@@ -46,46 +53,56 @@ class Span:
         """The rows, to slice with."""
         return slice(self.start, self.stop)
 
+    def parts(self, row_bytes: int) -> list[Span]:
+        """Cut the rows such that `row_bytes` of scratch memory for each stay within SCRATCH_BYTES."""
+        rows = max(1, SCRATCH_BYTES // max(row_bytes, 1))
+        starts = range(self.start, self.stop, rows)
+        return [replace(self, start=start, stop=min(start + rows, self.stop)) for start in starts]
+
 
 def geometry(layer: Tensor) -> tuple[int, ...]:
     """Height, width, and the four strides of logits `[B, Q, h, w]`, as all kernels take them."""
     return (*layer.shape[2:], *layer.stride())
 
 
-def spans(logits: Sequence[Tensor], layer_sizes: Sequence[int], row_bytes: int) -> list[Span]:
-    """Cut the rows into launches whose scratch memory, `row_bytes` each, stays within SCRATCH_BYTES."""
-    rows = max(1, SCRATCH_BYTES // max(row_bytes, 1))
-    return [
-        Span(run.layers, run.first, start, min(start + rows, run.stop))
-        for run in layer_spans(logits, layer_sizes, [True] * len(logits), lambda _: 0)
-        for start in range(run.start, run.stop, rows)
-    ]
-
-
-def layer_spans(
-    logits: Sequence[Tensor], layer_sizes: Sequence[int], needed: Sequence[bool], row_bytes: Callable[[Tensor], int]
-) -> list[Span]:
-    """Cut the layers into launches, at layers only, with `row_bytes(layer)` of scratch memory for each row."""
+def runs(logits: Sequence[Tensor], layer_sizes: Sequence[int], needed: Sequence[bool]) -> list[Span]:
+    """Join consecutive layers of one geometry."""
     found: list[Span] = []
     row = 0
     for number, (layer, size, need) in enumerate(zip(logits, layer_sizes, needed, strict=True)):
         if need:
             last = found[-1] if found else None
-            if last is not None and _fits(last, number, layer, (last.count + size) * row_bytes(layer)):
-                found[-1] = Span((*last.layers, layer), last.first, last.start, row + size)
+            if last is not None and _continues(last, number, layer):
+                found[-1] = replace(last, layers=(*last.layers, layer), stop=row + size, high=last.high + 1)
             else:
-                found.append(Span((layer,), number, row, row + size))
+                found.append(Span((layer,), number, row, row + size, 0, 1))
         row += size
     return found
 
 
-def _fits(span: Span, number: int, layer: Tensor, scratch: int) -> bool:
-    return (
-        span.first + len(span.layers) == number
-        and len(span.layers) < MAX_LAYERS
-        and geometry(span.layers[0]) == geometry(layer)
-        and scratch <= SCRATCH_BYTES
-    )
+def _continues(run: Span, number: int, layer: Tensor) -> bool:
+    follows = run.first + len(run.layers) == number and len(run.layers) < MAX_LAYERS
+    return follows and geometry(run.layers[0]) == geometry(layer)
+
+
+def spans(logits: Sequence[Tensor], layer_sizes: Sequence[int], row_bytes: int) -> list[Span]:
+    """Cut the rows into launches whose scratch memory, `row_bytes` each, stays within SCRATCH_BYTES."""
+    return [part for run in runs(logits, layer_sizes, [True] * len(logits)) for part in run.parts(row_bytes)]
+
+
+def layer_spans(run: Span, layer_sizes: Sequence[int], row_bytes: int) -> list[Span]:
+    """Cut a run into launches in the same way, but at layers only: a layer is not cut, however large it is."""
+    found: list[Span] = []
+    start = run.start
+    for layer in range(run.low, run.high):
+        stop = start + layer_sizes[run.first + layer]
+        last = found[-1] if found else None
+        if last is not None and (stop - last.start) * row_bytes <= SCRATCH_BYTES:
+            found[-1] = replace(last, stop=stop, high=layer + 1)
+        else:
+            found.append(replace(run, start=start, stop=stop, low=layer, high=layer + 1))
+        start = stop
+    return found
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

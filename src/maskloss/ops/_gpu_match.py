@@ -208,8 +208,12 @@ def match_terms(
         z = sample_cells(base, y, x, fy, fx, height, width, stride_y, stride_x, real, ACC)
         s, negative, slope = _pair_terms(z, ALPHA, GAMMA)
         t = tl.load(wanted + i[:, None], mask=keep[:, None] & (target < widest)[None, :], other=0.0)
-        product = tl.dot(slope, t, product, input_precision=PRECISION, out_dtype=ACC)
-        overlap = tl.dot(s, t, overlap, input_precision=PRECISION, out_dtype=ACC)
+        if PRECISION == "sum":
+            product += tl.sum(slope[:, :, None] * t[None, :, :], 1)
+            overlap += tl.sum(s[:, :, None] * t[None, :, :], 1)
+        else:
+            product = tl.dot(slope, t, product, input_precision=PRECISION, out_dtype=ACC)
+            overlap = tl.dot(s, t, overlap, input_precision=PRECISION, out_dtype=ACC)
         negative_sum += negative * weight
         area_sum += s * weight
     real = (query < queries)[:, None] & (target < widest)[None, :]
@@ -337,8 +341,13 @@ def prepare(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How tensor cores multiply float32 without losing digits: NVIDIA's in three steps of tf32, AMD's as it is."""
-    return "ieee" if dtype == torch.float64 or torch.version.hip else "tf32x3"
+    """How to multiply matrices without losing digits: AMD's units as it is, NVIDIA's in three steps of tf32.
+
+    float64 on NVIDIA adds products up: few of its devices have units for that, and older compilers do not know them.
+    """
+    if torch.version.hip:
+        return "ieee"
+    return "sum" if dtype == torch.float64 else "tf32x3"
 
 
 def add_terms(

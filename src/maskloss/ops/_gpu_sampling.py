@@ -116,12 +116,13 @@ def locate(coordinate, size, BORDER: tl.constexpr, ACC: tl.constexpr):
 
     The pixel is -2 or `size` where the point is off the map by more than a pixel, and -2 where it is NaN.
     """
-    if coordinate.dtype == tl.float32 and tl.float32 == ACC:
-        first, fraction = _locate_fused(coordinate, size)
+    # Two branches and no `and`: Triton 3.3 evaluates neither that nor a constant on the right.
+    if coordinate.dtype != tl.float32:
+        first, fraction = _locate_exact(coordinate, size, ACC)
+    elif ACC != tl.float32:
+        first, fraction = _locate_exact(coordinate, size, ACC)
     else:
-        position = coordinate.to(tl.float64) * size - 0.5
-        first = tl.floor(position)
-        fraction = (position - first).to(ACC)
+        first, fraction = _locate_fused(coordinate, size)
     if BORDER:
         outside = (first < 0.0) | (first >= size - 1)
         fraction = tl.where(outside, 0.0, fraction)
@@ -133,13 +134,20 @@ def locate(coordinate, size, BORDER: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def _locate_exact(coordinate, size, ACC: tl.constexpr):
+    position = coordinate.to(tl.float64) * size - 0.5
+    first = tl.floor(position)
+    return first, (position - first).to(ACC)
+
+
+@triton.jit
 def _locate_fused(coordinate, size):
     """Compute the same in float32, many times faster where a GPU has few units for float64.
 
     A fused multiply-add rounds the exact product and sum once. That may push a position that lies just below a pixel
     up to it; the exact distance, again rounded once, is then negative, and the pixel is the one before.
     """
-    extent = coordinate * 0.0 + size
+    extent = tl.full(coordinate.shape, 0.0, tl.float32) + size
     half = tl.full(coordinate.shape, -0.5, tl.float32)
     first = tl.floor(tl.fma(coordinate, extent, half))
     fraction = tl.fma(coordinate, extent, half - first)

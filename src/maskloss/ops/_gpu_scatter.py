@@ -8,7 +8,9 @@ the same with int64 planes in fixed point, because integer additions give the sa
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gpu_choose import list_chosen
-from ._gpu_launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry
+from ._gpu_launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry, layer_spans
 from ._gpu_loss import NUM_SUMS, slope_terms, slopes
 from ._gpu_sampling import (
     IMAGE_COLUMNS,
@@ -28,6 +30,7 @@ from ._gpu_sampling import (
     point_of,
     table_row,
 )
+from .reference import accumulation_dtype
 
 # In the table of slots: a plane that no instance reads.
 UNUSED = 2**31 - 1
@@ -57,7 +60,7 @@ def _add(base, y, x, share, height, width, keep, scale):
         tl.atomic_add(pixel, tl.floor(share.to(tl.float64) * scale + 0.5).to(tl.int64), mask=inside, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "first_layer"])
 def claim_slots(index, slots, first_layer, count, batch, queries, BLOCK: tl.constexpr):
     """slots[plane] = the lowest instance that reads the plane: its place in the scratch planes."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -158,11 +161,11 @@ def scatter(
             _add(base, y + 1, x + 1, lower * fx, height, width, keep, scale)
 
 
-@triton.jit(do_not_specialize=["headroom"])
+@triton.jit(do_not_specialize=["low", "headroom"])
 def write_planes(
-    planes, slots, largest, grads, num_planes, size, blocks, headroom, LAYERS: tl.constexpr, BLOCK: tl.constexpr
+    planes, slots, largest, grads, low, num_planes, size, blocks, headroom, LAYERS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write every plane of the gradients once: what was added up for it, or 0. One program: a block of a plane.
+    """Write every plane of the layers from `low` on once: what was added up for it, or 0. One program: a block of one.
 
     In fixed point a plane with a gradient that is not finite becomes NaN as a whole: an integer cannot say which pixel.
     """
@@ -177,7 +180,7 @@ def write_planes(
         total = total.to(tl.float64) * _two_to(_exponent(bits) - headroom)
         total = tl.where(bits < 0x7F800000, total, float("nan"))
     layer = plane // num_planes
-    out = layer_pointer(grads, layer, LAYERS) + (plane - layer * num_planes) * size + i
+    out = layer_pointer(grads, layer + low, LAYERS) + (plane - layer * num_planes) * size + i
     if out.dtype.element_ty != tl.float64:
         total = total.to(tl.float32)
     tl.store(out, total.to(out.dtype.element_ty), mask=i < size)
@@ -202,112 +205,152 @@ class LossGradient:
     gamma: float
 
 
-def plane_bytes(layer: Tensor) -> int:
-    """Scratch memory of an instance in the backward pass: a plane, if the gradient is not added up in place."""
-    if torch.are_deterministic_algorithms_enabled():
-        return layer.shape[2] * layer.shape[3] * 8
-    return layer.shape[2] * layer.shape[3] * 4 if layer.dtype.itemsize == 2 else 0
+class AtPoints(NamedTuple):
+    """What is known of the points of a span: gradients or logits, the chosen candidates, sums of the loss."""
+
+    values: Tensor
+    order: Tensor | None
+    sums: Tensor | None
+
+
+class Scratch(NamedTuple):
+    """Scratch planes: the place of each plane of the layers, and the largest addend of each if in fixed point."""
+
+    slots: Tensor | None
+    largest: Tensor | None
+
+
+NO_SCRATCH = Scratch(None, None)
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """Spread gradients at points over the layers of a span."""
+    """Spread gradients at points over the layers of a run.
+
+    Attributes:
+        index: rows of all instances.
+        layer_sizes: the number of rows of each layer of the model.
+        run: the layers, and their rows.
+        sampling: where the points are.
+        nearest: whether maps are read at the nearest pixel.
+        source: the gradients at the points, `[N, P]`, or the loss that they follow from.
+    """
 
     index: Tensor
-    span: Span
+    layer_sizes: Sequence[int]
+    run: Span
     sampling: Sampling
-    values: Tensor
     nearest: bool
-    loss: LossGradient | None
+    source: Tensor | LossGradient
 
     def gradients(self) -> list[Tensor]:
         """Dense gradients of the layers."""
-        layers = self.span.layers
-        if self.span.count == 0 or self.values.numel() == 0 or layers[0].numel() == 0:
-            return [torch.zeros(layer.shape, dtype=layer.dtype, device=layer.device) for layer in layers]
-        order, sums = (None, None) if self.loss is None else self._slopes(self.loss)
-        fixed = torch.are_deterministic_algorithms_enabled()
-        if not fixed and layers[0].dtype == self.values.dtype:
-            grads = [torch.zeros(layer.shape, dtype=layer.dtype, device=layer.device) for layer in layers]
-            self._launch(tuple(grads), None, None, order, sums, measure=False)
-            return grads
-        return self._through_planes(order, sums, fixed)
+        first = self.run.layers[0]
+        if self.run.count == 0 or self.sampling.num_points == 0 or first.numel() == 0:
+            return self._zeros()
+        if torch.are_deterministic_algorithms_enabled():
+            return self._through_planes(torch.int64)
+        dtype = accumulation_dtype(first.dtype)
+        return self._in_place() if first.dtype == dtype else self._through_planes(dtype)
 
-    def _rows(self) -> Tensor:
-        return self.index[self.span.rows]
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros(layer.shape, dtype=layer.dtype, device=layer.device) for layer in self.run.layers]
 
-    def _slopes(self, loss: LossGradient) -> tuple[Tensor | None, Tensor]:
-        """Read the logits at the points again, into `values`, and add up what the slope of Dice needs."""
-        span, sampling = self.span, self.sampling
+    def _row_bytes(self) -> int:
+        """Scratch memory of an instance, apart from planes."""
+        size = accumulation_dtype(self.run.layers[0].dtype).itemsize
+        if isinstance(self.source, Tensor):
+            return 0
+        return self.sampling.num_points * size + self.sampling.num_uncertain * 4
+
+    def _in_place(self) -> list[Tensor]:
+        grads = self._zeros()
+        for span in self.run.parts(self._row_bytes()):
+            self._launch(span, self._at_points(span), tuple(grads))
+        return grads
+
+    def _through_planes(self, dtype: torch.dtype) -> list[Tensor]:
+        """Add up in scratch planes, one for each plane that an instance reads, and write the gradients from those."""
+        first, device = self.run.layers[0], self.index.device
+        batch, queries, height, width = first.shape
+        grads = tuple(empty(layer.shape, layer.dtype, device) for layer in self.run.layers)
+        for span in layer_spans(self.run, self.layer_sizes, height * width * dtype.itemsize + self._row_bytes()):
+            slots, used = self._slots(span)
+            planes = torch.zeros(used, height, width, dtype=dtype, device=device)
+            scratch = Scratch(slots, None)
+            if span.count:
+                points = self._at_points(span)
+                if dtype == torch.int64:
+                    scratch = Scratch(slots, torch.zeros(used, dtype=torch.int32, device=device))
+                    self._launch(span, points, planes, scratch, measure=True)
+                self._launch(span, points, planes, scratch)
+            blocks, size = cdiv(height * width, 1024), height * width
+            write_planes[(len(slots) * blocks,)](
+                planes, *scratch, grads, span.low, batch * queries, size, blocks, self._headroom(span),
+                LAYERS=len(grads), BLOCK=1024, **OPTIONS,
+            )  # fmt: skip
+        return list(grads)
+
+    def _slots(self, span: Span) -> tuple[Tensor, int]:
+        """The place of each plane of the span's layers in the scratch planes, int32, and the number of places."""
+        batch, queries = span.layers[0].shape[:2]
+        everywhere = (span.high - span.low) * batch * queries
+        if span.count >= everywhere:
+            return torch.arange(everywhere, dtype=torch.int32, device=self.index.device), everywhere
+        slots = torch.full((everywhere,), UNUSED, dtype=torch.int32, device=self.index.device)
+        if span.count:
+            claim_slots[(cdiv(span.count, 128),)](
+                self.index[span.rows], slots, span.first + span.low, span.count, batch, queries, BLOCK=128, **OPTIONS
+            )
+        return slots, span.count
+
+    def _at_points(self, span: Span) -> AtPoints:
+        """Read the logits at the points again, and add up what the slope of Dice needs."""
+        loss, sampling = self.source, self.sampling
+        if isinstance(loss, Tensor):
+            return AtPoints(loss[span.rows], None, None)
         order = list_chosen(span, sampling, loss.chosen)
         blocks = cdiv(sampling.num_points, BLOCK)
-        sums = empty((span.count, blocks, NUM_SUMS.value), self.values.dtype, self.values.device)
+        dtype, device = accumulation_dtype(span.layers[0].dtype), self.index.device
+        values = empty((span.count, sampling.num_points), dtype, device)
+        sums = empty((span.count, blocks, NUM_SUMS.value), dtype, device)
         slope_terms[(span.count * blocks,)](
-            span.layers, span.first, self._rows(), loss.table, loss.images, sampling.windows, sampling.image_ids,
-            *sampling.seed, sampling.given(span), order, loss.corners[span.rows], self.values, sums,
+            span.layers, span.first, self.index[span.rows], loss.table, loss.images, sampling.windows,
+            sampling.image_ids, *sampling.seed, sampling.given(span), order, loss.corners[span.rows], values, sums,
             sampling.num_points, sampling.num_uncertain, blocks, *geometry(span.layers[0]), *sampling.strides,
             LAYERS=len(span.layers), ENCODING=loss.encoding, NEAREST=loss.target_nearest,
             BORDER=sampling.border, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
-        return order, sums
+        return AtPoints(values, order, sums)
 
     def _launch(
         self,
+        span: Span,
+        points: AtPoints,
         planes: Tensor | tuple[Tensor, ...],
-        slots: Tensor | None,
-        largest: Tensor | None,
-        order: Tensor | None,
-        sums: Tensor | None,
-        measure: bool,
+        scratch: Scratch = NO_SCRATCH,
+        measure: bool = False,
     ) -> None:
-        span, sampling, loss = self.span, self.sampling, self.loss
+        sampling, loss, rows = self.sampling, self.source, span.rows
         blocks = cdiv(sampling.num_points, BLOCK)
-        rows = span.rows
-        saved: tuple[Tensor | None, ...] = (None, self.values, sums, None, None)
+        saved: tuple[Tensor | None, ...] = (None, points.values, points.sums, None, None)
         tables: tuple[Tensor | None, ...] = (None, None)
         encoding, target_nearest, alpha, gamma = 0, False, -1.0, -1.0
-        if loss is not None:
-            saved = (loss.corners[rows], self.values, sums, loss.grad_ce[rows], loss.grad_dice[rows])
+        if isinstance(loss, LossGradient):
+            saved = (loss.corners[rows], points.values, points.sums, loss.grad_ce[rows], loss.grad_dice[rows])
             tables = (loss.table, loss.images)
             encoding, target_nearest, alpha, gamma = loss.encoding, loss.target_nearest, loss.alpha, loss.gamma
         batch, queries, height, width = span.layers[0].shape
+        # Scratch planes are numbered from the first layer of the span, gradients from that of the run.
+        first, layers = (span.first, len(span.layers)) if scratch.slots is None else (span.first + span.low, 1)
         scatter[(span.count * blocks,)](
-            planes, span.first, slots, largest, self._rows(), *tables, sampling.windows, sampling.image_ids,
-            *sampling.seed, sampling.given(span), order, *saved, sampling.num_points, sampling.num_uncertain, blocks,
-            height, width, batch, queries, *sampling.strides, self._headroom(),
-            LAYERS=len(span.layers), ENCODING=encoding, NEAREST=self.nearest, TARGET_NEAREST=target_nearest,
+            planes, first, *scratch, self.index[rows], *tables, sampling.windows, sampling.image_ids,
+            *sampling.seed, sampling.given(span), points.order, *saved, sampling.num_points, sampling.num_uncertain,
+            blocks, height, width, batch, queries, *sampling.strides, self._headroom(span),
+            LAYERS=layers, ENCODING=encoding, NEAREST=self.nearest, TARGET_NEAREST=target_nearest,
             BORDER=sampling.border, ALPHA=alpha, GAMMA=gamma, MEASURE=measure, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
 
-    def _headroom(self) -> int:
+    def _headroom(self, span: Span) -> int:
         """Bits of a fixed-point number below the sign that hold one addend, if all points fall on one pixel."""
-        return 62 - (self.span.count * self.sampling.num_points).bit_length()
-
-    def _through_planes(self, order: Tensor | None, sums: Tensor | None, fixed: bool) -> list[Tensor]:
-        """Add up in scratch planes, one for each plane that an instance reads, and write the gradients from those."""
-        span, device = self.span, self.values.device
-        batch, queries, height, width = span.layers[0].shape
-        num_planes, count = batch * queries, span.count
-        everywhere = len(span.layers) * num_planes
-        if count < everywhere:
-            slots = torch.full((everywhere,), UNUSED, dtype=torch.int32, device=device)
-            claim_slots[(cdiv(count, 128),)](
-                self._rows(), slots, span.first, count, batch, queries, BLOCK=128, **OPTIONS
-            )
-        else:
-            slots = torch.arange(everywhere, dtype=torch.int32, device=device)
-        used = min(count, everywhere)
-        planes = torch.zeros(used, height, width, dtype=torch.int64 if fixed else self.values.dtype, device=device)
-        largest = None
-        if fixed:
-            largest = torch.zeros(used, dtype=torch.int32, device=device)
-            self._launch(planes, slots, largest, order, sums, measure=True)
-        self._launch(planes, slots, largest, order, sums, measure=False)
-        grads = [empty(layer.shape, layer.dtype, device) for layer in span.layers]
-        size = height * width
-        blocks = cdiv(size, 1024)
-        write_planes[(everywhere * blocks,)](
-            planes, slots, largest, tuple(grads), num_planes, size, blocks, self._headroom(),
-            LAYERS=len(span.layers), BLOCK=1024, **OPTIONS,
-        )  # fmt: skip
-        return grads
+        return 62 - (span.count * self.sampling.num_points).bit_length()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import warnings
 from functools import cache
@@ -16,6 +15,8 @@ from maskloss.errors import Cause
 BACKENDS = ("reference", "cpu", "gpu")
 VARIABLE = "MASKLOSS_BACKEND"
 _NEEDS = {"cpu": "numba", "gpu": "triton"}
+# Tuples of tensors as arguments of a kernel came with Triton 3.3, and that with PyTorch 2.7.
+_OLDEST_TRITON = (3, 3)
 
 
 def choose_backend(device: torch.device, requested: str | None = None) -> str:
@@ -45,10 +46,11 @@ def choose_backend(device: torch.device, requested: str | None = None) -> str:
             f"the logits are on {device}",
             "leave backend out, or use 'reference', which runs everywhere",
         )
-    if not _installed(wanted):
+    obstacle = _obstacle(wanted)
+    if obstacle is not None:
         raise Cause(
             f"backend {wanted!r} needs the package {_NEEDS[wanted]}",
-            f"{_NEEDS[wanted]} cannot be imported",
+            obstacle,
             f"pip install {_NEEDS[wanted]}, or use backend='reference'",
         )
     return wanted
@@ -74,21 +76,25 @@ def load(backend: str) -> ModuleType:
 
 
 @cache
-def _installed(backend: str) -> bool:
+def _obstacle(backend: str) -> str | None:
+    """Say why a backend cannot run, or return None."""
     try:
-        importlib.import_module(_NEEDS[backend])
+        package = importlib.import_module(_NEEDS[backend])
     except ImportError:
-        return False
-    return importlib.util.find_spec(f"maskloss.ops.{backend}") is not None
+        return f"{_NEEDS[backend]} cannot be imported"
+    if backend == "gpu" and tuple(int(part) for part in package.__version__.split(".")[:2]) < _OLDEST_TRITON:
+        return f"Triton {package.__version__} is too old, the kernels need 3.3, which comes with PyTorch 2.7"
+    return None
 
 
 @cache
 def _default(device_type: str) -> str:
     backend = {"cpu": "cpu", "cuda": "gpu"}.get(device_type, "reference")
-    if backend == "reference" or _installed(backend):
+    obstacle = None if backend == "reference" else _obstacle(backend)
+    if obstacle is None:
         return backend
     warnings.warn(
-        f"maskloss: {_NEEDS[backend]} cannot be imported, so {device_type} tensors run on the slower reference backend",
+        f"maskloss: {obstacle}, so {device_type} tensors run on the slower reference backend",
         RuntimeWarning,
         stacklevel=2,
     )

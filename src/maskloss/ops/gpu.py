@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _gpu_choose as choosing
@@ -27,19 +26,13 @@ from ._gpu_launch import (
     float_points,
     focal_options,
     geometry,
-    layer_spans,
     make_sampling,
     on_device,
+    runs,
     spans,
 )
 from ._gpu_sampling import BITS, LABELS, VALUES
 from .reference import accumulation_dtype
-
-if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):
-    raise ImportError(
-        f"the GPU kernels of maskloss need Triton 3.3 or later, which comes with PyTorch 2.7; this is Triton "
-        f"{triton.__version__}. backend='reference' runs without it"
-    )
 
 _ENCODINGS = {"bits": BITS.value, "labels": LABELS.value, "values": VALUES.value}
 
@@ -74,10 +67,9 @@ def point_sample_backward(grad: Tensor, maps: Tensor, index: Tensor, points: Ten
     points = float_points(points)
     values = grad.to(accumulation_dtype(maps.dtype)).contiguous()
     sampling = Sampling(points, points, index, (0, None), points.shape[1], 0, 0, padding == "border")
-    layer = maps[None]
+    run = Span((maps[None],), 0, 0, len(index), 0, 1)
     with on_device(maps):
-        span = Span((layer,), 0, 0, len(index))
-        work = scattering.Scatter(_map_rows(index), span, sampling, values, mode == "nearest", None)
+        work = scattering.Scatter(_map_rows(index), [len(index)], run, sampling, mode == "nearest", values)
         return work.gradients()[0].view(maps.shape)
 
 
@@ -199,10 +191,10 @@ def mask_loss_backward(
     saved = (chosen, corners, grad_ce.contiguous(), grad_dice.contiguous(), table, images)
     grads = [empty((0,), layer.dtype, layer.device) for layer in logits]
     with on_device(index):
-        for span in layer_spans(logits, layer_sizes, needs_grad, scattering.plane_bytes):
-            values = empty((span.count, num_points), accumulation_dtype(logits[0].dtype), index.device)
-            work = scattering.Scatter(index, span, sampling, values, False, scattering.LossGradient(*saved, *options))
-            grads[span.first : span.first + len(span.layers)] = work.gradients()
+        for run in runs(logits, layer_sizes, needs_grad):
+            loss = scattering.LossGradient(*saved, *options)
+            work = scattering.Scatter(index, layer_sizes, run, sampling, False, loss)
+            grads[run.first : run.first + len(run.layers)] = work.gradients()
     return grads
 
 
@@ -238,8 +230,8 @@ def match_cost(
         tile = matching.tile_of(widest, dtype, focal_gamma)
         splits = tile.splits(len(logits) * batch, queries, widest, num_points)
         parts = [empty((splits, num_rows * size), dtype, device) for size in (widest, widest, 1, 1)]
-        for span in layer_spans(logits, [0] * len(logits), [True] * len(logits), lambda _: 0):
-            matching.add_terms(span, shared, parts, widest, num_rows, tile, focal)
+        for run in runs(logits, [0] * len(logits), [True] * len(logits)):
+            matching.add_terms(run, shared, parts, widest, num_rows, tile, focal)
         matching.finish_costs[(cdiv(ce.numel(), BLOCK),)](
             *parts, shared.weighted.sum(2), shared.weights.sum(1), targets[2], ce, dice, ce.numel(), splits, num_rows,
             batch, queries, widest, BLOCK=BLOCK, **OPTIONS,
