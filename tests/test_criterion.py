@@ -286,6 +286,23 @@ def test_checkpointing_draws_the_same_points_again(backend: str, reentrant: bool
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of forward derivatives inside PyTorch
+def test_forward_derivative_of_the_classification() -> None:
+    targets, (classes, masks), module = entries(), predictions(), criterion("reference")
+    masks = [layer.detach() for layer in masks]
+    targets = [entry | {"masks": MaskTargets.from_masks(entry["masks"])} for entry in targets]
+    directions = [torch.randn_like(layer) for layer in classes]
+
+    def total(*classes: Tensor) -> Tensor:
+        result: Tensor = module(list(classes), masks, targets, seed=4).total
+        return result
+
+    forward = torch.func.jvp(total, tuple(layer.detach() for layer in classes), tuple(directions))[1]
+    backward = torch.autograd.grad(total(*classes), classes)
+    along = torch.stack([(one * other).sum() for one, other in zip(backward, directions, strict=True)]).sum()
+    assert_close(forward, along)
+
+
 def test_training_lowers_the_loss(backend: str) -> None:
     """Logits of their own for every query learn a left and a right half, and their classes."""
     left = (torch.arange(24) < 12).expand(16, 24)

@@ -326,6 +326,15 @@ def test_repr(images: Sequence[tuple[int, int, int]], expected: str) -> None:
     assert repr(MaskTargets.from_masks([torch.ones(shape, dtype=torch.bool) for shape in images])) == expected
 
 
+def test_a_default_device_elsewhere() -> None:
+    """Masks stay where they are, also where there are none."""
+    with torch.device("meta"):
+        targets = MaskTargets.from_masks([torch.zeros(n, 4, 4, dtype=torch.bool, device="cpu") for n in (0, 2)])
+        empty = MaskTargets.from_masks(torch.zeros(0, 4, 4, dtype=torch.bool, device="cpu"))
+    assert targets.device.type == empty.device.type == "cpu"
+    assert targets.num_targets == (0, 2)
+
+
 def test_targets_do_not_change() -> None:
     targets = MaskTargets.from_masks(some_masks(6, 9))
     with pytest.raises(AttributeError):

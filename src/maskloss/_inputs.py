@@ -146,6 +146,10 @@ class _Stack(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad.unbind()
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return torch.stack(tangents)
+
 
 def stack(layers: Sequence[Tensor]) -> Tensor:
     """Stack the layers along a new first dimension; one operation forward, one backward, whatever their number."""

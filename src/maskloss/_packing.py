@@ -43,14 +43,19 @@ def pack(masks: Tensor) -> Tensor:
 
 
 def pack_elsewhere(images: Sequence[Tensor]) -> Tensor:
-    """Pack masks on any device, a few operations for all images together: uint8 1-D, each row padded to a byte."""
+    """Pack masks on any device, images of one size together: uint8 1-D, each row padded to a byte."""
+    if len(images) > 1 and len({(masks.dtype, masks.shape[1:]) for masks in images}) == 1:
+        images = [torch.cat(list(images))]
     rows = []
     for masks in images:
         inside = masks if masks.dtype == torch.bool else masks != 0
         width = masks.shape[-1]
         rows.append((torch.nn.functional.pad(inside, (0, -width % 8)) if width % 8 else inside).reshape(-1))
+    joined = torch.cat(rows) if len(rows) > 1 else rows[0]
+    if torch.compiler.is_compiling() or joined.storage_offset() % 8:
+        joined = joined.clone()  # words begin at words
     # Eight bytes that are 0 or 1 make a word; the product moves byte i to bit 56 + i, and no two terms meet.
-    words = torch.cat(rows).view(torch.int64) * _GATHER
+    words = joined.view(torch.int64) * _GATHER
     return words.view(torch.uint8)[7::8].contiguous()
 
 
@@ -88,7 +93,7 @@ def _crop_one(mask: Bytes) -> tuple[Bytes, int, int]:
 
 
 def _join(crops: Sequence[Bytes]) -> Tensor:
-    return torch.from_numpy(np.concatenate(crops)) if crops else torch.empty(0, dtype=torch.uint8)
+    return torch.from_numpy(np.concatenate(crops)) if crops else torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def label_boxes(labels: Tensor, ids: Sequence[int]) -> NDArray[np.int64]:

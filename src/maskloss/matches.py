@@ -21,8 +21,9 @@ class Matches:
         layer_sizes: the number of rows of each layer.
         num_queries: Q, predictions of an image.
         num_targets: targets of each image.
-        classes: int64 `[L, B, Q]`, the class that each query should have, the number of classes for one without a
-            target. None for matches that were given as pairs.
+        classes: int64 `[L, B, Q]`, the class that each query should have, `num_classes` for one without a target. None
+            for matches that were given as pairs.
+        num_classes: the number of classes that the matching knew.
     """
 
     index: Tensor
@@ -30,6 +31,7 @@ class Matches:
     num_queries: int
     num_targets: tuple[int, ...]
     classes: Tensor | None = None
+    num_classes: int | None = None
 
     @property
     def batch_size(self) -> int:
@@ -81,7 +83,7 @@ class Matches:
                     )
             fixed = torch.zeros_like(queries)
             rows.append(torch.stack([fixed, fixed + image, queries, targets], dim=1))
-        index = torch.cat(rows) if rows else torch.empty(0, 4, dtype=torch.int64)
+        index = torch.cat(rows) if rows else torch.empty(0, 4, dtype=torch.int64, device="cpu")
         return Matches(index, (len(index),), num_queries, tuple(num_targets))
 
     def to(self, device: torch.device | str) -> Matches:
@@ -96,7 +98,7 @@ def wanted_classes(
     """Write down the class that each query should have, `no_object` for one without a target.
 
     Args:
-        matches: if the classes are in there, they are the answer.
+        matches: if the classes are in there, and are as many, they are the answer.
         labels: int64 `[T_all]`.
         first_rows: int64 `[B]`, where the labels of each image begin.
         shape: (L, B, Q).
@@ -105,7 +107,7 @@ def wanted_classes(
     Returns:
         int64 `[L, B, Q]`.
     """
-    if matches.classes is not None:
+    if matches.classes is not None and matches.num_classes == no_object:
         return matches.classes
     layer, image, query, target = matches.index.unbind(1)
     wanted = torch.full(tuple(shape), no_object, device=matches.index.device)

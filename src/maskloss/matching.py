@@ -138,7 +138,8 @@ class HungarianMatcher(nn.Module):
         num_classes, num_queries = class_logits.shape[-1] - (self.classification == "softmax"), class_logits.shape[2]
         index, wanted = ops.assign(cost, labels, targets.num_targets, num_classes)
         matched = ops.count_matches(targets.num_targets, num_queries)
-        return Matches(index, (matched,) * len(mask_logits), num_queries, targets.num_targets, wanted)
+        sizes = (matched,) * len(mask_logits)
+        return Matches(index, sizes, num_queries, targets.num_targets, wanted, num_classes)
 
     @torch.no_grad()
     def costs(

@@ -380,7 +380,7 @@ def _from_labels(maps: Sequence[Tensor], ids: Sequence[Any], allow_missing: bool
     unread: list[tuple[int, Tensor]] = []
     first = 0
     for labels, numbers in zip(maps, ids, strict=True):
-        known = _packing.on_host(labels) or not isinstance(numbers, Tensor)
+        known = not isinstance(numbers, Tensor) or _packing.on_host(labels) or _packing.on_host(numbers)
         listed = _packing.listed_ids(numbers) if known else [0] * len(_packing.check_ids(numbers))
         if not known:
             unread.append((first, numbers))
@@ -390,9 +390,12 @@ def _from_labels(maps: Sequence[Tensor], ids: Sequence[Any], allow_missing: bool
         stored.append(Stored(place, len(parts[-1]), (labels.shape[0], labels.shape[1]), listed))
         first += len(listed)
     targets = _build("labels", _joined(parts), stored, frame)
-    for first, numbers in unread:
-        # To list ids that are on a device would wait for it.
-        targets.table[first : first + len(numbers), LABEL] = numbers.to(targets.device, torch.int64)
+    # To list ids that are on a device would wait for it.
+    if len(unread) == len(maps):
+        targets.table[:, LABEL] = _joined([numbers for _, numbers in unread])
+    else:
+        for first, numbers in unread:
+            targets.table[first : first + len(numbers), LABEL] = numbers
     return targets
 
 

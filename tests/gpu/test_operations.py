@@ -63,9 +63,9 @@ def by_image(entries: Sequence[Any]) -> list[dict[str, Any]]:
     return [{"masks": entry, "labels": label} for entry, label in zip(entries, labels(), strict=True)]
 
 
-def label_maps() -> list[dict[str, Any]]:
+def label_maps(ids: Any) -> list[dict[str, Any]]:
     found = [torch.empty(12, 12, dtype=torch.int32, device=META) for _ in range(BATCH)]
-    return [entry | {"ids": list(range(TARGETS))} for entry in by_image(found)]
+    return [entry | {"ids": ids} for entry in by_image(found)]
 
 
 # How many copies of the description of the masks go to the device before the assignment makes its trip.
@@ -73,7 +73,9 @@ FORMS: dict[str, tuple[Callable[[], Any], int]] = {
     "collated": (lambda: {"masks": MaskTargets.from_masks(masks("cpu")).to(META), "labels": labels()}, 0),
     "packed": (lambda: by_image([MaskTargets.from_masks(each).to(META) for each in masks("cpu")]), 0),
     "dense": (lambda: by_image(masks()), 1),
-    "label maps": (label_maps, 1),
+    "label maps": (lambda: label_maps(list(range(TARGETS))), 1),
+    "label maps, ids on the host": (lambda: label_maps(torch.arange(TARGETS)), 1),
+    "label maps, ids on the device": (lambda: label_maps(torch.arange(TARGETS, device=META)), 1),
 }
 
 
@@ -109,8 +111,14 @@ def test_operations_do_not_grow_with_the_images(images: int) -> None:
     with Count() as count:
         MaskTargets.cat(parts)
     assert count.operations.total() <= 10, count.operations.most_common()
+    for dtype, width in ((torch.bool, 16), (torch.bool, 13), (torch.uint8, 16)):
+        with Count() as count:
+            MaskTargets.from_masks([torch.ones(TARGETS, 12, width, dtype=dtype, device=META)] * images)
+        # What is more than a constant are views.
+        assert count.operations.total() - count.operations["view"] <= 15, count.operations.most_common()
+        assert len(count.copies) == 1
+    ids = [torch.arange(TARGETS, device=META)] * images
     with Count() as count:
-        MaskTargets.from_masks([torch.ones(TARGETS, 12, 16, dtype=torch.bool, device=META)] * images)
-    # What is more than a constant are views.
+        MaskTargets.from_label_map([torch.ones(12, 16, dtype=torch.int32, device=META)] * images, ids)
     assert count.operations.total() - count.operations["view"] <= 15, count.operations.most_common()
     assert len(count.copies) == 1

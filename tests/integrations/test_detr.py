@@ -272,3 +272,18 @@ ERRORS = {
 def test_errors_say_what_is_wrong(message: str) -> None:
     with pytest.raises(MaskLossError, match=re.escape(message)):
         ERRORS[message]()
+
+
+def test_a_softmax_criterion_of_maskdino_with_its_focal_matcher() -> None:
+    """The matcher counts one class more: queries without a target still get the criterion's "no object"."""
+    masks = torch.zeros(2, 16, 16, dtype=torch.bool)
+    masks[0, :8], masks[1, 8:] = True, True
+    logits = torch.full((1, 5, 16, 16), -9.0)
+    logits[0, 3], logits[0, 1] = 18.0 * masks[0] - 9, 18.0 * masks[1] - 9
+    outputs = {"pred_logits": torch.randn(1, 5, 4), "pred_masks": logits}
+    matcher = maskdino.HungarianMatcher(0.01, 5.0, 5.0, 64)
+    criterion = maskdino.SetCriterion(3, matcher, {}, 0.1, ["labels", "masks"], 64, semantic_ce_loss=True)
+    found = criterion(outputs, [{"labels": torch.tensor([0, 2]), "masks": masks}])
+    weights, wanted = torch.tensor([1.0, 1.0, 1.0, 0.1]), torch.tensor([[3, 2, 3, 0, 3]])
+    expected = torch.nn.functional.cross_entropy(outputs["pred_logits"].transpose(1, 2), wanted, weights)
+    torch.testing.assert_close(found["loss_ce"], expected)

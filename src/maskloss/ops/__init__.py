@@ -31,7 +31,7 @@ __all__ = [
 
 
 # The compiler's own CUDA graphs must leave out what waits for the device or reads a seed on the host: a graph would
-# read it once and draw the same points ever after. Older releases of PyTorch have neither the tag nor such graphs.
+# read it once and draw the same points ever after. Older releases of PyTorch cannot leave an operation out.
 _NOT_CAPTURED: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 

@@ -232,7 +232,7 @@ def _layers(logits: Sequence[Tensor], index: Tensor, layer_sizes: Sequence[int])
 
 
 def ignored(points: Tensor, images: Tensor, ignore: Tensor) -> Tensor:
-    """Tell which points `[n, P, 2]` lie in a pixel that the ignore region of their image (rows `[n, 8]`) covers."""
+    """Tell which points `[n, P, 2]` lie in a pixel that the ignore region of their image (rows `[n, 11]`) covers."""
     if ignore.numel() == 0:
         return torch.zeros(points.shape[:-1], dtype=torch.bool, device=points.device)
     columns = (IGNORE_SIZE, IGNORE_BASE, IGNORE_STRIDE, IGNORE_H, IGNORE_W, IMAGE_H, IMAGE_W)
