@@ -191,8 +191,8 @@ def mask_loss_backward(
     saved = (chosen, corners, grad_ce.contiguous(), grad_dice.contiguous(), table, images)
     grads = [empty((0,), layer.dtype, layer.device) for layer in logits]
     with on_device(index):
+        loss = scattering.LossGradient(*saved, *options)
         for run in runs(logits, layer_sizes, needs_grad):
-            loss = scattering.LossGradient(*saved, *options)
             work = scattering.Scatter(index, layer_sizes, run, sampling, False, loss)
             grads[run.first : run.first + len(run.layers)] = work.gradients()
     return grads

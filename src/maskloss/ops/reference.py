@@ -16,18 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from maskloss._frames import (
-    BASE,
-    COUNT,
-    FIRST,
-    IGNORE_BASE,
-    IGNORE_H,
-    IGNORE_SIZE,
-    IGNORE_STRIDE,
-    IGNORE_W,
-    IMAGE_H,
-    IMAGE_W,
-)
+from maskloss import _frames
 from maskloss.points import ALL_TARGETS, CANDIDATES, MATCHER, RANDOM, instance_keys, uniform_points
 
 _CORNERS = (1, 2, 4, 8)
@@ -235,8 +224,10 @@ def ignored(points: Tensor, images: Tensor, ignore: Tensor) -> Tensor:
     """Tell which points `[n, P, 2]` lie in a pixel that the ignore region of their image (rows `[n, 11]`) covers."""
     if ignore.numel() == 0:
         return torch.zeros(points.shape[:-1], dtype=torch.bool, device=points.device)
-    columns = (IGNORE_SIZE, IGNORE_BASE, IGNORE_STRIDE, IGNORE_H, IGNORE_W, IMAGE_H, IMAGE_W)
-    size, offset, stride, height, width, frame_h, frame_w = (images[:, column, None] for column in columns)
+    size = images[:, _frames.IGNORE_SIZE, None]
+    # From where the region begins to the size of the frame, in this order.
+    region = images[:, _frames.IGNORE_BASE : _frames.IMAGE_W + 1].unbind(1)
+    offset, stride, height, width, frame_h, frame_w = (column[:, None] for column in region)
     y = (points[..., 1] * frame_h).nan_to_num().long().clamp(min=0).clamp(max=frame_h - 1)
     x = (points[..., 0] * frame_w).nan_to_num().long().clamp(min=0).clamp(max=frame_w - 1)
     inside = (size > 0) & (y < height) & (x < width)
@@ -247,9 +238,9 @@ def ignored(points: Tensor, images: Tensor, ignore: Tensor) -> Tensor:
 def _entries(image: Tensor, target: Tensor, table: Tensor, images: Tensor) -> Tensor:
     """Look up the rows of targets, offsets counted from where the data begin. A target too many gets the first row."""
     described = images[image]
-    real = target < described[:, COUNT]
-    rows = table[torch.where(real, described[:, FIRST] + target, 0)]
-    base = torch.where(real, described[:, BASE], 0)
+    real = target < described[:, _frames.COUNT]
+    rows = table[torch.where(real, described[:, _frames.FIRST] + target, 0)]
+    base = torch.where(real, described[:, _frames.BASE], 0)
     return torch.cat([rows[:, :1] + base[:, None], rows[:, 1:]], dim=1)
 
 
@@ -530,18 +521,17 @@ def match_cost(
     data, table, images, windows, ignore = targets
     batch, widest = len(num_targets), max(num_targets, default=0)
     column = torch.arange(widest, device=table.device)
-    real = column < images[:, COUNT, None]
+    real = column < images[:, _frames.COUNT, None]
     everyone = torch.arange(batch, device=table.device)
     rows = _entries(everyone.repeat_interleave(widest), column.repeat(batch), table, images)
     points = match_points(windows, image_ids, seed, num_points)
-    repeated = points.repeat_interleave(widest, dim=0)
+    dtype = accumulation_dtype(logits[0].dtype)
+    cells = target_cells(points.repeat_interleave(widest, dim=0), rows, padding, dtype)
+    t = target_values(read_targets(cells, rows, data, encoding, padding, target_mode, dtype), cells)
+    w = (~ignored(points, images, ignore)).to(dtype)
     ce, overlap = [], []
     for layer in logits:
-        dtype = accumulation_dtype(layer.dtype)
         z = sample_planes(layer, points[:, None], "bilinear", padding)
-        cells = target_cells(repeated, rows, padding, dtype)
-        t = target_values(read_targets(cells, rows, data, encoding, padding, target_mode, dtype), cells)
-        w = (~ignored(points, images, ignore)).to(dtype)
         # Mixed precision around the call must not round the matrix products.
         with torch.autocast(layer.device.type, enabled=False):
             costs = pairwise_costs(z, t.view(batch, widest, num_points), w, focal_alpha, focal_gamma)

@@ -208,7 +208,7 @@ def _mask_sums(step: Step, loss: MaskLoss, masks: Sequence[Tensor], index: Tenso
     per_group = masks[0].shape[1] // groups
     counts = step.targets.counts[index[:, 1]]
     index = torch.cat([index[:, :3], (index[:, 3] + index[:, 2] // per_group * counts)[:, None]], dim=1)
-    size = groups * sum(min(count, per_group) for count in step.targets.num_targets)
+    size = groups * ops.count_matches(step.targets.num_targets, per_group)
     matches = Matches(index, (size,) * len(masks), masks[0].shape[1], repeated.targets.num_targets)
     return repeated.mask_terms(loss, masks, matches)
 
