@@ -1,0 +1,194 @@
+"""Mask logits as a product of query embeddings and pixel features that is never formed whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskloss.errors import Cause, describe, reported
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MaskFactors:
+    """The mask logits of one decoder layer, as the product that makes them.
+
+        logits[b, q, y, x] = sum_d embeddings[b, q, d] * features[b, d, y, x] + bias[b, q]
+
+    Pass it wherever `mask_logits` are taken. The loss then samples the *features* at the matcher's points (bilinear
+    sampling and the product commute), forms the planes of matched queries only, a few at a time, and drops each when
+    its loss is known. Values and gradients are those of `dense()`, up to the rounding of a matrix product; no tensor of
+    B * Q * h * w elements is made, forward or backward.
+
+    Decoder layers that pass the *same* features object share its sampling and its gradient.
+
+    Args:
+        embeddings: `[B, Q, D]`, float: one vector for each query.
+        features: `[B, D, h, w]`, float: one vector for each pixel.
+        bias: what is added to the logits: a number, a tensor `[]`, `[Q]` or `[B, Q]`. Default None: nothing. It is
+            rounded to the dtype of the product.
+        scratch_mb: bound on the memory for planes and sampled logits that exist at a time, in MiB, above 0; one plane
+            is formed at least. Default 32.
+
+    Raises:
+        MaskLossError: wrong rank, dtype or device, or sizes that do not pair up.
+
+    Source:
+        The mask head of MaskFormer (Cheng et al., 2021), section 3.1. Sampling before the product: PointRend (Kirillov
+        et al., 2020) samples features as well, for another purpose.
+
+    Example:
+        >>> factors = MaskFactors(torch.ones(1, 3, 8), torch.full((1, 8, 4, 4), 0.25), bias=-1.0)
+        >>> factors
+        MaskFactors(embeddings [1, 3, 8], features [1, 8, 4, 4], bias -1.0, float32, cpu)
+        >>> factors.dense().shape, float(factors.dense().max())
+        (torch.Size([1, 3, 4, 4]), 1.0)
+    """
+
+    embeddings: Tensor
+    features: Tensor
+    bias: Tensor | float | None = None
+    scratch_mb: float = 32.0
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    @reported("MaskFactors")
+    def _check(self) -> None:
+        for name, value, rank, shape in (
+            ("embeddings", self.embeddings, 3, "[B, Q, D]"),
+            ("features", self.features, 4, "[B, D, h, w]"),
+        ):
+            if not isinstance(value, Tensor) or value.ndim != rank or value.dtype not in _FLOATS:
+                raise Cause(f"{name} must be float {shape}", f"got {describe(value)}", "see the formula of MaskFactors")
+        embeddings, features = self.embeddings, self.features
+        if (embeddings.shape[0], embeddings.shape[2]) != tuple(features.shape[:2]):
+            raise Cause(
+                "embeddings [B, Q, D] and features [B, D, h, w] must agree in B and D",
+                f"got {list(embeddings.shape)} and {list(features.shape)}",
+                "the features come after the projection to D channels",
+            )
+        if min(features.shape[2:]) < 1 or features.shape[1] < 1:
+            raise Cause("features must have channels and pixels", f"got {list(features.shape)}", "check them upstream")
+        if embeddings.device != features.device:
+            raise Cause(
+                "embeddings and features must be on one device",
+                f"embeddings on {embeddings.device}, features on {features.device}",
+                "move one of them",
+            )
+        _check_bias(self.bias, embeddings)
+        if isinstance(self.scratch_mb, bool) or not isinstance(self.scratch_mb, Real) or not self.scratch_mb > 0:
+            raise Cause("scratch_mb must be a number above 0", f"scratch_mb={self.scratch_mb!r}", "32 is the default")
+
+    @staticmethod
+    @reported("MaskFactors.from_dict")
+    def from_dict(factors: Mapping[str, Any]) -> MaskFactors:
+        """Take the dict that RF-DETR's own segmentation head returns while training.
+
+        Args:
+            factors: "spatial_features" `[B, D, h, w]`, "query_features" `[B, Q, D]`, "bias" (optional).
+
+        Returns:
+            The factors; nothing is copied.
+
+        Raises:
+            MaskLossError: a missing entry, or as in `MaskFactors`.
+        """
+        missing = [name for name in ("spatial_features", "query_features") if name not in factors]
+        if missing:
+            raise Cause(
+                'factors must have "spatial_features" and "query_features"',
+                f"{', '.join(missing)} missing, there are {', '.join(map(str, factors))}",
+                "MaskFactors(embeddings, features, bias) takes them under any name",
+            )
+        return MaskFactors(factors["query_features"], factors["spatial_features"], factors.get("bias"))
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the logits, `[B, Q, h, w]`."""
+        return torch.Size((*self.embeddings.shape[:2], *self.features.shape[2:]))
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the logits: 4."""
+        return 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the logits: the factors' own, or what autocast makes of them where it is on."""
+        kind = self.features.device.type
+        if torch.is_autocast_enabled(kind) and torch.float64 not in (self.embeddings.dtype, self.features.dtype):
+            return torch.get_autocast_dtype(kind)
+        return self.features.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.features.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient flows to one of the factors."""
+        tensors = (self.embeddings, self.features, self.bias)
+        return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+
+    def dense(self) -> Tensor:
+        """Form the logits `[B, Q, h, w]`: the definition of what the factors stand for; differentiable."""
+        embeddings, features, bias = self.operands()
+        logits = torch.einsum("bqd,bdhw->bqhw", embeddings, features)
+        return logits if bias is None else logits + bias[..., None, None]
+
+    def detach(self) -> MaskFactors:
+        """Cut the factors off the graph."""
+        bias = self.bias.detach() if isinstance(self.bias, Tensor) else self.bias
+        return replace(self, embeddings=self.embeddings.detach(), features=self.features.detach(), bias=bias)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what is multiplied, in the dtype of the product: `[B, Q, D]`, `[B, D, h, w]`, and the bias `[B, Q]`.
+
+        Raises:
+            Cause: embeddings and features of different dtypes, where autocast is off.
+        """
+        dtype = self.dtype
+        if self.embeddings.dtype != self.features.dtype and not torch.is_autocast_enabled(self.device.type):
+            raise Cause(
+                "embeddings and features must have one dtype",
+                f"got {self.embeddings.dtype} and {self.features.dtype}",
+                "convert one of them, or run the loss under autocast as the product would",
+            )
+        embeddings, features = self.embeddings.to(dtype), self.features.to(dtype)
+        if self.bias is None:
+            return embeddings, features, None
+        bias = torch.as_tensor(self.bias, dtype=dtype, device=self.device)
+        return embeddings, features, bias.expand(embeddings.shape[:2])
+
+    def __repr__(self) -> str:
+        parts = [f"embeddings {list(self.embeddings.shape)}", f"features {list(self.features.shape)}"]
+        if self.bias is not None:
+            parts.append(f"bias {list(self.bias.shape) if isinstance(self.bias, Tensor) else self.bias}")
+        return f"MaskFactors({', '.join(parts)}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
+
+
+def _check_bias(bias: object, embeddings: Tensor) -> None:
+    batch, queries = embeddings.shape[:2]
+    if bias is None or (isinstance(bias, Real) and not isinstance(bias, bool)):
+        return
+    fits = isinstance(bias, Tensor) and bias.is_floating_point()
+    if not isinstance(bias, Tensor) or not fits or tuple(bias.shape) not in ((), (1,), (queries,), (batch, queries)):
+        raise Cause(
+            "bias must be a number or a float tensor [], [Q] or [B, Q]",
+            f"got {describe(bias)} for B = {batch}, Q = {queries}",
+            "it is added to all pixels of a query's plane",
+        )
+    if bias.device != embeddings.device:
+        raise Cause(
+            "bias must be on the device of the factors",
+            f"it is on {bias.device}, the factors on {embeddings.device}",
+            "move it there",
+        )
