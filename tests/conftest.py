@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-import contract
 from maskloss.ops import BACKENDS
+from support import contract
 
 torch.set_num_threads(2)
 

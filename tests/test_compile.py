@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss import MaskLoss, MaskLossError, MaskTargets, Matches
-from steps import FEW, criterion, entries, gradients, predictions
+from support.steps import FEW, criterion, entries, gradients, predictions
 
 Step = Callable[..., Any]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import contract
 from maskloss.ops import reference
+from support import contract
 
 MAPS, INDEX, POINTS = torch.zeros(2, 5, 7), torch.zeros(3, dtype=torch.int64), torch.zeros(3, 4, 2)
 

@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-import oracle
 from maskloss import (
     CriterionOutput,
     MaskCriterion,
@@ -23,7 +22,8 @@ from maskloss import (
     MaskTargets,
     ops,
 )
-from steps import CLASSES, FEW, QUERIES, SIZES, costs, criterion, entries, gradients, predictions
+from support import oracle
+from support.steps import CLASSES, FEW, QUERIES, SIZES, costs, criterion, entries, gradients, predictions
 
 # --------------------------------------------------------------------------------------------------- it is the formulas
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, multiprocessing
 from torch.testing import assert_close
 
-import ranks
 from maskloss import StepTotals, step_totals
+from support import ranks
 
 each_case = pytest.mark.parametrize("case", ranks.COUNTS)
 

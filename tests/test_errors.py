@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from bad_input import MASKS, PAIRS, TABLES, Bad
 from maskloss import MaskLoss, MaskLossError, MaskTargets, MissingExtraError, PointSampling
 from maskloss.errors import Cause, describe, reported, require
+from support.bad_input import MASKS, PAIRS, TABLES, Bad
 
 
 @pytest.mark.parametrize(

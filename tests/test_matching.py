@@ -10,13 +10,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.testing import assert_close
 
-import oracle
 from maskloss import (
     HungarianMatcher,
     functional,
 )
 from maskloss.ops import reference
-from steps import CLASSES, COUNTS, QUERIES, costs, criterion, entries, gradients, predictions
+from support import oracle
+from support.steps import CLASSES, COUNTS, QUERIES, costs, criterion, entries, gradients, predictions
 
 
 def cheapest(cost: Tensor) -> float:

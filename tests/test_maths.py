@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import oracle
 from maskloss import MaskLoss, MaskTargets, PointSampling, functional
+from support import oracle
 
 SIZES = st.one_of(st.integers(1, 12), st.sampled_from([1, 7, 32, 63, 64, 123, 300]), st.integers(1, 300))
 SCALES = st.sampled_from([0.0, 0.1, 1.0, 10.0, 1e4])

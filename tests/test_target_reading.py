@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-import oracle
-from encodings_of_masks import WAYS, every_way, parts_of, some_masks
 from maskloss import HungarianMatcher, MaskLoss, MaskTargets, PointSampling
+from support import oracle
+from support.encodings_of_masks import WAYS, every_way, parts_of, some_masks
 
 # ------------------------------------------------------------------------------------------------- what operations read
 

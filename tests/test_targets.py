@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-import workers
-from encodings_of_masks import LABEL_DTYPES, SIZES, WAYS, every_way, packed, parts_of, run_lengths, some_masks
 from maskloss import MaskTargets, _frames, _packing
+from support import workers
+from support.encodings_of_masks import LABEL_DTYPES, SIZES, WAYS, every_way, packed, parts_of, run_lengths, some_masks
 
 # ------------------------------------------------------------------------------------------------------- what they hold
 

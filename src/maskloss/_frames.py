@@ -12,17 +12,10 @@ from torch import Tensor
 
 from maskloss import _packing
 from maskloss.errors import Cause, describe
+from maskloss.ops.abi import FRAME_H, LABEL, PLACE_COLUMNS, TABLE_COLUMNS
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
-
-# Columns of `MaskTargets.images`: three sizes, what the images before add up to, and what lies there.
-COUNT, SIZE, IGNORE_SIZE, FIRST, BASE, IGNORE_BASE, IGNORE_STRIDE, IGNORE_H, IGNORE_W, IMAGE_H, IMAGE_W = range(11)
-SIZES = 3
-IMAGE_COLUMNS = 11
-# Columns of `MaskTargets.table`; the first six are a place.
-OFFSET, STRIDE, TOP, LEFT, CROP_H, CROP_W, FRAME_H, FRAME_W, LABEL = range(9)
-TABLE_COLUMNS = 9
 
 
 class Frame(NamedTuple):
@@ -81,7 +74,7 @@ def describe_images(stored: Sequence[Stored], frame: Frame, device: torch.device
     for number, (place, elements, size, ids) in enumerate(stored):
         height, width = frame_size(size, frame.canvas)
         table = np.zeros((len(place), TABLE_COLUMNS), dtype=np.int64)
-        table[:, : place.shape[1]] = place
+        table[:, :PLACE_COLUMNS] = place
         table[:, FRAME_H:LABEL] = height, width
         table[:, LABEL] = 0 if ids is None else ids
         region = (number * ignored, (size[1] + 7) // 8, *size) if ignored else (0, 0, 0, 0)

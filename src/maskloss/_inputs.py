@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskloss.errors import Cause, describe
-from maskloss.ops.backends import check_backend
+from maskloss.ops import check_backend
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
 

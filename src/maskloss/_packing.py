@@ -14,13 +14,12 @@ from scipy import ndimage
 from torch import Tensor
 
 from maskloss.errors import Cause, describe, require
+from maskloss.ops.abi import PLACE_COLUMNS
 
 Bytes = NDArray[np.uint8]
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # Integer types without arithmetic in torch, and what holds their values.
 _WIDER = {torch.int8: torch.int16, torch.uint16: torch.int32, torch.uint32: torch.int64}
-# Columns of a target's row: offset, stride, top, left, height, width (frame and id follow, see MaskTargets.tensors).
-PLACE = 6
 # Label maps with values below this are ranked through a table, others by binary search.
 _LARGEST_TABLE = 1 << 22
 # Gathers the lowest bits of eight bytes in the highest byte, the first of them lowest.
@@ -66,7 +65,7 @@ def crop(packed: Tensor, width: int) -> tuple[Tensor, NDArray[np.int64]]:
         The bytes of all crops, uint8 `[n]`, and the place of each, int64 `[T, 6]`.
     """
     count, height, row = packed.shape
-    place = np.zeros((count, PLACE), dtype=np.int64)
+    place = np.zeros((count, PLACE_COLUMNS), dtype=np.int64)
     if not on_host(packed):
         place[:] = (0, row, 0, 0, height, width)
         place[:, 0] = np.arange(count) * (height * row)
@@ -117,7 +116,7 @@ def label_boxes(labels: Tensor, ids: Sequence[int]) -> NDArray[np.int64]:
 def label_places(labels: Tensor, ids: Sequence[int], allow_missing: bool) -> NDArray[np.int64]:
     """Where the masks of a label map are: in the box of each id if the map may be searched, or somewhere in it."""
     height, width = labels.shape
-    place = np.zeros((len(ids), PLACE), dtype=np.int64)
+    place = np.zeros((len(ids), PLACE_COLUMNS), dtype=np.int64)
     place[:] = (0, width, 0, 0, height, width)
     if on_host(labels):
         boxes = label_boxes(labels, ids)
@@ -157,7 +156,7 @@ def pack_coco(segmentations: Sequence[Any], height: int, width: int) -> tuple[Te
         )
     if height < 1 or width < 1:
         raise Cause("an image must have pixels", f"height={height!r}, width={width!r}", "take them from the image")
-    place = np.zeros((len(segmentations), PLACE), dtype=np.int64)
+    place = np.zeros((len(segmentations), PLACE_COLUMNS), dtype=np.int64)
     crops: list[Bytes] = []
     offset = 0
     for target, segmentation in enumerate(segmentations):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from maskloss import _inputs, ops
 from maskloss.errors import Cause, describe, reported
-from maskloss.ops import reference
+from maskloss.ops.abi import INDEX_COLUMNS, QUERY, TARGET
+from maskloss.ops.reference import formulas
 from maskloss.points import PointSampling, draw_seed
 
 __all__ = [
@@ -143,15 +144,15 @@ def uncertain_points(
     image = torch.zeros(1, dtype=torch.int64, device=device)
     with torch.no_grad():
         points: Tensor = ops.uncertain_points(
-            [logits[None]],
-            index,
-            [count],
+            ops.Instances([logits[None]], index, [count]),
+            ops.Draw(
+                image,
+                draw_seed(seed, generator, device),
+                sampling.num_points,
+                sampling.num_candidates,
+                sampling.num_uncertain,
+            ),
             window,
-            image,
-            draw_seed(seed, generator, device),
-            sampling.num_points,
-            sampling.num_candidates,
-            sampling.num_uncertain,
             padding_mode,
             backend,
         )
@@ -239,7 +240,7 @@ def mask_dice(z: Tensor, t: Tensor, w: Tensor | None = None) -> Tensor:
         >>> mask_dice(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
         tensor([0.3333])
     """
-    return reference.dice(z, t, _weights(z, t, w))
+    return formulas.dice(z, t, _weights(z, t, w))
 
 
 class PairwiseCost(NamedTuple):
@@ -292,7 +293,7 @@ def pairwise_mask_cost(z: Tensor, t: Tensor, w: Tensor | None = None) -> Pairwis
         w = z.new_ones(z.shape[-1])
     elif w.shape[-1:] != z.shape[-1:]:
         raise Cause("w must be [..., P]", f"got {list(w.shape)} for P = {z.shape[-1]}", "give one weight per point")
-    return PairwiseCost(*reference.pairwise_costs(z, t.to(z.dtype), w.to(z.dtype), -1.0, -1.0))
+    return PairwiseCost(*formulas.pairwise_costs(z, t.to(z.dtype), w.to(z.dtype), -1.0, -1.0))
 
 
 @reported("class_cost")
@@ -373,8 +374,8 @@ def check_points(points: Tensor, count: int, device: torch.device) -> None:
 
 def pair_index(count: int, device: torch.device) -> Tensor:
     """Index prediction n and target n of one image: int64 `[N, 4]`, rows (0, 0, n, n)."""
-    index = torch.zeros(count, 4, dtype=torch.int64, device=device)
-    index[:, 2:] = torch.arange(count, device=device)[:, None]
+    index = torch.zeros(count, INDEX_COLUMNS, dtype=torch.int64, device=device)
+    index[:, QUERY] = index[:, TARGET] = torch.arange(count, device=device)
     return index
 
 
@@ -397,7 +398,7 @@ def _at_labels(probability: Tensor, labels: Tensor) -> Tensor:
 
 def _mean_focal(z: Tensor, t: Tensor, w: Tensor | None, alpha: float, gamma: float) -> Tensor:
     weights = _weights(z, t, w)
-    return (reference.focal(z, t, alpha, gamma) * weights).sum(-1) / weights.sum(-1).clamp(min=1)
+    return (formulas.focal(z, t, alpha, gamma) * weights).sum(-1) / weights.sum(-1).clamp(min=1)
 
 
 def _check_floats(z: Tensor, t: Tensor) -> None:

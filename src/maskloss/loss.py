@@ -178,21 +178,13 @@ class MaskLoss(nn.Module):
             Both terms of each instance, in the order of the matches.
         """
         options, sampling = self.options, self.sampling
-        ce, dice, _, _ = ops.mask_loss(
-            logits,
-            matches.index,
-            matches.layer_sizes,
-            targets.tensors,
-            targets.encoding,
-            image_ids,
-            seed,
+        num_points = sampling.num_points if points is None else points.shape[1]
+        ce, dice = ops.mask_loss(
+            ops.Instances(logits, matches.index, matches.layer_sizes),
+            ops.Targets(*targets.tensors, targets.encoding),
+            ops.Draw(image_ids, seed, num_points, sampling.num_candidates, sampling.num_uncertain),
+            ops.Term(options.padding_mode, options.target_mode, *options.focal),
             points,
-            sampling.num_points if points is None else points.shape[1],
-            sampling.num_candidates,
-            sampling.num_uncertain,
-            options.padding_mode,
-            options.target_mode,
-            *options.focal,
             ops.choose_backend(logits[0].device, options.backend),
         )
         return InstanceLosses(ce, dice)

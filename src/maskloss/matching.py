@@ -156,15 +156,10 @@ class HungarianMatcher(nn.Module):
         options = self.options
         ce, dice = ops.match_cost(
             mask_logits,
-            targets.tensors,
-            targets.encoding,
             targets.num_targets,
-            image_ids,
-            seed,
-            self.num_points,
-            options.padding_mode,
-            options.target_mode,
-            *options.focal,
+            ops.Targets(*targets.tensors, targets.encoding),
+            ops.Draw(image_ids, seed, self.num_points),
+            ops.Term(options.padding_mode, options.target_mode, *options.focal),
             ops.choose_backend(mask_logits[0].device, options.backend),
         )
         padded = _by_image(labels, targets)

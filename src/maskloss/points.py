@@ -10,11 +10,6 @@ from torch import Tensor
 
 from maskloss.errors import Cause, describe, reported
 
-# Streams keep apart the draws of one instance; the number is part of the generator's counter.
-CANDIDATES, RANDOM, MATCHER = 0, 1, 2
-# The matcher's points belong to an image, not to one of its targets.
-ALL_TARGETS = 0xFFFFFFFF
-
 _MASK = 0xFFFFFFFF
 _PARITY = 0x1BD11BDA
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -210,7 +205,7 @@ def uniform_points(keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor,
         keys: two int64 `[N]` tensors, from `instance_keys`.
         num_points: points per instance.
         layers: int64 `[N]`, decoder layer of each instance, in [0, 2^16).
-        stream: which of an instance's draws: CANDIDATES, RANDOM or MATCHER.
+        stream: which of an instance's draws, in [0, 2^16).
 
     Returns:
         float32 `[N, num_points, 2]`, (x, y); every value is exact, so it is the same on every device.

@@ -11,21 +11,9 @@ import torch
 from torch import Tensor
 
 from maskloss import _packing
-from maskloss._frames import (
-    BASE,
-    COUNT,
-    FIRST,
-    IMAGE_H,
-    IMAGE_W,
-    LABEL,
-    SIZES,
-    Box,
-    Frame,
-    Size,
-    Stored,
-    describe_images,
-)
+from maskloss._frames import Box, Frame, Size, Stored, describe_images
 from maskloss.errors import Cause, describe, reported
+from maskloss.ops.abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W, LABEL, PLACE_COLUMNS, SIZES
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -363,7 +351,7 @@ def _from_values(images: Sequence[Tensor], frame: Frame) -> MaskTargets:
 def _whole(masks: Tensor, stride: int) -> Stored:
     """Masks that are stored from edge to edge, `stride` elements a row."""
     count, height, width = masks.shape
-    place = np.zeros((count, _packing.PLACE), dtype=np.int64)
+    place = np.zeros((count, PLACE_COLUMNS), dtype=np.int64)
     place[:] = (0, stride, 0, 0, height, width)
     place[:, 0] = np.arange(count) * (height * stride)
     return Stored(place, count * height * stride, (height, width))

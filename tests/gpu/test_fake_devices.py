@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-PROGRAM = Path(__file__).with_name("fake_devices.py")
+PROGRAM = Path(__file__).parents[1] / "support" / "fake_devices.py"
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="lends device guards inside the Linux library"),

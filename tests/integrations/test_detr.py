@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from integrations import tiny
-from integrations.forced import answered, recorded
 from maskloss import MaskLossError, MaskTargets
 from maskloss.integrations import _boxes, detr, maskdino
+from support import tiny
+from support.forced import answered, recorded
 
 WEIGHTS = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
 POINTS = 64

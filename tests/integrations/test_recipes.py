@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from integrations import tiny
+from support import tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from integrations import tiny
+from support import tiny
 
 pytest.importorskip("transformers")
 patch = pytest.importorskip("maskloss.integrations.transformers").patch

@@ -11,9 +11,9 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from integrations import tiny
-from integrations.forced import answered, recorded
 from maskloss.integrations import _layers
+from support import tiny
+from support.forced import answered, recorded
 
 pytest.importorskip("transformers")
 patch = pytest.importorskip("maskloss.integrations.transformers").patch

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from integrations import tiny
-from integrations.forced import Recorder, answered, recorded
 from maskloss.integrations.transformers import patch
+from support import tiny
+from support.forced import Recorder, answered, recorded
 
 pytest.importorskip("transformers")
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from integrations import tiny
 from maskloss import MaskLossError, MaskTargets
 from maskloss.integrations.transformers import patch
 from maskloss.integrations.transformers.families import FAMILIES
 from maskloss.integrations.transformers.universal import PointCriterion
+from support import tiny
 
 transformers = pytest.importorskip("transformers")
 

@@ -16,8 +16,9 @@ from maskloss.bench.arms import MasklossArm, TransformersArm
 from maskloss.bench.cases import Case
 from maskloss.bench.inputs import Inputs
 from maskloss.matches import Matches
-from maskloss.ops import reference
-from maskloss.points import CANDIDATES, RANDOM, instance_keys, uniform_points
+from maskloss.ops.abi import CANDIDATES, IMAGE, LAYER, RANDOM, TARGET, Draw
+from maskloss.ops.reference.sampling import match_points
+from maskloss.points import instance_keys, uniform_points
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -143,12 +144,12 @@ def _draws(case: Case, matches: Matches, seed: int) -> Iterator[Tensor]:
     drawn = torch.tensor(seed, device=device)
     everywhere = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(case.batch, 4)
     layers = matches.index.split(list(matches.layer_sizes))
-    shared = reference.match_points(everywhere, images, drawn, case.points)
+    shared = match_points(everywhere, Draw(images, drawn, case.points))
     for rows in (layers[-1], *layers[:-1]):
         yield from shared[:, None]
-        keys = instance_keys(drawn, images[rows[:, 1]], rows[:, 3])
-        yield uniform_points(keys, sampling.num_candidates, rows[:, 0], CANDIDATES)
-        yield uniform_points(keys, sampling.num_random, rows[:, 0], RANDOM)
+        keys = instance_keys(drawn, images[rows[:, IMAGE]], rows[:, TARGET])
+        yield uniform_points(keys, sampling.num_candidates, rows[:, LAYER], CANDIDATES)
+        yield uniform_points(keys, sampling.num_random, rows[:, LAYER], RANDOM)
 
 
 def _values(terms: Mapping[str, Tensor]) -> dict[str, float]:

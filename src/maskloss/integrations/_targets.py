@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._frames import COUNT, FIRST, Size
+from maskloss._frames import Size
 from maskloss.errors import Cause, describe
+from maskloss.ops.abi import COUNT, FIRST
 from maskloss.targets import MaskTargets
 
 

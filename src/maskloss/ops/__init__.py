@@ -1,7 +1,8 @@
 """The operations: their `torch.library` schemas, shape functions, derivatives, and the choice of a backend.
 
-Nothing else in the package names `torch.library` or a backend. Arguments arrive checked; `reference.py` documents
-them. Every operation is one node for autograd, `torch.compile` and the profiler.
+Nothing else in the package names `torch.library` or a backend. A call passes groups of arguments (see `abi`), checked;
+the dispatcher needs them flat, and the backends get the groups again. `maskloss.ops.reference` documents what is
+computed. Every operation is one node for autograd, `torch.compile` and the profiler.
 """
 
 from __future__ import annotations
@@ -14,12 +15,28 @@ import torch
 from torch import Tensor
 
 from maskloss.ops import assignment
-from maskloss.ops.backends import BACKENDS, choose_backend, load
-from maskloss.ops.reference import accumulation_dtype
+from maskloss.ops.abi import (
+    INDEX_COLUMNS,
+    Draw,
+    Gradients,
+    Instances,
+    Saved,
+    Targets,
+    Term,
+    accumulation_dtype,
+    grouped,
+    num_bytes,
+)
+from maskloss.ops.dispatch import BACKENDS, check_backend, choose_backend, load
 
 __all__ = [
     "BACKENDS",
+    "Draw",
+    "Instances",
+    "Targets",
+    "Term",
     "assign",
+    "check_backend",
     "choose_backend",
     "count_matches",
     "mask_loss",
@@ -29,10 +46,22 @@ __all__ = [
     "widest",
 ]
 
+# The groups, flat: their order is that of the fields.
+_INSTANCES = "Tensor[] logits, Tensor index, SymInt[] layer_sizes"
+_TARGETS = "Tensor data, Tensor table, Tensor images, Tensor windows, Tensor ignore, str encoding"
+_DRAW = "Tensor image_ids, Tensor seed, SymInt num_points, SymInt num_candidates, SymInt num_uncertain"
+_TERM = "str padding, str target_mode, float focal_alpha, float focal_gamma"
+_LOSS = f"{_INSTANCES}, {_TARGETS}, {_DRAW}, {_TERM}, Tensor? points"
+_SAMPLE = "Tensor maps, Tensor index, Tensor points, str mode, str padding"
 
 # The compiler's own CUDA graphs must leave out what waits for the device or reads a seed on the host: a graph would
 # read it once and draw the same points ever after. Older releases of PyTorch cannot leave an operation out.
 _NOT_CAPTURED: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+def _operation(name: str, arguments: str, result: str, **options: Any) -> Any:
+    schema = f"({arguments}) -> {result}"
+    return torch.library.custom_op(f"maskloss::{name}", mutates_args=(), schema=schema, **options)
 
 
 def widest(num_targets: Sequence[int]) -> int:
@@ -45,28 +74,30 @@ def count_matches(num_targets: Sequence[int], num_queries: int) -> int:
     return sum(torch.sym_min(count, num_queries) for count in num_targets)
 
 
-@torch.library.custom_op("maskloss::point_sample", mutates_args=())
-def point_sample(maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str, backend: str) -> Tensor:
-    """Read maps `[M, h, w]`, chosen by index `[N]`, at points `[N, P, 2]`: `[N, P]`, gradient to the maps."""
-    result: Tensor = load(backend).point_sample(maps, index, points, mode, padding)
+# ------------------------------------------------------------------------------------------------------ point sampling
+
+
+@_operation("point_sample", f"{_SAMPLE}, str backend", "Tensor")
+def _point_sample(*args: Any) -> Tensor:
+    *inputs, backend = args
+    result: Tensor = load(backend).point_sample(*inputs)
     return result
 
 
-@point_sample.register_fake
-def _(maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str, backend: str) -> Tensor:
+@_point_sample.register_fake
+def _(maps: Tensor, index: Tensor, points: Tensor, *options: str) -> Tensor:
     return maps.new_empty(points.shape[:2], dtype=accumulation_dtype(maps.dtype))
 
 
-@torch.library.custom_op("maskloss::point_sample_backward", mutates_args=())
-def _point_sample_backward(
-    grad: Tensor, maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str, backend: str
-) -> Tensor:
-    result: Tensor = load(backend).point_sample_backward(grad, maps, index, points, mode, padding)
+@_operation("point_sample_backward", f"Tensor grad, {_SAMPLE}, str backend", "Tensor")
+def _point_sample_backward(*args: Any) -> Tensor:
+    *inputs, backend = args
+    result: Tensor = load(backend).point_sample_backward(*inputs)
     return result
 
 
 @_point_sample_backward.register_fake
-def _(grad: Tensor, maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str, backend: str) -> Tensor:
+def _(grad: Tensor, maps: Tensor, *rest: Any) -> Tensor:
     return torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
 
 
@@ -79,90 +110,71 @@ def _point_sample_derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     return _point_sample_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), *[None] * 5
 
 
-point_sample.register_autograd(_point_sample_derivative, setup_context=_point_sample_setup)
+_point_sample.register_autograd(_point_sample_derivative, setup_context=_point_sample_setup)
 
 
-@torch.library.custom_op("maskloss::uncertain_points", mutates_args=(), **_NOT_CAPTURED)
-def uncertain_points(
-    logits: Sequence[Tensor],
-    index: Tensor,
-    layer_sizes: Sequence[int],
-    windows: Tensor,
-    image_ids: Tensor,
-    seed: Tensor,
-    num_points: int,
-    num_candidates: int,
-    num_uncertain: int,
-    padding: str,
-    backend: str,
-) -> Tensor:
-    """Draw the points of instances: float32 `[N, P, 2]`, the uncertain ones first. No gradient."""
-    result: Tensor = load(backend).uncertain_points(
-        logits,
-        index,
-        layer_sizes,
-        windows,
-        image_ids,
-        seed,
-        num_points,
-        num_candidates,
-        num_uncertain,
-        padding,
-    )
+def point_sample(maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str, backend: str) -> Tensor:
+    """Read maps `[M, h, w]`, chosen by index `[N]`, at points `[N, P, 2]`: `[N, P]`, gradient to the maps."""
+    result: Tensor = _point_sample(maps, index, points, mode, padding, backend)
     return result
 
 
-@uncertain_points.register_fake
-def _(
-    logits: Sequence[Tensor], index: Tensor, layer_sizes: Any, windows: Tensor, image_ids: Any, seed: Any,
-    num_points: int, num_candidates: int, num_uncertain: int, padding: str, backend: str,
-) -> Tensor:  # fmt: skip
-    return windows.new_empty(index.shape[0], num_points, 2)
+# -------------------------------------------------------------------------------------------------------------- points
 
 
-@torch.library.custom_op("maskloss::match_cost", mutates_args=(), **_NOT_CAPTURED)
-def match_cost(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    encoding: str,
-    num_targets: Sequence[int],
-    image_ids: Tensor,
-    seed: Tensor,
-    num_points: int,
-    padding: str,
-    target_mode: str,
-    focal_alpha: float,
-    focal_gamma: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Compute both mask terms of the matching cost, `[L, B, Q, T_max]` each. No gradient."""
-    ce, dice = load(backend).match_cost(
-        logits,
-        targets,
-        encoding,
-        num_targets,
-        image_ids,
-        seed,
-        num_points,
-        padding,
-        target_mode,
-        focal_alpha,
-        focal_gamma,
-    )
+@_operation(
+    "uncertain_points", f"{_INSTANCES}, {_DRAW}, Tensor windows, str padding, str backend", "Tensor", **_NOT_CAPTURED
+)
+def _uncertain_points(*args: Any) -> Tensor:
+    *inputs, backend = grouped(args, Instances, Draw)
+    result: Tensor = load(backend).uncertain_points(*inputs)
+    return result
+
+
+@_uncertain_points.register_fake
+def _(*args: Any) -> Tensor:
+    instances, draw, windows, *_ = grouped(args, Instances, Draw)
+    result: Tensor = windows.new_empty(instances.index.shape[0], draw.num_points, 2)
+    return result
+
+
+def uncertain_points(instances: Instances, draw: Draw, windows: Tensor, padding: str, backend: str) -> Tensor:
+    """Draw the points of instances: float32 `[N, P, 2]`, the uncertain ones first. No gradient."""
+    result: Tensor = _uncertain_points(*instances, *draw, windows, padding, backend)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ matching
+
+
+@_operation(
+    "match_cost",
+    f"Tensor[] logits, SymInt[] num_targets, {_TARGETS}, {_DRAW}, {_TERM}, str backend",
+    "(Tensor, Tensor)",
+    **_NOT_CAPTURED,
+)
+def _match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], *args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, backend = grouped(args, Targets, Draw, Term)
+    ce, dice = load(backend).match_cost(logits, num_targets, *inputs)
     return ce, dice
 
 
-@match_cost.register_fake
-def _(
-    logits: Sequence[Tensor], targets: Any, encoding: str, num_targets: Sequence[int], image_ids: Any, seed: Any,
-    num_points: int, padding: str, target_mode: str, focal_alpha: float, focal_gamma: float, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+@_match_cost.register_fake
+def _(logits: Sequence[Tensor], num_targets: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
     shape = (len(logits), *logits[0].shape[:2], widest(num_targets))
     dtype = accumulation_dtype(logits[0].dtype)
     return logits[0].new_empty(shape, dtype=dtype), logits[0].new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("maskloss::assign", mutates_args=(), **_NOT_CAPTURED)
+def match_cost(
+    logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Compute both mask terms of the matching cost, `[L, B, Q, T_max]` each, at uniform points. No gradient."""
+    ce, dice = _match_cost(logits, num_targets, *targets, *draw, *term, backend)
+    return ce, dice
+
+
+@_operation("assign", "Tensor cost, Tensor labels, SymInt[] num_targets, SymInt num_classes", "Tensor", **_NOT_CAPTURED)
 def _assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
     return assignment.assign(cost, labels, num_targets, num_classes)
 
@@ -171,7 +183,7 @@ def _assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classe
 def _(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
     layers, batch, queries = cost.shape[:3]
     matched = layers * count_matches(num_targets, queries)
-    return cost.new_empty(4 * matched + layers * batch * queries, dtype=torch.int64)
+    return cost.new_empty(INDEX_COLUMNS * matched + layers * batch * queries, dtype=torch.int64)
 
 
 def assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> tuple[Tensor, Tensor]:
@@ -183,119 +195,47 @@ def assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes
     answer = _assign(cost, labels, num_targets, num_classes)
     wanted = cost.shape[0] * cost.shape[1] * cost.shape[2]
     index, classes = answer.split([answer.shape[0] - wanted, wanted])
-    return index.view(-1, 4), classes.view(cost.shape[:3])
+    return index.view(-1, INDEX_COLUMNS), classes.view(cost.shape[:3])
 
 
-@torch.library.custom_op("maskloss::mask_loss", mutates_args=(), **_NOT_CAPTURED)
-def mask_loss(
-    logits: Sequence[Tensor],
-    index: Tensor,
-    layer_sizes: Sequence[int],
-    targets: Sequence[Tensor],
-    encoding: str,
-    image_ids: Tensor,
-    seed: Tensor,
-    points: Tensor | None,
-    num_points: int,
-    num_candidates: int,
-    num_uncertain: int,
-    padding: str,
-    target_mode: str,
-    focal_alpha: float,
-    focal_gamma: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute cross-entropy and Dice `[N]` at sampled points; the last two results are for the backward pass."""
-    ce, dice, chosen, corners = load(backend).mask_loss(
-        logits,
-        index,
-        layer_sizes,
-        targets,
-        encoding,
-        image_ids,
-        seed,
-        points,
-        num_points,
-        num_candidates,
-        num_uncertain,
-        padding,
-        target_mode,
-        focal_alpha,
-        focal_gamma,
-    )
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+
+@_operation("mask_loss", f"{_LOSS}, str backend", "(Tensor, Tensor, Tensor, Tensor)", **_NOT_CAPTURED)
+def _mask_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, backend = grouped(args, Instances, Targets, Draw, Term)
+    ce, dice, chosen, corners = load(backend).mask_loss(*inputs)
     return ce, dice, chosen, corners
 
 
-@mask_loss.register_fake
-def _(
-    logits: Sequence[Tensor], index: Tensor, layer_sizes: Any, targets: Any, encoding: str, image_ids: Any, seed: Any,
-    points: Tensor | None, num_points: int, num_candidates: int, num_uncertain: int, padding: str, target_mode: str,
-    focal_alpha: float, focal_gamma: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    count, dtype = index.shape[0], accumulation_dtype(logits[0].dtype)
-    width = (num_candidates + 7) // 8 if points is None and num_uncertain else 0
+@_mask_loss.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    instances, targets, draw, _, points, _ = grouped(args, Instances, Targets, Draw, Term)
+    count, like, dtype = instances.index.shape[0], instances.logits[0], instances.accumulation_dtype
+    width = num_bytes(draw.num_candidates) if points is None and draw.num_uncertain else 0
     return (
-        logits[0].new_empty(count, dtype=dtype),
-        logits[0].new_empty(count, dtype=dtype),
-        logits[0].new_empty(count, width, dtype=torch.uint8),
-        logits[0].new_empty(count, num_points, dtype=dtype if encoding == "values" else torch.uint8),
+        like.new_empty(count, dtype=dtype),
+        like.new_empty(count, dtype=dtype),
+        like.new_empty(count, width, dtype=torch.uint8),
+        like.new_empty(count, draw.num_points, dtype=dtype if targets.encoding == "values" else torch.uint8),
     )
 
 
-@torch.library.custom_op("maskloss::mask_loss_backward", mutates_args=(), **_NOT_CAPTURED)
-def _mask_loss_backward(
-    grad_ce: Tensor,
-    grad_dice: Tensor,
-    chosen: Tensor,
-    corners: Tensor,
-    needs_grad: Sequence[bool],
-    logits: Sequence[Tensor],
-    index: Tensor,
-    layer_sizes: Sequence[int],
-    targets: Sequence[Tensor],
-    encoding: str,
-    image_ids: Tensor,
-    seed: Tensor,
-    points: Tensor | None,
-    num_points: int,
-    num_candidates: int,
-    num_uncertain: int,
-    padding: str,
-    target_mode: str,
-    focal_alpha: float,
-    focal_gamma: float,
-    backend: str,
-) -> list[Tensor]:
-    grads: list[Tensor] = load(backend).mask_loss_backward(
-        grad_ce,
-        grad_dice,
-        chosen,
-        corners,
-        needs_grad,
-        logits,
-        index,
-        layer_sizes,
-        targets,
-        encoding,
-        image_ids,
-        seed,
-        points,
-        num_points,
-        num_candidates,
-        num_uncertain,
-        padding,
-        target_mode,
-        focal_alpha,
-        focal_gamma,
-    )
+@_operation(
+    "mask_loss_backward",
+    f"Tensor grad_ce, Tensor grad_dice, Tensor chosen, Tensor corners, {_LOSS}, bool[] needs_grad, str backend",
+    "Tensor[]",
+    **_NOT_CAPTURED,
+)
+def _mask_loss_backward(*args: Any) -> list[Tensor]:
+    *inputs, backend = grouped(args, Gradients, Saved, Instances, Targets, Draw, Term)
+    grads: list[Tensor] = load(backend).mask_loss_backward(*inputs)
     return grads
 
 
 @_mask_loss_backward.register_fake
-def _(
-    grad_ce: Any, grad_dice: Any, chosen: Any, corners: Any, needs_grad: Sequence[bool], logits: Sequence[Tensor],
-    *rest: Any,
-) -> list[Tensor]:  # fmt: skip
+def _(*args: Any) -> list[Tensor]:
+    logits, needs_grad = args[4], args[-2]
     return [
         torch.empty(layer.shape if need else 0, dtype=layer.dtype, device=layer.device)
         for layer, need in zip(logits, needs_grad, strict=True)
@@ -303,41 +243,38 @@ def _(
 
 
 def _mask_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, index, layer_sizes, targets, encoding, image_ids, seed, points, *options = inputs
-    chosen, corners = output[2:]
-    ctx.mark_non_differentiable(chosen, corners)
+    *inputs, backend = inputs
+    logits, *rest = inputs
+    saved = output[2:]
+    ctx.mark_non_differentiable(*saved)
     # The outputs that only the backward pass reads get no gradient tensors of zeros made for them.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(chosen, corners, index, image_ids, seed, points, *targets, *logits)
-    ctx.num_target_tensors = len(targets)
-    ctx.layer_sizes, ctx.encoding, ctx.options = layer_sizes, encoding, options
+    tensors = [value for value in rest if isinstance(value, Tensor)]
+    ctx.save_for_backward(*saved, *logits, *tensors)
+    ctx.num_layers, ctx.backend = len(logits), backend
+    ctx.options = [None if isinstance(value, Tensor) else (value,) for value in rest]
 
 
 def _mask_loss_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    chosen, corners, index, image_ids, seed, points, *rest = ctx.saved_tensors
-    targets, logits = rest[: ctx.num_target_tensors], rest[ctx.num_target_tensors :]
+    chosen, corners, *saved = ctx.saved_tensors
+    logits, tensors = saved[: ctx.num_layers], iter(saved[ctx.num_layers :])
+    rest = [next(tensors) if option is None else option[0] for option in ctx.options]
     needs_grad = [bool(need) for need in ctx.needs_input_grad[0]]
     if grad_ce is None or grad_dice is None:
-        zero = torch.zeros(index.shape[0], dtype=accumulation_dtype(logits[0].dtype), device=index.device)
+        zero = torch.zeros(chosen.shape[0], dtype=accumulation_dtype(logits[0].dtype), device=chosen.device)
         grad_ce, grad_dice = (zero if grad is None else grad for grad in (grad_ce, grad_dice))
-    grads = _mask_loss_backward(
-        grad_ce.contiguous(),
-        grad_dice.contiguous(),
-        chosen,
-        corners,
-        needs_grad,
-        logits,
-        index,
-        ctx.layer_sizes,
-        targets,
-        ctx.encoding,
-        image_ids,
-        seed,
-        points,
-        *ctx.options,
-    )
+    given = (grad_ce.contiguous(), grad_dice.contiguous())
+    grads = _mask_loss_backward(*given, chosen, corners, logits, *rest, needs_grad, ctx.backend)
     kept = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
-    return kept, None, None, [None] * len(targets), *[None] * 12
+    return kept, *[None] * len(rest), None
 
 
-mask_loss.register_autograd(_mask_loss_derivative, setup_context=_mask_loss_setup)
+_mask_loss.register_autograd(_mask_loss_derivative, setup_context=_mask_loss_setup)
+
+
+def mask_loss(
+    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Compute cross-entropy and Dice `[N]` at the caller's points, or at points that are drawn; gradient to logits."""
+    ce, dice, _, _ = _mask_loss(*instances, *targets, *draw, *term, points, backend)
+    return ce, dice

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from maskloss.errors import Cause
+from maskloss.ops.abi import IMAGE, INDEX_COLUMNS, LAYER, QUERY, TARGET
 
 
 def assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
@@ -37,12 +37,12 @@ def assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes
     check_labels(classes, num_classes)
     first = np.cumsum([0, *num_targets])
     wanted = np.full(host.shape[:3], num_classes, dtype=np.int64)
-    rows = [np.empty((0, 4), dtype=np.int64)]
+    rows = [np.empty((0, INDEX_COLUMNS), dtype=np.int64)]
     for layer in range(host.shape[0]):
         for image, count in enumerate(num_targets):
             found = _solve(host[layer, image, :, :count], layer, image)
             if classes.size:
-                wanted[layer, image, found[:, 2]] = classes[first[image] + found[:, 3]]
+                wanted[layer, image, found[:, QUERY]] = classes[first[image] + found[:, TARGET]]
             rows.append(found)
     answer = torch.from_numpy(np.concatenate([*(found.reshape(-1) for found in rows), wanted.reshape(-1)]))
     if cost.device.type == "cpu":
@@ -72,6 +72,8 @@ def _to_host(cost: Tensor, labels: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
 
 def _solve(cost: NDArray[Any], layer: int, image: int) -> NDArray[np.int64]:
     """Solve one image: int64 `[min(Q, T), 4]`."""
+    from scipy.optimize import linear_sum_assignment  # a third of a second: only who matches pays for it
+
     table = np.asarray(cost, dtype=np.float64)
     finite = np.isfinite(table)
     if not finite.all():
@@ -79,6 +81,6 @@ def _solve(cost: NDArray[Any], layer: int, image: int) -> NDArray[np.int64]:
         largest = float(np.abs(table[finite]).max(initial=0.0))
         table = np.where(finite, table, 1.0 + 2.0 * min(table.shape) * largest)
     queries, targets = linear_sum_assignment(table)
-    rows = np.empty((len(queries), 4), dtype=np.int64)
-    rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = layer, image, queries, targets
+    rows = np.empty((len(queries), INDEX_COLUMNS), dtype=np.int64)
+    rows[:, LAYER], rows[:, IMAGE], rows[:, QUERY], rows[:, TARGET] = layer, image, queries, targets
     return rows

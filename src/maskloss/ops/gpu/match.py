@@ -16,13 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._gpu_launch import BLOCK, OPTIONS, Span, cdiv, empty, focal_options, geometry, is_simple, split_seed
-from ._gpu_loss import power, sigmoids
-from ._gpu_sampling import (
+from maskloss.ops import abi
+from maskloss.ops.abi import ENCODINGS, Draw, Targets, Term
+
+from .launch import BLOCK, OPTIONS, Span, cdiv, empty, focal_options, geometry, is_simple, split_seed
+from .losses import power, sigmoids
+from .sampling import (
     BASE,
     COUNT,
     IMAGE_COLUMNS,
     MATCHER,
+    POINT_COLUMNS,
+    X,
+    Y,
     draw,
     instance_key,
     is_ignored,
@@ -33,6 +39,7 @@ from ._gpu_sampling import (
     table_row,
 )
 
+_ALL_TARGETS: tl.constexpr = tl.constexpr(abi.ALL_TARGETS)
 _GRID: tl.constexpr = tl.constexpr(1024)
 # Programs that keep a large GPU busy.
 _PROGRAMS = 1024
@@ -45,12 +52,12 @@ def match_points(windows, image_ids, seed_value, seed_pointer, points, keys, num
     image = (program // blocks).to(tl.int64)
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     keep = i < num_points
-    everything = tl.full((), 0xFFFFFFFF, tl.uint32)
+    everything = tl.full((), _ALL_TARGETS, tl.uint32)
     key0, key1 = instance_key(seed_value, seed_pointer, tl.load(image_ids + image), everything)
     x, y = draw(key0, key1, i.to(tl.uint32), tl.full((), MATCHER, tl.uint32), windows, image)
     place = image * num_points + i
-    tl.store(points + 2 * place, x, mask=keep)
-    tl.store(points + 2 * place + 1, y, mask=keep)
+    tl.store(points + POINT_COLUMNS * place + X, x, mask=keep)
+    tl.store(points + POINT_COLUMNS * place + Y, y, mask=keep)
     cell = (y * _GRID).to(tl.int32) * _GRID + (x * _GRID).to(tl.int32)
     tl.store(keys + place, cell, mask=keep)
 
@@ -58,8 +65,9 @@ def match_points(windows, image_ids, seed_value, seed_pointer, points, keys, num
 @triton.jit
 def _load_point(points, order, image, i, num_points, keep):
     """Sorted points of an image."""
-    point = points + 2 * (image * num_points + tl.load(order + image * num_points + i, mask=keep, other=0))
-    return tl.load(point, mask=keep, other=0.0), tl.load(point + 1, mask=keep, other=0.0)
+    place = image * num_points + tl.load(order + image * num_points + i, mask=keep, other=0)
+    point = points + POINT_COLUMNS * place
+    return tl.load(point + X, mask=keep, other=0.0), tl.load(point + Y, mask=keep, other=0.0)
 
 
 @triton.jit(do_not_specialize=["widest"])
@@ -311,33 +319,24 @@ class Pairs(NamedTuple):
     border: bool
 
 
-def prepare(
-    targets: Sequence[Tensor],
-    encoding: int,
-    widest: int,
-    image_ids: Tensor,
-    seed: Tensor,
-    num_points: int,
-    padding: str,
-    nearest: bool,
-    dtype: torch.dtype,
-) -> Pairs:
+def prepare(targets: Targets, widest: int, draw: Draw, term: Term, dtype: torch.dtype) -> Pairs:
     """Draw and sort the points of each image, and read its targets there."""
-    data, table, images, windows, ignore = targets
+    data, table, images, windows, ignore, encoding = targets
+    num_points = draw.num_points
     batch, device, blocks = len(images), images.device, cdiv(num_points, BLOCK)
-    points = empty((batch, num_points, 2), torch.float32, device)
+    points = empty((batch, num_points, abi.POINT_COLUMNS), torch.float32, device)
     keys = empty((batch, num_points), torch.int32, device)
     match_points[(batch * blocks,)](
-        windows, image_ids, *split_seed(seed), points, keys, num_points, blocks, BLOCK=BLOCK, **OPTIONS
+        windows, draw.image_ids, *split_seed(draw.seed), points, keys, num_points, blocks, BLOCK=BLOCK, **OPTIONS
     )
     order = keys.sort(dim=1, stable=True).indices
     weighted = empty((batch, widest, num_points), dtype, device)
     weights = empty((batch, num_points), dtype, device)
     match_targets[(batch * widest * blocks,)](
         points, order, data, table, images, ignore if ignore.numel() else None, weighted, weights, num_points, blocks,
-        widest, ENCODING=encoding, NEAREST=nearest, BORDER=padding == "border", BLOCK=BLOCK, **OPTIONS,
+        widest, ENCODING=ENCODINGS[encoding], NEAREST=term.nearest, BORDER=term.border, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
-    return Pairs(points, order, weighted, weights, num_points, padding == "border")
+    return Pairs(points, order, weighted, weights, num_points, term.border)
 
 
 def _precision(dtype: torch.dtype) -> str:

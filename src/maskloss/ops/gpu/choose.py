@@ -15,10 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._gpu_launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry
-from ._gpu_sampling import (
+from maskloss.ops.abi import accumulation_dtype
+
+from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry
+from .sampling import (
     CANDIDATES,
+    IMAGE,
     INDEX_COLUMNS,
+    LAYER,
+    POINT_COLUMNS,
+    QUERY,
+    TARGET,
+    X,
+    Y,
     draw,
     instance_key,
     layer_pointer,
@@ -26,13 +35,12 @@ from ._gpu_sampling import (
     point_of,
     sample_map,
 )
-from .reference import accumulation_dtype
 
 # Candidates that one step of a choice takes.
 WIDE = 2048
 
 
-@triton.jit(do_not_specialize=["first_layer", "seed_value"])
+@triton.jit(do_not_specialize=["first_layer"])
 def sample_points(
     layers,
     first_layer,
@@ -61,8 +69,8 @@ def sample_points(
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     keep = i < num_points
     row = index + n * INDEX_COLUMNS
-    base = layer_pointer(layers, tl.load(row) - first_layer, LAYERS)
-    base += tl.load(row + 1) * stride_b + tl.load(row + 2) * stride_q
+    base = layer_pointer(layers, tl.load(row + LAYER) - first_layer, LAYERS)
+    base += tl.load(row + IMAGE) * stride_b + tl.load(row + QUERY) * stride_q
     point = points + n * stride_n + i.to(tl.int64) * stride_p
     x, y = load_point(point, stride_c, keep)
     ACC: tl.constexpr = values.dtype.element_ty
@@ -98,9 +106,9 @@ def sample_candidates(
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     keep = i < num_candidates
     row = index + n * INDEX_COLUMNS
-    layer, image = tl.load(row), tl.load(row + 1)
-    base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + 2) * stride_q
-    key0, key1 = instance_key(seed_value, seed_pointer, tl.load(image_ids + image), tl.load(row + 3))
+    layer, image = tl.load(row + LAYER), tl.load(row + IMAGE)
+    base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + QUERY) * stride_q
+    key0, key1 = instance_key(seed_value, seed_pointer, tl.load(image_ids + image), tl.load(row + TARGET))
     x, y = draw(key0, key1, i.to(tl.uint32), layer.to(tl.uint32) + CANDIDATES, windows, image)
     ACC: tl.constexpr = values.dtype.element_ty
     z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, False, BORDER, ACC)
@@ -210,9 +218,9 @@ def write_points(
     x, y = point_of(
         n, i, keep, row, windows, image_ids, seed_value, seed_pointer, None, order, 0, 0, 0, num_uncertain
     )  # fmt: skip
-    place = points + 2 * (n * num_points + i)
-    tl.store(place, x, mask=keep)
-    tl.store(place + 1, y, mask=keep)
+    place = points + POINT_COLUMNS * (n * num_points + i)
+    tl.store(place + X, x, mask=keep)
+    tl.store(place + Y, y, mask=keep)
 
 
 # -------------------------------------------------------------------------------------------------------- launches
@@ -237,8 +245,7 @@ def choose(span: Span, index: Tensor, sampling: Sampling, chosen: Tensor) -> Cho
     kept = empty((span.count, uncertain), dtype, device)
     blocks = cdiv(candidates, BLOCK)
     sample_candidates[(span.count * blocks,)](
-        span.layers, span.first, index[span.rows], sampling.windows, sampling.image_ids, *sampling.seed,
-        values, candidates, blocks, *geometry(first),
+        span.layers, span.first, index[span.rows], *sampling.source, values, candidates, blocks, *geometry(first),
         LAYERS=len(span.layers), BORDER=sampling.border, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
     _choose[(span.count,)](

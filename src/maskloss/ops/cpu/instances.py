@@ -3,19 +3,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from maskloss._frames import FIRST
+from maskloss.ops.abi import (
+    CANDIDATES,
+    FIRST,
+    IGNORED,
+    IMAGE,
+    LAYER,
+    QUERY,
+    RANDOM,
+    TARGET,
+    VALUES,
+    WINDOW_H,
+    WINDOW_W,
+    WINDOW_X,
+    WINDOW_Y,
+    X,
+    Y,
+)
 
-from ._cpu_choose import GROUP, LARGEST_KEY, list_marked, make_keys, mark_chosen, threshold
-from ._cpu_loss import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses
-from ._cpu_random import U32, draw_bits, instance_key, points_of_bits
-from ._cpu_sampling import (
+from .choose import GROUP, LARGEST_KEY, list_marked, make_keys, mark_chosen, threshold
+from .generator import counter_of, draw_bits, instance_key, points_of_bits
+from .losses import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses
+from .sampling import (
     BITS_LIMIT,
     BLOCK,
     BORDER,
     HEIGHT,
     WIDTH,
+    Given,
     gather,
     given_points,
     locate,
@@ -24,16 +43,24 @@ from ._cpu_sampling import (
     scatter,
     write_plane,
 )
-from ._cpu_targets import IGNORED, VALUES, mark_ignored, read_targets, values_of_codes
-from ._cpu_threads import helper, kernel, take
+from .targets import mark_ignored, read_targets, values_of_codes
+from .threads import helper, kernel, take
 
 _I32 = np.int32
-_CANDIDATES, _RANDOM = 0, 1
+_NOT_GIVEN = Given(0, False, 0, 0, 0)
 # Rows of the work spaces that hold one block.
 VALUE_ROWS, POINT_ROWS, INTEGER_ROWS = 6, 4, 4
 ROW = BLOCK + GROUP
 # Integers beside the keys and copies of keys that choosing needs, for whole groups.
 SPARE = 2 * GROUP
+
+
+class Numbers(NamedTuple):
+    """How many points and candidates an instance has; no candidates where none are uncertain."""
+
+    points: int
+    candidates: int
+    uncertain: int
 
 
 @helper()
@@ -52,7 +79,7 @@ def _weights(codes, n, w):
 def locate_drawn(bits, x, y, n, source, window, border, index, fx, fy):
     """Places of random points in a plane's buffer; x and y are work space."""
     height, width = source[HEIGHT], source[WIDTH]
-    whole = window[0] == 0 and window[1] == 0 and window[2] == 1 and window[3] == 1
+    whole = window[WINDOW_X] == 0 and window[WINDOW_Y] == 0 and window[WINDOW_W] == 1 and window[WINDOW_H] == 1
     if whole and not border and max(height, width) < BITS_LIMIT:
         locate_bits(bits, n, height, width, index, fx, fy)
     else:
@@ -61,14 +88,14 @@ def locate_drawn(bits, x, y, n, source, window, border, index, fx, fy):
 
 
 @helper()
-def choose_candidates(buffer, source, key, layer, window, sampling, border, z, blocks, integers, marks):
+def choose_candidates(buffer, source, key, layer, window, numbers, border, z, blocks, integers, marks):
     """Draw candidates, read the logits there, and mark the chosen ones: z `[K]`, marks `[ceil(K / 8)]`."""
-    num_candidates, num_uncertain = sampling[1], sampling[2]
+    num_candidates, num_uncertain = numbers.candidates, numbers.uncertain
     points, values, ints = blocks
     x, y, fx, fy = points[0], points[1], values[0], values[1]
     counters, index, bits = ints[0], ints[1], ints[2:4]
     keys, space = integers[: num_candidates + GROUP], integers[num_candidates + GROUP :]
-    stream = U32(layer | (_CANDIDATES << 16))
+    stream = counter_of(layer, CANDIDATES)
     for first in range(0, num_candidates, BLOCK):
         n = min(BLOCK, num_candidates - first)
         _count_up(counters, first, n)
@@ -83,18 +110,17 @@ def choose_candidates(buffer, source, key, layer, window, sampling, border, z, b
 
 
 @helper()
-def points_of_block(first, n, sampling, given, instance, key, layer, window, chosen, x, y, ints):
+def points_of_block(first, n, num_uncertain, given, instance, key, layer, window, chosen, x, y, ints):
     """Points `first:first + n` of an instance: the caller's, or chosen candidates and then random ones.
 
     Random points also stay in `ints[2:4]`, as bits.
     """
-    num_uncertain = sampling[2]
-    if given[0] != 0:
+    if given.address != 0:
         given_points(given, instance, first, n, x, y)
         return
-    counters, stream = chosen[first : first + n], U32(layer | (_CANDIDATES << 16))
+    counters, stream = chosen[first : first + n], counter_of(layer, CANDIDATES)
     if first >= num_uncertain:
-        counters, stream = ints[0], U32(layer | (_RANDOM << 16))
+        counters, stream = ints[0], counter_of(layer, RANDOM)
         _count_up(counters, first - num_uncertain, n)
     draw_bits(key, stream, counters, n, ints[2:4])
     points_of_bits(ints[2:4], n, window, x, y)
@@ -102,7 +128,7 @@ def points_of_block(first, n, sampling, given, instance, key, layer, window, cho
 
 @helper()
 def _locate_block(given, ints, x, y, n, source, window, border, index, fx, fy):
-    if given[0] != 0:
+    if given.address != 0:
         locate(x, y, n, source[HEIGHT], source[WIDTH], border, index, fx, fy)
     else:
         # The caller keeps x and y: the general path writes the same numbers again.
@@ -117,10 +143,10 @@ def _block_length(first, num_points, num_uncertain):
 
 @kernel
 def uncertain_points(
-    counter, items, values, coordinates, integers, sources, index, windows, image_ids, seed, sampling, border, points
+    counter, items, values, coordinates, integers, sources, index, windows, image_ids, seed, numbers, border, points
 ):
     """Points `[N, P, 2]` of instances, chosen candidates first."""
-    num_points, num_candidates, num_uncertain = sampling
+    num_points, num_candidates, num_uncertain = numbers
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
     ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)
@@ -134,36 +160,36 @@ def uncertain_points(
         item = take(counter)
         if item >= items:
             break
-        layer, image, query, target = index[item, 0], index[item, 1], index[item, 2], index[item, 3]
+        layer, image, query, target = index[item, LAYER], index[item, IMAGE], index[item, QUERY], index[item, TARGET]
         key = instance_key(seed, image_ids[image], target)
         window = windows[image]
         if num_uncertain > 0:
             source = sources[layer]
             read_plane(source, image, query, buffer)
             blocks = (point_blocks, value_blocks, ints)
-            choose_candidates(buffer, source, key, layer, window, sampling, border, z, blocks, rest, bits)
+            choose_candidates(buffer, source, key, layer, window, numbers, border, z, blocks, rest, bits)
             list_marked(bits, chosen)
         first = 0
         while first < num_points:
             n = _block_length(first, num_points, num_uncertain)
-            points_of_block(first, n, sampling, (0, False, 0, 0, 0), item, key, layer, window, chosen, x, y, ints)
+            points_of_block(first, n, num_uncertain, _NOT_GIVEN, item, key, layer, window, chosen, x, y, ints)
             for i in range(n):
-                points[item, first + i, 0] = x[i]
-                points[item, first + i, 1] = y[i]
+                points[item, first + i, X] = x[i]
+                points[item, first + i, Y] = y[i]
             first += n
 
 
 @kernel
 def mask_loss(
     counter, items, values, coordinates, integers,
-    sources, index, data, encoding, table, images, windows, ignore, image_ids, seed, given, sampling,
+    sources, data, table, ignore, index, encoding, images, windows, image_ids, seed, given, numbers,
     border, nearest, alpha, gamma, ce, dice, chosen_bits, corner_codes, corner_values,
 ):  # fmt: skip
     """Cross-entropy and Dice of instances, the chosen candidates as bits, and the targets at their points.
 
     ce = sum w f(z, t) / max(sum w, 1);  dice = 1 - (2 sum w s t + 1) / (sum w s + sum w t + 1)
     """
-    num_points, num_candidates, num_uncertain = sampling
+    num_points, num_candidates, num_uncertain = numbers
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
     ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)
@@ -178,21 +204,21 @@ def mask_loss(
         item = take(counter)
         if item >= items:
             break
-        layer, image, query, target = index[item, 0], index[item, 1], index[item, 2], index[item, 3]
+        layer, image, query, target = index[item, LAYER], index[item, IMAGE], index[item, QUERY], index[item, TARGET]
         source, window = sources[layer], windows[image]
         row = table[images[image, FIRST] + target]
         key = instance_key(seed, image_ids[image], target)
         read_plane(source, image, query, buffer)
         if num_uncertain > 0:
             choose_candidates(
-                buffer, source, key, layer, window, sampling, border, candidates, blocks, rest, chosen_bits[item]
+                buffer, source, key, layer, window, numbers, border, candidates, blocks, rest, chosen_bits[item]
             )
             list_marked(chosen_bits[item], chosen)
         weight, loss, area, marked, both = 0.0, 0.0, 0.0, 0.0, 0.0
         first = 0
         while first < num_points:
             n = _block_length(first, num_points, num_uncertain)
-            points_of_block(first, n, sampling, given, item, key, layer, window, chosen, x, y, ints)
+            points_of_block(first, n, num_uncertain, given, item, key, layer, window, chosen, x, y, ints)
             if first < num_uncertain:
                 for i in range(n):
                     z[i] = candidates[np.uintp(np.uint32(chosen[first + i]))]
@@ -200,7 +226,7 @@ def mask_loss(
                 _locate_block(given, ints, x, y, n, source, window, border, ints[1], fx, fy)
                 gather(buffer, source[WIDTH] + 2 * BORDER, ints[1], fx, fy, n, z)
             read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, fx, fy)
-            mark_ignored(x, y, n, images[image], ignore, given[1], ints[0])
+            mark_ignored(x, y, n, images[image], ignore, given.double, ints[0])
             _weights(ints[0], n, w)
             if encoding < VALUES:
                 for i in range(n):
@@ -222,12 +248,12 @@ def mask_loss(
 @kernel
 def mask_loss_backward(
     counter, items, values, coordinates, integers,
-    sources, index, encoding, table, images, windows, ignore, image_ids, seed, given, sampling,
+    sources, table, index, encoding, images, windows, image_ids, seed, given, numbers,
     border, nearest, alpha, gamma, by_ce, by_dice, chosen_bits, corner_codes, corner_values,
     order, starts, grads,
 ):  # fmt: skip
     """The gradient of `mask_loss`. A work item is a plane: its instances are added in their order, by one thread."""
-    num_points, _, num_uncertain = sampling
+    num_points, num_uncertain = numbers.points, numbers.uncertain
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
     ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)
     places = integers[INTEGER_ROWS * ROW : INTEGER_ROWS * ROW + num_points]
@@ -241,11 +267,8 @@ def mask_loss_backward(
         item = take(counter)
         if item >= items:
             break
-        layer, image, query = (
-            index[order[starts[item]], 0],
-            index[order[starts[item]], 1],
-            index[order[starts[item]], 2],
-        )
+        one = order[starts[item]]
+        layer, image, query = index[one, LAYER], index[one, IMAGE], index[one, QUERY]
         source, window = sources[layer], windows[image]
         height, width = source[HEIGHT], source[WIDTH]
         pitch = width + 2 * BORDER
@@ -255,7 +278,7 @@ def mask_loss_backward(
         sums[:] = 0
         for place in range(starts[item], starts[item + 1]):
             instance = order[place]
-            target = index[instance, 3]
+            target = index[instance, TARGET]
             row = table[images[image, FIRST] + target]
             key = instance_key(seed, image_ids[image], target)
             if num_uncertain > 0:
@@ -265,7 +288,7 @@ def mask_loss_backward(
             while first < num_points:
                 n = _block_length(first, num_points, num_uncertain)
                 last = first + n
-                points_of_block(first, n, sampling, given, instance, key, layer, window, chosen, x, y, ints)
+                points_of_block(first, n, num_uncertain, given, instance, key, layer, window, chosen, x, y, ints)
                 _locate_block(
                     given, ints, x, y, n, source, window, border, places[first:last], fx[first:last], fy[first:last]
                 )

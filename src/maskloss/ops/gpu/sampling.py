@@ -12,31 +12,57 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskloss import _frames
+from maskloss.ops import abi
 
 # Encodings of the targets.
-BITS: tl.constexpr = tl.constexpr(0)
-LABELS: tl.constexpr = tl.constexpr(1)
-VALUES: tl.constexpr = tl.constexpr(2)
-# Streams of the random numbers, as in `points.py`, in the half of the counter that holds them.
-CANDIDATES: tl.constexpr = tl.constexpr(0)
-RANDOM: tl.constexpr = tl.constexpr(1 << 16)
-MATCHER: tl.constexpr = tl.constexpr(2 << 16)
-# Columns of `index`; those of `MaskTargets.table` and `MaskTargets.images`.
-INDEX_COLUMNS: tl.constexpr = tl.constexpr(4)
-TABLE_COLUMNS: tl.constexpr = tl.constexpr(_frames.TABLE_COLUMNS)
-IMAGE_COLUMNS: tl.constexpr = tl.constexpr(_frames.IMAGE_COLUMNS)
-COUNT: tl.constexpr = tl.constexpr(_frames.COUNT)
-_FIRST: tl.constexpr = tl.constexpr(_frames.FIRST)
-BASE: tl.constexpr = tl.constexpr(_frames.BASE)
-_IGNORE_SIZE: tl.constexpr = tl.constexpr(_frames.IGNORE_SIZE)
-_IGNORE_BASE: tl.constexpr = tl.constexpr(_frames.IGNORE_BASE)
-_IGNORE_STRIDE: tl.constexpr = tl.constexpr(_frames.IGNORE_STRIDE)
-_IGNORE_H: tl.constexpr = tl.constexpr(_frames.IGNORE_H)
-_IGNORE_W: tl.constexpr = tl.constexpr(_frames.IGNORE_W)
-_IMAGE_H: tl.constexpr = tl.constexpr(_frames.IMAGE_H)
-_IMAGE_W: tl.constexpr = tl.constexpr(_frames.IMAGE_W)
-_IGNORED: tl.constexpr = tl.constexpr(16)
+_BITS: tl.constexpr = tl.constexpr(abi.BITS)
+_LABELS: tl.constexpr = tl.constexpr(abi.LABELS)
+_VALUES: tl.constexpr = tl.constexpr(abi.VALUES)
+# Streams of the random numbers, in the half of the counter that holds them.
+CANDIDATES: tl.constexpr = tl.constexpr(abi.CANDIDATES << abi.STREAM_SHIFT)
+RANDOM: tl.constexpr = tl.constexpr(abi.RANDOM << abi.STREAM_SHIFT)
+MATCHER: tl.constexpr = tl.constexpr(abi.MATCHER << abi.STREAM_SHIFT)
+# Columns of `index`, of `MaskTargets.table`, `images` and `windows`, and of points.
+LAYER: tl.constexpr = tl.constexpr(abi.LAYER)
+IMAGE: tl.constexpr = tl.constexpr(abi.IMAGE)
+QUERY: tl.constexpr = tl.constexpr(abi.QUERY)
+TARGET: tl.constexpr = tl.constexpr(abi.TARGET)
+INDEX_COLUMNS: tl.constexpr = tl.constexpr(abi.INDEX_COLUMNS)
+_OFFSET: tl.constexpr = tl.constexpr(abi.OFFSET)
+_STRIDE: tl.constexpr = tl.constexpr(abi.STRIDE)
+_TOP: tl.constexpr = tl.constexpr(abi.TOP)
+_LEFT: tl.constexpr = tl.constexpr(abi.LEFT)
+_CROP_H: tl.constexpr = tl.constexpr(abi.CROP_H)
+_CROP_W: tl.constexpr = tl.constexpr(abi.CROP_W)
+_FRAME_H: tl.constexpr = tl.constexpr(abi.FRAME_H)
+_FRAME_W: tl.constexpr = tl.constexpr(abi.FRAME_W)
+_LABEL: tl.constexpr = tl.constexpr(abi.LABEL)
+TABLE_COLUMNS: tl.constexpr = tl.constexpr(abi.TABLE_COLUMNS)
+IMAGE_COLUMNS: tl.constexpr = tl.constexpr(abi.IMAGE_COLUMNS)
+COUNT: tl.constexpr = tl.constexpr(abi.COUNT)
+_FIRST: tl.constexpr = tl.constexpr(abi.FIRST)
+BASE: tl.constexpr = tl.constexpr(abi.BASE)
+_IGNORE_SIZE: tl.constexpr = tl.constexpr(abi.IGNORE_SIZE)
+_IGNORE_BASE: tl.constexpr = tl.constexpr(abi.IGNORE_BASE)
+_IGNORE_STRIDE: tl.constexpr = tl.constexpr(abi.IGNORE_STRIDE)
+_IGNORE_H: tl.constexpr = tl.constexpr(abi.IGNORE_H)
+_IGNORE_W: tl.constexpr = tl.constexpr(abi.IGNORE_W)
+_IMAGE_H: tl.constexpr = tl.constexpr(abi.IMAGE_H)
+_IMAGE_W: tl.constexpr = tl.constexpr(abi.IMAGE_W)
+_WINDOW_X: tl.constexpr = tl.constexpr(abi.WINDOW_X)
+_WINDOW_Y: tl.constexpr = tl.constexpr(abi.WINDOW_Y)
+_WINDOW_W: tl.constexpr = tl.constexpr(abi.WINDOW_W)
+_WINDOW_H: tl.constexpr = tl.constexpr(abi.WINDOW_H)
+_WINDOW_COLUMNS: tl.constexpr = tl.constexpr(abi.WINDOW_COLUMNS)
+X: tl.constexpr = tl.constexpr(abi.X)
+Y: tl.constexpr = tl.constexpr(abi.Y)
+POINT_COLUMNS: tl.constexpr = tl.constexpr(abi.POINT_COLUMNS)
+# Bits of the code of a target at a point.
+_UPPER_LEFT: tl.constexpr = tl.constexpr(abi.UPPER_LEFT)
+_UPPER_RIGHT: tl.constexpr = tl.constexpr(abi.UPPER_RIGHT)
+_LOWER_LEFT: tl.constexpr = tl.constexpr(abi.LOWER_LEFT)
+_LOWER_RIGHT: tl.constexpr = tl.constexpr(abi.LOWER_RIGHT)
+_IGNORED: tl.constexpr = tl.constexpr(abi.IGNORED)
 
 
 # ------------------------------------------------------------------------------------------------ random numbers
@@ -87,9 +113,9 @@ def draw(key0, key1, counter0, counter1, windows, image):
     word0, word1 = threefry(key0, key1, counter0, counter1)
     u = (word0 >> 8).to(tl.float32) * 5.9604644775390625e-08
     v = (word1 >> 8).to(tl.float32) * 5.9604644775390625e-08
-    window = windows + image * 4
-    x = u * tl.load(window + 2) + tl.load(window)
-    y = v * tl.load(window + 3) + tl.load(window + 1)
+    window = windows + image * _WINDOW_COLUMNS
+    x = u * tl.load(window + _WINDOW_W) + tl.load(window + _WINDOW_X)
+    y = v * tl.load(window + _WINDOW_H) + tl.load(window + _WINDOW_Y)
     return x, y
 
 
@@ -99,8 +125,8 @@ def draw(key0, key1, counter0, counter1, windows, image):
 @triton.jit
 def load_point(point, stride, keep):
     """Load x and y of points that were given; far outside, they move to where nothing overflows."""
-    x = tl.load(point, mask=keep, other=0.0)
-    y = tl.load(point + stride, mask=keep, other=0.0)
+    x = tl.load(point + X * stride, mask=keep, other=0.0)
+    y = tl.load(point + Y * stride, mask=keep, other=0.0)
     return _bounded(x), _bounded(y)
 
 
@@ -117,9 +143,7 @@ def locate(coordinate, size, BORDER: tl.constexpr, ACC: tl.constexpr):
     The pixel is -2 or `size` where the point is off the map by more than a pixel, and -2 where it is NaN.
     """
     # Two branches and no `and`: Triton 3.3 evaluates neither that nor a constant on the right.
-    if coordinate.dtype != tl.float32:
-        first, fraction = _locate_exact(coordinate, size, ACC)
-    elif ACC != tl.float32:
+    if coordinate.dtype != tl.float32 or tl.float32 != ACC:
         first, fraction = _locate_exact(coordinate, size, ACC)
     else:
         first, fraction = _locate_fused(coordinate, size)
@@ -235,10 +259,10 @@ def _read_target(data, start, stride, top, left, height, width, label, y, x, kee
     y, x = y - top, x - left
     inside = keep & (y >= 0) & (y < height) & (x >= 0) & (x < width)
     address = data + start + y.to(tl.int64) * stride
-    if ENCODING == BITS:
+    if ENCODING == _BITS:
         byte = tl.load(address + (x >> 3), mask=inside, other=0).to(tl.int32)
         value = (byte >> (x & 7)) & 1
-    elif ENCODING == LABELS:
+    elif ENCODING == _LABELS:
         found = tl.load(address + x, mask=inside, other=0).to(tl.int64)
         value = (inside & (found == label)).to(tl.int32)
     else:
@@ -250,26 +274,27 @@ def _read_target(data, start, stride, top, left, height, width, label, y, x, kee
 def read_targets(
     data, row, px, py, keep, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ACC: tl.constexpr
 ):
-    """Value of a target at points, and the code of the pixels it came from (bits 0 to 3: 00, 01, 10, 11)."""
+    """Value of a target at points, and the code of the pixels it came from, a bit each."""
     # Pixels are counted in 32 bits, addresses in 64.
-    start, stride, label = tl.load(row), tl.load(row + 1), tl.load(row + 8)
-    top, left = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
-    rows, columns = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32)
-    frame_h, frame_w = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
+    start, stride, label = tl.load(row + _OFFSET), tl.load(row + _STRIDE), tl.load(row + _LABEL)
+    top, left = tl.load(row + _TOP).to(tl.int32), tl.load(row + _LEFT).to(tl.int32)
+    rows, columns = tl.load(row + _CROP_H).to(tl.int32), tl.load(row + _CROP_W).to(tl.int32)
+    frame_h, frame_w = tl.load(row + _FRAME_H).to(tl.int32), tl.load(row + _FRAME_W).to(tl.int32)
     y, fy = locate(py, frame_h, BORDER, ACC)
     x, fx = locate(px, frame_w, BORDER, ACC)
     if NEAREST:
         y, x = nearest(y, fy, frame_h, BORDER), nearest(x, fx, frame_w, BORDER)
         v00 = _read_target(data, start, stride, top, left, rows, columns, label, y, x, keep, ENCODING)
         value = v00.to(ACC)
-        code = v00.to(tl.int32)
+        code = v00.to(tl.int32) << _UPPER_LEFT
     else:
         v00 = _read_target(data, start, stride, top, left, rows, columns, label, y, x, keep, ENCODING)
         v01 = _read_target(data, start, stride, top, left, rows, columns, label, y, x + 1, keep, ENCODING)
         v10 = _read_target(data, start, stride, top, left, rows, columns, label, y + 1, x, keep, ENCODING)
         v11 = _read_target(data, start, stride, top, left, rows, columns, label, y + 1, x + 1, keep, ENCODING)
         value = interpolate(v00.to(ACC), v01.to(ACC), v10.to(ACC), v11.to(ACC), fx, fy)
-        code = v00.to(tl.int32) + 2 * v01.to(tl.int32) + 4 * v10.to(tl.int32) + 8 * v11.to(tl.int32)
+        code = (v00.to(tl.int32) << _UPPER_LEFT) + (v01.to(tl.int32) << _UPPER_RIGHT)
+        code += (v10.to(tl.int32) << _LOWER_LEFT) + (v11.to(tl.int32) << _LOWER_RIGHT)
     return value, code
 
 
@@ -299,7 +324,7 @@ def _clipped_pixel(coordinate, size):
 @triton.jit
 def save_corners(corners, offsets, value, code, skip, keep, ENCODING: tl.constexpr):
     """Keep what the backward pass needs of the targets: four pixels and the ignore flag in a byte, or soft values."""
-    if ENCODING == VALUES:
+    if ENCODING == _VALUES:
         tl.store(corners + offsets, tl.where(skip, -1.0, value), mask=keep)
     else:
         tl.store(corners + offsets, (code + skip.to(tl.int32) * _IGNORED).to(tl.uint8), mask=keep)
@@ -320,19 +345,20 @@ def load_corners(
 ):
     """Invert `save_corners`: target values at points, and their weights, 0 or 1."""
     saved = tl.load(corners + offsets, mask=keep, other=0)
-    if ENCODING == VALUES:
+    if ENCODING == _VALUES:
         weight = 1 - (saved < 0).to(ACC)
         value = tl.where(saved < 0, 0.0, saved)
     else:
         code = saved.to(tl.int32)
         weight = 1 - ((code & _IGNORED) != 0).to(ACC)
-        v00 = (code & 1).to(ACC)
+        v00 = ((code >> _UPPER_LEFT) & 1).to(ACC)
         if NEAREST:
             value = v00
         else:
-            _x, fx = locate(px, tl.load(row + 7), BORDER, ACC)
-            _y, fy = locate(py, tl.load(row + 6), BORDER, ACC)
-            v01, v10, v11 = ((code >> 1) & 1).to(ACC), ((code >> 2) & 1).to(ACC), ((code >> 3) & 1).to(ACC)
+            _x, fx = locate(px, tl.load(row + _FRAME_W), BORDER, ACC)
+            _y, fy = locate(py, tl.load(row + _FRAME_H), BORDER, ACC)
+            v01 = ((code >> _UPPER_RIGHT) & 1).to(ACC)
+            v10, v11 = ((code >> _LOWER_LEFT) & 1).to(ACC), ((code >> _LOWER_RIGHT) & 1).to(ACC)
             value = interpolate(v00, v01, v10, v11, fx, fy)
     return value, weight
 
@@ -368,9 +394,9 @@ def point_of(
 ):
     """Points of an instance: those that were given, or drawn again, first the chosen candidates, then uniform ones."""
     if points is None:
-        image = tl.load(index_row + 1)
-        key0, key1 = instance_key(seed_value, seed_pointer, tl.load(image_ids + image), tl.load(index_row + 3))
-        layer = tl.load(index_row).to(tl.uint32)
+        image = tl.load(index_row + IMAGE)
+        key0, key1 = instance_key(seed_value, seed_pointer, tl.load(image_ids + image), tl.load(index_row + TARGET))
+        layer = tl.load(index_row + LAYER).to(tl.uint32)
         if order is None:
             counter = offsets
             stream = layer + RANDOM

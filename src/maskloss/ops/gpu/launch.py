@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskloss.ops.abi import Draw, is_border
+
 # Scratch memory of an operation: logits of candidates, or the planes in which half precision adds up its gradients.
 SCRATCH_BYTES = 256 * 2**20
 # Points or candidates of one program.
@@ -155,6 +157,11 @@ class Sampling:
     border: bool
 
     @property
+    def source(self) -> tuple[Any, ...]:
+        """What drawn points follow from, as all kernels take it: windows, image numbers, seed."""
+        return (self.windows, self.image_ids, *self.seed)
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """Strides of the points that were given."""
         return (0, 0, 0) if self.points is None else self.points.stride()
@@ -169,18 +176,8 @@ def split_seed(seed: Tensor) -> tuple[int, Tensor | None]:
     return (int(seed), None) if seed.device.type == "cpu" else (0, seed)
 
 
-def make_sampling(
-    points: Tensor | None,
-    windows: Tensor,
-    image_ids: Tensor,
-    seed: Tensor,
-    numbers: tuple[int, int, int],
-    padding: str,
-) -> Sampling:
-    """Gather what points depend on; `numbers` are those of points, candidates and uncertain points."""
-    num_points, num_candidates, num_uncertain = numbers
-    if points is not None:
-        points, num_uncertain = float_points(points), 0
-    candidates = num_candidates if num_uncertain else 0
-    seeds = split_seed(seed)
-    return Sampling(points, windows, image_ids, seeds, num_points, candidates, num_uncertain, padding == "border")
+def make_sampling(draw: Draw, windows: Tensor, padding: str, points: Tensor | None = None) -> Sampling:
+    """Gather what points depend on."""
+    ids, seed, *numbers = draw.for_points(points)
+    given = None if points is None else float_points(points)
+    return Sampling(given, windows, ids, split_seed(seed), *numbers, is_border(padding))

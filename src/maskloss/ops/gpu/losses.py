@@ -6,10 +6,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._gpu_sampling import (
+from .sampling import (
     BASE,
+    IMAGE,
     IMAGE_COLUMNS,
     INDEX_COLUMNS,
+    LAYER,
+    QUERY,
+    TARGET,
     is_ignored,
     layer_pointer,
     load_corners,
@@ -20,8 +24,13 @@ from ._gpu_sampling import (
     table_row,
 )
 
-# Sums of an instance, in this order: weights, weighted sigmoids, their products with the targets, weighted targets.
-# The cross-entropy, which only the forward pass needs, comes last.
+# Sums of an instance: weights, weighted sigmoids, their products with the targets, weighted targets; and the
+# cross-entropy, which only the forward pass needs.
+WEIGHTS: tl.constexpr = tl.constexpr(0)
+PREDICTED: tl.constexpr = tl.constexpr(1)
+OVERLAP: tl.constexpr = tl.constexpr(2)
+WANTED: tl.constexpr = tl.constexpr(3)
+LOSSES: tl.constexpr = tl.constexpr(4)
 NUM_SUMS: tl.constexpr = tl.constexpr(5)
 
 
@@ -83,12 +92,12 @@ def cross_entropy_slope(z, s, c, logarithm, t, ALPHA: tl.constexpr, GAMMA: tl.co
 
 
 @triton.jit
-def _store_sums(sums, block, z, s, t, weight, keep):
+def _store_sums(block, s, t, weight, keep):
     """Sums of a block of points that both passes need."""
-    tl.store(block, tl.sum(tl.where(keep, weight, 0.0), 0))
-    tl.store(block + 1, tl.sum(tl.where(keep, weight * s, 0.0), 0))
-    tl.store(block + 2, tl.sum(tl.where(keep, weight * s * t, 0.0), 0))
-    tl.store(block + 3, tl.sum(tl.where(keep, weight * t, 0.0), 0))
+    tl.store(block + WEIGHTS, tl.sum(tl.where(keep, weight, 0.0), 0))
+    tl.store(block + PREDICTED, tl.sum(tl.where(keep, weight * s, 0.0), 0))
+    tl.store(block + OVERLAP, tl.sum(tl.where(keep, weight * s * t, 0.0), 0))
+    tl.store(block + WANTED, tl.sum(tl.where(keep, weight * t, 0.0), 0))
 
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
@@ -99,8 +108,8 @@ def loss_terms(
     data,
     table,
     images,
-    windows,
     ignore,
+    windows,
     image_ids,
     seed_value,
     seed_pointer,
@@ -139,8 +148,8 @@ def loss_terms(
     keep = i < num_points
     ACC: tl.constexpr = sums.dtype.element_ty
     row = index + n * INDEX_COLUMNS
-    layer, image = tl.load(row), tl.load(row + 1)
-    base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + 2) * stride_q
+    layer, image = tl.load(row + LAYER), tl.load(row + IMAGE)
+    base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + QUERY) * stride_q
     x, y = point_of(
         n, i, keep, row, windows, image_ids, seed_value, seed_pointer, points, order,
         stride_n, stride_p, stride_c, num_uncertain,
@@ -153,7 +162,7 @@ def loss_terms(
         known = tl.load(kept + n * num_uncertain + i, mask=i < num_uncertain, other=0.0)
         z = tl.where(i < num_uncertain, known, z)
     image_row = images + image * IMAGE_COLUMNS
-    target_row = table_row(table, image_row, tl.load(row + 3))
+    target_row = table_row(table, image_row, tl.load(row + TARGET))
     t, code = read_targets(data + tl.load(image_row + BASE), target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
     skip = is_ignored(ignore, image_row, x, y, keep)
     save_corners(corners, n * num_points + i, t, code, skip, keep, ENCODING)
@@ -161,8 +170,8 @@ def loss_terms(
     s, c, logarithm = sigmoids(z)
     loss = cross_entropy(z, s, c, logarithm, t, ALPHA, GAMMA)
     block = sums + program.to(tl.int64) * NUM_SUMS
-    _store_sums(sums, block, z, s, t, weight, keep)
-    tl.store(block + 4, tl.sum(tl.where(keep, weight * loss, 0.0), 0))
+    _store_sums(block, s, t, weight, keep)
+    tl.store(block + LOSSES, tl.sum(tl.where(keep, weight * loss, 0.0), 0))
 
 
 @triton.jit
@@ -183,11 +192,11 @@ def finish_losses(sums, ce, dice, count, blocks, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = n < count
     ACC: tl.constexpr = sums.dtype.element_ty
-    weights = _add_blocks(sums, 0, n, keep, blocks, ACC)
-    predicted = _add_blocks(sums, 1, n, keep, blocks, ACC)
-    overlap = _add_blocks(sums, 2, n, keep, blocks, ACC)
-    wanted = _add_blocks(sums, 3, n, keep, blocks, ACC)
-    losses = _add_blocks(sums, 4, n, keep, blocks, ACC)
+    weights = _add_blocks(sums, WEIGHTS, n, keep, blocks, ACC)
+    predicted = _add_blocks(sums, PREDICTED, n, keep, blocks, ACC)
+    overlap = _add_blocks(sums, OVERLAP, n, keep, blocks, ACC)
+    wanted = _add_blocks(sums, WANTED, n, keep, blocks, ACC)
+    losses = _add_blocks(sums, LOSSES, n, keep, blocks, ACC)
     tl.store(ce + n, losses / tl.where(weights > 1.0, weights, 1.0), mask=keep)
     tl.store(dice + n, 1.0 - (2.0 * overlap + 1.0) / (predicted + wanted + 1.0), mask=keep)
 
@@ -233,18 +242,18 @@ def slope_terms(
     keep = i < num_points
     ACC: tl.constexpr = sums.dtype.element_ty
     row = index + n * INDEX_COLUMNS
-    layer, image = tl.load(row), tl.load(row + 1)
-    base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + 2) * stride_q
+    layer, image = tl.load(row + LAYER), tl.load(row + IMAGE)
+    base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + QUERY) * stride_q
     x, y = point_of(
         n, i, keep, row, windows, image_ids, seed_value, seed_pointer, points, order,
         stride_n, stride_p, stride_c, num_uncertain,
     )  # fmt: skip
     z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, False, BORDER, ACC)
     tl.store(values + n * num_points + i, z, mask=keep)
-    target_row = table_row(table, images + image * IMAGE_COLUMNS, tl.load(row + 3))
+    target_row = table_row(table, images + image * IMAGE_COLUMNS, tl.load(row + TARGET))
     t, weight = load_corners(corners, n * num_points + i, target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
     s, _c, _logarithm = sigmoids(z)
-    _store_sums(sums, sums + program.to(tl.int64) * NUM_SUMS, z, s, t, weight, keep)
+    _store_sums(sums + program.to(tl.int64) * NUM_SUMS, s, t, weight, keep)
 
 
 @triton.jit
@@ -260,10 +269,10 @@ def slopes(sums, blocks, grad_ce, grad_dice, z, t, weight, ALPHA: tl.constexpr, 
     wanted = tl.full((), 0.0, ACC)
     for block in range(blocks):
         at = sums + block * NUM_SUMS
-        total += tl.load(at)
-        predicted += tl.load(at + 1)
-        overlap += 2.0 * tl.load(at + 2)
-        wanted += tl.load(at + 3)
+        total += tl.load(at + WEIGHTS)
+        predicted += tl.load(at + PREDICTED)
+        overlap += 2.0 * tl.load(at + OVERLAP)
+        wanted += tl.load(at + WANTED)
     area = predicted + wanted + 1.0
     s, c, logarithm = sigmoids(z)
     d_ce = cross_entropy_slope(z, s, c, logarithm, t, ALPHA, GAMMA) / tl.where(total > 1.0, total, 1.0)

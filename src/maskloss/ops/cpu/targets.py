@@ -5,34 +5,50 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskloss._frames import (
+from maskloss.ops.abi import (
+    ALL_CORNERS,
+    BF16,
+    BITS,
     CROP_H,
     CROP_W,
+    F16,
+    F32,
     FRAME_H,
     FRAME_W,
+    I16,
+    I32,
     IGNORE_BASE,
     IGNORE_H,
     IGNORE_SIZE,
     IGNORE_STRIDE,
     IGNORE_W,
+    IGNORED,
     IMAGE_H,
     IMAGE_W,
     LABEL,
+    LABELS,
     LEFT,
+    LOWER_LEFT,
+    LOWER_RIGHT,
     OFFSET,
     STRIDE,
     TOP,
+    U8,
+    UPPER_LEFT,
+    UPPER_RIGHT,
+    VALUES,
 )
 
-from ._cpu_choose import GROUP, list_marked, mark
-from ._cpu_sampling import BF16, BORDER, F16, F32, from_bf16, from_f16, locate, round_nearest
-from ._cpu_threads import at, helper
-
-# Encodings, as codes: packed bits; label maps of 1, 2, 4 and 8 bytes; soft values by element type, from 8.
-BITS, LABEL_U8, LABEL_I16, LABEL_I32, LABEL_I64, VALUES = 0, 1, 2, 3, 4, 8
-IGNORED = 16
+from .choose import GROUP, list_marked, mark
+from .sampling import BORDER, from_bf16, from_f16, locate, round_nearest
+from .threads import at, helper
 
 _I32 = np.int32
+# What each corner adds to a code.
+_01, _10, _11 = float(1 << UPPER_RIGHT), float(1 << LOWER_LEFT), float(1 << LOWER_RIGHT)
+_C00, _C01, _C10, _C11 = _I32(UPPER_LEFT), _I32(UPPER_RIGHT), _I32(LOWER_LEFT), _I32(LOWER_RIGHT)
+_BOTH = np.uint32(1 << UPPER_LEFT | 1 << UPPER_RIGHT)
+_BELOW = np.uint32(LOWER_LEFT)
 
 
 @helper()
@@ -70,11 +86,11 @@ def list_inside(x, y, n, row, border, inside, space):
 
 @helper()
 def _read_label(data, encoding, element):
-    if encoding == LABEL_U8:
+    if encoding == LABELS + U8:
         return np.int64(at(data + element, 1, np.uint8)[0])
-    if encoding == LABEL_I16:
+    if encoding == LABELS + I16:
         return np.int64(at(data + element * 2, 1, np.int16)[0])
-    if encoding == LABEL_I32:
+    if encoding == LABELS + I32:
         return np.int64(at(data + element * 4, 1, np.int32)[0])
     return at(data + element * 8, 1, np.int64)[0]
 
@@ -115,7 +131,7 @@ def _bits_around(start, stride, y, x):
     shift = np.uint32(x - 8 * byte)
     upper = np.uint32(at(start + y * stride + byte, 1, np.uint16)[0])
     lower = np.uint32(at(start + y * stride + stride + byte, 1, np.uint16)[0])
-    return _I32(((upper >> shift) & np.uint32(3)) | (((lower >> shift) & np.uint32(3)) << np.uint32(2)))
+    return _I32(((upper >> shift) & _BOTH) | (((lower >> shift) & _BOTH) << _BELOW))
 
 
 @helper()
@@ -158,9 +174,9 @@ def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t,
         elif encoding == BITS and 0 <= v < bottom and 7 <= u < right:
             index[k] = _bits_around(start, stride, v, u)
         else:
-            code = read_pixel(data, encoding, row, v, u) + 2.0 * read_pixel(data, encoding, row, v, u + 1)
+            code = read_pixel(data, encoding, row, v, u) + _01 * read_pixel(data, encoding, row, v, u + 1)
             v += 1
-            code += 4.0 * read_pixel(data, encoding, row, v, u) + 8.0 * read_pixel(data, encoding, row, v, u + 1)
+            code += _10 * read_pixel(data, encoding, row, v, u) + _11 * read_pixel(data, encoding, row, v, u + 1)
             index[k] = _I32(code)
     if encoding < VALUES and not nearest:
         interpolate_codes(index, count, fx, fy, fx)
@@ -180,8 +196,8 @@ def interpolate_codes(codes, n, fx, fy, t):
     """Bilinear values between four pixels that are 0 or 1, the bits of a code."""
     for k in range(n):
         code, kind = codes[k], fx.dtype.type
-        a, b = kind(code & _I32(1)), kind(_I32(code >> _I32(1)) & _I32(1))
-        c, d = kind(_I32(code >> _I32(2)) & _I32(1)), kind(_I32(code >> _I32(3)) & _I32(1))
+        a, b = kind(_I32(code >> _C00) & _I32(1)), kind(_I32(code >> _C01) & _I32(1))
+        c, d = kind(_I32(code >> _C10) & _I32(1)), kind(_I32(code >> _C11) & _I32(1))
         top = a + fx[k] * (b - a)
         bottom = c + fx[k] * (d - c)
         t[k] = top + fy[k] * (bottom - top)
@@ -192,9 +208,9 @@ def values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t, fx, fy):
     """Target values from the codes in `ints[0]`: only points between unlike pixels need their position."""
     codes, mixed, index = ints[0], ints[1], ints[2]
     for i in range(n):
-        code = codes[i] & 15
-        t[i] = 1 if code == 15 or (nearest and code == 1) else 0
-        index[i] = _I32(1) if code in (0, 15) else _I32(0)
+        code = codes[i] & ALL_CORNERS
+        t[i] = 1 if code == ALL_CORNERS or (nearest and code == 1 << UPPER_LEFT) else 0
+        index[i] = _I32(1) if code in (0, ALL_CORNERS) else _I32(0)
     if nearest:
         return
     index[n : n + GROUP] = 1

@@ -12,17 +12,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloss._frames import COUNT, FIRST
+from maskloss.ops.abi import ALL_TARGETS, COUNT, FIRST, IGNORED, MATCHER, X, Y
 
-from ._cpu_loss import power, sigmoid_softplus
-from ._cpu_random import U32, draw_bits, instance_key, points_of_bits
-from ._cpu_sampling import BORDER, WIDTH, gather, locate, read_rows
-from ._cpu_targets import IGNORED, list_inside, mark_ignored, read_targets
-from ._cpu_threads import helper, kernel, take
+from .generator import counter_of, draw_bits, instance_key, points_of_bits
+from .losses import power, sigmoid_softplus
+from .sampling import BORDER, WIDTH, gather, locate, read_rows
+from .targets import list_inside, mark_ignored, read_targets
+from .threads import helper, kernel, take
 
 _I32 = np.int32
-_MATCHER = 2
-_ALL_TARGETS = 0xFFFFFFFF
+# For each image, plane size and band: the first row of the plane, and how many.
+TOP_ROW, ROWS = range(2)
+ROW_COLUMNS = 2
 # Rows of a plane that are read together should fit into the first-level cache.
 BAND_BYTES = 16384
 MOST_BANDS = 256
@@ -63,19 +64,19 @@ def draw(
         image = take(counter)
         if image >= items:
             break
-        key = instance_key(seed, image_ids[image], _ALL_TARGETS)
-        stream = U32(_MATCHER << 16)
+        key = instance_key(seed, image_ids[image], ALL_TARGETS)
+        stream = counter_of(0, MATCHER)
         for i in range(num_points):
             order[i] = i
         draw_bits(key, stream, order, num_points, bits)
         for i in range(num_points):
-            bits[1, i] = _I32((np.int64(bits[1, i]) * num_bands) >> 24)
-        _sort_pass(bits[0], 12, 4096, num_points, order, space, counts)
-        _sort_pass(bits[1], 0, num_bands, num_points, space, order, counts)
+            bits[Y, i] = _I32((np.int64(bits[Y, i]) * num_bands) >> 24)
+        _sort_pass(bits[X], 12, 4096, num_points, order, space, counts)
+        _sort_pass(bits[Y], 0, num_bands, num_points, space, order, counts)
         bands[image, 0] = 0
         for band in range(num_bands):
             bands[image, band + 1] = counts[band]
-        x, y = points[image, 0], points[image, 1]
+        x, y = points[image, X], points[image, Y]
         draw_bits(key, stream, order, num_points, bits)
         points_of_bits(bits, num_points, windows[image], x, y)
         space[:] = 0
@@ -96,7 +97,7 @@ def find_runs(counter, items, values, coordinates, integers, points, bands, tabl
         image = owner[item]
         for band in range(bands.shape[1] - 1):
             start, stop = bands[image, band], bands[image, band + 1]
-            x, y = points[image, 0, start:stop], points[image, 1, start:stop]
+            x, y = points[image, X, start:stop], points[image, Y, start:stop]
             count = list_inside(x, y, stop - start, table[item], border, inside, space)
             first[item, band] = start + inside[0] if count else 0
             length[item, band] = (inside[count - 1] - inside[0] + VECTOR) // VECTOR * VECTOR if count else 0
@@ -122,7 +123,7 @@ def fill_runs(
             if padded == 0:
                 continue
             n = min(padded, bands[image, band + 1] - start)
-            x, y = points[image, 0, start : start + n], points[image, 1, start : start + n]
+            x, y = points[image, X, start : start + n], points[image, Y, start : start + n]
             read_targets(x, y, n, table[item], data, encoding, border, nearest, xs, ys, ints, t, fx, fy)
             for i in range(n):
                 shares[place + i] = t[i] * weights[image, start + i]
@@ -145,7 +146,7 @@ def place_points(counter, items, values, coordinates, integers, points, bands, s
         pitch = width + 2 * BORDER
         places = index[image, size]
         locate(
-            points[image, 0], points[image, 1], num_points, height, width, border, places,
+            points[image, X], points[image, Y], num_points, height, width, border, places,
             fx[image, size], fy[image, size],
         )  # fmt: skip
         for band in range(bands.shape[1] - 1):
@@ -154,8 +155,8 @@ def place_points(counter, items, values, coordinates, integers, points, bands, s
                 low, high = min(low, places[i] // pitch), max(high, places[i] // pitch)
             for i in range(bands[image, band], bands[image, band + 1]):
                 places[i] -= low * pitch
-            rows[image, size, band, 0] = low - BORDER
-            rows[image, size, band, 1] = high - low + 1
+            rows[image, size, band, TOP_ROW] = low - BORDER
+            rows[image, size, band, ROWS] = high - low + 1
 
 
 @helper()
@@ -165,8 +166,8 @@ def _sample_plane(source, b, q, rows, index, fx, fy, bands, buffer, z):
     for band in range(bands.shape[0] - 1):
         first, last = bands[band], bands[band + 1]
         if first < last:
-            top = rows[band, 0]
-            read_rows(source, b, q, top, top + rows[band, 1] + 1, buffer)
+            top = rows[band, TOP_ROW]
+            read_rows(source, b, q, top, top + rows[band, ROWS] + 1, buffer)
             gather(buffer, pitch, index[first:last], fx[first:last], fy[first:last], last - first, z[first:last])
 
 

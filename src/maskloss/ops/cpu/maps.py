@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ._cpu_sampling import (
+from .sampling import (
     BLOCK,
     BORDER,
     HEIGHT,
@@ -18,7 +18,7 @@ from ._cpu_sampling import (
     scatter_nearest,
     write_plane,
 )
-from ._cpu_threads import kernel, take
+from .threads import kernel, take
 
 
 @kernel
@@ -54,20 +54,7 @@ def point_sample(
 
 @kernel
 def point_sample_backward(
-    counter,
-    items,
-    values,
-    coordinates,
-    integers,
-    sources,
-    index,
-    order,
-    starts,
-    given,
-    nearest,
-    border,
-    by_value,
-    grads,
+    counter, items, values, coordinates, integers, index, order, starts, given, nearest, border, by_value, grads
 ):
     """The adjoint of `point_sample`. A work item is a map: one thread adds up all that was read from it."""
     num_points = by_value.shape[1]

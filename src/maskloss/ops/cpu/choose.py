@@ -10,7 +10,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
-from ._cpu_threads import helper
+from .threads import helper
 
 _I32 = np.int32
 _SMALL = 4096

@@ -17,12 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._gpu_choose import list_chosen
-from ._gpu_launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry, layer_spans
-from ._gpu_loss import NUM_SUMS, slope_terms, slopes
-from ._gpu_sampling import (
+from maskloss.ops.abi import BITS, ENCODINGS, NO_FOCAL, Gradients, Saved, Targets, Term, accumulation_dtype
+
+from .choose import list_chosen
+from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry, layer_spans
+from .losses import NUM_SUMS, slope_terms, slopes
+from .sampling import (
+    IMAGE,
     IMAGE_COLUMNS,
     INDEX_COLUMNS,
+    LAYER,
+    QUERY,
+    TARGET,
     layer_pointer,
     load_corners,
     locate,
@@ -30,7 +36,6 @@ from ._gpu_sampling import (
     point_of,
     table_row,
 )
-from .reference import accumulation_dtype
 
 # In the table of slots: a plane that no instance reads.
 UNUSED = 2**31 - 1
@@ -66,8 +71,8 @@ def claim_slots(index, slots, first_layer, count, batch, queries, BLOCK: tl.cons
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = n < count
     row = index + n.to(tl.int64) * INDEX_COLUMNS
-    layer = tl.load(row, mask=keep, other=0) - first_layer
-    image, query = tl.load(row + 1, mask=keep, other=0), tl.load(row + 2, mask=keep, other=0)
+    layer = tl.load(row + LAYER, mask=keep, other=0) - first_layer
+    image, query = tl.load(row + IMAGE, mask=keep, other=0), tl.load(row + QUERY, mask=keep, other=0)
     tl.atomic_min(slots + (layer * batch + image) * queries + query, n, mask=keep, sem="relaxed")
 
 
@@ -123,16 +128,16 @@ def scatter(
     keep = i < num_points
     ACC: tl.constexpr = values.dtype.element_ty
     row = index + n * INDEX_COLUMNS
-    image = tl.load(row + 1)
-    layer = tl.load(row) - first_layer
-    plane = image * queries + tl.load(row + 2)
+    image = tl.load(row + IMAGE)
+    layer = tl.load(row + LAYER) - first_layer
+    plane = image * queries + tl.load(row + QUERY)
     x, y = point_of(
         n, i, keep, row, windows, image_ids, seed_value, seed_pointer, points, order,
         stride_n, stride_p, stride_c, num_uncertain,
     )  # fmt: skip
     d = tl.load(values + n * num_points + i, mask=keep, other=0.0)
     if grad_ce is not None:
-        at = table_row(table, images + image * IMAGE_COLUMNS, tl.load(row + 3))
+        at = table_row(table, images + image * IMAGE_COLUMNS, tl.load(row + TARGET))
         t, weight = load_corners(corners, n * num_points + i, at, x, y, keep, ENCODING, TARGET_NEAREST, BORDER, ACC)
         mine = sums + n * blocks * NUM_SUMS
         d = slopes(mine, blocks, tl.load(grad_ce + n), tl.load(grad_dice + n), d, t, weight, ALPHA, GAMMA, ACC)
@@ -189,20 +194,13 @@ def write_planes(
 # -------------------------------------------------------------------------------------------------------- launches
 
 
-@dataclass(frozen=True)
-class LossGradient:
-    """What the gradient of the loss at the points depends on, for the instances of a span."""
+class LossGradient(NamedTuple):
+    """What the gradient of the loss at the points depends on."""
 
-    chosen: Tensor
-    corners: Tensor
-    grad_ce: Tensor
-    grad_dice: Tensor
-    table: Tensor
-    images: Tensor
-    encoding: int
-    target_nearest: bool
-    alpha: float
-    gamma: float
+    grads: Gradients
+    saved: Saved
+    targets: Targets
+    term: Term
 
 
 class AtPoints(NamedTuple):
@@ -309,16 +307,16 @@ class Scatter:
         loss, sampling = self.source, self.sampling
         if isinstance(loss, Tensor):
             return AtPoints(loss[span.rows], None, None)
-        order = list_chosen(span, sampling, loss.chosen)
+        order = list_chosen(span, sampling, loss.saved.chosen)
         blocks = cdiv(sampling.num_points, BLOCK)
         dtype, device = accumulation_dtype(span.layers[0].dtype), self.index.device
         values = empty((span.count, sampling.num_points), dtype, device)
         sums = empty((span.count, blocks, NUM_SUMS.value), dtype, device)
         slope_terms[(span.count * blocks,)](
-            span.layers, span.first, self.index[span.rows], loss.table, loss.images, sampling.windows,
-            sampling.image_ids, *sampling.seed, sampling.given(span), order, loss.corners[span.rows], values, sums,
+            span.layers, span.first, self.index[span.rows], loss.targets.table, loss.targets.images, *sampling.source,
+            sampling.given(span), order, loss.saved.corners[span.rows], values, sums,
             sampling.num_points, sampling.num_uncertain, blocks, *geometry(span.layers[0]), *sampling.strides,
-            LAYERS=len(span.layers), ENCODING=loss.encoding, NEAREST=loss.target_nearest,
+            LAYERS=len(span.layers), ENCODING=ENCODINGS[loss.targets.encoding], NEAREST=loss.term.nearest,
             BORDER=sampling.border, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
         return AtPoints(values, order, sums)
@@ -335,20 +333,21 @@ class Scatter:
         blocks = cdiv(sampling.num_points, BLOCK)
         saved: tuple[Tensor | None, ...] = (None, points.values, points.sums, None, None)
         tables: tuple[Tensor | None, ...] = (None, None)
-        encoding, target_nearest, alpha, gamma = 0, False, -1.0, -1.0
+        encoding, target_nearest, focal = BITS, False, NO_FOCAL
         if isinstance(loss, LossGradient):
-            saved = (loss.corners[rows], points.values, points.sums, loss.grad_ce[rows], loss.grad_dice[rows])
-            tables = (loss.table, loss.images)
-            encoding, target_nearest, alpha, gamma = loss.encoding, loss.target_nearest, loss.alpha, loss.gamma
+            grads = [grad[rows] for grad in loss.grads]
+            saved = (loss.saved.corners[rows], points.values, points.sums, *grads)
+            tables = (loss.targets.table, loss.targets.images)
+            encoding, target_nearest, focal = ENCODINGS[loss.targets.encoding], loss.term.nearest, loss.term.focal
         batch, queries, height, width = span.layers[0].shape
         # Scratch planes are numbered from the first layer of the span, gradients from that of the run.
         first, layers = (span.first, len(span.layers)) if scratch.slots is None else (span.first + span.low, 1)
         scatter[(span.count * blocks,)](
-            planes, first, *scratch, self.index[rows], *tables, sampling.windows, sampling.image_ids,
-            *sampling.seed, sampling.given(span), points.order, *saved, sampling.num_points, sampling.num_uncertain,
-            blocks, height, width, batch, queries, *sampling.strides, self._headroom(span),
+            planes, first, *scratch, self.index[rows], *tables, *sampling.source,
+            sampling.given(span), points.order, *saved, sampling.num_points, sampling.num_uncertain, blocks,
+            height, width, batch, queries, *sampling.strides, self._headroom(span),
             LAYERS=layers, ENCODING=encoding, NEAREST=self.nearest, TARGET_NEAREST=target_nearest,
-            BORDER=sampling.border, ALPHA=alpha, GAMMA=gamma, MEASURE=measure, BLOCK=BLOCK, **OPTIONS,
+            BORDER=sampling.border, ALPHA=focal[0], GAMMA=focal[1], MEASURE=measure, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
 
     def _headroom(self, span: Span) -> int:

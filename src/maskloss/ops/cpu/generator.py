@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._cpu_threads import helper
+from maskloss.ops.abi import STREAM_SHIFT, WINDOW_H, WINDOW_W, WINDOW_X, WINDOW_Y, X, Y
+
+from .threads import helper
 
 U32 = np.uint32
 _PARITY = U32(0x1BD11BDA)
 _UNIT = np.float32(2.0**-24)
-_MATCHER = U32(0xFFFFFFFF)
 
 
 @helper(forceinline=True)
@@ -60,10 +61,16 @@ def instance_key(seed, image_id, target):
 
 
 @helper()
+def counter_of(layer, stream):
+    """The word of a counter that holds the decoder layer and the stream."""
+    return U32(layer | (stream << STREAM_SHIFT))
+
+
+@helper()
 def draw_bits(key, stream, counters, n, bits):
-    """Points `counters[:n]` of a stream as integers: 24 bits for x in `bits[0]`, for y in `bits[1]`."""
+    """Points `counters[:n]` of a stream as integers: 24 bits for x in `bits[X]`, for y in `bits[Y]`."""
     k0, k1 = key
-    xs, ys = bits[0], bits[1]
+    xs, ys = bits[X], bits[Y]
     for i in range(n):
         r0, r1 = threefry(k0, k1, U32(counters[i]), stream)
         xs[i] = np.int32(r0 >> U32(8))
@@ -73,8 +80,8 @@ def draw_bits(key, stream, counters, n, bits):
 @helper()
 def points_of_bits(bits, n, window, x, y):
     """Into the valid window: `x = x0 + bits * 2**-24 * width`, in float32, every operation rounded."""
-    x0, y0, width, height = window[0], window[1], window[2], window[3]
-    xs, ys = bits[0], bits[1]
+    x0, y0, width, height = window[WINDOW_X], window[WINDOW_Y], window[WINDOW_W], window[WINDOW_H]
+    xs, ys = bits[X], bits[Y]
     for i in range(n):
         x[i] = x0 + np.float32(xs[i]) * _UNIT * width
         y[i] = y0 + np.float32(ys[i]) * _UNIT * height

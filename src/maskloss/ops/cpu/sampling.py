@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -11,16 +11,28 @@ from numba import types
 from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
-from ._cpu_threads import at, helper
+from maskloss.ops.abi import BF16, F32, F64, X, Y
 
-# Element types of tensors that reach a kernel as an address.
-F32, F16, BF16, F64 = 0, 1, 2, 3
+from .threads import at, helper
+
 # Columns of the table that describes a tensor `[B, Q, h, w]`: address, element type, h, w, and strides in elements.
 ADDRESS, DTYPE, HEIGHT, WIDTH, STRIDE_B, STRIDE_Q, STRIDE_Y, STRIDE_X = range(8)
+SOURCE_COLUMNS = 8
 # A buffer holds pixel (y, x) of a plane at row y + 2 and column x + 2; the rest is zero. A point that lies off the map
 # reads zeros there, so that the inner loops have no branch.
 BORDER = 2
 BLOCK = 512
+
+
+class Given(NamedTuple):
+    """Points of the caller: address (0: there are none), whether in float64, strides in elements."""
+
+    address: int
+    double: bool
+    row: int
+    point: int
+    coordinate: int
+
 
 _I32 = np.int32
 _UNIT = np.float32(2.0**-24)
@@ -81,8 +93,9 @@ def to_f16(value):
 
 @helper()
 def _read_row(address, dtype, n, step, out):
+    size = (n - 1) * step + 1
     if dtype == F32:
-        f32 = at(address, n * step, np.float32)
+        f32 = at(address, size, np.float32)
         if step == 1:
             for x in range(n):
                 out[x] = f32[x]
@@ -90,11 +103,11 @@ def _read_row(address, dtype, n, step, out):
             for x in range(n):
                 out[x] = f32[x * step]
     elif dtype == F64:
-        f64 = at(address, n * step, np.float64)
+        f64 = at(address, size, np.float64)
         for x in range(n):
             out[x] = f64[x * step]
     elif dtype == BF16:
-        u16 = at(address, n * step, np.uint16)
+        u16 = at(address, size, np.uint16)
         if step == 1:
             for x in range(n):
                 out[x] = from_bf16(u16[x])
@@ -102,7 +115,7 @@ def _read_row(address, dtype, n, step, out):
             for x in range(n):
                 out[x] = from_bf16(u16[x * step])
     else:
-        u16 = at(address, n * step, np.uint16)
+        u16 = at(address, size, np.uint16)
         for x in range(n):
             out[x] = from_f16(u16[x * step])
 
@@ -221,7 +234,7 @@ def _split(bits, size):
 def locate_bits(bits, n, height, width, index, fx, fy):
     """As `locate`, for points of the whole frame given as 24-bit integers: exact, and twice as fast as with doubles."""
     w, h, pitch = _I32(width), _I32(height), _I32(width + 2 * BORDER)
-    xs, ys = bits[0], bits[1]
+    xs, ys = bits[X], bits[Y]
     for i in range(n):
         column, fx[i] = _split(xs[i], w)
         row, fy[i] = _split(ys[i], h)
@@ -375,15 +388,16 @@ def scatter_nearest(buffer, index, grad, n):
 
 @helper()
 def given_points(given, n, first, count, x, y):
-    """Points `first:first + count` of row n of a caller's tensor: address, whether float64, strides in elements."""
-    address, double, row, point, coordinate = given
-    if double:
-        f64 = at(address + (n * row + first * point) * 8, count * point + coordinate + 1, np.float64)
+    """Points `first:first + count` of row n of a caller's tensor."""
+    point, coordinate = given.point, given.coordinate
+    start, size = n * given.row + first * point, (count - 1) * point + coordinate + 1
+    if given.double:
+        f64 = at(given.address + start * 8, size, np.float64)
         for i in range(count):
             x[i] = f64[i * point]
             y[i] = f64[i * point + coordinate]
     else:
-        f32 = at(address + (n * row + first * point) * 4, count * point + coordinate + 1, np.float32)
+        f32 = at(given.address + start * 4, size, np.float32)
         for i in range(count):
             x[i] = f32[i * point]
             y[i] = f32[i * point + coordinate]

@@ -1,0 +1,184 @@
+"""What the backends share: columns of the tables, random streams, codes, options, and the groups of arguments.
+
+Nothing of the package is imported here, and no number of this file is written a second time elsewhere: kernels make
+their compile-time constants from these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+# `index`: which prediction goes with which target; sorted by layer. TARGET counts within the image.
+LAYER, IMAGE, QUERY, TARGET = range(4)
+INDEX_COLUMNS = 4
+# `MaskTargets.table`, a row for each target: where its crop is stored; the crop within the frame; the frame; its id in
+# a label map. The first PLACE_COLUMNS are known as soon as a mask is packed.
+OFFSET, STRIDE, TOP, LEFT, CROP_H, CROP_W, FRAME_H, FRAME_W, LABEL = range(9)
+PLACE_COLUMNS, TABLE_COLUMNS = 6, 9
+# `MaskTargets.images`: three sizes, what the images before add up to (in the same order), and what lies there.
+COUNT, SIZE, IGNORE_SIZE, FIRST, BASE, IGNORE_BASE, IGNORE_STRIDE, IGNORE_H, IGNORE_W, IMAGE_H, IMAGE_W = range(11)
+SIZES, IMAGE_COLUMNS = 3, 11
+# `MaskTargets.windows`: the part of the frame that points are drawn from.
+WINDOW_X, WINDOW_Y, WINDOW_W, WINDOW_H = range(4)
+WINDOW_COLUMNS = 4
+# The last dimension of points.
+X, Y = range(2)
+POINT_COLUMNS = 2
+
+# ------------------------------------------------------------------------------------------------------ random numbers
+
+# Streams keep apart the draws of one instance; the high half of a counter holds them, the low half the decoder layer.
+CANDIDATES, RANDOM, MATCHER = range(3)
+STREAM_SHIFT = 16
+# The matcher's points belong to an image, not to one of its targets.
+ALL_TARGETS = 0xFFFFFFFF
+
+# --------------------------------------------------------------------------------------------------------------- codes
+
+# What the forward pass keeps of a target at a point: the four pixels around it, a bit each, and whether it is ignored.
+UPPER_LEFT, UPPER_RIGHT, LOWER_LEFT, LOWER_RIGHT, IGNORED_BIT = range(5)
+CORNERS = (UPPER_LEFT, UPPER_RIGHT, LOWER_LEFT, LOWER_RIGHT)
+ALL_CORNERS, IGNORED = 0b1111, 1 << IGNORED_BIT
+
+# Element types. The code of an encoding and that of its element type add up to one number.
+F32, F16, BF16, F64 = range(4)
+U8, I16, I32, I64 = range(4)
+FLOAT_CODES = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.float64: F64}
+INTEGER_CODES = {torch.uint8: U8, torch.int16: I16, torch.int32: I32, torch.int64: I64}
+# Encodings of the targets, in order: packed bits, label maps, soft values.
+BITS, LABELS, VALUES = 0, 8, 16
+ENCODINGS = {"bits": BITS, "labels": LABELS, "values": VALUES}
+
+# Options, as the operations take them. A negative alpha or gamma switches that part of the focal loss off.
+PADDING_MODES = ("zeros", "border")
+TARGET_MODES = ("bilinear", "nearest")
+NO_FOCAL = (-1.0, -1.0)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Everything is summed in float32, and in float64 where the input is float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_border(padding: str) -> bool:
+    """Tell whether a point off the map reads its nearest pixel, and not zero."""
+    return padding == "border"
+
+
+def is_nearest(mode: str) -> bool:
+    """Tell whether a point reads one pixel, and not four."""
+    return mode == "nearest"
+
+
+def num_bytes(num_bits: int) -> int:
+    """Return the bytes that hold so many bits; an expression where the number is a symbol."""
+    return (num_bits + 7) // 8
+
+
+# ------------------------------------------------------------------------------------------------- groups of arguments
+
+
+class Instances(NamedTuple):
+    """The matched predictions of all layers.
+
+    Attributes:
+        logits: one `[B, Q, h, w]` per decoder layer.
+        index: int64 `[N, INDEX_COLUMNS]`, sorted by layer.
+        layer_sizes: how many rows of the index each layer has.
+    """
+
+    logits: Sequence[Tensor]
+    index: Tensor
+    layer_sizes: Sequence[int]
+
+    @property
+    def accumulation_dtype(self) -> torch.dtype:
+        """The dtype of sums."""
+        return accumulation_dtype(self.logits[0].dtype)
+
+
+class Targets(NamedTuple):
+    """The targets of a batch: the tensors of `MaskTargets`, and how `data` is to be read."""
+
+    data: Tensor
+    table: Tensor
+    images: Tensor
+    windows: Tensor
+    ignore: Tensor
+    encoding: str
+
+
+class Draw(NamedTuple):
+    """How points are drawn.
+
+    Attributes:
+        image_ids: int64 `[B]`, global numbers of the images.
+        seed: int64 `[]`, on the host or on the device.
+        num_points: P.
+        num_candidates: K, of which the uncertain points are chosen.
+        num_uncertain: points that are chosen; the others are uniform.
+    """
+
+    image_ids: Tensor
+    seed: Tensor
+    num_points: int
+    num_candidates: int = 0
+    num_uncertain: int = 0
+
+    def for_points(self, points: Tensor | None) -> Draw:
+        """Leave out the numbers that mean nothing: those of candidates where none are drawn."""
+        if points is None and self.num_uncertain:
+            return self
+        return self._replace(num_candidates=0, num_uncertain=0)
+
+
+class Term(NamedTuple):
+    """How logits and targets are read, and which cross-entropy is computed."""
+
+    padding: str = "zeros"
+    target_mode: str = "bilinear"
+    alpha: float = NO_FOCAL[0]
+    gamma: float = NO_FOCAL[1]
+
+    @property
+    def border(self) -> bool:
+        """Whether maps are continued at their border."""
+        return is_border(self.padding)
+
+    @property
+    def nearest(self) -> bool:
+        """Whether targets are read at the nearest pixel."""
+        return is_nearest(self.target_mode)
+
+    @property
+    def focal(self) -> tuple[float, float]:
+        """Alpha and gamma."""
+        return self.alpha, self.gamma
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass: chosen candidates `[N, ceil(K / 8)]`, codes `[N, P]`."""
+
+    chosen: Tensor
+    corners: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients `[N]` of the losses of the instances."""
+
+    ce: Tensor
+    dice: Tensor
+
+
+def grouped(arguments: Iterable[Any], *kinds: Any) -> Iterator[Any]:
+    """Cut flat arguments into groups of the given kinds, in order; those that are left follow one by one."""
+    flat = iter(arguments)
+    yield from [kind(*islice(flat, len(kind._fields))) for kind in kinds]
+    yield from flat

@@ -1,0 +1,163 @@
+"""The operations in plain PyTorch, for any float dtype and device: the definition that every kernel is compared with.
+
+Written to be read, not to be fast. `formulas` is the mathematics; `sampling` is where points lie and how they are
+drawn; `storage` is how targets are kept. The rooms `cpu` and `gpu` have operations of the same names and arguments.
+Shapes: N instances, P points each, K candidates each, L decoder layers of logits `[B, Q, h, w]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from maskloss.ops.abi import (
+    COUNT,
+    IMAGE,
+    QUERY,
+    TARGET,
+    Draw,
+    Gradients,
+    Instances,
+    Saved,
+    Targets,
+    Term,
+    accumulation_dtype,
+)
+
+from .formulas import instance_losses, pairwise_costs
+from .sampling import draw_points, match_points, redraw_points, sample_planes, scatter_planes
+from .slopes import instance_slopes
+from .storage import (
+    ignored,
+    pack_bits,
+    pack_corners,
+    read_targets,
+    rows_of,
+    target_cells,
+    target_values,
+    unpack_bits,
+    unpack_corners,
+)
+
+
+def point_sample(maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str) -> Tensor:
+    """Read maps `[M, h, w]`, chosen by index `[N]`, at points `[N, P, 2]`."""
+    return sample_planes(maps[index], points, mode, padding)
+
+
+def point_sample_backward(grad: Tensor, maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str) -> Tensor:
+    """Scatter the gradient `[N, P]` of the values to the maps."""
+    height, width = maps.shape[1:]
+    planes = scatter_planes(grad, points, (height, width), mode, padding)
+    total = torch.zeros(maps.shape, dtype=grad.dtype, device=grad.device)
+    return total.index_add_(0, index, planes).to(maps.dtype)
+
+
+def _by_layer(instances: Instances, points: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield each layer with its rows of the index and its points, if there are any."""
+    sizes = list(instances.layer_sizes)
+    given = [None] * len(sizes) if points is None else points.split(sizes)
+    yield from zip(instances.logits, instances.index.split(sizes), given, strict=True)
+
+
+def _planes(layer: Tensor, rows: Tensor) -> Tensor:
+    return layer[rows[:, IMAGE], rows[:, QUERY]]
+
+
+def uncertain_points(instances: Instances, draw: Draw, windows: Tensor, padding: str) -> Tensor:
+    """Draw the points of all instances: float32 `[N, P, 2]`, the uncertain ones first."""
+    drawn = []
+    for layer, rows, _ in _by_layer(instances):
+        z_at = partial(sample_planes, _planes(layer, rows), mode="bilinear", padding=padding)
+        drawn.append(draw_points(z_at, rows, windows, draw)[0])
+    return torch.cat(drawn)
+
+
+def mask_loss(
+    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw points, read logits and targets there, and sum up the losses of each instance.
+
+    Returns:
+        Cross-entropy `[N]`, Dice `[N]`, and what the backward pass needs: the chosen candidates as bits
+        `[N, ceil(K / 8)]` and the target pixels at the points `[N, P]`.
+    """
+    draw = draw.for_points(points)
+    dtype = instances.accumulation_dtype
+    parts = []
+    for layer, rows, at in _by_layer(instances, points):
+        z_at = partial(sample_planes, _planes(layer, rows), mode="bilinear", padding=term.padding)
+        chosen = rows.new_empty(len(rows), 0)
+        if at is None:
+            at, chosen = draw_points(z_at, rows, targets.windows, draw)
+        z = z_at(at)
+        entries = rows_of(rows[:, IMAGE], rows[:, TARGET], targets)
+        cells = target_cells(at, entries, term.padding, dtype)
+        corners = read_targets(cells, entries, targets, term, dtype)
+        skip = ignored(at, targets.images[rows[:, IMAGE]], targets.ignore)
+        losses = instance_losses(z, target_values(corners, cells), (~skip).to(dtype), *term.focal)
+        bits = pack_bits(chosen, draw.num_candidates)
+        parts.append((*losses, bits, pack_corners(corners, cells, skip, targets.encoding)))
+    ce, dice, chosen, packed = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ce, dice, chosen, packed
+
+
+def mask_loss_backward(
+    grads: Gradients,
+    saved: Saved,
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+    needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    """Scatter the gradient of `mask_loss` to the logits of the layers that need one; others get an empty tensor."""
+    parts = zip(*(tensor.split(list(instances.layer_sizes)) for tensor in (*grads, *saved)), strict=True)
+    found = []
+    for (layer, rows, at), need, (d_ce, d_dice, bits, packed) in zip(
+        _by_layer(instances, points), needs_grad, parts, strict=True
+    ):
+        if not need:
+            found.append(layer.new_empty(0))
+            continue
+        if at is None:
+            at = redraw_points(unpack_bits(bits, draw.num_uncertain), rows, targets.windows, draw)
+        z = sample_planes(_planes(layer, rows), at, "bilinear", term.padding)
+        cells = target_cells(at, rows_of(rows[:, IMAGE], rows[:, TARGET], targets), term.padding, z.dtype)
+        t, skip = unpack_corners(packed, cells, term.target_mode, z.dtype)
+        slopes = instance_slopes(z, t, (~skip).to(z.dtype), *term.focal)
+        d_z = d_ce[:, None] * slopes[0] + d_dice[:, None] * slopes[1]
+        # A gradient scaler looks at gradients: a non-finite logit must give a non-finite one.
+        d_planes = scatter_planes(d_z + 0 * z, at, (layer.shape[2], layer.shape[3]), "bilinear", term.padding)
+        grad = torch.zeros(layer.shape, dtype=z.dtype, device=z.device)
+        found.append(grad.index_put_((rows[:, IMAGE], rows[:, QUERY]), d_planes, accumulate=True).to(layer.dtype))
+    return found
+
+
+def match_cost(
+    logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
+) -> tuple[Tensor, Tensor]:
+    """Compute both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
+    batch, widest = len(num_targets), max(num_targets, default=0)
+    column = torch.arange(widest, device=targets.table.device)
+    real = column < targets.images[:, COUNT, None]
+    everyone = torch.arange(batch, device=targets.table.device)
+    rows = rows_of(everyone.repeat_interleave(widest), column.repeat(batch), targets)
+    points = match_points(targets.windows, draw)
+    dtype = accumulation_dtype(logits[0].dtype)
+    cells = target_cells(points.repeat_interleave(widest, dim=0), rows, term.padding, dtype)
+    t = target_values(read_targets(cells, rows, targets, term, dtype), cells)
+    w = (~ignored(points, targets.images, targets.ignore)).to(dtype)
+    ce, overlap = [], []
+    for layer in logits:
+        z = sample_planes(layer, points[:, None], "bilinear", term.padding)
+        # Mixed precision around the call must not round the matrix products.
+        with torch.autocast(layer.device.type, enabled=False):
+            costs = pairwise_costs(z, t.view(batch, widest, draw.num_points), w, *term.focal)
+        ce.append(torch.where(real[:, None], costs[0], 0.0))
+        overlap.append(torch.where(real[:, None], costs[1], 0.0))
+    return torch.stack(ce), torch.stack(overlap)

@@ -1,0 +1,76 @@
+"""The mathematics, in one sitting: what is computed from logits z and targets t at the points of the instances.
+
+Plain PyTorch in any float dtype, differentiable; s is the sigmoid, w are the weights of the points, 0 or 1.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import softplus
+
+
+def position(coordinate: Tensor, size: Tensor | int) -> Tensor:
+    """Map a coordinate in [0, 1] to pixels: the center of pixel i is at i."""
+    return coordinate * size - 0.5
+
+
+def interpolate(corners: tuple[Tensor, Tensor, Tensor, Tensor], fx: Tensor, fy: Tensor) -> Tensor:
+    """Interpolate linearly along x, then along y. The order of the operations is part of the definition."""
+    v00, v01, v10, v11 = corners
+    top = v00 + fx * (v01 - v00)
+    bottom = v10 + fx * (v11 - v10)
+    return top + fy * (bottom - top)
+
+
+def uncertainty(z: Tensor) -> Tensor:
+    """Compute U(z) = -|z|, the highest where the sigmoid is near 1/2."""
+    return -z.abs()
+
+
+def bce(z: Tensor, t: Tensor) -> Tensor:
+    """Compute -[t log s(z) + (1 - t) log(1 - s(z))] in its stable form."""
+    return z.clamp(min=0) - z * t + (-z.abs()).exp().log1p()
+
+
+def focal(z: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Compute the focal loss a_t (1 - p_t)^gamma bce(z, t); alpha < 0 leaves a_t out, gamma < 0 is plain BCE."""
+    loss = bce(z, t)
+    if gamma < 0:
+        return loss
+    s = z.sigmoid()
+    loss = loss * (1 - (s * t + (1 - s) * (1 - t))) ** gamma
+    return loss if alpha < 0 else loss * (alpha * t + (1 - alpha) * (1 - t))
+
+
+def dice(z: Tensor, t: Tensor, w: Tensor) -> Tensor:
+    """Compute 1 - (2 sum s t + 1) / (sum s + sum t + 1) over the last dimension, with point weights w."""
+    s = z.sigmoid() * w
+    return 1 - (2 * (s * t).sum(-1) + 1) / (s.sum(-1) + (t * w).sum(-1) + 1)
+
+
+def instance_losses(z: Tensor, t: Tensor, w: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and Dice of each instance `[n]` from logits, targets and weights at its points `[n, P]`."""
+    ce = (focal(z, t, alpha, gamma) * w).sum(-1) / w.sum(-1).clamp(min=1)
+    return ce, dice(z, t, w)
+
+
+def pairwise_costs(z: Tensor, t: Tensor, w: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, Dice `[..., Q, T]` of all pairs: logits `[..., Q, P]`, targets `[..., T, P]`, weights `[..., P]`.
+
+    bce(z, t) = softplus(z) - z t is linear in t, so a matrix product does it for all pairs at once. The focal cost
+    is a_1 (1 - s)^gamma softplus(-z) t + a_0 s^gamma softplus(z) (1 - t), linear as well.
+    """
+    s = z.sigmoid()
+    w = w.unsqueeze(-2)
+    count = w.sum(-1, keepdim=True).clamp(min=1)
+    weighted = (t * w).transpose(-1, -2)
+    negative = softplus(z)
+    if gamma < 0:
+        slope = z
+    else:
+        on, off = (1.0, 1.0) if alpha < 0 else (alpha, 1 - alpha)
+        negative, positive = off * s**gamma * negative, on * (1 - s) ** gamma * softplus(-z)
+        slope = negative - positive
+    ce = ((negative * w).sum(-1, keepdim=True) - slope @ weighted) / count
+    area = (s * w).sum(-1, keepdim=True) + weighted.sum(-2, keepdim=True)
+    return ce, 1 - (2 * (s @ weighted) + 1) / (area + 1)
