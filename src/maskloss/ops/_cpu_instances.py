@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskloss._frames import FIRST
+from maskloss.targets.frames import FIRST
 
 from ._cpu_choose import GROUP, LARGEST_KEY, list_marked, make_keys, mark_chosen, threshold
 from ._cpu_loss import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloss._frames import COUNT, FIRST
+from maskloss.targets.frames import COUNT, FIRST
 
 from ._cpu_loss import power, sigmoid_softplus
 from ._cpu_random import U32, draw_bits, instance_key, points_of_bits

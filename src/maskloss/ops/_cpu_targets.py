@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskloss._frames import (
+from maskloss.targets.frames import (
     CROP_H,
     CROP_W,
     FRAME_H,

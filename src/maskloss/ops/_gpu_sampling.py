@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskloss import _frames
+from maskloss.targets import frames
 
 # Encodings of the targets.
 BITS: tl.constexpr = tl.constexpr(0)
@@ -24,18 +24,18 @@ RANDOM: tl.constexpr = tl.constexpr(1 << 16)
 MATCHER: tl.constexpr = tl.constexpr(2 << 16)
 # Columns of `index`; those of `MaskTargets.table` and `MaskTargets.images`.
 INDEX_COLUMNS: tl.constexpr = tl.constexpr(4)
-TABLE_COLUMNS: tl.constexpr = tl.constexpr(_frames.TABLE_COLUMNS)
-IMAGE_COLUMNS: tl.constexpr = tl.constexpr(_frames.IMAGE_COLUMNS)
-COUNT: tl.constexpr = tl.constexpr(_frames.COUNT)
-_FIRST: tl.constexpr = tl.constexpr(_frames.FIRST)
-BASE: tl.constexpr = tl.constexpr(_frames.BASE)
-_IGNORE_SIZE: tl.constexpr = tl.constexpr(_frames.IGNORE_SIZE)
-_IGNORE_BASE: tl.constexpr = tl.constexpr(_frames.IGNORE_BASE)
-_IGNORE_STRIDE: tl.constexpr = tl.constexpr(_frames.IGNORE_STRIDE)
-_IGNORE_H: tl.constexpr = tl.constexpr(_frames.IGNORE_H)
-_IGNORE_W: tl.constexpr = tl.constexpr(_frames.IGNORE_W)
-_IMAGE_H: tl.constexpr = tl.constexpr(_frames.IMAGE_H)
-_IMAGE_W: tl.constexpr = tl.constexpr(_frames.IMAGE_W)
+TABLE_COLUMNS: tl.constexpr = tl.constexpr(frames.TABLE_COLUMNS)
+IMAGE_COLUMNS: tl.constexpr = tl.constexpr(frames.IMAGE_COLUMNS)
+COUNT: tl.constexpr = tl.constexpr(frames.COUNT)
+_FIRST: tl.constexpr = tl.constexpr(frames.FIRST)
+BASE: tl.constexpr = tl.constexpr(frames.BASE)
+_IGNORE_SIZE: tl.constexpr = tl.constexpr(frames.IGNORE_SIZE)
+_IGNORE_BASE: tl.constexpr = tl.constexpr(frames.IGNORE_BASE)
+_IGNORE_STRIDE: tl.constexpr = tl.constexpr(frames.IGNORE_STRIDE)
+_IGNORE_H: tl.constexpr = tl.constexpr(frames.IGNORE_H)
+_IGNORE_W: tl.constexpr = tl.constexpr(frames.IGNORE_W)
+_IMAGE_H: tl.constexpr = tl.constexpr(frames.IMAGE_H)
+_IMAGE_W: tl.constexpr = tl.constexpr(frames.IMAGE_W)
 _IGNORED: tl.constexpr = tl.constexpr(16)
 
 

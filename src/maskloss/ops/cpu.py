@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss._frames import BASE, COUNT, OFFSET
+from maskloss.targets.frames import BASE, COUNT, OFFSET
 
 from . import _cpu_instances as instances
 from . import _cpu_maps as maps_

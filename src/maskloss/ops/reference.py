@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from maskloss import _frames
 from maskloss.points import ALL_TARGETS, CANDIDATES, MATCHER, RANDOM, instance_keys, uniform_points
+from maskloss.targets import frames
 
 _CORNERS = (1, 2, 4, 8)
 _IGNORED = 16
@@ -224,9 +224,9 @@ def ignored(points: Tensor, images: Tensor, ignore: Tensor) -> Tensor:
     """Tell which points `[n, P, 2]` lie in a pixel that the ignore region of their image (rows `[n, 11]`) covers."""
     if ignore.numel() == 0:
         return torch.zeros(points.shape[:-1], dtype=torch.bool, device=points.device)
-    size = images[:, _frames.IGNORE_SIZE, None]
+    size = images[:, frames.IGNORE_SIZE, None]
     # From where the region begins to the size of the frame, in this order.
-    region = images[:, _frames.IGNORE_BASE : _frames.IMAGE_W + 1].unbind(1)
+    region = images[:, frames.IGNORE_BASE : frames.IMAGE_W + 1].unbind(1)
     offset, stride, height, width, frame_h, frame_w = (column[:, None] for column in region)
     y = (points[..., 1] * frame_h).nan_to_num().long().clamp(min=0).clamp(max=frame_h - 1)
     x = (points[..., 0] * frame_w).nan_to_num().long().clamp(min=0).clamp(max=frame_w - 1)
@@ -238,9 +238,9 @@ def ignored(points: Tensor, images: Tensor, ignore: Tensor) -> Tensor:
 def _entries(image: Tensor, target: Tensor, table: Tensor, images: Tensor) -> Tensor:
     """Look up the rows of targets, offsets counted from where the data begin. A target too many gets the first row."""
     described = images[image]
-    real = target < described[:, _frames.COUNT]
-    rows = table[torch.where(real, described[:, _frames.FIRST] + target, 0)]
-    base = torch.where(real, described[:, _frames.BASE], 0)
+    real = target < described[:, frames.COUNT]
+    rows = table[torch.where(real, described[:, frames.FIRST] + target, 0)]
+    base = torch.where(real, described[:, frames.BASE], 0)
     return torch.cat([rows[:, :1] + base[:, None], rows[:, 1:]], dim=1)
 
 
@@ -521,7 +521,7 @@ def match_cost(
     data, table, images, windows, ignore = targets
     batch, widest = len(num_targets), max(num_targets, default=0)
     column = torch.arange(widest, device=table.device)
-    real = column < images[:, _frames.COUNT, None]
+    real = column < images[:, frames.COUNT, None]
     everyone = torch.arange(batch, device=table.device)
     rows = _entries(everyone.repeat_interleave(widest), column.repeat(batch), table, images)
     points = match_points(windows, image_ids, seed, num_points)
