@@ -50,7 +50,7 @@ def drawn_points(out: CriterionOutput, masks: Sequence[Tensor], backend: str) ->
 def test_every_layer_is_the_formula(backend: str) -> None:
     """Given the matches: cross-entropy, BCE and Dice in float64 with torch's own functions, and their gradients."""
     targets, (classes, masks) = entries(), predictions()
-    weights = {"class_weight": 1.5, "ce_weight": 4.0, "dice_weight": 3.0, "no_object_weight": 0.2}
+    weights = {"class_weight": 1.5, "mask_weight": 4.0, "dice_weight": 3.0, "no_object_weight": 0.2}
     out = criterion(backend, **weights)(classes, masks, targets, seed=9)
     instances = 3 + 5
     assert out.matches.layer_sizes == (instances, instances)

@@ -76,7 +76,7 @@ def test_pairs_on_ranks(results: list[dict[Any, Any]], backend: str) -> None:
     found = torch.cat([rank["pairs", backend] for rank in results]) / ranks.RANKS
     assert_close(found, expected, rtol=0, atol=1e-6)
     keep = torch.tensor([flag for flags in ranks.KEPT for flag in flags])
-    expected = ranks.pair_gradient(backend, everything, instance_mask=keep)
+    expected = ranks.pair_gradient(backend, everything, instance_weights=keep)
     found = torch.cat([rank["kept pairs", backend] for rank in results]) / ranks.RANKS
     assert_close(found, expected, rtol=0, atol=1e-6)
 

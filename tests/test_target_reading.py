@@ -19,12 +19,12 @@ from support.encodings_of_masks import WAYS, every_way, parts_of, some_masks
 def read(targets: MaskTargets, points: Tensor, backend: str, padding_mode: str = "border") -> Tensor:
     """Target values `[T_all, P]` at points `[P, 2]`, from the loss alone: bce(1, t) = softplus(1) - t."""
     loss = MaskLoss(backend=backend, padding_mode=padding_mode)
-    logits = torch.ones(targets.batch_size, 1, 3, 5, dtype=torch.float64)
+    logits = torch.ones(len(targets), 1, 3, 5, dtype=torch.float64)
     each = [torch.arange(count).repeat_interleave(len(points)) for count in targets.num_targets]
     pairs = [(torch.zeros_like(numbers), numbers) for numbers in each]
-    one_by_one = points.repeat(len(targets), 1)[:, None]
+    one_by_one = points.repeat(targets.num_masks, 1)[:, None]
     ce = loss(logits, targets, pairs, points=one_by_one).per_instance.ce
-    return (softplus(torch.ones((), dtype=torch.float64)) - ce).view(len(targets), len(points))
+    return (softplus(torch.ones((), dtype=torch.float64)) - ce).view(targets.num_masks, len(points))
 
 
 @every_way
@@ -168,7 +168,7 @@ def test_ignored_regions_belong_to_their_image(backend: str) -> None:
         MaskTargets.from_masks(some_masks(6, 30, 1), ignore=torch.rand(6, 30) > 0.5),
     ]
     logits = torch.randn(4, 5, 10, 10)
-    pairs = [(torch.arange(len(part)), torch.arange(len(part))) for part in parts]
+    pairs = [(torch.arange(part.num_masks), torch.arange(part.num_masks)) for part in parts]
     loss = MaskLoss(sampling=PointSampling(200), backend=backend)
     joined = loss(logits, MaskTargets.cat(parts), pairs, seed=2).per_instance
     alone = [

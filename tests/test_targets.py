@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-from maskloss import MaskTargets, _frames, _packing
+from maskloss import MaskTargets
+from maskloss.targets import bits, frames, label_maps
 from support import workers
 from support.encodings_of_masks import LABEL_DTYPES, SIZES, WAYS, every_way, packed, parts_of, run_lengths, some_masks
 
@@ -37,7 +38,7 @@ from support.encodings_of_masks import LABEL_DTYPES, SIZES, WAYS, every_way, pac
 def test_dense_masks(size: tuple[int, int], count: int, convert: Callable[[Tensor], Tensor], encoding: str) -> None:
     masks = some_masks(*size, count)
     targets = MaskTargets.from_masks(convert(masks))
-    assert (targets.encoding, targets.num_targets, len(targets), targets.batch_size) == (encoding, (count,), count, 1)
+    assert (targets.encoding, targets.num_targets, targets.num_masks, len(targets)) == (encoding, (count,), count, 1)
     assert torch.equal(targets.dense(), masks)
 
 
@@ -70,9 +71,9 @@ def test_packing_where_values_may_not_be_looked_at() -> None:
     images = [every_byte[None], torch.rand(0, 4, 4) > 0.5, torch.rand(1, 1, 7), (torch.rand(2, 5, 13) > 0.5)[:, ::2]]
     images += [torch.randint(3, (2, 3, 16), dtype=torch.uint8), torch.rand(3, 2, 9, dtype=torch.float64) > 0.5]
     wanted = [np.packbits((image != 0).numpy(), axis=-1, bitorder="little").reshape(-1) for image in images]
-    assert torch.equal(_packing.pack_elsewhere(images), torch.from_numpy(np.concatenate(wanted)))
+    assert torch.equal(bits.pack_elsewhere(images), torch.from_numpy(np.concatenate(wanted)))
     one = torch.rand(3, 8 * 6)[:, 1:25].unflatten(-1, (4, 6)) > 0.5  # begins in the middle of a word
-    assert torch.equal(_packing.pack_elsewhere([one]), _packing.pack(one).flatten())
+    assert torch.equal(bits.pack_elsewhere([one]), bits.pack(one).flatten())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -129,8 +130,8 @@ def test_ids_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device ids are copied, not listed; without looking at the map, a mask may lie anywhere in it."""
     maps, ids = [torch.tensor([[1, 3], [3, 0]]), torch.tensor([[5, 6, 5]])], [torch.tensor([3, 1]), torch.tensor([5])]
     seen = MaskTargets.from_label_map(maps, ids)
-    monkeypatch.setattr(_packing, "on_host", lambda _: False)
-    monkeypatch.setattr(_packing, "listed_ids", None)
+    monkeypatch.setattr(bits, "on_host", lambda _: False)
+    monkeypatch.setattr(label_maps, "listed_ids", None)
     unseen = MaskTargets.from_label_map(maps, ids)
     for image in range(2):
         assert torch.equal(unseen.dense(image), seen.dense(image))
@@ -139,7 +140,7 @@ def test_ids_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4)])
 def test_label_maps_without_targets(shape: tuple[int, int]) -> None:
     targets = MaskTargets.from_label_map(torch.ones(shape, dtype=torch.int32), [])
-    assert (len(targets), targets.num_targets) == (0, (0,))
+    assert (targets.num_masks, targets.num_targets) == (0, (0,))
     missing = MaskTargets.from_label_map(torch.ones(shape, dtype=torch.int32), [4, 5], allow_missing=True)
     assert not missing.dense().any()
     assert missing.num_targets == (2,)
@@ -197,7 +198,7 @@ class TestCoco:
 
     def test_nothing(self) -> None:
         targets = MaskTargets.from_coco([], 7, 9)
-        assert (len(targets), tuple(targets.dense().shape)) == (0, (0, 7, 9))
+        assert (targets.num_masks, tuple(targets.dense().shape)) == (0, (0, 7, 9))
 
 
 @every_way
@@ -226,7 +227,7 @@ def test_images_of_different_sizes() -> None:
     together = MaskTargets.from_masks(images)
     for targets in (joined, nested, together):
         assert targets.num_targets == (3, 0, 5, 1, 0, 2, 5)
-        assert (len(targets), targets.batch_size) == (16, 7)
+        assert (targets.num_masks, len(targets)) == (16, 7)
         for image, masks in enumerate(images):
             assert torch.equal(targets.dense(image), masks)
 
@@ -240,7 +241,7 @@ def test_images_without_targets_fit_any_encoding(make: Callable[..., MaskTargets
     assert torch.equal(joined.dense(len(others)).bool(), masks)
     assert tuple(joined.dense(0).shape) == (0, 5, 3)
     nobody = MaskTargets.cat(others)
-    assert (len(nobody), nobody.batch_size) == (0, len(others))
+    assert (nobody.num_masks, len(nobody)) == (0, len(others))
 
 
 @every_way
@@ -256,10 +257,10 @@ def test_batches_join_as_images_do(make: Callable[..., MaskTargets]) -> None:
         assert torch.equal(flat.dense(image), one.dense())
     assert flat.counts.tolist() == list(flat.num_targets)
     assert flat.first_rows.tolist() == np.cumsum([0, *flat.num_targets])[:-1].tolist()
-    starts = flat.images[:, _frames.IGNORE_BASE].tolist()
+    starts = flat.images[:, frames.IGNORE_BASE].tolist()
     for image, wanted in ((0, region), (3, ~region)):
         packed = flat.ignore[starts[image] : starts[image] + 12].view(6, 2)
-        assert torch.equal(packed, _packing.pack(wanted))
+        assert torch.equal(packed, bits.pack(wanted))
 
 
 def test_label_maps_of_different_dtypes() -> None:

@@ -5,8 +5,8 @@ from maskloss.criterion import CriterionOutput, MaskCriterion
 from maskloss.distributed import StepTotals, step_totals
 from maskloss.errors import MaskLossError, MissingExtraError
 from maskloss.loss import InstanceLosses, MaskLoss, MaskLossOutput
+from maskloss.matcher import HungarianMatcher
 from maskloss.matches import Matches
-from maskloss.matching import HungarianMatcher
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
 

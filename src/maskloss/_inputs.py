@@ -16,7 +16,7 @@ from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
 
 # Mask2Former's weights, for the loss and for the matching alike.
-CLASS_WEIGHT, CE_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0
+CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PADDING_MODES, TARGET_MODES = ("zeros", "border"), ("bilinear", "nearest")
@@ -161,10 +161,10 @@ def stack(layers: Sequence[Tensor]) -> Tensor:
 
 def check_targets(targets: MaskTargets, logits: Tensor) -> None:
     """Refuse targets of another batch size or device than logits `[B, Q, h, w]`."""
-    if targets.batch_size != logits.shape[0]:
+    if len(targets) != logits.shape[0]:
         raise Cause(
             "mask_logits and targets must have the same number of images",
-            f"{logits.shape[0]} images of logits but {targets.batch_size} of targets",
+            f"{logits.shape[0]} images of logits but {len(targets)} of targets",
             "give an entry for every image; an image without instances has masks [0, H, W]",
         )
     check_device("targets", targets.device, logits.device)

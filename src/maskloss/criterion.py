@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from maskloss import _inputs, distributed
-from maskloss._collate import Targets, collate
 from maskloss.distributed import StepTotals
 from maskloss.errors import Cause, describe, reported
 from maskloss.loss import InstanceLosses, MaskLoss
+from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.matches import Matches, wanted_classes
-from maskloss.matching import HungarianMatcher, check_predictions
 from maskloss.points import PointSampling, draw_seed
+from maskloss.targets.collate import Targets, collate
 
 
 class CriterionOutput(NamedTuple):
@@ -51,16 +51,16 @@ class CriterionOutput(NamedTuple):
 class MaskCriterion(nn.Module):
     """The training loss of a query model: matching, classification and mask loss, for every decoder layer.
 
-        total = sum over layers of class_weight * L_class + ce_weight * L_ce + dice_weight * L_dice
+        total = sum over layers of class_weight * L_class + mask_weight * L_mask + dice_weight * L_dice
 
     `L_class` is the cross-entropy over C + 1 classes, in which unmatched queries have the class "no object" and the
-    weight `no_object_weight`; it is divided by the sum of the weights. `L_ce` and `L_dice` are those of `MaskLoss`,
+    weight `no_object_weight`; it is divided by the sum of the weights. `L_mask` and `L_dice` are those of `MaskLoss`,
     over the matched instances, divided by their number over all ranks.
 
     Args:
         num_classes: C, without "no object".
         class_weight: weight of the classification, at least 0. Default 2.
-        ce_weight: weight of the masks' cross-entropy. Default 5.
+        mask_weight: weight of the masks' cross-entropy. Default 5.
         dice_weight: weight of Dice. Default 5.
         no_object_weight: weight of "no object" in the classification, at least 0. Default 0.1.
         sampling: numbers of points; the default matcher takes `num_points` from it. Default `PointSampling()`.
@@ -96,7 +96,7 @@ class MaskCriterion(nn.Module):
         num_classes: int,
         *,
         class_weight: float = _inputs.CLASS_WEIGHT,
-        ce_weight: float = _inputs.CE_WEIGHT,
+        mask_weight: float = _inputs.MASK_WEIGHT,
         dice_weight: float = _inputs.DICE_WEIGHT,
         no_object_weight: float = 0.1,
         sampling: PointSampling | None = None,
@@ -122,7 +122,7 @@ class MaskCriterion(nn.Module):
         }
         self.num_classes, self.class_weight = num_classes, float(class_weight)
         self.no_object_weight = float(no_object_weight)
-        self.mask_loss = MaskLoss(ce_weight=ce_weight, dice_weight=dice_weight, sampling=sampling, **options)  # type: ignore[arg-type]
+        self.mask_loss = MaskLoss(ce_weight=mask_weight, dice_weight=dice_weight, sampling=sampling, **options)  # type: ignore[arg-type]
         if matcher is not None and matcher.classification != "softmax":
             raise Cause(
                 'the matcher must have classification="softmax"',
@@ -131,7 +131,7 @@ class MaskCriterion(nn.Module):
             )
         self.matcher = matcher or HungarianMatcher(
             class_weight=class_weight,
-            ce_weight=ce_weight,
+            mask_weight=mask_weight,
             dice_weight=dice_weight,
             num_points=sampling.num_points,
             **options,  # type: ignore[arg-type]

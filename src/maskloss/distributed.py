@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from maskloss._packing import on_host
 from maskloss.errors import Cause, describe, reported
+from maskloss.targets.bits import on_host
 
 
 class StepTotals(NamedTuple):

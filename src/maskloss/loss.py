@@ -14,10 +14,11 @@ from maskloss.functional import check_points, pair_index
 from maskloss.matches import Matches
 from maskloss.points import PointSampling, draw_seed
 from maskloss.targets import MaskTargets
+from maskloss.targets.bits import on_host
 
 
 class InstanceLosses(NamedTuple):
-    """The losses of each instance, before anything is summed.
+    """The losses of each instance, before anything is weighted or summed.
 
     Attributes:
         ce: cross-entropy `[N]`, the mean over an instance's points.
@@ -85,7 +86,7 @@ class MaskLoss(nn.Module):
     def __init__(
         self,
         *,
-        ce_weight: float = _inputs.CE_WEIGHT,
+        ce_weight: float = _inputs.MASK_WEIGHT,
         dice_weight: float = _inputs.DICE_WEIGHT,
         sampling: PointSampling | None = None,
         padding_mode: str = "zeros",
@@ -109,7 +110,7 @@ class MaskLoss(nn.Module):
         matches: Matches | Sequence[tuple[Tensor, Tensor]] | None = None,
         *,
         points: Tensor | None = None,
-        instance_mask: Tensor | None = None,
+        instance_weights: Tensor | None = None,
         num_instances: float | Tensor | None = None,
         image_ids: Tensor | Sequence[int] | None = None,
         seed: int | Tensor | None = None,
@@ -123,7 +124,9 @@ class MaskLoss(nn.Module):
                 batch, `MaskTargets` or a list of `[T, H, W]`.
             matches: pairs of (queries, targets) of each image, as DETR's matchers return them, or `Matches`.
             points: float `[N, P, 2]`, (x, y) in [0, 1]^2: read here, and draw nothing. In the order of the matches.
-            instance_mask: bool `[N]`; where False, the instance weighs nothing and is not counted.
+            instance_weights: bool or float `[N]`, w_n at least 0, in the order of the matches: the terms become
+                `sum_n w_n ce_n / N` with N = sum_n w_n, so that an instance of weight 2 counts as two, and one of
+                weight 0 (or False) as none, whatever its logits are. No gradient flows to the weights.
             num_instances: what the sums are divided by, in place of `max(N / R, 1)` with N counted over all R ranks:
                 for gradient accumulation the instances of the whole step over all ranks, divided by R
                 (`step_totals(...).instances`); bounded below by 1.
@@ -145,14 +148,16 @@ class MaskLoss(nn.Module):
             check_points(points, len(matched), logits.device)
         losses = self.instance_losses([logits], matched, targets, numbers, drawn, points)
         count: float | Tensor = float(len(matched))
-        if instance_mask is not None:
-            losses, count = _masked(losses, instance_mask)
+        terms = losses
+        if instance_weights is not None:
+            weights = check_instance_weights(instance_weights, len(matched), losses.ce)
+            terms, count = weighted(losses, weights), weights.sum()
         if num_instances is None:
             num_instances = self._count(count, logits.device)
         elif not isinstance(num_instances, Tensor):
             _inputs.check_count("num_instances", num_instances)
         divisor = distributed.at_least_one(num_instances)
-        ce, dice = losses.ce.sum() / divisor, losses.dice.sum() / divisor
+        ce, dice = terms.ce.sum() / divisor, terms.dice.sum() / divisor
         return MaskLossOutput(self.ce_weight * ce + self.dice_weight * dice, ce, dice, losses, drawn)
 
     def instance_losses(
@@ -210,10 +215,10 @@ class MaskLoss(nn.Module):
                 )
             _inputs.check_maps("mask_logits", mask_logits, "[N, h, w]")
             count = len(mask_logits)
-            if targets.batch_size != 1 or len(targets) != count:
+            if len(targets) != 1 or targets.num_masks != count:
                 raise Cause(
                     "mask_logits and masks must pair up",
-                    f"{count} predictions but {len(targets)} targets in {targets.batch_size} image(s)",
+                    f"{count} predictions but {targets.num_masks} targets in {len(targets)} image(s)",
                     "give one target mask for each prediction, or matches along with [B, Q, h, w] logits",
                 )
             _inputs.check_device("masks", targets.device, mask_logits.device)
@@ -244,15 +249,27 @@ class MaskLoss(nn.Module):
         return distributed.mean_over_ranks([count], device)[0]
 
 
-def _masked(losses: InstanceLosses, keep: Tensor) -> tuple[InstanceLosses, Tensor]:
-    """Leave instances out; a NaN in one that is left out must not come through, hence no multiplication."""
-    if not isinstance(keep, Tensor) or keep.shape != losses.ce.shape or keep.dtype != torch.bool:
+def check_instance_weights(weights: Tensor, count: int, like: Tensor) -> Tensor:
+    """Bring weights of instances, bool or float `[N]`, to the dtype of their losses; no gradient flows to them."""
+    fits = isinstance(weights, Tensor) and tuple(weights.shape) == (count,)
+    if not fits or not (weights.dtype == torch.bool or weights.is_floating_point()):
         raise Cause(
-            "instance_mask must be a bool tensor [N]",
-            f"got {describe(keep)} for {len(losses.ce)} instances",
-            "mark the instances to keep with True",
+            "instance_weights must be a bool or float tensor [N]",
+            f"got {describe(weights)} for {count} instances",
+            "False or 0 leaves an instance out",
         )
-    _inputs.check_device("instance_mask", keep.device, losses.ce.device)
+    _inputs.check_device("instance_weights", weights.device, like.device)
+    weights = weights.detach().to(like.dtype)
+    if on_host(weights) and not bool((weights >= 0).all() & weights.isfinite().all()):
+        raise Cause(
+            "instance_weights must be finite and at least 0",
+            f"they reach from {float(weights.min()):g} to {float(weights.max()):g}",
+            "0 leaves an instance out",
+        )
+    return weights
+
+
+def weighted(losses: InstanceLosses, weights: Tensor) -> InstanceLosses:
+    """Weigh the losses of instances; a NaN in one of weight 0 must not come through, and 0 * NaN would."""
     zero = losses.ce.new_zeros(())
-    kept = InstanceLosses(*(torch.where(keep, term, zero) for term in losses))
-    return kept, keep.sum(dtype=losses.ce.dtype)
+    return InstanceLosses(*(torch.where(weights == 0, zero, term) * weights for term in losses))

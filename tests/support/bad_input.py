@@ -119,7 +119,7 @@ OPTIONS = {
         "HungarianMatcher",
         "one weight at least must be positive",
         "all are 0",
-        lambda: Matcher(class_weight=0, ce_weight=0, dice_weight=0),
+        lambda: Matcher(class_weight=0, mask_weight=0, dice_weight=0),
     ),
     "points of the matcher": Bad("HungarianMatcher", "num_points must be", "=0", lambda: Matcher(num_points=0)),
 }
@@ -198,8 +198,21 @@ LOSS = {
     "points of others": Bad("MaskLoss", "for every instance", "[1, 8, 2]", lambda: loss(points=torch.zeros(1, 8, 2))),
     "no given points": Bad("MaskLoss", "for every instance", "[2, 0, 2]", lambda: loss(points=torch.zeros(2, 0, 2))),
     "points elsewhere": Bad("MaskLoss", "points must be on the device", "meta", lambda: loss(points=meta(2, 8, 2))),
-    "instance mask": Bad("MaskLoss", "instance_mask must be", "[2] float", lambda: loss(instance_mask=torch.ones(2))),
-    "instance mask a list": Bad("MaskLoss", "instance_mask must be", "True", lambda: loss(instance_mask=[True, False])),
+    "instance weights whole": Bad(
+        "MaskLoss",
+        "instance_weights must be a bool or float",
+        "[2] int64",
+        lambda: loss(instance_weights=torch.ones(2).long()),
+    ),
+    "instance weights a list": Bad(
+        "MaskLoss", "instance_weights must be", "True", lambda: loss(instance_weights=[True, False])
+    ),
+    "instance weight negative": Bad(
+        "MaskLoss", "finite and at least 0", "from -1 to 1", lambda: loss(instance_weights=torch.tensor([-1.0, 1.0]))
+    ),
+    "instance weight NaN": Bad(
+        "MaskLoss", "finite and at least 0", "nan", lambda: loss(instance_weights=torch.tensor([1.0, NAN]))
+    ),
     "negative count": Bad("MaskLoss", "num_instances must be a finite", "=-1", lambda: loss(num_instances=-1)),
     "NaN count": Bad("MaskLoss", "num_instances must be a finite", "=nan", lambda: loss(num_instances=NAN)),
     "image ids": Bad("MaskLoss", "one integer per image", "[2] int64 for 1 image", lambda: loss(image_ids=[0, 1])),

@@ -133,7 +133,7 @@ def run(rank: int, folder: str) -> None:
             results["accumulated", case, backend] = (loss, gradients(model))
         results["pairs", backend] = pair_gradient(backend, pairs_here)
         keep = torch.tensor(KEPT[rank])
-        results["kept pairs", backend] = pair_gradient(backend, pairs_here, instance_mask=keep)
+        results["kept pairs", backend] = pair_gradient(backend, pairs_here, instance_weights=keep)
     results["totals"] = step_totals([[3 + rank, 9], [0]], QUERIES)
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from maskloss import _inputs, distributed
-from maskloss._collate import collate
 from maskloss.loss import InstanceLosses, MaskLoss
 from maskloss.matches import Matches, wanted_classes
 from maskloss.points import draw_seed
 from maskloss.targets import MaskTargets
+from maskloss.targets.collate import collate
 
 
 @dataclass(frozen=True)

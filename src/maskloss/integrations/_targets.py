@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._frames import Size
 from maskloss.errors import Cause, describe
 from maskloss.ops.abi import COUNT, FIRST
 from maskloss.targets import MaskTargets
+from maskloss.targets.frames import Size
 
 
 def pack_masks(masks: Any, device: torch.device) -> MaskTargets:
@@ -54,7 +54,7 @@ def _canvas(entries: Sequence[Any]) -> Size | None:
 
 
 def _pack_one(entry: Any, canvas: Size | None) -> MaskTargets:
-    if isinstance(entry, MaskTargets) and entry.batch_size == 1:
+    if isinstance(entry, MaskTargets) and len(entry) == 1:
         return entry
     if isinstance(entry, Tensor):
         return MaskTargets.from_masks(entry, canvas=canvas)
@@ -79,7 +79,7 @@ def repeat_targets(targets: MaskTargets, times: int) -> MaskTargets:
     images = targets.images.clone()
     images[:, COUNT] *= times
     images[:, FIRST] *= times
-    which = torch.arange(targets.batch_size, device=targets.device)
+    which = torch.arange(len(targets), device=targets.device)
     image = which.repeat_interleave(images[:, COUNT], output_size=sum(counts))
     copy = torch.arange(sum(counts), device=targets.device) - images[:, FIRST][image]
     table = targets.table[targets.first_rows[image] + copy % targets.counts[image]]

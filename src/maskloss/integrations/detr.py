@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskloss import _inputs
-from maskloss import matching as core
+from maskloss import matcher as core
 from maskloss.errors import Cause, describe, reported
 from maskloss.functional import mask_focal
 from maskloss.integrations._boxes import box_costs, box_terms
@@ -81,7 +81,7 @@ class HungarianMatcher(nn.Module):
         self.cost_box, self.cost_giou = float(cost_box), float(cost_giou)
         self.core = core.HungarianMatcher(
             class_weight=cost_class,
-            ce_weight=cost_mask,
+            mask_weight=cost_mask,
             dice_weight=cost_dice,
             num_points=num_points,
             classification=classification,
@@ -242,7 +242,7 @@ class SetCriterion(nn.Module):
             layers.append(outputs["interm_outputs"])
             suffixes.append("_interm")
         matches = self._match(layers, targets, step)
-        count = mean_count(float(len(step.targets)), matches.index.device)
+        count = mean_count(float(step.targets.num_masks), matches.index.device)
         return self.losses_of(self.losses, dict(zip(suffixes, layers, strict=True)), matches, targets, step, count)
 
     def losses_of(

@@ -186,8 +186,8 @@ class SetCriterion(detr.SetCriterion):
         repeated = repeat_targets(step.targets, times)
         labels = torch.cat([part.repeat(times) for part in step.labels.split(list(counts))])
         known = Step(repeated, labels, step.image_ids, step.seed)
-        matches = Matches(index, (len(repeated),) * len(layers), size, repeated.num_targets)
-        count = mean_count(float(len(step.targets)), device) * times
+        matches = Matches(index, (repeated.num_masks,) * len(layers), size, repeated.num_targets)
+        count = mean_count(float(step.targets.num_masks), device) * times
         return self.losses_of(self.dn_losses, layers, matches, targets, known, count)
 
     def has_box(self, labels: Tensor) -> Tensor:

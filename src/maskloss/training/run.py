@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, reported, require
-from maskloss.matching import HungarianMatcher
+from maskloss.matcher import HungarianMatcher
 from maskloss.points import PointSampling
 from maskloss.training import pictures, report
 from maskloss.training.config import TrainConfig

@@ -15,8 +15,8 @@ from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.integrations._layers import Step, accumulated, mean_count
 from maskloss.integrations._targets import pack_masks, repeat_targets
 from maskloss.loss import MaskLoss
+from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.matches import Matches
-from maskloss.matching import HungarianMatcher, check_predictions
 from maskloss.points import PointSampling
 
 # What Transformers has in its code and not in its configuration.
@@ -121,7 +121,7 @@ def _layer_terms(
     rows = step.target_rows(index)
     pairs = box_terms(boxes[layer, image, query], torch.cat(box_targets)[rows])
     place = (layer, image, query, step.labels[rows])
-    count = mean_count(float(len(step.targets) * groups), logits.device)
+    count = mean_count(float(step.targets.num_masks * groups), logits.device)
 
     def per_layer(values: Tensor) -> Tensor:
         return values.reshape(len(layers), values.numel() // len(layers)).sum(1) / count
@@ -185,7 +185,7 @@ def _match(
     """Match every group of queries on its own: int64 `[N, 4]`, rows (layer, image, query, target), sorted by layer."""
     matcher = HungarianMatcher(
         class_weight=config.class_cost,
-        ce_weight=config.mask_class_loss_coefficient,
+        mask_weight=config.mask_class_loss_coefficient,
         dice_weight=config.mask_dice_loss_coefficient,
         num_points=num_points,
         target_mode="nearest",

@@ -19,7 +19,7 @@ from maskloss.errors import reported
 from maskloss.integrations._layers import Step, accumulated, mean_count, weighted_cross_entropy
 from maskloss.integrations._targets import PackedOnce, pack_masks
 from maskloss.loss import MaskLoss
-from maskloss.matching import HungarianMatcher, check_predictions
+from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.points import PointSampling
 
 # Not an attribute of the criterion: weak references can be neither copied nor pickled along with a model.
@@ -74,7 +74,7 @@ class PointCriterion(nn.Module):
         terms = step.mask_terms(self._mask_loss(), masks, matches)
         wanted = step.wanted_classes(matches, stacked.shape[:3], stacked.shape[3] - 1)
         classification = weighted_cross_entropy(stacked, wanted, self.empty_weight)
-        count = mean_count(float(len(step.targets)), stacked.device)
+        count = mean_count(float(step.targets.num_masks), stacked.device)
         return [
             {
                 "loss_mask": (terms.ce[layer] / count).reshape(self.count_shape),
@@ -87,7 +87,7 @@ class PointCriterion(nn.Module):
     def _matcher(self) -> HungarianMatcher:
         return HungarianMatcher(
             class_weight=self.matcher.cost_class,
-            ce_weight=self.matcher.cost_mask,
+            mask_weight=self.matcher.cost_mask,
             dice_weight=self.matcher.cost_dice,
             num_points=self.matcher.num_points,
             backend=self.maskloss_backend,

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from maskloss import _inputs, distributed, ops
-from maskloss._collate import Targets, collate
 from maskloss.errors import Cause, describe, reported
 from maskloss.functional import class_cost, focal_class_cost
 from maskloss.matches import Matches
 from maskloss.points import PointSampling, draw_seed
 from maskloss.targets import MaskTargets
+from maskloss.targets.collate import Targets, collate
 
 
 class HungarianMatcher(nn.Module):
     """Match queries and targets one to one, at the lowest total cost, for every image and decoder layer.
 
-        C[q, t] = class_weight * (-softmax(class)[q, label_t]) + ce_weight * BCE[q, t] + dice_weight * Dice[q, t]
+        C[q, t] = class_weight * (-softmax(class)[q, label_t]) + mask_weight * BCE[q, t] + dice_weight * Dice[q, t]
 
     Both mask terms are taken at `num_points` uniform points, which all queries and all layers of an image share. All
     costs are computed first, go to the host together, are solved there, and the matches come back together. An image
@@ -27,7 +27,7 @@ class HungarianMatcher(nn.Module):
 
     Args:
         class_weight: weight of the class term, at least 0. Default 2.
-        ce_weight: weight of the cross-entropy, at least 0. Default 5.
+        mask_weight: weight of the cross-entropy, at least 0. Default 5.
         dice_weight: weight of Dice, at least 0. Default 5.
         num_points: P, uniform points per image. Default 12544.
         classification: "softmax" (default), or "focal": the class logits have no "no object", and the class term is
@@ -60,7 +60,7 @@ class HungarianMatcher(nn.Module):
         self,
         *,
         class_weight: float = _inputs.CLASS_WEIGHT,
-        ce_weight: float = _inputs.CE_WEIGHT,
+        mask_weight: float = _inputs.MASK_WEIGHT,
         dice_weight: float = _inputs.DICE_WEIGHT,
         num_points: int = PointSampling.num_points,
         classification: str = "softmax",
@@ -71,12 +71,12 @@ class HungarianMatcher(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        weights = {"class_weight": class_weight, "ce_weight": ce_weight, "dice_weight": dice_weight}
+        weights = {"class_weight": class_weight, "mask_weight": mask_weight, "dice_weight": dice_weight}
         for name, weight in weights.items():
             _inputs.check_weight(name, weight)
         if not any(weights.values()):
             raise Cause("one weight at least must be positive", "all are 0", "a cost of 0 everywhere matches nothing")
-        self.class_weight, self.ce_weight, self.dice_weight = (float(weight) for weight in weights.values())
+        self.class_weight, self.mask_weight, self.dice_weight = (float(weight) for weight in weights.values())
         self.num_points = PointSampling(num_points=num_points).num_points
         _inputs.check_choice("classification", classification, ("softmax", "focal"))
         self.classification = classification
@@ -164,13 +164,13 @@ class HungarianMatcher(nn.Module):
         )
         padded = _by_image(labels, targets)
         by_class = class_cost if self.classification == "softmax" else focal_class_cost
-        cost = torch.add(self.ce_weight * ce, dice, alpha=self.dice_weight)
+        cost = torch.add(self.mask_weight * ce, dice, alpha=self.dice_weight)
         cost = torch.add(cost, by_class(class_logits, padded), alpha=self.class_weight)
         return cost if extra_costs is None else cost + extra_costs
 
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
-        weights = f"class_weight={self.class_weight}, ce_weight={self.ce_weight}, dice_weight={self.dice_weight}"
+        weights = f"class_weight={self.class_weight}, mask_weight={self.mask_weight}, dice_weight={self.dice_weight}"
         return f"{weights}, num_points={self.num_points}, {self.options}"
 
 
@@ -200,7 +200,7 @@ def _by_image(labels: Tensor, targets: MaskTargets) -> Tensor:
     """Arrange labels `[T_all]` by image, `[B, T_max]`; columns beyond an image's targets hold some other label."""
     widest = ops.widest(targets.num_targets)
     if widest == 0:
-        return labels.new_empty(targets.batch_size, 0)
+        return labels.new_empty(len(targets), 0)
     rows = targets.first_rows[:, None] + torch.arange(widest, device=labels.device)
     return labels[rows.clamp(max=len(labels) - 1)]
 

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss import _packing
 from maskloss.errors import Cause, describe
 from maskloss.ops.abi import FRAME_H, LABEL, PLACE_COLUMNS, TABLE_COLUMNS
+from maskloss.targets import bits
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -27,6 +27,7 @@ class Frame(NamedTuple):
 
 
 def frame_size(size: Size, canvas: Size | None) -> Size:
+    """Return the height and width of the frame: the canvas, which must hold the masks, or the masks' own."""
     if canvas is None:
         return max(size[0], 1), max(size[1], 1)
     if not isinstance(canvas, Sequence) or len(canvas) != 2:
@@ -67,7 +68,7 @@ def describe_images(stored: Sequence[Stored], frame: Frame, device: torch.device
     if frame.ignore is not None:
         for image in stored:
             check_ignore(frame.ignore, image.size, device)
-        ignore = _packing.pack(frame.ignore).flatten().repeat(len(stored))
+        ignore = bits.pack(frame.ignore).flatten().repeat(len(stored))
     ignored = len(ignore) // len(stored)
     tables, images, windows = [], [], []
     first = base = 0
@@ -108,6 +109,7 @@ def _upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor
 
 
 def check_ignore(ignore: Tensor, size: Size, device: torch.device) -> None:
+    """Refuse an ignore region of another size, type or device than the masks'."""
     fits = isinstance(ignore, Tensor) and tuple(ignore.shape) == tuple(size)
     if not fits or ignore.dtype not in (torch.bool, torch.uint8):
         raise Cause(
@@ -124,6 +126,7 @@ def check_ignore(ignore: Tensor, size: Size, device: torch.device) -> None:
 
 
 def window_row(valid: Box | None, height: int, width: int) -> NDArray[np.float32]:
+    """Write the valid window as fractions of the frame, float32 `[1, 4]`: left, top, width, height."""
     if valid is None:
         return np.array([[0, 0, 1, 1]], dtype=np.float32)
     if not isinstance(valid, Sequence) or len(valid) != 4:

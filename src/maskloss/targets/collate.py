@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maskloss.errors import Cause, describe
-from maskloss.targets import MaskTargets
+from maskloss.targets.mask_targets import MaskTargets
 
 _CONVENTION = 'give [{"masks": [T, H, W], "labels": [T]}, ...]'
 
@@ -48,9 +48,9 @@ def collate(targets: Targets) -> tuple[MaskTargets, Tensor]:
 def _collated(targets: Mapping[str, Any]) -> tuple[MaskTargets, Tensor]:
     masks, labels = targets.get("masks"), targets.get("labels")
     if isinstance(masks, MaskTargets) and isinstance(labels, Tensor):
-        _check_labels(labels, len(masks), "the batch", masks.device)
+        _check_labels(labels, masks.num_masks, "the batch", masks.device)
         return masks, labels.long()
-    if not isinstance(masks, MaskTargets) or not isinstance(labels, Sequence) or len(labels) != masks.batch_size:
+    if not isinstance(masks, MaskTargets) or not isinstance(labels, Sequence) or len(labels) != len(masks):
         raise Cause(
             'a dict must hold a collated batch: a MaskTargets in "masks", a list of [T] per image in "labels"',
             f"got {describe(targets)}",
@@ -70,10 +70,10 @@ def _pack(masks: Sequence[Any], ids: Sequence[Any]) -> MaskTargets:
     parts = []
     for image, (each, numbers) in enumerate(zip(masks, ids, strict=True)):
         if isinstance(each, MaskTargets):
-            if each.batch_size != 1:
+            if len(each) != 1:
                 raise Cause(
                     "a MaskTargets in an entry must hold one image",
-                    f"that of entry {image} holds {each.batch_size}",
+                    f"that of entry {image} holds {len(each)}",
                     "give each image its own",
                 )
             parts.append(each)

@@ -63,7 +63,9 @@ def test_classes_of_the_queries(backend: str) -> None:
 def test_costs_are_the_formula_at_shared_points(backend: str, focal: dict[str, float], padding_mode: str) -> None:
     targets, (classes, masks) = entries(), predictions()
     options = {"padding_mode": padding_mode, **focal}
-    matcher = HungarianMatcher(class_weight=1.5, ce_weight=4, dice_weight=3, num_points=50, backend=backend, **options)
+    matcher = HungarianMatcher(
+        class_weight=1.5, mask_weight=4, dice_weight=3, num_points=50, backend=backend, **options
+    )
     windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(len(targets), 1)
     points = reference.match_points(windows, torch.arange(len(targets)), torch.tensor(8), 50)
     matches = matcher(classes, masks, targets, seed=8)
@@ -88,7 +90,7 @@ def test_costs_are_the_formula_at_shared_points(backend: str, focal: dict[str, f
 
 def test_given_matcher_is_used(backend: str) -> None:
     targets, (classes, masks) = entries(), predictions()
-    by_class = HungarianMatcher(class_weight=1, ce_weight=0, dice_weight=0, num_points=1, backend=backend)
+    by_class = HungarianMatcher(class_weight=1, mask_weight=0, dice_weight=0, num_points=1, backend=backend)
     module = criterion(backend, matcher=by_class)
     assert module.matcher is by_class
     out = module(classes, masks, targets, seed=1)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskloss import _packing
-from maskloss._frames import Box, Frame, Size, Stored, describe_images
 from maskloss.errors import Cause, describe, reported
 from maskloss.ops.abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W, LABEL, PLACE_COLUMNS, SIZES
+from maskloss.targets import bits, coco, dense, label_maps
+from maskloss.targets.frames import Box, Frame, Size, Stored, describe_images
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,11 +91,11 @@ class MaskTargets:
         """
         listed = list(masks) if isinstance(masks, Sequence) else [masks]
         for image in listed:
-            _packing.check_masks(image)
+            dense.check_masks(image)
         if not listed:
             raise Cause("masks must hold one tensor per image", "the list is empty", "an empty image is [0, H, W]")
-        _packing.check_devices(listed)
-        make = _from_values if _packing.are_soft(listed, soft) else _from_binary
+        dense.check_devices(listed)
+        make = _from_values if dense.are_soft(listed, soft) else _from_binary
         return make(listed, Frame(canvas, ignore, valid))
 
     @staticmethod
@@ -133,7 +133,7 @@ class MaskTargets:
         if width % 8:
             packed = packed.clone()
             packed[..., -1] &= (1 << width % 8) - 1
-        data, place = _packing.crop(packed, width)
+        data, place = bits.crop(packed, width)
         stored = Stored(place, len(data), (packed.shape[1], width))
         return _build("bits", data, [stored], Frame(canvas, ignore, valid))
 
@@ -205,7 +205,7 @@ class MaskTargets:
                 coordinates or fewer than 6, anything else that is no segmentation, or as in `from_masks`.
             MissingExtraError: pycocotools is not installed (extra `coco`).
         """
-        data, place = _packing.pack_coco(segmentations, height, width)
+        data, place = coco.pack_coco(segmentations, height, width)
         return _build("bits", data, [Stored(place, len(data), (height, width))], Frame(canvas, ignore, valid))
 
     @staticmethod
@@ -227,7 +227,7 @@ class MaskTargets:
             raise Cause("parts must be the MaskTargets to join", f"got {describe(parts)}", "give one per image")
         if len(parts) == 1:
             return parts[0]
-        full = [part for part in parts if len(part)] or [parts[0]]
+        full = [part for part in parts if part.num_masks] or [parts[0]]
         encodings, devices = {part.encoding for part in full}, {str(part.device) for part in parts}
         if len(encodings) > 1 or len(devices) > 1:
             raise Cause(
@@ -238,15 +238,15 @@ class MaskTargets:
         return _join(parts, full)
 
     def __len__(self) -> int:
-        """Return the number of masks of all images together."""
-        return sum(self.num_targets)
+        """Return the number of images."""
+        return len(self.num_targets)
 
     def __repr__(self) -> str:
         if self.device.type == "meta":
-            return f"MaskTargets({len(self)} masks, {self.encoding}, meta)"
+            return f"MaskTargets({self.num_masks} masks, {self.encoding}, meta)"
         sizes = sorted({(row[IMAGE_H], row[IMAGE_W]) for row in self.images.tolist()})
         size = f"{sizes[0][0]} x {sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} sizes"
-        masks, images = len(self), self.batch_size
+        masks, images = self.num_masks, len(self)
         extras = "".join(
             text
             for text, given in (
@@ -261,9 +261,9 @@ class MaskTargets:
         )
 
     @property
-    def batch_size(self) -> int:
-        """The number of images."""
-        return len(self.num_targets)
+    def num_masks(self) -> int:
+        """The number of masks of all images together."""
+        return sum(self.num_targets)
 
     @property
     def counts(self) -> Tensor:
@@ -331,10 +331,10 @@ class MaskTargets:
 
 
 def _from_binary(images: Sequence[Tensor], frame: Frame) -> MaskTargets:
-    if not all(map(_packing.on_host, images)):
+    if not all(map(bits.on_host, images)):
         stored = [_whole(masks, (masks.shape[2] + 7) // 8) for masks in images]
-        return _build("bits", _packing.pack_elsewhere(images), stored, frame)
-    crops = [_packing.crop(_packing.pack(masks), masks.shape[2]) for masks in images]
+        return _build("bits", bits.pack_elsewhere(images), stored, frame)
+    crops = [bits.crop(bits.pack(masks), masks.shape[2]) for masks in images]
     stored = [
         Stored(place, len(data), (masks.shape[1], masks.shape[2]))
         for masks, (data, place) in zip(images, crops, strict=True)
@@ -362,17 +362,17 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _from_labels(maps: Sequence[Tensor], ids: Sequence[Any], allow_missing: bool, frame: Frame) -> MaskTargets:
-    maps = [_packing.check_label_map(labels) for labels in maps]
-    _packing.check_devices(maps)
+    maps = [label_maps.check_label_map(labels) for labels in maps]
+    dense.check_devices(maps)
     parts, stored = [], []
     unread: list[tuple[int, Tensor]] = []
     first = 0
     for labels, numbers in zip(maps, ids, strict=True):
-        known = not isinstance(numbers, Tensor) or _packing.on_host(labels) or _packing.on_host(numbers)
-        listed = _packing.listed_ids(numbers) if known else [0] * len(_packing.check_ids(numbers))
+        known = not isinstance(numbers, Tensor) or bits.on_host(labels) or bits.on_host(numbers)
+        listed = label_maps.listed_ids(numbers) if known else [0] * len(label_maps.check_ids(numbers))
         if not known:
             unread.append((first, numbers))
-        place = _packing.label_places(labels, listed, allow_missing)
+        place = label_maps.label_places(labels, listed, allow_missing)
         # Without targets there is nothing to read, and such an image fits any encoding.
         parts.append(labels.detach().reshape(-1) if listed else labels.new_empty(0))
         stored.append(Stored(place, len(parts[-1]), (labels.shape[0], labels.shape[1]), listed))

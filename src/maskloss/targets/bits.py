@@ -1,0 +1,85 @@
+"""Masks as packed bits, cropped to their bounding boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maskloss.ops.abi import PLACE_COLUMNS
+
+Bytes = NDArray[np.uint8]
+# Gathers the lowest bits of eight bytes in the highest byte, the first of them lowest.
+_GATHER = 0x0102040810204080
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Tell whether values may be looked at: elsewhere that stalls a device, or breaks the graph of `torch.compile`."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def pack(masks: Tensor) -> Tensor:
+    """Pack masks `[..., H, W]`, non-zero inside, into bits: uint8 `[..., H, ceil(W / 8)]`, lowest bit leftmost."""
+    if on_host(masks):
+        values = masks if masks.dtype in (torch.bool, torch.uint8) else masks != 0
+        return torch.from_numpy(np.packbits(values.contiguous().numpy(), axis=-1, bitorder="little"))
+    return pack_elsewhere([masks]).view(*masks.shape[:-1], (masks.shape[-1] + 7) // 8)
+
+
+def pack_elsewhere(images: Sequence[Tensor]) -> Tensor:
+    """Pack masks on any device, images of one size together: uint8 1-D, each row padded to a byte."""
+    if len(images) > 1 and len({(masks.dtype, masks.shape[1:]) for masks in images}) == 1:
+        images = [torch.cat(list(images))]
+    rows = []
+    for masks in images:
+        inside = masks if masks.dtype == torch.bool else masks != 0
+        width = masks.shape[-1]
+        rows.append((torch.nn.functional.pad(inside, (0, -width % 8)) if width % 8 else inside).reshape(-1))
+    joined = torch.cat(rows) if len(rows) > 1 else rows[0]
+    if torch.compiler.is_compiling() or joined.storage_offset() % 8:
+        joined = joined.clone()  # words begin at words
+    # Eight bytes that are 0 or 1 make a word; the product moves byte i to bit 56 + i, and no two terms meet.
+    words = joined.view(torch.int64) * _GATHER
+    return words.view(torch.uint8)[7::8].contiguous()
+
+
+def crop(packed: Tensor, width: int) -> tuple[Tensor, NDArray[np.int64]]:
+    """Cut packed masks `[T, H, ceil(W / 8)]` down to their bounding boxes, where that needs no wait for a device.
+
+    Returns:
+        The bytes of all crops, uint8 `[n]`, and the place of each, int64 `[T, 6]`.
+    """
+    count, height, row = packed.shape
+    place = np.zeros((count, PLACE_COLUMNS), dtype=np.int64)
+    if not on_host(packed):
+        place[:] = (0, row, 0, 0, height, width)
+        place[:, 0] = np.arange(count) * (height * row)
+        return packed.flatten(), place
+    crops: list[Bytes] = []
+    offset = 0
+    for target, mask in enumerate(packed.numpy()):
+        piece, top, left = crop_one(mask)
+        box_h, box_row = piece.shape
+        place[target] = (offset, box_row, top, 8 * left, box_h, min(8 * box_row, width - 8 * left))
+        crops.append(piece.reshape(-1))
+        offset += piece.size
+    return join_crops(crops), place
+
+
+def crop_one(mask: Bytes) -> tuple[Bytes, int, int]:
+    """Cut one packed mask `[H, ceil(W / 8)]` to its bounding box: its bytes, its first row, its first byte."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not rows.size:
+        return mask[:0, :0], 0, 0
+    top, bottom = rows[0], rows[-1] + 1
+    columns = np.flatnonzero(mask[top:bottom].any(axis=0))
+    left, right = columns[0], columns[-1] + 1
+    return mask[top:bottom, left:right], int(top), int(left)
+
+
+def join_crops(crops: Sequence[Bytes]) -> Tensor:
+    """Join the bytes of all crops, uint8 1-D."""
+    return torch.from_numpy(np.concatenate(crops)) if crops else torch.empty(0, dtype=torch.uint8, device="cpu")

@@ -1,0 +1,128 @@
+"""COCO segmentations, run lengths and polygons, as packed bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maskloss.errors import Cause, describe, require
+from maskloss.ops.abi import PLACE_COLUMNS
+from maskloss.targets.bits import Bytes, crop_one, join_crops
+
+# pycocotools works with coordinates times 5 in 32-bit integers.
+_FAR = 1 << 20
+
+
+def pack_coco(segmentations: Sequence[Any], height: int, width: int) -> tuple[Tensor, NDArray[np.int64]]:
+    """Pack COCO segmentations (RLE or polygons), one at a time: bytes of all crops, and the place of each `[T, 6]`."""
+    api = require("pycocotools.mask", "coco")
+    if not isinstance(segmentations, Sequence) or isinstance(segmentations, (str, bytes)):
+        raise Cause(
+            "segmentations must be a list with one per target",
+            f"got {describe(segmentations)}",
+            "wrap a single segmentation in a list",
+        )
+    if height < 1 or width < 1:
+        raise Cause("an image must have pixels", f"height={height!r}, width={width!r}", "take them from the image")
+    place = np.zeros((len(segmentations), PLACE_COLUMNS), dtype=np.int64)
+    crops: list[Bytes] = []
+    offset = 0
+    for target, segmentation in enumerate(segmentations):
+        run = _run_length(api, segmentation, target, height, width)
+        packed = np.packbits(api.decode(run), axis=-1, bitorder="little")
+        piece, top, left = crop_one(packed)
+        box_h, box_row = piece.shape
+        place[target] = (offset, box_row, top, 8 * left, box_h, min(8 * box_row, width - 8 * left))
+        crops.append(piece.reshape(-1))
+        offset += piece.size
+    return join_crops(crops), place
+
+
+def _run_length(api: Any, segmentation: Any, target: int, height: int, width: int) -> Any:
+    """Bring one segmentation into compressed run lengths, and check that they fill the image."""
+    if isinstance(segmentation, Mapping):
+        return _checked_rle(api, segmentation, target, height, width)
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, (str, bytes)) or not segmentation:
+        raise Cause(
+            "a segmentation must be an RLE dict or a non-empty list of polygons",
+            f"segmentation {target} is {type(segmentation).__name__}",
+            'use {"size": [height, width], "counts": ...} or [[x0, y0, x1, y1, x2, y2, ...], ...]',
+        )
+    for polygon in segmentation:
+        if not isinstance(polygon, Sequence) or isinstance(polygon, (str, bytes)):
+            raise Cause(
+                "a segmentation must be a list of polygons",
+                f"segmentation {target} holds a {type(polygon).__name__}",
+                "wrap a single polygon in a list: [[x0, y0, x1, y1, x2, y2, ...]]",
+            )
+        if len(polygon) % 2 or len(polygon) < 6:
+            raise Cause(
+                "a polygon must have an even number of coordinates, at least 6",
+                f"segmentation {target} has a polygon with {len(polygon)} coordinates",
+                "list x and y of at least three corners in turn",
+            )
+        # Farther off, the coordinates overflow inside pycocotools.
+        if not all(isinstance(value, Real) and -_FAR < float(value) < _FAR for value in polygon):
+            raise Cause(
+                f"the coordinates of a polygon must be numbers below {_FAR} in size",
+                f"segmentation {target} has {describe(polygon)}",
+                "drop the instance, or mend the annotation",
+            )
+    return api.merge(api.frPyObjects([[float(c) for c in p] for p in segmentation], height, width))
+
+
+def _checked_rle(api: Any, rle: Mapping[str, Any], target: int, height: int, width: int) -> Any:
+    if "size" not in rle or "counts" not in rle:
+        raise Cause(
+            'an RLE must have the keys "size" and "counts"',
+            f"segmentation {target} has {sorted(map(str, rle))}",
+            'use {"size": [height, width], "counts": ...}',
+        )
+    size, counts = rle["size"], rle["counts"]
+    if not isinstance(size, Sequence) or list(size) != [height, width]:
+        raise Cause(
+            "the size of an RLE must be that of its image",
+            f"segmentation {target} has size {size}, the image is [{height}, {width}]",
+            "size is [height, width]",
+        )
+    if not isinstance(counts, Sequence):
+        raise Cause(
+            "the counts of an RLE must be a compressed string or a list",
+            f"those of segmentation {target} are {describe(counts)}",
+            "COCO's annotation files have a list, pycocotools has bytes",
+        )
+    runs = _runs(counts) if isinstance(counts, (str, bytes)) else [int(run) for run in counts]
+    if min(runs, default=0) < 0 or sum(runs) != height * width:
+        raise Cause(
+            "the counts of an RLE must fill its size",
+            f"segmentation {target} has counts for {sum(runs)} pixels, {height} x {width} = {height * width}",
+            "the counts alternate between outside and inside, column by column, and add up to height * width",
+        )
+    if isinstance(counts, (str, bytes)):
+        return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
+    return api.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+
+
+def _runs(counts: str | bytes) -> list[int]:
+    """Decode compressed counts: 5 bits a character, lowest first; from the third run on, the change to two runs ago."""
+    text = counts.encode() if isinstance(counts, str) else counts
+    runs: list[int] = []
+    value = shift = 0
+    for byte in text:
+        digit = byte - 48
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise Cause("compressed counts must be complete", "they end inside a number", "the string was cut off")
+    return runs

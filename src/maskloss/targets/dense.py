@@ -1,0 +1,54 @@
+"""Dense masks: what is accepted, and whether they are soft."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from maskloss.errors import Cause, describe
+from maskloss.targets import bits
+
+
+def check_masks(masks: Tensor) -> None:
+    """Refuse anything but masks `[T, H, W]` of a type that can be packed or kept."""
+    if not isinstance(masks, Tensor) or masks.ndim != 3:
+        raise Cause(
+            "masks must be a tensor [T, H, W]",
+            f"got {describe(masks)}",
+            "a single mask is masks[None]; label maps go with their ids; torch.as_tensor converts arrays",
+        )
+    if masks.dtype not in (torch.bool, torch.uint8) and not masks.is_floating_point():
+        raise Cause(
+            "masks must be bool, uint8 or float",
+            f"got {masks.dtype}",
+            "an integer map of instance ids goes to MaskTargets.from_label_map",
+        )
+
+
+def check_devices(images: Sequence[Tensor]) -> None:
+    """Refuse images that are not all on one device."""
+    devices = sorted({str(image.device) for image in images})
+    if len(devices) > 1:
+        raise Cause(
+            "the targets of a batch must be on one device", f"got {', '.join(devices)}", "move all of them to one"
+        )
+
+
+def are_soft(images: Sequence[Tensor], soft: bool | None) -> bool:
+    """Decide for a whole batch, which must have one encoding, whether its masks are kept as soft values."""
+    floats = [image for image in images if image.is_floating_point()]
+    if soft is False or not floats:
+        return False
+    on_cpu = [image for image in floats if bits.on_host(image)]
+    if soft is None and len(on_cpu) == len(floats) and all(bool(((i == 0) | (i == 1)).all()) for i in floats):
+        return False
+    for image in on_cpu:
+        if not bool(((image >= 0) & (image <= 1)).all()):
+            raise Cause(
+                "soft masks must lie in [0, 1]",
+                f"values reach from {float(image.min()):g} to {float(image.max()):g}",
+                "divide masks in [0, 255] by 255, or compare with a threshold",
+            )
+    return True
