@@ -4,6 +4,7 @@ from maskloss import functional
 from maskloss.criterion import CriterionOutput, MaskCriterion
 from maskloss.distributed import StepTotals, step_totals
 from maskloss.errors import MaskLossError, MissingExtraError
+from maskloss.factors import MaskFactors
 from maskloss.loss import InstanceLosses, MaskLoss, MaskLossOutput
 from maskloss.matcher import HungarianMatcher
 from maskloss.matches import Matches
@@ -17,6 +18,7 @@ __all__ = [
     "HungarianMatcher",
     "InstanceLosses",
     "MaskCriterion",
+    "MaskFactors",
     "MaskLoss",
     "MaskLossError",
     "MaskLossOutput",

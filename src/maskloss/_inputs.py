@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maskloss.errors import Cause, describe
+from maskloss.factors import Layer, MaskFactors
 from maskloss.ops import check_backend
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
@@ -111,13 +112,14 @@ def check_maps(name: str, maps: Tensor, shape: str, *, min_size: int = 1) -> Non
         raise Cause(f"{name} must have at least one pixel", f"got {list(maps.shape)}", "check the sizes upstream")
 
 
-def check_layers(name: str, layers: Tensor | Sequence[Tensor], shape: str) -> list[Tensor]:
-    """Bring logits of one layer, or of a sequence of decoder layers, into a checked list."""
+def check_layers(name: str, layers: Layer | Sequence[Layer], shape: str) -> list[Layer]:
+    """Bring logits of one layer, or of a sequence of decoder layers, dense or as factors, into a checked list."""
     listed = list(layers) if isinstance(layers, Sequence) else [layers]
     if not listed:
         raise Cause(f"{name} must have at least one decoder layer", "the sequence is empty", "give the final layer's")
     for layer in listed:
-        check_maps(name, layer, shape)
+        if not isinstance(layer, MaskFactors):
+            check_maps(name, layer, shape)
     first = listed[0]
     for number, layer in enumerate(listed):
         same = (layer.shape[:2], layer.dtype, layer.device) == (first.shape[:2], first.dtype, first.device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maskloss import _inputs, distributed, ops
+from maskloss import _inputs, distributed, factors, ops
 from maskloss.errors import Cause, describe, reported
 from maskloss.functional import check_points, pair_index
 from maskloss.matches import Matches
@@ -184,8 +184,9 @@ class MaskLoss(nn.Module):
         """
         options, sampling = self.options, self.sampling
         num_points = sampling.num_points if points is None else points.shape[1]
-        ce, dice = ops.mask_loss(
-            ops.Instances(logits, matches.index, matches.layer_sizes),
+        ce, dice = factors.mask_loss(
+            logits,
+            matches,
             ops.Targets(*targets.tensors, targets.encoding),
             ops.Draw(image_ids, seed, num_points, sampling.num_candidates, sampling.num_uncertain),
             ops.Term(options.padding_mode, options.target_mode, *options.focal),

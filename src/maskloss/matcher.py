@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from maskloss import _inputs, distributed, ops
+from maskloss import _inputs, distributed, factors, ops
 from maskloss.errors import Cause, describe, reported
 from maskloss.functional import class_cost, focal_class_cost
 from maskloss.matches import Matches
@@ -139,7 +139,8 @@ class HungarianMatcher(nn.Module):
         index, wanted = ops.assign(cost, labels, targets.num_targets, num_classes)
         matched = ops.count_matches(targets.num_targets, num_queries)
         sizes = (matched,) * len(mask_logits)
-        return Matches(index, sizes, num_queries, targets.num_targets, wanted, num_classes)
+        counts = ops.matched_counts(targets.num_targets, num_queries) * len(mask_logits)
+        return Matches(index, sizes, num_queries, targets.num_targets, wanted, num_classes, counts)
 
     @torch.no_grad()
     def costs(
@@ -154,7 +155,7 @@ class HungarianMatcher(nn.Module):
     ) -> Tensor:
         """Compute the matching costs `[L, B, Q, T_max]` of checked inputs; meaningless beyond an image's targets."""
         options = self.options
-        ce, dice = ops.match_cost(
+        ce, dice = factors.match_cost(
             mask_logits,
             targets.num_targets,
             ops.Targets(*targets.tensors, targets.encoding),

@@ -24,6 +24,8 @@ class Matches:
         classes: int64 `[L, B, Q]`, the class that each query should have, `num_classes` for one without a target. None
             for matches that were given as pairs.
         num_classes: the number of classes that the matching knew.
+        counts: the number of rows of each layer and image, `[L * B]`, where the rows of a layer are sorted by image.
+            None: not known on the host; masks as factors then have to ask the device.
     """
 
     index: Tensor
@@ -32,6 +34,7 @@ class Matches:
     num_targets: tuple[int, ...]
     classes: Tensor | None = None
     num_classes: int | None = None
+    counts: tuple[int, ...] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -84,7 +87,8 @@ class Matches:
             fixed = torch.zeros_like(queries)
             rows.append(torch.stack([fixed, fixed + image, queries, targets], dim=1))
         index = torch.cat(rows) if rows else torch.empty(0, 4, dtype=torch.int64, device="cpu")
-        return Matches(index, (len(index),), num_queries, tuple(num_targets))
+        counts = tuple(len(part) for part in rows)
+        return Matches(index, (len(index),), num_queries, tuple(num_targets), counts=counts)
 
     def to(self, device: torch.device | str) -> Matches:
         """Move the tensors to a device."""

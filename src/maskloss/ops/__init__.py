@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss.ops import assignment
+from maskloss.ops import assignment, factored
 from maskloss.ops.abi import (
     INDEX_COLUMNS,
     Draw,
+    Factors,
     Gradients,
     Instances,
+    Kept,
     Saved,
     Targets,
     Term,
@@ -32,6 +34,7 @@ from maskloss.ops.dispatch import BACKENDS, check_backend, choose_backend, load
 __all__ = [
     "BACKENDS",
     "Draw",
+    "Factors",
     "Instances",
     "Targets",
     "Term",
@@ -39,8 +42,11 @@ __all__ = [
     "check_backend",
     "choose_backend",
     "count_matches",
+    "factored_mask_loss",
+    "factored_match_cost",
     "mask_loss",
     "match_cost",
+    "matched_counts",
     "point_sample",
     "uncertain_points",
     "widest",
@@ -52,6 +58,8 @@ _TARGETS = "Tensor data, Tensor table, Tensor images, Tensor windows, Tensor ign
 _DRAW = "Tensor image_ids, Tensor seed, SymInt num_points, SymInt num_candidates, SymInt num_uncertain"
 _TERM = "str padding, str target_mode, float focal_alpha, float focal_gamma"
 _LOSS = f"{_INSTANCES}, {_TARGETS}, {_DRAW}, {_TERM}, Tensor? points"
+_FACTORS = "Tensor[] embeddings, Tensor[] biases, Tensor[] features, int[] features_of, int scratch_bytes"
+_FACTORED_LOSS = f"{_FACTORS}, Tensor index, SymInt[] counts, {_TARGETS}, {_DRAW}, {_TERM}, Tensor? points"
 _SAMPLE = "Tensor maps, Tensor index, Tensor points, str mode, str padding"
 
 # The compiler's own CUDA graphs must leave out what waits for the device or reads a seed on the host: a graph would
@@ -70,8 +78,13 @@ def widest(num_targets: Sequence[int]) -> int:
 
 
 def count_matches(num_targets: Sequence[int], num_queries: int) -> int:
-    """Return the number of matched instances of a layer: min(T, Q) of each image; of symbols again an expression."""
-    return sum(torch.sym_min(count, num_queries) for count in num_targets)
+    """Return the number of matched instances of a layer."""
+    return sum(matched_counts(num_targets, num_queries))
+
+
+def matched_counts(num_targets: Sequence[int], num_queries: int) -> tuple[int, ...]:
+    """Return the number of matched instances of each image, min(T, Q); of symbols again an expression."""
+    return tuple(torch.sym_min(count, num_queries) for count in num_targets)
 
 
 # ------------------------------------------------------------------------------------------------------ point sampling
@@ -277,4 +290,154 @@ def mask_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute cross-entropy and Dice `[N]` at the caller's points, or at points that are drawn; gradient to logits."""
     ce, dice, _, _ = _mask_loss(*instances, *targets, *draw, *term, points, backend)
+    return ce, dice
+
+
+# -------------------------------------------------------------------------------------------------- masks as products
+
+
+def _products_as_they_are(args: Sequence[Any]) -> torch.autocast:
+    """Mixed precision around the call must not round what is in another dtype on purpose."""
+    return torch.autocast(args[2][0].device.type, enabled=False)
+
+
+@_operation(
+    "factored_match_cost",
+    f"{_FACTORS}, SymInt[] num_targets, {_TARGETS}, {_DRAW}, {_TERM}, str backend",
+    "(Tensor, Tensor)",
+    **_NOT_CAPTURED,
+)
+def _factored_match_cost(*args: Any) -> tuple[Tensor, Tensor]:
+    factors, num_targets, *rest = grouped(args, Factors)
+    *inputs, backend = grouped((*rest,), Targets, Draw, Term)
+    with _products_as_they_are(args):
+        return factored.match_cost(load(backend), factors, num_targets, *inputs)
+
+
+@_factored_match_cost.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    factors, num_targets, *_ = grouped(args, Factors)
+    like = factors.features[0]
+    layers = [each for each, which in zip(factors.embeddings, factors.features_of, strict=True) if which >= 0]
+    shape = (len(layers), *layers[0].shape[:2], widest(num_targets))
+    dtype = accumulation_dtype(like.dtype)
+    return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
+
+
+def factored_match_cost(
+    factors: Factors, num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Compute what `match_cost` does, for the layers that are factored, in their order. No gradient."""
+    ce, dice = _factored_match_cost(*factors, num_targets, *targets, *draw, *term, backend)
+    return ce, dice
+
+
+@_operation(
+    "factored_mask_loss", f"{_FACTORED_LOSS}, str backend", "(Tensor, Tensor, Tensor, Tensor, Tensor)", **_NOT_CAPTURED
+)
+def _factored_mask_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    factors, index, counts, *rest = grouped(args, Factors)
+    *inputs, backend = grouped(rest, Targets, Draw, Term)
+    with _products_as_they_are(args):
+        ce, dice, kept = factored.mask_loss(load(backend), factors, index, counts, *inputs)
+    return ce, dice, *kept
+
+
+@_factored_mask_loss.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    factors, index, _, *rest = grouped(args, Factors)
+    targets, draw, _, points, _ = grouped(rest, Targets, Draw, Term)
+    count, dtype = index.shape[0], accumulation_dtype(factors.features[0].dtype)
+    width = num_bytes(draw.num_candidates) if points is None and draw.num_uncertain else 0
+    shapes: list[tuple[Any, torch.dtype]] = [((count,), dtype), ((count,), dtype), ((count, width), torch.uint8)]
+    shapes.append(((count, draw.num_points), dtype if targets.encoding == "values" else torch.uint8))
+    shapes.append(((count, draw.num_points), dtype))
+    ce, dice, chosen, corners, logits = (index.new_empty(shape, dtype=kind) for shape, kind in shapes)
+    return ce, dice, chosen, corners, logits
+
+
+@_operation(
+    "factored_mask_loss_backward",
+    f"Tensor grad_ce, Tensor grad_dice, Tensor chosen, Tensor corners, Tensor logits, {_FACTORED_LOSS}, "
+    "bool[] needs_grad, str backend",
+    "Tensor[]",
+    **_NOT_CAPTURED,
+)
+def _factored_mask_loss_backward(*args: Any) -> list[Tensor]:
+    grads, kept, factors, index, counts, *rest = grouped(args, Gradients, Kept, Factors)
+    *inputs, needs_grad, backend = grouped(rest, Targets, Draw, Term)
+    with _products_as_they_are(factors):
+        return factored.mask_loss_backward(load(backend), grads, kept, factors, index, counts, *inputs, needs_grad)
+
+
+@_factored_mask_loss_backward.register_fake
+def _(*args: Any) -> list[Tensor]:
+    _, _, factors, *_ = grouped(args, Gradients, Kept, Factors)
+    like, needs_grad = factors.features[0], args[-2]
+    shapes = [
+        (len(layers), *next((layer.shape for layer in layers if layer.numel()), ()))
+        for layers in (factors.embeddings, factors.biases)
+    ] + [tuple(each.shape) for each in factors.features]
+    return [like.new_empty(shape if need else 0) for shape, need in zip(shapes, needs_grad, strict=True)]
+
+
+def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *lists, features_of, scratch_bytes = inputs[: len(Factors._fields)]
+    *rest, ctx.backend = inputs[len(Factors._fields) :]
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.lengths = [len(each) for each in lists]
+    tensors = [value for value in rest if isinstance(value, Tensor)]
+    ctx.save_for_backward(*output[2:], *(tensor for each in lists for tensor in each), *tensors)
+    ctx.facts = features_of, scratch_bytes
+    ctx.options = [None if isinstance(value, Tensor) else (value,) for value in rest]
+
+
+def _factored_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    saved = iter(ctx.saved_tensors)
+    kept = Kept(*(next(saved) for _ in Kept._fields))
+    lists = [[next(saved) for _ in range(length)] for length in ctx.lengths]
+    rest = [next(saved) if option is None else option[0] for option in ctx.options]
+    needs = [[bool(need) for need in ctx.needs_input_grad[which]] for which in range(len(lists))]
+    zero = kept.logits.new_zeros(kept.logits.shape[0])
+    given = [zero if grad is None else grad.contiguous() for grad in (grad_ce, grad_dice)]
+    wanted = [any(needs[0]), any(needs[1]), *needs[2]]
+    by_row, by_bias, *by_pixel = _factored_mask_loss_backward(
+        *given, *kept, *lists, *ctx.facts, *rest, wanted, ctx.backend
+    )
+    filled = [[layer.numel() > 0 for layer in layers] for layers in lists[:2]]
+    found = [
+        [grad[layer] if need and real else None for layer, (need, real) in enumerate(zip(each, there, strict=True))]
+        for grad, each, there in zip((by_row, by_bias), needs[:2], filled, strict=True)
+    ]
+    found.append([grad if need else None for grad, need in zip(by_pixel, needs[2], strict=True)])
+    return *found, None, None, *[None] * len(rest), None
+
+
+_factored_mask_loss.register_autograd(_factored_derivative, setup_context=_factored_setup)
+
+
+def factored_mask_loss(
+    factors: Factors,
+    index: Tensor,
+    counts: Sequence[int],
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Compute what `mask_loss` does, for rows of the index whose layers are factored; gradients to all factors.
+
+    Args:
+        factors: of all layers.
+        index: int64 `[N, INDEX_COLUMNS]`, sorted by layer and image.
+        counts: how many rows each layer and image has, `[L * B]`.
+        targets: of the batch.
+        draw: see `mask_loss`; likewise the others.
+        term: how logits and targets are read.
+        points: the caller's, or None.
+        backend: one that has kernels.
+    """
+    ce, dice, *_ = _factored_mask_loss(*factors, index, counts, *targets, *draw, *term, points, backend)
     return ce, dice

@@ -170,6 +170,32 @@ class Saved(NamedTuple):
     corners: Tensor
 
 
+class Kept(NamedTuple):
+    """What the backward pass of factored instances needs: as `Saved`, and the logits at the points `[N, P]`."""
+
+    chosen: Tensor
+    corners: Tensor
+    logits: Tensor
+
+
+class Factors(NamedTuple):
+    """The mask logits of all layers as products (see `MaskFactors`), in the dtype of the products.
+
+    Attributes:
+        embeddings: one `[B, Q, D]` per decoder layer; of a layer that is not factored an empty tensor, which has no rows.
+        biases: one `[B, Q]` per decoder layer, or none at all.
+        features: the distinct `[B, D, h, w]`.
+        features_of: for each decoder layer, which of the features it has.
+        scratch_bytes: bound on the planes, or the logits at the matcher's points, that exist at a time.
+    """
+
+    embeddings: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    features: Sequence[Tensor]
+    features_of: Sequence[int]
+    scratch_bytes: int
+
+
 class Gradients(NamedTuple):
     """Gradients `[N]` of the losses of the instances."""
 

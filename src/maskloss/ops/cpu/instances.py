@@ -183,11 +183,13 @@ def uncertain_points(
 def mask_loss(
     counter, items, values, coordinates, integers,
     sources, data, table, ignore, index, encoding, images, windows, image_ids, seed, given, numbers,
-    border, nearest, alpha, gamma, ce, dice, chosen_bits, corner_codes, corner_values,
+    border, nearest, alpha, gamma, ce, dice, chosen_bits, corner_codes, corner_values, kept,
 ):  # fmt: skip
     """Cross-entropy and Dice of instances, the chosen candidates as bits, and the targets at their points.
 
     ce = sum w f(z, t) / max(sum w, 1);  dice = 1 - (2 sum w s t + 1) / (sum w s + sum w t + 1)
+
+    `kept` gets the logits at the points, if it has rows.
     """
     num_points, num_candidates, num_uncertain = numbers
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
@@ -225,6 +227,9 @@ def mask_loss(
             else:
                 _locate_block(given, ints, x, y, n, source, window, border, ints[1], fx, fy)
                 gather(buffer, source[WIDTH] + 2 * BORDER, ints[1], fx, fy, n, z)
+            if kept.shape[0] > 0:
+                for i in range(n):
+                    kept[item, first + i] = z[i]
             read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, fx, fy)
             mark_ignored(x, y, n, images[image], ignore, given.double, ints[0])
             _weights(ints[0], n, w)
@@ -250,9 +255,12 @@ def mask_loss_backward(
     counter, items, values, coordinates, integers,
     sources, table, index, encoding, images, windows, image_ids, seed, given, numbers,
     border, nearest, alpha, gamma, by_ce, by_dice, chosen_bits, corner_codes, corner_values,
-    order, starts, grads,
+    kept, order, starts, grads,
 ):  # fmt: skip
-    """The gradient of `mask_loss`. A work item is a plane: its instances are added in their order, by one thread."""
+    """The gradient of `mask_loss`. A work item is a plane: its instances are added in their order, by one thread.
+
+    The logits at the points are those in `kept`, or, if that has no rows, are read from the planes again.
+    """
     num_points, num_uncertain = numbers.points, numbers.uncertain
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
     ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)
@@ -273,8 +281,9 @@ def mask_loss_backward(
         height, width = source[HEIGHT], source[WIDTH]
         pitch = width + 2 * BORDER
         size = (height + 2 * BORDER) * pitch
-        logits, sums = planes[:size], planes[size : 2 * size]
-        read_plane(source, image, query, logits)
+        sums, logits = planes[:size], planes[size:]
+        if kept.shape[0] == 0:
+            read_plane(source, image, query, logits)
         sums[:] = 0
         for place in range(starts[item], starts[item + 1]):
             instance = order[place]
@@ -292,7 +301,11 @@ def mask_loss_backward(
                 _locate_block(
                     given, ints, x, y, n, source, window, border, places[first:last], fx[first:last], fy[first:last]
                 )
-                gather(logits, pitch, places[first:last], fx[first:last], fy[first:last], n, z[first:last])
+                if kept.shape[0] > 0:
+                    for i in range(n):
+                        z[first + i] = kept[instance, first + i]
+                else:
+                    gather(logits, pitch, places[first:last], fx[first:last], fy[first:last], n, z[first:last])
                 if encoding < VALUES:
                     for i in range(n):
                         ints[0, i] = corner_codes[instance, first + i]

@@ -212,6 +212,73 @@ def _products(z, s, shares, n):
     return by_z, by_s
 
 
+@helper()
+def _pair_costs(z, s, w, image, starts, first, length, offset, shares, sums, alpha, gamma, ce, dice):
+    """Both terms of a query with all targets `[T_max]`, from its logits at the sorted points; s is work space."""
+    num_points = w.shape[0]
+    if gamma < 0:
+        negative, area = _terms(z, w, num_points, s)
+    else:
+        negative, area = _focal_terms(z, w, num_points, alpha, gamma, s)
+    count = 0.0
+    for i in range(num_points):
+        count += w[i]
+    count = max(count, 1.0)
+    for target in range(image[COUNT]):
+        row = image[FIRST] + target
+        by_z, by_s = 0.0, 0.0
+        for run in range(starts[row], starts[row + 1]):
+            n = length[run]
+            one = _products(z[first[run] : first[run] + n], s[first[run] : first[run] + n], shares[offset[run] :], n)
+            by_z += one[0]
+            by_s += one[1]
+        ce[target] = (negative - by_z) / count
+        dice[target] = 1.0 - (2.0 * by_s + 1.0) / (area + sums[row] + 1.0)
+    ce[image[COUNT] :] = 0
+    dice[image[COUNT] :] = 0
+
+
+@kernel
+def sample_features(
+    counter, items, values, coordinates, integers, sources, rows, index, fx, fy, bands, result
+):  # fmt: skip
+    """Features `[B, D, P]` at the sorted points. A work item is a channel of an image."""
+    channels = result.shape[1]
+    values[:] = 0
+    while True:
+        item = take(counter)
+        if item >= items:
+            break
+        image, channel = item // channels, item % channels
+        _sample_plane(
+            sources[0], image, channel, rows[image, 0], index[image, 0], fx[image, 0], fy[image, 0], bands[image],
+            values, result[image, channel],
+        )  # fmt: skip
+
+
+@kernel
+def row_costs(
+    counter, items, values, coordinates, integers,
+    logits, weights, images, starts, first, length, offset, shares, sums, alpha, gamma, ce, dice,
+):  # fmt: skip
+    """As `match_cost`, from logits `[B, R, P]` at the sorted points: `[B, R, T_max]`. A work item is a row."""
+    rows, num_points = ce.shape[1], weights.shape[1]
+    room = num_points + VECTOR
+    z, s = values[:room], values[room : 2 * room]
+    z[num_points:] = 0
+    s[num_points:] = 0
+    while True:
+        item = take(counter)
+        if item >= items:
+            break
+        image, row = item // rows, item % rows
+        z[:num_points] = logits[image, row]
+        _pair_costs(
+            z, s, weights[image], images[image], starts, first, length, offset, shares, sums, alpha, gamma,
+            ce[image, row], dice[image, row],
+        )  # fmt: skip
+
+
 @kernel
 def match_cost(
     counter, items, values, coordinates, integers,
@@ -244,26 +311,7 @@ def match_cost(
             source, image, query, rows[image, size], index[image, size], fx[image, size], fy[image, size],
             bands[image], buffer, z,
         )  # fmt: skip
-        w = weights[image]
-        if gamma < 0:
-            negative, area = _terms(z, w, num_points, s)
-        else:
-            negative, area = _focal_terms(z, w, num_points, alpha, gamma, s)
-        count = 0.0
-        for i in range(num_points):
-            count += w[i]
-        count = max(count, 1.0)
-        for target in range(images[image, COUNT]):
-            row = images[image, FIRST] + target
-            by_z, by_s = 0.0, 0.0
-            for run in range(starts[row], starts[row + 1]):
-                n = length[run]
-                one = _products(
-                    z[first[run] : first[run] + n], s[first[run] : first[run] + n], shares[offset[run] :], n
-                )
-                by_z += one[0]
-                by_s += one[1]
-            ce[layer, image, query, target] = (negative - by_z) / count
-            dice[layer, image, query, target] = 1.0 - (2.0 * by_s + 1.0) / (area + sums[row] + 1.0)
-        ce[layer, image, query, images[image, COUNT] : widest] = 0
-        dice[layer, image, query, images[image, COUNT] : widest] = 0
+        _pair_costs(
+            z, s, weights[image], images[image], starts, first, length, offset, shares, sums, alpha, gamma,
+            ce[layer, image, query], dice[layer, image, query],
+        )  # fmt: skip

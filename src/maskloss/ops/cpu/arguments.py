@@ -1,0 +1,144 @@
+"""Tensors as what the CPU kernels take: tables of addresses, sizes and strides, codes, and work space.
+
+One compiled kernel then serves every element type, memory layout and number of layers.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maskloss.ops.abi import (
+    BASE,
+    COUNT,
+    ENCODINGS,
+    FLOAT_CODES,
+    INTEGER_CODES,
+    OFFSET,
+    Draw,
+    Instances,
+    Targets,
+    Term,
+)
+
+from .instances import INTEGER_ROWS, POINT_ROWS, ROW, SPARE, VALUE_ROWS, Numbers
+from .sampling import BLOCK, SOURCE_COLUMNS, Given, buffer_size
+from .threads import Dtypes
+
+Array = NDArray[Any]
+
+
+# From this size on, NumPy asks for huge pages.
+_HUGE = 1 << 22
+_STORAGE = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.int16, torch.float64: np.float64}
+
+
+def array_of(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().contiguous().numpy()
+    return array
+
+
+def absolute(table: Tensor, images: Tensor) -> Array:
+    """The table of targets, with offsets from where the data of all images begins."""
+    rows, described = table.detach().numpy().copy(), array_of(images)
+    rows[:, OFFSET] += np.repeat(described[:, BASE], described[:, COUNT])
+    return rows
+
+
+def float_of(dtype: torch.dtype) -> type[np.floating[Any]]:
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
+def dtypes_of(logits: Tensor, points: Tensor | None = None) -> Dtypes:
+    """Element types of a kernel's work space: of its sums, and of the coordinates of points."""
+    return float_of(logits.dtype), np.float32 if points is None else float_of(points.dtype)
+
+
+def describe(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
+    """One row per tensor `[B, Q, h, w]`, in the order of `sampling.ADDRESS` to `STRIDE_X`; strides in elements."""
+    rows = [(t.data_ptr(), FLOAT_CODES[t.dtype], *t.shape[2:], *t.stride()) for t in tensors]
+    return np.array(rows, np.int64).reshape(len(rows), SOURCE_COLUMNS)
+
+
+def encode(data: Tensor, encoding: str) -> int:
+    """The code of an encoding and an element type: they add up."""
+    codes = FLOAT_CODES if data.is_floating_point() else INTEGER_CODES
+    return ENCODINGS[encoding] + codes[data.dtype]
+
+
+def given_rows(points: Tensor | None) -> tuple[Given, Tensor | None]:
+    """The caller's points for a kernel, and the tensor that must stay alive while it runs."""
+    if points is None:
+        return Given(0, False, 0, 0, 0), None
+    if points.dtype not in (torch.float32, torch.float64):
+        points = points.float()
+    return Given(points.data_ptr(), points.dtype == torch.float64, *points.stride()), points
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, sparse: bool = False) -> Tensor:
+    """Zeros from the operating system's own zero pages: what is never written costs neither time nor memory.
+
+    NumPy asks for huge pages, 2 MB each. They are right where most of the memory will be written; where only some
+    planes will be (`sparse`), each write would clear the planes around it too, so these get ordinary pages.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not sparse or nbytes < _HUGE or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.from_numpy(np.zeros(tuple(shape), _STORAGE[dtype])).view(dtype)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+
+
+def groups(keys: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows in the order of their keys, and where each run of equal keys starts (and the last one ends)."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    starts = np.flatnonzero(np.concatenate([np.ones(min(1, len(keys)), bool), ordered[1:] != ordered[:-1]]))
+    return order.astype(np.int64), np.append(starts, len(keys)).astype(np.int64)
+
+
+def largest(tensors: Sequence[Tensor]) -> int:
+    return max(buffer_size(t.shape[2], t.shape[3]) for t in tensors)
+
+
+def room(logits: Sequence[Tensor], numbers: Numbers) -> tuple[int, int, int]:
+    return (
+        VALUE_ROWS * BLOCK + numbers.candidates + largest(logits),
+        POINT_ROWS * BLOCK,
+        INTEGER_ROWS * ROW + 2 * numbers.candidates + SPARE + numbers.uncertain + 8,
+    )
+
+
+def numbers_of(draw: Draw, points: Tensor | None = None) -> Numbers:
+    used = draw.for_points(points)
+    return Numbers(used.num_points, used.num_candidates, used.num_uncertain)
+
+
+class Corners(NamedTuple):
+    """Where the kernels keep targets: codes for bits and labels, values for soft targets; the other one is empty."""
+
+    codes: Array
+    values: Array
+
+
+def corner_arrays(shape: tuple[int, int], encoding: str, dtype: type[np.floating[Any]]) -> Corners:
+    nothing = (shape[0], 0)
+    soft = encoding == "values"
+    return Corners(np.empty(nothing if soft else shape, np.uint8), np.empty(shape if soft else nothing, dtype))
+
+
+def loss_arguments(
+    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
+) -> tuple[tuple[Any, ...], Numbers, Tensor | None]:
+    """What both kernels of the loss take between the logits and their own; and what must stay alive meanwhile."""
+    given, kept = given_rows(points)
+    numbers = numbers_of(draw, points)
+    args = (array_of(instances.index), encode(targets.data, targets.encoding), array_of(targets.images))
+    args += (array_of(targets.windows), array_of(draw.image_ids), int(draw.seed), given, numbers)
+    return (*args, term.border, term.nearest, float(term.alpha), float(term.gamma)), numbers, kept

@@ -1,0 +1,134 @@
+"""The matching cost on CPU tensors: what all queries of an image share, and the costs of dense or factored planes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maskloss.ops.abi import POINT_COLUMNS, Draw, Targets, Term
+
+from . import match as kernels
+from .arguments import Array, absolute, array_of, describe, dtypes_of, encode
+from .choose import GROUP
+from .sampling import BORDER
+from .threads import Dtypes, launch
+
+
+class Plan(NamedTuple):
+    """What all queries and layers of an image share.
+
+    Attributes:
+        points: `[B, 2, P]`, sorted into bands of y and within a band by x.
+        bands: `[B, bands + 1]`, the first point of each band.
+        weights: `[B, P]`.
+        images: `MaskTargets.images`.
+        runs: each target as runs of sorted points. Those of target t are `starts[t]` to `starts[t + 1]`: their first
+            points, lengths and offsets into the values, the values, and the sum of each target's values.
+        dtypes: element types of a kernel's work space.
+        widest: the largest number of targets.
+    """
+
+    points: Array
+    bands: NDArray[np.int64]
+    weights: Array
+    images: Array
+    runs: tuple[Array, ...]
+    dtypes: Dtypes
+    widest: int
+
+
+class Places(NamedTuple):
+    """Where the points of a plan lie in maps of some sizes, a band at a time (see `match.place_points`)."""
+
+    index: Array
+    fx: Array
+    fy: Array
+    rows: Array
+    room: int
+
+
+def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, maps: Sequence[Tensor]) -> Plan:
+    """Draw and sort the points of each image, and read its targets there; `maps` `[B, _, h, w]` are to be sampled."""
+    dtypes, num_points = dtypes_of(maps[0]), draw.num_points
+    batch, dtype = len(num_targets), dtypes[0]
+    sizes = np.array([each.shape[2:] for each in maps], np.int64)
+    num_bands = kernels.bands_for(sizes, np.dtype(dtype).itemsize)
+    bands = np.empty((batch, num_bands + 1), np.int64)
+    data, table, images = targets.data.contiguous(), absolute(targets.table, targets.images), array_of(targets.images)
+    points = np.empty((batch, POINT_COLUMNS, num_points), dtypes[1])
+    weights = np.empty((batch, num_points), dtype)
+    args: tuple[Any, ...] = (array_of(draw.image_ids), int(draw.seed), array_of(targets.windows), images)
+    args += (array_of(targets.ignore), num_points, num_bands, points, weights, bands)
+    launch(kernels.draw, batch, dtypes, (0, 0, 4 * num_points), args)
+    owner = np.repeat(np.arange(batch), num_targets)
+    first, length = np.empty((2, len(table), num_bands), np.int64)
+    room = int(np.diff(bands).max()) + kernels.VECTOR + GROUP
+    args = (points, bands, table, term.border, owner, first, length)
+    launch(kernels.find_runs, len(table), dtypes, (0, 0, 2 * room), args)
+    offset = np.cumsum(length).reshape(length.shape) - length
+    shares, sums = np.empty(int(length.sum()), dtype), np.empty(len(table), dtype)
+    args = (points, weights, table, data.data_ptr(), encode(data, targets.encoding), term.border, term.nearest)
+    args += (bands, owner, first, length, offset, shares, sums)
+    launch(kernels.fill_runs, len(table), dtypes, (3 * room, 2 * room, 3 * room), args)
+    real = length > 0
+    starts = np.append(0, np.cumsum(real.sum(axis=1)))
+    runs = (starts, first[real], length[real], offset[real], shares, sums)
+    return Plan(points, bands, weights, images, runs, dtypes, max(num_targets, default=0))
+
+
+def _place(plan: Plan, sizes: NDArray[np.int64], border: bool) -> Places:
+    batch, _, num_points = plan.points.shape
+    index = np.empty((batch, len(sizes), num_points), np.int32)
+    fx, fy = (np.empty((batch, len(sizes), num_points), plan.dtypes[0]) for _ in range(2))
+    rows = np.empty((batch, len(sizes), plan.bands.shape[1] - 1, kernels.ROW_COLUMNS), np.int64)
+    args = (plan.points, plan.bands, sizes, border, index, fx, fy, rows)
+    launch(kernels.place_points, batch * len(sizes), plan.dtypes, (0, 0, 0), args)
+    highest = (rows[..., kernels.ROWS].max(axis=(0, 2)) + 1) * (sizes[:, 1] + 2 * BORDER)
+    return Places(index, fx, fy, rows, int(highest.max()))
+
+
+def match_cost(
+    logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
+) -> tuple[Tensor, Tensor]:
+    """Both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
+    batch, queries = logits[0].shape[:2]
+    dtype = dtypes_of(logits[0])[0]
+    shape = (len(logits), batch, queries, max(num_targets, default=0))
+    ce, dice = np.empty(shape, dtype), np.empty(shape, dtype)
+    if ce.size:
+        plan = match_plan(num_targets, targets, draw, term, logits)
+        sizes, size_of = np.unique([t.shape[2:] for t in logits], axis=0, return_inverse=True)
+        places = _place(plan, sizes.astype(np.int64), term.border)
+        args = (describe(logits), size_of.reshape(-1).astype(np.int64), places.rows, *places[:3], plan.bands)
+        args += (plan.weights, plan.images, *plan.runs, float(term.alpha), float(term.gamma), ce, dice)
+        room = 2 * (draw.num_points + kernels.VECTOR) + places.room
+        launch(kernels.match_cost, len(logits) * batch * queries, plan.dtypes, (room, 0, 0), args)
+    return torch.from_numpy(ce), torch.from_numpy(dice)
+
+
+def sample_features(plan: Plan, features: Tensor, term: Term) -> Tensor:
+    """Read features `[B, D, h, w]` at the points of a plan, in its order: `[B, D, P]`, float32 or float64."""
+    batch, channels, *size = features.shape
+    if features.stride(3) != 1:
+        # Channels last: a copy of the features is cheaper than a cache line for every pixel of every channel.
+        features = features.contiguous()
+    places = _place(plan, np.array([size], np.int64), term.border)
+    sampled = np.empty((batch, channels, plan.points.shape[2]), plan.dtypes[0])
+    args = (describe([features]), places.rows, *places[:3], plan.bands, sampled)
+    launch(kernels.sample_features, batch * channels, plan.dtypes, (places.room, 0, 0), args)
+    return torch.from_numpy(sampled)
+
+
+def row_costs(plan: Plan, logits: Tensor, term: Term) -> tuple[Tensor, Tensor]:
+    """Both mask terms of the matching cost, `[B, R, T_max]`, from logits `[B, R, P]` at the points of a plan."""
+    batch, rows, num_points = logits.shape
+    ce, dice = (np.empty((batch, rows, plan.widest), plan.dtypes[0]) for _ in range(2))
+    values = array_of(logits if logits.dtype == torch.float64 else logits.float())
+    args = (values, plan.weights, plan.images, *plan.runs, float(term.alpha), float(term.gamma), ce, dice)
+    launch(kernels.row_costs, batch * rows, plan.dtypes, (2 * (num_points + kernels.VECTOR), 0, 0), args)
+    return torch.from_numpy(ce), torch.from_numpy(dice)

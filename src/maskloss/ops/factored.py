@@ -1,0 +1,364 @@
+"""Mask logits that are a product and are never formed whole: the operations on `Factors`, for all backends with kernels.
+
+What is dense is done by PyTorch's own matrix products, what is sampled by a backend's kernels (see `maskloss.ops.cpu`).
+The matching cost reads the features at its points and multiplies there; the loss forms the planes of matched queries,
+a few at a time, and keeps the logits at their points, so that the backward pass needs no plane of logits, only planes of
+gradients. Both bounds are `Factors.scratch_bytes`. Nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskloss.ops.abi import (
+    IMAGE,
+    LAYER,
+    QUERY,
+    Draw,
+    Factors,
+    Gradients,
+    Instances,
+    Kept,
+    Targets,
+    Term,
+    accumulation_dtype,
+    num_bytes,
+)
+
+# ------------------------------------------------------------------------------------------------------------ matching
+
+
+def match_cost(
+    backend: Any, factors: Factors, num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
+) -> tuple[Tensor, Tensor]:
+    """Both mask terms of the matching cost of the factored layers, `[L', B, Q, T_max]`, in the order of the layers."""
+    parts: dict[int, tuple[Tensor, Tensor]] = {}
+    for number, features in enumerate(factors.features):
+        layers = [layer for layer, which in enumerate(factors.features_of) if which == number]
+        rows = torch.stack([factors.embeddings[layer] for layer in layers], 1)
+        batch, depth, queries = rows.shape[:3]
+        biases = torch.stack([factors.biases[layer] for layer in layers], 1).flatten(1) if factors.biases else None
+        costs = _costs_of_rows(
+            backend, rows.flatten(1, 2), biases, features, factors.scratch_bytes, num_targets, targets, draw, term
+        )
+        by_layer = [cost.view(batch, depth, queries, cost.shape[2]).unbind(1) for cost in costs]
+        parts |= dict(zip(layers, zip(*by_layer, strict=True), strict=True))
+    ce, dice = (torch.stack([parts[layer][which] for layer in sorted(parts)]) for which in range(2))
+    return ce, dice
+
+
+def _costs_of_rows(
+    backend: Any,
+    rows: Tensor,
+    biases: Tensor | None,
+    features: Tensor,
+    scratch_bytes: int,
+    num_targets: Sequence[int],
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+) -> tuple[Tensor, Tensor]:
+    """Costs `[B, R, T_max]` of rows of embeddings `[B, R, D]` that share their features."""
+    batch, count = rows.shape[:2]
+    dtype, widest = accumulation_dtype(features.dtype), max(num_targets, default=0)
+    ce = torch.zeros(batch, count, widest, dtype=dtype, device=rows.device)
+    dice = torch.zeros_like(ce)
+    if ce.numel() == 0:
+        return ce, dice
+    height, width = features.shape[2:]
+    # Maps with fewer pixels than there are points are cheaper to form than to sample.
+    small = height * width <= draw.num_points
+    if small:
+        base = features.flatten(2)
+    else:
+        plan = backend.match_plan(num_targets, targets, draw, term, [features])
+        base = backend.sample_features(plan, features, term).to(features.dtype)
+    for part in _chunks(count, scratch_bytes // (batch * base.shape[2] * base.element_size())):
+        logits = torch.bmm(rows[:, part], base)
+        if biases is not None:
+            logits += biases[:, part, None]
+        if small:
+            maps = logits.view(*logits.shape[:2], height, width)
+            costs = [cost[0] for cost in backend.match_cost([maps], num_targets, targets, draw, term)]
+        else:
+            costs = backend.row_costs(plan, logits, term)
+        ce[:, part], dice[:, part] = costs
+    return ce, dice
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    """Cut a range into parts of a size, one at least."""
+    size = max(1, size)
+    yield from (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some instances of one image whose layers share their features.
+
+    Attributes:
+        features: which of the features.
+        image: number of the image.
+        first: whether it is the first part of its features and image.
+        opens: whether it is the first part of its features.
+        rows: where the instances are among all, in the order of the parts.
+        embeddings: `[n, D]`.
+        biases: `[n]`, or None.
+        index: rows of the index; QUERY is the number of the plane.
+        layer_sizes: how many rows of the part each layer has.
+    """
+
+    features: int
+    image: int
+    first: bool
+    opens: bool
+    rows: slice
+    embeddings: Tensor
+    biases: Tensor | None
+    index: Tensor
+    layer_sizes: list[int]
+
+
+class Blocks:
+    """The instances, sorted by features, image and layer, and cut into parts whose planes fit into the scratch memory.
+
+    Args:
+        factors: of all layers.
+        index: int64 `[N, INDEX_COLUMNS]`, sorted by layer and image.
+        counts: how many rows each layer and image has, `[L * B]`; known on the host, so that nothing waits.
+    """
+
+    def __init__(self, factors: Factors, index: Tensor, counts: Sequence[int]) -> None:
+        self.factors, self.index, self.counts = factors, index, [int(count) for count in counts]
+        self.batch = factors.features[0].shape[0]
+        self.order = [
+            layer * self.batch + image
+            for number in range(len(factors.features))
+            for image in range(self.batch)
+            for layer, which in enumerate(factors.features_of)
+            if which == number
+        ]
+
+    def sorted(self, values: Tensor) -> Tensor:
+        """Bring values `[N, ...]` from the order of the index to that of the parts."""
+        return _reorder(values, self.counts, self.order)
+
+    def restored(self, values: Tensor) -> Tensor:
+        """Invert `sorted`."""
+        sizes = [self.counts[block] for block in self.order]
+        place = {block: position for position, block in enumerate(self.order)}
+        # Layers that are not factored have no rows.
+        wanted = [place[block] for block in range(len(self.counts)) if block in place]
+        return _reorder(values, sizes, wanted)
+
+    def gathered(self, layers: Sequence[Tensor]) -> Tensor:
+        """Pick the rows `[N, ...]` of the instances from `[B, Q, ...]` of each layer, in the order of the parts."""
+        shape = next(layer.shape for layer in layers if layer.numel())
+        filled = [layer if layer.numel() else layer.new_zeros(shape) for layer in layers]
+        rows = self.sorted(self.index)
+        return torch.stack(filled)[rows[:, LAYER], rows[:, IMAGE], rows[:, QUERY]]
+
+    def _sizes(self, number: int, image: int) -> list[int]:
+        """How many instances each layer has in an image; none if it has other features."""
+        return [
+            self.counts[layer * self.batch + image] if which == number else 0
+            for layer, which in enumerate(self.factors.features_of)
+        ]
+
+    def _planes_at_a_time(self, number: int) -> int:
+        features = self.factors.features[number]
+        return max(1, self.factors.scratch_bytes // (math.prod(features.shape[2:]) * features.element_size()))
+
+    def room(self, number: int) -> Tensor:
+        """Allocate memory for the planes `[n, h * w]` of the largest part of some features."""
+        features = self.factors.features[number]
+        most = max(sum(self._sizes(number, image)) for image in range(self.batch))
+        return features.new_empty(min(most, self._planes_at_a_time(number)), math.prod(features.shape[2:]))
+
+    def parts(self, points: Tensor | None) -> Iterator[tuple[_Part, Tensor | None]]:
+        """Yield the parts, with their points, if these are given."""
+        factors, index = self.factors, self.sorted(self.index)
+        embeddings = self.gathered(factors.embeddings)
+        biases = self.gathered(factors.biases) if factors.biases else None
+        points = None if points is None else self.sorted(points)
+        start = 0
+        for number in range(len(factors.features)):
+            opens = True
+            for image in range(self.batch):
+                sizes = self._sizes(number, image)
+                for part in _chunks(sum(sizes), self._planes_at_a_time(number)):
+                    rows = slice(start + part.start, start + part.stop)
+                    mine = index[rows].clone()
+                    mine[:, QUERY] = torch.arange(part.stop - part.start, device=index.device)
+                    bias = None if biases is None else biases[rows]
+                    inside = _overlaps(sizes, part)
+                    found = _Part(number, image, part.start == 0, opens, rows, embeddings[rows], bias, mine, inside)
+                    yield found, None if points is None else points[rows]
+                    opens = False
+                start += sum(sizes)
+
+    def instances(self, part: _Part, planes: Tensor) -> Instances:
+        """Describe planes `[n, h, w]` as the logits of all layers and images: each row of the index has its own."""
+        logits = planes[None].expand(self.batch, *planes.shape)
+        return Instances([logits] * len(part.layer_sizes), part.index, part.layer_sizes)
+
+
+def _reorder(values: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
+    pieces = values.split(list(sizes))
+    return torch.cat([pieces[block] for block in order]) if order else values
+
+
+def _overlaps(sizes: Sequence[int], part: slice) -> list[int]:
+    """How much of consecutive ranges of some sizes a part covers."""
+    stops = list(accumulate(sizes))
+    return [
+        max(0, min(stop, part.stop) - max(stop - size, part.start)) for size, stop in zip(sizes, stops, strict=True)
+    ]
+
+
+def mask_loss(
+    backend: Any,
+    factors: Factors,
+    index: Tensor,
+    counts: Sequence[int],
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+) -> tuple[Tensor, Tensor, Kept]:
+    """Cross-entropy and Dice `[N]` in the order of the index, and what the backward pass needs, in that of the parts."""
+    blocks = Blocks(factors, index, counts)
+    dtype, count, device = accumulation_dtype(factors.features[0].dtype), len(index), index.device
+    used = draw.for_points(points)
+    soft = targets.encoding == "values"
+    ce, dice = torch.empty(2, count, dtype=dtype, device=device)
+    kept = Kept(
+        torch.empty(count, num_bytes(used.num_candidates), dtype=torch.uint8, device=device),
+        torch.empty(count, used.num_points, dtype=dtype if soft else torch.uint8, device=device),
+        torch.empty(count, used.num_points, dtype=dtype, device=device),
+    )
+    room = dice
+    for part, at in blocks.parts(points):
+        features = factors.features[part.features]
+        if part.opens:
+            room = blocks.room(part.features)
+        planes = room[: len(part.index)]
+        matrix = features[part.image].flatten(1)
+        torch.mm(part.embeddings, matrix, out=planes)
+        if part.biases is not None:
+            planes += part.biases[:, None]
+        instances = blocks.instances(part, planes.view(-1, *features.shape[2:]))
+        ce[part.rows], dice[part.rows], mine = backend.mask_loss_keeping(instances, targets, draw, term, at)
+        for whole, piece in zip(kept, mine, strict=True):
+            whole[part.rows] = piece
+    return blocks.restored(ce), blocks.restored(dice), kept
+
+
+def mask_loss_backward(
+    backend: Any,
+    grads: Gradients,
+    kept: Kept,
+    factors: Factors,
+    index: Tensor,
+    counts: Sequence[int],
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+    needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of all embeddings `[L, B, Q, D]`, of all biases `[L, B, Q]`, and of each of the features.
+
+    `needs_grad` tells which of these are wanted; the others are empty.
+    """
+    blocks = Blocks(factors, index, counts)
+    grads = Gradients(*(blocks.sorted(grad) for grad in grads))
+    by_row, by_bias, *by_pixel = needs_grad
+    like, count = factors.features[0], len(index)
+    rows = like.new_empty((count, like.shape[1]) if by_row else 0)
+    row_sums = like.new_empty(count if by_bias else 0)
+    by_features = [_FeatureGradient(each, need) for each, need in zip(factors.features, by_pixel, strict=True)]
+    room = rows
+    for part, at in blocks.parts(points):
+        features = factors.features[part.features]
+        if part.opens:
+            room = blocks.room(part.features)
+        planes = room[: len(part.index)]
+        instances = blocks.instances(part, planes.view(-1, *features.shape[2:]))
+        mine = Kept(*(each[part.rows] for each in kept))
+        slopes = Gradients(*(grad[part.rows] for grad in grads))
+        backend.plane_gradients(slopes, mine, instances, targets, draw, term, at)
+        if by_row:
+            torch.mm(planes, features[part.image].flatten(1).t(), out=rows[part.rows])
+        if by_bias:
+            row_sums[part.rows] = planes.sum(1, dtype=accumulation_dtype(planes.dtype)).to(planes.dtype)
+        by_features[part.features].add(part, planes)
+    where = blocks.sorted(index)
+    return [
+        _spread(rows, where, factors.embeddings, by_row),
+        _spread(row_sums, where, factors.biases, by_bias),
+        *(gradient.result() for gradient in by_features),
+    ]
+
+
+class _FeatureGradient:
+    """The gradient of features `[B, D, h, w]`: E^T dZ of each part, summed over the parts of an image.
+
+    Half precision is summed up in float32, of one image at a time, where an image has several parts.
+    """
+
+    def __init__(self, features: Tensor, needed: bool) -> None:
+        self.needed = needed
+        self.total = features.new_empty(features.shape if needed else 0)
+        self.images = set(range(features.shape[0] if needed else 0))
+        self.image = -1
+        self.sum: Tensor | None = None
+
+    def add(self, part: _Part, planes: Tensor) -> None:
+        """Add the product of a part, whose images come one after the other."""
+        if not self.needed:
+            return
+        mine, embeddings = self.total[part.image].flatten(1), part.embeddings.t()
+        self.images.discard(part.image)
+        if mine.dtype == accumulation_dtype(mine.dtype):
+            # What is there before the first product is not read.
+            mine.addmm_(embeddings, planes, beta=0 if part.first else 1)
+        elif part.first:
+            self._flush()
+            torch.mm(embeddings, planes, out=mine)
+            self.image = part.image
+        else:
+            self.sum = mine.float() if self.sum is None else self.sum
+            self.sum += embeddings @ planes
+
+    def _flush(self) -> None:
+        if self.sum is not None:
+            self.total[self.image].flatten(1).copy_(self.sum)
+            self.sum = None
+
+    def result(self) -> Tensor:
+        """Return the gradient; images without instances get zeros."""
+        self._flush()
+        for image in self.images:
+            self.total[image] = 0
+        return self.total
+
+
+def _spread(rows: Tensor, where: Tensor, layers: Sequence[Tensor], needed: bool) -> Tensor:
+    """Add rows `[N, ...]` up in the gradients of all layers `[L, B, Q, ...]`; a query may have several instances."""
+    if not needed:
+        return rows.new_empty(0)
+    shape = next(layer.shape for layer in layers if layer.numel())
+    total = rows.new_zeros((len(layers), *shape), dtype=accumulation_dtype(rows.dtype))
+    total.index_put_((where[:, LAYER], where[:, IMAGE], where[:, QUERY]), rows.to(total.dtype), accumulate=True)
+    return total.to(rows.dtype)
