@@ -182,7 +182,7 @@ def operations_of(case: Case) -> dict[str, list[Launch]]:
     windows = torch.empty(batch, WINDOW_COLUMNS, device=meta)
     rows = batch * case.widest
     described = [integers(rows, TABLE_COLUMNS), integers(batch, IMAGE_COLUMNS), windows, ignore]
-    targets = Targets(torch.empty(4096, dtype=case.data, device=meta), *described, case.encoding)
+    targets = Targets(case.encoding, torch.empty(4096, dtype=case.data, device=meta), *described)
     seed = integers(1)[0] if case.seed_on_device else torch.tensor(2**62)
     given = torch.empty(count, num_points, POINT_COLUMNS, dtype=case.given or torch.float32, device=meta)
     index = integers(count, INDEX_COLUMNS)

@@ -186,7 +186,7 @@ def test_matcher_points_are_those_of_the_image(backend: str) -> None:
     def costs(copies: int, numbers: list[int], seed: int = 0) -> Tensor:
         batch = MaskTargets.cat([targets] * copies)
         layers = [logits.expand(copies, -1, -1, -1)] * 2
-        group, drawn = ops.Targets(*batch.tensors, "bits"), ops.Draw(torch.tensor(numbers), draw_seed(seed), 50)
+        group, drawn = ops.Targets("bits", *batch.tensors), ops.Draw(torch.tensor(numbers), draw_seed(seed), 50)
         return ops.match_cost(layers, batch.num_targets, group, drawn, ops.Term(), backend)[0]
 
     both = costs(2, [7, 8])

@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from maskloss.errors import Cause, describe, require
-from maskloss.ops.abi import PLACE_COLUMNS
+from maskloss.ops.abi import OFFSET, PLACE_COLUMNS, TOP
 
 Bytes = NDArray[np.uint8]
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -68,7 +68,7 @@ def crop(packed: Tensor, width: int) -> tuple[Tensor, NDArray[np.int64]]:
     place = np.zeros((count, PLACE_COLUMNS), dtype=np.int64)
     if not on_host(packed):
         place[:] = (0, row, 0, 0, height, width)
-        place[:, 0] = np.arange(count) * (height * row)
+        place[:, OFFSET] = np.arange(count) * (height * row)
         return packed.flatten(), place
     crops: list[Bytes] = []
     offset = 0
@@ -127,8 +127,8 @@ def label_places(labels: Tensor, ids: Sequence[int], allow_missing: bool) -> NDA
                 f"{len(missing)} of {len(ids)} do not, the first is {missing[0]}",
                 "drop those targets, or pass allow_missing=True to count them as empty masks",
             )
-        place[:, 0] = boxes[:, 0] * width + boxes[:, 1]
-        place[:, 2:] = boxes
+        place[:, OFFSET] = boxes[:, 0] * width + boxes[:, 1]
+        place[:, TOP:] = boxes
     return place
 
 

@@ -181,7 +181,7 @@ class MaskLoss(nn.Module):
         num_points = sampling.num_points if points is None else points.shape[1]
         ce, dice = ops.mask_loss(
             ops.Instances(logits, matches.index, matches.layer_sizes),
-            ops.Targets(*targets.tensors, targets.encoding),
+            ops.Targets(targets.encoding, *targets.tensors),
             ops.Draw(image_ids, seed, num_points, sampling.num_candidates, sampling.num_uncertain),
             ops.Term(options.padding_mode, options.target_mode, *options.focal),
             points,

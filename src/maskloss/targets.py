@@ -13,7 +13,7 @@ from torch import Tensor
 from maskloss import _packing
 from maskloss._frames import Box, Frame, Size, Stored, describe_images
 from maskloss.errors import Cause, describe, reported
-from maskloss.ops.abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W, LABEL, PLACE_COLUMNS, SIZES
+from maskloss.ops.abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W, LABEL, OFFSET, PLACE_COLUMNS, SIZES
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -353,7 +353,7 @@ def _whole(masks: Tensor, stride: int) -> Stored:
     count, height, width = masks.shape
     place = np.zeros((count, PLACE_COLUMNS), dtype=np.int64)
     place[:] = (0, stride, 0, 0, height, width)
-    place[:, 0] = np.arange(count) * (height * stride)
+    place[:, OFFSET] = np.arange(count) * (height * stride)
     return Stored(place, count * height * stride, (height, width))
 
 

@@ -54,7 +54,7 @@ def mask_loss(backend: str, encoding: str = "bits", *, given: bool = False, dtyp
     packed = targets(encoding)
     points = torch.rand(len(INDEX), POINTS, 2) if given else None
     return (
-        *(layers(dtype), INDEX, LAYER_SIZES, *packed.tensors, packed.encoding),
+        *(layers(dtype), INDEX, LAYER_SIZES, packed.encoding, *packed.tensors),
         *(IMAGE_IDS, SEED, POINTS, CANDIDATES, UNCERTAIN),
         *("zeros", "bilinear", *FOCAL, points, backend),
     )
@@ -72,7 +72,7 @@ def match_cost(backend: str, encoding: str = "bits") -> Args:
     packed = targets(encoding)
     plain = [layer.detach() for layer in layers()]
     options = ("zeros", "nearest", *FOCAL, backend)
-    return plain, packed.num_targets, *packed.tensors, packed.encoding, IMAGE_IDS, SEED, POINTS, 0, 0, *options
+    return plain, packed.num_targets, packed.encoding, *packed.tensors, IMAGE_IDS, SEED, POINTS, 0, 0, *options
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ PLAIN = Term()
 
 
 def group(targets: MaskTargets) -> Targets:
-    return Targets(*targets.tensors, targets.encoding)
+    return Targets(targets.encoding, *targets.tensors)
 
 
 class Batch(NamedTuple):

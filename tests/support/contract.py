@@ -46,13 +46,13 @@ def _check_layers(logits: Layers) -> None:
 
 def _check_instances(instances: Instances) -> None:
     _check_layers(instances.logits)
-    assert isinstance(instances.index, Int64[Tensor, f"N {INDEX_COLUMNS}"])
+    assert isinstance(instances.rows, Int64[Tensor, f"N {INDEX_COLUMNS}"])
     assert len(instances.layer_sizes) == len(instances.logits)
-    assert sum(instances.layer_sizes) == len(instances.index)
+    assert sum(instances.layer_sizes) == len(instances.rows)
 
 
 def _check_targets(targets: Targets) -> None:
-    data, table, images, windows, ignore, encoding = targets
+    encoding, data, table, images, windows, ignore = targets
     assert encoding in ENCODINGS
     assert isinstance(data, Float[Tensor, " D"] if encoding == "values" else Shaped[Tensor, " D"])
     assert encoding != "bits" or data.dtype == torch.uint8
@@ -105,7 +105,7 @@ def uncertain_points(
     _check_instances(instances)
     _check_draw(draw)
     points = run(instances, draw, windows, padding)
-    assert points.shape[:2] == (len(instances.index), draw.num_points)
+    assert points.shape[:2] == (len(instances.rows), draw.num_points)
     return points
 
 
@@ -118,7 +118,7 @@ def mask_loss(
     _check_draw(draw)
     _check_term(term)
     result = run(instances, targets, draw, term, points)
-    assert result[3].shape == (len(instances.index), draw.num_points)
+    assert result[3].shape == (len(instances.rows), draw.num_points)
     return result
 
 

@@ -120,7 +120,7 @@ def reference_stays_on(device: str) -> None:
         ids, count = torch.arange(BATCH, device=device), LAYERS * BATCH * TARGETS
         index = torch.empty(count, INDEX_COLUMNS, dtype=torch.int64, device=device)
         instances = Instances(logits, index, [BATCH * TARGETS] * LAYERS)
-        draw, group = Draw(ids, torch.tensor(5), *SAMPLING), Targets(*targets.tensors, "bits")
+        draw, group = Draw(ids, torch.tensor(5), *SAMPLING), Targets("bits", *targets.tensors)
         inputs = (instances, group, draw, Term(alpha=0.25, gamma=2.0), None)
         watch.copies.clear()
         reference.match_cost(logits, targets.num_targets, *inputs[1:4])

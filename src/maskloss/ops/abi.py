@@ -90,12 +90,12 @@ class Instances(NamedTuple):
 
     Attributes:
         logits: one `[B, Q, h, w]` per decoder layer.
-        index: int64 `[N, INDEX_COLUMNS]`, sorted by layer.
-        layer_sizes: how many rows of the index each layer has.
+        rows: int64 `[N, INDEX_COLUMNS]`, the index, sorted by layer.
+        layer_sizes: how many rows each layer has.
     """
 
     logits: Sequence[Tensor]
-    index: Tensor
+    rows: Tensor
     layer_sizes: Sequence[int]
 
     @property
@@ -105,14 +105,14 @@ class Instances(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The targets of a batch: the tensors of `MaskTargets`, and how `data` is to be read."""
+    """The targets of a batch: how `data` is to be read, and the tensors of `MaskTargets`, which documents them."""
 
+    encoding: str
     data: Tensor
     table: Tensor
     images: Tensor
     windows: Tensor
     ignore: Tensor
-    encoding: str
 
 
 class Draw(NamedTuple):

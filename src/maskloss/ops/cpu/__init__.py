@@ -184,8 +184,8 @@ def uncertain_points(instances: Instances, draw: Draw, windows: Tensor, padding:
     logits, index, _ = instances
     numbers = _numbers(draw)
     points = np.empty((len(index), draw.num_points, POINT_COLUMNS), np.float32)
-    args = (_describe(logits), _array(index), _array(windows), _array(draw.image_ids), int(draw.seed))
-    args += (numbers, is_border(padding), points)
+    drawn = (_array(windows), _array(draw.image_ids), int(draw.seed), numbers)
+    args = (_describe(logits), _array(index), *drawn, is_border(padding), points)
     launch(instance_kernels.uncertain_points, len(index), _dtypes(logits[0]), _room(logits, numbers), args)
     return torch.from_numpy(points)
 
@@ -209,9 +209,9 @@ def _loss_arguments(
     """What both kernels of the loss take between the logits and their own; and what must stay alive meanwhile."""
     given, kept = _given(points)
     numbers = _numbers(draw, points)
-    args = (_array(instances.index), _encode(targets.data, targets.encoding), _array(targets.images))
-    args += (_array(targets.windows), _array(draw.image_ids), int(draw.seed), given, numbers)
-    return (*args, term.border, term.nearest, float(term.alpha), float(term.gamma)), numbers, kept
+    args = (_array(instances.rows), _encode(targets.data, targets.encoding), _array(targets.images))
+    drawn = (_array(targets.windows), _array(draw.image_ids), int(draw.seed), given, numbers)
+    return (*args, *drawn, term.border, term.nearest, float(term.alpha), float(term.gamma)), numbers, kept
 
 
 def mask_loss(
@@ -220,7 +220,7 @@ def mask_loss(
     """Cross-entropy `[N]`, Dice `[N]`, chosen candidates as bits, and the target pixels at the points."""
     dtypes = _dtypes(instances.logits[0], points)
     shared, numbers, kept = _loss_arguments(instances, targets, draw, term, points)
-    count, data = len(instances.index), targets.data.contiguous()
+    count, data = len(instances.rows), targets.data.contiguous()
     ce, dice = np.empty(count, dtypes[0]), np.empty(count, dtypes[0])
     chosen = np.empty((count, num_bytes(numbers.candidates)), np.uint8)
     corners = _corners((count, numbers.points), targets.encoding, dtypes[0])
@@ -255,7 +255,7 @@ def mask_loss_backward(
     corners = _corners((0, numbers.points), targets.encoding, dtypes[0])
     kind = "values" if targets.encoding == "values" else "codes"
     corners = corners._replace(**{kind: _array(saved.corners)})
-    order, starts = _by_plane(_array(instances.index), logits[0], needs_grad)
+    order, starts = _by_plane(_array(instances.rows), logits[0], needs_grad)
     written = _describe([g if need else layer for g, layer, need in zip(found, logits, needs_grad, strict=True)])
     args = (_describe(logits), _array(targets.table), *shared)
     args += (_array(grads.ce), _array(grads.dice), _array(saved.chosen), *corners, order, starts, written)

@@ -53,7 +53,7 @@ def _sort_pass(digits, shift, bins, n, source, target, counts):
 
 @kernel
 def draw(
-    counter, items, values, coordinates, integers,
+    counter, items, _values, _coordinates, integers,
     image_ids, seed, windows, images, ignore, num_points, num_bands, points, weights, bands,
 ):  # fmt: skip
     """The matcher's points of each image, sorted: `[B, 2, P]`, weights `[B, P]`, and where each band begins."""
@@ -86,7 +86,7 @@ def draw(
 
 
 @kernel
-def find_runs(counter, items, values, coordinates, integers, points, bands, table, border, owner, first, length):
+def find_runs(counter, items, _values, _coordinates, integers, points, bands, table, border, owner, first, length):
     """For each target and band the run of points that may touch its crop: first point, padded length `[T, bands]`."""
     room = integers.shape[0] // 2
     inside, space = integers[:room], integers[room:]
@@ -134,7 +134,7 @@ def fill_runs(
 
 
 @kernel
-def place_points(counter, items, values, coordinates, integers, points, bands, sizes, border, index, fx, fy, rows):
+def place_points(counter, items, _values, _coordinates, _integers, points, bands, sizes, border, index, fx, fy, rows):
     """For each image, plane size and band: its first row, its number of rows, and the points' places in a buffer."""
     num_points = points.shape[2]
     while True:
@@ -214,7 +214,7 @@ def _products(z, s, shares, n):
 
 @kernel
 def match_cost(
-    counter, items, values, coordinates, integers,
+    counter, items, values, _coordinates, _integers,
     sources, size_of, rows, index, fx, fy, bands, weights, images, starts, first, length, offset, shares, sums,
     alpha, gamma, ce, dice,
 ):  # fmt: skip

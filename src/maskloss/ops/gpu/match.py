@@ -321,7 +321,7 @@ class Pairs(NamedTuple):
 
 def prepare(targets: Targets, widest: int, draw: Draw, term: Term, dtype: torch.dtype) -> Pairs:
     """Draw and sort the points of each image, and read its targets there."""
-    data, table, images, windows, ignore, encoding = targets
+    encoding, data, table, images, windows, ignore = targets
     num_points = draw.num_points
     batch, device, blocks = len(images), images.device, cdiv(num_points, BLOCK)
     points = empty((batch, num_points, abi.POINT_COLUMNS), torch.float32, device)
