@@ -31,6 +31,20 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from maskloss.ops import gpu
+from maskloss.ops.abi import (
+    IMAGE_COLUMNS,
+    INDEX_COLUMNS,
+    POINT_COLUMNS,
+    QUERY,
+    TABLE_COLUMNS,
+    WINDOW_COLUMNS,
+    Draw,
+    Gradients,
+    Instances,
+    Saved,
+    Targets,
+    Term,
+)
 from maskloss.points import PointSampling
 
 TABLE = Path(__file__).parent.parent / "docs" / "gpu-kernels.csv"
@@ -165,33 +179,33 @@ def operations_of(case: Case) -> dict[str, list[Launch]]:
     count, num_points = layers * batch * case.widest, sampling.num_points
     logits = [torch.empty(batch, queries, size, size, dtype=case.dtype, device=meta) for _ in range(layers)]
     ignore = torch.empty(64 if case.ignore else 0, dtype=torch.uint8, device=meta)
-    windows = torch.empty(batch, 4, device=meta)
-    targets = [torch.empty(4096, dtype=case.data, device=meta), integers(batch * case.widest, 9), integers(batch, 8)]
-    targets += [windows, ignore]
+    windows = torch.empty(batch, WINDOW_COLUMNS, device=meta)
+    rows = batch * case.widest
+    described = [integers(rows, TABLE_COLUMNS), integers(batch, IMAGE_COLUMNS), windows, ignore]
+    targets = Targets(case.encoding, torch.empty(4096, dtype=case.data, device=meta), *described)
     seed = integers(1)[0] if case.seed_on_device else torch.tensor(2**62)
-    given = torch.empty(count, num_points, 2, dtype=case.given or torch.float32, device=meta)
-    sizes, ids, index = [batch * case.widest] * layers, integers(batch), integers(count, 4)
-    numbers = (num_points, sampling.num_candidates, sampling.num_uncertain)
-    options = (case.padding, case.target_mode, *case.focal)
-    points = given if case.given else None
-    inputs = (logits, index, sizes, targets, case.encoding, ids, seed, points, *numbers, *options)
-    matching = (logits, targets, case.encoding, [case.widest] * batch, ids, seed, num_points, *options)
+    given = torch.empty(count, num_points, POINT_COLUMNS, dtype=case.given or torch.float32, device=meta)
+    index = integers(count, INDEX_COLUMNS)
+    instances = Instances(logits, index, [rows] * layers)
+    draw = Draw(integers(batch), seed, num_points, sampling.num_candidates, sampling.num_uncertain)
+    term = Term(case.padding, case.target_mode, *case.focal)
+    inputs = (instances, targets, draw, term, given if case.given else None)
     maps, mode = logits[0][0], case.target_mode
     result: dict[str, list[Launch]] = {}
     torch.use_deterministic_algorithms(case.deterministic)
     try:
         with recorded() as result["match_cost"]:
-            gpu.match_cost(*matching)
+            gpu.match_cost(logits, [case.widest] * batch, targets, draw, term)
         with recorded() as result["mask_loss"]:
             ce, dice, chosen, corners = gpu.mask_loss(*inputs)
         with recorded() as result["mask_loss_backward"]:
-            gpu.mask_loss_backward(ce, dice, chosen, corners, [True] * layers, *inputs)
+            gpu.mask_loss_backward(Gradients(ce, dice), Saved(chosen, corners), *inputs, [True] * layers)
         with recorded() as result["uncertain_points"]:
-            gpu.uncertain_points(logits, index, sizes, windows, ids, seed, *numbers, case.padding)
+            gpu.uncertain_points(instances, draw, windows, case.padding)
         with recorded() as result["point_sample"]:
-            values = gpu.point_sample(maps, index[:, 0], given, mode, case.padding)
+            values = gpu.point_sample(maps, index[:, QUERY], given, mode, case.padding)
         with recorded() as result["point_sample_backward"]:
-            gpu.point_sample_backward(values, maps, index[:, 0], given, mode, case.padding)
+            gpu.point_sample_backward(values, maps, index[:, QUERY], given, mode, case.padding)
     finally:
         torch.use_deterministic_algorithms(False)
     return result
@@ -207,7 +221,7 @@ def launches_of(case: Case) -> list[Launch]:
 
 def compiled(launch: Launch, target: GPUTarget) -> Usage:
     """Compile for a target, and read what the assembler says."""
-    # What `gpu.py` passes where torch is built for ROCm.
+    # What `gpu` passes where torch is built for ROCm.
     constants = {k: "ieee" if target.backend == "hip" and v in ("sum", "tf32x3") else v for k, v in launch.constants}
     source = ASTSource(
         launch.kernel,

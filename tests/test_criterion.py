@@ -32,15 +32,9 @@ def drawn_points(out: CriterionOutput, masks: Sequence[Tensor], backend: str) ->
     """The points of the instances of each layer."""
     images = masks[0].shape[0]
     points = ops.uncertain_points(
-        [layer.detach() for layer in masks],
-        out.matches.index,
-        out.matches.layer_sizes,
+        ops.Instances([layer.detach() for layer in masks], out.matches.index, out.matches.layer_sizes),
+        ops.Draw(torch.arange(images), out.seed, FEW.num_points, FEW.num_candidates, FEW.num_uncertain),
         torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(images, 1),
-        torch.arange(images),
-        out.seed,
-        FEW.num_points,
-        FEW.num_candidates,
-        FEW.num_uncertain,
         "zeros",
         backend,
     )

@@ -123,12 +123,12 @@ class TestMissingPackages:
             require("half_installed", "coco")
 
     def test_backend(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from maskloss.ops import backends
+        from maskloss.ops import dispatch
 
         monkeypatch.setitem(sys.modules, "numba", None)
         monkeypatch.delenv("MASKLOSS_BACKEND", raising=False)
         sampling = PointSampling(8)
-        for cached in (backends._obstacle, backends._default):
+        for cached in (dispatch._obstacle, dispatch._default):
             cached.cache_clear()
         try:
             with pytest.raises(MaskLossError, match=r"needs the package numba\n(.*\n)*  hint: pip install numba"):
@@ -136,26 +136,26 @@ class TestMissingPackages:
             with pytest.warns(RuntimeWarning, match="numba cannot be imported.*slower reference"):
                 fallback = MaskLoss(sampling=sampling)(PAIRS, MASKS, seed=0)
         finally:
-            for cached in (backends._obstacle, backends._default):
+            for cached in (dispatch._obstacle, dispatch._default):
                 cached.cache_clear()
         expected = MaskLoss(sampling=sampling, backend="reference")(PAIRS, MASKS, seed=0)
         assert torch.equal(fallback.total, expected.total)
 
     def test_an_old_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from maskloss.ops import backends
+        from maskloss.ops import dispatch
 
         old = ModuleType("triton")
         old.__version__ = "3.2.0"  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "triton", old)
         monkeypatch.delenv("MASKLOSS_BACKEND", raising=False)
-        caches = (backends._obstacle, backends._default)
+        caches = (dispatch._obstacle, dispatch._default)
         for cached in caches:
             cached.cache_clear()
         try:
             with pytest.raises(Cause, match="needs the package triton"):
-                backends.choose_backend(torch.device("cuda"), "gpu")
+                dispatch.choose_backend(torch.device("cuda"), "gpu")
             with pytest.warns(RuntimeWarning, match=r"Triton 3\.2\.0 is too old.*slower reference"):
-                assert backends.choose_backend(torch.device("cuda")) == "reference"
+                assert dispatch.choose_backend(torch.device("cuda")) == "reference"
         finally:
             for cached in caches:
                 cached.cache_clear()

@@ -14,7 +14,8 @@ from maskloss import (
     HungarianMatcher,
     functional,
 )
-from maskloss.ops import reference
+from maskloss.ops.abi import Draw
+from maskloss.ops.reference.sampling import match_points
 from support import oracle
 from support.steps import CLASSES, COUNTS, QUERIES, costs, criterion, entries, gradients, predictions
 
@@ -67,7 +68,7 @@ def test_costs_are_the_formula_at_shared_points(backend: str, focal: dict[str, f
         class_weight=1.5, mask_weight=4, dice_weight=3, num_points=50, backend=backend, **options
     )
     windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(len(targets), 1)
-    points = reference.match_points(windows, torch.arange(len(targets)), torch.tensor(8), 50)
+    points = match_points(windows, Draw(torch.arange(len(targets)), torch.tensor(8), 50))
     matches = matcher(classes, masks, targets, seed=8)
     cost = costs(matcher, classes, masks, targets, 8).double()
     for layer, image in itertools.product(range(2), (0, 2)):

@@ -8,11 +8,8 @@ from scipy import stats
 from torch import Tensor
 
 from maskloss import MaskCriterion, MaskLoss, MaskTargets, PointSampling, functional, ops
+from maskloss.ops.abi import ALL_TARGETS, CANDIDATES, MATCHER, RANDOM
 from maskloss.points import (
-    ALL_TARGETS,
-    CANDIDATES,
-    MATCHER,
-    RANDOM,
     draw_seed,
     instance_keys,
     threefry2x32,
@@ -38,8 +35,8 @@ def draw(
     windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(len(image_ids), 1)
     sizes = [sum(row[0] == layer for row in index) for layer in range(len(logits))]
     numbers = (sampling.num_points, sampling.num_candidates, sampling.num_uncertain)
-    arguments = (logits, rows, sizes, windows, torch.tensor(image_ids), draw_seed(seed), *numbers, "zeros", backend)
-    return ops.uncertain_points(*arguments)
+    drawn = ops.Draw(torch.tensor(image_ids), draw_seed(seed), *numbers)
+    return ops.uncertain_points(ops.Instances(logits, rows, sizes), drawn, windows, "zeros", backend)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +186,8 @@ def test_matcher_points_are_those_of_the_image(backend: str) -> None:
     def costs(copies: int, numbers: list[int], seed: int = 0) -> Tensor:
         batch = MaskTargets.cat([targets] * copies)
         layers = [logits.expand(copies, -1, -1, -1)] * 2
-        arguments = (layers, batch.tensors, "bits", batch.num_targets, torch.tensor(numbers), draw_seed(seed), 50)
-        return ops.match_cost(*arguments, "zeros", "bilinear", -1.0, -1.0, backend)[0]
+        group, drawn = ops.Targets("bits", *batch.tensors), ops.Draw(torch.tensor(numbers), draw_seed(seed), 50)
+        return ops.match_cost(layers, batch.num_targets, group, drawn, ops.Term(), backend)[0]
 
     both = costs(2, [7, 8])
     torch.testing.assert_close(both[0], both[1], rtol=0, atol=0)

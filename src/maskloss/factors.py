@@ -198,7 +198,7 @@ def _check_bias(bias: object, embeddings: Tensor) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------- layers that are dense or factored
+# ------------------------------------------------------------------------------------ layers that are dense or factored
 
 Layer = Tensor | MaskFactors
 

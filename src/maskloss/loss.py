@@ -187,7 +187,7 @@ class MaskLoss(nn.Module):
         ce, dice = factors.mask_loss(
             logits,
             matches,
-            ops.Targets(*targets.tensors, targets.encoding),
+            ops.Targets(targets.encoding, *targets.tensors),
             ops.Draw(image_ids, seed, num_points, sampling.num_candidates, sampling.num_uncertain),
             ops.Term(options.padding_mode, options.target_mode, *options.focal),
             points,

@@ -158,7 +158,7 @@ class HungarianMatcher(nn.Module):
         ce, dice = factors.match_cost(
             mask_logits,
             targets.num_targets,
-            ops.Targets(*targets.tensors, targets.encoding),
+            ops.Targets(targets.encoding, *targets.tensors),
             ops.Draw(image_ids, seed, self.num_points),
             ops.Term(options.padding_mode, options.target_mode, *options.focal),
             ops.choose_backend(mask_logits[0].device, options.backend),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss.errors import Cause, describe, reported
+from maskloss.ops.abi import IMAGE, INDEX_COLUMNS, QUERY, TARGET
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,10 @@ class Matches:
     def pairs(self, layer: int = -1) -> list[tuple[Tensor, Tensor]]:
         """List the pairs of one layer as DETR does: (queries, targets) of each image, both int64."""
         rows = self.index.split(list(self.layer_sizes))[layer]
-        return [(mine[:, 2], mine[:, 3]) for mine in (rows[rows[:, 1] == image] for image in range(self.batch_size))]
+        return [
+            (mine[:, QUERY], mine[:, TARGET])
+            for mine in (rows[rows[:, IMAGE] == image] for image in range(self.batch_size))
+        ]
 
     @staticmethod
     @reported("Matches.from_pairs")
@@ -86,7 +90,7 @@ class Matches:
                     )
             fixed = torch.zeros_like(queries)
             rows.append(torch.stack([fixed, fixed + image, queries, targets], dim=1))
-        index = torch.cat(rows) if rows else torch.empty(0, 4, dtype=torch.int64, device="cpu")
+        index = torch.cat(rows) if rows else torch.empty(0, INDEX_COLUMNS, dtype=torch.int64, device="cpu")
         counts = tuple(len(part) for part in rows)
         return Matches(index, (len(index),), num_queries, tuple(num_targets), counts=counts)
 

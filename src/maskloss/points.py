@@ -10,6 +10,9 @@ from torch import Tensor
 
 from maskloss.errors import Cause, describe, reported
 
+# The high word of a counter holds the decoder layer and, above it, the stream.
+STREAM_SHIFT = 16
+
 _MASK = 0xFFFFFFFF
 _PARITY = 0x1BD11BDA
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -211,5 +214,5 @@ def uniform_points(keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor,
         float32 `[N, num_points, 2]`, (x, y); every value is exact, so it is the same on every device.
     """
     counter = torch.arange(num_points, device=keys[0].device)
-    words = threefry2x32(keys[0][:, None], keys[1][:, None], counter, layers[:, None] | (stream << 16))
+    words = threefry2x32(keys[0][:, None], keys[1][:, None], counter, layers[:, None] | (stream << STREAM_SHIFT))
     return torch.stack([(word >> 8).to(torch.float32) for word in words], dim=-1) * 2.0**-24

@@ -20,7 +20,10 @@ from torch import Tensor
 
 from maskloss.distributed import image_numbers
 from maskloss.ops import reference
+from maskloss.ops.abi import INDEX_COLUMNS, Term
 from maskloss.targets import MaskTargets
+from support.accuracy import assert_no_worse
+from support.batches import Batch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -45,8 +48,8 @@ class Case:
     given: bool = False
     rows: tuple[tuple[int, int, int, int], ...] = ((0, 0, 1, 1), (0, 1, 0, 0))
 
-    def options(self) -> tuple[Any, ...]:
-        return (self.padding, self.target_mode, *self.focal)
+    def term(self) -> Term:
+        return Term(self.padding, self.target_mode, *self.focal)
 
 
 # Each option once at least, in company with as many others as possible.
@@ -82,7 +85,7 @@ class Inputs:
         self.case = case
         self.targets = _targets(case).to(DEVICE)
         self.logits = [_logits(case, size) for size in case.sizes]
-        self.index = torch.tensor(case.rows, dtype=torch.int64).reshape(-1, 4).to(DEVICE)
+        self.index = torch.tensor(case.rows, dtype=torch.int64).reshape(-1, INDEX_COLUMNS).to(DEVICE)
         self.layer_sizes = [sum(row[0] == layer for row in case.rows) for layer in range(len(case.sizes))]
         self.image_ids = torch.tensor([7, 2**32 + 3], device=DEVICE)
         self.seed = torch.tensor(-(2**61) + 987654321)
@@ -101,31 +104,21 @@ class Inputs:
         other.logits = [layer.double() for layer in self.logits]
         return other
 
-    def drawn(self, ops: Any) -> Tensor:
-        windows, sampling = self.targets.windows, self.case.sampling
-        return ops.uncertain_points(
-            self.logits, self.index, self.layer_sizes, windows, self.image_ids, self.seed, *sampling, self.case.padding
-        )
+    def batch(self) -> Batch:
+        return Batch(self.logits, self.index, self.layer_sizes, self.targets, self.image_ids, self.seed)
 
-    def arguments(self) -> tuple[Any, ...]:
-        targets = self.targets
-        head = (self.logits, self.index, self.layer_sizes, targets.tensors, targets.encoding, self.image_ids, self.seed)
-        return (*head, self.points, *self.case.sampling, *self.case.options())
+    def drawn(self, ops: Any) -> Tensor:
+        return self.batch().points(ops, self.case.sampling, self.case.padding)
 
     def loss(self, ops: Any) -> tuple[Tensor, ...]:
-        return ops.mask_loss(*self.arguments())
+        return self.batch().loss(ops, self.case.sampling, self.case.term(), self.points)
 
     def gradients(self, ops: Any, saved: tuple[Tensor, ...], needed: list[bool] | None = None) -> list[Tensor]:
-        weight = torch.linspace(0.5, 1.5, len(self.index), device=DEVICE, dtype=saved[0].dtype)
-        needed = needed or [True] * len(self.logits)
-        return ops.mask_loss_backward(weight, 2 - weight, *saved[2:], needed, *self.arguments())
+        case = self.case
+        return self.batch().gradients(ops, saved, case.sampling, case.term(), self.points, needed)
 
     def costs(self, ops: Any, num_points: int) -> tuple[Tensor, Tensor]:
-        t = self.targets
-        return ops.match_cost(
-            self.logits, t.tensors, t.encoding, t.num_targets, self.image_ids, self.seed, num_points,
-            *self.case.options(),
-        )  # fmt: skip
+        return self.batch().costs(ops, num_points, self.case.term())
 
 
 def _logits(case: Case, size: tuple[int, int]) -> Tensor:
@@ -199,24 +192,12 @@ def _fill_with_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from maskloss.ops import _gpu_choose, _gpu_match, _gpu_scatter, gpu
+    from maskloss.ops import gpu
+    from maskloss.ops.gpu import choose, match, scatter
 
-    for module in (_gpu_choose, _gpu_match, _gpu_scatter, gpu):
+    for module in (choose, match, scatter, gpu):
         monkeypatch.setattr(module, "BLOCK", 64)
-    monkeypatch.setattr(_gpu_choose, "WIDE", 128)
-
-
-def assert_no_worse(found: Tensor, plain: Tensor, exact: Tensor, tolerance: float) -> None:
-    """An error of at most the reference's own in that precision, plus a tolerance relative to the largest value."""
-    assert found.shape == plain.shape
-    assert found.dtype == plain.dtype
-    assert torch.equal(found.isfinite(), plain.isfinite())
-    if not found.numel():
-        return
-    exact = exact.double()
-    scale = float(exact.abs().nan_to_num(posinf=0, nan=0).max()) or 1.0
-    ours, theirs = (value.double().sub(exact).abs().nan_to_num(nan=0.0) for value in (found, plain))
-    assert bool((ours <= theirs + tolerance * scale).all()), (float(ours.max()), float(theirs.max()), scale)
+    monkeypatch.setattr(choose, "WIDE", 128)
 
 
 # Of the largest value: sums of float32 in another order; half precision rounds a gradient once (the interpreter cuts
@@ -238,7 +219,7 @@ def test_loss_and_gradient_follow_the_reference(gpu: Any, name: str, monkeypatch
     exact = inputs.exact()
     wanted = exact.loss(reference)
     for mine, theirs, right in zip(found[:2], plain[:2], wanted[:2], strict=True):
-        assert_no_worse(mine, theirs, right, TOLERANCE[mine.dtype])
+        assert_no_worse(mine, theirs, right, TOLERANCE[mine.dtype], everywhere=True)
     assert torch.equal(found[2], plain[2])  # the same candidates are chosen
     if found[3].dtype == torch.uint8:
         assert torch.equal(found[3], plain[3])
@@ -247,7 +228,7 @@ def test_loss_and_gradient_follow_the_reference(gpu: Any, name: str, monkeypatch
     gradients = inputs.gradients(gpu, found), inputs.gradients(reference, plain), exact.gradients(reference, wanted)
     for mine, theirs, right in zip(*gradients, strict=True):
         assert mine.is_contiguous()
-        assert_no_worse(mine, theirs, right, TOLERANCE[mine.dtype])
+        assert_no_worse(mine, theirs, right, TOLERANCE[mine.dtype], everywhere=True)
 
 
 @pytest.mark.parametrize("name", ["plain", "bfloat16, ignored pixels, windows", "float64, focal"])
@@ -281,9 +262,9 @@ def test_ties_go_to_the_first_candidates(gpu: Any, count: int, monkeypatch: pyte
 
 
 def test_scratch_memory_is_bounded(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from maskloss.ops import _gpu_launch
+    from maskloss.ops.gpu import launch
 
-    monkeypatch.setattr(_gpu_launch, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 1)
     inputs = Inputs(Case(sizes=((5, 6), (5, 6)), rows=((0, 1, 1, 0), (0, 0, 0, 1), (1, 0, 0, 2)), sampling=(9, 27, 6)))
     assert torch.equal(inputs.drawn(gpu), inputs.drawn(reference))
 
@@ -294,12 +275,12 @@ def test_scratch_memory_of_gradients_is_bounded(
     gpu: Any, dtype: torch.dtype, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers of one geometry, one of them without instances, that are cut into launches of their own."""
-    from maskloss.ops import _gpu_launch
+    from maskloss.ops.gpu import launch
 
     rows = ((0, 0, 0, 1), (0, 1, 1, 0), (0, 1, 1, 1), (2, 0, 1, 1), (3, 1, 0, 2))
     inputs = Inputs(Case(dtype, sizes=((5, 6),) * 4, rows=rows, sampling=(9, 27, 6)))
     saved = inputs.loss(gpu)
-    monkeypatch.setattr(_gpu_launch, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 1)
     torch.use_deterministic_algorithms(deterministic)
     try:
         found = inputs.gradients(gpu, saved)
@@ -326,10 +307,10 @@ def test_a_seed_on_the_device(gpu: Any) -> None:
     inputs = Inputs(Case(sampling=(9, 27, 6)))
     expected = inputs.drawn(gpu)
     pointers = pytest.MonkeyPatch()
-    from maskloss.ops import _gpu_launch
+    from maskloss.ops.gpu import launch
 
     with pointers.context() as patch:
-        patch.setattr(_gpu_launch, "split_seed", lambda seed: (0, seed.to(DEVICE)))
+        patch.setattr(launch, "split_seed", lambda seed: (0, seed.to(DEVICE)))
         assert torch.equal(inputs.drawn(gpu), expected)
 
 
@@ -391,7 +372,7 @@ def test_deterministic_gradients_are_as_good(gpu: Any, dtype: torch.dtype) -> No
         found = inputs.gradients(gpu, saved)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert_no_worse(found[0], plain[0], wanted[0], TOLERANCE[dtype])
+    assert_no_worse(found[0], plain[0], wanted[0], TOLERANCE[dtype], everywhere=True)
 
 
 def test_layers_that_need_no_gradient(gpu: Any) -> None:
@@ -443,7 +424,7 @@ def test_matching_costs_follow_the_reference(gpu: Any, name: str) -> None:
         exact.costs(reference, num_points),
         strict=True,
     ):
-        assert_no_worse(mine, theirs, right, max(TOLERANCE[mine.dtype], 0 if INTERPRETED else 1e-6))
+        assert_no_worse(mine, theirs, right, max(TOLERANCE[mine.dtype], 0 if INTERPRETED else 1e-6), everywhere=True)
 
 
 def test_matching_costs_of_one_point_and_many_queries(gpu: Any) -> None:
@@ -454,9 +435,9 @@ def test_matching_costs_of_one_point_and_many_queries(gpu: Any) -> None:
 
 
 def test_matching_costs_of_more_targets_than_a_tile(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from maskloss.ops import _gpu_match
+    from maskloss.ops.gpu import match
 
-    monkeypatch.setattr(_gpu_match, "tile_of", lambda *_: _gpu_match.Tile(16, 16, 32, 4))
+    monkeypatch.setattr(match, "tile_of", lambda *_: match.Tile(16, 16, 32, 4))
     inputs = Inputs(Case(sizes=((4, 4),)))
     masks = [torch.rand(19, 12, 17) > 0.5, torch.rand(0, 12, 17) > 0.5]
     inputs.targets = MaskTargets.from_masks(masks).to(DEVICE)

@@ -2,73 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from maskloss.ops import _cpu_sampling, cpu, reference
-from maskloss.ops._cpu_choose import threshold
+from maskloss.ops import cpu, reference
+from maskloss.ops.abi import IGNORED, INDEX_COLUMNS, Term
+from maskloss.ops.cpu import sampling as cpu_sampling
+from maskloss.ops.cpu.choose import threshold
 from maskloss.targets import MaskTargets
+from support.accuracy import assert_no_worse
+from support.batches import PLAIN, Batch, Sampling
 
-PLAIN = ("zeros", "bilinear", -1.0, -1.0)
 OPTIONS = {
     "plain": PLAIN,
-    "border": ("border", "bilinear", -1.0, -1.0),
-    "nearest": ("zeros", "nearest", -1.0, -1.0),
-    "focal": ("zeros", "bilinear", 0.25, 2.0),
-    "focal without alpha": ("border", "nearest", -1.0, 1.5),
-    "focal with gamma 0": ("zeros", "bilinear", 0.75, 0.0),
+    "border": Term(padding="border"),
+    "nearest": Term(target_mode="nearest"),
+    "focal": Term(alpha=0.25, gamma=2.0),
+    "focal without alpha": Term("border", "nearest", -1.0, 1.5),
+    "focal with gamma 0": Term(alpha=0.75, gamma=0.0),
 }
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-class Case(NamedTuple):
-    """A batch, in the order of the operations' arguments."""
-
-    logits: list[Tensor]
-    index: Tensor
-    layer_sizes: list[int]
-    targets: MaskTargets
-    image_ids: Tensor
-    seed: Tensor
-
-    def loss(self, ops: Any, sampling: tuple[int, int, int], options: Any = PLAIN, points: Any = None) -> Any:
-        return ops.mask_loss(*self._inputs(points), *sampling, *options)
-
-    def gradients(self, ops: Any, saved: Any, sampling: tuple[int, int, int], options: Any = PLAIN,
-                  points: Any = None, needs_grad: Any = None) -> list[Tensor]:  # fmt: skip
-        weight = torch.linspace(0.5, 1.5, len(self.index), dtype=saved[0].dtype)
-        needed = needs_grad or [True] * len(self.logits)
-        return ops.mask_loss_backward(
-            weight, 2 - weight, *saved[2:], needed, *self._inputs(points), *sampling, *options
-        )
-
-    def points(self, ops: Any, sampling: tuple[int, int, int], padding: str = "zeros") -> Tensor:
-        return ops.uncertain_points(
-            self.logits,
-            self.index,
-            self.layer_sizes,
-            self.targets.windows,
-            self.image_ids,
-            self.seed,
-            *sampling,
-            padding,
-        )
-
-    def costs(self, ops: Any, num_points: int, options: Any = PLAIN) -> tuple[Tensor, Tensor]:
-        t = self.targets
-        return ops.match_cost(
-            self.logits, t.tensors, t.encoding, t.num_targets, self.image_ids, self.seed, num_points, *options
-        )
-
-    def _inputs(self, points: Tensor | None) -> tuple[Any, ...]:
-        t = self.targets
-        return (
-            self.logits, self.index, self.layer_sizes, t.tensors, t.encoding, self.image_ids, self.seed, points
-        )  # fmt: skip
 
 
 def rectangles(count: int, height: int, width: int) -> Tensor:
@@ -98,7 +55,7 @@ def make(
     frame: tuple[int, int] = (57, 91),
     encoding: str = "bits",
     **extra: Any,
-) -> Case:
+) -> Batch:
     targets = encode(encoding, *frame, **extra)
     logits = [torch.randn(3, 5, *plane).to(dtype), torch.randn(3, 5, plane[0] + 2, plane[1]).to(dtype)]
     index = [
@@ -108,29 +65,19 @@ def make(
         for target, query in enumerate(torch.randperm(5)[:count])
     ]
     seed = torch.randint(-(2**63), 2**63 - 1, ())
-    return Case(logits, torch.tensor(index), [len(index) // 2] * 2, targets, torch.tensor([7, 0, 2**32 - 1]), seed)
-
-
-def upcast(case: Case) -> Case:
-    return case._replace(logits=[layer.double() for layer in case.logits])
+    return Batch(logits, torch.tensor(index), [len(index) // 2] * 2, targets, torch.tensor([7, 0, 2**32 - 1]), seed)
 
 
 def assert_as_good(got: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """The error may not exceed the reference's own by more than 1e-6, relative to the largest value."""
-    slack = 1e-6 * float(exact.abs().max().clamp(min=1))
-    if exact.dtype == got.dtype == torch.float64:
-        slack = 1e-12 * float(exact.abs().max().clamp(min=1))
-    assert got.dtype == plain.dtype
-    assert got.shape == plain.shape
-    error, allowed = (got.double() - exact).abs().max(), (plain.double() - exact).abs().max()
-    assert error <= allowed + slack, f"error {error:g}, the reference's {allowed:g}"
+    tolerance = 1e-12 if exact.dtype == got.dtype == torch.float64 else 1e-6
+    assert_no_worse(got, plain, exact, tolerance, everywhere=False)
 
 
-def assert_matches(case: Case, sampling: tuple[int, int, int], options: Any = PLAIN, points: Any = None) -> None:
+def assert_matches(case: Batch, sampling: Sampling, options: Term = PLAIN, points: Any = None) -> None:
     """Loss, choices, codes, gradients and matching costs of both backends, on the points of the reference."""
     plain = case.loss(reference, sampling, options, points)
-    at = case.points(reference, sampling, options[0]) if points is None else points
-    exact = upcast(case).loss(reference, sampling, options, at)
+    at = case.points(reference, sampling, options.padding) if points is None else points
+    exact = case.exact().loss(reference, sampling, options, at)
     got = case.loss(cpu, sampling, options, points)
     for k in (0, 1):
         assert_as_good(got[k], plain[k], exact[k])
@@ -139,7 +86,7 @@ def assert_matches(case: Case, sampling: tuple[int, int, int], options: Any = PL
         torch.testing.assert_close(got[3], plain[3], rtol=0, atol=1e-6)
     else:
         assert torch.equal(got[3], plain[3])
-    exact_grads = upcast(case).gradients(reference, exact, sampling, options, at)
+    exact_grads = case.exact().gradients(reference, exact, sampling, options, at)
     plain_grads = case.gradients(reference, plain, sampling, options, points)
     grads = case.gradients(cpu, got, sampling, options, points)
     for grad, plain_grad, exact_grad in zip(grads, plain_grads, exact_grads, strict=True):
@@ -148,7 +95,7 @@ def assert_matches(case: Case, sampling: tuple[int, int, int], options: Any = PL
         pairs = zip(
             case.costs(cpu, sampling[0], options),
             case.costs(reference, sampling[0], options),
-            upcast(case).costs(reference, sampling[0], options),
+            case.exact().costs(reference, sampling[0], options),
             strict=True,
         )
         for cost, plain_cost, exact_cost in pairs:
@@ -229,7 +176,7 @@ def test_ignore_regions_and_windows(name: str) -> None:
     window = (3, 5, 41, 67)
     case = make(ignore=ignore, valid=window)
     assert_matches(case, (507, 1521, 380), OPTIONS[name])
-    assert case.loss(cpu, SAMPLING)[3].bitwise_and(16).any()
+    assert case.loss(cpu, SAMPLING)[3].bitwise_and(IGNORED).any()
     assert_matches(make(encoding="values float32", ignore=ignore), SAMPLING, OPTIONS[name])
     assert_matches(make(ignore=torch.ones(57, 91, dtype=torch.bool)), SAMPLING, OPTIONS[name])
 
@@ -321,7 +268,7 @@ def test_layers_that_need_no_gradient() -> None:
 
 def test_no_instances_and_no_targets() -> None:
     case = make(encoding="bits", counts=(0, 0, 0))
-    case = case._replace(index=torch.zeros(0, 4, dtype=torch.int64))
+    case = case._replace(index=torch.zeros(0, INDEX_COLUMNS, dtype=torch.int64))
     saved = case.loss(cpu, SAMPLING)
     assert [list(part.shape) for part in saved] == [[0], [0], [0, 47], [0, 123]]
     assert case.points(cpu, SAMPLING).shape == (0, 123, 2)
@@ -408,9 +355,9 @@ def test_positions_as_integers_are_those_in_double_precision() -> None:
     for height, width in ((1, 1), (7, 123), (256, 507), (4096, 100_003)):
         places, others = np.empty((2, 512), np.int32)
         fx, fy, gx, gy = np.empty((4, 512), np.float32)
-        _cpu_sampling.locate_bits(bits, 512, height, width, places, fx, fy)
+        cpu_sampling.locate_bits(bits, 512, height, width, places, fx, fy)
         x, y = (bits.astype(np.float32) * np.float32(2**-24)).copy()
-        _cpu_sampling.locate(x, y, 512, height, width, False, others, gx, gy)
+        cpu_sampling.locate(x, y, 512, height, width, False, others, gx, gy)
         assert (places == others).all()
         assert (fx == gx).all()
         assert (fy == gy).all()

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 import maskloss
-from maskloss.ops import _cpu_threads, cpu
+from maskloss.ops import cpu
+from maskloss.ops.cpu import threads as cpu_threads
 from maskloss.targets import MaskTargets
+from support.batches import Batch
 
 SAMPLING = (256, 768, 192)
-OPTIONS = ("zeros", "bilinear", -1.0, -1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +38,9 @@ def step(seed: int = 0) -> list[Tensor]:
     targets = MaskTargets.from_masks([torch.rand(5, 64, 80, generator=generator) < 0.4 for _ in range(2)])
     index = torch.tensor([(l, b, q % 4, q) for l in range(3) for b in range(2) for q in range(5)])  # noqa: E741
     ids, key = torch.tensor([0, 1]), torch.tensor(seed)
-    inputs = (logits, index, [10] * 3, targets.tensors, "bits", ids, key, None, *SAMPLING, *OPTIONS)
-    saved = cpu.mask_loss(*inputs)
-    ones = torch.ones(len(index))
-    grads = cpu.mask_loss_backward(ones, ones, *saved[2:], [True] * 3, *inputs)
-    costs = cpu.match_cost(logits, targets.tensors, "bits", (5, 5), ids, key, 256, *OPTIONS)
-    points = cpu.uncertain_points(logits, index, [10] * 3, targets.windows, ids, key, *SAMPLING, "zeros")
+    batch = Batch(logits, index, [10] * 3, targets, ids, key)
+    saved = batch.loss(cpu, SAMPLING)
+    grads, costs, points = batch.gradients(cpu, saved, SAMPLING), batch.costs(cpu, 256), batch.points(cpu, SAMPLING)
     maps = logits[0].flatten(0, 1)
     values = cpu.point_sample(maps, index[:, 2], points, "bilinear", "zeros")
     back = cpu.point_sample_backward(values, maps, index[:, 2], points, "bilinear", "zeros")
@@ -68,7 +66,7 @@ def test_one_thread_starts_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(size: int) -> Any:
         raise AssertionError(f"a pool of {size}")
 
-    monkeypatch.setattr(_cpu_threads, "_executor", refuse)
+    monkeypatch.setattr(cpu_threads, "_executor", refuse)
     step()
 
 
@@ -117,11 +115,11 @@ def run_in_child(work: Any) -> int:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forked_children_build_their_own_pool() -> None:
     expected = step()
-    assert _cpu_threads._pool is not None
+    assert cpu_threads._pool is not None
 
     def child() -> bool:
         torch.set_num_threads(2)
-        return _cpu_threads._pool is None and same(step(), expected) and _cpu_threads._pool is not None
+        return cpu_threads._pool is None and same(step(), expected) and cpu_threads._pool is not None
 
     assert run_in_child(child) == 0
     assert same(step(), expected)
@@ -171,39 +169,39 @@ def test_an_error_in_a_kernel_reaches_the_caller() -> None:
             raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
-        _cpu_threads.launch(broken, 5, (np.float32, np.float32), (0, 0, 0), ())
+        cpu_threads.launch(broken, 5, (np.float32, np.float32), (0, 0, 0), ())
 
 
 def test_no_work_compiles_nothing() -> None:
     def never(*args: Any) -> None:
         raise AssertionError
 
-    _cpu_threads.launch(never, 0, (np.float32, np.float32), (0, 0, 0), ())
+    cpu_threads.launch(never, 0, (np.float32, np.float32), (0, 0, 0), ())
 
 
 def test_large_scratch_arrays_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cpu_threads, "_KEEP_BYTES", 1000)
-    large = _cpu_threads._scratch((np.float16, np.float16), (10_000, 0, 0))[0]
+    monkeypatch.setattr(cpu_threads, "_KEEP_BYTES", 1000)
+    large = cpu_threads._scratch((np.float16, np.float16), (10_000, 0, 0))[0]
     assert large.shape == (10_000,)
-    small = _cpu_threads._scratch((np.float16, np.float16), (300, 0, 0))[0]
+    small = cpu_threads._scratch((np.float16, np.float16), (300, 0, 0))[0]
     assert small.base is not large.base
-    assert _cpu_threads._scratch((np.float16, np.float16), (200, 0, 0))[0].base is small.base
+    assert cpu_threads._scratch((np.float16, np.float16), (200, 0, 0))[0].base is small.base
 
 
 SCRIPT = """
 import numpy as np
-from maskloss.ops import _cpu_threads, _cpu_random
+from maskloss.ops.cpu import threads
 
-@_cpu_threads.kernel
+@threads.kernel
 def fill(counter, items, values, coordinates, integers, out):
     while True:
-        item = _cpu_threads.take(counter)
+        item = threads.take(counter)
         if item >= items:
             break
         out[item] = item
 
 out = np.empty(1000, np.int64)
-_cpu_threads.launch(fill, 1000, (np.float32, np.float32), (0, 0, 0), (out,))
+threads.launch(fill, 1000, (np.float32, np.float32), (0, 0, 0), (out,))
 assert (out == np.arange(1000)).all()
 print(fill.stats.cache_hits and "from the cache" or "compiled", fill._cache.__class__.__name__)
 """
@@ -239,8 +237,8 @@ def test_works_without_a_directory_for_the_cache(tmp_path: Path) -> None:
 
 
 def test_a_change_in_any_kernel_file_invalidates_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    stamp = _cpu_threads._source_digest()
-    assert stamp == _cpu_threads._source_digest()
+    stamp = cpu_threads._source_digest()
+    assert stamp == cpu_threads._source_digest()
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + b"# changed")
-    assert stamp != _cpu_threads._source_digest()
+    assert stamp != cpu_threads._source_digest()

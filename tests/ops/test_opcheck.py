@@ -46,49 +46,49 @@ def point_sample_backward(backend: str) -> Args:
 
 def uncertain_points(backend: str, num_uncertain: int = UNCERTAIN) -> Args:
     windows = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.2, 0.3, 0.5, 0.5]])
-    sampling = (POINTS, CANDIDATES, num_uncertain)
     plain = [layer.detach() for layer in layers()]
-    return plain, INDEX, LAYER_SIZES, windows, IMAGE_IDS, SEED, *sampling, "border", backend
+    return plain, INDEX, LAYER_SIZES, IMAGE_IDS, SEED, POINTS, CANDIDATES, num_uncertain, windows, "border", backend
 
 
 def mask_loss(backend: str, encoding: str = "bits", *, given: bool = False, dtype: torch.dtype = torch.float32) -> Args:
     packed = targets(encoding)
     points = torch.rand(len(INDEX), POINTS, 2) if given else None
-    sampling, modes = (POINTS, CANDIDATES, UNCERTAIN), ("zeros", "bilinear")
     return (
-        *(layers(dtype), INDEX, LAYER_SIZES, packed.tensors, packed.encoding, IMAGE_IDS, SEED, points),
-        *(*sampling, *modes, *FOCAL, backend),
+        *(layers(dtype), INDEX, LAYER_SIZES, packed.encoding, *packed.tensors),
+        *(IMAGE_IDS, SEED, POINTS, CANDIDATES, UNCERTAIN),
+        *("zeros", "bilinear", *FOCAL, points, backend),
     )
 
 
 def mask_loss_backward(backend: str, encoding: str = "bits") -> Args:
-    logits, *rest = mask_loss(backend, encoding)
+    logits, *rest, _ = mask_loss(backend, encoding)
     plain = [layer.detach() for layer in logits]
-    _, _, chosen, corners = ops.mask_loss(plain, *rest)
-    return torch.randn(len(INDEX)), torch.randn(len(INDEX)), chosen, corners, [True, False], plain, *rest
+    _, _, chosen, corners = ops._mask_loss(plain, *rest, backend)
+    gradients = torch.randn(len(INDEX)), torch.randn(len(INDEX))
+    return *gradients, chosen, corners, plain, *rest, [True, False], backend
 
 
 def match_cost(backend: str, encoding: str = "bits") -> Args:
     packed = targets(encoding)
     plain = [layer.detach() for layer in layers()]
-    options = (POINTS, "zeros", "nearest", *FOCAL, backend)
-    return plain, packed.tensors, packed.encoding, packed.num_targets, IMAGE_IDS, SEED, *options
+    options = ("zeros", "nearest", *FOCAL, backend)
+    return plain, packed.num_targets, packed.encoding, *packed.tensors, IMAGE_IDS, SEED, POINTS, 0, 0, *options
 
 
 @pytest.mark.parametrize(
     ("operation", "make"),
     [
-        pytest.param(ops.point_sample, point_sample, id="point_sample"),
-        pytest.param(ops.point_sample, lambda backend: point_sample(backend, "nearest"), id="point_sample, nearest"),
+        pytest.param(ops._point_sample, point_sample, id="point_sample"),
+        pytest.param(ops._point_sample, lambda backend: point_sample(backend, "nearest"), id="point_sample, nearest"),
         pytest.param(ops._point_sample_backward, point_sample_backward, id="point_sample_backward"),
-        pytest.param(ops.uncertain_points, uncertain_points, id="uncertain_points"),
-        pytest.param(ops.uncertain_points, lambda backend: uncertain_points(backend, 0), id="uniform points"),
-        pytest.param(ops.mask_loss, mask_loss, id="mask_loss"),
-        pytest.param(ops.mask_loss, lambda backend: mask_loss(backend, "labels"), id="mask_loss, label maps"),
-        pytest.param(ops.mask_loss, lambda backend: mask_loss(backend, "values"), id="mask_loss, soft"),
-        pytest.param(ops.mask_loss, lambda backend: mask_loss(backend, given=True), id="mask_loss, given points"),
+        pytest.param(ops._uncertain_points, uncertain_points, id="uncertain_points"),
+        pytest.param(ops._uncertain_points, lambda backend: uncertain_points(backend, 0), id="uniform points"),
+        pytest.param(ops._mask_loss, mask_loss, id="mask_loss"),
+        pytest.param(ops._mask_loss, lambda backend: mask_loss(backend, "labels"), id="mask_loss, label maps"),
+        pytest.param(ops._mask_loss, lambda backend: mask_loss(backend, "values"), id="mask_loss, soft"),
+        pytest.param(ops._mask_loss, lambda backend: mask_loss(backend, given=True), id="mask_loss, given points"),
         pytest.param(
-            ops.mask_loss, lambda backend: mask_loss(backend, "values", dtype=torch.bfloat16), id="mask_loss, bfloat16"
+            ops._mask_loss, lambda backend: mask_loss(backend, "values", dtype=torch.bfloat16), id="mask_loss, bfloat16"
         ),
         pytest.param(ops._mask_loss_backward, mask_loss_backward, id="mask_loss_backward"),
         pytest.param(
@@ -96,8 +96,8 @@ def match_cost(backend: str, encoding: str = "bits") -> Args:
             lambda backend: mask_loss_backward(backend, "values"),
             id="mask_loss_backward soft",
         ),
-        pytest.param(ops.match_cost, match_cost, id="match_cost"),
-        pytest.param(ops.match_cost, lambda backend: match_cost(backend, "labels"), id="match_cost, label maps"),
+        pytest.param(ops._match_cost, match_cost, id="match_cost"),
+        pytest.param(ops._match_cost, lambda backend: match_cost(backend, "labels"), id="match_cost, label maps"),
     ],
 )
 def test_operation(backend: str, operation: Any, make: Callable[[str], Args]) -> None:

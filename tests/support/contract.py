@@ -1,7 +1,7 @@
 """The shapes and dtypes of the operations, checked at run time on every call that a test makes, for every backend.
 
-One signature per operation serves `reference.py`, `cpu.py` and `gpu.py`: they have functions of the same names and
-arguments. A dimension's name means one size throughout a call.
+One signature per operation serves `reference`, `cpu` and `gpu`: they have functions of the same names and arguments. A
+dimension's name means one size throughout a call.
 """
 
 from __future__ import annotations
@@ -17,6 +17,22 @@ from beartype import beartype
 from jaxtyping import Float, Float32, Int64, Shaped, UInt8, jaxtyped
 from torch import Tensor
 
+from maskloss.ops.abi import (
+    ENCODINGS,
+    IMAGE_COLUMNS,
+    INDEX_COLUMNS,
+    PADDING_MODES,
+    TABLE_COLUMNS,
+    TARGET_MODES,
+    WINDOW_COLUMNS,
+    Draw,
+    Gradients,
+    Instances,
+    Saved,
+    Targets,
+    Term,
+)
+
 Run = Callable[..., Any]
 Layers = Sequence[Tensor]
 shaped = jaxtyped(typechecker=beartype)
@@ -28,15 +44,33 @@ def _check_layers(logits: Layers) -> None:
         assert isinstance(layer, Float[Tensor, "B Q _ _"]), f"logits {list(layer.shape)} {layer.dtype}"
 
 
-def _check_targets(targets: Sequence[Tensor], encoding: str) -> None:
-    data, table, images, windows, ignore = targets
-    assert encoding in {"bits", "labels", "values"}
+def _check_instances(instances: Instances) -> None:
+    _check_layers(instances.logits)
+    assert isinstance(instances.rows, Int64[Tensor, f"N {INDEX_COLUMNS}"])
+    assert len(instances.layer_sizes) == len(instances.logits)
+    assert sum(instances.layer_sizes) == len(instances.rows)
+
+
+def _check_targets(targets: Targets) -> None:
+    encoding, data, table, images, windows, ignore = targets
+    assert encoding in ENCODINGS
     assert isinstance(data, Float[Tensor, " D"] if encoding == "values" else Shaped[Tensor, " D"])
     assert encoding != "bits" or data.dtype == torch.uint8
-    assert isinstance(table, Int64[Tensor, "T 9"])
-    assert isinstance(images, Int64[Tensor, "B 11"])
-    assert isinstance(windows, Float32[Tensor, "B 4"])
+    assert isinstance(table, Int64[Tensor, f"T {TABLE_COLUMNS}"])
+    assert isinstance(images, Int64[Tensor, f"B {IMAGE_COLUMNS}"])
+    assert isinstance(windows, Float32[Tensor, f"B {WINDOW_COLUMNS}"])
     assert isinstance(ignore, UInt8[Tensor, " I"])
+
+
+def _check_draw(draw: Draw) -> None:
+    assert isinstance(draw.image_ids, Int64[Tensor, " B"])
+    assert isinstance(draw.seed, Int64[Tensor, ""])
+    assert 0 <= draw.num_uncertain <= draw.num_candidates or draw.num_uncertain == 0
+
+
+def _check_term(term: Term) -> None:
+    assert term.padding in PADDING_MODES
+    assert term.target_mode in TARGET_MODES
 
 
 @shaped
@@ -66,64 +100,50 @@ def point_sample_backward(
 
 @shaped
 def uncertain_points(
-    run: Run,
-    logits: Layers,
-    index: Int64[Tensor, "N 4"],
-    layer_sizes: Sequence[int],
-    windows: Float32[Tensor, "B 4"],
-    image_ids: Int64[Tensor, " B"],
-    seed: Int64[Tensor, ""],
-    num_points: int,
-    num_candidates: int,
-    num_uncertain: int,
-    padding: str,
-) -> Float32[Tensor, "N {num_points} 2"]:
-    _check_layers(logits)
-    assert len(layer_sizes) == len(logits)
-    assert sum(layer_sizes) == len(index)
-    sizes = (num_points, num_candidates, num_uncertain)
-    return run(logits, index, layer_sizes, windows, image_ids, seed, *sizes, padding)
+    run: Run, instances: Instances, draw: Draw, windows: Float32[Tensor, "B 4"], padding: str
+) -> Float32[Tensor, "N P 2"]:
+    _check_instances(instances)
+    _check_draw(draw)
+    points = run(instances, draw, windows, padding)
+    assert points.shape[:2] == (len(instances.rows), draw.num_points)
+    return points
 
 
 @shaped
 def mask_loss(
-    run: Run,
-    logits: Layers,
-    index: Int64[Tensor, "N 4"],
-    layer_sizes: Sequence[int],
-    targets: Sequence[Tensor],
-    encoding: str,
-    image_ids: Int64[Tensor, " B"],
-    seed: Int64[Tensor, ""],
-    points: Float[Tensor, "N {num_points} 2"] | None,
-    num_points: int,
-    num_candidates: int,
-    num_uncertain: int,
-    *options: Any,
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], UInt8[Tensor, "N choice"], Shaped[Tensor, "N {num_points}"]]:
-    _check_layers(logits)
-    _check_targets(targets, encoding)
-    assert len(layer_sizes) == len(logits)
-    assert sum(layer_sizes) == len(index)
-    sizes = (num_points, num_candidates, num_uncertain)
-    return run(logits, index, layer_sizes, targets, encoding, image_ids, seed, points, *sizes, *options)
+    run: Run, instances: Instances, targets: Targets, draw: Draw, term: Term, points: Float[Tensor, "N P 2"] | None
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], UInt8[Tensor, "N choice"], Shaped[Tensor, "N P"]]:
+    _check_instances(instances)
+    _check_targets(targets)
+    _check_draw(draw)
+    _check_term(term)
+    result = run(instances, targets, draw, term, points)
+    assert result[3].shape == (len(instances.rows), draw.num_points)
+    return result
 
 
 @shaped
 def mask_loss_backward(
     run: Run,
-    grad_ce: Float[Tensor, " N"],
-    grad_dice: Float[Tensor, " N"],
-    chosen: UInt8[Tensor, "N choice"],
-    corners: Shaped[Tensor, "N P"],
+    grads: Gradients,
+    saved: Saved,
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Float[Tensor, "N P 2"] | None,
     needs_grad: Sequence[bool],
-    logits: Layers,
-    index: Int64[Tensor, "N 4"],
-    *inputs: Any,
 ) -> list[Tensor]:
-    _check_layers(logits)
-    gradients = run(grad_ce, grad_dice, chosen, corners, needs_grad, logits, index, *inputs)
-    for layer, gradient, needed in zip(logits, gradients, needs_grad, strict=True):
+    _check_instances(instances)
+    _check_targets(targets)
+    _check_draw(draw)
+    _check_term(term)
+    for grad in grads:
+        assert isinstance(grad, Float[Tensor, " N"])
+    assert isinstance(saved.chosen, UInt8[Tensor, "N choice"])
+    assert isinstance(saved.corners, Shaped[Tensor, "N P"])
+    gradients = run(grads, saved, instances, targets, draw, term, points, needs_grad)
+    for layer, gradient, needed in zip(instances.logits, gradients, needs_grad, strict=True):
         assert gradient.dtype == layer.dtype
         assert not needed or gradient.shape == layer.shape
     return gradients
@@ -131,19 +151,13 @@ def mask_loss_backward(
 
 @shaped
 def match_cost(
-    run: Run,
-    logits: Layers,
-    targets: Sequence[Tensor],
-    encoding: str,
-    num_targets: Sequence[int],
-    image_ids: Int64[Tensor, " B"],
-    seed: Int64[Tensor, ""],
-    num_points: int,
-    *options: Any,
+    run: Run, logits: Layers, num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
 ) -> tuple[Float[Tensor, "L B Q width"], Float[Tensor, "L B Q width"]]:
     _check_layers(logits)
-    _check_targets(targets, encoding)
-    ce, dice = run(logits, targets, encoding, num_targets, image_ids, seed, num_points, *options)
+    _check_targets(targets)
+    _check_draw(draw)
+    _check_term(term)
+    ce, dice = run(logits, num_targets, targets, draw, term)
     assert ce.shape[0] == len(logits)
     assert ce.shape[3] == max(num_targets, default=0)
     return ce, dice

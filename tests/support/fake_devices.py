@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from maskloss import MaskCriterion, MaskTargets
 from maskloss.ops import choose_backend, reference
+from maskloss.ops.abi import INDEX_COLUMNS, Draw, Gradients, Instances, Saved, Targets, Term
 
 # Places in c10::DeviceType.
 CUDA, XPU, MPS, META = 1, 12, 13, 14
@@ -117,14 +118,15 @@ def reference_stays_on(device: str) -> None:
         targets = MaskTargets.from_masks(masks(device), ignore=torch.empty(2 * SIZE, 2 * SIZE + 3, device=device) > 0)
         _, logits = predictions(device)
         ids, count = torch.arange(BATCH, device=device), LAYERS * BATCH * TARGETS
-        index, sizes = torch.empty(count, 4, dtype=torch.int64, device=device), [BATCH * TARGETS] * LAYERS
-        seed, options = torch.tensor(5), ("zeros", "bilinear", 0.25, 2.0)
-        head = (logits, index, sizes, targets.tensors, "bits", ids, seed, None, *SAMPLING, *options)
+        index = torch.empty(count, INDEX_COLUMNS, dtype=torch.int64, device=device)
+        instances = Instances(logits, index, [BATCH * TARGETS] * LAYERS)
+        draw, group = Draw(ids, torch.tensor(5), *SAMPLING), Targets("bits", *targets.tensors)
+        inputs = (instances, group, draw, Term(alpha=0.25, gamma=2.0), None)
         watch.copies.clear()
-        reference.match_cost(logits, targets.tensors, "bits", targets.num_targets, ids, seed, 112, *options)
-        reference.uncertain_points(logits, index, sizes, targets.windows, ids, seed, *SAMPLING, "zeros")
-        ce, dice, *saved = reference.mask_loss(*head)
-        reference.mask_loss_backward(ce, dice, *saved, [True] * LAYERS, *head)
+        reference.match_cost(logits, targets.num_targets, *inputs[1:4])
+        reference.uncertain_points(instances, draw, targets.windows, "zeros")
+        ce, dice, *saved = reference.mask_loss(*inputs)
+        reference.mask_loss_backward(Gradients(ce, dice), Saved(*saved), *inputs, [True] * LAYERS)
     assert not watch.copies, watch.copies
     assert device != "mps" or torch.float64 not in watch.dtypes
 

@@ -17,8 +17,9 @@ from maskloss.integrations import _layers
 from maskloss.integrations._layers import Step
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches
-from maskloss.ops import reference
-from maskloss.points import CANDIDATES, RANDOM, instance_keys, uniform_points
+from maskloss.ops.abi import CANDIDATES, IMAGE, LAYER, QUERY, RANDOM, TARGET, Draw
+from maskloss.ops.reference.sampling import match_points
+from maskloss.points import instance_keys, uniform_points
 
 SEED = 1234
 
@@ -35,16 +36,16 @@ class Call:
     def instance_rows(self, layer: int) -> Tensor:
         """The matches of a layer, in the order of Transformers: by image, then by query."""
         rows = self.matches.index.split(list(self.matches.layer_sizes))[layer]
-        return rows[(rows[:, 1] * 10_000 + rows[:, 2]).argsort()]
+        return rows[(rows[:, IMAGE] * 10_000 + rows[:, QUERY]).argsort()]
 
     def draws(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """The matcher's points `[B, P, 2]`, the candidates `[n, K, 2]` and the uniform points of a layer."""
         step, sampling = self.step, self.loss.sampling
-        matcher = reference.match_points(step.targets.windows, step.image_ids, step.seed, self.match_points)
+        matcher = match_points(step.targets.windows, Draw(step.image_ids, step.seed, self.match_points))
         rows = self.instance_rows(layer)
-        keys = instance_keys(step.seed, step.image_ids[rows[:, 1]], rows[:, 3])
-        candidates = uniform_points(keys, sampling.num_candidates, rows[:, 0], CANDIDATES)
-        return matcher, candidates, uniform_points(keys, sampling.num_random, rows[:, 0], RANDOM)
+        keys = instance_keys(step.seed, step.image_ids[rows[:, IMAGE]], rows[:, TARGET])
+        candidates = uniform_points(keys, sampling.num_candidates, rows[:, LAYER], CANDIDATES)
+        return matcher, candidates, uniform_points(keys, sampling.num_random, rows[:, LAYER], RANDOM)
 
 
 @dataclass
@@ -70,9 +71,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, *, one_image: bool = False) -> Ite
         recorder.calls.append(Call(step, loss, matches, matched[-1]))
         return terms(step, loss, logits, matches)
 
-    def spy_cost(*args: Any) -> Any:
-        matched.append(args[6])
-        return cost(*args)
+    def spy_cost(logits: Any, num_targets: Any, targets: Any, draw: Draw, *rest: Any) -> Any:
+        matched.append(draw.num_points)
+        return cost(logits, num_targets, targets, draw, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Step, "mask_terms", spy_terms)

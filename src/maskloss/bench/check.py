@@ -84,7 +84,7 @@ def compare(case: Case, inputs: Inputs, other: str, seed: int) -> Agreement:
     device = inputs.labels[0].device
     mine, matches = _run_maskloss(MasklossArm(case, device), inputs, seed)
     if other == "transformers":
-        theirs = _run_transformers(TransformersArm(case, device), case, inputs, _draws(case, matches, seed))
+        theirs = _run_transformers(TransformersArm(case, device), inputs, _draws(case, matches, seed))
     else:
         theirs = _run_maskloss(MasklossArm(case, device, other), inputs, seed)[0]
     return _agreement(other, mine, theirs, len(inputs.mask_logits))
@@ -98,10 +98,10 @@ def _run_maskloss(arm: MasklossArm, inputs: Inputs, seed: int) -> tuple[_Step, M
     return _Step(_values(out.as_dict()), pairs, _take_gradients(inputs)), out.matches
 
 
-def _run_transformers(arm: TransformersArm, case: Case, inputs: Inputs, draws: Iterator[Tensor]) -> _Step:
+def _run_transformers(arm: TransformersArm, inputs: Inputs, draws: Iterator[Tensor]) -> _Step:
     inputs.drop_gradients()
     found: list[Pairs] = []
-    hook = arm.loss.matcher.register_forward_hook(lambda module, args, result: found.append(result))
+    hook = arm.loss.matcher.register_forward_hook(lambda _module, _args, result: found.append(result))
     with _Draws(draws):
         terms = arm.terms(inputs, arm.prepare(inputs.masks))
     hook.remove()

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from maskloss import _inputs, distributed
 from maskloss.loss import InstanceLosses, MaskLoss
 from maskloss.matches import Matches, wanted_classes
+from maskloss.ops.abi import IMAGE, TARGET
 from maskloss.points import draw_seed
 from maskloss.targets import MaskTargets
 from maskloss.targets.collate import collate
@@ -46,7 +47,7 @@ class Step:
 
     def target_rows(self, index: Tensor) -> Tensor:
         """Number the targets of matches `[N, 4]` over the whole batch: int64 `[N]`."""
-        return self.targets.first_rows[index[:, 1]] + index[:, 3]
+        return self.targets.first_rows[index[:, IMAGE]] + index[:, TARGET]
 
     def wanted_classes(self, matches: Matches, shape: Sequence[int], no_object: int) -> Tensor:
         """Write the classes that queries should have, int64 `[L, B, Q]`; the unmatched ones get `no_object`."""

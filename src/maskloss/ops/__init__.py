@@ -53,8 +53,8 @@ __all__ = [
 ]
 
 # The groups, flat: their order is that of the fields.
-_INSTANCES = "Tensor[] logits, Tensor index, SymInt[] layer_sizes"
-_TARGETS = "Tensor data, Tensor table, Tensor images, Tensor windows, Tensor ignore, str encoding"
+_INSTANCES = "Tensor[] logits, Tensor rows, SymInt[] layer_sizes"
+_TARGETS = "str encoding, Tensor data, Tensor table, Tensor images, Tensor windows, Tensor ignore"
 _DRAW = "Tensor image_ids, Tensor seed, SymInt num_points, SymInt num_candidates, SymInt num_uncertain"
 _TERM = "str padding, str target_mode, float focal_alpha, float focal_gamma"
 _LOSS = f"{_INSTANCES}, {_TARGETS}, {_DRAW}, {_TERM}, Tensor? points"
@@ -98,7 +98,7 @@ def _point_sample(*args: Any) -> Tensor:
 
 
 @_point_sample.register_fake
-def _(maps: Tensor, index: Tensor, points: Tensor, *options: str) -> Tensor:
+def _(maps: Tensor, _index: Tensor, points: Tensor, *_: str) -> Tensor:
     return maps.new_empty(points.shape[:2], dtype=accumulation_dtype(maps.dtype))
 
 
@@ -110,11 +110,11 @@ def _point_sample_backward(*args: Any) -> Tensor:
 
 
 @_point_sample_backward.register_fake
-def _(grad: Tensor, maps: Tensor, *rest: Any) -> Tensor:
+def _(_grad: Tensor, maps: Tensor, *_: Any) -> Tensor:
     return torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
 
 
-def _point_sample_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _point_sample_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (its name is given)
     ctx.save_for_backward(*inputs[:3])
     ctx.options = inputs[3:]
 
@@ -147,7 +147,7 @@ def _uncertain_points(*args: Any) -> Tensor:
 @_uncertain_points.register_fake
 def _(*args: Any) -> Tensor:
     instances, draw, windows, *_ = grouped(args, Instances, Draw)
-    result: Tensor = windows.new_empty(instances.index.shape[0], draw.num_points, 2)
+    result: Tensor = windows.new_empty(instances.rows.shape[0], draw.num_points, 2)
     return result
 
 
@@ -173,7 +173,7 @@ def _match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], *args: Any
 
 
 @_match_cost.register_fake
-def _(logits: Sequence[Tensor], num_targets: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
+def _(logits: Sequence[Tensor], num_targets: Sequence[int], *_: Any) -> tuple[Tensor, Tensor]:
     shape = (len(logits), *logits[0].shape[:2], widest(num_targets))
     dtype = accumulation_dtype(logits[0].dtype)
     return logits[0].new_empty(shape, dtype=dtype), logits[0].new_empty(shape, dtype=dtype)
@@ -193,7 +193,7 @@ def _assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classe
 
 
 @_assign.register_fake
-def _(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
+def _(cost: Tensor, _labels: Tensor, num_targets: Sequence[int], _num_classes: int) -> Tensor:
     layers, batch, queries = cost.shape[:3]
     matched = layers * count_matches(num_targets, queries)
     return cost.new_empty(INDEX_COLUMNS * matched + layers * batch * queries, dtype=torch.int64)
@@ -224,7 +224,7 @@ def _mask_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @_mask_loss.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     instances, targets, draw, _, points, _ = grouped(args, Instances, Targets, Draw, Term)
-    count, like, dtype = instances.index.shape[0], instances.logits[0], instances.accumulation_dtype
+    count, like, dtype = instances.rows.shape[0], instances.logits[0], instances.accumulation_dtype
     width = num_bytes(draw.num_candidates) if points is None and draw.num_uncertain else 0
     return (
         like.new_empty(count, dtype=dtype),
@@ -256,8 +256,7 @@ def _(*args: Any) -> list[Tensor]:
 
 
 def _mask_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *inputs, backend = inputs
-    logits, *rest = inputs
+    logits, *rest, backend = inputs
     saved = output[2:]
     ctx.mark_non_differentiable(*saved)
     # The outputs that only the backward pass reads get no gradient tensors of zeros made for them.

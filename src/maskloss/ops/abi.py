@@ -90,12 +90,12 @@ class Instances(NamedTuple):
 
     Attributes:
         logits: one `[B, Q, h, w]` per decoder layer.
-        index: int64 `[N, INDEX_COLUMNS]`, sorted by layer.
-        layer_sizes: how many rows of the index each layer has.
+        rows: int64 `[N, INDEX_COLUMNS]`, the index, sorted by layer.
+        layer_sizes: how many rows each layer has.
     """
 
     logits: Sequence[Tensor]
-    index: Tensor
+    rows: Tensor
     layer_sizes: Sequence[int]
 
     @property
@@ -105,14 +105,14 @@ class Instances(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The targets of a batch: the tensors of `MaskTargets`, and how `data` is to be read."""
+    """The targets of a batch: how `data` is to be read, and the tensors of `MaskTargets`, which documents them."""
 
+    encoding: str
     data: Tensor
     table: Tensor
     images: Tensor
     windows: Tensor
     ignore: Tensor
-    encoding: str
 
 
 class Draw(NamedTuple):
@@ -182,7 +182,7 @@ class Factors(NamedTuple):
     """The mask logits of all layers as products (see `MaskFactors`), in the dtype of the products.
 
     Attributes:
-        embeddings: one `[B, Q, D]` per decoder layer; of a layer that is not factored an empty tensor, which has no rows.
+        embeddings: one `[B, Q, D]` per decoder layer; an empty tensor for one that is not factored and has no rows.
         biases: one `[B, Q]` per decoder layer, or none at all.
         features: the distinct `[B, D, h, w]`.
         features_of: for each decoder layer, which of the features it has.

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss.ops.abi import PLACE_COLUMNS
+from maskloss.ops.abi import OFFSET, PLACE_COLUMNS
 
 Bytes = NDArray[np.uint8]
 # Gathers the lowest bits of eight bytes in the highest byte, the first of them lowest.
@@ -56,7 +56,7 @@ def crop(packed: Tensor, width: int) -> tuple[Tensor, NDArray[np.int64]]:
     place = np.zeros((count, PLACE_COLUMNS), dtype=np.int64)
     if not on_host(packed):
         place[:] = (0, row, 0, 0, height, width)
-        place[:, 0] = np.arange(count) * (height * row)
+        place[:, OFFSET] = np.arange(count) * (height * row)
         return packed.flatten(), place
     crops: list[Bytes] = []
     offset = 0

@@ -13,7 +13,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from maskloss.errors import Cause, describe
-from maskloss.ops.abi import PLACE_COLUMNS
+from maskloss.ops.abi import OFFSET, PLACE_COLUMNS, TOP
 from maskloss.targets import bits
 
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -55,8 +55,8 @@ def label_places(labels: Tensor, ids: Sequence[int], allow_missing: bool) -> NDA
                 f"{len(missing)} of {len(ids)} do not, the first is {missing[0]}",
                 "drop those targets, or pass allow_missing=True to count them as empty masks",
             )
-        place[:, 0] = boxes[:, 0] * width + boxes[:, 1]
-        place[:, 2:] = boxes
+        place[:, OFFSET] = boxes[:, 0] * width + boxes[:, 1]
+        place[:, TOP:] = boxes
     return place
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskloss.errors import Cause, describe, reported
-from maskloss.ops.abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W, LABEL, PLACE_COLUMNS, SIZES
+from maskloss.ops.abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W, LABEL, OFFSET, PLACE_COLUMNS, SIZES
 from maskloss.targets import bits, coco, dense, label_maps
 from maskloss.targets.frames import Box, Frame, Size, Stored, describe_images
 
@@ -353,7 +353,7 @@ def _whole(masks: Tensor, stride: int) -> Stored:
     count, height, width = masks.shape
     place = np.zeros((count, PLACE_COLUMNS), dtype=np.int64)
     place[:] = (0, stride, 0, 0, height, width)
-    place[:, 0] = np.arange(count) * (height * stride)
+    place[:, OFFSET] = np.arange(count) * (height * stride)
     return Stored(place, count * height * stride, (height, width))
 
 

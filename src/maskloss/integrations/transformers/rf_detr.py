@@ -206,8 +206,9 @@ def _mask_sums(step: Step, loss: MaskLoss, masks: Sequence[Tensor], index: Tenso
     """Sum the mask terms by layer. A target that supervises one query in each group has points for each of them."""
     repeated = Step(repeat_targets(step.targets, groups), step.labels, step.image_ids, step.seed)
     per_group = masks[0].shape[1] // groups
-    counts = step.targets.counts[index[:, 1]]
-    index = torch.cat([index[:, :3], (index[:, 3] + index[:, 2] // per_group * counts)[:, None]], dim=1)
+    layer, image, query, target = index.unbind(1)
+    target = target + query // per_group * step.targets.counts[image]
+    index = torch.stack([layer, image, query, target], dim=1)
     size = groups * ops.count_matches(step.targets.num_targets, per_group)
     matches = Matches(index, (size,) * len(masks), masks[0].shape[1], repeated.targets.num_targets)
     return repeated.mask_terms(loss, masks, matches)

@@ -108,8 +108,8 @@ def uncertain_points(instances: Instances, draw: Draw, windows: Tensor, padding:
     logits, index, _ = instances
     numbers = numbers_of(draw)
     points = np.empty((len(index), draw.num_points, POINT_COLUMNS), np.float32)
-    args = (describe(logits), array_of(index), array_of(windows), array_of(draw.image_ids), int(draw.seed))
-    args += (numbers, is_border(padding), points)
+    drawn = (array_of(windows), array_of(draw.image_ids), int(draw.seed), numbers)
+    args = (describe(logits), array_of(index), *drawn, is_border(padding), points)
     launch(instance_kernels.uncertain_points, len(index), dtypes_of(logits[0]), room(logits, numbers), args)
     return torch.from_numpy(points)
 
@@ -134,7 +134,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Kept]:
     dtypes = dtypes_of(instances.logits[0], points)
     shared, numbers, alive = loss_arguments(instances, targets, draw, term, points)
-    count, data = len(instances.index), targets.data.contiguous()
+    count, data = len(instances.rows), targets.data.contiguous()
     ce, dice = np.empty(count, dtypes[0]), np.empty(count, dtypes[0])
     chosen = np.empty((count, num_bytes(numbers.candidates)), np.uint8)
     corners = corner_arrays((count, numbers.points), targets.encoding, dtypes[0])
@@ -166,7 +166,7 @@ def mask_loss_backward(
     if any(needs_grad):
         kept = Kept(*saved, grads.ce.new_empty(0, draw.num_points))
         written = [g if need else layer for g, layer, need in zip(found, logits, needs_grad, strict=True)]
-        planes = _by_plane(array_of(instances.index), logits[0], needs_grad)
+        planes = _by_plane(array_of(instances.rows), logits[0], needs_grad)
         _backward(grads, kept, instances, targets, draw, term, points, planes, written)
     return found
 
@@ -181,7 +181,7 @@ def plane_gradients(
     points: Tensor | None,
 ) -> None:
     """Overwrite the planes of instances, each of which has one of its own, with their gradients."""
-    count = len(instances.index)
+    count = len(instances.rows)
     planes = np.arange(count), np.arange(count + 1)
     _backward(grads, kept, instances, targets, draw, term, points, planes, instances.logits)
 

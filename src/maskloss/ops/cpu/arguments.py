@@ -139,6 +139,6 @@ def loss_arguments(
     """What both kernels of the loss take between the logits and their own; and what must stay alive meanwhile."""
     given, kept = given_rows(points)
     numbers = numbers_of(draw, points)
-    args = (array_of(instances.index), encode(targets.data, targets.encoding), array_of(targets.images))
-    args += (array_of(targets.windows), array_of(draw.image_ids), int(draw.seed), given, numbers)
-    return (*args, term.border, term.nearest, float(term.alpha), float(term.gamma)), numbers, kept
+    args = (array_of(instances.rows), encode(targets.data, targets.encoding), array_of(targets.images))
+    drawn = (array_of(targets.windows), array_of(draw.image_ids), int(draw.seed), given, numbers)
+    return (*args, *drawn, term.border, term.nearest, float(term.alpha), float(term.gamma)), numbers, kept

@@ -53,7 +53,7 @@ def _sort_pass(digits, shift, bins, n, source, target, counts):
 
 @kernel
 def draw(
-    counter, items, values, coordinates, integers,
+    counter, items, _values, _coordinates, integers,
     image_ids, seed, windows, images, ignore, num_points, num_bands, points, weights, bands,
 ):  # fmt: skip
     """The matcher's points of each image, sorted: `[B, 2, P]`, weights `[B, P]`, and where each band begins."""
@@ -86,7 +86,7 @@ def draw(
 
 
 @kernel
-def find_runs(counter, items, values, coordinates, integers, points, bands, table, border, owner, first, length):
+def find_runs(counter, items, _values, _coordinates, integers, points, bands, table, border, owner, first, length):
     """For each target and band the run of points that may touch its crop: first point, padded length `[T, bands]`."""
     room = integers.shape[0] // 2
     inside, space = integers[:room], integers[room:]
@@ -134,7 +134,7 @@ def fill_runs(
 
 
 @kernel
-def place_points(counter, items, values, coordinates, integers, points, bands, sizes, border, index, fx, fy, rows):
+def place_points(counter, items, _values, _coordinates, _integers, points, bands, sizes, border, index, fx, fy, rows):
     """For each image, plane size and band: its first row, its number of rows, and the points' places in a buffer."""
     num_points = points.shape[2]
     while True:
@@ -240,7 +240,7 @@ def _pair_costs(z, s, w, image, starts, first, length, offset, shares, sums, alp
 
 @kernel
 def sample_features(
-    counter, items, values, coordinates, integers, sources, rows, index, fx, fy, bands, result
+    counter, items, values, _coordinates, _integers, sources, rows, index, fx, fy, bands, result
 ):  # fmt: skip
     """Features `[B, D, P]` at the sorted points. A work item is a channel of an image."""
     channels = result.shape[1]
@@ -258,7 +258,7 @@ def sample_features(
 
 @kernel
 def row_costs(
-    counter, items, values, coordinates, integers,
+    counter, items, values, _coordinates, _integers,
     logits, weights, images, starts, first, length, offset, shares, sums, alpha, gamma, ce, dice,
 ):  # fmt: skip
     """As `match_cost`, from logits `[B, R, P]` at the sorted points: `[B, R, T_max]`. A work item is a row."""
@@ -281,7 +281,7 @@ def row_costs(
 
 @kernel
 def match_cost(
-    counter, items, values, coordinates, integers,
+    counter, items, values, _coordinates, _integers,
     sources, size_of, rows, index, fx, fy, bands, weights, images, starts, first, length, offset, shares, sums,
     alpha, gamma, ce, dice,
 ):  # fmt: skip
@@ -289,7 +289,7 @@ def match_cost(
 
     ce = sum w (softplus(z) - z t) / max(sum w, 1);  dice = 1 - (2 sum w s t + 1) / (sum w s + sum w t + 1)
     """
-    batch, queries, widest = ce.shape[1], ce.shape[2], ce.shape[3]
+    batch, queries = ce.shape[1], ce.shape[2]
     num_points = weights.shape[1]
     room = num_points + VECTOR
     z, s = values[:room], values[room : 2 * room]

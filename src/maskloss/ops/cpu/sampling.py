@@ -283,17 +283,17 @@ def _bilinear(
             builder.zext(builder.load(builder.gep(index, [builder.add(first, first.type(k))])), first.type)
             for k in range(count)
         ]
-        rows = []
+        sides = []
         for start in (data, builder.gep(data, [args[1]])):
             pixels = _concatenate(builder, [_pair(builder, start, place) for place in places])
             left, right = (_shuffle(builder, pixels, pixels, *range(side, 2 * count, 2)) for side in (0, 1))
-            rows.append((left, right))
+            sides.append((left, right))
         across, down = (_vector(builder, array, first, vector) for array in (fx, fy))
 
         def mix(one: Any, other: Any, share: Any) -> Any:
             return builder.fadd(one, builder.fmul(share, builder.fsub(other, one)))
 
-        value = mix(mix(*rows[0], across), mix(*rows[1], across), down)
+        value = mix(mix(*sides[0], across), mix(*sides[1], across), down)
         pointer = builder.bitcast(builder.gep(z, [first]), vector.as_pointer())
         builder.store(value, pointer, align=_align(vector))
         return context.get_dummy_value()

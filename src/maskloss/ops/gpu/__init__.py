@@ -123,7 +123,7 @@ def mask_loss(
     instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy `[N]`, Dice `[N]`, chosen candidates as bits, and the target pixels at the points."""
-    data, table, images, windows, ignore, encoding = targets
+    encoding, data, table, images, windows, ignore = targets
     logits, index, layer_sizes = instances
     sampling = make_sampling(draw, windows, term.padding, points)
     index, device, dtype = index.contiguous(), index.device, instances.accumulation_dtype

@@ -42,27 +42,10 @@ WIDE = 2048
 
 @triton.jit(do_not_specialize=["first_layer"])
 def sample_points(
-    layers,
-    first_layer,
-    index,
-    points,
-    values,
-    num_points,
-    blocks,
-    height,
-    width,
-    stride_b,
-    stride_q,
-    stride_y,
-    stride_x,
-    stride_n,
-    stride_p,
-    stride_c,
-    LAYERS: tl.constexpr,
-    NEAREST: tl.constexpr,
-    BORDER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    layers, first_layer, index, points, values, num_points, blocks,
+    height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
+    LAYERS: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """values[n, i] = map of instance n at points[n, i]. One program: a block of points of an instance."""
     program = tl.program_id(0)
     n = (program // blocks).to(tl.int64)
@@ -80,26 +63,10 @@ def sample_points(
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
 def sample_candidates(
-    layers,
-    first_layer,
-    index,
-    windows,
-    image_ids,
-    seed_value,
-    seed_pointer,
-    values,
-    num_candidates,
-    blocks,
-    height,
-    width,
-    stride_b,
-    stride_q,
-    stride_y,
-    stride_x,
-    LAYERS: tl.constexpr,
-    BORDER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    layers, first_layer, index, windows, image_ids, seed_value, seed_pointer, values, num_candidates, blocks,
+    height, width, stride_b, stride_q, stride_y, stride_x,
+    LAYERS: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """values[n, i] = logit of instance n at its i-th candidate. One program: a block of candidates of an instance."""
     program = tl.program_id(0)
     n = (program // blocks).to(tl.int64)
@@ -126,15 +93,9 @@ def _load_keys(values, i, num_candidates):
 
 @triton.jit
 def _choose(
-    values,
-    order,
-    kept,
-    chosen,
-    num_candidates,
-    num_uncertain,
-    num_bytes,
+    values, order, kept, chosen, num_candidates, num_uncertain, num_bytes,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Choose the num_uncertain smallest (key, index) of each instance. One program: an instance.
 
     The threshold is the largest x with #(key < x) < num_uncertain. Written are the chosen candidates, ascending
@@ -197,18 +158,9 @@ def _list_chosen(chosen, order, num_candidates, num_uncertain, num_bytes, BLOCK:
 
 @triton.jit(do_not_specialize=["seed_value"])
 def write_points(
-    index,
-    windows,
-    image_ids,
-    seed_value,
-    seed_pointer,
-    order,
-    points,
-    num_points,
-    num_uncertain,
-    blocks,
+    index, windows, image_ids, seed_value, seed_pointer, order, points, num_points, num_uncertain, blocks,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """points[n, i] = x, y of the points of the loss. One program: a block of points of an instance."""
     program = tl.program_id(0)
     n = (program // blocks).to(tl.int64)

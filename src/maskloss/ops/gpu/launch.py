@@ -178,6 +178,6 @@ def split_seed(seed: Tensor) -> tuple[int, Tensor | None]:
 
 def make_sampling(draw: Draw, windows: Tensor, padding: str, points: Tensor | None = None) -> Sampling:
     """Gather what points depend on."""
-    ids, seed, *numbers = draw.for_points(points)
+    ids, seed, num_points, candidates, uncertain = draw.for_points(points)
     given = None if points is None else float_points(points)
-    return Sampling(given, windows, ids, split_seed(seed), *numbers, is_border(padding))
+    return Sampling(given, windows, ids, split_seed(seed), num_points, candidates, uncertain, is_border(padding))

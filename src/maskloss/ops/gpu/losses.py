@@ -102,42 +102,12 @@ def _store_sums(block, s, t, weight, keep):
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
 def loss_terms(
-    layers,
-    first_layer,
-    index,
-    data,
-    table,
-    images,
-    ignore,
-    windows,
-    image_ids,
-    seed_value,
-    seed_pointer,
-    points,
-    order,
-    kept,
-    corners,
-    sums,
-    num_points,
-    num_uncertain,
-    blocks,
-    height,
-    width,
-    stride_b,
-    stride_q,
-    stride_y,
-    stride_x,
-    stride_n,
-    stride_p,
-    stride_c,
-    LAYERS: tl.constexpr,
-    ENCODING: tl.constexpr,
-    NEAREST: tl.constexpr,
-    BORDER: tl.constexpr,
-    ALPHA: tl.constexpr,
-    GAMMA: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    layers, first_layer, index, data, table, images, ignore, windows, image_ids, seed_value, seed_pointer, points,
+    order, kept, corners, sums, num_points, num_uncertain, blocks,
+    height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
+    LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ALPHA: tl.constexpr,
+    GAMMA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Forward pass at a block of points of an instance: read z and t, write the block's five sums and `corners`.
 
     The logits of chosen candidates were read when the choice was made (`kept`); only the uniform points are read here.
@@ -203,38 +173,11 @@ def finish_losses(sums, ce, dice, count, blocks, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
 def slope_terms(
-    layers,
-    first_layer,
-    index,
-    table,
-    images,
-    windows,
-    image_ids,
-    seed_value,
-    seed_pointer,
-    points,
-    order,
-    corners,
-    values,
-    sums,
-    num_points,
-    num_uncertain,
-    blocks,
-    height,
-    width,
-    stride_b,
-    stride_q,
-    stride_y,
-    stride_x,
-    stride_n,
-    stride_p,
-    stride_c,
-    LAYERS: tl.constexpr,
-    ENCODING: tl.constexpr,
-    NEAREST: tl.constexpr,
-    BORDER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    layers, first_layer, index, table, images, windows, image_ids, seed_value, seed_pointer, points, order, corners,
+    values, sums, num_points, num_uncertain, blocks,
+    height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
+    LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Backward pass, first half, at a block of points: read z again (`values`), sum up what the slope of Dice needs."""
     program = tl.program_id(0)
     n = (program // blocks).to(tl.int64)

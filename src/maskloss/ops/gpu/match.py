@@ -72,22 +72,9 @@ def _load_point(points, order, image, i, num_points, keep):
 
 @triton.jit(do_not_specialize=["widest"])
 def match_targets(
-    points,
-    order,
-    data,
-    table,
-    images,
-    ignore,
-    weighted,
-    weights,
-    num_points,
-    blocks,
-    widest,
-    ENCODING: tl.constexpr,
-    NEAREST: tl.constexpr,
-    BORDER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    points, order, data, table, images, ignore, weighted, weights, num_points, blocks, widest,
+    ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """weighted[b, t, i] = w t at the sorted points, 0 beyond an image's targets; weights[b, i] = w."""
     program = tl.program_id(0)
     pair = (program // blocks).to(tl.int64)
@@ -147,38 +134,12 @@ def _pair_terms(z, ALPHA: tl.constexpr, GAMMA: tl.constexpr):
 # Numbers that change with the targets of a batch would otherwise be compiled for again and again.
 @triton.jit(do_not_specialize=["first_layer", "splits", "widest"])
 def match_terms(
-    layers,
-    first_layer,
-    cells,
-    fractions,
-    weighted,
-    weights,
-    products,
-    overlaps,
-    negatives,
-    areas,
-    count,
-    num_points,
-    splits,
-    per_split,
-    batch,
-    queries,
-    widest,
-    num_rows,
-    height,
-    width,
-    stride_b,
-    stride_q,
-    stride_y,
-    stride_x,
-    LAYERS: tl.constexpr,
-    ALPHA: tl.constexpr,
-    GAMMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    QUERIES: tl.constexpr,
-    TARGETS: tl.constexpr,
-    POINTS: tl.constexpr,
-):
+    layers, first_layer, cells, fractions, weighted, weights, products, overlaps, negatives, areas, count,
+    num_points, splits, per_split, batch, queries, widest, num_rows,
+    height, width, stride_b, stride_q, stride_y, stride_x,
+    LAYERS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr,
+    TARGETS: tl.constexpr, POINTS: tl.constexpr,
+):  # fmt: skip
     """Sums over one of `splits` parts of the points, for QUERIES queries of an image and layer and TARGETS targets.
 
     products[split] = sum slope (w t) and overlaps[split] = sum s (w t), `[L, B, Q, T]`;
@@ -235,23 +196,10 @@ def match_terms(
 
 @triton.jit(do_not_specialize=["size", "splits", "widest"])
 def finish_costs(
-    products,
-    overlaps,
-    negatives,
-    areas,
-    target_sums,
-    counts,
-    images,
-    ce,
-    dice,
-    size,
-    splits,
-    num_rows,
-    batch,
-    queries,
-    widest,
+    products, overlaps, negatives, areas, target_sums, counts, images, ce, dice, size, splits, num_rows, batch,
+    queries, widest,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Divide the sums of all parts.
 
     ce = (sum w negative - sum slope w t) / max(sum w, 1), dice = 1 - (2 sum s w t + 1) / (sum w s + sum w t + 1)
@@ -321,7 +269,7 @@ class Pairs(NamedTuple):
 
 def prepare(targets: Targets, widest: int, draw: Draw, term: Term, dtype: torch.dtype) -> Pairs:
     """Draw and sort the points of each image, and read its targets there."""
-    data, table, images, windows, ignore, encoding = targets
+    encoding, data, table, images, windows, ignore = targets
     num_points = draw.num_points
     batch, device, blocks = len(images), images.device, cdiv(num_points, BLOCK)
     points = empty((batch, num_points, abi.POINT_COLUMNS), torch.float32, device)

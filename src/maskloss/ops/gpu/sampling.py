@@ -221,18 +221,10 @@ def sample_cells(base, y, x, fy, fx, height, width, stride_y, stride_x, keep, AC
 
 @triton.jit
 def sample_map(
-    base,
-    px,
-    py,
-    height,
-    width,
-    stride_y,
-    stride_x,
-    keep,
-    NEAREST: tl.constexpr,
-    BORDER: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    base, px, py,
+    height, width, stride_y, stride_x, keep,
+    NEAREST: tl.constexpr, BORDER: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Value of a map at points."""
     x, fx = locate(px, width, BORDER, ACC)
     y, fy = locate(py, height, BORDER, ACC)
@@ -332,17 +324,9 @@ def save_corners(corners, offsets, value, code, skip, keep, ENCODING: tl.constex
 
 @triton.jit
 def load_corners(
-    corners,
-    offsets,
-    row,
-    px,
-    py,
-    keep,
-    ENCODING: tl.constexpr,
-    NEAREST: tl.constexpr,
-    BORDER: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    corners, offsets, row, px, py, keep,
+    ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Invert `save_corners`: target values at points, and their weights, 0 or 1."""
     saved = tl.load(corners + offsets, mask=keep, other=0)
     if ENCODING == _VALUES:
@@ -377,21 +361,9 @@ def layer_pointer(layers, number, LAYERS: tl.constexpr):
 
 @triton.jit
 def point_of(
-    instance,
-    offsets,
-    keep,
-    index_row,
-    windows,
-    image_ids,
-    seed_value,
-    seed_pointer,
-    points,
-    order,
-    stride_n,
-    stride_p,
-    stride_c,
-    num_uncertain,
-):
+    instance, offsets, keep, index_row, windows, image_ids, seed_value, seed_pointer, points, order, stride_n,
+    stride_p, stride_c, num_uncertain,
+):  # fmt: skip
     """Points of an instance: those that were given, or drawn again, first the chosen candidates, then uniform ones."""
     if points is None:
         image = tl.load(index_row + IMAGE)

@@ -60,7 +60,7 @@ def _by_layer(instances: Instances, points: Tensor | None = None) -> Iterator[tu
     """Yield each layer with its rows of the index and its points, if there are any."""
     sizes = list(instances.layer_sizes)
     given = [None] * len(sizes) if points is None else points.split(sizes)
-    yield from zip(instances.logits, instances.index.split(sizes), given, strict=True)
+    yield from zip(instances.logits, instances.rows.split(sizes), given, strict=True)
 
 
 def _planes(layer: Tensor, rows: Tensor) -> Tensor:

@@ -1,0 +1,116 @@
+"""What the backends share has one home: kernels hold its numbers, and nobody writes them a second time."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import maskloss
+from maskloss import MaskTargets, ops, points
+from maskloss.ops import abi
+
+ROOM = Path(maskloss.__file__).parent / "ops"
+FILES = sorted(path for room in ("cpu", "gpu", "reference") for path in (ROOM / room).glob("*.py"))
+NUMBERS = {name: value for name, value in vars(abi).items() if name.isupper() and isinstance(value, int)}
+# In the high half of a counter.
+SHIFTED = {"CANDIDATES", "RANDOM", "MATCHER"}
+
+
+def load(path: Path) -> ModuleType:
+    if path.parent.name == "gpu":
+        pytest.importorskip("triton")
+    name = path.parent.name if path.stem == "__init__" else f"{path.parent.name}.{path.stem}"
+    return import_module(f"maskloss.ops.{name}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_kernels_hold_the_shared_numbers(path: Path) -> None:
+    for name, held in vars(load(path)).items():
+        shared = name.lstrip("_")
+        value = getattr(held, "value", held)
+        if shared in NUMBERS and isinstance(value, int):
+            shift = abi.STREAM_SHIFT if path.parent.name == "gpu" and shared in SHIFTED else 0
+            assert value == NUMBERS[shared] << shift, f"{path}: {name}"
+
+
+def test_the_kernels_of_the_gpu_hold_every_column_that_they_read() -> None:
+    pytest.importorskip("triton")
+    from maskloss.ops.gpu import sampling
+
+    held = {name.lstrip("_") for name in vars(sampling)}
+    assert held >= {"LAYER", "IMAGE", "QUERY", "TARGET", "INDEX_COLUMNS", "TABLE_COLUMNS", "IMAGE_COLUMNS"}
+    assert held >= {"OFFSET", "STRIDE", "TOP", "LEFT", "CROP_H", "CROP_W", "FRAME_H", "FRAME_W", "LABEL", "IGNORED"}
+
+
+BARE = re.compile(
+    r"\b(?:index|rows|row|table|images|windows?|described|image_row)\[(?:[^][]*, )?\d+(?:, None)?\]"
+    r"|tl\.load\((?:row|image_row|index_row|window|point)(?: \+ \d+)?[,)]|<< 16"
+)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_no_bare_columns(path: Path) -> None:
+    code = re.sub(r'""".*?"""|#[^\n]*', "", path.read_text(), flags=re.DOTALL)
+    assert not BARE.findall(code)
+
+
+def test_bare_columns_would_be_found() -> None:
+    for line in ("x = rows[:, 1]", "tl.load(row)", "tl.load(row + 2)", "index[item, 0]", "layer << 16", "window[3]"):
+        assert BARE.search(line), line
+
+
+def test_tables_have_the_columns() -> None:
+    targets = MaskTargets.from_masks(torch.rand(2, 5, 7) > 0.5)
+    assert targets.table.shape[1] == abi.TABLE_COLUMNS == abi.LABEL + 1
+    assert targets.images.shape[1] == abi.IMAGE_COLUMNS == abi.IMAGE_W + 1
+    assert targets.windows.shape[1] == abi.WINDOW_COLUMNS == abi.WINDOW_H + 1
+    assert abi.CROP_W + 1 == abi.PLACE_COLUMNS and abi.TARGET + 1 == abi.INDEX_COLUMNS
+    row = targets.images[0].tolist()
+    assert (row[abi.COUNT], row[abi.FIRST], row[abi.IMAGE_H], row[abi.IMAGE_W]) == (2, 0, 5, 7)
+    assert targets.encoding in abi.ENCODINGS
+    # The sums of the sizes follow them, in the same order.
+    assert tuple(size + abi.SIZES for size in (abi.COUNT, abi.SIZE, abi.IGNORE_SIZE)) == (
+        abi.FIRST,
+        abi.BASE,
+        abi.IGNORE_BASE,
+    )
+    assert points.STREAM_SHIFT == abi.STREAM_SHIFT
+
+
+def test_codes_do_not_meet() -> None:
+    codes = [abi.BITS + code for code in abi.INTEGER_CODES.values()]
+    codes += [abi.LABELS + code for code in abi.INTEGER_CODES.values()]
+    codes += [abi.VALUES + code for code in abi.FLOAT_CODES.values()]
+    assert len(set(codes)) == len(codes)
+    assert len({1 << bit for bit in (*abi.CORNERS, abi.IGNORED_BIT)}) == 5
+    assert sum(1 << bit for bit in abi.CORNERS) == abi.ALL_CORNERS
+
+
+def test_schemas_are_the_groups_one_after_another() -> None:
+    def arguments(name: str) -> list[str]:
+        return [argument.name for argument in getattr(torch.ops.maskloss, name).default._schema.arguments]
+
+    def fields(*groups: Any) -> list[str]:
+        return [field for group in groups for field in group._fields]
+
+    loss = [*fields(abi.Instances, abi.Targets, abi.Draw), *arguments("mask_loss")[-6:]]
+    assert arguments("mask_loss") == loss
+    assert loss[-6:] == ["padding", "target_mode", "focal_alpha", "focal_gamma", "points", "backend"]
+    assert len(fields(abi.Term)) == 4
+    backward = ["grad_ce", "grad_dice", "chosen", "corners", *loss[:-1], "needs_grad", "backend"]
+    assert arguments("mask_loss_backward") == backward
+    assert arguments("match_cost") == ["logits", "num_targets", *fields(abi.Targets, abi.Draw), *loss[-6:-2], "backend"]
+    assert ops.BACKENDS == ("reference", "cpu", "gpu")
+
+
+def test_numbers_of_candidates_that_mean_nothing() -> None:
+    draw = abi.Draw(torch.zeros(1, dtype=torch.int64), torch.tensor(0), 10, 30, 7)
+    assert draw.for_points(None) is draw
+    for other in (draw.for_points(torch.rand(1, 10, 2)), draw._replace(num_uncertain=0).for_points(None)):
+        assert (other.num_points, other.num_candidates, other.num_uncertain) == (10, 0, 0)

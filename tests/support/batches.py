@@ -1,0 +1,64 @@
+"""A batch, and the operations called with it: for every backend, on any device."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskloss import MaskTargets
+from maskloss.ops.abi import Draw, Gradients, Instances, Saved, Targets, Term
+
+# P, K and the number of uncertain points.
+Sampling = tuple[int, int, int]
+PLAIN = Term()
+
+
+def group(targets: MaskTargets) -> Targets:
+    return Targets(targets.encoding, *targets.tensors)
+
+
+class Batch(NamedTuple):
+    logits: list[Tensor]
+    index: Tensor
+    layer_sizes: list[int]
+    targets: MaskTargets
+    image_ids: Tensor
+    seed: Tensor
+
+    @property
+    def instances(self) -> Instances:
+        return Instances(self.logits, self.index, self.layer_sizes)
+
+    def draw(self, *numbers: int) -> Draw:
+        return Draw(self.image_ids, self.seed, *numbers)
+
+    def loss(self, ops: Any, sampling: Sampling, term: Term = PLAIN, points: Tensor | None = None) -> Any:
+        return ops.mask_loss(self.instances, group(self.targets), self.draw(*sampling), term, points)
+
+    def gradients(
+        self,
+        ops: Any,
+        saved: Any,
+        sampling: Sampling,
+        term: Term = PLAIN,
+        points: Tensor | None = None,
+        needs_grad: list[bool] | None = None,
+    ) -> list[Tensor]:
+        """Gradients of a weighted sum of the losses; `saved` is what `loss` returned."""
+        weight = torch.linspace(0.5, 1.5, len(self.index), dtype=saved[0].dtype, device=self.index.device)
+        needed = needs_grad or [True] * len(self.logits)
+        rest = (self.instances, group(self.targets), self.draw(*sampling), term, points, needed)
+        return ops.mask_loss_backward(Gradients(weight, 2 - weight), Saved(*saved[2:]), *rest)
+
+    def points(self, ops: Any, sampling: Sampling, padding: str = "zeros") -> Tensor:
+        return ops.uncertain_points(self.instances, self.draw(*sampling), self.targets.windows, padding)
+
+    def costs(self, ops: Any, num_points: int, term: Term = PLAIN) -> tuple[Tensor, Tensor]:
+        targets = self.targets
+        return ops.match_cost(self.logits, targets.num_targets, group(targets), self.draw(num_points), term)
+
+    def exact(self) -> Batch:
+        """The same in float64."""
+        return self._replace(logits=[layer.double() for layer in self.logits])
