@@ -131,6 +131,11 @@ def point_sample_backward(grad: Tensor, maps: Tensor, index: Tensor, points: Ten
     return total.index_add_(0, index, planes).to(maps.dtype)
 
 
+def uncertainty(z: Tensor) -> Tensor:
+    """Compute U(z) = -|z|, the highest where the sigmoid is near 1/2."""
+    return -z.abs()
+
+
 def choose(z: Tensor, num_uncertain: int) -> Tensor:
     """Choose the candidates with the smallest |z| of each row `[N, K]`: int64 `[N, num_uncertain]`, ascending.
 
@@ -433,8 +438,11 @@ def mask_loss_backward(
         t, skip = unpack_corners(packed, cells, target_mode, z.dtype)
         slopes = instance_slopes(z, t, (~skip).to(z.dtype), focal_alpha, focal_gamma)
         d_z = d_ce[:, None] * slopes[0] + d_dice[:, None] * slopes[1]
-        # A gradient scaler looks at gradients: a non-finite logit must give a non-finite one.
-        d_planes = scatter_planes(d_z + 0 * z, at, (layer.shape[2], layer.shape[3]), "bilinear", padding)
+        # A gradient scaler looks at gradients: a non-finite logit must give a non-finite one, unless its instance
+        # weighs nothing.
+        live = ((d_ce != 0) | (d_dice != 0))[:, None]
+        d_z = torch.where(live, d_z + 0 * z, 0.0)
+        d_planes = scatter_planes(d_z, at, (layer.shape[2], layer.shape[3]), "bilinear", padding)
         grad = torch.zeros(layer.shape, dtype=z.dtype, device=z.device)
         grads.append(grad.index_put_((rows[:, 1], rows[:, 2]), d_planes, accumulate=True).to(layer.dtype))
     return grads
