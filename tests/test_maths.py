@@ -194,7 +194,7 @@ def test_gradcheck() -> None:
         )
     assert check(lambda a, b: functional.mask_bce(a, b, w), (z, t))
     assert check(lambda a, b: functional.mask_dice(a, b, w), (z, t))
-    assert check(lambda a, b: functional.mask_focal(a, b, alpha=0.25, gamma=2.0, w=w), (z, t))
+    assert check(lambda a, b: functional.mask_focal(a, b, w), (z, t))
     assert check(lambda a, b: functional.pairwise_mask_cost(a, b, w[0]), (z, t))
     assert check(functional.uncertainty, z)
     assert check(lambda a: functional.class_cost(a, torch.tensor([0, 3])), z)

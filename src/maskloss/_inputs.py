@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from maskloss._numbers import check_number
 from maskloss.errors import Cause, describe
 from maskloss.factors import Layer, MaskFactors
 from maskloss.ops import check_backend
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
+from maskloss.targets.bits import on_host
 
 # Mask2Former's weights, for the loss and for the matching alike.
 CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0
+# The focal loss of classes by sigmoids, for the loss and for the matching alike (Lin et al., 2017).
+CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA = 0.25, 2.0
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PADDING_MODES, TARGET_MODES = ("zeros", "border"), ("bilinear", "nearest")
@@ -44,23 +47,23 @@ class MaskOptions:
                 "focal_gamma is None",
                 "focal_gamma=2.0 is usual; 0.0 only weighs",
             )
-        if self.focal_alpha is not None and not 0 <= self.focal_alpha <= 1:
-            raise Cause("focal_alpha must lie in [0, 1]", f"focal_alpha={self.focal_alpha!r}", "0.25 is usual")
-        if self.focal_gamma is not None and not 0 <= self.focal_gamma < float("inf"):
-            raise Cause("focal_gamma must be at least 0", f"focal_gamma={self.focal_gamma!r}", "2.0 is usual")
+        if self.focal_alpha is not None:
+            check_number("focal_alpha", self.focal_alpha, 0, 1, hint="0.25 is usual")
+        if self.focal_gamma is not None:
+            check_number("focal_gamma", self.focal_gamma, 0, hint="2.0 is usual")
 
     @property
     def focal(self) -> tuple[float, float]:
         """Alpha and gamma as the operations take them: -1 switches off."""
         return (
-            -1.0 if self.focal_alpha is None else self.focal_alpha,
-            -1.0 if self.focal_gamma is None else self.focal_gamma,
+            -1.0 if self.focal_alpha is None else float(self.focal_alpha),
+            -1.0 if self.focal_gamma is None else float(self.focal_gamma),
         )
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse a value that is none of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise Cause(
             f"{name} must be one of {', '.join(choices)}",
             f"{name}={value!r}",
@@ -70,14 +73,19 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_weight(name: str, value: object) -> None:
     """Refuse a weight that is negative or not finite."""
-    if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
-        raise Cause(f"{name} must be a finite number, at least 0", f"{name}={value!r}", "0 switches the term off")
+    check_number(name, value, 0, hint="0 switches the term off")
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse a number of instances or queries that is negative or not finite."""
-    if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
-        raise Cause(f"{name} must be a finite number, at least 0", f"{name}={value!r}", "step_totals counts them")
+    """Refuse a number of instances or queries that is negative or not finite, as far as a device need not be asked."""
+    hint = "step_totals counts them"
+    if not isinstance(value, Tensor):
+        check_number(name, value, 0, hint=hint)
+        return
+    if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+        raise Cause(f"{name} must be a number, or a tensor of one element", f"{name} is {describe(value)}", hint)
+    if on_host(value):
+        check_number(name, value.item(), 0, hint=hint)
 
 
 def check_sampling(sampling: PointSampling | None) -> PointSampling:
@@ -95,7 +103,7 @@ def check_sampling(sampling: PointSampling | None) -> PointSampling:
 
 def check_maps(name: str, maps: Tensor, shape: str, *, min_size: int = 1) -> None:
     """Refuse maps of another rank than `shape` says, of a dtype without kernels, or without pixels."""
-    rank = shape.count(",") + 1
+    rank = max(shape.count(",") + 1, maps.ndim if "..." in shape and isinstance(maps, Tensor) else 0)
     if not isinstance(maps, Tensor):
         raise Cause(f"{name} must be a tensor {shape}", f"got {describe(maps)}", "torch.as_tensor converts arrays")
     if maps.ndim != rank:

@@ -7,16 +7,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
-from maskloss import _inputs, distributed
+from maskloss import _classification, _inputs, distributed
+from maskloss._numbers import check_integer
 from maskloss.distributed import StepTotals
 from maskloss.errors import Cause, describe, reported
-from maskloss.loss import InstanceLosses, MaskLoss
-from maskloss.matcher import HungarianMatcher, check_predictions
-from maskloss.matches import Matches, wanted_classes
+from maskloss.loss import InstanceLosses, MaskLoss, check_instance_weights, weighted
+from maskloss.matcher import HungarianMatcher, check_predictions, stack_costs
+from maskloss.matches import Matches, Pairs, matches_of_layers, wanted_classes
 from maskloss.points import PointSampling, draw_seed
-from maskloss.targets.collate import Targets, collate
+from maskloss.targets import MaskTargets
+from maskloss.targets.collate import Targets, check_labels, collate, joined_weights
+
+NO_OBJECT_WEIGHT = 0.1
 
 
 class CriterionOutput(NamedTuple):
@@ -27,9 +31,11 @@ class CriterionOutput(NamedTuple):
         loss_class: `[L]`, classification, unweighted.
         loss_mask: `[L]`, cross-entropy of the masks, unweighted.
         loss_dice: `[L]`, Dice, unweighted.
-        per_instance: both mask terms of every instance, in the order of `matches.index`.
+        per_instance: both mask terms of every instance, in the order of `matches.index`; weights of instances are not
+            applied to them.
         matches: which query goes with which target.
         seed: int64 `[]`, the seed of the points.
+        weights: class_weight, mask_weight and dice_weight, by which `total` weighs the three terms.
     """
 
     total: Tensor
@@ -39,10 +45,20 @@ class CriterionOutput(NamedTuple):
     per_instance: InstanceLosses
     matches: Matches
     seed: Tensor
+    weights: tuple[float, float, float]
 
-    def as_dict(self) -> dict[str, Tensor]:
-        """Name the unweighted terms as Mask2Former does: loss_mask for the final layer, loss_mask_0 … before it."""
+    def as_dict(self, *, weighted: bool = False) -> dict[str, Tensor]:
+        """Name the terms of each layer: loss_class, loss_mask, loss_dice for the final one, loss_class_0 … before it.
+
+        The names are this library's own: Mask2Former calls the classification loss_ce, Transformers
+        loss_cross_entropy (`maskloss.integrations` has theirs).
+
+        Args:
+            weighted: multiply each term by its weight, so that the values add up to `total`. Default False.
+        """
         terms = {"loss_class": self.loss_class, "loss_mask": self.loss_mask, "loss_dice": self.loss_dice}
+        if weighted:
+            terms = {name: weight * term for (name, term), weight in zip(terms.items(), self.weights, strict=True)}
         final = {name: values[-1] for name, values in terms.items()}
         layers = range(len(self.loss_class) - 1)
         return final | {f"{name}_{layer}": values[layer] for layer in layers for name, values in terms.items()}
@@ -53,31 +69,44 @@ class MaskCriterion(nn.Module):
 
         total = sum over layers of class_weight * L_class + mask_weight * L_mask + dice_weight * L_dice
 
-    `L_class` is the cross-entropy over C + 1 classes, in which unmatched queries have the class "no object" and the
-    weight `no_object_weight`; it is divided by the sum of the weights. `L_mask` and `L_dice` are those of `MaskLoss`,
-    over the matched instances, divided by their number over all ranks.
+    `L_class` is, for classification "softmax", the cross-entropy over C + 1 classes, in which unmatched queries have
+    the class "no object" and the weight `no_object_weight`, divided by the sum of the weights of the queries:
+
+        L_class = sum_q v[c_q] * -log softmax(class_logits)[q, c_q] / sum_q v[c_q]
+
+    For "focal" it is the sigmoid focal loss with a = 0.25 and gamma = 2, summed over queries and classes and divided by
+    the number of instances; there is no "no object". `L_mask` and `L_dice` are the cross-entropy and Dice of `MaskLoss`
+    over the matched instances, divided by their number. All divisors are those of all ranks together.
+
+    Dense float masks on a GPU are taken for soft values, since looking at them would stall the device; they cost four
+    times the memory of bits between forward and backward pass. Binary ones should be bool, or packed with
+    `MaskTargets.from_masks(masks, soft=False)`.
 
     Args:
         num_classes: C, without "no object".
         class_weight: weight of the classification, at least 0. Default 2.
         mask_weight: weight of the masks' cross-entropy. Default 5.
         dice_weight: weight of Dice. Default 5.
-        no_object_weight: weight of "no object" in the classification, at least 0. Default 0.1.
+        no_object_weight: weight of "no object" in the classification "softmax", at least 0. Default 0.1.
+        classification: "softmax" (default) or "focal".
+        class_weights: the weights of the classes, `[C]`, tensor or sequence, finite and at least 0. For "softmax" they
+            are v above, along with `no_object_weight`; for "focal" they multiply the terms of each class, and the
+            divisor stays the number of instances. Default None: all 1.
         sampling: numbers of points; the default matcher takes `num_points` from it. Default `PointSampling()`.
         matcher: how to match. Default: `HungarianMatcher` with the weights and options given here.
         padding_mode: see `MaskLoss`.
         target_mode: see `MaskLoss`.
-        focal_alpha: see `MaskLoss`.
-        focal_gamma: see `MaskLoss`.
+        focal_alpha: see `MaskLoss`; of the masks.
+        focal_gamma: see `MaskLoss`; of the masks.
         backend: see `MaskLoss`.
 
     Raises:
-        MaskLossError: an option outside its range.
+        MaskLossError: an option outside its range, options that contradict each other.
 
     Source:
         Mask2Former (Cheng et al., 2022), section 3.2.2 and its weights. Differences: instances are counted as matched
-        ones (it counts targets), the classification is normalised over all ranks (it is over one rank there), and
-        the layers share the matcher's points.
+        ones (it counts targets), the classification is normalized over all ranks (it is over one rank there), and
+        the layers share the matcher's points. "focal": Deformable DETR (Zhu et al., 2021), MaskDINO (Li et al., 2023).
 
     Example:
         >>> criterion = MaskCriterion(num_classes=3, sampling=PointSampling(num_points=64))
@@ -98,7 +127,9 @@ class MaskCriterion(nn.Module):
         class_weight: float = _inputs.CLASS_WEIGHT,
         mask_weight: float = _inputs.MASK_WEIGHT,
         dice_weight: float = _inputs.DICE_WEIGHT,
-        no_object_weight: float = 0.1,
+        no_object_weight: float = NO_OBJECT_WEIGHT,
+        classification: str = "softmax",
+        class_weights: Tensor | Sequence[float] | None = None,
         sampling: PointSampling | None = None,
         matcher: HungarianMatcher | None = None,
         padding_mode: str = "zeros",
@@ -108,10 +139,23 @@ class MaskCriterion(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise Cause("num_classes must be a positive integer", f"got {num_classes!r}", "do not count 'no object'")
-        _inputs.check_weight("class_weight", class_weight)
+        hint = "do not count 'no object'"
+        self.num_classes = check_integer("num_classes", num_classes, 1, hint=hint)
+        weights = {"class_weight": class_weight, "mask_weight": mask_weight, "dice_weight": dice_weight}
+        for name, weight in weights.items():
+            _inputs.check_weight(name, weight)
+        self.class_weight, self.mask_weight, self.dice_weight = (float(weight) for weight in weights.values())
         _inputs.check_weight("no_object_weight", no_object_weight)
+        _inputs.check_choice("classification", classification, _classification.KINDS)
+        if classification == "focal" and no_object_weight != NO_OBJECT_WEIGHT:
+            raise Cause(
+                'no_object_weight goes with classification "softmax"',
+                f'classification="focal", no_object_weight={no_object_weight!r}',
+                'sigmoids have no class "no object"; leave it out',
+            )
+        self.classification, self.no_object_weight = classification, float(no_object_weight)
+        # Not a buffer, which `module.half()` would round; it moves to the logits with the first step.
+        self._class_weights = _checked_class_weights(class_weights, self.num_classes)
         sampling = _inputs.check_sampling(sampling)
         options = {
             "padding_mode": padding_mode,
@@ -120,20 +164,13 @@ class MaskCriterion(nn.Module):
             "focal_gamma": focal_gamma,
             "backend": backend,
         }
-        self.num_classes, self.class_weight = num_classes, float(class_weight)
-        self.no_object_weight = float(no_object_weight)
         self.mask_loss = MaskLoss(ce_weight=mask_weight, dice_weight=dice_weight, sampling=sampling, **options)  # type: ignore[arg-type]
-        if matcher is not None and matcher.classification != "softmax":
-            raise Cause(
-                'the matcher must have classification="softmax"',
-                f"it has {matcher.classification!r}, and this criterion classifies with a softmax",
-                "maskloss.integrations.detr has a criterion for classes with sigmoids",
-            )
-        self.matcher = matcher or HungarianMatcher(
+        self.matcher = _checked_matcher(matcher, classification) or HungarianMatcher(
             class_weight=class_weight,
             mask_weight=mask_weight,
             dice_weight=dice_weight,
             num_points=sampling.num_points,
+            classification=classification,
             **options,  # type: ignore[arg-type]
         )
 
@@ -144,6 +181,9 @@ class MaskCriterion(nn.Module):
         mask_logits: Tensor | Sequence[Tensor],
         targets: Targets,
         *,
+        matches: Matches | Pairs | Sequence[Pairs] | None = None,
+        extra_costs: Sequence[Tensor] | None = None,
+        instance_weights: Tensor | Sequence[Tensor] | None = None,
         totals: StepTotals | None = None,
         image_ids: Tensor | Sequence[int] | None = None,
         seed: int | Tensor | None = None,
@@ -152,11 +192,20 @@ class MaskCriterion(nn.Module):
         """Compute all losses of a step.
 
         Args:
-            class_logits: `[B, Q, C + 1]`, or a sequence over decoder layers, the final one last.
+            class_logits: `[B, Q, C + 1]` (`[B, Q, C]` for classification "focal"), or a sequence over decoder layers,
+                the final one last.
             mask_logits: `[B, Q, h, w]`, or a sequence over decoder layers; h and w may differ by layer.
             targets: one dict per image: "labels" int64 `[T]` in [0, C), and "masks": a `MaskTargets` of the image,
                 dense `[T, H, W]`, or a label map `[H, W]` along with "ids". Or, already collated, one dict with
                 "masks": the `MaskTargets` of the batch, and "labels": a list of `[T]`.
+            matches: which query goes with which target, in place of the matching: `Matches`, a pair (queries, targets)
+                for each image as DETR's matchers return them, or a list with such a list for each layer. Those of a
+                single layer hold for all layers. Several queries may share a target; they share its points too.
+            extra_costs: more terms of the matching cost (see `HungarianMatcher`); not along with `matches`.
+            instance_weights: weights of the targets in both mask terms: for each image bool or float `[T]`, finite and
+                at least 0, in the order of its targets, or one `[T_all]`. N becomes the sum of the matched instances'
+                weights, so that an instance of weight 2 counts as two, and one of weight 0 (or False) as none, whatever
+                its logits are. The classification does not change: a target without a mask still has a class.
             totals: the step's totals, for gradient accumulation (`step_totals`). Default: this batch over all ranks.
             image_ids: global numbers of the images, `[B]`, in [0, 2^32); points depend on them. Default: rank * B + b.
             seed: 64-bit seed of the points.
@@ -166,61 +215,198 @@ class MaskCriterion(nn.Module):
             The weighted total, the unweighted terms of each layer, and the matches. Gradients flow to both logits.
 
         Raises:
-            MaskLossError: wrong rank, dtype or device, numbers that do not pair up, or labels outside the classes.
+            MaskLossError: wrong rank, dtype or device, numbers that do not pair up, labels outside the classes (seen
+                by the matching, and on a CPU), or totals without the weights that are used here.
         """
-        classes, logits = check_predictions(class_logits, mask_logits)
+        softmax = self.classification == "softmax"
+        classes, logits = check_predictions(class_logits, mask_logits, no_object=softmax)
         batch, queries, outputs = classes[0].shape
-        if outputs != self.num_classes + 1:
+        if outputs != self.num_classes + softmax:
             raise Cause(
-                f"class_logits must have num_classes + 1 = {self.num_classes + 1} entries",
+                f"class_logits must have {_entries(softmax)} = {self.num_classes + softmax} entries",
                 f"got {outputs}",
-                "num_classes does not count 'no object', the class logits do",
+                "num_classes does not count 'no object', the logits of a softmax do, those of sigmoids do not have it",
             )
         packed, labels = collate(targets)
         _inputs.check_targets(packed, logits[0])
-        _check_totals(totals)
-        drawn = draw_seed(seed, generator, logits[0].device)
-        numbers = distributed.image_numbers(image_ids, batch, logits[0].device)
+        device = logits[0].device
+        drawn = draw_seed(seed, generator, device)
+        numbers = distributed.image_numbers(image_ids, batch, device)
         stacked = _inputs.stack(classes)
         stacked = stacked if stacked.dtype == torch.float64 else stacked.float()
-        matches = self.matcher.match(stacked, logits, packed, labels, numbers, drawn)
-        if totals is None:
-            counts = [float(matches.layer_sizes[0]), float(batch * queries)]
-            totals = StepTotals(*distributed.mean_over_ranks(counts, logits[0].device))
-        losses = self.mask_loss.instance_losses(logits, matches, packed, numbers, drawn)
-        divisor = distributed.at_least_one(totals.instances)
+        if matches is None:
+            extra = None if extra_costs is None else stack_costs(extra_costs, stacked, packed)
+            found = self.matcher.match(stacked, logits, packed, labels, numbers, drawn, extra)
+        else:
+            found = self._given(matches, extra_costs, len(logits), queries, packed, labels)
+        losses = self.mask_loss.instance_losses(logits, found, packed, numbers, drawn)
+        wanted = wanted_classes(found, labels, packed.first_rows, stacked.shape[:3], self.num_classes)
+        weights = None
+        if instance_weights is not None:
+            each = check_instance_weights(joined_weights(instance_weights, packed), packed.num_masks, losses.ce)
+            weights = each[packed.first_rows[found.index[:, 1]] + found.index[:, 3]]
+        step = self._step(totals, found, weights, wanted, stacked)
+        terms = losses if weights is None else weighted(losses, weights)
         # Both terms of all layers at once: on a GPU every small operation costs a launch.
-        ce, dice = (_inputs.stack(losses).view(2, len(logits), -1).sum(2) / divisor).unbind()
-        wanted = wanted_classes(matches, labels, packed.first_rows, stacked.shape[:3], self.num_classes)
-        loss_class = self._classify(stacked, wanted, totals)
-        weighted = torch.add(self.class_weight * loss_class, ce, alpha=self.mask_loss.ce_weight)
-        total = torch.add(weighted, dice, alpha=self.mask_loss.dice_weight).sum()
-        return CriterionOutput(total, loss_class, ce, dice, losses, matches, drawn)
+        sums = _by_layer(_inputs.stack(terms), found)
+        ce, dice = (sums / distributed.at_least_one(_given_or(step.instance_weight, step.instances))).unbind()
+        loss_class = self._classify(stacked, wanted, step)
+        factors = (self.class_weight, self.mask_weight, self.dice_weight)
+        summed = torch.add(self.class_weight * loss_class, ce, alpha=self.mask_weight)
+        total = torch.add(summed, dice, alpha=self.dice_weight).sum()
+        return CriterionOutput(total, loss_class, ce, dice, losses, found, drawn, factors)
 
-    def _classify(self, class_logits: Tensor, wanted: Tensor, totals: StepTotals) -> Tensor:
-        """Compute the classification of each layer, `[L]`, from `[L, B, Q, C + 1]` and the classes `[L, B, Q]`."""
-        # Made here and not kept as a buffer, which `module.half()` would round.
-        weights = pad(class_logits.new_ones(self.num_classes), (0, 1), value=self.no_object_weight)
-        nll = cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), weights, reduction="none")
-        # The sum of the weights, known without asking the device: matched queries have 1, the others no_object_weight.
-        weight = totals.instances + self.no_object_weight * (totals.queries - totals.instances)
-        if isinstance(weight, Tensor):
-            weight = weight.clamp(min=torch.finfo(weight.dtype).tiny)
-        elif weight == 0:
-            weight = 1.0
-        return nll.view(len(class_logits), -1).sum(1) / weight
+    def _given(
+        self,
+        matches: Matches | Pairs | Sequence[Pairs],
+        extra_costs: Sequence[Tensor] | None,
+        layers: int,
+        queries: int,
+        packed: MaskTargets,
+        labels: Tensor,
+    ) -> Matches:
+        """Take matches that were made elsewhere."""
+        if extra_costs is not None:
+            raise Cause("give matches or extra_costs, not both", "both were given", "with matches nothing is matched")
+        check_labels(labels, self.num_classes)
+        return matches_of_layers(matches, layers, queries, packed.num_targets).to(labels.device)
+
+    def _step(
+        self, totals: StepTotals | None, matches: Matches, weights: Tensor | None, wanted: Tensor, logits: Tensor
+    ) -> StepTotals:
+        """Take the step's totals, or count this batch over all ranks; of layers that differ, `[L]`."""
+        weighs_classes = self.classification == "softmax" and self._class_weights is not None
+        if totals is not None:
+            _check_totals(totals, matches, weights is not None, weighs_classes)
+            return totals
+        layers, batch, queries = wanted.shape
+        instances: float | Tensor = float(matches.layer_sizes[0])
+        if not _is_even(matches):
+            instances = (matches.index[:, :1] == torch.arange(layers, device=wanted.device)).sum(0, dtype=logits.dtype)
+        counts = [instances, float(batch * queries)]
+        if weights is not None:
+            counts.append(_by_layer(weights[None], matches)[0])
+        if weighs_classes:
+            counts.append(_classification.weight_sums(wanted, self._query_weights(logits, no_object=0.0)))
+        means = distributed.mean_over_ranks(counts, logits.device)
+        by_instance = means[2] if weights is not None else None
+        return StepTotals(means[0], means[1], by_instance, means[-1] if weighs_classes else None)
+
+    def _classify(self, class_logits: Tensor, wanted: Tensor, step: StepTotals) -> Tensor:
+        """Compute the classification of each layer, `[L]`, from `[L, B, Q, C (+ 1)]` and the classes `[L, B, Q]`."""
+        if self.classification == "focal":
+            sums = _classification.focal_sums(class_logits, wanted, self._moved_class_weights(class_logits))
+            return sums / distributed.at_least_one(step.instances)
+        sums = _classification.softmax_sums(class_logits, wanted, self._query_weights(class_logits))
+        # The sum of the weights; without class weights known without asking the device.
+        unmatched = step.queries - step.instances
+        weight = _given_or(step.class_weight, step.instances) + self.no_object_weight * unmatched
+        return sums / _classification.above_zero(weight)
+
+    def _query_weights(self, like: Tensor, no_object: float | None = None) -> Tensor:
+        """Return the weights of all classes and of "no object", `[C + 1]`, with the dtype and device of logits."""
+        weights = self._moved_class_weights(like)
+        if weights is None:
+            weights = like.new_ones(self.num_classes)
+        return pad(weights, (0, 1), value=self.no_object_weight if no_object is None else no_object)
+
+    def _moved_class_weights(self, like: Tensor) -> Tensor | None:
+        if self._class_weights is None:
+            return None
+        if self._class_weights.device != like.device:
+            self._class_weights = self._class_weights.to(like.device)
+        return self._class_weights.to(like.dtype)
 
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
-        weights = f"class_weight={self.class_weight}, no_object_weight={self.no_object_weight}"
-        return f"num_classes={self.num_classes}, {weights}"
+        parts = [f"num_classes={self.num_classes}", f"class_weight={self.class_weight}"]
+        parts += [f"mask_weight={self.mask_weight}", f"dice_weight={self.dice_weight}"]
+        if self.classification == "softmax":
+            parts.append(f"no_object_weight={self.no_object_weight}")
+        parts.append(f"classification={self.classification!r}")
+        if self._class_weights is not None:
+            parts.append(f"class_weights={[round(weight, 4) for weight in self._class_weights.tolist()]}")
+        return ", ".join(parts)
 
 
-def _check_totals(totals: StepTotals | None) -> None:
-    if totals is None:
-        return
+def _entries(softmax: bool) -> str:
+    return "num_classes + 1" if softmax else "num_classes"
+
+
+def _given_or(given: float | Tensor | None, otherwise: float | Tensor) -> float | Tensor:
+    return otherwise if given is None else given
+
+
+def _is_even(matches: Matches) -> bool:
+    """Tell whether all layers have the same number of pairs; a loop, because a set would resolve symbolic sizes."""
+    sizes = matches.layer_sizes
+    return all(size == sizes[0] for size in sizes[1:])
+
+
+def _by_layer(values: Tensor, matches: Matches) -> Tensor:
+    """Sum values of instances `[K, N]` by layer: `[K, L]`."""
+    sizes = matches.layer_sizes
+    if _is_even(matches):
+        return values.view(len(values), len(sizes), -1).sum(2)
+    return torch.stack([part.sum(1) for part in values.split(list(sizes), dim=1)], dim=1)
+
+
+def _checked_class_weights(weights: Tensor | Sequence[float] | None, num_classes: int) -> Tensor | None:
+    """Bring class weights to float32 `[C]`, a copy of their own."""
+    if weights is None:
+        return None
+    try:
+        found = torch.as_tensor(weights).detach().to(torch.float32, copy=True)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    if found.shape != (num_classes,) or not bool((found.isfinite() & (found >= 0)).all()):
+        raise Cause(
+            f"class_weights must be {num_classes} finite numbers, at least 0",
+            f"got {describe(weights)}",
+            "give one weight for each class; 'no object' has no_object_weight",
+        )
+    return found
+
+
+def _checked_matcher(matcher: HungarianMatcher | None, classification: str) -> HungarianMatcher | None:
+    if matcher is None:
+        return None
+    if not isinstance(matcher, HungarianMatcher):
+        raise Cause(
+            "matcher must be a maskloss.HungarianMatcher",
+            f"got {describe(matcher)}",
+            "pairs from a matcher of another kind are given to each call as matches=",
+        )
+    if matcher.classification != classification:
+        raise Cause(
+            "matcher and criterion must have the same classification",
+            f"the matcher has {matcher.classification!r}, the criterion {classification!r}",
+            "give both the same classification",
+        )
+    return matcher
+
+
+def _check_totals(totals: StepTotals, matches: Matches, weighs_instances: bool, weighs_classes: bool) -> None:
+    """Refuse totals that are no numbers, or whose weights are not those of this call."""
     if not isinstance(totals, StepTotals):
         raise Cause("totals must be a StepTotals", f"got {describe(totals)}", "step_totals makes them")
     for name, count in totals._asdict().items():
-        if not isinstance(count, Tensor):
+        if count is not None or name in ("instances", "queries"):
             _inputs.check_count(f"totals.{name}", count)
+    pairs = (
+        ("instance_weight", "instance_weights", weighs_instances),
+        ("class_weight", "class_weights", weighs_classes),
+    )
+    for field, option, used in pairs:
+        if used != (getattr(totals, field) is not None):
+            raise Cause(
+                f"totals.{field} goes with {option}",
+                f"there are {'' if used else 'no '}{option}, and totals.{field} is {getattr(totals, field)!r}",
+                f"step_totals takes the {option} of the step",
+            )
+    if not _is_even(matches):
+        raise Cause(
+            "totals hold for matches of which every layer has as many",
+            f"the layers have {list(matches.layer_sizes)} pairs",
+            "leave totals out, or give every layer the same number of pairs",
+        )

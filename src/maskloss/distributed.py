@@ -1,4 +1,4 @@
-"""The number of instances over ranks and accumulation steps, which normalises the loss.
+"""The number of instances over ranks and accumulation steps, by which the loss is normalized.
 
 With gradients averaged over R ranks, dividing each rank's sum by `max(total / R, 1)` gives the gradient of one
 process that holds the whole batch.
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from maskloss._numbers import check_integer
 from maskloss.errors import Cause, describe, reported
 from maskloss.targets.bits import on_host
 
@@ -20,13 +21,20 @@ from maskloss.targets.bits import on_host
 class StepTotals(NamedTuple):
     """What a training step holds over all its ranks and micro-batches, divided by the number of ranks.
 
+    Numbers, or tensors of one element, finite and at least 0. Tensors on a device are used as they are, since looking
+    at them would wait for it: a NaN there makes the loss NaN.
+
     Attributes:
-        instances: matched instances of one decoder layer, per rank; not yet at least 1. Number, or float tensor `[]`.
-        queries: predicted queries (B times Q), per rank. Number, or float tensor `[]`.
+        instances: matched instances of one decoder layer, per rank; not yet at least 1.
+        queries: predicted queries (B times Q), per rank.
+        instance_weight: the sum of the matched instances' weights, per rank. Needed with `instance_weights`.
+        class_weight: the sum of the matched targets' class weights, per rank. Needed by a softmax with `class_weights`.
     """
 
     instances: float | Tensor
     queries: float | Tensor
+    instance_weight: float | Tensor | None = None
+    class_weight: float | Tensor | None = None
 
 
 def rank() -> int:
@@ -39,36 +47,38 @@ def world_size() -> int:
     return dist.get_world_size() if _is_distributed() else 1
 
 
-def mean_over_ranks(counts: Sequence[float], device: torch.device) -> list[float | Tensor]:
-    """Average host-side counts over the ranks, in one reduction.
+def mean_over_ranks(counts: Sequence[float | Tensor], device: torch.device) -> list[float | Tensor]:
+    """Average counts over the ranks, in one reduction.
 
     Args:
-        counts: numbers that every rank has, in the same order.
+        counts: numbers or tensors that every rank has, in the same order and of the same shapes.
         device: where the reduction runs; a CUDA device for NCCL, the CPU for gloo.
 
     Returns:
-        The numbers themselves with one rank; otherwise float32 tensors `[]` on `device`, which are not waited for.
+        The counts themselves with one rank; otherwise float tensors on `device`, which are not waited for.
     """
     if world_size() == 1:
         return list(counts)
     # Filled there and not copied there: a copy from pageable memory waits.
-    total = torch.stack([torch.full((), count, dtype=torch.float32, device=device) for count in counts])
+    parts = [
+        count.to(device) if isinstance(count, Tensor) else torch.full((), count, dtype=torch.float32, device=device)
+        for count in counts
+    ]
+    total = torch.cat([part.reshape(-1) for part in parts])
     dist.all_reduce(total)
-    return list((total / world_size()).unbind())
-
-
-def mean_of_tensor(count: Tensor) -> Tensor:
-    """Average a device-side count `[]` over the ranks."""
-    if world_size() == 1:
-        return count
-    total = count.clone()
-    dist.all_reduce(total)
-    return total / world_size()
+    means = (total / world_size()).split([part.numel() for part in parts])
+    return [mean.view(part.shape) for mean, part in zip(means, parts, strict=True)]
 
 
 @reported("step_totals")
 def step_totals(
-    num_targets: Sequence[Sequence[int]], num_queries: int, *, device: torch.device | str = "cpu"
+    num_targets: Sequence[Sequence[int]],
+    num_queries: int,
+    *,
+    instance_weights: Sequence[Sequence[Tensor]] | None = None,
+    labels: Sequence[Sequence[Tensor]] | None = None,
+    class_weights: Tensor | Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
 ) -> StepTotals:
     """Count the instances of a whole training step, for gradient accumulation.
 
@@ -79,20 +89,25 @@ def step_totals(
         num_targets: for each micro-batch of this rank, the number of targets of each of its images
             (`MaskTargets.num_targets`, or `[len(t["labels"]) for t in targets]`).
         num_queries: Q, queries per image; an image with more targets has Q matched instances.
+        instance_weights: for each micro-batch, the weights `[T]` of each of its images, where the criterion is given
+            `instance_weights`. Default None.
+        labels: for each micro-batch, the labels `[T]` of each of its images; needed along with `class_weights`.
+        class_weights: `[C]`, those of the criterion, where it classifies by a softmax. Default None.
         device: where the sum over the ranks runs; a CUDA device for NCCL.
 
     Returns:
         The totals, divided by the number of ranks.
 
     Raises:
-        MaskLossError: a negative number of targets, or fewer than one query.
+        MaskLossError: a negative number of targets, fewer than one query, weights or labels that do not go with the
+            targets, or weights together with an image that has more targets than queries: which of its targets count
+            is known only after the matching.
 
     Example:
         >>> step_totals([[3, 5], [0, 2]], num_queries=100)
-        StepTotals(instances=10.0, queries=400.0)
+        StepTotals(instances=10.0, queries=400.0, instance_weight=None, class_weight=None)
     """
-    if not isinstance(num_queries, int) or num_queries < 1:
-        raise Cause("num_queries must be a positive integer", f"num_queries={num_queries!r}", "it is Q of the logits")
+    check_integer("num_queries", num_queries, 1, hint="it is Q of the logits")
     if not isinstance(num_targets, Sequence) or not all(isinstance(counts, Sequence) for counts in num_targets):
         raise Cause(
             "num_targets must list the micro-batches, and of each the number of targets of its images",
@@ -100,10 +115,56 @@ def step_totals(
             "a step of a single batch is [targets.num_targets]",
         )
     counts = [count for micro_batch in num_targets for count in micro_batch]
-    if min(counts, default=0) < 0:
-        raise Cause("numbers of targets must not be negative", f"got {min(counts)}", "count the masks of each image")
-    matched = sum(min(count, num_queries) for count in counts)
-    return StepTotals(*mean_over_ranks([float(matched), float(num_queries * len(counts))], torch.device(device)))
+    for count in counts:
+        check_integer("a number of targets", count, 0, hint="count the masks of each image")
+    if (labels is None) != (class_weights is None):
+        raise Cause(
+            "labels go with class_weights", "one of them is None", "the weight of a target is that of its class"
+        )
+    weighs = instance_weights is not None or class_weights is not None
+    if weighs and max(counts, default=0) > num_queries:
+        raise Cause(
+            "with weights, no image may have more targets than queries",
+            f"an image has {max(counts)} targets for {num_queries} queries",
+            "which of them count is known only after the matching: leave totals out, or raise the number of queries",
+        )
+    target = torch.device(device)
+    found: list[float | Tensor] = [
+        float(sum(min(count, num_queries) for count in counts)),
+        float(num_queries * len(counts)),
+    ]
+    if instance_weights is not None:
+        parts = _by_image("instance_weights", instance_weights, num_targets)
+        found.append(_total([part.to(torch.float32) for part in parts], target))
+    if class_weights is not None and labels is not None:
+        weight = torch.as_tensor(class_weights, dtype=torch.float32)
+        parts = _by_image("labels", labels, num_targets)
+        found.append(_total([weight.to(part.device)[part.long()] for part in parts], target))
+    means = mean_over_ranks(found, target)
+    instance_weight = means[2] if instance_weights is not None else None
+    return StepTotals(means[0], means[1], instance_weight, means[-1] if class_weights is not None else None)
+
+
+def _by_image(name: str, given: Sequence[Sequence[Tensor]], num_targets: Sequence[Sequence[int]]) -> list[Tensor]:
+    """List what is given for each image of each micro-batch, and check that there is one entry for each target."""
+    try:
+        listed = [torch.as_tensor(part) for micro_batch in given for part in micro_batch]
+        fits = [[len(torch.as_tensor(part)) for part in micro_batch] for micro_batch in given] == [
+            list(counts) for counts in num_targets
+        ]
+    except (TypeError, ValueError):
+        fits = False
+    if not fits or any(part.ndim != 1 for part in listed):
+        raise Cause(
+            f"{name} must hold a tensor [T] for each image of each micro-batch",
+            f"got {describe(given)}",
+            "one entry for each target, in the order of num_targets",
+        )
+    return listed
+
+
+def _total(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    return sum((part.sum().to(device) for part in parts), torch.zeros((), device=device))
 
 
 def image_numbers(image_ids: Tensor | Sequence[int] | None, batch: int, device: torch.device) -> Tensor:
@@ -128,7 +189,7 @@ def image_numbers(image_ids: Tensor | Sequence[int] | None, batch: int, device: 
 
 
 def at_least_one(count: float | Tensor) -> float | Tensor:
-    """Bound a normaliser below by 1, without waiting for a device."""
+    """Bound a divisor below by 1, without waiting for a device."""
     return count.clamp(min=1) if isinstance(count, Tensor) else max(float(count), 1.0)
 
 

@@ -1,17 +1,20 @@
 """The mathematics as functions, one per formula: plain PyTorch, any float dtype, any device, differentiable.
 
 Notation: N instances with P points each, z a logit, s(z) = 1 / (1 + exp(-z)), t a target value in [0, 1], w the weight
-of a point (1, or 0 where it is to be ignored).
+of a point (1, or 0 where it is to be ignored), a the focal loss's weight of the foreground (not the sampling's alpha,
+which is the share of uncertain points).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from maskloss import _inputs, ops
+from maskloss._numbers import check_number
 from maskloss.errors import Cause, describe, reported
 from maskloss.ops.abi import INDEX_COLUMNS, QUERY, TARGET
 from maskloss.ops.reference import formulas
@@ -43,20 +46,22 @@ def point_sample(
     """Read maps at points.
 
     A point (x, y) in [0, 1]^2 lies at pixel coordinates (x * w - 0.5, y * h - 0.5), as
-    `grid_sample(maps, 2 * points - 1, align_corners=False)` has it.
+    `grid_sample(maps, 2 * points - 1, align_corners=False)` has it. The leading dimensions are aligned from the left,
+    where missing ones count as 1, and broadcast: points of a batch serve all of its channels, as in `grid_sample`.
 
     Args:
-        maps: `[N, h, w]`, float.
-        points: `[N, P, 2]`, (x, y), float. Points outside [0, 1]^2 are allowed.
+        maps: `[..., h, w]`, float.
+        points: `[..., P, 2]`, (x, y), float. Points outside [0, 1]^2 are allowed.
         mode: "bilinear" or "nearest".
         padding_mode: what lies outside the map: "zeros", or "border", its nearest pixel.
         backend: "reference", "cpu" or "gpu"; default: by device.
 
     Returns:
-        `[N, P]`, float32, or float64 for float64 maps. Gradients flow to the maps, not to the points.
+        `[..., P]`, float32, or float64 for float64 maps: `[N, P]` for maps `[N, h, w]`, `[N, C, P]` for maps
+        `[N, C, h, w]`, both with points `[N, P, 2]`. Gradients flow to the maps, not to the points.
 
     Raises:
-        MaskLossError: wrong rank, dtype or device, numbers of maps and points that differ, an unknown mode.
+        MaskLossError: wrong rank, dtype or device, leading dimensions that do not broadcast, an unknown mode.
 
     Source:
         PointRend (Kirillov et al., 2020), section 3.1.
@@ -66,14 +71,18 @@ def point_sample(
         >>> point_sample(maps, torch.tensor([[[0.5, 0.5], [0.25, 0.75]]]))
         tensor([[1.5000, 2.0000]])
     """
-    _inputs.check_maps("maps", maps, "[N, h, w]")
+    _inputs.check_maps("maps", maps, "[..., h, w]")
     _inputs.check_choice("mode", mode, _inputs.TARGET_MODES)
     _inputs.check_choice("padding_mode", padding_mode, _inputs.PADDING_MODES)
-    check_points(points, len(maps), maps.device)
+    _check_coordinates(points, "[..., P, 2]", maps.device)
+    lead = _broadcast(maps.shape[:-2], points.shape[:-2])
+    flat = maps.reshape(-1, *maps.shape[-2:])
+    index = torch.arange(len(flat), device=maps.device).view(_aligned(maps.shape[:-2], len(lead)))
+    each = points.reshape(*_aligned(points.shape[:-2], len(lead)), *points.shape[-2:])
+    each = each.expand(*lead, *points.shape[-2:]).reshape(-1, *points.shape[-2:])
     chosen = ops.choose_backend(maps.device, backend)
-    index = torch.arange(len(maps), device=maps.device)
-    values: Tensor = ops.point_sample(maps, index, points, mode, padding_mode, chosen)
-    return values
+    values: Tensor = ops.point_sample(flat, index.expand(lead).reshape(-1), each, mode, padding_mode, chosen)
+    return values.view(*lead, points.shape[-2])
 
 
 def uncertainty(z: Tensor) -> Tensor:
@@ -92,7 +101,7 @@ def uncertainty(z: Tensor) -> Tensor:
         >>> uncertainty(torch.tensor([-2.0, 0.5]))
         tensor([-2.0000, -0.5000])
     """
-    return -z.abs()
+    return formulas.uncertainty(z)
 
 
 @reported("uncertain_points")
@@ -168,7 +177,7 @@ def mask_bce(z: Tensor, t: Tensor, w: Tensor | None = None) -> Tensor:
     Args:
         z: logits `[..., P]`, float.
         t: targets `[..., P]` in [0, 1].
-        w: weights `[..., P]` in {0, 1}; default: 1.
+        w: weights in {0, 1} that broadcast to `[..., P]`; default: 1.
 
     Returns:
         `[...]`, in the dtype of `z`. Gradients flow to `z` and `t`.
@@ -187,17 +196,25 @@ def mask_bce(z: Tensor, t: Tensor, w: Tensor | None = None) -> Tensor:
 
 
 @reported("mask_focal")
-def mask_focal(z: Tensor, t: Tensor, *, alpha: float | None, gamma: float, w: Tensor | None = None) -> Tensor:
+def mask_focal(
+    z: Tensor,
+    t: Tensor,
+    w: Tensor | None = None,
+    *,
+    alpha: float | None = _inputs.CLASS_FOCAL_ALPHA,
+    gamma: float = _inputs.CLASS_FOCAL_GAMMA,
+) -> Tensor:
     """Compute the focal loss of each instance, the mean over its points.
 
-        a_t (1 - p_t)^gamma bce(z, t),  p_t = s t + (1 - s)(1 - t),  a_t = alpha t + (1 - alpha)(1 - t)
+        sum_p w a_t (1 - p_t)^gamma bce(z, t) / max(sum_p w, 1)
+        p_t = s t + (1 - s)(1 - t),  a_t = a t + (1 - a)(1 - t)
 
     Args:
         z: logits `[..., P]`, float.
         t: targets `[..., P]` in [0, 1].
-        alpha: weight of the foreground in [0, 1]; None leaves a_t out.
-        gamma: focusing exponent, at least 0.
-        w: weights `[..., P]` in {0, 1}; default: 1.
+        w: weights in {0, 1} that broadcast to `[..., P]`; default: 1.
+        alpha: a, the weight of the foreground, in [0, 1]; None leaves a_t out. Default 0.25.
+        gamma: focusing exponent, at least 0. Default 2.
 
     Returns:
         `[...]`, in the dtype of `z`. Gradients flow to `z` and `t`.
@@ -209,11 +226,10 @@ def mask_focal(z: Tensor, t: Tensor, *, alpha: float | None, gamma: float, w: Te
         Lin et al., "Focal loss for dense object detection" (2017), with soft targets as torchvision takes them.
 
     Example:
-        >>> mask_focal(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 1.0]]), alpha=0.25, gamma=2.0)
+        >>> mask_focal(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 1.0]]))
         tensor([0.0219])
     """
-    options = _inputs.MaskOptions(focal_alpha=alpha, focal_gamma=gamma)
-    return _mean_focal(z, t, w, *options.focal)
+    return _mean_focal(z, t, w, *_focal(alpha, gamma))
 
 
 @reported("mask_dice")
@@ -225,7 +241,7 @@ def mask_dice(z: Tensor, t: Tensor, w: Tensor | None = None) -> Tensor:
     Args:
         z: logits `[..., P]`, float.
         t: targets `[..., P]` in [0, 1].
-        w: weights `[..., P]` in {0, 1}; default: 1.
+        w: weights in {0, 1} that broadcast to `[..., P]`; default: 1.
 
     Returns:
         `[...]` in [0, 1), in the dtype of `z`. Gradients flow to `z` and `t`.
@@ -240,7 +256,7 @@ def mask_dice(z: Tensor, t: Tensor, w: Tensor | None = None) -> Tensor:
         >>> mask_dice(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
         tensor([0.3333])
     """
-    return formulas.dice(z, t, _weights(z, t, w))
+    return formulas.dice(z, t, _paired_weights(z, t, w))
 
 
 class PairwiseCost(NamedTuple):
@@ -256,26 +272,38 @@ class PairwiseCost(NamedTuple):
 
 
 @reported("pairwise_mask_cost")
-def pairwise_mask_cost(z: Tensor, t: Tensor, w: Tensor | None = None) -> PairwiseCost:
+def pairwise_mask_cost(
+    z: Tensor,
+    t: Tensor,
+    w: Tensor | None = None,
+    *,
+    focal_alpha: float | None = None,
+    focal_gamma: float | None = None,
+) -> PairwiseCost:
     """Compute cross-entropy and Dice of all pairs of predictions and targets.
 
         ce[q, t] = mask_bce(z[q], t[t]),  dice[q, t] = mask_dice(z[q], t[t])
 
-    both through matrix products, since bce(z, t) = softplus(z) - z t is linear in t.
+    both through matrix products, since bce(z, t) = softplus(z) - z t is linear in t. With `focal_gamma` ce is the focal
+    cost, linear in t too, which for t in {0, 1} is that of `mask_focal`:
+
+        ce[q, t] = mean_p [a t (1 - s)^gamma softplus(-z) + (1 - a)(1 - t) s^gamma softplus(z)]
 
     Args:
         z: logits `[..., Q, P]`, float.
         t: targets `[..., T, P]` in [0, 1], at the same points.
-        w: weights `[..., P]` of the points in {0, 1}; default: 1.
+        w: weights of the points in {0, 1} that broadcast to `[..., P]`; default: 1.
+        focal_alpha: a, the weight of the foreground, in [0, 1]; needs `focal_gamma`. Default None: both factors are 1.
+        focal_gamma: take the focal cost with this exponent, at least 0. Default None: cross-entropy.
 
     Returns:
         Two tensors `[..., Q, T]`, in the dtype of `z`.
 
     Raises:
-        MaskLossError: numbers of points that differ, or a dtype that is not float.
+        MaskLossError: numbers of points that differ, a dtype that is not float, alpha or gamma out of range.
 
     Source:
-        Mask2Former (Cheng et al., 2022), section 3.2.2.
+        Mask2Former (Cheng et al., 2022), section 3.2.2; the focal cost as in MaskFormer (Cheng et al., 2021).
 
     Example:
         >>> cost = pairwise_mask_cost(torch.tensor([[4.0, -4.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
@@ -283,17 +311,15 @@ def pairwise_mask_cost(z: Tensor, t: Tensor, w: Tensor | None = None) -> Pairwis
         tensor([[0.0181, 4.0181]])
     """
     _check_floats(z, t)
+    focal = _inputs.MaskOptions(focal_alpha=focal_alpha, focal_gamma=focal_gamma).focal
     if z.ndim < 2 or t.ndim < 2 or z.shape[-1] != t.shape[-1]:
         raise Cause(
             "z and t must be [..., Q, P] and [..., T, P]",
             f"got {list(z.shape)} and {list(t.shape)}",
             "sample both at the same P points",
         )
-    if w is None:
-        w = z.new_ones(z.shape[-1])
-    elif w.shape[-1:] != z.shape[-1:]:
-        raise Cause("w must be [..., P]", f"got {list(w.shape)} for P = {z.shape[-1]}", "give one weight per point")
-    return PairwiseCost(*formulas.pairwise_costs(z, t.to(z.dtype), w.to(z.dtype), -1.0, -1.0))
+    weights = _weights(w, (*z.shape[:-2], z.shape[-1]), z)
+    return PairwiseCost(*formulas.pairwise_costs(z, t.to(z.dtype), weights, *focal))
 
 
 @reported("class_cost")
@@ -324,18 +350,24 @@ def class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @reported("focal_class_cost")
-def focal_class_cost(class_logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+def focal_class_cost(
+    class_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float | None = _inputs.CLASS_FOCAL_ALPHA,
+    gamma: float = _inputs.CLASS_FOCAL_GAMMA,
+) -> Tensor:
     """Compute the class term of the matching cost of models that classify with sigmoids.
 
         p = s(class_logits)[label]
-        alpha (1 - p)^gamma (-log(p + 1e-8)) - (1 - alpha) p^gamma (-log(1 - p + 1e-8))
+        a (1 - p)^gamma (-log(p + 1e-8)) - (1 - a) p^gamma (-log(1 - p + 1e-8))
 
     what it costs to call a query its target's class, less what it costs not to. The 1e-8 bounds the term.
 
     Args:
         class_logits: `[..., Q, C]`, float; there is no "no object".
         labels: int64 `[..., T]` in [0, C).
-        alpha: weight of the foreground in [0, 1]. Default 0.25.
+        alpha: a, the weight of the foreground, in [0, 1]; None makes both factors 1. Default 0.25.
         gamma: focusing exponent, at least 0. Default 2.
 
     Returns:
@@ -352,24 +384,49 @@ def focal_class_cost(class_logits: Tensor, labels: Tensor, *, alpha: float = 0.2
         tensor([[-0.0866, -2.0747]])
     """
     _check_classes(class_logits, labels)
-    _inputs.MaskOptions(focal_alpha=alpha, focal_gamma=gamma)
+    a, exponent = _focal(alpha, gamma)
+    on, off = (1.0, 1.0) if a < 0 else (a, 1 - a)
     p = _at_labels(class_logits.sigmoid(), labels)
-    return alpha * (1 - p) ** gamma * -(p + 1e-8).log() - (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
+    return on * (1 - p) ** exponent * -(p + 1e-8).log() - off * p**exponent * -(1 - p + 1e-8).log()
 
 
 def check_points(points: Tensor, count: int, device: torch.device) -> None:
     """Refuse points that are not float `[count, P, 2]` on the given device."""
-    if not isinstance(points, Tensor) or points.ndim != 3 or points.shape[-1] != 2 or not points.is_floating_point():
-        raise Cause(
-            "points must be float [N, P, 2]", f"got {describe(points)}", "the last dimension holds (x, y) in [0, 1]"
-        )
-    if points.shape[0] != count or points.shape[1] < 1:
+    _check_coordinates(points, "[N, P, 2]", device)
+    if points.shape[0] != count:
         raise Cause(
             "there must be points for every instance",
             f"{count} instances but points {list(points.shape)}",
             "give [N, P, 2] with P at least 1",
         )
+
+
+def _check_coordinates(points: Tensor, shape: str, device: torch.device) -> None:
+    """Refuse anything but float points of the shape, `[N, P, 2]` or `[..., P, 2]`, with P at least 1."""
+    fits = isinstance(points, Tensor) and points.ndim >= 2 and (points.ndim == 3 or "..." in shape)
+    if not fits or points.shape[-1] != 2 or not points.is_floating_point():
+        raise Cause(f"points must be float {shape}", f"got {describe(points)}", "the last dimension holds (x, y)")
+    if points.shape[-2] < 1:
+        raise Cause("there must be at least one point", f"got points {list(points.shape)}", f"give {shape}")
     _inputs.check_device("points", points.device, device)
+
+
+def _aligned(shape: Sequence[int], rank: int) -> list[int]:
+    """Align leading dimensions from the left: missing ones count as 1."""
+    return [*shape, *[1] * (rank - len(shape))]
+
+
+def _broadcast(maps: Sequence[int], points: Sequence[int]) -> list[int]:
+    """Broadcast leading dimensions, aligned from the left."""
+    rank = max(len(maps), len(points))
+    pairs = list(zip(_aligned(maps, rank), _aligned(points, rank), strict=True))
+    if any(left != right and 1 not in (left, right) for left, right in pairs):
+        raise Cause(
+            "the leading dimensions of maps and points must broadcast",
+            f"maps have {list(maps)}, points {list(points)}, aligned from the left",
+            "maps [N, C, h, w] go with points [N, P, 2]; use points.unsqueeze to add a dimension",
+        )
+    return [right if left == 1 else left for left, right in pairs]
 
 
 def pair_index(count: int, device: torch.device) -> Tensor:
@@ -397,7 +454,7 @@ def _at_labels(probability: Tensor, labels: Tensor) -> Tensor:
 
 
 def _mean_focal(z: Tensor, t: Tensor, w: Tensor | None, alpha: float, gamma: float) -> Tensor:
-    weights = _weights(z, t, w)
+    weights = _paired_weights(z, t, w)
     return (formulas.focal(z, t, alpha, gamma) * weights).sum(-1) / weights.sum(-1).clamp(min=1)
 
 
@@ -410,9 +467,34 @@ def _check_floats(z: Tensor, t: Tensor) -> None:
     _inputs.check_device("t", t.device, z.device)
 
 
-def _weights(z: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+def _weights(w: Tensor | None, shape: Sequence[int], z: Tensor) -> Tensor:
+    """Bring weights of points to a shape and the dtype of z."""
+    if w is None:
+        return z.new_ones(shape)
+    fits = isinstance(w, Tensor) and w.ndim <= len(shape)
+    if not fits or any(have not in (1, want) for have, want in zip(w.shape[::-1], shape[::-1], strict=False)):
+        raise Cause(
+            "w must broadcast to [..., P]",
+            f"got {describe(w)} for {list(shape)}",
+            "give one weight for each point",
+        )
+    _inputs.check_device("w", w.device, z.device)
+    return w.to(z.dtype).expand(*shape)
+
+
+def _paired_weights(z: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+    """Check that z and t pair up, and return the weights `[..., P]`."""
     _check_floats(z, t)
-    if z.shape != t.shape or z.ndim < 1 or (w is not None and w.shape != z.shape):
-        shapes = ", ".join(str(list(each.shape)) for each in (z, t, w) if each is not None)
-        raise Cause("z, t and w must have the same shape [..., P]", f"got {shapes}", "sample them at the same points")
-    return torch.ones_like(z) if w is None else w.to(z.dtype)
+    if z.shape != t.shape or z.ndim < 1:
+        raise Cause(
+            "z and t must have the same shape [..., P]",
+            f"got {list(z.shape)}, {list(t.shape)}",
+            "sample them at the same points",
+        )
+    return _weights(w, z.shape, z)
+
+
+def _focal(alpha: float | None, gamma: float) -> tuple[float, float]:
+    """Check both numbers of a focal loss; -1 stands for no alpha."""
+    balance = -1.0 if alpha is None else check_number("alpha", alpha, 0, 1, hint="0.25 is usual")
+    return balance, check_number("gamma", gamma, 0, hint="2.0 is usual")

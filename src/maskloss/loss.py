@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from maskloss import _inputs, distributed, factors, ops
 from maskloss.errors import Cause, describe, reported
 from maskloss.functional import check_points, pair_index
-from maskloss.matches import Matches
+from maskloss.matches import Matches, Pairs, check_fit
 from maskloss.points import PointSampling, draw_seed
 from maskloss.targets import MaskTargets
 from maskloss.targets.bits import on_host
@@ -107,7 +107,7 @@ class MaskLoss(nn.Module):
         self,
         mask_logits: Tensor,
         masks: Tensor | MaskTargets | Sequence[Tensor],
-        matches: Matches | Sequence[tuple[Tensor, Tensor]] | None = None,
+        matches: Matches | Pairs | None = None,
         *,
         points: Tensor | None = None,
         instance_weights: Tensor | None = None,
@@ -153,8 +153,8 @@ class MaskLoss(nn.Module):
             weights = check_instance_weights(instance_weights, len(matched), losses.ce)
             terms, count = weighted(losses, weights), weights.sum()
         if num_instances is None:
-            num_instances = self._count(count, logits.device)
-        elif not isinstance(num_instances, Tensor):
+            num_instances = distributed.mean_over_ranks([count], logits.device)[0]
+        else:
             _inputs.check_count("num_instances", num_instances)
         divisor = distributed.at_least_one(num_instances)
         ce, dice = terms.ce.sum() / divisor, terms.dice.sum() / divisor
@@ -203,7 +203,7 @@ class MaskLoss(nn.Module):
         self,
         mask_logits: Tensor,
         masks: Tensor | MaskTargets | Sequence[Tensor],
-        matches: Matches | Sequence[tuple[Tensor, Tensor]] | None,
+        matches: Matches | Pairs | None,
     ) -> tuple[Tensor, MaskTargets, Matches]:
         """Bring both forms of the call into one: logits `[B, Q, h, w]`, targets, matches."""
         targets = masks if isinstance(masks, MaskTargets) else MaskTargets.from_masks(masks)
@@ -234,20 +234,8 @@ class MaskLoss(nn.Module):
                 f"they have {len(matches.layer_sizes)} layers",
                 "use MaskCriterion for several decoder layers, or take the pairs of one: matches.pairs(layer)",
             )
-        elif (matches.num_queries, matches.num_targets) != (mask_logits.shape[1], targets.num_targets):
-            raise Cause(
-                "matches must be those of these predictions and targets",
-                f"they pair {matches.num_queries} queries with {list(matches.num_targets)} targets, "
-                f"here are {mask_logits.shape[1]} queries and {list(targets.num_targets)} targets",
-                "match again after changing the batch",
-            )
+        check_fit(matches, mask_logits.shape[1], targets.num_targets)
         return mask_logits, targets, matches.to(mask_logits.device)
-
-    @staticmethod
-    def _count(count: float | Tensor, device: torch.device) -> float | Tensor:
-        if isinstance(count, Tensor):
-            return distributed.mean_of_tensor(count)
-        return distributed.mean_over_ranks([count], device)[0]
 
 
 def check_instance_weights(weights: Tensor, count: int, like: Tensor) -> Tensor:

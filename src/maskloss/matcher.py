@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from maskloss import _inputs, distributed, factors, ops
+from maskloss._classification import KINDS
 from maskloss.errors import Cause, describe, reported
 from maskloss.functional import class_cost, focal_class_cost
 from maskloss.matches import Matches
@@ -78,7 +79,7 @@ class HungarianMatcher(nn.Module):
             raise Cause("one weight at least must be positive", "all are 0", "a cost of 0 everywhere matches nothing")
         self.class_weight, self.mask_weight, self.dice_weight = (float(weight) for weight in weights.values())
         self.num_points = PointSampling(num_points=num_points).num_points
-        _inputs.check_choice("classification", classification, ("softmax", "focal"))
+        _inputs.check_choice("classification", classification, KINDS)
         self.classification = classification
         self.options = _inputs.MaskOptions(padding_mode, target_mode, focal_alpha, focal_gamma, backend)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from maskloss.errors import Cause, describe, reported
 from maskloss.ops.abi import IMAGE, INDEX_COLUMNS, QUERY, TARGET
 
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True, eq=False)
 class Matches:
@@ -56,7 +58,7 @@ class Matches:
 
     @staticmethod
     @reported("Matches.from_pairs")
-    def from_pairs(pairs: Sequence[tuple[Tensor, Tensor]], *, num_queries: int, num_targets: Sequence[int]) -> Matches:
+    def from_pairs(pairs: Pairs, *, num_queries: int, num_targets: Sequence[int]) -> Matches:
         """Take the pairs of one layer from DETR's form, and check that they exist.
 
         Args:
@@ -94,10 +96,91 @@ class Matches:
         counts = tuple(len(part) for part in rows)
         return Matches(index, (len(index),), num_queries, tuple(num_targets), counts=counts)
 
+    @staticmethod
+    def of_layers(layers: Sequence[Matches]) -> Matches:
+        """Join the matches of single layers, with the same numbers of queries and targets, into those of all."""
+        rows = [part.index + part.index.new_tensor([layer, 0, 0, 0]) for layer, part in enumerate(layers)]
+        sizes = tuple(size for part in layers for size in part.layer_sizes)
+        return Matches(torch.cat(rows), sizes, layers[0].num_queries, layers[0].num_targets)
+
+    def repeated(self, layers: int) -> Matches:
+        """Give the pairs of this single layer to each of several layers."""
+        index = self.index.repeat(layers, 1)
+        index[:, 0] = torch.arange(layers, device=index.device).repeat_interleave(len(self.index))
+        classes = None if self.classes is None else self.classes.expand(layers, -1, -1)
+        return replace(self, index=index, layer_sizes=self.layer_sizes * layers, classes=classes)
+
     def to(self, device: torch.device | str) -> Matches:
         """Move the tensors to a device."""
         classes = None if self.classes is None else self.classes.to(device, non_blocking=True)
         return replace(self, index=self.index.to(device, non_blocking=True), classes=classes)
+
+
+def check_fit(matches: Matches, num_queries: int, num_targets: Sequence[int]) -> None:
+    """Refuse matches of other numbers of queries or targets."""
+    if (matches.num_queries, matches.num_targets) != (num_queries, tuple(num_targets)):
+        raise Cause(
+            "matches must be those of these predictions and targets",
+            f"they pair {matches.num_queries} queries with {list(matches.num_targets)} targets, "
+            f"here are {num_queries} queries and {list(num_targets)} targets",
+            "match again after changing the batch",
+        )
+
+
+def matches_of_layers(
+    matches: Matches | Pairs | Sequence[Pairs], layers: int, num_queries: int, num_targets: Sequence[int]
+) -> Matches:
+    """Bring given matches into those of all layers: one layer's matches hold for every layer.
+
+    Args:
+        matches: `Matches` of one layer or of all; a pair (queries, targets) for each image, as DETR's matchers return
+            them; or a list with such a list for each layer.
+        layers: L.
+        num_queries: Q.
+        num_targets: targets of each image.
+
+    Raises:
+        Cause: matches of another number of layers, queries or targets, or a query that is matched twice in a layer.
+    """
+    if not isinstance(matches, Matches):
+        if not isinstance(matches, Sequence):
+            raise Cause(
+                "matches must be Matches, or a list of pairs (queries, targets)",
+                f"got {describe(matches)}",
+                "give one pair of 1-D tensors for each image, or a list of them for each layer",
+            )
+        listed = [matches] if not matches or is_pair(matches[0]) else matches
+        parts = [Matches.from_pairs(pairs, num_queries=num_queries, num_targets=num_targets) for pairs in listed]  # type: ignore[arg-type]
+        matches = Matches.of_layers(parts)
+        place = matches.index[:, :3]
+        if len(place.unique(dim=0)) < len(place):
+            raise Cause(
+                "a query can have one target only",
+                "a query of an image is matched twice in a layer",
+                "several queries may share a target, but a query has one class and one mask",
+            )
+    check_fit(matches, num_queries, num_targets)
+    given = len(matches.layer_sizes)
+    if given == 1 < layers:
+        return matches.repeated(layers)
+    if given != layers:
+        raise Cause(
+            "there must be matches for every decoder layer, or those of one for all",
+            f"matches of {given} layers for {layers} layers of logits",
+            "list the pairs of each layer, the final one last",
+        )
+    return matches
+
+
+def is_pair(entry: Any) -> bool:
+    """Tell a pair (queries, targets) of one image from the list of the pairs of a layer."""
+    if not isinstance(entry, Sequence) or len(entry) != 2:
+        return False
+    return not any(isinstance(side, Sequence) and any(_is_list(each) for each in side) for side in entry)
+
+
+def _is_list(entry: Any) -> bool:
+    return isinstance(entry, Sequence) or (hasattr(entry, "ndim") and entry.ndim > 0)
 
 
 def wanted_classes(

@@ -110,11 +110,15 @@ OPTIONS = {
     ),
     "focal alpha alone": Bad("MaskLoss", "focal_alpha goes with focal_gamma", "None", lambda: Loss(focal_alpha=0.25)),
     "focal alpha": Bad("HungarianMatcher", "in [0, 1]", "=1.5", lambda: Matcher(focal_alpha=1.5, focal_gamma=2.0)),
-    "focal gamma": Bad("MaskLoss", "focal_gamma must be at least 0", "=-1.0", lambda: Loss(focal_gamma=-1.0)),
-    "focal gamma NaN": Bad("MaskLoss", "focal_gamma must be at least 0", "=nan", lambda: Loss(focal_gamma=NAN)),
+    "focal gamma": Bad(
+        "MaskLoss", "focal_gamma must be a finite number, at least 0", "=-1.0", lambda: Loss(focal_gamma=-1.0)
+    ),
+    "focal gamma NaN": Bad(
+        "MaskLoss", "focal_gamma must be a finite number, at least 0", "=nan", lambda: Loss(focal_gamma=NAN)
+    ),
     "backend": Bad("MaskLoss", "one of reference, cpu, gpu", "backend='cuda'", lambda: Loss(backend="cuda")),
     "sampling a number": Bad("MaskLoss", "must be a PointSampling", "got 128", lambda: Loss(sampling=128)),
-    "no classes": Bad("MaskCriterion", "num_classes must be a positive integer", "got 0", lambda: Criterion(0)),
+    "no classes": Bad("MaskCriterion", "num_classes must be an integer, at least 1", "=0", lambda: Criterion(0)),
     "all weights 0": Bad(
         "HungarianMatcher",
         "one weight at least must be positive",
@@ -523,9 +527,13 @@ CRITERION = {
         "MaskCriterion", "totals.instances", "=-1.0", lambda: criterion(totals=StepTotals(-1.0, 6.0))
     ),
     "totals NaN": Bad("MaskCriterion", "totals.queries", "=nan", lambda: criterion(totals=StepTotals(1.0, NAN))),
-    "negative targets": Bad("step_totals", "must not be negative", "got -1", lambda: step_totals([[3, -1]], 10)),
-    "no queries": Bad("step_totals", "num_queries must be a positive", "=0", lambda: step_totals([[3]], 0)),
-    "half a query": Bad("step_totals", "num_queries must be a positive", "=2.5", lambda: step_totals([[3]], 2.5)),
+    "negative targets": Bad(
+        "step_totals", "a number of targets must be an integer, at least 0", "=-1", lambda: step_totals([[3, -1]], 10)
+    ),
+    "no queries": Bad("step_totals", "num_queries must be an integer, at least 1", "=0", lambda: step_totals([[3]], 0)),
+    "half a query": Bad(
+        "step_totals", "num_queries must be an integer, at least 1", "=2.5", lambda: step_totals([[3]], 2.5)
+    ),
     "one micro-batch": Bad("step_totals", "must list the micro-batches", "got [3, 1]", lambda: step_totals([3, 1], 10)),
     "targets for counts": Bad(
         "step_totals", "must list the micro-batches", "MaskTargets", lambda: step_totals([From.from_masks(MASKS)], 10)
@@ -535,10 +543,13 @@ CRITERION = {
 POINTS = torch.zeros(2, 4, 2)
 FUNCTIONAL = {
     "maps of rank 4": Bad(
-        "point_sample", "maps must be [N, h, w]", "got 4", lambda: functional.point_sample(LAYER, POINTS)
+        "point_sample", "maps must be [..., h, w]", "got 1 dim", lambda: functional.point_sample(LAYER[0, 0, 0], POINTS)
     ),
     "points of others": Bad(
-        "point_sample", "for every instance", "[1, 4, 2]", lambda: functional.point_sample(PAIRS, POINTS[:1])
+        "point_sample",
+        "must broadcast",
+        "[2], points [3]",
+        lambda: functional.point_sample(PAIRS, POINTS[:1].repeat(3, 1, 1)),
     ),
     "points a list": Bad(
         "point_sample", "points must be", "[0.5, 0.5]", lambda: functional.point_sample(PAIRS, [0.5, 0.5])
@@ -563,7 +574,10 @@ FUNCTIONAL = {
         "mask_bce", "the same shape [..., P]", "[2, 8, 8], [2, 4, 2]", lambda: functional.mask_bce(PAIRS, POINTS)
     ),
     "weights": Bad(
-        "mask_dice", "the same shape [..., P]", "[4, 2]", lambda: functional.mask_dice(POINTS, POINTS, POINTS[0])
+        "mask_dice",
+        "w must broadcast to [..., P]",
+        "[2, 3]",
+        lambda: functional.mask_dice(POINTS, POINTS, POINTS[:, 0, :1].repeat(1, 3)),
     ),
     "bool targets": Bad("mask_bce", "must be float", "bool", lambda: functional.mask_bce(POINTS, POINTS.bool())),
     "lists": Bad("mask_dice", "must be float", "got [0.5]", lambda: functional.mask_dice([0.5], [1.0])),
@@ -571,13 +585,19 @@ FUNCTIONAL = {
         "mask_bce", "t must be on", "meta", lambda: functional.mask_bce(POINTS, POINTS.to("meta"))
     ),
     "focal alpha": Bad(
-        "mask_focal", "in [0, 1]", "=2.0", lambda: functional.mask_focal(POINTS, POINTS, alpha=2.0, gamma=2.0)
+        "mask_focal",
+        "alpha must be a finite number in [0, 1]",
+        "alpha=2.0",
+        lambda: functional.mask_focal(POINTS, POINTS, alpha=2.0, gamma=2.0),
     ),
     "numbers of points": Bad(
         "pairwise_mask_cost", "[..., T, P]", "[2, 4, 2]", lambda: functional.pairwise_mask_cost(PAIRS, POINTS)
     ),
     "weights of points": Bad(
-        "pairwise_mask_cost", "w must be [..., P]", "P = 8", lambda: functional.pairwise_mask_cost(PAIRS, PAIRS, POINTS)
+        "pairwise_mask_cost",
+        "w must broadcast to [..., P]",
+        "[2, 4, 2]",
+        lambda: functional.pairwise_mask_cost(PAIRS, PAIRS, POINTS),
     ),
     "class logits": Bad("class_cost", "must be float [..., Q,", "int64", lambda: functional.class_cost(MAP, index(0))),
     "float labels": Bad("class_cost", "integers [..., T]", "float", lambda: functional.class_cost(CLASSES, index(0.0))),

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from maskloss import _inputs, distributed
+from maskloss import _classification, _inputs, distributed
 from maskloss.loss import InstanceLosses, MaskLoss
 from maskloss.matches import Matches, wanted_classes
 from maskloss.ops.abi import IMAGE, TARGET
@@ -71,14 +70,16 @@ def mean_count(count: float, device: torch.device) -> float | Tensor:
 
 
 def weighted_cross_entropy(class_logits: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
-    """Compute the cross-entropy of each layer, weighted by class and divided by the sum of the weights: `[L]`.
+    """Divide the weighted cross-entropy of each layer by the sum of the weights on this rank, as the originals do.
 
     Args:
         class_logits: `[L, B, Q, C + 1]`, float32 or float64.
         wanted: int64 `[L, B, Q]`.
         weights: `[C + 1]`.
+
+    Returns:
+        `[L]`.
     """
     weights = weights.to(class_logits)
-    nll = cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), weights, reduction="none")
-    total = weights[wanted].flatten(1).sum(1).clamp(min=torch.finfo(weights.dtype).tiny)
-    return nll.view(len(class_logits), -1).sum(1) / total
+    total = _classification.above_zero(_classification.weight_sums(wanted, weights))
+    return _classification.softmax_sums(class_logits, wanted, weights) / total

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from maskloss import _inputs
 from maskloss import matcher as core
+from maskloss._classification import KINDS, focal_sums
 from maskloss.errors import Cause, describe, reported
-from maskloss.functional import mask_focal
 from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.integrations._layers import Step, accumulated, mean_count, weighted_cross_entropy
 from maskloss.integrations._targets import pack_masks
@@ -30,7 +30,7 @@ Outputs = Mapping[str, Any]
 Targets = Sequence[Mapping[str, Any]]
 Pairs = list[tuple[Tensor, Tensor]]
 
-CLASSIFICATIONS, LOSSES = ("softmax", "focal"), ("labels", "masks", "boxes")
+LOSSES = ("labels", "masks", "boxes")
 
 
 class HungarianMatcher(nn.Module):
@@ -190,7 +190,7 @@ class SetCriterion(nn.Module):
     ) -> None:
         super().__init__()
         _inputs.check_weight("eos_coef", eos_coef)
-        _inputs.check_choice("classification", classification, CLASSIFICATIONS)
+        _inputs.check_choice("classification", classification, KINDS)
         for name in losses:
             check_loss(name)
         own = isinstance(matcher, HungarianMatcher) and matcher.core.classification != classification
@@ -291,11 +291,7 @@ class SetCriterion(nn.Module):
         wanted = step.wanted_classes(matches, logits.shape[:3], self.num_classes)
         if softmax:
             return weighted_cross_entropy(logits, wanted, self.empty_weight)
-        one_hot = torch.zeros(*logits.shape[:3], self.num_classes + 1, dtype=logits.dtype, device=logits.device)
-        hot = one_hot.scatter_(3, wanted[..., None], 1)[..., :-1]
-        # The mean over the classes of a query, back to a sum.
-        per_query = mask_focal(logits, hot, alpha=0.25, gamma=2.0) * self.num_classes
-        return per_query.flatten(1).sum(1) / count
+        return focal_sums(logits, wanted) / count
 
     def _compare_boxes(
         self, outputs: Sequence[Outputs], matches: Matches, targets: Targets, step: Step, count: float | Tensor

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from maskloss.errors import Cause, describe
+from maskloss.targets.bits import on_host
 from maskloss.targets.mask_targets import MaskTargets
 
 _CONVENTION = 'give [{"masks": [T, H, W], "labels": [T]}, ...]'
@@ -43,6 +44,34 @@ def collate(targets: Targets) -> tuple[MaskTargets, Tensor]:
     for image, (found, count) in enumerate(zip(labels, packed.num_targets, strict=True)):
         _check_labels(found, count, f"image {image}", packed.device)
     return packed, torch.cat(labels).long()
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Refuse labels `[T_all]` outside the classes, where that needs no wait for a device."""
+    if on_host(labels) and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise Cause(
+            f"labels must lie in [0, {num_classes})",
+            f"they reach from {int(labels.min())} to {int(labels.max())}",
+            f"num_classes={num_classes} counts the classes without 'no object', and labels start at 0",
+        )
+
+
+def joined_weights(weights: Tensor | Sequence[Tensor], targets: MaskTargets) -> Tensor:
+    """Bring the weights of the targets of each image, `[T]`, together: `[T_all]`."""
+    if isinstance(weights, Tensor):
+        return weights
+    counts = targets.num_targets
+    fits = isinstance(weights, Sequence) and all(isinstance(part, Tensor) and part.ndim == 1 for part in weights)
+    if not fits or tuple(map(len, weights)) != counts:
+        raise Cause(
+            "instance_weights must hold a bool or float tensor [T] for each image",
+            f"got {describe(weights)} for {list(counts)} targets",
+            "give one weight for each target; an image without targets has an empty tensor",
+        )
+    if any(part.dtype != torch.bool and not part.is_floating_point() for part in weights):
+        raise Cause("instance_weights must be bool or float", f"got {describe(weights)}", "weights.float() converts")
+    parts = [part.float() if part.dtype == torch.bool else part for part in weights]
+    return torch.cat(parts)
 
 
 def _collated(targets: Mapping[str, Any]) -> tuple[MaskTargets, Tensor]:

@@ -287,6 +287,8 @@ def mask_loss_backward(
         sums[:] = 0
         for place in range(starts[item], starts[item + 1]):
             instance = order[place]
+            if by_ce[instance] == 0.0 and by_dice[instance] == 0.0:
+                continue  # an instance of weight 0 must not bring in the NaN of its logits
             target = index[instance, TARGET]
             row = table[images[image, FIRST] + target]
             key = instance_key(seed, image_ids[image], target)

@@ -220,4 +220,6 @@ def slopes(sums, blocks, grad_ce, grad_dice, z, t, weight, ALPHA: tl.constexpr, 
     s, c, logarithm = sigmoids(z)
     d_ce = cross_entropy_slope(z, s, c, logarithm, t, ALPHA, GAMMA) / tl.where(total > 1.0, total, 1.0)
     d_dice = s * c * ((overlap - 2.0 * t * area) / (area * area))
-    return weight * (grad_ce * d_ce + grad_dice * d_dice) + 0.0 * z
+    slope = weight * (grad_ce * d_ce + grad_dice * d_dice) + 0.0 * z
+    # An instance of weight 0 must not bring in the NaN of its logits.
+    return tl.where((grad_ce != 0.0) | (grad_dice != 0.0), slope, 0.0)

@@ -131,8 +131,11 @@ def mask_loss_backward(
         t, skip = unpack_corners(packed, cells, term.target_mode, z.dtype)
         slopes = instance_slopes(z, t, (~skip).to(z.dtype), *term.focal)
         d_z = d_ce[:, None] * slopes[0] + d_dice[:, None] * slopes[1]
-        # A gradient scaler looks at gradients: a non-finite logit must give a non-finite one.
-        d_planes = scatter_planes(d_z + 0 * z, at, (layer.shape[2], layer.shape[3]), "bilinear", term.padding)
+        # A gradient scaler looks at gradients: a non-finite logit must give a non-finite one, unless its instance
+        # weighs nothing.
+        live = ((d_ce != 0) | (d_dice != 0))[:, None]
+        d_z = torch.where(live, d_z + 0 * z, 0.0)
+        d_planes = scatter_planes(d_z, at, (layer.shape[2], layer.shape[3]), "bilinear", term.padding)
         grad = torch.zeros(layer.shape, dtype=z.dtype, device=z.device)
         found.append(grad.index_put_((rows[:, IMAGE], rows[:, QUERY]), d_planes, accumulate=True).to(layer.dtype))
     return found

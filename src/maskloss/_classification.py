@@ -1,0 +1,55 @@
+"""The classification of queries: one implementation of each kind, for every criterion."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from maskloss import _inputs
+from maskloss.ops.reference import formulas
+
+KINDS = ("softmax", "focal")
+
+
+def softmax_sums(class_logits: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    """Sum the weighted cross-entropy of all queries of each layer: `[L]`.
+
+        sum_q weights[c_q] * -log softmax(class_logits)[q, c_q]
+
+    Args:
+        class_logits: `[L, B, Q, C + 1]`, float32 or float64; the last class is "no object".
+        wanted: int64 `[L, B, Q]`, the class c_q of each query.
+        weights: `[C + 1]`, the weight of each class.
+    """
+    nll = cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), weights.to(class_logits), reduction="none")
+    return nll.view(len(class_logits), -1).sum(1)
+
+
+def weight_sums(wanted: Tensor, weights: Tensor) -> Tensor:
+    """Sum the weights `[C + 1]` of the classes of all queries of each layer: `[L]`."""
+    return weights[wanted].flatten(1).sum(1)
+
+
+def above_zero(weight: float | Tensor) -> float | Tensor:
+    """Bound a divisor that may be 0, but then only divides zeros, without waiting for a device."""
+    if isinstance(weight, Tensor):
+        return weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    return weight or 1.0
+
+
+def focal_sums(class_logits: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum the sigmoid focal loss of all queries and classes of each layer: `[L]`.
+
+        sum_q sum_c weights[c] * a_t (1 - p_t)^2 bce(class_logits[q, c], [c = c_q]),  a = 0.25
+
+    Args:
+        class_logits: `[L, B, Q, C]`, float32 or float64; there is no "no object".
+        wanted: int64 `[L, B, Q]`, the class c_q of each query, C for one without a target.
+        weights: `[C]`, the weight of each class. Default: 1.
+    """
+    layers, batch, queries, classes = class_logits.shape
+    one_hot = class_logits.new_zeros(layers, batch, queries, classes + 1)
+    hot = one_hot.scatter_(3, wanted[..., None], 1)[..., :-1]
+    terms = formulas.focal(class_logits, hot, _inputs.CLASS_FOCAL_ALPHA, _inputs.CLASS_FOCAL_GAMMA)
+    return (terms if weights is None else terms * weights.to(terms)).flatten(1).sum(1)
