@@ -228,7 +228,7 @@ def match_cost(
     z[num_points:] = 0
     s[num_points:] = 0
     buffer = values[2 * room :]
-    width = -1
+    width, last, count = -1, -1, 0.0
     while True:
         item = take(counter)
         if item >= items:
@@ -248,10 +248,12 @@ def match_cost(
             negative, area = _terms(z, w, num_points, s)
         else:
             negative, area = _focal_terms(z, w, num_points, alpha, gamma, s)
-        count = 0.0
-        for i in range(num_points):
-            count += w[i]
-        count = max(count, 1.0)
+        if image != last:
+            # One after another, so that the sum is rounded the same way everywhere: slow enough to do it once an image.
+            count, last = 0.0, image
+            for i in range(num_points):
+                count += w[i]
+            count = max(count, 1.0)
         for target in range(images[image, COUNT]):
             row = images[image, FIRST] + target
             by_z, by_s = 0.0, 0.0
