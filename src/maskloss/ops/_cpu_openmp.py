@@ -1,8 +1,8 @@
 """Running a function on the OpenMP threads that PyTorch has already.
 
 OpenMP threads keep spinning for some milliseconds after a parallel region, in the hope of another one. A second pool of
-threads would have to share the cores with them: in steps of many small operations that costs as much as the step itself.
-Lent to the kernels, they spin for us.
+threads would have to share the cores with them, which can make a small step twice as slow. Lent to the kernels, they
+spin for us.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 # mypy: allow-untyped-defs
 """Running a Numba kernel on several threads.
 
-Kernels release the GIL and take their work from a shared counter, so any threads will do; results cannot depend on their
-number, because one work item is always computed by one thread, in a fixed order. They are PyTorch's own OpenMP threads
-where these can be had (see `_cpu_openmp`), and a pool of sleeping Python threads elsewhere: on other systems than Linux,
-in a PyTorch without OpenMP, and in forked children. Never Numba's, whose threads spin as OpenMP's do: two pools that spin
-fight over the cores.
+Kernels release the GIL and take their work from a shared counter, so any threads will do; results cannot depend on
+their number, because one work item is always computed by one thread, in a fixed order. They are PyTorch's own OpenMP
+threads where these can be had (see `_cpu_openmp`), and a pool of sleeping Python threads elsewhere: on other systems
+than Linux, in a PyTorch without OpenMP, and in forked children. Never Numba's, whose threads spin as OpenMP's do: two
+pools that spin fight over the cores.
 """
 
 from __future__ import annotations
