@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,16 +277,22 @@ def test_memory_that_cannot_be_measured_is_said_to_be(monkeypatch: pytest.Monkey
 # ------------------------------------------------------------------------------------------------- samples to numbers
 
 
-def samples(*steps: tuple[int, float]) -> list[dict[str, float]]:
-    return [{"round": turn, "targets": 1.0, "forward": 0.75 * step, "backward": 0.25 * step} for turn, step in steps]
+def samples(*steps: tuple[int, float], packed: bool = False) -> list[dict[str, float]]:
+    """Steps of the given lengths; with packed targets they take half as long."""
+    return [
+        {"round": turn, "targets": 1.0, "forward": 0.75 * step, "backward": 0.25 * step}
+        | ({"packed_forward": 0.375 * step, "packed_backward": 0.125 * step} if packed else {})
+        for turn, step in steps
+    ]
 
 
-def test_summary_includes_the_targets_on_demand() -> None:
-    found = runner.summarise(samples((0, 2.0), (1, 4.0), (2, 3.0)))
+def test_summary_keeps_both_kinds_of_steps_apart() -> None:
+    found = runner.summarise(samples((0, 2.0), (1, 4.0), (2, 3.0), packed=True))
     assert found["step"]["median"] == 3
+    assert found["packed"]["median"] == 1.5
     assert found["forward"]["median"] == 2.25
-    assert found["step_with_targets"]["median"] == 4
     assert found["step"]["low"] < 3 < found["step"]["high"]
+    assert "packed" not in runner.summarise(samples((0, 2.0)))
 
 
 def test_ratios_compare_within_a_round() -> None:
@@ -293,6 +300,46 @@ def test_ratios_compare_within_a_round() -> None:
     found = runner.ratios(slow, fast)
     assert found == {"median": 2, "low": 2, "high": 2}
     assert runner.ratios(slow, []) is None
+    packed = runner.ratios(slow, samples((0, 2.0), (1, 20.0), packed=True), packed=True)
+    assert packed == {"median": 4, "low": 4, "high": 4}
+
+
+@pytest.mark.parametrize(("default", "passive", "waiting"), [(3.0, 2.0, "passive"), (2.0, 3.0, "default")])
+def test_of_a_peer_the_better_way_of_waiting_is_kept(default: float, passive: float, waiting: str) -> None:
+    found = {
+        name: {"samples": samples((0, step)), "summary": runner.summarise(samples((0, step)))}
+        for name, step in (("maskloss", 1.0), ("transformers", default), ("transformers, passive", passive))
+    }
+    kept = runner.better_waiting(found)
+    assert list(kept) == ["maskloss", "transformers"]
+    assert kept["transformers"]["summary"]["step"]["median"] == 2
+    assert kept["transformers"]["waiting"] == waiting
+    assert kept["transformers"]["other_waiting"]["median"] == 3
+    assert "waiting" not in kept["maskloss"]
+
+
+def test_a_peer_that_fails_with_one_way_of_waiting_is_kept_with_the_other() -> None:
+    works = {"samples": samples((0, 3.0)), "summary": runner.summarise(samples((0, 3.0)))}
+    found = {"transformers": {"failed": "out of memory", "details": ""}, "transformers, passive": works}
+    [kept] = runner.better_waiting(found).values()
+    assert kept["waiting"] == "passive"
+    assert kept["other_waiting"] is None
+    assert "failed" not in kept
+
+
+def test_workers_wait_as_users_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the shell is set up: no policy for an arm, PASSIVE for the second process of a peer."""
+    seen: list[dict[str, str]] = []
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "MASKLOSS_BACKEND"):
+        monkeypatch.setenv(name, "ACTIVE")
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda *_, env, **__: seen.append(env))
+    for passive in (False, True):
+        runner.Process(SETTINGS, passive=passive).log.close()
+    assert {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "MASKLOSS_BACKEND"}.isdisjoint({*seen[0], *seen[1]})
+    assert [environment.get("OMP_WAIT_POLICY") for environment in seen] == [None, "PASSIVE"]
+    settings = replace(SETTINGS, arms=("maskloss", "transformers"))
+    assert list(runner._entries(settings)) == ["maskloss", "transformers", "transformers, passive"]
+    assert list(runner._entries(replace(settings, device="cuda"))) == ["maskloss", "transformers"]
 
 
 # ------------------------------------------------------------------------------------------------- workers and runner
@@ -314,8 +361,10 @@ def test_a_worker_answers_errors_and_goes_on() -> None:
     assert ready["result"]["backend"] == "cpu"
     assert ready["result"]["memory"]["gradient"] == 4 * (TINY.logit_count + 2 * 8 * 5)
     assert step["result"]["forward"] > 0
+    assert step["result"]["packed_forward"] > 0
+    assert step["result"]["packed_loss"] == step["result"]["loss"]
     assert count["result"]["transfers"] == 1
-    assert set(table.STAGES) <= set(stages["result"][0])
+    assert set(table.STAGES) == set(stages["result"][0])
 
 
 def test_a_worker_that_dies_says_so() -> None:
@@ -381,14 +430,14 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     assert re.search(r"maskloss +[\d.]+ ms", text)
     assert "matching cost" in text
     report = json.loads((out / "bench.json").read_text())
-    assert report["settings"]["environment"]["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "OMP_WAIT_POLICY" not in report["settings"]["environment"]
     assert {"cpu", "cores", "memory"} <= set(report["machine"])
     assert report["software"]["torch"] == torch.__version__
     [case] = report["cases"]
     assert list(case["arms"]) == ["maskloss", "reference"]
     for found in case["arms"].values():
         assert len(found["samples"]) == 3
-        assert found["summary"]["step_with_targets"]["median"] > found["summary"]["step"]["median"]
+        assert found["summary"]["packed"]["median"] > 0
         assert found["counts"]["transfers"] == 1
     # Both arms drew the same points in every round.
     losses = [[sample["loss"] for sample in found["samples"]] for found in case["arms"].values()]
@@ -403,10 +452,12 @@ def synthetic_report() -> dict[str, Any]:
     for case in [TINY, *family("targets")]:
         arms: dict[str, Any] = {}
         for arm, speed in (("maskloss", 1.0), ("transformers", 7.0)):
-            taken = samples((0, 0.011 * speed), (1, 0.012 * speed), (2, 0.013 * speed))
+            steps = ((0, 0.011 * speed), (1, 0.012 * speed), (2, 0.013 * speed))
+            taken = samples(*steps, packed=arm == "maskloss")
             memory = {"peak": None, "extra": None, "gradient": 100} if case is TINY else {"peak": 5e6, "extra": 0}
             counts = {"operations": 1000, "transfers": 20}
             arms[arm] = {"samples": taken, "summary": runner.summarise(taken), "memory": memory, "counts": counts}
+        arms["transformers"] |= {"waiting": "passive", "other_waiting": {"median": 0.1, "low": 0.1, "high": 0.1}}
         if case.targets == 400:
             arms["transformers"] = {"failed": "out of memory", "details": ""}
         cases.append({"name": case.name, "sizes": case.as_dict(), "arms": arms, "checks": []})
@@ -429,7 +480,11 @@ def test_tables_show_failures_and_gaps() -> None:
     text = console.file.getvalue()
     assert "A processor" in text
     assert "not measured" in text
-    assert "7.0 ×" in text
+    assert re.search(r"transformers.*7\.0 × +14 ×", text)
+    assert re.search(r"maskloss.* 1 +6\.00 ms", text)
+    assert table.waiting_line(report["cases"][0]) == (
+        "[dim]transformers: faster with OMP_WAIT_POLICY=PASSIVE; with the default policy 100 ms[/]"
+    )
     assert re.search(r"transformers +failed", text)
     assert re.search(r"400 +12\.0 ms +5\.00 MB +failed", text)
     assert max(map(len, text.splitlines())) <= 120

@@ -1,4 +1,4 @@
-"""The threads of the CPU kernels: any number of them, several callers, forked children, and the cache on disk."""
+"""The threads of the CPU kernels: PyTorch's own or a pool, several callers, forked children, and the cache on disk."""
 
 from __future__ import annotations
 
@@ -18,17 +18,37 @@ from torch import Tensor
 
 import maskloss
 from maskloss.ops import cpu
+from maskloss.ops.cpu import openmp as cpu_openmp
 from maskloss.ops.cpu import threads as cpu_threads
 from maskloss.targets import MaskTargets
 from support.batches import Batch
 
 SAMPLING = (256, 768, 192)
+EXECUTOR = cpu_threads._executor
 
 
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:
     yield
     torch.set_num_threads(2)
+
+
+@pytest.fixture(params=["openmp", "pool"])
+def threads_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose threads run the kernels; a test fails if others are asked."""
+    kind: str = request.param
+    if kind == "openmp" and not cpu_openmp.available():
+        pytest.skip("PyTorch's threads cannot be had here")
+    if kind == "pool":
+        monkeypatch.setattr(cpu_openmp, "available", lambda: False)
+        monkeypatch.setattr(cpu_openmp, "run", refuse)
+    else:
+        monkeypatch.setattr(cpu_threads, "_executor", refuse)
+    return kind
+
+
+def refuse(*args: Any) -> Any:
+    raise AssertionError(f"were asked for threads: {args}")
 
 
 def step(seed: int = 0) -> list[Tensor]:
@@ -52,7 +72,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8, 33])
-def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(threads_of: str, threads: int) -> None:
     torch.set_num_threads(1)
     alone = step()
     torch.set_num_threads(threads)
@@ -60,24 +80,60 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
         assert same(step(), alone)
 
 
-def test_one_thread_starts_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_thread_needs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-
-    def refuse(size: int) -> Any:
-        raise AssertionError(f"a pool of {size}")
-
     monkeypatch.setattr(cpu_threads, "_executor", refuse)
+    monkeypatch.setattr(cpu_openmp, "run", refuse)
     step()
 
 
-def test_several_callers_at_once() -> None:
+def test_several_callers_at_once(threads_of: str) -> None:
     expected = [step(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as callers:
         for results in callers.map(lambda seed: (seed, step(seed)), list(range(4)) * 6):
             assert same(results[1], expected[results[0]])
 
 
-def test_a_growing_pool_serves_callers_of_the_old_one() -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_threads_are_those_of_torch() -> None:
+    """A kernel adds no thread to those that PyTorch has started, and its work is done on all of them."""
+    if not cpu_openmp.available():
+        pytest.skip("PyTorch's threads cannot be had here")
+    torch.set_num_threads(3)
+    large = torch.ones(1 << 20)
+    large.exp()
+    tasks = set(os.listdir("/proc/self/task"))
+    barrier, seen = threading.Barrier(3), set()
+
+    def meet(counter: Any, items: int, *scratch: Any) -> None:
+        if items:
+            barrier.wait(timeout=60)
+            seen.add(str(threading.get_native_id()))
+
+    cpu_threads.launch(meet, 3, (np.float32, np.float32), (0, 0, 0), ())
+    assert len(seen) == 3
+    assert seen <= tasks
+    large.exp()
+    assert set(os.listdir("/proc/self/task")) == tasks
+
+
+def test_fewer_items_than_threads_keep_the_team() -> None:
+    """OpenMP would end the threads that a smaller team leaves out, and start them again in the next region."""
+    if not cpu_openmp.available():
+        pytest.skip("PyTorch's threads cannot be had here")
+    torch.set_num_threads(4)
+    calls: list[int] = []
+
+    def note(counter: Any, items: int, *scratch: Any) -> None:
+        if items:
+            calls.append(threading.get_native_id())
+
+    cpu_threads.launch(note, 2, (np.float32, np.float32), (0, 0, 0), ())
+    assert len(set(calls)) == 4
+
+
+def test_a_growing_pool_serves_callers_of_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_openmp, "available", lambda: False)
     expected = step()
     stop = threading.Event()
     wrong: list[int] = []
@@ -113,13 +169,18 @@ def run_in_child(work: Any) -> int:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_forked_children_build_their_own_pool() -> None:
+@pytest.mark.parametrize("lent", [True, False])
+def test_forked_children_build_their_own_pool(lent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not lent:
+        monkeypatch.setattr(cpu_openmp, "available", lambda: False)
     expected = step()
-    assert cpu_threads._pool is not None
+    torch.ones(1 << 20).exp()  # the parent's OpenMP threads have run
+    monkeypatch.undo()
 
     def child() -> bool:
         torch.set_num_threads(2)
-        return cpu_threads._pool is None and same(step(), expected) and cpu_threads._pool is not None
+        alone = not cpu_openmp.available() and cpu_threads._pool is None
+        return alone and same(step(), expected) and cpu_threads._pool is not None
 
     assert run_in_child(child) == 0
     assert same(step(), expected)
@@ -127,7 +188,8 @@ def test_forked_children_build_their_own_pool() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_while_another_thread_computes() -> None:
+def test_a_fork_while_another_thread_computes(threads_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_threads, "_executor", cpu_threads._executor if threads_of == "pool" else EXECUTOR)
     expected = step()
     stop = threading.Event()
 
@@ -163,7 +225,7 @@ def test_data_loading_workers() -> None:
     assert same(list(loader), expected)
 
 
-def test_an_error_in_a_kernel_reaches_the_caller() -> None:
+def test_an_error_in_a_kernel_reaches_the_caller(threads_of: str) -> None:
     def broken(counter: Any, items: int, *scratch: Any) -> None:
         if items:
             raise MemoryError("no room")
@@ -181,11 +243,15 @@ def test_no_work_compiles_nothing() -> None:
 
 def test_large_scratch_arrays_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_threads, "_KEEP_BYTES", 1000)
-    large = cpu_threads._scratch((np.float16, np.float16), (10_000, 0, 0))[0]
-    assert large.shape == (10_000,)
-    small = cpu_threads._scratch((np.float16, np.float16), (300, 0, 0))[0]
-    assert small.base is not large.base
-    assert cpu_threads._scratch((np.float16, np.float16), (200, 0, 0))[0].base is small.base
+    halves = (np.float16, np.float16)
+    with cpu_threads._scratch(halves, (10_000, 0, 0)) as [large, *_]:
+        assert large.shape == (10_000,)
+    with cpu_threads._scratch(halves, (300, 0, 0)) as [small, *_]:
+        assert small.base is not large.base
+    with cpu_threads._scratch(halves, (200, 0, 0)) as [again, *_]:
+        assert again.base is small.base
+        with cpu_threads._scratch(halves, (200, 0, 0)) as [other, *_]:
+            assert other.base is not small.base
 
 
 SCRIPT = """

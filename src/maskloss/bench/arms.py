@@ -15,6 +15,8 @@ from maskloss.criterion import CriterionOutput
 from maskloss.errors import require
 
 ARMS = ("maskloss", "reference", "transformers")
+# Those that are measured with both of OpenMP's ways of waiting; the better one is quoted.
+PEERS = ("transformers",)
 
 # Calls a function and notes how long a stage of the step took.
 Timed = Callable[[str, Callable[..., Any]], Callable[..., Any]]
@@ -24,6 +26,8 @@ class Arm(Protocol):
     """One implementation of the step."""
 
     name: str
+    # Whether a step may be given bool masks; the others get what `prepare` makes of them before the step.
+    takes_masks: bool
 
     def prepare(self, masks: Sequence[Tensor]) -> Any:
         """Bring bool masks `[T, H, W]` of each image into the form that the loss takes."""
@@ -44,8 +48,11 @@ class MasklossArm:
         backend: "reference" for the plain PyTorch backend; None for the one that the device gets by default.
     """
 
+    takes_masks = True
+
     def __init__(self, case: Case, device: torch.device, backend: str | None = None) -> None:
         self.name = backend or "maskloss"
+        self._pack: Callable[..., MaskTargets] | None = None
         sampling = PointSampling(num_points=case.points)
         self.criterion = MaskCriterion(case.classes, sampling=sampling, backend=backend).to(device)
 
@@ -53,17 +60,23 @@ class MasklossArm:
         """Pack the masks of all images."""
         return MaskTargets.from_masks(masks)
 
-    def compute(self, inputs: Inputs, targets: MaskTargets, seed: int) -> CriterionOutput:
-        """Compute the step, with everything that the criterion returns."""
-        batch = {"masks": targets, "labels": inputs.labels}
+    def compute(self, inputs: Inputs, targets: MaskTargets | Sequence[Tensor], seed: int) -> CriterionOutput:
+        """Compute the step, with everything that the criterion returns; bool masks are packed on the way."""
+        batch: Any = {"masks": targets, "labels": inputs.labels}
+        if not isinstance(targets, MaskTargets) and self._pack is not None:
+            batch["masks"] = self._pack(targets)
+        elif not isinstance(targets, MaskTargets):
+            pairs = zip(targets, inputs.labels, strict=True)
+            batch = [{"masks": masks, "labels": labels} for masks, labels in pairs]
         return self.criterion(inputs.class_logits, inputs.mask_logits, batch, seed=seed)  # type: ignore[no-any-return]
 
-    def forward(self, inputs: Inputs, targets: MaskTargets, seed: int) -> Tensor:
+    def forward(self, inputs: Inputs, targets: MaskTargets | Sequence[Tensor], seed: int) -> Tensor:
         """Compute the weighted total."""
         return self.compute(inputs, targets, seed).total
 
     def split(self, timed: Timed) -> None:
-        """Time the matching costs, the assignment, the mask loss and the classification."""
+        """Time packing, the matching costs, the assignment, the mask loss and the classification."""
+        self._pack = timed("packing", MaskTargets.from_masks)
         matcher, loss = self.criterion.matcher, self.criterion.mask_loss
         _wrap(timed, matcher, "costs", "matching cost")
         _wrap(timed, matcher, "match", "assignment")
@@ -74,7 +87,7 @@ class MasklossArm:
 class TransformersArm:
     """`Mask2FormerLoss` of Hugging Face Transformers, with Mask2Former's defaults.
 
-    Its targets are dense float masks. It does not take logits of half precision, so these are converted to float32 in
+    Its targets are dense float masks, as its image processor makes them: that is not part of the step. It does not take logits of half precision, so these are converted to float32 in
     the step, as its users have to.
 
     Args:
@@ -83,6 +96,7 @@ class TransformersArm:
     """
 
     name = "transformers"
+    takes_masks = False
 
     def __init__(self, case: Case, device: torch.device) -> None:
         package = require("transformers", "transformers")

@@ -22,7 +22,9 @@ from maskloss.errors import require
 
 DESCRIPTION = """\
 Measure a training step (matching, classification and mask loss over all decoder layers, forward and backward).
-Every arm runs in a process of its own, and the arms take turns. Before anything is timed, each must find the
+Every arm runs in an ordinary process of its own, and the arms take turns. maskloss is given dense bool masks
+and packs them within the step; transformers gets float masks, and is measured with both of OpenMP's ways of
+waiting, the better of which counts. Before anything is timed, each must find the
 matches, the losses and the gradients of maskloss, from the same inputs and the same random numbers.
 """
 
@@ -79,7 +81,7 @@ def main(arguments: argparse.Namespace) -> int:
         The exit status: 0, or 1 if a check or a measurement failed.
     """
     console = require("rich.console", "bench").Console(highlight=False)
-    console.width = max(console.width, 104)  # narrower, the table would lose digits
+    console.width = max(console.width, 112)  # narrower, the table would lose digits
     for module in ("matplotlib", "psutil"):
         require(module, "bench")
     settings = _settings(arguments)
@@ -88,7 +90,7 @@ def main(arguments: argparse.Namespace) -> int:
     families = [] if arguments.scaling is None else arguments.scaling or list(FAMILIES)
     presets = arguments.preset or ([] if families else ["coco"])
     report: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": describe_machine(settings.device),
         "software": describe_software(),
@@ -163,6 +165,9 @@ def _print_case(console: Any, case: dict[str, Any]) -> None:
     reasons = {found["memory"]["not_measured"] for found in case["arms"].values() if "memory" in found} - {None}
     for reason in reasons:
         console.print(f"[dim]{reason}[/]")
+    waiting = table.waiting_line(case)
+    if waiting:
+        console.print(waiting)
     console.print(table.check_line(case), end="\n\n")
     if any("stages" in found for found in case["arms"].values()):
         console.print(table.stage_table(case), end="\n\n")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -16,11 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from maskloss.bench.arms import PEERS
 from maskloss.bench.cases import Case
 from maskloss.errors import require
 
 # A median and its spread need more than one look.
 _FEWEST = 3
+# What tells OpenMP threads how to wait; workers do not inherit it.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# Threads that spin after a step have gone to sleep by then, and leave the cores to the next arm.
+_PAUSE = 0.03
 Say = Callable[[str], None]
 
 
@@ -67,13 +73,9 @@ class Settings:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables set for every worker.
-
-        Waiting OpenMP threads sleep: threads that spin would take the cores from the arm whose turn it is.
-        """
+        """Variables set for every worker. How OpenMP threads wait is left to its default, as users have it."""
         threads = str(self.threads)
         return {
-            "OMP_WAIT_POLICY": "PASSIVE",
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "NUMBA_NUM_THREADS": threads,
@@ -89,11 +91,14 @@ class Process:
 
     Args:
         settings: threads and environment.
+        passive: let waiting OpenMP threads sleep; by default they spin for a while.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        dropped = {"MASKLOSS_BACKEND"}  # the arms say which backend they are
+    def __init__(self, settings: Settings, *, passive: bool = False) -> None:
+        dropped = {"MASKLOSS_BACKEND", *_WAITING}  # the arms say which backend they are
         environment = {key: value for key, value in os.environ.items() if key not in dropped} | settings.environment
+        if passive:
+            environment["OMP_WAIT_POLICY"] = "PASSIVE"
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed in __exit__)
         self.child = subprocess.Popen(
             [sys.executable, "-m", "maskloss.bench.worker"],
@@ -165,7 +170,8 @@ def run_case(case: Case, settings: Settings, say: Say) -> dict[str, Any]:
 
     Returns:
         What JSON keeps of the case: "checks", and for each arm "samples", "summary", "memory" and "counts", or
-        "failed". If the check failed, or the machine is too small, there is a "failed" for the whole case and no arm.
+        "failed"; a peer has "waiting" and "other_waiting" as well, see `better_waiting`. If the check failed, or the
+        machine is too small, there is a "failed" for the whole case and no arm.
     """
     report: dict[str, Any] = {"name": case.name, "sizes": case.as_dict(), "instances": case.instances, "arms": {}}
     refusal = _too_large(case, settings)
@@ -192,19 +198,53 @@ def _check(case: Case, settings: Settings, say: Say) -> dict[str, Any]:
 
 
 def _measure(case: Case, settings: Settings, digest: str, say: Say) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {arm: {} for arm in settings.arms}
+    names = _entries(settings)
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
     with ExitStack() as stack:
-        processes = {arm: stack.enter_context(Process(settings)) for arm in settings.arms}
-        for arm in settings.arms:
-            say(f"{case.name}: first step of {arm}")
-            _attempt(found[arm], partial(_begin, processes[arm], case, arm, settings, digest))
+        processes = {name: stack.enter_context(Process(settings, passive=name.endswith(_PASSIVE))) for name in names}
+        for name, arm in names.items():
+            say(f"{case.name}: first step of {name}")
+            _attempt(found[name], partial(_begin, processes[name], case, arm, settings, digest))
         _take_turns(found, processes, settings, lambda text: say(f"{case.name}: {text}"))
         for arm in _alive(found) if settings.stages else ():
             say(f"{case.name}: stages of {arm}")
             _attempt(found[arm], partial(_stages, processes[arm], len(found[arm]["samples"]), settings))
     for arm in _alive(found):
         found[arm]["summary"] = summarise(found[arm]["samples"])
-    return found
+    return better_waiting(found)
+
+
+# What is added to the name of a peer whose waiting threads sleep.
+_PASSIVE = ", passive"
+
+
+def _entries(settings: Settings) -> dict[str, str]:
+    """Name what takes turns, and the arm that each is: a peer is there twice on a CPU, with both ways of waiting."""
+    twice = PEERS if settings.device == "cpu" else ()
+    return {arm + way: arm for arm in settings.arms for way in (("", _PASSIVE) if arm in twice else ("",))}
+
+
+def better_waiting(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Keep of each peer the process that was faster: whoever uses it may have set OpenMP's policy or not.
+
+    Args:
+        found: results by name; that of a peer whose threads sleep ends in ", passive".
+
+    Returns:
+        The results without these. A peer has "waiting", "default" or "passive", which is the policy that it was faster
+        with, and "other_waiting": median and quantiles of the step with the other one, or None where that failed.
+    """
+    kept = {name: results for name, results in found.items() if not name.endswith(_PASSIVE)}
+    for name, passive in found.items():
+        if not name.endswith(_PASSIVE):
+            continue
+        arm = name.removesuffix(_PASSIVE)
+        pair = [("default", found[arm]), ("passive", passive)]
+        pair.sort(key=lambda way: way[1]["summary"]["step"]["median"] if "summary" in way[1] else float("inf"))
+        (waiting, best), (_, other) = pair
+        slower = other["summary"]["step"] if "summary" in other else None
+        kept[arm] = {**best, "waiting": waiting, "other_waiting": slower}
+    return kept
 
 
 def _attempt(found: dict[str, Any], action: Callable[[], dict[str, Any]]) -> None:
@@ -235,13 +275,17 @@ def _take_turns(found: dict[str, dict[str, Any]], processes: dict[str, Process],
         first = turn % max(len(ready), 1)
         for arm in (*ready[first:], *ready[:first]):
             say(f"step {turn + 1} of {settings.steps}, {arm}")
+            time.sleep(_PAUSE)
             _attempt(found[arm], partial(_one_step, processes[arm], found[arm]["samples"], turn, settings))
 
 
 def _used(found: dict[str, Any]) -> float:
     """Return the seconds that an arm has had so far."""
-    parts = ("targets", "forward", "backward")
-    return float(sum(sample[part] for sample in found["samples"] for part in parts))
+    times = (value for sample in found["samples"] for name, value in sample.items() if name.endswith(_TIMES))
+    return float(sum(times))
+
+
+_TIMES = ("targets", "forward", "backward")
 
 
 def _one_step(process: Process, samples: list[dict[str, float]], turn: int, settings: Settings) -> dict[str, Any]:
@@ -262,33 +306,40 @@ def summarise(samples: Sequence[dict[str, float]]) -> dict[str, dict[str, float]
     """Reduce samples to median, 10 % and 90 % quantile, seconds.
 
     Args:
-        samples: with "targets", "forward" and "backward" each.
+        samples: with "targets", "forward" and "backward" each, and of an arm that takes bool masks "packed_forward" and
+            "packed_backward".
 
     Returns:
-        For these three, for "step" (forward and backward) and for "step_with_targets": "median", "low", "high".
+        For the first three, for "step" (forward and backward) and, where it was measured, for "packed" (the step with
+        targets that were packed before): "median", "low", "high".
     """
-    parts = {name: np.array([sample[name] for sample in samples]) for name in ("targets", "forward", "backward")}
+    parts = {name: np.array([sample[name] for sample in samples]) for name in _TIMES}
     parts["step"] = parts["forward"] + parts["backward"]
-    parts["step_with_targets"] = parts["step"] + parts["targets"]
+    if samples and "packed_forward" in samples[0]:
+        parts["packed"] = np.array([_step(sample, packed=True) for sample in samples])
     return {name: _spread(values) for name, values in parts.items()}
 
 
-def ratios(samples: Iterable[dict[str, float]], base: Iterable[dict[str, float]]) -> dict[str, float] | None:
+def _step(sample: dict[str, float], *, packed: bool = False) -> float:
+    kind = "packed_" if packed else ""
+    return sample[f"{kind}forward"] + sample[f"{kind}backward"]
+
+
+def ratios(
+    samples: Iterable[dict[str, float]], base: Iterable[dict[str, float]], *, packed: bool = False
+) -> dict[str, float] | None:
     """Compare two arms round by round, so that what disturbs the machine for a while disturbs both.
 
     Args:
         samples: of one arm.
         base: of the other.
+        packed: take those steps of the other to which packed targets were given.
 
     Returns:
         Median and quantiles of the ratio of their steps, over the rounds in which both took a turn; None without any.
     """
-    by_round = {sample["round"]: sample["forward"] + sample["backward"] for sample in base}
-    found = [
-        (sample["forward"] + sample["backward"]) / by_round[sample["round"]]
-        for sample in samples
-        if sample["round"] in by_round
-    ]
+    by_round = {sample["round"]: _step(sample, packed=packed) for sample in base}
+    found = [_step(sample) / by_round[sample["round"]] for sample in samples if sample["round"] in by_round]
     return _spread(np.array(found)) if found else None
 
 
@@ -302,7 +353,10 @@ def _too_large(case: Case, settings: Settings) -> str | None:
     if settings.device != "cpu":
         return None
     logits, pixels = case.logit_count * (2 if "16" in settings.dtype else 4), case.target_count
-    needs = {arm: 2 * logits + pixels + (16 * pixels if arm == "transformers" else 0) for arm in settings.arms}
+    needs = {
+        name: 2 * logits + pixels + (16 * pixels if arm == "transformers" else 0)
+        for name, arm in _entries(settings).items()
+    }
     together = max(sum(needs.values()), max(needs.values()) + logits) + len(needs) * 500_000_000
     free = require("psutil", "bench").virtual_memory().available
     if together <= free:

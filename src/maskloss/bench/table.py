@@ -9,7 +9,7 @@ from maskloss.bench.cases import Case
 from maskloss.bench.runner import ratios
 from maskloss.errors import require
 
-STAGES = ("matching cost", "assignment", "mask loss", "classification", "other forward", "backward")
+STAGES = ("packing", "matching cost", "assignment", "mask loss", "classification", "other forward", "backward")
 
 
 def seconds(value: float) -> str:
@@ -66,9 +66,11 @@ def factor(value: float) -> str:
 
 
 LEGEND = """\
-[dim]step     forward and backward, median            targets   made from bool masks, before the step
-peak     memory above the inputs                 extra     the same without the gradients at the end
-ops      tensor operations                       waits     of the host for a GPU, counted on a CPU too[/]
+[dim]step      forward and backward, median; maskloss packs bool masks within it, others get their own form
+packed    the step of maskloss with targets packed before it; for the others, how they compare with that
+relative  compared with the step of maskloss        targets   making them from bool masks, on its own
+peak      memory above the inputs                   extra     the same without the gradients at the end
+ops       tensor operations, without packing        waits     of the host for a GPU, counted on a CPU too[/]
 """
 
 
@@ -112,7 +114,7 @@ def case_table(case: dict[str, Any]) -> Any:
         A rich table; rows are arms.
     """
     table = _table()
-    for name in ("step", "10–90 %", "forward", "backward", "targets", "peak", "extra", "ops", "waits", "relative"):
+    for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
     best = _fastest(case)
     for arm, found in case["arms"].items():
@@ -121,6 +123,11 @@ def case_table(case: dict[str, Any]) -> Any:
             continue
         table.add_row(*_row(arm, found, case), style="bold" if arm == best else "")
     return _titled(case["name"], Case.from_dict(case["sizes"]).describe(), table)
+
+
+_COLUMNS = (
+    "step", "10–90 %", "forward", "backward", "targets", "peak", "extra", "ops", "waits", "relative", "packed"
+)  # fmt: skip
 
 
 def _row(arm: str, found: dict[str, Any], case: dict[str, Any]) -> list[str]:
@@ -137,16 +144,38 @@ def _row(arm: str, found: dict[str, Any], case: dict[str, Any]) -> list[str]:
         f"{counts['operations']:,}",
         f"{counts['transfers']:,}",
         _relative(arm, case["arms"]),
+        seconds(summary["packed"]["median"]) if arm == "maskloss" else _relative(arm, case["arms"], packed=True),
     ]
 
 
-def _relative(arm: str, arms: dict[str, Any]) -> str:
+def _relative(arm: str, arms: dict[str, Any], *, packed: bool = False) -> str:
     """Compare the step of an arm with that of `maskloss`: the median of the ratio."""
     base = arms.get("maskloss", {})
-    found = ratios(arms[arm]["samples"], base["samples"]) if "summary" in base else None
+    found = ratios(arms[arm]["samples"], base["samples"], packed=packed) if "summary" in base else None
     if found is None:
         return ""
     return "1" if arm == "maskloss" else factor(found["median"])
+
+
+def waiting_line(case: dict[str, Any]) -> str:
+    """Say with which of OpenMP's ways of waiting each peer was measured.
+
+    Args:
+        case: one of the cases of the report.
+
+    Returns:
+        One line for each peer, with rich's markup; empty where there is none.
+    """
+    policies = {"default": "the default policy", "passive": "OMP_WAIT_POLICY=PASSIVE"}
+    lines = []
+    for arm, found in case["arms"].items():
+        if "waiting" not in found:
+            continue
+        other = next(policy for policy in policies if policy != found["waiting"])
+        slower = found["other_waiting"]
+        took = "failed" if slower is None else seconds(slower["median"])
+        lines.append(f"[dim]{arm}: faster with {policies[found['waiting']]}; with {policies[other]} {took}[/]")
+    return "\n".join(lines)
 
 
 def check_line(case: dict[str, Any]) -> str:
@@ -192,7 +221,6 @@ def stage_table(case: dict[str, Any]) -> Any:
     table.add_section()
     sums = [cell for stages in arms.values() for cell in (seconds(sum(stages.get(name, 0.0) for name in STAGES)), "")]
     table.add_row("all", *sums, style="bold")
-    table.add_row("targets, before", *(cell for each in arms.values() for cell in (seconds(each["targets"]), "")))
     return _titled(f"{case['name']}: stages", "medians; each stage without the others that it calls", table)
 
 

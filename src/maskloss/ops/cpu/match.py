@@ -213,17 +213,13 @@ def _products(z, s, shares, n):
 
 
 @helper()
-def _pair_costs(z, s, w, image, starts, first, length, offset, shares, sums, alpha, gamma, ce, dice):
+def _pair_costs(z, s, w, count, image, starts, first, length, offset, shares, sums, alpha, gamma, ce, dice):
     """Both terms of a query with all targets `[T_max]`, from its logits at the sorted points; s is work space."""
     num_points = w.shape[0]
     if gamma < 0:
         negative, area = _terms(z, w, num_points, s)
     else:
         negative, area = _focal_terms(z, w, num_points, alpha, gamma, s)
-    count = 0.0
-    for i in range(num_points):
-        count += w[i]
-    count = max(count, 1.0)
     for target in range(image[COUNT]):
         row = image[FIRST] + target
         by_z, by_s = 0.0, 0.0
@@ -259,7 +255,7 @@ def sample_features(
 @kernel
 def row_costs(
     counter, items, values, _coordinates, _integers,
-    logits, weights, images, starts, first, length, offset, shares, sums, alpha, gamma, ce, dice,
+    logits, weights, counts, images, starts, first, length, offset, shares, sums, alpha, gamma, ce, dice,
 ):  # fmt: skip
     """As `match_cost`, from logits `[B, R, P]` at the sorted points: `[B, R, T_max]`. A work item is a row."""
     rows, num_points = ce.shape[1], weights.shape[1]
@@ -274,7 +270,7 @@ def row_costs(
         image, row = item // rows, item % rows
         z[:num_points] = logits[image, row]
         _pair_costs(
-            z, s, weights[image], images[image], starts, first, length, offset, shares, sums, alpha, gamma,
+            z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums, alpha, gamma,
             ce[image, row], dice[image, row],
         )  # fmt: skip
 
@@ -282,7 +278,7 @@ def row_costs(
 @kernel
 def match_cost(
     counter, items, values, _coordinates, _integers,
-    sources, size_of, rows, index, fx, fy, bands, weights, images, starts, first, length, offset, shares, sums,
+    sources, size_of, rows, index, fx, fy, bands, weights, counts, images, starts, first, length, offset, shares, sums,
     alpha, gamma, ce, dice,
 ):  # fmt: skip
     """Both mask terms of all pairs. A work item is a plane.
@@ -312,6 +308,6 @@ def match_cost(
             bands[image], buffer, z,
         )  # fmt: skip
         _pair_costs(
-            z, s, weights[image], images[image], starts, first, length, offset, shares, sums, alpha, gamma,
+            z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums, alpha, gamma,
             ce[layer, image, query], dice[layer, image, query],
         )  # fmt: skip

@@ -25,7 +25,8 @@ class Plan(NamedTuple):
     Attributes:
         points: `[B, 2, P]`, sorted into bands of y and within a band by x.
         bands: `[B, bands + 1]`, the first point of each band.
-        weights: `[B, P]`.
+        weights: `[B, P]`, 0 or 1.
+        counts: `[B]`, their sums, at least 1.
         images: `MaskTargets.images`.
         runs: each target as runs of sorted points. Those of target t are `starts[t]` to `starts[t + 1]`: their first
             points, lengths and offsets into the values, the values, and the sum of each target's values.
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
     points: Array
     bands: NDArray[np.int64]
     weights: Array
+    counts: Array
     images: Array
     runs: tuple[Array, ...]
     dtypes: Dtypes
@@ -78,7 +80,8 @@ def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: T
     real = length > 0
     starts = np.append(0, np.cumsum(real.sum(axis=1)))
     runs = (starts, first[real], length[real], offset[real], shares, sums)
-    return Plan(points, bands, weights, images, runs, dtypes, max(num_targets, default=0))
+    counts = np.maximum(weights.sum(axis=1), 1)
+    return Plan(points, bands, weights, counts, images, runs, dtypes, max(num_targets, default=0))
 
 
 def _place(plan: Plan, sizes: NDArray[np.int64], border: bool) -> Places:
@@ -105,7 +108,7 @@ def match_cost(
         sizes, size_of = np.unique([t.shape[2:] for t in logits], axis=0, return_inverse=True)
         places = _place(plan, sizes.astype(np.int64), term.border)
         args = (describe(logits), size_of.reshape(-1).astype(np.int64), places.rows, *places[:3], plan.bands)
-        args += (plan.weights, plan.images, *plan.runs, float(term.alpha), float(term.gamma), ce, dice)
+        args += (plan.weights, plan.counts, plan.images, *plan.runs, float(term.alpha), float(term.gamma), ce, dice)
         room = 2 * (draw.num_points + kernels.VECTOR) + places.room
         launch(kernels.match_cost, len(logits) * batch * queries, plan.dtypes, (room, 0, 0), args)
     return torch.from_numpy(ce), torch.from_numpy(dice)
@@ -129,6 +132,6 @@ def row_costs(plan: Plan, logits: Tensor, term: Term) -> tuple[Tensor, Tensor]:
     batch, rows, num_points = logits.shape
     ce, dice = (np.empty((batch, rows, plan.widest), plan.dtypes[0]) for _ in range(2))
     values = array_of(logits if logits.dtype == torch.float64 else logits.float())
-    args = (values, plan.weights, plan.images, *plan.runs, float(term.alpha), float(term.gamma), ce, dice)
+    args = (values, plan.weights, plan.counts, plan.images, *plan.runs, float(term.alpha), float(term.gamma), ce, dice)
     launch(kernels.row_costs, batch * rows, plan.dtypes, (2 * (num_points + kernels.VECTOR), 0, 0), args)
     return torch.from_numpy(ce), torch.from_numpy(dice)

@@ -1,10 +1,11 @@
 # mypy: allow-untyped-defs
-"""Running a Numba kernel on several plain Python threads.
+"""Running a Numba kernel on several threads.
 
-Numba's own threading layers and OpenMP both keep their threads spinning between two regions, and two such pools in one
-process fight over the cores. The kernels here release the GIL and take their work from a shared counter, so a few
-sleeping Python threads are all that is needed; results cannot depend on their number, because one work item is always
-computed by one thread, in a fixed order.
+Kernels release the GIL and take their work from a shared counter, so any threads will do; results cannot depend on
+their number, because one work item is always computed by one thread, in a fixed order. They are PyTorch's own OpenMP
+threads where these can be had (see `openmp`), and a pool of sleeping Python threads elsewhere: on other systems
+than Linux, in a PyTorch without OpenMP, and in forked children. Never Numba's, whose threads spin as OpenMP's do: two
+pools that spin fight over the cores.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,14 @@ from numba import carray, njit, types
 from numba.core import cgutils, event
 from numba.extending import intrinsic
 
-# A scratch array is kept for its thread's next call up to this size; larger ones (planes of many megapixels) are
+from . import openmp
+
+# A scratch array is kept for the next call up to this size; larger ones (planes of many megapixels) are
 # given back, so that one unusual batch does not stay in memory.
 _KEEP_BYTES = 64 << 20
 
 Dtypes = tuple[type[np.floating[Any]], type[np.floating[Any]]]
+Sizes = tuple[int, int, int]
 
 _lock = threading.Lock()
 _compile_lock = threading.RLock()
@@ -37,7 +42,8 @@ _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 _compiled: set[tuple[int | str, ...]] = set()
 _hinted = False
-_local = threading.local()
+# Work spaces that no thread is using: last in, first out, for what a core has in its cache.
+_spaces: list[dict[str, np.ndarray[Any, Any]]] = []
 
 
 def _after_fork() -> None:
@@ -102,32 +108,40 @@ class _Hint(event.Listener):  # type: ignore[misc]
         pass
 
 
-def _prepare(function: Any, dtypes: Dtypes, scratch: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+def _prepare(function: Any, dtypes: Dtypes, scratch: Sizes, args: tuple[Any, ...]) -> None:
     """Compile `function` or load it from the cache, by a call without work."""
     key = (id(function), *(np.dtype(dtype).char for dtype in dtypes))
     if key in _compiled:
         return
-    with _compile_lock, event.install_listener("numba:compile", _Hint()):
-        function(np.zeros(1, np.int64), 0, *_scratch(dtypes, scratch), *args)
+    with _compile_lock, event.install_listener("numba:compile", _Hint()), _scratch(dtypes, scratch) as arrays:
+        function(np.zeros(1, np.int64), 0, *arrays, *args)
         _compiled.add(key)
 
 
 # ----------------------------------------------------------------------------------------------------- threads
 
 
-def _scratch(dtypes: Dtypes, sizes: tuple[int, int, int]) -> list[np.ndarray[Any, Any]]:
-    """This thread's work space: an array of `dtypes[0]`, one of `dtypes[1]`, one of int32, of `sizes` elements."""
+@contextmanager
+def _scratch(dtypes: Dtypes, sizes: Sizes) -> Iterator[list[np.ndarray[Any, Any]]]:
+    """A work space for one thread: an array of `dtypes[0]`, one of `dtypes[1]`, one of int32, of `sizes` elements."""
+    try:
+        space = _spaces.pop()
+    except IndexError:
+        space = {}
     arrays = []
     kinds: tuple[type[np.generic], ...] = (*dtypes, np.int32)
     for name, kind, size in zip(("values", "points", "integers"), kinds, sizes, strict=True):
         attribute = f"{name}_{np.dtype(kind).char}"
-        array = getattr(_local, attribute, None)
+        array = space.get(attribute)
         if array is None or array.size < size:
             array = np.empty(size, kind)
             if array.nbytes <= _KEEP_BYTES:
-                setattr(_local, attribute, array)
+                space[attribute] = array
         arrays.append(array[:size])
-    return arrays
+    try:
+        yield arrays
+    finally:
+        _spaces.append(space)
 
 
 def _executor(size: int) -> ThreadPoolExecutor:
@@ -141,7 +155,7 @@ def _executor(size: int) -> ThreadPoolExecutor:
         return _pool
 
 
-def launch(function: Any, items: int, dtypes: Dtypes, scratch: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+def launch(function: Any, items: int, dtypes: Dtypes, scratch: Sizes, args: tuple[Any, ...]) -> None:
     """Run `function(counter, items, values, points, integers, *args)` on `torch.get_num_threads()` threads.
 
     Every thread takes item numbers from `counter` until none is left; the calling thread is one of them.
@@ -157,22 +171,34 @@ def launch(function: Any, items: int, dtypes: Dtypes, scratch: tuple[int, int, i
         return
     _prepare(function, dtypes, scratch, args)
     counter = np.zeros(1, np.int64)
+    errors: list[BaseException] = []
 
     def work() -> None:
-        function(counter, items, *_scratch(dtypes, scratch), *args)
+        try:
+            with _scratch(dtypes, scratch) as arrays:
+                function(counter, items, *arrays, *args)
+        except BaseException as error:  # noqa: BLE001 (a Ctrl-C too reaches the caller, and not the code of OpenMP)
+            errors.append(error)
 
-    others = min(torch.get_num_threads(), items) - 1
-    futures: list[Future[None]] = []
-    if others > 0:
-        pool = _executor(others)
-        futures = [pool.submit(work) for _ in range(others)]
-    try:
+    threads = torch.get_num_threads()
+    if threads == 1 or items == 1:
         work()
-    finally:
-        # When the pool serves another caller, this thread may have done everything before a helper was free.
-        started = [future for future in futures if not future.cancel()]
-        for future in started:
-            future.result()
+    elif openmp.available():
+        # A whole team, however few the items: OpenMP would end the threads that are left out, and start them again.
+        openmp.run(work, threads)
+    else:
+        _run_on_pool(work, min(threads, items))
+    if errors:
+        raise errors[0]
+
+
+def _run_on_pool(work: Callable[[], None], threads: int) -> None:
+    pool = _executor(threads - 1)
+    futures = [pool.submit(work) for _ in range(threads - 1)]
+    work()
+    # When the pool serves another caller, this thread may have done everything before a helper was free.
+    for future in [future for future in futures if not future.cancel()]:
+        future.result()
 
 
 # --------------------------------------------------------------------------------------------------- intrinsics
