@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskloss.errors import Cause, describe
-from maskloss.ops import check_backend
+from maskloss.ops import abi, check_backend
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
 
@@ -19,7 +19,7 @@ from maskloss.targets import MaskTargets
 CLASS_WEIGHT, CE_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PADDING_MODES, TARGET_MODES = ("zeros", "border"), ("bilinear", "nearest")
+PADDING_MODES, TARGET_MODES = abi.PADDING_MODES, abi.TARGET_MODES
 
 
 @dataclass(frozen=True)
