@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
 from maskloss import MaskTargets
-from maskloss.targets import bits, frames, label_maps
+from maskloss.ops import abi
+from maskloss.targets import bits, label_maps
 from support import workers
 from support.encodings_of_masks import LABEL_DTYPES, SIZES, WAYS, every_way, packed, parts_of, run_lengths, some_masks
 
@@ -257,7 +258,7 @@ def test_batches_join_as_images_do(make: Callable[..., MaskTargets]) -> None:
         assert torch.equal(flat.dense(image), one.dense())
     assert flat.counts.tolist() == list(flat.num_targets)
     assert flat.first_rows.tolist() == np.cumsum([0, *flat.num_targets])[:-1].tolist()
-    starts = flat.images[:, frames.IGNORE_BASE].tolist()
+    starts = flat.images[:, abi.IGNORE_BASE].tolist()
     for image, wanted in ((0, region), (3, ~region)):
         packed = flat.ignore[starts[image] : starts[image] + 12].view(6, 2)
         assert torch.equal(packed, bits.pack(wanted))

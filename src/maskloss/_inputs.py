@@ -12,7 +12,7 @@ from torch import Tensor
 from maskloss._numbers import check_number
 from maskloss.errors import Cause, describe
 from maskloss.factors import Layer, MaskFactors
-from maskloss.ops import check_backend
+from maskloss.ops import abi, check_backend
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
 from maskloss.targets.bits import on_host
@@ -23,7 +23,7 @@ CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0
 CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA = 0.25, 2.0
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PADDING_MODES, TARGET_MODES = ("zeros", "border"), ("bilinear", "nearest")
+PADDING_MODES, TARGET_MODES = abi.PADDING_MODES, abi.TARGET_MODES
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def stack(layers: Sequence[Tensor]) -> Tensor:
     return stacked
 
 
-def check_targets(targets: MaskTargets, logits: Tensor) -> None:
+def check_targets(targets: MaskTargets, logits: Layer) -> None:
     """Refuse targets of another batch size or device than logits `[B, Q, h, w]`."""
     if len(targets) != logits.shape[0]:
         raise Cause(

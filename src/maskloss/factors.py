@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from maskloss import ops
+from maskloss._numbers import is_number
 from maskloss.errors import Cause, describe, reported
 from maskloss.matches import Matches
 from maskloss.ops import Draw, Targets, Term
@@ -87,7 +87,7 @@ class MaskFactors:
                 "move one of them",
             )
         _check_bias(self.bias, embeddings)
-        if isinstance(self.scratch_mb, bool) or not isinstance(self.scratch_mb, Real) or not self.scratch_mb > 0:
+        if not is_number(self.scratch_mb) or not 0 < self.scratch_mb < float("inf"):
             raise Cause("scratch_mb must be a number above 0", f"scratch_mb={self.scratch_mb!r}", "32 is the default")
 
     @staticmethod
@@ -181,7 +181,7 @@ class MaskFactors:
 
 def _check_bias(bias: object, embeddings: Tensor) -> None:
     batch, queries = embeddings.shape[:2]
-    if bias is None or (isinstance(bias, Real) and not isinstance(bias, bool)):
+    if bias is None or is_number(bias):
         return
     fits = isinstance(bias, Tensor) and bias.is_floating_point()
     if not isinstance(bias, Tensor) or not fits or tuple(bias.shape) not in ((), (1,), (queries,), (batch, queries)):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from maskloss import _inputs, distributed, factors, ops
 from maskloss.errors import Cause, describe, reported
+from maskloss.factors import Layer, MaskFactors
 from maskloss.functional import check_points, pair_index
 from maskloss.matches import Matches, Pairs, check_fit
 from maskloss.points import PointSampling, draw_seed
@@ -105,7 +106,7 @@ class MaskLoss(nn.Module):
     @reported("MaskLoss")
     def forward(
         self,
-        mask_logits: Tensor,
+        mask_logits: Layer,
         masks: Tensor | MaskTargets | Sequence[Tensor],
         matches: Matches | Pairs | None = None,
         *,
@@ -119,7 +120,8 @@ class MaskLoss(nn.Module):
         """Compute the loss of pairs, or of matched queries.
 
         Args:
-            mask_logits: `[N, h, w]`, prediction n goes with target n; or `[B, Q, h, w]` along with `matches`.
+            mask_logits: `[N, h, w]`, prediction n goes with target n; or `[B, Q, h, w]`, dense or as `MaskFactors`,
+                along with `matches`.
             masks: the targets: `[N, H, W]`, bool, uint8 or float, or `MaskTargets`; with `matches` the targets of a
                 batch, `MaskTargets` or a list of `[T, H, W]`.
             matches: pairs of (queries, targets) of each image, as DETR's matchers return them, or `Matches`.
@@ -162,7 +164,7 @@ class MaskLoss(nn.Module):
 
     def instance_losses(
         self,
-        logits: Sequence[Tensor],
+        logits: Sequence[Layer],
         matches: Matches,
         targets: MaskTargets,
         image_ids: Tensor,
@@ -172,7 +174,7 @@ class MaskLoss(nn.Module):
         """Compute the losses of the matched instances of several decoder layers at once; inputs are not checked.
 
         Args:
-            logits: one `[B, Q, h, w]` per layer.
+            logits: one `[B, Q, h, w]` per layer, dense or as `MaskFactors`.
             matches: the instances of all layers, on the device of the logits.
             targets: the targets of the batch.
             image_ids: int64 `[B]`.
@@ -201,14 +203,14 @@ class MaskLoss(nn.Module):
 
     def _paired(
         self,
-        mask_logits: Tensor,
+        mask_logits: Layer,
         masks: Tensor | MaskTargets | Sequence[Tensor],
         matches: Matches | Pairs | None,
-    ) -> tuple[Tensor, MaskTargets, Matches]:
+    ) -> tuple[Layer, MaskTargets, Matches]:
         """Bring both forms of the call into one: logits `[B, Q, h, w]`, targets, matches."""
         targets = masks if isinstance(masks, MaskTargets) else MaskTargets.from_masks(masks)
         if matches is None:
-            if isinstance(mask_logits, Tensor) and mask_logits.ndim == 4:
+            if isinstance(mask_logits, MaskFactors) or (isinstance(mask_logits, Tensor) and mask_logits.ndim == 4):
                 raise Cause(
                     "mask_logits [B, Q, h, w] go with matches",
                     "matches is None",
@@ -224,7 +226,7 @@ class MaskLoss(nn.Module):
                 )
             _inputs.check_device("masks", targets.device, mask_logits.device)
             return mask_logits[None], targets, Matches(pair_index(count, mask_logits.device), (count,), count, (count,))
-        _inputs.check_maps("mask_logits", mask_logits, "[B, Q, h, w]")
+        _inputs.check_layers("mask_logits", [mask_logits], "[B, Q, h, w]")
         _inputs.check_targets(targets, mask_logits)
         if not isinstance(matches, Matches):
             matches = Matches.from_pairs(matches, num_queries=mask_logits.shape[1], num_targets=targets.num_targets)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from maskloss import _inputs, distributed, factors, ops
 from maskloss._classification import KINDS
 from maskloss.errors import Cause, describe, reported
+from maskloss.factors import Layer
 from maskloss.functional import class_cost, focal_class_cost
 from maskloss.matches import Matches
 from maskloss.points import PointSampling, draw_seed
@@ -87,7 +88,7 @@ class HungarianMatcher(nn.Module):
     def forward(
         self,
         class_logits: Tensor | Sequence[Tensor],
-        mask_logits: Tensor | Sequence[Tensor],
+        mask_logits: Layer | Sequence[Layer],
         targets: Targets,
         *,
         extra_costs: Sequence[Tensor] | None = None,
@@ -100,7 +101,7 @@ class HungarianMatcher(nn.Module):
         Args:
             class_logits: `[B, Q, C + 1]`, or a sequence of them; the last class is "no object". `[B, Q, C]` for
                 classification "focal".
-            mask_logits: `[B, Q, h, w]`, or a sequence of them.
+            mask_logits: `[B, Q, h, w]`, dense or as `MaskFactors`, or a sequence of them.
             targets: one dict per image with "masks" and "labels" (see `MaskCriterion`).
             extra_costs: more terms of the cost, of boxes for instance, with their weights: `[Q, T]` for each image, or
                 `[L, Q, T]` for several layers. Default: none.
@@ -127,7 +128,7 @@ class HungarianMatcher(nn.Module):
     def match(
         self,
         class_logits: Tensor,
-        mask_logits: Sequence[Tensor],
+        mask_logits: Sequence[Layer],
         targets: MaskTargets,
         labels: Tensor,
         image_ids: Tensor,
@@ -147,7 +148,7 @@ class HungarianMatcher(nn.Module):
     def costs(
         self,
         class_logits: Tensor,
-        mask_logits: Sequence[Tensor],
+        mask_logits: Sequence[Layer],
         targets: MaskTargets,
         labels: Tensor,
         image_ids: Tensor,
@@ -208,8 +209,8 @@ def _by_image(labels: Tensor, targets: MaskTargets) -> Tensor:
 
 
 def check_predictions(
-    class_logits: Tensor | Sequence[Tensor], mask_logits: Tensor | Sequence[Tensor], *, no_object: bool = True
-) -> tuple[list[Tensor], list[Tensor]]:
+    class_logits: Tensor | Sequence[Tensor], mask_logits: Layer | Sequence[Layer], *, no_object: bool = True
+) -> tuple[list[Tensor], list[Layer]]:
     """Bring the predictions of all decoder layers into two checked lists of the same length.
 
     Args:

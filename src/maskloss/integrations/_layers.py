@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from maskloss import _classification, _inputs, distributed
+from maskloss.factors import Layer
 from maskloss.loss import InstanceLosses, MaskLoss
 from maskloss.matches import Matches, wanted_classes
 from maskloss.ops.abi import IMAGE, TARGET
@@ -34,7 +35,7 @@ class Step:
     seed: Tensor
 
     @staticmethod
-    def begin(targets: MaskTargets, labels: Sequence[Tensor], logits: Tensor) -> Step:
+    def begin(targets: MaskTargets, labels: Sequence[Tensor], logits: Layer) -> Step:
         """Check targets and labels against logits `[B, Q, h, w]`, and draw a seed from torch's default generator."""
         _inputs.check_targets(targets, logits)
         on_device = [
@@ -52,7 +53,7 @@ class Step:
         """Write the classes that queries should have, int64 `[L, B, Q]`; the unmatched ones get `no_object`."""
         return wanted_classes(matches, self.labels, self.targets.first_rows, shape, no_object)
 
-    def mask_terms(self, loss: MaskLoss, logits: Sequence[Tensor], matches: Matches) -> InstanceLosses:
+    def mask_terms(self, loss: MaskLoss, logits: Sequence[Layer], matches: Matches) -> InstanceLosses:
         """Sum the mask terms of each layer over its instances: `[L]` each, not yet divided by anything."""
         losses = loss.instance_losses(logits, matches, self.targets, self.image_ids, self.seed)
         sizes = list(matches.layer_sizes)

@@ -364,9 +364,12 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 )
 def _factored_mask_loss_backward(*args: Any) -> list[Tensor]:
     grads, kept, factors, index, counts, *rest = grouped(args, Gradients, Kept, Factors)
-    *inputs, needs_grad, backend = grouped(rest, Targets, Draw, Term)
+    targets, draw, term, points, needs_grad, backend = grouped(rest, Targets, Draw, Term)
+    inputs = (targets, draw, term, points)
     with _products_as_they_are(factors):
-        return factored.mask_loss_backward(load(backend), grads, kept, factors, index, counts, *inputs, needs_grad)
+        return factored.mask_loss_backward(
+            load(backend), grads, kept, factors, index, counts, *inputs, needs_grad=needs_grad
+        )
 
 
 @_factored_mask_loss_backward.register_fake

@@ -1,8 +1,8 @@
 """Mask logits that are a product and never formed whole: the operations on `Factors`, for all backends with kernels.
 
 PyTorch's own matrix products do what is dense, a backend's kernels what is sampled. The matching cost reads the
-features at its points and multiplies there. The loss forms the planes of matched queries, a few at a time, and keeps the
-logits at their points: the backward pass then needs no plane of logits again, only planes of gradients. In both,
+features at its points and multiplies there. The loss forms the planes of matched queries, a few at a time, and keeps
+the logits at their points: the backward pass then needs no plane of logits again, only planes of gradients. In both,
 `Factors.scratch_bytes` bounds what exists at a time. Nothing here waits for a device.
 """
 
@@ -236,7 +236,7 @@ def mask_loss(
     term: Term,
     points: Tensor | None,
 ) -> tuple[Tensor, Tensor, Kept]:
-    """Cross-entropy and Dice `[N]` in the order of the index; what the backward pass needs, in the order of the parts."""
+    """Cross-entropy and Dice `[N]` in the order of the index; what the backward pass needs in that of the parts."""
     blocks = Blocks(factors, index, counts)
     dtype, count, device = accumulation_dtype(factors.features[0].dtype), len(index), index.device
     used = draw.for_points(points)
@@ -275,6 +275,7 @@ def mask_loss_backward(
     draw: Draw,
     term: Term,
     points: Tensor | None,
+    *,
     needs_grad: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of all embeddings `[L, B, Q, D]`, of all biases `[L, B, Q]`, and of each of the features.

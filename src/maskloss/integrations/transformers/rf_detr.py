@@ -11,6 +11,7 @@ from torch.nn.functional import l1_loss, logsigmoid
 
 from maskloss import ops
 from maskloss.errors import Cause, reported
+from maskloss.factors import Layer
 from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.integrations._layers import Step, accumulated, mean_count
 from maskloss.integrations._targets import pack_masks, repeat_targets
@@ -148,7 +149,7 @@ def _groups(queries: int, per_group: int) -> int:
     return groups
 
 
-def _targets(labels: Sequence[Mapping[str, Any]], masks: Tensor, boxes: Tensor) -> tuple[Step, list[Tensor]]:
+def _targets(labels: Sequence[Mapping[str, Any]], masks: Layer, boxes: Tensor) -> tuple[Step, list[Tensor]]:
     wanted = {"class_labels", "boxes", "masks"}
     for image, entry in enumerate(labels):
         if not isinstance(entry, Mapping) or not wanted <= set(entry):
@@ -175,7 +176,7 @@ def _match(
     step: Step,
     logits: Tensor,
     boxes: Tensor,
-    masks: Sequence[Tensor],
+    masks: Sequence[Layer],
     box_targets: Sequence[Tensor],
     groups: int,
     config: Any,
@@ -202,7 +203,7 @@ def _match(
     return torch.stack([layer // groups, image, query + group * (queries // groups), target], dim=1)
 
 
-def _mask_sums(step: Step, loss: MaskLoss, masks: Sequence[Tensor], index: Tensor, groups: int) -> Any:
+def _mask_sums(step: Step, loss: MaskLoss, masks: Sequence[Layer], index: Tensor, groups: int) -> Any:
     """Sum the mask terms by layer. A target that supervises one query in each group has points for each of them."""
     repeated = Step(repeat_targets(step.targets, groups), step.labels, step.image_ids, step.seed)
     per_group = masks[0].shape[1] // groups

@@ -41,6 +41,7 @@ _STORAGE = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: 
 
 
 def array_of(tensor: Tensor) -> Array:
+    """The values of a CPU tensor, in one piece."""
     array: Array = tensor.detach().contiguous().numpy()
     return array
 
@@ -53,6 +54,7 @@ def absolute(table: Tensor, images: Tensor) -> Array:
 
 
 def float_of(dtype: torch.dtype) -> type[np.floating[Any]]:
+    """The type in which a kernel adds up."""
     return np.float64 if dtype == torch.float64 else np.float32
 
 
@@ -104,10 +106,12 @@ def groups(keys: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def largest(tensors: Sequence[Tensor]) -> int:
+    """Elements of the buffer for the largest plane."""
     return max(buffer_size(t.shape[2], t.shape[3]) for t in tensors)
 
 
 def room(logits: Sequence[Tensor], numbers: Numbers) -> tuple[int, int, int]:
+    """Sizes of the work space that draws points and reads logits there."""
     return (
         VALUE_ROWS * BLOCK + numbers.candidates + largest(logits),
         POINT_ROWS * BLOCK,
@@ -116,6 +120,7 @@ def room(logits: Sequence[Tensor], numbers: Numbers) -> tuple[int, int, int]:
 
 
 def numbers_of(draw: Draw, points: Tensor | None = None) -> Numbers:
+    """How many points and candidates are drawn."""
     used = draw.for_points(points)
     return Numbers(used.num_points, used.num_candidates, used.num_uncertain)
 
@@ -128,6 +133,7 @@ class Corners(NamedTuple):
 
 
 def corner_arrays(shape: tuple[int, int], encoding: str, dtype: type[np.floating[Any]]) -> Corners:
+    """Allocate what a kernel keeps of the targets at the points `[N, P]`."""
     nothing = (shape[0], 0)
     soft = encoding == "values"
     return Corners(np.empty(nothing if soft else shape, np.uint8), np.empty(shape if soft else nothing, dtype))

@@ -247,8 +247,8 @@ def sample_features(
             break
         image, channel = item // channels, item % channels
         _sample_plane(
-            sources[0], image, channel, rows[image, 0], index[image, 0], fx[image, 0], fy[image, 0], bands[image],
-            values, result[image, channel],
+            sources[0], image, channel, rows[image], index[image], fx[image], fy[image], bands[image], values,
+            result[image, channel],
         )  # fmt: skip
 
 
@@ -270,8 +270,8 @@ def row_costs(
         image, row = item // rows, item % rows
         z[:num_points] = logits[image, row]
         _pair_costs(
-            z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums, alpha, gamma,
-            ce[image, row], dice[image, row],
+            z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums,
+            alpha, gamma, ce[image, row], dice[image, row],
         )  # fmt: skip
 
 
@@ -308,6 +308,6 @@ def match_cost(
             bands[image], buffer, z,
         )  # fmt: skip
         _pair_costs(
-            z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums, alpha, gamma,
-            ce[layer, image, query], dice[layer, image, query],
+            z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums,
+            alpha, gamma, ce[layer, image, query], dice[layer, image, query],
         )  # fmt: skip

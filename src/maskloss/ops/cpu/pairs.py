@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 class Places(NamedTuple):
     """Where the points of a plan lie in maps of some sizes, a band at a time (see `match.place_points`)."""
 
-    index: Array
+    place: Array
     fx: Array
     fy: Array
     rows: Array
@@ -107,8 +107,9 @@ def match_cost(
         plan = match_plan(num_targets, targets, draw, term, logits)
         sizes, size_of = np.unique([t.shape[2:] for t in logits], axis=0, return_inverse=True)
         places = _place(plan, sizes.astype(np.int64), term.border)
-        args = (describe(logits), size_of.reshape(-1).astype(np.int64), places.rows, *places[:3], plan.bands)
-        args += (plan.weights, plan.counts, plan.images, *plan.runs, float(term.alpha), float(term.gamma), ce, dice)
+        drawn = (places.rows, places.place, places.fx, places.fy, plan.bands)
+        shared = (plan.weights, plan.counts, plan.images, *plan.runs, float(term.alpha), float(term.gamma))
+        args = (describe(logits), size_of.reshape(-1).astype(np.int64), *drawn, *shared, ce, dice)
         room = 2 * (draw.num_points + kernels.VECTOR) + places.room
         launch(kernels.match_cost, len(logits) * batch * queries, plan.dtypes, (room, 0, 0), args)
     return torch.from_numpy(ce), torch.from_numpy(dice)
@@ -122,7 +123,8 @@ def sample_features(plan: Plan, features: Tensor, term: Term) -> Tensor:
         features = features.contiguous()
     places = _place(plan, np.array([size], np.int64), term.border)
     sampled = np.empty((batch, channels, plan.points.shape[2]), plan.dtypes[0])
-    args = (describe([features]), places.rows, *places[:3], plan.bands, sampled)
+    only = [places.rows[:, 0], places.place[:, 0], places.fx[:, 0], places.fy[:, 0]]  # there is one size
+    args = (describe([features]), *only, plan.bands, sampled)
     launch(kernels.sample_features, batch * channels, plan.dtypes, (places.room, 0, 0), args)
     return torch.from_numpy(sampled)
 
