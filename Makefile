@@ -1,7 +1,7 @@
-# maskloss: everything runs in .venv, which make sets up itself. Only python3 and make are needed to begin.
+# maskloss: everything runs in .venv, which make creates on first use. All you need is python3 and make.
 #
-#   PYTHON=python3.12   the interpreter that .venv is made from
-#   ARGS="..."          further arguments for `make train`, `make test` or `make slow`
+#   PYTHON=python3.12   the interpreter used to create .venv
+#   ARGS="..."          extra arguments for `make train`, `make test` or `make slow`
 
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -16,39 +16,39 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install -qq --disable-pip-version-check --no-input --progress-bar off -c constraints.txt
 
 .PHONY: help
-help: ## Show this list
+help: ## Show this help
 	@printf '\n  \033[1mmaskloss\033[0m\n\n'
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  \033[36mmake %-8s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\n  Further arguments: make train ARGS="--help"\n\n'
+	@printf '\n  Extra arguments: make train ARGS="--help"\n\n'
 
-# ------------------------------------------------------------------------------------------------------------- the work
+# ---------------------------------------------------------------------------------------------------------------- tasks
 
 .PHONY: train
-train: $(VENV)/.train ## Train a small query model with the losses and write a report (maskloss train)
+train: $(VENV)/.train ## Train a small query model and write a report (maskloss train)
 	@$(VENV)/bin/maskloss train $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.dev ## Run the tests and the doctests
+test: $(VENV)/.dev ## Run the tests and doctests
 	@$(PY) -m pytest $(ARGS)
 
 .PHONY: check
-check: $(VENV)/.dev ## Check formatting, lint, types and the direction of imports
+check: $(VENV)/.dev ## Check formatting, lint, types and import layering
 	@echo '· format' && $(VENV)/bin/ruff format --check .
 	@echo '· lint'   && $(VENV)/bin/ruff check .
 	@echo '· types'  && $(VENV)/bin/mypy
 	@echo '· layers' && $(VENV)/bin/lint-imports --no-logo
 
 .PHONY: fix
-fix: $(VENV)/.dev ## Format the code and mend what the linter can mend
+fix: $(VENV)/.dev ## Format the code and apply the linter's fixes
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
 
 .PHONY: slow
-slow: $(VENV)/.dev ## Run the long checks (marked `slow`)
+slow: $(VENV)/.dev ## Run the slow tests (marked `slow`)
 	@$(PY) -m pytest -m slow $(ARGS)
 
 .PHONY: docs
-docs: $(VENV)/.dev ## Build the documentation; a warning is an error
+docs: $(VENV)/.dev ## Build the documentation; warnings are errors
 	@$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo 'docs/_build/html/index.html'
 
@@ -57,28 +57,28 @@ build: $(VENV)/.dev ## Build the source distribution and the wheel into dist/
 	@$(PY) -m hatchling build
 
 .PHONY: clean
-clean: ## Remove what was built; keep .venv and runs/
+clean: ## Remove build artifacts; keep .venv and runs/
 	@rm -rf build dist docs/_build docs/api/generated .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@rm -rf .coverage htmlcov
 	@find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: distclean
-distclean: clean ## Remove .venv as well
+distclean: clean ## Remove build artifacts and .venv
 	@rm -rf $(VENV)
 
 # ---------------------------------------------------------------------------------------------------------- environment
-# A stamp for each step, so that a second call has nothing to do. An interrupted step leaves no stamp and is done again.
+# Each step leaves a stamp, so a second call has nothing to do. An interrupted step leaves none and is repeated.
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-	  || { echo 'The pinned tool chain needs Python 3.11 or later: make PYTHON=python3.12 ...' >&2; exit 1; }
+	  || { echo 'The pinned toolchain needs Python 3.11 or later: make PYTHON=python3.12 ...' >&2; exit 1; }
 	@echo '· creating $(VENV)'
 	@$(PYTHON) -m venv --clear $(VENV) \
-	  || { echo 'python3 lacks the venv module (Debian and Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
+	  || { echo 'python3 has no venv module (Debian and Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.made pyproject.toml constraints.txt
-	@echo '· installing maskloss and what training needs (a few minutes the first time)'
+	@echo '· installing maskloss and its training dependencies (a few minutes the first time)'
 	@$(PIP) -e '.[train]'
 	@touch $@
 

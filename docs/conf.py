@@ -29,7 +29,7 @@ myst_heading_anchors = 3
 html_math_renderer = "mathml"
 default_role = "code"
 
-# The one-line-per-argument signatures and short type names that a reader can take in at a glance.
+# One argument per line and short type names, so that a signature can be read at a glance.
 add_module_names = False
 autodoc_default_options = {"members": True, "exclude-members": "extra_repr"}
 autodoc_member_order = "bysource"
@@ -44,6 +44,7 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"maskloss {version}"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]

@@ -1,4 +1,4 @@
-"""Docstrings are written for people who read them in an editor; this makes reStructuredText of them.
+"""Docstrings are written to be read in an editor; this converts them to reStructuredText.
 
 An indented block is code, `name` is code (`default_role` in conf.py), and |z| is an absolute value.
 """

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw themselves: no script, no font server, readable offline."""
+"""Formulas as MathML, which browsers render natively: no script, no font server, readable offline."""
 
 from __future__ import annotations
 

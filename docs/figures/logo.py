@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 STATIC = Path(__file__).parent.parent / "_static"
-COLOURS = {"logo.svg": ("#0b7285", "#e8590c"), "logo-dark.svg": ("#66d9e8", "#ffa94d")}
+COLORS = {"logo.svg": ("#0b7285", "#e8590c"), "logo-dark.svg": ("#66d9e8", "#ffa94d")}
 
 
 def radius(angle: float) -> float:
@@ -38,7 +38,7 @@ def points(count: int = 62, apart: float = 7.4) -> list[tuple[float, float]]:
 
 
 def main() -> None:
-    for name, (body, dots) in COLOURS.items():
+    for name, (body, dots) in COLORS.items():
         circles = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.1"/>' for x, y in points())
         STATIC.joinpath(name).write_text(
             '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 128 128" role="img" aria-label="maskloss">'

@@ -23,15 +23,15 @@ CONFIDENCE = LinearSegmentedColormap.from_list("confidence", ["#ffffff", "#c5e9e
 
 def distance(size: int, *, bumps: float, shift: float) -> Tensor:
     """Return how far inside a lobed shape each pixel lies, in units of the image."""
-    centre = (torch.arange(size) + 0.5) / size - 0.5
-    y, x = torch.meshgrid(centre, centre - shift, indexing="ij")
+    center = (torch.arange(size) + 0.5) / size - 0.5
+    y, x = torch.meshgrid(center, center - shift, indexing="ij")
     angle = torch.atan2(y, x)
     edge = 0.30 + bumps * torch.cos(3 * angle + 0.6) + 0.03 * torch.sin(2 * angle)
     return edge - torch.hypot(x, y)
 
 
 def prediction() -> Tensor:
-    """Return logits that are right in the middle, blunt at the edge, and undecided in one corner."""
+    """Return logits that are right in the middle, blunt at the edge, and uncertain in one corner."""
     logits = 42 * distance(SIZE, bumps=0.03, shift=0.01)
     grid = (torch.arange(SIZE) + 0.5) / SIZE
     y, x = torch.meshgrid(grid, grid, indexing="ij")
@@ -64,8 +64,8 @@ def main() -> None:
         )
     frame(left, "Prediction and target", f"σ(z), {SIZE} × {SIZE}; dashed: the target's edge", target)
     choices = (
-        (middle, 0.0, "Uniform points", "α = 0: most points say what is known"),
-        (right, 0.75, "The points of the loss", "α = 0.75, k = 3: most points ask where |z| is small"),
+        (middle, 0.0, "Uniform points", "α = 0: most points are easy"),
+        (right, 0.75, "The points of the loss", "α = 0.75, k = 3: most points are hard"),
     )
     for axes, ratio, title, note in choices:
         sampling = PointSampling(num_points=POINTS, importance_ratio=ratio)
@@ -74,7 +74,7 @@ def main() -> None:
         axes.scatter(*points[chosen:].T, s=3.5, color="#495057", linewidths=0)
         axes.scatter(*points[:chosen].T, s=3.5, color=ORANGE, linewidths=0)
         unsure = functional.point_sample(logits[None], points[None], backend="reference").abs().lt(math.log(9)).float()
-        frame(axes, title, f"{note}\n{100 * unsure.mean():.0f} % lie where σ(z) is between 0.1 and 0.9", target)
+        frame(axes, title, f"{note}\n{100 * unsure.mean():.0f}% lie where 0.1 < σ(z) < 0.9", target)
     IMAGES.mkdir(exist_ok=True)
     path = IMAGES / "point_sampling.png"
     figure.savefig(path, dpi=144, facecolor="white", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
