@@ -344,6 +344,8 @@ SHORT = [as_tensors(PAIRS)] * 3
         (r"must lie in \[0, 5\)", {"matches": [([9], [0]), ([], []), ([], [])]}),
         ("must be those of these predictions", {"matches": Matches(torch.empty(0, 4).long(), (0,), 9, (3, 0, 7))}),
         ("matches must be Matches", {"matches": 3}),
+        ("extra_costs must have one entry per image", {"extra_costs": 3}),
+        ("extra_costs must have one entry per image", {"extra_costs": [torch.zeros(QUERIES, 3)]}),
         ("float tensor .T. for each image", {"instance_weights": [torch.ones(3)]}),
         ("instance_weights must be bool or float", {"instance_weights": [torch.ones(n).long() for n in (3, 0, 7)]}),
         ("bool or float tensor .N.", {"instance_weights": torch.ones(9)}),

@@ -108,7 +108,7 @@ class HungarianMatcher(nn.Module):
         return self.match([outputs], targets, step).pairs()
 
     def match(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Matches:
-        """Match several layers with the same numbers of queries and classes, in one trip to the host."""
+        """Match several layers with the same numbers of queries and classes, with one host sync."""
         softmax = self.core.classification == "softmax"
         classes, masks = core.check_predictions(*_columns(layers), no_object=softmax)
         logits = accumulated(torch.stack(classes)).detach()

@@ -1,5 +1,7 @@
 """What predictions are compared with: `MaskTargets`, how masks become them, and how a batch is collated."""
 
+from typing import Any
+
 from torch.serialization import add_safe_globals
 from torch.utils.data._utils.collate import default_collate_fn_map
 
@@ -8,7 +10,7 @@ from maskloss.targets.mask_targets import MaskTargets
 __all__ = ["MaskTargets"]
 
 
-def _collate(batch: list[MaskTargets], *, collate_fn_map: object = None) -> MaskTargets:
+def _collate(batch: list[MaskTargets], **_: Any) -> MaskTargets:
     return MaskTargets.cat(batch)
 
 
