@@ -115,10 +115,12 @@ class Inputs:
     def loss(self, ops: Any) -> tuple[Tensor, ...]:
         return ops.mask_loss(*self.arguments())
 
-    def gradients(self, ops: Any, saved: tuple[Tensor, ...], needed: list[bool] | None = None) -> list[Tensor]:
+    def gradients(
+        self, ops: Any, saved: tuple[Tensor, ...], needed: list[bool] | None = None, live: Tensor | float = 1.0
+    ) -> list[Tensor]:
         weight = torch.linspace(0.5, 1.5, len(self.index), device=DEVICE, dtype=saved[0].dtype)
         needed = needed or [True] * len(self.logits)
-        return ops.mask_loss_backward(weight, 2 - weight, *saved[2:], needed, *self.arguments())
+        return ops.mask_loss_backward(weight * live, (2 - weight) * live, *saved[2:], needed, *self.arguments())
 
     def costs(self, ops: Any, num_points: int) -> tuple[Tensor, Tensor]:
         t = self.targets
@@ -331,6 +333,19 @@ def test_a_seed_on_the_device(gpu: Any) -> None:
     with pointers.context() as patch:
         patch.setattr(_gpu_launch, "split_seed", lambda seed: (0, seed.to(DEVICE)))
         assert torch.equal(inputs.drawn(gpu), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_logit_of_an_instance_that_weighs_nothing_does_not_show(gpu: Any, value: float) -> None:
+    """With the gradients of both of its losses 0, an instance has none, whatever its logits are."""
+    inputs = Inputs(Case(rows=((0, 0, 1, 0), (0, 1, 0, 0))))
+    inputs.logits[0][0, 1] = value
+    live = torch.tensor([0.0, 1.0], device=DEVICE)
+    for ops in (gpu, reference):
+        [grad] = inputs.gradients(ops, inputs.loss(ops), live=live)
+        assert not grad[0].any()
+        assert grad[1, 0].isfinite().all()
+        assert grad[1, 0].any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
