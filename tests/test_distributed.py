@@ -57,7 +57,7 @@ def test_accumulation_has_the_gradient_of_the_whole_batch(
 
 
 def test_without_the_totals_the_gradient_is_another() -> None:
-    """The check above can fail: normalising each micro-batch on its own does not add up."""
+    """The check above can fail: normalizing each micro-batch on its own does not add up."""
     case = "uneven, more targets than queries"
     _, expected = ranks.whole_batch(case, "reference")
     model, (features, targets) = ranks.Model(), ranks.batch(case)
@@ -67,6 +67,24 @@ def test_without_the_totals_the_gradient_is_another() -> None:
         (out.total / 2).backward()
     with pytest.raises(AssertionError):
         agree(ranks.gradients(model), expected)
+
+
+@pytest.mark.parametrize("kind", ["matched", "given"])
+def test_weights_on_ranks(results: list[dict[Any, Any]], kind: str) -> None:
+    """Weights of classes and of instances are added up over all ranks, layer by layer."""
+    model = ranks.Model()
+    expected_loss = ranks.weighted_step(model, range(ranks.IMAGES), kind)
+    expected = ranks.gradients(model)
+    for rank in results:
+        agree(rank["weighted", kind][1], expected)
+    mean = sum(rank["weighted", kind][0] for rank in results) / ranks.RANKS
+    assert_close(mean, expected_loss, rtol=1e-6, atol=1e-6)
+
+
+def test_totals_of_weights(results: list[dict[Any, Any]]) -> None:
+    """(3 / 2 + 2 + 4 / 2 + 2) / 2 of the instances, (3 * 1 + 2 * 3 + 4 * 1 + 2 * 3) / 2 of their classes."""
+    for rank in results:
+        assert [float(count) for count in rank["weighted totals"]] == [5.5, 10.0, 3.75, 9.5]
 
 
 def test_pairs_on_ranks(results: list[dict[Any, Any]], backend: str) -> None:

@@ -61,9 +61,28 @@ def test_import_is_light(tmp_path: Path) -> None:
         "PIL",
         "rich",
     }
-    assert loaded[0] == "False", "importing maskloss must not initialise CUDA"
+    assert loaded[0] == "False", "importing maskloss must not initialize CUDA"
     assert "maskloss" in loaded
     assert not heavy & set(loaded)
+
+
+def test_import_is_fast(tmp_path: Path) -> None:
+    """At most 0.1 s on top of torch: what a first step needs is imported by the first step."""
+    late = ["scipy.ndimage", "scipy.optimize", "numpy.typing", "torch._dynamo"]
+    code = f"""
+import sys, time, torch
+known, begin = set(sys.modules), time.process_time()
+import maskloss
+print(time.process_time() - begin, *(name for name in {late} if name in sys.modules and name not in known))
+"""
+    seconds = []
+    for _ in range(5):  # other processes may slow this one down
+        spent, *loaded = python("-c", code, cwd=tmp_path).split()
+        assert not loaded
+        seconds.append(float(spent))
+        if seconds[-1] <= 0.1:
+            return
+    pytest.fail(f"import maskloss took {min(seconds):.3f} s")
 
 
 def test_version_is_the_installed_one() -> None:

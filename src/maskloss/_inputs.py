@@ -103,12 +103,16 @@ def check_sampling(sampling: PointSampling | None) -> PointSampling:
 
 def check_maps(name: str, maps: Tensor, shape: str, *, min_size: int = 1) -> None:
     """Refuse maps of another rank than `shape` says, of a dtype without kernels, or without pixels."""
-    rank = max(shape.count(",") + 1, maps.ndim if "..." in shape and isinstance(maps, Tensor) else 0)
+    rank = shape.count(",") + 1
     if not isinstance(maps, Tensor):
         raise Cause(f"{name} must be a tensor {shape}", f"got {describe(maps)}", "torch.as_tensor converts arrays")
-    if maps.ndim != rank:
+    leading = "..." in shape
+    if maps.ndim < rank - 1 or (maps.ndim != rank and not leading):
+        wanted = f"at least {rank - 1}" if leading else str(rank)
         raise Cause(
-            f"{name} must be {shape}", f"got {maps.ndim} dimensions", f"add or drop dimensions until {name} has {rank}"
+            f"{name} must be {shape}",
+            f"got {maps.ndim} dimensions",
+            f"add or drop dimensions until {name} has {wanted}",
         )
     if maps.dtype not in _DTYPES:
         raise Cause(

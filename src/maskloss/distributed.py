@@ -172,11 +172,14 @@ def image_numbers(image_ids: Tensor | Sequence[int] | None, batch: int, device: 
     if image_ids is None:
         first = rank() * batch
         return torch.arange(first, first + batch, device=device)
-    ids = torch.as_tensor(image_ids)
+    try:
+        ids = torch.as_tensor(image_ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        ids = torch.empty(0)  # no integers at any rate
     if ids.shape != (batch,) or ids.dtype not in (torch.int64, torch.int32):
         raise Cause(
-            "image_ids must hold one integer per image",
-            f"got {describe(ids)} for {batch} image{'s' * (batch != 1)}",
+            "image_ids must hold one integer in [0, 2^32) for each image",
+            f"got {describe(image_ids)} for {batch} image{'s' * (batch != 1)}",
             "number the images of all ranks and micro-batches of a step",
         )
     if on_host(ids) and batch and not 0 <= int(ids.min()) <= int(ids.max()) < 2**32:

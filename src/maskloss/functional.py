@@ -407,7 +407,7 @@ def _check_coordinates(points: Tensor, shape: str, device: torch.device) -> None
     if not fits or points.shape[-1] != 2 or not points.is_floating_point():
         raise Cause(f"points must be float {shape}", f"got {describe(points)}", "the last dimension holds (x, y)")
     if points.shape[-2] < 1:
-        raise Cause("there must be at least one point", f"got points {list(points.shape)}", f"give {shape}")
+        raise Cause("there must be points for every instance", f"got points {list(points.shape)}", f"give {shape}")
     _inputs.check_device("points", points.device, device)
 
 

@@ -181,10 +181,10 @@ def stack_costs(costs: Sequence[Tensor], class_logits: Tensor, targets: MaskTarg
     """Bring costs `[Q, T]` or `[L, Q, T]` of each image together: `[L, B, Q, T_max]`, 0 beyond an image's targets."""
     layers, batch, queries = class_logits.shape[:3]
     stacked = class_logits.new_zeros(layers, batch, queries, ops.widest(targets.num_targets))
-    if len(costs) != batch:
+    if not isinstance(costs, (Sequence, Tensor)) or len(costs) != batch:
         raise Cause(
             "extra_costs must have one entry per image",
-            f"{len(costs)} entries for {batch} images",
+            f"got {describe(costs)} for {batch} images",
             "an image without targets has costs [Q, 0]",
         )
     for image, (cost, count) in enumerate(zip(costs, targets.num_targets, strict=True)):

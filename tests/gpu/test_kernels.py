@@ -113,9 +113,11 @@ class Inputs:
     def loss(self, ops: Any) -> tuple[Tensor, ...]:
         return self.batch().loss(ops, self.case.sampling, self.case.term(), self.points)
 
-    def gradients(self, ops: Any, saved: tuple[Tensor, ...], needed: list[bool] | None = None) -> list[Tensor]:
+    def gradients(
+        self, ops: Any, saved: tuple[Tensor, ...], needed: list[bool] | None = None, live: Tensor | float = 1.0
+    ) -> list[Tensor]:
         case = self.case
-        return self.batch().gradients(ops, saved, case.sampling, case.term(), self.points, needed)
+        return self.batch().gradients(ops, saved, case.sampling, case.term(), self.points, needed, live)
 
     def costs(self, ops: Any, num_points: int) -> tuple[Tensor, Tensor]:
         return self.batch().costs(ops, num_points, self.case.term())
@@ -312,6 +314,19 @@ def test_a_seed_on_the_device(gpu: Any) -> None:
     with pointers.context() as patch:
         patch.setattr(launch, "split_seed", lambda seed: (0, seed.to(DEVICE)))
         assert torch.equal(inputs.drawn(gpu), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_logit_of_an_instance_that_weighs_nothing_does_not_show(gpu: Any, value: float) -> None:
+    """With the gradients of both of its losses 0, an instance has none, whatever its logits are."""
+    inputs = Inputs(Case(rows=((0, 0, 1, 0), (0, 1, 0, 0))))
+    inputs.logits[0][0, 1] = value
+    live = torch.tensor([0.0, 1.0], device=DEVICE)
+    for ops in (gpu, reference):
+        [grad] = inputs.gradients(ops, inputs.loss(ops), live=live)
+        assert not grad[0].any()
+        assert grad[1, 0].isfinite().all()
+        assert grad[1, 0].any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

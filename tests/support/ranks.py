@@ -60,8 +60,8 @@ def batch(case: str) -> tuple[Tensor, list[dict[str, Tensor]]]:
     return features, targets
 
 
-def criterion(backend: str) -> MaskCriterion:
-    return MaskCriterion(CLASSES, sampling=PointSampling(num_points=50), backend=backend)
+def criterion(backend: str, **options: Any) -> MaskCriterion:
+    return MaskCriterion(CLASSES, sampling=PointSampling(num_points=50), backend=backend, **options)
 
 
 def gradients(model: nn.Module) -> Grads:
@@ -99,6 +99,23 @@ def accumulated(model: nn.Module, case: str, backend: str, micro_batches: Sequen
     return loss
 
 
+def weighted_step(model: nn.Module, images: Sequence[int], kind: str) -> Tensor:
+    """The loss of images with weights of classes and instances; "given": with matches of different numbers by layer."""
+    features, targets = batch("uneven, more targets than queries")
+    weights = [torch.linspace(0.25, 2.0, len(each["labels"])) for each in targets]
+    given = [([0], [0]), ([], []), ([1, 0], [2, 6]), ([], [])]
+    matches = {"matches": [[given[i] for i in images], [([], [])] * len(images)]} if kind == "given" else {}
+    out = criterion("reference", class_weights=[0.5, 2.0, 1.5])(
+        *model(features[list(images)]),
+        [targets[image] for image in images],
+        instance_weights=[weights[image] for image in images],
+        seed=SEED,
+        **matches,
+    )
+    out.total.backward()
+    return out.total.detach()
+
+
 def pairs() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     count = sum(PAIRS)
@@ -134,6 +151,12 @@ def run(rank: int, folder: str) -> None:
         results["pairs", backend] = pair_gradient(backend, pairs_here)
         keep = torch.tensor(KEPT[rank])
         results["kept pairs", backend] = pair_gradient(backend, pairs_here, instance_weights=keep)
+    for kind in ("matched", "given"):
+        model = DistributedDataParallel(Model())
+        results["weighted", kind] = (weighted_step(model, mine, kind), gradients(model))
+    weights = {"instance_weights": [[torch.ones(3 + rank) / 2, torch.ones(2)]], "class_weights": [1.0, 3.0]}
+    labels = [[torch.zeros(3 + rank).long(), torch.ones(2).long()]]
+    results["weighted totals"] = step_totals([[3 + rank, 2]], QUERIES, labels=labels, **weights)
     results["totals"] = step_totals([[3 + rank, 9], [0]], QUERIES)
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()

@@ -36,8 +36,8 @@ def box_terms(boxes: Tensor, targets: Tensor) -> BoxTerms:
 
 
 def _corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return centre - half, centre + half
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return center - half, center + half
 
 
 @torch.no_grad()

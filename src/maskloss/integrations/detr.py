@@ -108,7 +108,7 @@ class HungarianMatcher(nn.Module):
         return self.match([outputs], targets, step).pairs()
 
     def match(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Matches:
-        """Match several layers with the same numbers of queries and classes, in one trip to the host."""
+        """Match several layers with the same numbers of queries and classes, with one host sync."""
         softmax = self.core.classification == "softmax"
         classes, masks = core.check_predictions(*_columns(layers), no_object=softmax)
         logits = accumulated(torch.stack(classes)).detach()
@@ -222,7 +222,8 @@ class SetCriterion(nn.Module):
             outputs: of the final layer, as `HungarianMatcher` takes them, and "aux_outputs": a list of the other
                 layers', "interm_outputs": those of the encoder, if there are any.
             targets: one dict per image: "labels" int64 `[T]`; "masks": dense `[T, H, W]`, a `MaskTargets`, or a label
-                map `[H, W]` along with "ids"; "boxes" `[T, 4]` (cx, cy, w, h) in [0, 1], where boxes are used.
+                map `[H, W]` along with "ids"; "boxes" `[T, 4]` (cx, cy, w, h) in [0, 1], where boxes are used. Binary
+                masks on a GPU are best bool: floats there count as soft, at four times the memory.
 
         Returns:
             "loss_ce", "loss_mask", "loss_dice", "loss_bbox", "loss_giou", as far as asked for, of the final layer;

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from maskloss.ops.abi import OFFSET, PLACE_COLUMNS
 
-Bytes = NDArray[np.uint8]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Bytes = NDArray[np.uint8]
+
 # Gathers the lowest bits of eight bytes in the highest byte, the first of them lowest.
 _GATHER = 0x0102040810204080
 
@@ -78,6 +82,16 @@ def crop_one(mask: Bytes) -> tuple[Bytes, int, int]:
     columns = np.flatnonzero(mask[top:bottom].any(axis=0))
     left, right = columns[0], columns[-1] + 1
     return mask[top:bottom, left:right], int(top), int(left)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate, without a copy where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def owned(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate into memory that nobody else writes to."""
+    return parts[0].clone() if len(parts) == 1 else torch.cat(list(parts))
 
 
 def join_crops(crops: Sequence[Bytes]) -> Tensor:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from maskloss._numbers import check_integer
 from maskloss.errors import Cause, describe, require
 from maskloss.ops.abi import PLACE_COLUMNS
-from maskloss.targets.bits import Bytes, crop_one, join_crops
+from maskloss.targets.bits import crop_one, join_crops
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from maskloss.targets.bits import Bytes
+
 
 # pycocotools works with coordinates times 5 in 32-bit integers.
 _FAR = 1 << 20
@@ -27,8 +33,8 @@ def pack_coco(segmentations: Sequence[Any], height: int, width: int) -> tuple[Te
             f"got {describe(segmentations)}",
             "wrap a single segmentation in a list",
         )
-    if height < 1 or width < 1:
-        raise Cause("an image must have pixels", f"height={height!r}, width={width!r}", "take them from the image")
+    height = check_integer("height", height, 1, hint="take it from the image")
+    width = check_integer("width", width, 1, hint="take it from the image")
     place = np.zeros((len(segmentations), PLACE_COLUMNS), dtype=np.int64)
     crops: list[Bytes] = []
     offset = 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from maskloss.errors import Cause, describe
+from maskloss.ops.abi import OFFSET, PLACE_COLUMNS
 from maskloss.targets import bits
+from maskloss.targets.frames import Stored
 
 
 def check_masks(masks: Tensor) -> None:
@@ -36,8 +39,19 @@ def check_devices(images: Sequence[Tensor]) -> None:
         )
 
 
+def whole(masks: Tensor, stride: int) -> Stored:
+    """Describe masks `[T, H, W]` that are stored from edge to edge, `stride` elements a row."""
+    count, height, width = masks.shape
+    place = np.zeros((count, PLACE_COLUMNS), dtype=np.int64)
+    place[:] = (0, stride, 0, 0, height, width)
+    place[:, OFFSET] = np.arange(count) * (height * stride)
+    return Stored(place, count * height * stride, (height, width))
+
+
 def are_soft(images: Sequence[Tensor], soft: bool | None) -> bool:
     """Decide for a whole batch, which must have one encoding, whether its masks are kept as soft values."""
+    if soft is not None and not isinstance(soft, bool):
+        raise Cause("soft must be True, False or None", f"soft={soft!r}", "None: on a CPU the values decide")
     floats = [image for image in images if image.is_floating_point()]
     if soft is False or not floats:
         return False

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from maskloss._numbers import check_integer, check_number
 from maskloss.errors import Cause, describe
 from maskloss.ops.abi import FRAME_H, LABEL, PLACE_COLUMNS, TABLE_COLUMNS
 from maskloss.targets import bits
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -30,9 +34,12 @@ def frame_size(size: Size, canvas: Size | None) -> Size:
     """Return the height and width of the frame: the canvas, which must hold the masks, or the masks' own."""
     if canvas is None:
         return max(size[0], 1), max(size[1], 1)
-    if not isinstance(canvas, Sequence) or len(canvas) != 2:
+    if not isinstance(canvas, Sequence) or isinstance(canvas, str) or len(canvas) != 2:
         raise Cause("the canvas must be (height, width)", f"got {describe(canvas)}", "leave the channels out")
-    height, width = (int(side) for side in canvas)
+    height, width = (
+        check_integer(f"the {name} of the canvas", side, 1, hint="canvas is the (height, width) of the padded batch")
+        for name, side in zip(("height", "width"), canvas, strict=True)
+    )
     if height < max(size[0], 1) or width < max(size[1], 1):
         raise Cause(
             "the canvas must be at least as large as the masks",
@@ -129,9 +136,12 @@ def window_row(valid: Box | None, height: int, width: int) -> NDArray[np.float32
     """Write the valid window as fractions of the frame, float32 `[1, 4]`: left, top, width, height."""
     if valid is None:
         return np.array([[0, 0, 1, 1]], dtype=np.float32)
-    if not isinstance(valid, Sequence) or len(valid) != 4:
+    if not isinstance(valid, Sequence) or isinstance(valid, str) or len(valid) != 4:
         raise Cause("the valid window must be (top, left, height, width)", f"got {describe(valid)}", "in pixels")
-    top, left, rows, columns = valid
+    top, left, rows, columns = (
+        check_number(f"the {name} of the valid window", side, hint="give it in pixels of the frame")
+        for name, side in zip(("top", "left", "height", "width"), valid, strict=True)
+    )
     if rows <= 0 or columns <= 0 or top < 0 or left < 0 or top + rows > height or left + columns > width:
         raise Cause(
             "the valid window must be a part of the frame",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 
+from maskloss._numbers import check_integer
 from maskloss.errors import Cause, describe
 from maskloss.ops.abi import OFFSET, PLACE_COLUMNS, TOP
 from maskloss.targets import bits
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # Integer types without arithmetic in torch, and what holds their values.
@@ -33,7 +35,9 @@ def label_boxes(labels: Tensor, ids: Sequence[int]) -> NDArray[np.int64]:
     boxes = np.zeros((len(ids), 4), dtype=np.int64)
     if not wanted.size:
         return boxes
-    slices = ndimage.find_objects(_ranks(values, wanted), max_label=len(wanted))
+    from scipy.ndimage import find_objects  # a tenth of a second that many runs never need
+
+    slices = find_objects(_ranks(values, wanted), max_label=len(wanted))
     for target, rank in enumerate(which):
         if slices[rank] is not None:
             (top, bottom), (left, right) = ((side.start, side.stop) for side in slices[rank])
@@ -102,9 +106,7 @@ def listed_ids(ids: Any) -> list[int]:
             "list the ids to use, in the order of the labels; the background's is usually left out",
         )
     try:
-        listed = [operator.index(number) for number in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+        listed = list(ids.tolist() if isinstance(ids, Tensor) else ids)
     except TypeError:
-        listed = [2**63]
-    if any(not -(2**63) <= number < 2**63 for number in listed):
-        raise Cause("ids must be 64-bit integers, one per target", f"got {describe(ids)}", "give a list [T]")
-    return listed
+        raise Cause("ids must be 64-bit integers, one per target", f"got {describe(ids)}", "give a list [T]") from None
+    return [check_integer("an id", number, -(2**63), 2**63 - 1, hint="ids are the map's integers") for number in listed]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from maskloss._numbers import check_integer
 from maskloss.errors import Cause, describe, reported
-from maskloss.ops.abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W, LABEL, OFFSET, PLACE_COLUMNS, SIZES
-from maskloss.targets import bits, coco, dense, label_maps
+from maskloss.ops.abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W, LABEL
+from maskloss.targets import bits, coco, dense, joining, label_maps
 from maskloss.targets.frames import Box, Frame, Size, Stored, describe_images
 
 
@@ -20,9 +20,11 @@ from maskloss.targets.frames import Box, Frame, Size, Stored, describe_images
 class MaskTargets:
     """The target masks of one image or of a batch, in the form in which kernels read them.
 
-    Make one with `from_masks`, `from_packed`, `from_label_map` or `from_coco`, join images with `cat`. Instances are
-    immutable, can be pickled, and offer `to` and `pin_memory` as tensors do, so a data-loading worker can pack masks
-    and a `DataLoader` can pin them.
+    Make one with `from_masks`, `from_packed`, `from_label_map` or `from_coco`, and join images with `cat`.
+    `len(targets)` is the number of images, `targets[i]` is image i, and `targets.select(...)` keeps some of the masks.
+    Instances are immutable and own their pixels: what they were made from can be edited afterwards. They can be pickled
+    and offer `to` and `pin_memory` as tensors do, so that a data-loading worker can pack masks, and a `DataLoader` can
+    join and pin them.
 
     Three encodings: "bits" (1 bit a pixel; on a CPU each mask is cut down to its bounding box), "labels" (one integer
     map per image and the id of each target in it) and "values" (soft targets in [0, 1], as dense as they came).
@@ -123,6 +125,7 @@ class MaskTargets:
         Raises:
             MaskLossError: not uint8 `[T, H, ceil(width / 8)]`, or as in `from_masks`.
         """
+        width = check_integer("width", width, 0, hint="the number of pixels in a row")
         fits = isinstance(packed, Tensor) and packed.dtype == torch.uint8 and packed.ndim == 3
         if not fits or packed.shape[2] != (width + 7) // 8:
             raise Cause(
@@ -130,8 +133,8 @@ class MaskTargets:
                 f"got {describe(packed)} for width {width}",
                 'numpy.packbits(masks, axis=-1, bitorder="little") makes them',
             )
+        packed = packed.clone()
         if width % 8:
-            packed = packed.clone()
             packed[..., -1] &= (1 << width % 8) - 1
         data, place = bits.crop(packed, width)
         stored = Stored(place, len(data), (packed.shape[1], width))
@@ -160,7 +163,7 @@ class MaskTargets:
             valid: see `from_masks`.
 
         Returns:
-            The targets, on the device of the map. A map on a CPU is searched for the box of each id.
+            The targets, on the device of the map, with a copy of it. A map on a CPU is searched for the box of each id.
 
         Raises:
             MaskLossError: a map that is not `[H, W]` of integers, no ids, ids that do not occur in the map (looked for
@@ -213,33 +216,71 @@ class MaskTargets:
     def cat(parts: Sequence[MaskTargets]) -> MaskTargets:
         """Join images, or batches, into one batch.
 
+        A batch has one encoding, so parts of others are converted, which on a device waits for it: label maps beside
+        bits become bits, and both beside soft values become values. Types of one encoding become the widest of them.
+
         Args:
-            parts: targets of the same encoding and device, in the order of the images. An image without targets fits
-                any encoding.
+            parts: targets on one device, in the order of the images. An image without targets fits any encoding.
 
         Returns:
             The targets of all images.
 
         Raises:
-            MaskLossError: nothing to join, or encodings or devices that differ.
+            MaskLossError: nothing to join, or devices that differ.
         """
         if not parts or not all(isinstance(part, MaskTargets) for part in parts):
             raise Cause("parts must be the MaskTargets to join", f"got {describe(parts)}", "give one per image")
         if len(parts) == 1:
             return parts[0]
-        full = [part for part in parts if part.num_masks] or [parts[0]]
-        encodings, devices = {part.encoding for part in full}, {str(part.device) for part in parts}
-        if len(encodings) > 1 or len(devices) > 1:
-            raise Cause(
-                "the targets of a batch must have one encoding and one device",
-                f"got {', '.join(sorted(encodings))} on {', '.join(sorted(devices))}",
-                "make all of them the same way",
-            )
-        return _join(parts, full)
+        devices = sorted({str(part.device) for part in parts})
+        if len(devices) > 1:
+            raise Cause("the targets of a batch must be on one device", f"got {', '.join(devices)}", "move them first")
+        return joining.join(parts)
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.num_targets)
+
+    @reported("MaskTargets.__getitem__")
+    def __getitem__(self, image: int) -> MaskTargets:
+        """Return the targets of one image; on a device this waits for it."""
+        try:
+            number = range(len(self))[image]
+        except TypeError:
+            number = None
+        if not isinstance(number, int):
+            raise Cause(
+                "targets[i] is the image with that number",
+                f"i is {describe(image)}",
+                "MaskTargets.cat([targets[i] for i in ...]) picks images, targets.select picks masks",
+            )
+        return joining.single_image(self, number)
+
+    def __iter__(self) -> Iterator[MaskTargets]:
+        """Iterate over the images."""
+        return (self[image] for image in range(len(self)))
+
+    @reported("MaskTargets.select")
+    def select(self, keep: Tensor | Sequence[Tensor | Sequence[int]]) -> MaskTargets:
+        """Keep some of the masks; the pixels are shared, not copied.
+
+        Args:
+            keep: bool `[T_all]`, True for the masks to keep. Or one entry per image: bool `[T]`, or the numbers of the
+                masks within the image, in the order wanted, integers `[n]` or a list. A bool tensor on a device is
+                waited for.
+
+        Returns:
+            The same images with the masks that were kept.
+
+        Raises:
+            MaskLossError: another number of entries than images or masks, or a number out of range.
+
+        Example:
+            >>> targets = MaskTargets.from_masks([torch.ones(3, 4, 4).bool(), torch.ones(2, 4, 4).bool()])
+            >>> targets.select([[2, 0], []]).num_targets
+            (2, 0)
+        """
+        return joining.select(self, keep)
 
     def __repr__(self) -> str:
         if self.device.type == "meta":
@@ -290,8 +331,23 @@ class MaskTargets:
         """What the operations take: `[data, table, images, windows, ignore]`."""
         return [self.data, self.table, self.images, self.windows, self.ignore]
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MaskTargets:
-        """Move to a device; returns self if it is there already."""
+    @reported("MaskTargets.to")
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> MaskTargets:
+        """Move to a device; returns self if it is there already. The types of the tensors are part of the encoding.
+
+        Raises:
+            MaskLossError: anything but a device, such as a dtype.
+        """
+        if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
+            raise Cause(
+                "targets can be moved to a device only",
+                f"got {describe(device)}",
+                "they have no dtype to change: kernels read bits, label maps and soft values as they are",
+            )
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise Cause("there must be such a device", str(error).partition("\n")[0], '"cuda" or "cpu", say') from None
         moved = [tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors]
         return self if moved[0] is self.data else self._with(moved)
 
@@ -300,7 +356,10 @@ class MaskTargets:
         return self._with([tensor.pin_memory() for tensor in self.tensors])
 
     def dense(self, image: int = 0) -> Tensor:
-        """Unpack the masks of one image, to look at: `[T, frame height, frame width]`, bool, or float if soft."""
+        """Unpack the masks of image number `image`, to look at: `[T, frame height, frame width]`, bool, float if soft.
+
+        On a device this waits for it.
+        """
         row = self.images[image].tolist()
         first, count, height, width = row[FIRST], row[COUNT], row[IMAGE_H], row[IMAGE_W]
         base = row[BASE]
@@ -332,33 +391,20 @@ class MaskTargets:
 
 def _from_binary(images: Sequence[Tensor], frame: Frame) -> MaskTargets:
     if not all(map(bits.on_host, images)):
-        stored = [_whole(masks, (masks.shape[2] + 7) // 8) for masks in images]
+        stored = [dense.whole(masks, (masks.shape[2] + 7) // 8) for masks in images]
         return _build("bits", bits.pack_elsewhere(images), stored, frame)
     crops = [bits.crop(bits.pack(masks), masks.shape[2]) for masks in images]
     stored = [
         Stored(place, len(data), (masks.shape[1], masks.shape[2]))
         for masks, (data, place) in zip(images, crops, strict=True)
     ]
-    return _build("bits", _joined([data for data, _ in crops]), stored, frame)
+    return _build("bits", bits.joined([data for data, _ in crops]), stored, frame)
 
 
 def _from_values(images: Sequence[Tensor], frame: Frame) -> MaskTargets:
     values = [masks if masks.is_floating_point() else (masks != 0).float() for masks in images]
-    stored = [_whole(masks, masks.shape[2]) for masks in images]
-    return _build("values", _joined([masks.detach().reshape(-1) for masks in values]), stored, frame)
-
-
-def _whole(masks: Tensor, stride: int) -> Stored:
-    """Masks that are stored from edge to edge, `stride` elements a row."""
-    count, height, width = masks.shape
-    place = np.zeros((count, PLACE_COLUMNS), dtype=np.int64)
-    place[:] = (0, stride, 0, 0, height, width)
-    place[:, OFFSET] = np.arange(count) * (height * stride)
-    return Stored(place, count * height * stride, (height, width))
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    stored = [dense.whole(masks, masks.shape[2]) for masks in images]
+    return _build("values", bits.owned([masks.detach().reshape(-1) for masks in values]), stored, frame)
 
 
 def _from_labels(maps: Sequence[Tensor], ids: Sequence[Any], allow_missing: bool, frame: Frame) -> MaskTargets:
@@ -377,10 +423,10 @@ def _from_labels(maps: Sequence[Tensor], ids: Sequence[Any], allow_missing: bool
         parts.append(labels.detach().reshape(-1) if listed else labels.new_empty(0))
         stored.append(Stored(place, len(parts[-1]), (labels.shape[0], labels.shape[1]), listed))
         first += len(listed)
-    targets = _build("labels", _joined(parts), stored, frame)
+    targets = _build("labels", bits.owned(parts), stored, frame)
     # To list ids that are on a device would wait for it.
     if len(unread) == len(maps):
-        targets.table[:, LABEL] = _joined([numbers for _, numbers in unread])
+        targets.table[:, LABEL] = bits.joined([numbers for _, numbers in unread])
     else:
         for first, numbers in unread:
             targets.table[first : first + len(numbers), LABEL] = numbers
@@ -392,19 +438,3 @@ def _build(encoding: str, data: Tensor, stored: Sequence[Stored], frame: Frame) 
     table, images, windows, ignore = describe_images(stored, frame, data.device)
     counts = tuple(len(image.place) for image in stored)
     return MaskTargets(encoding, data.contiguous(), table, images, windows, ignore, counts)
-
-
-def _join(parts: Sequence[MaskTargets], full: Sequence[MaskTargets]) -> MaskTargets:
-    """Concatenate; where each image begins follows from the sizes of those before it, without asking a device."""
-    images = torch.cat([part.images for part in parts])
-    sizes = images[:, :SIZES]
-    images[:, SIZES : 2 * SIZES] = sizes.cumsum(0) - sizes
-    return MaskTargets(
-        encoding=full[0].encoding,
-        data=_joined([part.data for part in parts if part.encoding == full[0].encoding]),
-        table=torch.cat([part.table for part in parts]),
-        images=images,
-        windows=torch.cat([part.windows for part in parts]),
-        ignore=_joined([part.ignore for part in parts if part.ignore.numel()] or [parts[0].ignore]),
-        num_targets=tuple(count for part in parts for count in part.num_targets),
-    )

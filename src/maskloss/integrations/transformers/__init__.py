@@ -57,6 +57,10 @@ def patch(model: nn.Module | None = None, *, backend: str | None = None) -> Patc
     Inputs, names of outputs, weights and what they mean stay as they are; `mask_labels` may also be packed masks
     (`MaskTargets`) or pairs of a label map and its ids. A checkpoint saved before or after loads into both.
 
+    Transformers' image processors return binary masks as floats. On a GPU nobody may look at them without stalling it,
+    so they are taken for soft values, which cost four times the memory of bits between forward and backward pass. Give
+    bool masks (`masks > 0.5`), or pack them: `MaskTargets.from_masks(masks, soft=False)`.
+
     Args:
         model: a model of a supported family, or a module that contains some. Default None: models are patched as
             they are built, until the patch is undone.

@@ -1,0 +1,142 @@
+"""Images joined into a batch and taken out of one, masks kept and left out, one encoding turned into another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskloss.errors import Cause, describe
+from maskloss.ops.abi import BASE, COUNT, FIRST, IGNORE_BASE, IGNORE_SIZE, PLACE_COLUMNS, SIZE, SIZES
+from maskloss.targets import bits, dense
+
+if TYPE_CHECKING:
+    from maskloss.targets.mask_targets import MaskTargets
+
+# From the one that holds least to the one that holds everything.
+_ENCODINGS = ("labels", "bits", "values")
+
+
+def join(parts: Sequence[MaskTargets]) -> MaskTargets:
+    """Concatenate; where each image begins follows from the sizes of those before it, without asking a device."""
+    full = [part for part in parts if part.num_masks] or [parts[0]]
+    encoding = max((part.encoding for part in full), key=_ENCODINGS.index)
+    dtype = reduce(torch.promote_types, [part.data.dtype for part in full if part.encoding == encoding])
+    parts = [_converted(part, encoding, dtype) for part in parts]
+    images = torch.cat([part.images for part in parts])
+    return replace(
+        parts[0],
+        encoding=encoding,
+        data=bits.joined([part.data for part in parts]),
+        table=torch.cat([part.table for part in parts]),
+        images=_add_up(images),
+        windows=torch.cat([part.windows for part in parts]),
+        ignore=bits.joined([part.ignore for part in parts if part.ignore.numel()] or [parts[0].ignore]),
+        num_targets=tuple(count for part in parts for count in part.num_targets),
+    )
+
+
+def _add_up(images: Tensor) -> Tensor:
+    """Write down where each image begins, from the sizes of those before it."""
+    sizes = images[:, :SIZES]
+    images[:, SIZES : 2 * SIZES] = sizes.cumsum(0) - sizes
+    return images
+
+
+def _converted(part: MaskTargets, encoding: str, dtype: torch.dtype) -> MaskTargets:
+    """Bring targets to an encoding that holds what theirs does, with data of a type."""
+    if not part.num_masks:
+        images = part.images.clone()
+        images[:, SIZE] = 0
+        return replace(part, encoding=encoding, data=part.data.new_empty(0, dtype=dtype), images=_add_up(images))
+    if part.encoding == encoding:
+        return part if part.data.dtype == dtype else replace(part, data=part.data.to(dtype))
+    pieces, places, sizes = [], [], []
+    for image in range(len(part)):
+        masks = part.dense(image)
+        if encoding == "bits":
+            data, place = bits.crop(bits.pack(masks), masks.shape[2])
+        else:
+            data, place = masks.to(dtype).reshape(-1), dense.whole(masks, masks.shape[2]).place
+        pieces.append(data)
+        places.append(place)
+        sizes.append(len(data))
+    table, images = part.table.clone(), part.images.clone()
+    table[:, :PLACE_COLUMNS] = torch.from_numpy(np.concatenate(places)).to(table.device)
+    images[:, SIZE] = torch.tensor(sizes).to(table.device)
+    return replace(part, encoding=encoding, data=bits.joined(pieces), table=table, images=_add_up(images))
+
+
+def single_image(targets: MaskTargets, image: int) -> MaskTargets:
+    """Take one image out of a batch; copied, because a view would keep the whole batch alive, pickled too."""
+    row = targets.images[image].tolist()
+
+    def cut(tensor: Tensor, first: int, count: int) -> Tensor:
+        return tensor[first : first + count].clone()
+
+    return replace(
+        targets,
+        data=cut(targets.data, row[BASE], row[SIZE]),
+        table=cut(targets.table, row[FIRST], row[COUNT]),
+        images=_add_up(cut(targets.images, image, 1)),
+        windows=cut(targets.windows, image, 1),
+        ignore=cut(targets.ignore, row[IGNORE_BASE], row[IGNORE_SIZE]),
+        num_targets=(row[COUNT],),
+    )
+
+
+def select(targets: MaskTargets, keep: Tensor | Sequence[Any]) -> MaskTargets:
+    """Keep the masks that are marked or listed."""
+    if isinstance(keep, Tensor):
+        if tuple(keep.shape) != (targets.num_masks,) or keep.dtype != torch.bool:
+            raise Cause(
+                "keep must be bool [T_all], or have one entry for each image",
+                f"got {describe(keep)} for {targets.num_masks} masks in {len(targets)} images",
+                "numbers of masks are listed image by image",
+            )
+        keep = keep.split(list(targets.num_targets))
+    if not isinstance(keep, Sequence) or len(keep) != len(targets):
+        raise Cause(
+            "keep must have one entry for each image",
+            f"got {describe(keep)} for {len(targets)} images",
+            "an image whose masks all go has an empty list",
+        )
+    pairs = enumerate(zip(keep, targets.num_targets, strict=True))
+    kept = [_numbers(entry, count, image) for image, (entry, count) in pairs]
+    counts = tuple(map(len, kept))
+    device = targets.device
+    first = targets.first_rows.repeat_interleave(torch.tensor(counts).to(device), output_size=sum(counts))
+    images = targets.images.clone()
+    images[:, COUNT] = torch.tensor(counts).to(device, non_blocking=True)
+    rows = first + torch.cat([numbers.to(device, non_blocking=True) for numbers in kept])
+    return replace(targets, table=targets.table[rows], images=_add_up(images), num_targets=counts)
+
+
+def _numbers(entry: Any, count: int, image: int) -> Tensor:
+    """Turn what is kept of an image into the numbers of its masks, int64 `[n]`."""
+    try:
+        numbers = torch.as_tensor(entry)
+    except (TypeError, ValueError, RuntimeError):
+        numbers = torch.empty(())
+    if not numbers.numel() and numbers.ndim == 1 and numbers.dtype != torch.bool:
+        return torch.empty(0, dtype=torch.int64, device=numbers.device)
+    if numbers.dtype == torch.bool and tuple(numbers.shape) == (count,):
+        return numbers.nonzero()[:, 0]
+    if numbers.ndim != 1 or numbers.dtype == torch.bool or numbers.is_floating_point():
+        raise Cause(
+            "what is kept of an image must be bool [T], or numbers of masks",
+            f"that of image {image} is {describe(entry)} for {count} masks",
+            "True marks the masks to keep",
+        )
+    if bits.on_host(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
+        raise Cause(
+            f"numbers of masks must lie in [0, {count})",
+            f"those of image {image} reach from {int(numbers.min())} to {int(numbers.max())}",
+            "they count the masks of the image, from 0",
+        )
+    return numbers.long()
