@@ -123,7 +123,7 @@ def sample_features(plan: Plan, features: Tensor, term: Term) -> Tensor:
         features = features.contiguous()
     places = _place(plan, np.array([size], np.int64), term.border)
     sampled = np.empty((batch, channels, plan.points.shape[2]), plan.dtypes[0])
-    only = [places.rows[:, 0], places.place[:, 0], places.fx[:, 0], places.fy[:, 0]]  # there is one size
+    only = [each.squeeze(1) for each in (places.rows, places.place, places.fx, places.fy)]  # there is one size
     args = (describe([features]), *only, plan.bands, sampled)
     launch(kernels.sample_features, batch * channels, plan.dtypes, (places.room, 0, 0), args)
     return torch.from_numpy(sampled)
