@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +24,13 @@ _ENCODINGS = ("labels", "bits", "values")
 def join(parts: Sequence[MaskTargets]) -> MaskTargets:
     """Concatenate; where each image begins follows from the sizes of those before it, without asking a device."""
     full = [part for part in parts if part.num_masks] or [parts[0]]
-    encoding = max((part.encoding for part in full), key=_ENCODINGS.index)
-    dtype = reduce(torch.promote_types, [part.data.dtype for part in full if part.encoding == encoding])
+    kinds = [part.encoding for part in full]
+    encoding = [kind for kind in _ENCODINGS if kind in kinds][-1]
+    dtypes = [part.data.dtype for part in full if part.encoding == encoding]
+    dtype = dtypes[0]
+    for other in dtypes[1:]:
+        if other != dtype:
+            dtype = torch.promote_types(dtype, other)
     parts = [_converted(part, encoding, dtype) for part in parts]
     images = torch.cat([part.images for part in parts])
     return replace(
