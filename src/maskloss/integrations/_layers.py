@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from maskloss import _inputs, distributed
+from maskloss import _inputs, distributed, ops
 from maskloss._collate import collate
+from maskloss.factors import MaskFactors
 from maskloss.loss import InstanceLosses, MaskLoss
 from maskloss.matches import Matches, wanted_classes
+from maskloss.matching import HungarianMatcher
 from maskloss.points import draw_seed
 from maskloss.targets import MaskTargets
 
@@ -57,6 +59,37 @@ class Step:
         losses = loss.instance_losses(logits, matches, self.targets, self.image_ids, self.seed)
         sizes = list(matches.layer_sizes)
         return InstanceLosses(*(torch.stack([part.sum() for part in term.split(sizes)]) for term in losses))
+
+
+def mask_logits_of(layers: Sequence[Tensor | MaskFactors]) -> list[Tensor]:
+    """Form the logits of layers that come as factors: for operations that take dense ones only."""
+    return [layer.dense() if isinstance(layer, MaskFactors) else layer for layer in layers]
+
+
+def match(
+    matcher: HungarianMatcher,
+    class_logits: Tensor,
+    mask_logits: Sequence[Tensor],
+    step: Step,
+    extra_costs: Tensor | None = None,
+) -> Matches:
+    """Match all layers, where labels may lie in [0, C]: the original criteria train on targets of class "no object".
+
+    Args:
+        matcher: its weights and options.
+        class_logits: `[L, B, Q, C + 1]`, or `[L, B, Q, C]` for the classification "focal".
+        mask_logits: one `[B, Q, h, w]` per layer.
+        step: targets and seed.
+        extra_costs: `[L, B, Q, T_max]`, or None.
+    """
+    logits, outputs = class_logits.detach(), class_logits.shape[-1]
+    cost = matcher.costs(logits, mask_logits, step.targets, step.labels, step.image_ids, step.seed, extra_costs)
+    index, wanted = ops.assign(cost, step.labels, step.targets.num_targets, outputs)
+    # A query without a target has the first number that is no label, which is one too many if C is a label as well.
+    no_object = outputs - (matcher.classification == "softmax")
+    queries, counts = class_logits.shape[2], step.targets.num_targets
+    sizes = (ops.count_matches(counts, queries),) * len(mask_logits)
+    return Matches(index, sizes, queries, counts, wanted.clamp(max=no_object), no_object)
 
 
 def accumulated(tensor: Tensor) -> Tensor:
