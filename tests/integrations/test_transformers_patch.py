@@ -262,7 +262,7 @@ def test_wrong_targets_are_refused() -> None:
     with patch(model):
         wrong = {
             "masks and labels must pair up": {"class_labels": [torch.tensor([0]), torch.tensor([0, 1, 2])]},
-            "labels must lie in [0, 3)": {"class_labels": [torch.tensor([0, 3]), torch.tensor([0, 1, 2])]},
+            "labels must lie in [0, 4)": {"class_labels": [torch.tensor([0, 4]), torch.tensor([0, 1, 2])]},
             "the masks of an image must be": {"mask_labels": ["mask", "mask"]},
             "the same number of images": {"mask_labels": batch["mask_labels"][:1]},
             "masks must have one entry per image": {"mask_labels": 3},

@@ -146,6 +146,6 @@ def _targets_given(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 @functools.lru_cache(maxsize=32)
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+def _parameters(kind: Any) -> tuple[str, ...]:
     """Name the positional arguments of a model's call."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]

@@ -11,8 +11,8 @@ from torch.nn.functional import l1_loss, logsigmoid
 
 from maskloss import ops
 from maskloss.errors import Cause, reported
-from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.factors import MaskFactors
+from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.integrations._layers import Step, accumulated, mask_logits_of, mean_count
 from maskloss.integrations._targets import pack_masks, repeat_targets
 from maskloss.loss import MaskLoss
