@@ -91,12 +91,14 @@ class Process:
         settings: threads and environment.
     """
 
+    module = "maskloss.bench.worker"
+
     def __init__(self, settings: Settings) -> None:
         dropped = {"MASKLOSS_BACKEND"}  # the arms say which backend they are
         environment = {key: value for key, value in os.environ.items() if key not in dropped} | settings.environment
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed in __exit__)
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "maskloss.bench.worker"],
+            [sys.executable, "-m", self.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

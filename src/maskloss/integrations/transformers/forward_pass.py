@@ -141,7 +141,8 @@ def _close(model: nn.Module) -> ForwardPass | None:
 
 
 def _targets_given(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    given = dict(zip(_parameters(type(model)), args, strict=False)) | dict(kwargs)
+    kind: Any = type(model)
+    given = dict(zip(_parameters(kind), args, strict=False)) | dict(kwargs)
     return any(all(given.get(name) is not None for name in names) for names in _TARGETS)
 
 
