@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.forced import answered, recorded
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from integrations import tiny
-from integrations.test_transformers_equal import gradients
 from maskloss import MaskLossError
 from maskloss.factors import MaskFactors
 from maskloss.integrations.transformers import factors as integration
 from maskloss.integrations.transformers import forward_pass, patch, unpatch
+from support import tiny
+from support.forced import answered, recorded
 
 pytest.importorskip("transformers")
 
@@ -76,14 +75,14 @@ def test_terms_and_gradients_agree_with_the_unpatched_model(
         Resized() as our_logits,
     ):
         loss, terms = tiny.run(model, family, batch)
-        ours = gradients(model, loss)
+        ours = tiny.gradients(model, loss)
     assert len(made) == LAYERS[family]
     with (
         answered(monkeypatch, recorder, final_first=not rf_detr, shared=rf_detr),
         Resized() as their_logits,
     ):
         theirs_loss, theirs_terms = tiny.run(model, family, batch)
-    theirs = gradients(model, theirs_loss)
+    theirs = tiny.gradients(model, theirs_loss)
 
     assert bool(our_logits.logits) == (not rf_detr)
     flipped = [(a > 0) != (b > 0) for a, b in zip(our_logits.logits, their_logits.logits, strict=True)]
@@ -390,7 +389,7 @@ def test_autocast(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for factors in (False, True):
         with patch(model, backend="reference", factors=factors), torch.autocast("cpu", dtype=torch.bfloat16):
             out = outputs_of(model, batch)
-        found.append((out.loss, out[FINAL.get(family, "masks_queries_logits")], gradients(model, out.loss)))
+        found.append((out.loss, out[FINAL.get(family, "masks_queries_logits")], tiny.gradients(model, out.loss)))
     (loss, masks, theirs), (other, others, ours) = found
     torch.testing.assert_close(other, loss, rtol=2e-2, atol=0)
     assert others.dtype == masks.dtype
@@ -420,7 +419,7 @@ def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = model.model.transformer_module.decoder
     with patch(model, backend="reference", factors=True):
         loss, _ = tiny.run(model, "mask2former", batch)
-        expected = gradients(model, loss)
+        expected = tiny.gradients(model, loss)
         recomputed = []
         for layer in decoder.layers:
             inner = layer.forward
@@ -431,7 +430,7 @@ def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
 
             layer.forward = checkpointed
         again, _ = tiny.run(model, "mask2former", batch)
-        found = gradients(model, again)
+        found = tiny.gradients(model, again)
     assert len(recomputed) == 2
     torch.testing.assert_close(again, loss)
     for name, gradient in expected.items():
@@ -443,14 +442,14 @@ def test_data_parallel_wrappers(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) 
     model, batch = tiny.build("mask2former"), tiny.batch_for("mask2former")
     with patch(model, backend="reference", factors=True):
         loss, _ = tiny.run(model, "mask2former", batch)
-        expected = gradients(model, loss)
+        expected = tiny.gradients(model, loss)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         with patch(wrapped, backend="reference", factors=True), products(monkeypatch) as made:
             torch.manual_seed(7)
             again = wrapped(**batch).loss
-            found = gradients(model, again)
+            found = tiny.gradients(model, again)
         assert len(made) == 3
     finally:
         torch.distributed.destroy_process_group()
@@ -477,11 +476,11 @@ def test_a_compiled_model_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     model, batch = tiny.build("eomt"), tiny.batch_for("eomt")
     with patch(model, backend="reference", factors=True):
         torch.manual_seed(7)
-        expected = gradients(model, model(**batch).loss)
+        expected = tiny.gradients(model, model(**batch).loss)
         torch.compiler.reset()
         compiled = torch.compile(model, backend="eager")
         torch.manual_seed(7)
-        found = gradients(model, compiled(**batch).loss)
+        found = tiny.gradients(model, compiled(**batch).loss)
     torch.compiler.reset()
     for name, gradient in expected.items():
         assert float((found[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-6, name
