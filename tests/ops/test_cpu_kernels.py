@@ -414,3 +414,25 @@ def test_positions_as_integers_are_those_in_double_precision() -> None:
         assert (places == others).all()
         assert (fx == gx).all()
         assert (fy == gy).all()
+
+
+@pytest.mark.parametrize("advised", [True, False])
+def test_gradients_in_pages_of_their_own(monkeypatch: pytest.MonkeyPatch, advised: bool) -> None:
+    """Large and sparse: planes that begin within a page, the last one among them, with and without the system's help."""
+    if not advised:
+        monkeypatch.setattr(cpu, "_madvise", lambda: 0)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 40, 167, 173, generator=generator)
+    assert cpu._own_pages(logits.shape, logits.dtype)
+    targets = MaskTargets.from_masks(torch.rand(3, 100, 90, generator=generator) < 0.4)
+    index = torch.tensor([[0, 0, query, target] for target, query in enumerate((0, 17, 39))])
+    inputs = ([logits], index, [3], targets.tensors, "bits", torch.tensor([0]), torch.tensor(5), None)
+    inputs = (*inputs, 200, 600, 150, "zeros", "bilinear", -1.0, -1.0)  # type: ignore[assignment]
+    ones = torch.ones(3)
+    found, expected = (
+        backend.mask_loss_backward(ones, ones, *backend.mask_loss(*inputs)[2:], [True], *inputs)[0]
+        for backend in (cpu, reference)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert found[0, [0, 17, 39]].count_nonzero() > 300
+    assert not found[0, [1, 16, 18, 38]].any()

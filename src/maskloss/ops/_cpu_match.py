@@ -16,7 +16,21 @@ from maskloss._frames import COUNT, FIRST
 
 from ._cpu_loss import power, sigmoid_softplus
 from ._cpu_random import U32, draw_bits, instance_key, points_of_bits
-from ._cpu_sampling import BORDER, WIDTH, gather, locate, read_rows
+from ._cpu_sampling import (
+    ADDRESS,
+    BORDER,
+    DTYPE,
+    HEIGHT,
+    STRIDE_B,
+    STRIDE_Q,
+    STRIDE_X,
+    STRIDE_Y,
+    WIDTH,
+    gather_ahead,
+    item_bytes,
+    locate,
+    read_rows,
+)
 from ._cpu_targets import IGNORED, list_inside, mark_ignored, read_targets
 from ._cpu_threads import helper, kernel, take
 
@@ -162,12 +176,29 @@ def place_points(counter, items, values, coordinates, integers, points, bands, s
 def _sample_plane(source, b, q, rows, index, fx, fy, bands, buffer, z):
     """Logits at sorted points: a band of rows at a time is copied to a small buffer and read there."""
     pitch = source[WIDTH] + 2 * BORDER
+    plane = source[ADDRESS] + (b * source[STRIDE_B] + q * source[STRIDE_Q]) * item_bytes(source[DTYPE])
     for band in range(bands.shape[0] - 1):
         first, last = bands[band], bands[band + 1]
         if first < last:
             top = rows[band, 0]
             read_rows(source, b, q, top, top + rows[band, 1] + 1, buffer)
-            gather(buffer, pitch, index[first:last], fx[first:last], fy[first:last], last - first, z[first:last])
+            address, size = source[ADDRESS], 0
+            if band + 2 < bands.shape[0] and source[STRIDE_X] == 1 and source[STRIDE_Y] == source[WIDTH]:
+                # Memory is the bound: the rows of the next band are on their way while this one is computed.
+                row = source[WIDTH] * item_bytes(source[DTYPE])
+                below = min(rows[band + 1, 0] + rows[band + 1, 1] + 1, source[HEIGHT])
+                address, size = plane + (top + rows[band, 1]) * row, max(below - top - rows[band, 1], 0) * row
+            gather_ahead(
+                buffer,
+                pitch,
+                index[first:last],
+                fx[first:last],
+                fy[first:last],
+                last - first,
+                z[first:last],
+                address,
+                size,
+            )
 
 
 @helper(fastmath={"contract", "reassoc", "nsz"})

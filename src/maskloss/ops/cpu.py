@@ -6,9 +6,12 @@ serves every element type, memory layout and number of layers.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -90,11 +93,15 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype, sparse: bool = False) -> Te
     NumPy asks for huge pages, 2 MB each. They are right where most of the memory will be written; where only some
     planes will be (`sparse`), each write would clear the planes around it too, so these get ordinary pages.
     """
-    nbytes = math.prod(shape) * dtype.itemsize
-    if not sparse or nbytes < _HUGE or not hasattr(mmap, "MAP_PRIVATE"):
+    if not sparse or not _own_pages(shape, dtype):
         return torch.from_numpy(np.zeros(tuple(shape), _STORAGE[dtype])).view(dtype)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+
+
+def _own_pages(shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether a sparse gradient gets pages of its own."""
+    return math.prod(shape) * dtype.itemsize >= _HUGE and hasattr(mmap, "MAP_PRIVATE")
 
 
 def _groups(keys: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -272,9 +279,10 @@ def mask_loss_backward(
 ) -> list[Tensor]:
     """Dense gradients of the logits; an empty tensor for each layer that needs none."""
     dtypes = _dtypes(logits[0], points)
+    sparse = [2 * count < layer.shape[0] * layer.shape[1] for layer, count in zip(logits, layer_sizes, strict=True)]
     grads = [
-        _zeros(layer.shape if need else (0,), layer.dtype, sparse=2 * count < layer.shape[0] * layer.shape[1])
-        for layer, need, count in zip(logits, needs_grad, layer_sizes, strict=True)
+        _zeros(layer.shape if need else (0,), layer.dtype, sparse=few)
+        for layer, need, few in zip(logits, needs_grad, sparse, strict=True)
     ]
     if not any(needs_grad):
         return grads
@@ -313,7 +321,7 @@ def mask_loss_backward(
         values,
         order,
         starts,
-        _describe([g if need else layer for g, layer, need in zip(grads, logits, needs_grad, strict=True)]),
+        _describe_gradients(grads, logits, needs_grad, sparse),
     )
     sizes = (
         2 * BLOCK + 6 * num_points + 2 * _largest(logits),
@@ -323,6 +331,27 @@ def mask_loss_backward(
     launch(instances.mask_loss_backward, len(starts) - 1, dtypes, sizes, args)
     del kept
     return grads
+
+
+def _describe_gradients(
+    grads: Sequence[Tensor], logits: Sequence[Tensor], needs_grad: Sequence[bool], sparse: Sequence[bool]
+) -> NDArray[np.int64]:
+    """As `_describe`, with the column MADVISE: planes in ordinary pages get theirs all at once."""
+    table = _describe([grad if need else layer for grad, layer, need in zip(grads, logits, needs_grad, strict=True)])
+    fresh = [
+        _madvise() if few and need and _own_pages(grad.shape, grad.dtype) else 0
+        for grad, need, few in zip(grads, needs_grad, sparse, strict=True)
+    ]
+    return np.column_stack([table, np.array(fresh, np.int64)])
+
+
+@cache
+def _madvise() -> int:
+    """Where the C library's `madvise` is; 0 on systems without the advice that is wanted."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def match_cost(
