@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskloss.ops import cpu, reference
 from maskloss.ops.abi import IGNORED, INDEX_COLUMNS, Term
+from maskloss.ops.cpu import arguments
 from maskloss.ops.cpu import sampling as cpu_sampling
 from maskloss.ops.cpu.choose import threshold
 from maskloss.targets import MaskTargets
@@ -361,3 +362,22 @@ def test_positions_as_integers_are_those_in_double_precision() -> None:
         assert (places == others).all()
         assert (fx == gx).all()
         assert (fy == gy).all()
+
+
+@pytest.mark.parametrize("advised", [True, False])
+def test_gradients_in_pages_of_their_own(monkeypatch: pytest.MonkeyPatch, advised: bool) -> None:
+    """Large and sparse: planes that begin within a page, the last one too, with and without the system's help."""
+    if not advised:
+        monkeypatch.setattr(arguments, "_madvise", lambda: 0)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 40, 167, 173, generator=generator)
+    assert arguments._own_pages(logits.shape, logits.dtype)
+    targets = MaskTargets.from_masks(torch.rand(3, 100, 90, generator=generator) < 0.4)
+    index = torch.tensor([[0, 0, query, target] for target, query in enumerate((0, 17, 39))])
+    batch, sampling = Batch([logits], index, [3], targets, torch.tensor([0]), torch.tensor(5)), (200, 600, 150)
+    found, expected = (
+        batch.gradients(backend, batch.loss(backend, sampling), sampling)[0] for backend in (cpu, reference)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert found[0, [0, 17, 39]].count_nonzero() > 300
+    assert not found[0, [1, 16, 18, 38]].any()

@@ -34,6 +34,7 @@ from .arguments import (
     array_of,
     corner_arrays,
     describe,
+    describe_gradients,
     dtypes_of,
     given_rows,
     groups,
@@ -159,15 +160,18 @@ def mask_loss_backward(
 ) -> list[Tensor]:
     """Dense gradients of the logits; an empty tensor for each layer that needs none."""
     logits = instances.logits
+    sizes = instances.layer_sizes
+    sparse = [2 * count < layer.shape[0] * layer.shape[1] for layer, count in zip(logits, sizes, strict=True)]
     found = [
-        zeros(layer.shape if need else (0,), layer.dtype, sparse=2 * count < layer.shape[0] * layer.shape[1])
-        for layer, need, count in zip(logits, needs_grad, instances.layer_sizes, strict=True)
+        zeros(layer.shape if need else (0,), layer.dtype, sparse=few)
+        for layer, need, few in zip(logits, needs_grad, sparse, strict=True)
     ]
     if any(needs_grad):
         kept = Kept(*saved, grads.ce.new_empty(0, draw.num_points))
         written = [g if need else layer for g, layer, need in zip(found, logits, needs_grad, strict=True)]
         planes = _by_plane(array_of(instances.rows), logits[0], needs_grad)
-        _backward(grads, kept, instances, targets, draw, term, points, planes, written)
+        fresh = [few and need for few, need in zip(sparse, needs_grad, strict=True)]
+        _backward(grads, kept, instances, targets, draw, term, points, planes, describe_gradients(written, fresh))
     return found
 
 
@@ -183,7 +187,8 @@ def plane_gradients(
     """Overwrite the planes of instances, each of which has one of its own, with their gradients."""
     count = len(instances.rows)
     planes = np.arange(count), np.arange(count + 1)
-    _backward(grads, kept, instances, targets, draw, term, points, planes, instances.logits)
+    written = describe_gradients(instances.logits, [False] * len(instances.logits))
+    _backward(grads, kept, instances, targets, draw, term, points, planes, written)
 
 
 def _backward(
@@ -195,7 +200,7 @@ def _backward(
     term: Term,
     points: Tensor | None,
     planes: tuple[NDArray[np.int64], NDArray[np.int64]],
-    written: Sequence[Tensor],
+    written: NDArray[np.int64],
 ) -> None:
     """Write the gradients of planes; `planes` are the instances in their order, and where each plane starts."""
     logits = instances.logits
@@ -205,7 +210,7 @@ def _backward(
     kind = "values" if targets.encoding == "values" else "codes"
     corners = corners._replace(**{kind: array_of(kept.corners)})
     args = (describe(logits), array_of(targets.table), *shared, array_of(grads.ce), array_of(grads.dice))
-    args += (array_of(kept.chosen), *corners, array_of(kept.logits), *planes, describe(written))
+    args += (array_of(kept.chosen), *corners, array_of(kept.logits), *planes, written)
     sizes = (
         2 * BLOCK + 6 * numbers.points + 2 * largest(logits),
         POINT_ROWS * BLOCK,

@@ -5,9 +5,12 @@ One compiled kernel then serves every element type, memory layout and number of 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,11 +93,33 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, sparse: bool = False) -> Ten
     NumPy asks for huge pages, 2 MB each. They are right where most of the memory will be written; where only some
     planes will be (`sparse`), each write would clear the planes around it too, so these get ordinary pages.
     """
-    nbytes = math.prod(shape) * dtype.itemsize
-    if not sparse or nbytes < _HUGE or not hasattr(mmap, "MAP_PRIVATE"):
+    if not sparse or not _own_pages(shape, dtype):
         return torch.from_numpy(np.zeros(tuple(shape), _STORAGE[dtype])).view(dtype)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+
+
+def _own_pages(shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether a sparse gradient gets pages of its own."""
+    return math.prod(shape) * dtype.itemsize >= _HUGE and hasattr(mmap, "MAP_PRIVATE")
+
+
+def describe_gradients(tensors: Sequence[Tensor], sparse: Sequence[bool]) -> NDArray[np.int64]:
+    """As `describe`, with the column MADVISE: planes in ordinary pages of their own get these all at once."""
+    fresh = [
+        _madvise() if few and _own_pages(grad.shape, grad.dtype) else 0
+        for grad, few in zip(tensors, sparse, strict=True)
+    ]
+    return np.column_stack([describe(tensors), np.array(fresh, np.int64)])
+
+
+@cache
+def _madvise() -> int:
+    """Where the C library's `madvise` is; 0 on systems without the advice that is wanted."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def groups(keys: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -16,7 +16,21 @@ from maskloss.ops.abi import ALL_TARGETS, COUNT, FIRST, IGNORED, MATCHER, X, Y
 
 from .generator import counter_of, draw_bits, instance_key, points_of_bits
 from .losses import power, sigmoid_softplus
-from .sampling import BORDER, WIDTH, gather, locate, read_rows
+from .sampling import (
+    ADDRESS,
+    BORDER,
+    DTYPE,
+    HEIGHT,
+    STRIDE_B,
+    STRIDE_Q,
+    STRIDE_X,
+    STRIDE_Y,
+    WIDTH,
+    gather_ahead,
+    item_bytes,
+    locate,
+    read_rows,
+)
 from .targets import list_inside, mark_ignored, read_targets
 from .threads import helper, kernel, take
 
@@ -163,12 +177,22 @@ def place_points(counter, items, _values, _coordinates, _integers, points, bands
 def _sample_plane(source, b, q, rows, index, fx, fy, bands, buffer, z):
     """Logits at sorted points: a band of rows at a time is copied to a small buffer and read there."""
     pitch = source[WIDTH] + 2 * BORDER
+    plane = source[ADDRESS] + (b * source[STRIDE_B] + q * source[STRIDE_Q]) * item_bytes(source[DTYPE])
     for band in range(bands.shape[0] - 1):
         first, last = bands[band], bands[band + 1]
         if first < last:
-            top = rows[band, TOP_ROW]
-            read_rows(source, b, q, top, top + rows[band, ROWS] + 1, buffer)
-            gather(buffer, pitch, index[first:last], fx[first:last], fy[first:last], last - first, z[first:last])
+            top, count = rows[band, TOP_ROW], rows[band, ROWS]
+            read_rows(source, b, q, top, top + count + 1, buffer)
+            address, size = source[ADDRESS], 0
+            if band + 2 < bands.shape[0] and source[STRIDE_X] == 1 and source[STRIDE_Y] == source[WIDTH]:
+                # Memory is the bound: the rows of the next band are on their way while this one is computed.
+                row = source[WIDTH] * item_bytes(source[DTYPE])
+                below = min(rows[band + 1, TOP_ROW] + rows[band + 1, ROWS] + 1, source[HEIGHT])
+                address, size = plane + (top + count) * row, max(below - top - count, 0) * row
+            gather_ahead(
+                buffer, pitch, index[first:last], fx[first:last], fy[first:last], last - first, z[first:last],
+                address, size,
+            )  # fmt: skip
 
 
 @helper(fastmath={"contract", "reassoc", "nsz"})

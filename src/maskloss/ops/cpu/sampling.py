@@ -13,11 +13,13 @@ from numba.extending import intrinsic
 
 from maskloss.ops.abi import BF16, F32, F64, X, Y
 
-from .threads import at, helper
+from .threads import at, call_madvise, helper, prefetch
 
 # Columns of the table that describes a tensor `[B, Q, h, w]`: address, element type, h, w, and strides in elements.
 ADDRESS, DTYPE, HEIGHT, WIDTH, STRIDE_B, STRIDE_Q, STRIDE_Y, STRIDE_X = range(8)
 SOURCE_COLUMNS = 8
+# A table of gradients has one more: where `madvise` is, if planes lie in fresh ordinary pages.
+MADVISE = 8
 # A buffer holds pixel (y, x) of a plane at row y + 2 and column x + 2; the rest is zero. A point that lies off the map
 # reads zeros there, so that the inner loops have no branch.
 BORDER = 2
@@ -35,6 +37,9 @@ class Given(NamedTuple):
 
 
 _I32 = np.int32
+# Linux: have the pages of a range made at once, instead of one by one at the first write to each.
+_POPULATE_WRITE = _I32(23)
+_PAGE = 4096
 _UNIT = np.float32(2.0**-24)
 # Larger maps than this overflow the integers of `locate_bits`.
 BITS_LIMIT = 1 << 18
@@ -128,7 +133,7 @@ def read_rows(source, b, q, first, last, buffer):
     """
     width = source[WIDTH]
     pitch = width + 2 * BORDER
-    item = _item_bytes(source[DTYPE])
+    item = item_bytes(source[DTYPE])
     plane = source[ADDRESS] + (b * source[STRIDE_B] + q * source[STRIDE_Q]) * item
     for y in range(first, last):
         start = (y - first) * pitch + BORDER
@@ -140,7 +145,8 @@ def read_rows(source, b, q, first, last, buffer):
 
 
 @helper(forceinline=True)
-def _item_bytes(dtype):
+def item_bytes(dtype):
+    """Size of an element."""
     return 8 if dtype == F64 else (4 if dtype == F32 else 2)
 
 
@@ -161,7 +167,12 @@ def write_plane(buffer, target, b, q):
     """Write the inner part of a buffer to a contiguous plane, rounded to its element type."""
     width = target[WIDTH]
     dtype = target[DTYPE]
-    plane = target[ADDRESS] + (b * target[STRIDE_B] + q * target[STRIDE_Q]) * _item_bytes(dtype)
+    plane = target[ADDRESS] + (b * target[STRIDE_B] + q * target[STRIDE_Q]) * item_bytes(dtype)
+    if target.shape[0] > MADVISE and target[MADVISE] != 0:
+        # A hint: an older kernel refuses it, and the pages come one by one.
+        start = plane // _PAGE * _PAGE
+        end = plane + target[HEIGHT] * width * item_bytes(dtype)
+        call_madvise(target[MADVISE], start, end - start, _POPULATE_WRITE)
     for y in range(target[HEIGHT]):
         start = (y + BORDER) * (width + 2 * BORDER) + BORDER
         row = buffer[start : start + width]
@@ -355,6 +366,23 @@ def gather(buffer, pitch, index, fx, fy, n, z):
     whole = n - n % 8
     for i in range(0, whole, 8):
         _bilinear(buffer, below, index, fx, fy, z, np.uintp(i), 8)
+    for i in range(whole, n):
+        _bilinear(buffer, below, index, fx, fy, z, np.uintp(i), 1)
+
+
+@helper()
+def gather_ahead(buffer, pitch, index, fx, fy, n, z, address, size):
+    """As `gather`; meanwhile `size` bytes from an address on are brought into the cache, a little at a time."""
+    below = np.uintp(pitch)
+    whole = n - n % 8
+    share = (size * 8 // max(whole, 8) + 63) // 64 * 64
+    end = address + size
+    for i in range(0, whole, 8):
+        _bilinear(buffer, below, index, fx, fy, z, np.uintp(i), 8)
+        stop = min(address + share, end)
+        while address < stop:
+            prefetch(address)
+            address += 64
     for i in range(whole, n):
         _bilinear(buffer, below, index, fx, fy, z, np.uintp(i), 1)
 

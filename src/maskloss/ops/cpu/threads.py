@@ -248,6 +248,33 @@ def _pointer(typingctx: Any, address: Any) -> Any:
     return types.voidptr(address), codegen
 
 
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, for reading; nothing waits for it, and it never faults."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, word, word, word])
+        hint = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
+        builder.call(hint, [builder.inttoptr(args[0], cgutils.voidptr_t), word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(address), codegen
+
+
+@intrinsic
+def call_madvise(typingctx: Any, function: Any, address: Any, size: Any, advice: Any) -> Any:
+    """`madvise(address, size, advice)` of the C library, whose own address is `function`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        kind = ir.FunctionType(word, [cgutils.voidptr_t, ir.IntType(64), word])
+        where = builder.inttoptr(args[0], kind.as_pointer())
+        return builder.call(where, [builder.inttoptr(args[1], cgutils.voidptr_t), args[2], args[3]])
+
+    return types.int32(types.int64, types.int64, types.int64, types.int32), codegen
+
+
 @helper(forceinline=True)
 def at(address, size, dtype):
     """The memory at `address` as an array of `size` elements.
