@@ -99,10 +99,9 @@ class FlatProduct:
     embeddings: Embeddings
     features: Tensor
 
-    def view(self, batch: int, queries: int, height: int, width: int) -> LayerFactors:
-        """Say it."""
-        channels = self.features.shape[1]
-        return LayerFactors.of(self.embeddings, self.features.view(batch, channels, height, width))
+    def view(self, *shape: int) -> LayerFactors:
+        """Say it: `[B, Q, h, w]`."""
+        return LayerFactors.of(self.embeddings, self.features.unflatten(2, shape[2:]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
