@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import re
 from collections.abc import Iterator
@@ -25,6 +26,12 @@ from support.forced import answered, recorded
 pytest.importorskip("transformers")
 
 FAMILIES = ("mask2former", "oneformer", "eomt", "eomt_dinov3", "rf_detr")
+
+# The first versions that can be patched compute the masks of Mask2Former channel by channel.
+pytestmark = pytest.mark.skipif(
+    "einsum" not in inspect.getsource(tiny.model_class("mask2former", "Mask2FormerMaskPredictor").forward),
+    reason="this Transformers does not compute masks as one product",
+)
 LAYERS = {"mask2former": 3, "oneformer": 3, "eomt": 3, "eomt_dinov3": 3, "rf_detr": 3}
 FINAL = {"rf_detr": "pred_masks"}
 TOLERANCE = 1e-4
@@ -289,6 +296,27 @@ def test_a_family_whose_masks_cannot_stay_factors_says_so() -> None:
         patch(model, factors="yes")  # type: ignore[arg-type]
 
 
+def test_a_model_that_does_not_multiply_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny.build("mask2former"), tiny.batch_for("mask2former")
+    predictor = model.model.transformer_module.decoder.mask_predictor
+
+    def by_channel(outputs: Tensor, pixels: Tensor, attention_mask_target_size: Any = None) -> Any:
+        embeddings = predictor.mask_embedder(outputs.transpose(0, 1))
+        masks = sum(embeddings[..., c, None, None] * pixels[:, None, c] for c in range(pixels.shape[1]))
+        resized = torch.nn.functional.interpolate(masks, size=attention_mask_target_size, mode="bilinear")
+        return masks, resized.flatten(2).repeat(1, predictor.num_heads, 1).flatten(0, 1).unflatten(0, (-1, 6)) < 0
+
+    predictor.forward = by_channel
+    with (
+        patch(model, backend="reference", factors=True),
+        pytest.raises(
+            MaskLossError, match=r"Mask2Former\w+ of this version of Transformers computes them in another way"
+        ),
+    ):
+        model(**batch)
+    assert not forward_pass._PASSES.of
+
+
 # ----------------------------------------------------------------------------------------------- the state of one pass
 
 
@@ -471,6 +499,8 @@ def test_while_code_is_compiled_masks_are_dense(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
+# Dynamo looks at the .grad of tensors that have none, and warns of that.
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_a_compiled_model_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maskloss.integrations._layers.draw_seed", lambda: torch.tensor(5))
     model, batch = tiny.build("eomt"), tiny.batch_for("eomt")

@@ -43,11 +43,13 @@ class SharedWork:
     """What the layers of one forward pass share.
 
     Attributes:
-        layers: how many products of the mask head there have been.
+        handed: how many embeddings the mask head has handed over.
+        layers: how many of their products there have been.
         rounded: the features in the dtype of autocast; with a graph.
         resized: the features at the sizes of the attention masks; without a graph.
     """
 
+    handed: int = 0
     layers: int = 0
     rounded: Derived = field(default_factory=Derived)
     resized: Derived = field(default_factory=Derived)
@@ -73,6 +75,7 @@ class Embeddings(Tensor):
         """Make embeddings that wait for their features."""
         waiting = plain.as_subclass(Embeddings)
         waiting.plain, waiting.shared = plain, shared
+        shared.handed += 1
         return waiting
 
     @classmethod
@@ -96,10 +99,9 @@ class FlatProduct:
     embeddings: Embeddings
     features: Tensor
 
-    def view(self, batch: int, _queries: int, height: int, width: int) -> LayerFactors:
-        """Say it."""
-        channels = self.features.shape[1]
-        return LayerFactors.of(self.embeddings, self.features.view(batch, channels, height, width))
+    def view(self, *shape: int) -> LayerFactors:
+        """Say it: `[B, Q, h, w]`."""
+        return LayerFactors.of(self.embeddings, self.features.unflatten(2, shape[2:]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

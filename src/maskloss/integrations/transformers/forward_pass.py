@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from maskloss.errors import Cause, reported
 from maskloss.integrations._targets import pack_masks
 from maskloss.integrations.transformers.factors import Embeddings, SharedWork, with_final_masks
 from maskloss.targets import MaskTargets
@@ -121,7 +122,20 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 def _end(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
     closed = None if torch.compiler.is_compiling() else _close(model)
-    return None if closed is None or not closed.shared.layers else with_final_masks(output, closed.shared)
+    if closed is None or output is None or not closed.shared.handed:
+        return None
+    if not closed.shared.layers:
+        _refuse(model)
+    return with_final_masks(output, closed.shared)
+
+
+@reported("patch")
+def _refuse(model: nn.Module) -> None:
+    raise Cause(
+        "with factors=True the model must compute its masks as one product",
+        f"the {type(model).__name__} of this version of Transformers computes them in another way",
+        "update Transformers, or patch without factors",
+    )
 
 
 def _hand_over(head: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
