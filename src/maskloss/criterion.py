@@ -215,6 +215,12 @@ class MaskCriterion(nn.Module):
         weights = f"class_weight={self.class_weight}, no_object_weight={self.no_object_weight}"
         return f"num_classes={self.num_classes}, {weights}"
 
+    def describe(self, *, lang: str = "en", format: str = "text") -> str:  # noqa: A002
+        """Write the paragraph that describes this in a paper; see `methods.describe`."""
+        from maskloss import methods
+
+        return methods.describe(self, lang=lang, format=format)
+
 
 def _check_totals(totals: StepTotals | None) -> None:
     if totals is None:

@@ -1,0 +1,7 @@
+"""stub"""
+
+DESCRIPTION = ""
+
+
+def add_arguments(p): ...
+def main(o): ...
