@@ -350,7 +350,8 @@ def _masks(content: Any, path: Path) -> Tensor:
     truth: Tensor = torch.as_tensor(content)
     if truth.ndim == 2 and not truth.is_floating_point():
         ids = truth.unique()
-        return truth == ids[ids != 0][:, None, None]
+        found: Tensor = truth == ids[ids != 0][:, None, None]
+        return found
     if truth.ndim != 3:
         raise Cause(
             "the truth must be masks [T, H, W] or a label map [H, W]", f"{path} holds {describe(truth)}", "see --target"

@@ -134,7 +134,7 @@ def inspect_points(
     per_point = _per_point(z, t, loss) * weight
     ce = per_point.sum(1) / weight.sum(1).clamp(min=1)
     dice = functional.mask_dice(z, t, weight)
-    candidate_z = read(logits, candidates)
+    candidate_z = read(logits, candidates) if candidates.shape[1] else candidates[..., 0]
     return [
         Inspection(
             logits=logits[n],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from maskloss._palette import GRAY, INK, LOSS, ORANGE, PALE, SOFT, TEAL
+from maskloss._palette import CONFIDENCE, GRAY, INK, LOSS, ORANGE, PALE, SOFT, TEAL
 from maskloss.errors import require
 from maskloss.plots.canvas import color_map, draw_confidence, frame, new_figure, outline
 from maskloss.plots.inspection import Inspection, spread
@@ -92,7 +92,15 @@ def draw_point_losses(axes: Axes, found: Inspection, *, size: float | None = Non
     order = order[counts[order]]
     where, value = found.points[order].cpu(), found.loss[order].cpu()
     drawn = axes.scatter(
-        where[:, 0], where[:, 1], s=size, c=value, cmap=color_map("loss", LOSS), vmin=0, linewidths=0, zorder=3
+        where[:, 0],
+        where[:, 1],
+        s=size,
+        c=value,
+        cmap=color_map("loss", LOSS),
+        vmin=0,
+        linewidths=0,
+        zorder=3,
+        rasterized=_many(where),
     )
     ignored = found.points[~counts].cpu()
     axes.scatter(ignored[:, 0], ignored[:, 1], s=2 * size, color=SOFT, marker="x", linewidths=0.6, zorder=2.8)
@@ -209,7 +217,7 @@ def draw_costs(
     shown = matrix[rows].numpy()
     finite = shown[np.isfinite(shown)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    colors = color_map("cost", ("#0b7285", "#66c2d1", "#e3f4f7", "#ffffff"))
+    colors = color_map("cost", CONFIDENCE[::-1])
     axes.imshow(shown, cmap=colors, vmin=low, vmax=high if high > low else low + 1, aspect="auto")
     dark = low + 0.3 * (high - low)
     if len(rows) * shown.shape[1] <= 120:
@@ -281,7 +289,14 @@ def points_figure(
 
 def _scatter(axes: Axes, points: Tensor, size: float, color: str, alpha: float = 1.0) -> None:
     where = points.detach().cpu().numpy()
-    axes.scatter(where[:, 0], where[:, 1], s=size, color=color, alpha=alpha, linewidths=0, zorder=3)
+    axes.scatter(
+        where[:, 0], where[:, 1], s=size, color=color, alpha=alpha, linewidths=0, zorder=3, rasterized=_many(points)
+    )
+
+
+def _many(points: Tensor) -> bool:
+    """Tell whether so many points are better drawn as pixels in a file that is made of lines."""
+    return len(points) > 3000
 
 
 def _bare(axes: Axes) -> None:
