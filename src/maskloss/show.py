@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -331,6 +332,12 @@ def _read(path: Path) -> Any:
         if path.suffix in {".pt", ".pth"}:
             return torch.load(path, map_location="cpu", weights_only=True)
         return torch.from_numpy(np.array(require("PIL.Image", "plots").open(path)))
+    except pickle.UnpicklingError:
+        raise Cause(
+            "a file must hold nothing but tensors",
+            f"{path} holds other objects",
+            "torch.save a tensor, or a dict of them",
+        ) from None
     except (OSError, ValueError, TypeError, RuntimeError, EOFError) as error:
         raise Cause(
             "every file must hold an array, tensors or an image", f"{path}: {error}", ".npy, .pt or .png"

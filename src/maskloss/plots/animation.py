@@ -84,14 +84,26 @@ def animate_points(
     milliseconds = [round(1000 * seconds)] * (len(frames) - 1) + [round(5000 * seconds)]
     common: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}
     if path.suffix == ".gif":
-        # One palette for all, or the colors would flicker.
-        palette = frames[-1].quantize(128)
+        palette = _palette_of(images, frames)
         frames = [each.quantize(palette=palette, dither=images.Dither.NONE) for each in frames]
         frames[0].save(path, **{**common, "append_images": frames[1:]}, optimize=True)
     else:
         kind = "WEBP" if path.suffix == ".webp" else "PNG"
         frames[0].save(path, format=kind, **common)
     return path
+
+
+def _palette_of(images: Any, frames: Sequence[Any]) -> Any:
+    """Choose 128 colors for all pictures together, or they would flicker; white stays white."""
+    width, height = frames[0].size
+    strip = images.new("RGB", (width, height * len(frames)))
+    for place, each in enumerate(frames):
+        strip.paste(each, (0, place * height))
+    palette = strip.quantize(128)
+    colors = np.array(palette.getpalette()).reshape(-1, 3)
+    colors[colors.sum(1).argmax()] = 255
+    palette.putpalette(colors.flatten().tolist())
+    return palette
 
 
 def _picture(images: Any, shot: Frame, last: int, shown: Sequence[int], targets: Tensor | None, dpi: int) -> Any:
