@@ -19,12 +19,26 @@ if TYPE_CHECKING:
 
 
 def rgb(color: str) -> np.ndarray[Any, Any]:
-    """Return a color as three numbers in [0, 1]."""
+    """Return a color as three numbers in [0, 1].
+
+    Args:
+        color: a name of matplotlib's, or "#rrggbb".
+
+    Returns:
+        float64 `[3]`.
+    """
     return np.array(require("matplotlib.colors", "plots").to_rgb(color))
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure in the style of these pictures; sizes in inches.
+    """Make an empty figure in the style of these pictures, which no window shows.
+
+    Args:
+        width: in inches.
+        height: in inches.
+
+    Returns:
+        A matplotlib figure with a constrained layout; `figure.subplots(...)` makes axes, `figure.savefig` writes it.
 
     Raises:
         MissingExtraError: matplotlib is not installed (extra `plots`).
@@ -37,7 +51,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def draw_image(axes: Axes, image: Tensor) -> None:
-    """Draw an image `[3, h, w]` in [0, 1], every pixel sharp."""
+    """Draw an image, every pixel sharp.
+
+    Args:
+        axes: where to draw.
+        image: `[3, h, w]` in [0, 1].
+    """
     axes.imshow(image.cpu().permute(1, 2, 0).numpy(), extent=(0, 1, 1, 0), interpolation="nearest")
     frame(axes, image.shape[1] / image.shape[2])
 
@@ -75,14 +94,27 @@ def draw_instances(
 
 
 def frame(axes: Axes, aspect: float = 1.0) -> None:
-    """Show [0, 1]^2 with y downward, without ticks, in a thin frame; `aspect` is height over width."""
+    """Show [0, 1]^2 with y downward, without ticks, in a thin frame.
+
+    Args:
+        axes: what to frame.
+        aspect: height over width of the picture. Default 1.
+    """
     axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], aspect=aspect)
     for spine in axes.spines.values():
         spine.set(color=PALE, linewidth=0.8)
 
 
 def outline(axes: Axes, mask: Tensor, color: str, width: float, style: str) -> None:
-    """Draw where a mask crosses one half, in [0, 1]^2; a border of zeros closes outlines at the edge."""
+    """Draw where a mask crosses one half, in [0, 1]^2.
+
+    Args:
+        axes: where to draw.
+        mask: `[H, W]`, bool or float; beyond its edge it is 0, so that outlines are closed.
+        color: of the line.
+        width: of the line, in typographic points.
+        style: of the line: "-", "--" or another of matplotlib's.
+    """
     padded = torch.nn.functional.pad(mask.detach().float().cpu(), (1, 1, 1, 1)).numpy()
     if padded.max() <= 0.5:
         return
@@ -121,7 +153,13 @@ def color_map(name: str, colors: Sequence[str]) -> Colormap:
 
 
 def draw_confidence(axes: Axes, logits: Tensor, alpha: float = 0.55) -> None:
-    """Draw a prediction `[h, w]` as probabilities, from white to teal, every pixel sharp."""
+    """Draw a prediction as probabilities, from white to teal, every pixel sharp.
+
+    Args:
+        axes: where to draw.
+        logits: `[h, w]`, float.
+        alpha: opacity, in [0, 1]. Default 0.55, which leaves points to be seen.
+    """
     shown = logits.detach().float().sigmoid().cpu().numpy()
     colors = color_map("confidence", CONFIDENCE)
     axes.imshow(shown, cmap=colors, vmin=0, vmax=1, extent=(0, 1, 1, 0), interpolation="nearest", alpha=alpha)
