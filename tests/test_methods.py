@@ -271,7 +271,7 @@ def test_the_matcher_inherits_what_the_criterion_is_given():
         ("{", "must be JSON"),
         ('{"sampling": 5}', "sampling must be a mapping"),
         ('{"num_points": 0}', "num_points must be a positive integer"),
-        ('{"matcher": {"colour": 1}}', "unknown: colour"),
+        ('{"matcher": {"color": 1}}', "unknown: color"),
     ],
 )
 def test_files_that_do_not_work(capsys, tmp_path, content, message):

@@ -165,17 +165,17 @@ def draw_terms(axes: Axes, found: Inspection) -> None:
     axes.barh(1, dice, color=TEAL, height=0.52)
     widest = max(ce, dice) or 1.0
     share = by_uncertain / ce if ce else 0.0
-    kinds = f"{100 * share:.0f} % at uncertain points" if found.num_uncertain else ""
+    kinds = f"{100 * share:.0f} % of it at uncertain points" if found.num_uncertain else ""
     rows = (
         (0, "cross-entropy", found.ce, found.ce_weight, ce),
         (1, "Dice", found.dice, found.dice_weight, dice),
     )
-    axes.annotate(kinds, (0, -0.34), (84, 1), textcoords="offset points", fontsize=9, color=ORANGE, va="bottom")
+    axes.text(0, 0.31, kinds, fontsize=9, color=ORANGE, va="top")
     for row, name, value, weight, product in rows:
-        axes.text(0, row - 0.34, name, fontsize=9.5, fontweight="bold", color=INK, va="bottom")
+        axes.text(0, row - 0.31, name, fontsize=9.5, fontweight="bold", color=INK, va="bottom")
         axes.text(
             widest,
-            row - 0.34,
+            row - 0.31,
             f"{weight:g} × {value:.3f} = {product:.3f}",
             fontsize=9.5,
             color=INK,
@@ -224,7 +224,13 @@ def draw_costs(
         for (row, column), value in np.ndenumerate(shown):
             ink = "white" if value < dark else INK
             axes.text(
-                column, row, f"{round(float(value), 1) + 0.0:.1f}", ha="center", va="center", fontsize=8, color=ink
+                column,
+                row,
+                f"{round(float(value), 1) + 0.0:.1f}".replace("-", "−"),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=ink,
             )
     patches = require("matplotlib.patches", "plots")
     place = {query: row for row, query in enumerate(rows)}

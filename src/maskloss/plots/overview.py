@@ -71,7 +71,7 @@ def instance_figure(
         >>> figure = instance_figure(found, name="half")
         >>> figure.savefig("half.png")  # doctest: +SKIP
     """
-    figure = new_figure(14.6, 8.2)
+    figure = new_figure(14.6, 7.9)
     upper, lower = cast("Sequence[SubFigure]", figure.subfigures(2, 1, height_ratios=[1.32, 1]))
     panels = upper.subplots(1, 4)
     _first_panel(panels[0], found, image, name)
