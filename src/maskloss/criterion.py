@@ -312,6 +312,11 @@ class MaskCriterion(nn.Module):
             weights = like.new_ones(self.num_classes)
         return pad(weights, (0, 1), value=self.no_object_weight if no_object is None else no_object)
 
+    @property
+    def class_weights(self) -> Tensor | None:
+        """The weights of the classes, `[C]`; None where all weigh 1."""
+        return self._class_weights
+
     def _moved_class_weights(self, like: Tensor) -> Tensor | None:
         if self._class_weights is None:
             return None

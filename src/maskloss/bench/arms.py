@@ -14,7 +14,7 @@ from maskloss.bench.inputs import Inputs
 from maskloss.criterion import CriterionOutput
 from maskloss.errors import require
 
-ARMS = ("maskloss", "reference", "transformers")
+ARMS = ("maskloss", "factors", "reference", "transformers")
 # Those that are measured with both of OpenMP's ways of waiting; the better one is quoted.
 PEERS = ("transformers",)
 
@@ -46,12 +46,14 @@ class MasklossArm:
         case: the sizes of the step.
         device: where it runs.
         backend: "reference" for the plain PyTorch backend; None for the one that the device gets by default.
+        factors: take the masks of a head as factors; otherwise their product is formed first, as a part of the step.
     """
 
     takes_masks = True
 
-    def __init__(self, case: Case, device: torch.device, backend: str | None = None) -> None:
-        self.name = backend or "maskloss"
+    def __init__(self, case: Case, device: torch.device, backend: str | None = None, *, factors: bool = False) -> None:
+        self.name = "factors" if factors else backend or "maskloss"
+        self.factors = factors
         self._pack: Callable[..., MaskTargets] | None = None
         sampling = PointSampling(num_points=case.points)
         self.criterion = MaskCriterion(case.classes, sampling=sampling, backend=backend).to(device)
@@ -68,7 +70,8 @@ class MasklossArm:
         elif not isinstance(targets, MaskTargets):
             pairs = zip(targets, inputs.labels, strict=True)
             batch = [{"masks": masks, "labels": labels} for masks, labels in pairs]
-        return self.criterion(inputs.class_logits, inputs.mask_logits, batch, seed=seed)  # type: ignore[no-any-return]
+        logits = inputs.mask_logits if self.factors else inputs.dense()
+        return self.criterion(inputs.class_logits, logits, batch, seed=seed)  # type: ignore[no-any-return]
 
     def forward(self, inputs: Inputs, targets: MaskTargets | Sequence[Tensor], seed: int) -> Tensor:
         """Compute the weighted total."""
@@ -111,7 +114,7 @@ class TransformersArm:
 
     def terms(self, inputs: Inputs, targets: Sequence[Tensor]) -> dict[str, Tensor]:
         """Compute the unweighted terms of all layers."""
-        masks, classes = ([_full(each) for each in part] for part in (inputs.mask_logits, inputs.class_logits))
+        masks, classes = ([_full(each) for each in part] for part in (inputs.dense(), inputs.class_logits))
         earlier = [
             {"masks_queries_logits": mask, "class_queries_logits": label}
             for mask, label in zip(masks[:-1], classes[:-1], strict=True)
@@ -146,7 +149,7 @@ def make_arm(name: str, case: Case, device: torch.device) -> Arm:
     """Build an arm by its name, one of `ARMS`."""
     if name == "transformers":
         return TransformersArm(case, device)
-    return MasklossArm(case, device, "reference" if name == "reference" else None)
+    return MasklossArm(case, device, "reference" if name == "reference" else None, factors=name == "factors")
 
 
 def _wrap(timed: Timed, owner: Any, name: str, stage: str) -> None:

@@ -27,6 +27,7 @@ class Case:
         target_size: height and width of the targets.
         points: P, points per instance.
         extent: smallest and largest size of an instance: the square root of its area, as a share of the image's.
+        channels: D of the mask head, whose product is then a part of the step; 0: the step begins with the logits.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     target_size: Size
     points: int = PointSampling.num_points
     extent: tuple[float, float] = (0.03, 0.5)
+    channels: int = 0
 
     @property
     def instances(self) -> int:
@@ -70,6 +72,8 @@ class Case:
             "target_size": f"targets {self.target_size[0]} × {self.target_size[1]}",
         }
         grows = self.name.partition("=")[0].replace("-", "_") if "=" in self.name else ""
+        if self.channels:
+            numbers["channels"] = f"D={self.channels}"
         parts = [" ".join(text for field, text in numbers.items() if field != grows)]
         return ", ".join(parts + [text for field, text in sizes.items() if field != grows])
 
@@ -96,6 +100,11 @@ PRESETS = {
         Case("tiny", 1, 8, 3, 2, 4, (16, 16), (64, 64), points=128, extent=(0.1, 0.5)),
     )
 }
+
+# With the mask head: from embeddings and features to their gradients.
+for _name in ("coco", "crowded", "cityscapes"):
+    PRESETS[f"{_name}-head"] = replace(PRESETS[_name], name=f"{_name}-head", channels=256)
+PRESETS["tiny-head"] = replace(PRESETS["tiny"], name="tiny-head", channels=8)
 
 # One image of `coco`; with 400 queries, so that up to 400 targets can be matched, where the targets grow in number.
 _IMAGE = replace(PRESETS["coco"], batch=1)

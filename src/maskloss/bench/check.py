@@ -75,7 +75,7 @@ def compare(case: Case, inputs: Inputs, other: str, seed: int) -> Agreement:
     Args:
         case: the sizes.
         inputs: of that case; gradients are dropped.
-        other: "reference" or "transformers".
+        other: "reference", "factors" or "transformers".
         seed: of the random numbers.
 
     Returns:
@@ -86,8 +86,12 @@ def compare(case: Case, inputs: Inputs, other: str, seed: int) -> Agreement:
     if other == "transformers":
         theirs = _run_transformers(TransformersArm(case, device), inputs, _draws(case, matches, seed))
     else:
-        theirs = _run_maskloss(MasklossArm(case, device, other), inputs, seed)[0]
-    return _agreement(other, mine, theirs, len(inputs.mask_logits))
+        theirs = _run_maskloss(_own_arm(other, case, device), inputs, seed)[0]
+    return _agreement(other, mine, theirs, len(inputs.leaves))
+
+
+def _own_arm(name: str, case: Case, device: torch.device) -> MasklossArm:
+    return MasklossArm(case, device, "reference" if name == "reference" else None, factors=name == "factors")
 
 
 def _run_maskloss(arm: MasklossArm, inputs: Inputs, seed: int) -> tuple[_Step, Matches]:
@@ -157,7 +161,7 @@ def _values(terms: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _take_gradients(inputs: Inputs) -> list[Tensor]:
-    gradients = [logits.grad for logits in (*inputs.mask_logits, *inputs.class_logits)]
+    gradients = [logits.grad for logits in (*inputs.leaves, *inputs.class_logits)]
     inputs.drop_gradients()
     return [each for each in gradients if each is not None]
 

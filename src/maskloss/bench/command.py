@@ -65,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=list(ARMS),
         metavar="ARM",
-        help="maskloss; reference, its plain PyTorch backend; transformers, the loss of Hugging Face's Mask2Former "
-        "(default: maskloss and transformers, or reference where Transformers is not installed)",
+        help="maskloss; factors, maskloss with masks as factors (presets with a head only); reference, its plain "
+        "PyTorch backend; transformers, the loss of Hugging Face's Mask2Former (default: maskloss, factors and "
+        "transformers, or reference where Transformers is not installed)",
     )
     add("--stages", action="store_true", help="time the stages of the step as well")
     add("--steps", type=_positive, help="timed steps of each arm (default: 15; 5 with --scaling)")
@@ -148,7 +149,7 @@ def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     rival = "transformers" if find_spec("transformers") else "reference"
-    chosen = dict.fromkeys(arguments.arms or ("maskloss", rival))
+    chosen = dict.fromkeys(arguments.arms or ("maskloss", "factors", rival))
     usual = 3 if arguments.quick else 15 if arguments.scaling is None else 5
     return Settings(
         arms=tuple(arm for arm in ARMS if arm in chosen),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from maskloss.bench.cases import Case, Size
+from maskloss.factors import Layer, MaskFactors
 
 
 @dataclass
@@ -19,20 +20,31 @@ class Inputs:
 
     Attributes:
         class_logits: L tensors `[B, Q, C + 1]`.
-        mask_logits: L tensors `[B, Q, h, w]`.
+        mask_logits: L tensors `[B, Q, h, w]`, or factors of them that share their features.
         masks: B tensors bool `[T, H, W]`.
         labels: B tensors int64 `[T]`.
     """
 
     class_logits: list[Tensor]
-    mask_logits: list[Tensor]
+    mask_logits: list[Layer]
     masks: list[Tensor]
     labels: list[Tensor]
 
     @property
+    def leaves(self) -> list[Tensor]:
+        """What the masks are made of, and a gradient flows to: the logits, or embeddings and then the features."""
+        dense = [layer for layer in self.mask_logits if isinstance(layer, Tensor)]
+        factors = [layer for layer in self.mask_logits if isinstance(layer, MaskFactors)]
+        return [*dense, *(layer.embeddings for layer in factors), *(layer.features for layer in factors[:1])]
+
+    @property
     def logits(self) -> list[Tensor]:
         """All that a gradient flows to."""
-        return [*self.class_logits, *self.mask_logits]
+        return [*self.class_logits, *self.leaves]
+
+    def dense(self) -> list[Tensor]:
+        """Form the mask logits of all layers: where there is a head, this product is a part of the step."""
+        return [layer.dense() if isinstance(layer, MaskFactors) else layer for layer in self.mask_logits]
 
     def drop_gradients(self) -> None:
         """Set every gradient to None, as an optimiser does before a step."""
@@ -67,23 +79,61 @@ def make_inputs(case: Case, *, seed: int, dtype: torch.dtype, device: torch.devi
     masks = [_draw_masks(case, generator) for _ in range(case.batch)]
     labels = [torch.randint(case.classes, (case.targets,), generator=generator) for _ in range(case.batch)]
     owners = [_draw_owners(case, generator) for _ in range(case.batch)]
+    if case.channels:
+        mask_logits = _draw_factors(case, masks, owners, generator, dtype, device)
+        class_logits = [
+            _draw_classes(case, labels, owners, layer, generator).to(device, dtype) for layer in range(case.layers)
+        ]
+        return Inputs([each.requires_grad_() for each in class_logits], mask_logits, *_moved(masks, labels, device))
     known = torch.stack([_known(case, *pair) for pair in zip(masks, owners, strict=True)])
-    class_logits, mask_logits = [], []
+    class_logits: list[Tensor] = []
+    logits: list[Layer] = []
     for layer in range(case.layers):
-        quality = (layer + 1) / case.layers
-        logits = _noise(case, generator).add_(known, alpha=quality)
-        mask_logits.append(logits.to(device, dtype).requires_grad_())
-        classes = torch.randn(case.batch, case.queries, case.classes + 1, generator=generator)
-        for image, owner in enumerate(owners):
-            wanted = torch.cat([labels[image], torch.tensor([case.classes])])[owner]
-            classes[image, torch.arange(case.queries), wanted] += 3 * quality
+        drawn = _noise(case, generator).add_(known, alpha=(layer + 1) / case.layers)
+        logits.append(drawn.to(device, dtype).requires_grad_())
+        classes = _draw_classes(case, labels, owners, layer, generator)
         class_logits.append(classes.to(device, dtype).requires_grad_())
-    return Inputs(
-        class_logits,
-        mask_logits,
-        [each.to(device) for each in masks],
-        [each.to(device) for each in labels],
-    )
+    return Inputs(class_logits, logits, *_moved(masks, labels, device))
+
+
+def _moved(masks: list[Tensor], labels: list[Tensor], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    return [each.to(device) for each in masks], [each.to(device) for each in labels]
+
+
+def _draw_classes(
+    case: Case, labels: list[Tensor], owners: list[Tensor], layer: int, generator: torch.Generator
+) -> Tensor:
+    classes = torch.randn(case.batch, case.queries, case.classes + 1, generator=generator)
+    for image, owner in enumerate(owners):
+        wanted = torch.cat([labels[image], torch.tensor([case.classes])])[owner]
+        classes[image, torch.arange(case.queries), wanted] += 3 * (layer + 1) / case.layers
+    return classes
+
+
+def _draw_factors(
+    case: Case,
+    masks: list[Tensor],
+    owners: list[Tensor],
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Layer]:
+    """Draw embeddings and features whose products look like the logits of the other presets.
+
+    The first channels are what perfect predictions of the targets and of nothing look like; the embedding of a query
+    picks its target's. The others are noise, smooth and of each pixel, which every embedding mixes anew.
+    """
+    everyone = torch.arange(case.targets + 1)
+    known = torch.stack([_known(case, each, everyone) for each in masks])
+    noise = _noise(replace(case, queries=case.channels - case.targets - 1), generator)
+    features = torch.cat([known, noise], 1).to(device, dtype).requires_grad_()
+    layers: list[Layer] = []
+    for layer in range(case.layers):
+        picked = torch.nn.functional.one_hot(torch.stack(owners), case.targets + 1) * (layer + 1) / case.layers
+        mixed = torch.randn(case.batch, case.queries, noise.shape[1], generator=generator) / noise.shape[1] ** 0.5
+        embeddings = torch.cat([picked.float(), mixed], 2).to(device, dtype).requires_grad_()
+        layers.append(MaskFactors(embeddings, features))
+    return layers
 
 
 def _draw_masks(case: Case, generator: torch.Generator) -> Tensor:

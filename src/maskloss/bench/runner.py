@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -176,6 +176,9 @@ def run_case(case: Case, settings: Settings, say: Say) -> dict[str, Any]:
         machine is too small, there is a "failed" for the whole case and no arm.
     """
     report: dict[str, Any] = {"name": case.name, "sizes": case.as_dict(), "instances": case.instances, "arms": {}}
+    if not case.channels:
+        # Without a head there is nothing to factor.
+        settings = replace(settings, arms=tuple(arm for arm in settings.arms if arm != "factors"))
     refusal = _too_large(case, settings)
     if refusal is not None:
         return report | {"failed": refusal}

@@ -47,8 +47,9 @@ class Worker:
         memory of the step; scratch space that an implementation keeps from one step to the next does count.
         """
         self._start(case, device, dtype)
-        tiny = make_inputs(PRESETS["tiny"], seed=seed, dtype=self.dtype, device=self.device)
-        first = make_arm(arm, PRESETS["tiny"], self.device)
+        small = PRESETS["tiny-head" if self.case.channels else "tiny"]
+        tiny = make_inputs(small, seed=seed, dtype=self.dtype, device=self.device)
+        first = make_arm(arm, small, self.device)
         first.forward(tiny, first.prepare(tiny.masks), seed).backward()
         del first, tiny
         self.arm = make_arm(arm, self.case, self.device)
@@ -121,7 +122,8 @@ class Worker:
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
 
     def _backend(self, arm: str) -> str | None:
-        return {"maskloss": ops.choose_backend(self.device), "reference": "reference"}.get(arm)
+        chosen = ops.choose_backend(self.device)
+        return {"maskloss": chosen, "factors": chosen, "reference": "reference"}.get(arm)
 
     def _memory(self, seed: int) -> dict[str, Any]:
         """Measure the peaks, in bytes, of preparing targets and of the first step.
