@@ -80,19 +80,18 @@ def make_inputs(case: Case, *, seed: int, dtype: torch.dtype, device: torch.devi
     labels = [torch.randint(case.classes, (case.targets,), generator=generator) for _ in range(case.batch)]
     owners = [_draw_owners(case, generator) for _ in range(case.batch)]
     if case.channels:
-        mask_logits = _draw_factors(case, masks, owners, generator, dtype, device)
-        class_logits = [
-            _draw_classes(case, labels, owners, layer, generator).to(device, dtype) for layer in range(case.layers)
-        ]
-        return Inputs([each.requires_grad_() for each in class_logits], mask_logits, *_moved(masks, labels, device))
+        factors = _draw_factors(case, masks, owners, generator, dtype, device)
+        classes = [_draw_classes(case, labels, owners, layer, generator) for layer in range(case.layers)]
+        leaves = [each.to(device, dtype).requires_grad_() for each in classes]
+        return Inputs(leaves, factors, *_moved(masks, labels, device))
     known = torch.stack([_known(case, *pair) for pair in zip(masks, owners, strict=True)])
     class_logits: list[Tensor] = []
     logits: list[Layer] = []
     for layer in range(case.layers):
         drawn = _noise(case, generator).add_(known, alpha=(layer + 1) / case.layers)
         logits.append(drawn.to(device, dtype).requires_grad_())
-        classes = _draw_classes(case, labels, owners, layer, generator)
-        class_logits.append(classes.to(device, dtype).requires_grad_())
+        scores = _draw_classes(case, labels, owners, layer, generator)
+        class_logits.append(scores.to(device, dtype).requires_grad_())
     return Inputs(class_logits, logits, *_moved(masks, labels, device))
 
 
