@@ -12,13 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
-from maskloss import PointSampling, functional
+from maskloss import PointSampling, _palette, functional
+from maskloss._palette import GRAY, INK, ORANGE
 
 IMAGES = Path(__file__).parent.parent / "images"
 SIZE = 64  # of the prediction; the target is sharper
 POINTS = 1500
-TEAL, ORANGE, INK = "#0b7285", "#e8590c", "#343a40"
-CONFIDENCE = LinearSegmentedColormap.from_list("confidence", ["#ffffff", "#c5e9ef", "#3bb0c4", TEAL])
+CONFIDENCE = LinearSegmentedColormap.from_list("confidence", _palette.CONFIDENCE)
 
 
 def distance(size: int, *, bumps: float, shift: float) -> Tensor:
@@ -71,7 +71,7 @@ def main() -> None:
         sampling = PointSampling(num_points=POINTS, importance_ratio=ratio)
         [points] = functional.uncertain_points(logits[None], sampling=sampling, seed=3, backend="reference")
         chosen = sampling.num_uncertain
-        axes.scatter(*points[chosen:].T, s=3.5, color="#495057", linewidths=0)
+        axes.scatter(*points[chosen:].T, s=3.5, color=GRAY, linewidths=0)
         axes.scatter(*points[:chosen].T, s=3.5, color=ORANGE, linewidths=0)
         unsure = functional.point_sample(logits[None], points[None], backend="reference").abs().lt(math.log(9)).float()
         frame(axes, title, f"{note}\n{100 * unsure.mean():.0f}% lie where 0.1 < σ(z) < 0.9", target)

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="maskloss", description="Mask losses at sampled points.")
     parser.add_argument("--version", action="version", version=f"maskloss {__version__}")
     commands: Commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for add in (_add_train, _add_bench):
+    for add in (_add_train, _add_bench, _add_show, _add_methods):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -152,5 +152,24 @@ def _add_bench(commands: Commands) -> None:
     from maskloss.bench import DESCRIPTION, add_arguments, main
 
     parser = commands.add_parser("bench", help="measure time and memory of a training step", description=DESCRIPTION)
+    add_arguments(parser)
+    parser.set_defaults(run=main)
+
+
+# -------------------------------------------------------------------------------------------------------- show, methods
+
+
+def _add_show(commands: Commands) -> None:
+    from maskloss.show import DESCRIPTION, add_arguments, main
+
+    parser = commands.add_parser("show", help="draw what the loss looks at", description=DESCRIPTION)
+    add_arguments(parser)
+    parser.set_defaults(run=main)
+
+
+def _add_methods(commands: Commands) -> None:
+    from maskloss.methods.command import DESCRIPTION, add_arguments, main
+
+    parser = commands.add_parser("methods", help="write the paragraph for the paper", description=DESCRIPTION)
     add_arguments(parser)
     parser.set_defaults(run=main)

@@ -110,6 +110,7 @@ def uncertain_points(
     *,
     sampling: PointSampling | None = None,
     padding_mode: str = "zeros",
+    window: tuple[float, float, float, float] | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     backend: str | None = None,
@@ -123,16 +124,18 @@ def uncertain_points(
         logits: `[N, h, w]`, float. Instance n draws the points of target n of image 0 in layer 0.
         sampling: numbers of points; default `PointSampling()`.
         padding_mode: "zeros" or "border".
+        window: left, top, width and height of the part of [0, 1]^2 in which points are drawn. Default: all of it.
         seed: 64-bit seed; the points are a function of it and of the logits.
         generator: where to draw a seed from; default: torch's default generator.
         backend: "reference", "cpu" or "gpu"; default: by device.
 
     Returns:
-        float32 `[N, P, 2]`, (x, y) in [0, 1)^2: first the uncertain points in the order in which they were drawn,
+        float32 `[N, P, 2]`, (x, y) in the window: first the uncertain points in the order in which they were drawn,
         then the uniform ones. No gradient.
 
     Raises:
-        MaskLossError: wrong rank or dtype, an unknown mode, seed and generator both given.
+        MaskLossError: wrong rank or dtype, an unknown mode, a window that is empty or leaves [0, 1]^2, seed and
+            generator both given.
 
     Source:
         PointRend (Kirillov et al., 2020), section 3.1. Uncertainty is taken from the sampled logit.
@@ -149,7 +152,7 @@ def uncertain_points(
     backend = ops.choose_backend(logits.device, backend)
     count, device = len(logits), logits.device
     index = pair_index(count, device)
-    window = torch.arange(4, device=device).ge(2).float()[None]  # 0, 0, 1, 1, made there
+    everywhere = torch.arange(4, device=device).ge(2).float()[None]  # 0, 0, 1, 1, made there
     image = torch.zeros(1, dtype=torch.int64, device=device)
     with torch.no_grad():
         points: Tensor = ops.uncertain_points(
@@ -161,7 +164,7 @@ def uncertain_points(
                 sampling.num_candidates,
                 sampling.num_uncertain,
             ),
-            window,
+            everywhere if window is None else _window_row(window, device),
             padding_mode,
             backend,
         )
@@ -434,6 +437,18 @@ def pair_index(count: int, device: torch.device) -> Tensor:
     index = torch.zeros(count, INDEX_COLUMNS, dtype=torch.int64, device=device)
     index[:, QUERY] = index[:, TARGET] = torch.arange(count, device=device)
     return index
+
+
+def _window_row(window: tuple[float, float, float, float], device: torch.device) -> Tensor:
+    """Bring a window into the form of the operations, float32 `[1, 4]`, and refuse one that leaves the image."""
+    left, top, width, height = window
+    if not all(0 <= low < low + size <= 1 + 1e-6 for low, size in ((left, width), (top, height))):
+        raise Cause(
+            "window must be (left, top, width, height) within [0, 1]^2",
+            f"got {tuple(window)}",
+            "give fractions of the image, (0, 0, 1, 1) is all of it",
+        )
+    return torch.tensor([window], dtype=torch.float32, device=device)
 
 
 def _check_classes(class_logits: Tensor, labels: Tensor) -> None:

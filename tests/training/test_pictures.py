@@ -104,7 +104,7 @@ def test_an_outline_lies_where_the_mask_ends(axes):
 def test_every_instance_has_its_name(axes):
     masks = torch.zeros(3, 16, 16, dtype=torch.bool)
     masks[0, :4, :4] = masks[1, 10:, 10:] = True
-    plots.draw_instances(axes, torch.rand(3, 8, 8), masks, ["up", "low", "empty"], plots.COLOURS[:3])
+    plots.draw_instances(axes, torch.rand(3, 8, 8), masks, ["up", "low", "empty"], plots.COLORS[:3])
     tags = {text.get_text(): text for text in axes.texts}
     assert set(tags) == {"up", "low"}
     assert tags["up"].get_va() == "top" and tags["low"].get_va() == "bottom"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskloss._palette import GRAY, INK, PALE, SAND, SAND_SOFT, SOFT, TEAL, TEAL_SOFT
 from maskloss.bench import table
 from maskloss.bench.cases import Case
 from maskloss.bench.runner import ratios
@@ -19,12 +20,10 @@ if TYPE_CHECKING:
 
 # For each arm a strong colour (forward, memory) and a soft one (backward).
 _COLORS = {
-    "maskloss": ("#0b7285", "#66c2d1"),
-    "transformers": ("#868e96", "#ced4da"),
-    "reference": ("#b08968", "#ddc7ae"),
+    "maskloss": (TEAL, TEAL_SOFT),
+    "transformers": (GRAY, SOFT),
+    "reference": (SAND, SAND_SOFT),
 }
-# Text, and what is beside the point.
-_INK, _SOFT = "#343a40", "#868e96"
 
 
 def plot_presets(report: dict[str, Any], path: Path) -> bool:
@@ -101,12 +100,12 @@ def _draw_times(axes: Axes, case: dict[str, Any]) -> None:
         axes.barh(row, step, height=0.62, color=soft)
         axes.barh(row, share * step, height=0.62, color=strong)
         low, high = summary["step"]["low"], summary["step"]["high"]
-        axes.plot([low, high], [row, row], color=_INK, linewidth=1, alpha=0.55, solid_capstyle="butt")
+        axes.plot([low, high], [row, row], color=INK, linewidth=1, alpha=0.55, solid_capstyle="butt")
         relative = ratios(found["samples"], case["arms"].get("maskloss", {}).get("samples", ()))
         text = seconds(step)
         if relative is not None and arm != "maskloss":
             text += f"   {factor(relative['median'])}"
-        axes.text(max(high, step) + 0.015 * limit, row, text, va="center", fontsize=10, color=_INK)
+        axes.text(max(high, step) + 0.015 * limit, row, text, va="center", fontsize=10, color=INK)
     _bars(axes, list(arms), limit)
 
 
@@ -119,18 +118,18 @@ def _draw_memory(axes: Axes, case: dict[str, Any]) -> None:
         axes.barh(row, peak or 0, height=0.62, color=soft)
         axes.barh(row, extra or 0, height=0.62, color=strong)
         text = f"{memory(peak)}   {memory(extra)}" if peak is not None else memory(peak)
-        axes.text((peak or 0) + 0.015 * limit, row, text, va="center", fontsize=10, color=_INK)
+        axes.text((peak or 0) + 0.015 * limit, row, text, va="center", fontsize=10, color=INK)
     _bars(axes, [""] * len(arms), limit)
 
 
 def _bars(axes: Axes, names: Sequence[str], limit: float) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=10, color=_INK)
+    axes.set_yticks(range(len(names)), names, fontsize=10, color=INK)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, 1.4 * limit)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.spines["left"].set_color("#ced4da")
+    axes.spines["left"].set_color(SOFT)
 
 
 def _draw_growth(axes: Axes, cases: Sequence[dict[str, Any]], value: Any, write: Any) -> None:
@@ -163,15 +162,15 @@ def _scales(axes: Axes, values: Sequence[float], names: Sequence[str], write: An
     ticker = require("matplotlib.ticker", "bench")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks(values, names, fontsize=9, color=_INK)
+    axes.set_xticks(values, names, fontsize=9, color=INK)
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if _decades(axes) < 1.7 else (1,)))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.yaxis.set_major_formatter(lambda y, _: write(y).replace(".00", "").replace(".0 ", " "))
-    axes.tick_params(axis="y", labelsize=9, labelcolor=_INK)
+    axes.tick_params(axis="y", labelsize=9, labelcolor=INK)
     axes.tick_params(length=0, which="both")
     axes.set_xlim(values[0] * 0.85, values[-1] * (values[-1] / values[0]) ** 0.28)
-    axes.grid(color="#e9ecef", linewidth=0.8)
+    axes.grid(color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
 
@@ -185,17 +184,17 @@ def _decades(axes: Axes) -> float:
 
 
 def _title(axes: Axes, name: str, note: str) -> None:
-    axes.set_title(name, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=20)
+    axes.set_title(name, loc="left", fontsize=12, fontweight="bold", color=INK, pad=20)
     style: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    axes.annotate(note, (0, 1), xytext=(0, 6), fontsize=8, color=_SOFT, in_layout=False, **style)
+    axes.annotate(note, (0, 1), xytext=(0, 6), fontsize=8, color=GRAY, in_layout=False, **style)
 
 
 def _finish(figure: Figure, notes: tuple[str, str], report: dict[str, Any], path: Path) -> None:
     """Say above the columns what they show and below everything where it was measured, and write the picture."""
     for x, note in zip((0.012, 0.53), notes, strict=True):
-        figure.text(x, 1 - 0.08 / figure.get_figheight(), note, fontsize=9, color=_INK, va="top")
+        figure.text(x, 1 - 0.08 / figure.get_figheight(), note, fontsize=9, color=INK, va="top")
     machine, settings = report["machine"], report["settings"]
     place = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {settings['threads']} threads"
     text = f"{place}, {settings['dtype']}; {table.versions(report['software'])}; {report['date'][:10]}"
-    figure.text(0.01, 0.06 / figure.get_figheight(), text, fontsize=8, color=_SOFT, va="bottom")
+    figure.text(0.01, 0.06 / figure.get_figheight(), text, fontsize=8, color=GRAY, va="bottom")
     figure.savefig(path, dpi=144, facecolor="white", metadata={"Software": None})

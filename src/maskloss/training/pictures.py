@@ -128,7 +128,7 @@ def points(snapshots: Sequence[Snapshot], held_out: Sequence[Scene]) -> Figure:
     grid = figure.subplots(len(followed), len(snapshots) + 1, squeeze=False)
     for row, target in zip(grid, followed, strict=True):
         image = scene.image
-        plots.draw_instances(row[0], image, masks[target][None], [""], [plots.COLOURS[1]])
+        plots.draw_instances(row[0], image, masks[target][None], [""], [plots.COLORS[1]])
         for axes, shot in zip(row[1:], snapshots, strict=True):
             plots.draw_points(
                 axes, shot.logits[target], shot.points[target], shot.num_uncertain, target=masks[target], size=7
@@ -147,7 +147,7 @@ def curves(history: Sequence[Mapping[str, Any]], evaluation: Evaluation) -> Figu
     _draw_losses(left, history)
     _draw_scores(middle, history)
     names, values = list(evaluation.class_ap50), list(evaluation.class_ap50.values())
-    right.bar(names, values, color="#3bb0c4", width=0.7)
+    right.bar(names, values, color=plots.TEAL, width=0.7)
     for place, value in enumerate(values):
         if not math.isnan(value):
             right.text(place, value + 0.015, f"{value:.2f}", ha="center", fontsize=8, color=plots.INK)
@@ -155,7 +155,7 @@ def curves(history: Sequence[Mapping[str, Any]], evaluation: Evaluation) -> Figu
     right.set(ylim=(0, 1.08), yticks=[])
     right.tick_params(colors=plots.INK, labelsize=9, length=0, rotation=0 if len(names) <= 12 else 90)
     for side, spine in right.spines.items():
-        spine.set(visible=side == "bottom", color="#dee2e6")
+        spine.set(visible=side == "bottom", color=plots.PALE)
     return figure
 
 
@@ -205,7 +205,7 @@ def _three(
 
 
 def _colours(labels: Sequence[int]) -> list[str]:
-    return [plots.COLOURS[label % len(plots.COLOURS)] for label in labels]
+    return [plots.COLORS[label % len(plots.COLORS)] for label in labels]
 
 
 def _largest(masks: Tensor) -> list[int]:
@@ -245,7 +245,7 @@ def _legend(figure: Figure) -> None:
     lines = require("matplotlib.lines", "train")
     entries = (
         (plots.ORANGE, "o", "", "uncertain points"),
-        (plots.GREY, "o", "", "uniform points"),
+        (plots.GRAY, "o", "", "uniform points"),
         (plots.INK, "", "--", "outline of the truth"),
     )
     handles = [

@@ -132,16 +132,7 @@ class Session:
             )
         self.config, self.source, self.device = config, source, torch.device(config.device)
         self.model = build_model(config, len(source.class_names)).to(self.device)
-        sampling = PointSampling(num_points=config.num_points)
-        # Pixels are classified through the masks and get little gradient from it, so the classification counts more
-        # in the loss than in the matching, which keeps Mask2Former's weights.
-        self.criterion = MaskCriterion(
-            num_classes=len(source.class_names),
-            class_weight=config.class_weight,
-            no_object_weight=config.no_object_weight,
-            sampling=sampling,
-            matcher=HungarianMatcher(num_points=sampling.num_points),
-        )
+        self.criterion = build_criterion(config, len(source.class_names))
         self.optimiser = torch.optim.AdamW(_groups(self.model, config), lr=config.lr, betas=(0.9, 0.99))
         self.snapshots: list[pictures.Snapshot] = []
 
@@ -205,6 +196,41 @@ def build_model(config: TrainConfig, num_classes: int) -> QueryNet:
         torch.manual_seed(config.seed)
         model = QueryNet(num_classes, config.grid)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def build_criterion(config: TrainConfig, num_classes: int) -> MaskCriterion:
+    """Make the criterion that a configuration asks for."""
+    sampling = PointSampling(num_points=config.num_points)
+    # Pixels are classified through the masks and get little gradient from it, so the classification counts more
+    # in the loss than in the matching, which keeps Mask2Former's weights.
+    return MaskCriterion(
+        num_classes=num_classes,
+        class_weight=config.class_weight,
+        no_object_weight=config.no_object_weight,
+        sampling=sampling,
+        matcher=HungarianMatcher(num_points=sampling.num_points),
+    )
+
+
+class RunCriterion(NamedTuple):
+    """The criterion that a run was trained with, and what its targets had beside their masks."""
+
+    criterion: MaskCriterion
+    valid_windows: bool
+    ignore_regions: bool
+
+
+@reported("run")
+def criterion_of_run(folder: Path) -> RunCriterion:
+    """Make the criterion of a run again, from the folder that it wrote.
+
+    Raises:
+        MaskLossError: a folder without the configuration and the checkpoint of a run.
+    """
+    loaded = load(folder / CHECKPOINT)
+    # Images of a folder are padded to squares, and its crowds are not learned from; scenes of digits have neither.
+    padded = loaded.config.data is not None
+    return RunCriterion(build_criterion(loaded.config, len(loaded.class_names)), padded, padded)
 
 
 def schedule(progress: float) -> float:

@@ -1,0 +1,17 @@
+"""The colors of every picture, in one place: they stay apart for every common kind of color blindness."""
+
+from __future__ import annotations
+
+# Text, what is beside the point, and lines that should hardly be seen.
+INK, GRAY, PALE = "#343a40", "#868e96", "#dee2e6"
+# Predictions and what is good; points that were chosen and what stands out. Soft ones lie beside the strong ones.
+TEAL, TEAL_SOFT, ORANGE = "#0b7285", "#66c2d1", "#e8590c"
+SAND, SAND_SOFT, SOFT = "#b08968", "#ddc7ae", "#ced4da"
+# From "surely not" to "surely": the probability of a mask.
+CONFIDENCE = ("#ffffff", "#c5e9ef", "#3bb0c4", TEAL)
+# From a small to a large loss at a point; darker as it grows.
+LOSS = ("#f8e3b0", "#f5a300", "#d9480f", "#7a1d2e", "#33071f")
+# Instances. Bright enough for dark pictures, dark enough for white paper.
+COLORS = ("#f5a300", "#66d0ff", "#0fa37a", "#f7ec59", "#4c74e6", "#d9480f", "#b86bb0", "#ced4da")
+# Curves.
+LINES = (TEAL, ORANGE, "#4c74e6", "#b86bb0", GRAY)

@@ -1,0 +1,111 @@
+"""The formulas that both languages share, in LaTeX; `Markup` turns them into plain text."""
+
+from __future__ import annotations
+
+from maskloss.methods.markup import Markup, amount, tex
+from maskloss.methods.settings import MaskTerm, Matching, MethodSettings, Points
+
+CE, DICE = r"\mathcal{L}_{\mathrm{ce}}", r"\mathcal{L}_{\mathrm{dice}}"
+SIZE, FOCAL_COST, FOCAL_CLASSES = r"h \times w", r"\mathcal{F}(c)", r"\alpha = 0.25, \; \gamma = 2"
+WEIGHT_CE, WEIGHT_DICE = r"\lambda_{\mathrm{ce}}", r"\lambda_{\mathrm{dice}}"
+
+
+def number_of_points(points: Points) -> str:
+    """Say what P is."""
+    if points.count is not None:
+        return f"P = {tex(points.count)}"
+    return f"P = {per_area(points)}"
+
+
+def per_area(points: Points) -> str:
+    """Say how many points a prediction of h x w pixels has."""
+    return rf"\lfloor hw / {points.area} \rfloor"
+
+
+def quality(alpha: float) -> str:
+    """Write the quality of a box as a target for its class."""
+    return rf"s^{{{tex(alpha)}}} \mathrm{{IoU}}^{{{tex(1 - alpha)}}}"
+
+
+def candidates(points: Points) -> str:
+    """Say how many candidates there are."""
+    share = "P" if points.oversample_ratio == 1 else f"{tex(points.oversample_ratio)}P"
+    if points.count is None:
+        return share
+    count = tex(int(points.oversample_ratio * points.count))
+    # int(k P) differs from k P where that is no whole number.
+    exact = (points.oversample_ratio * points.count).is_integer() if points.oversample_ratio % 1 else True
+    return f"{share} = {count}" if exact else rf"\lfloor {share} \rfloor = {count}"
+
+
+def shares(points: Points) -> tuple[str, str]:
+    """Count the uncertain and the uniform points; empty where P is not known."""
+    if points.count is None:
+        return "", ""
+    uncertain = int(points.importance_ratio * points.count)
+    return amount(uncertain), amount(points.count - uncertain)
+
+
+def cost(matching: Matching) -> str:
+    """Write the matching cost, without terms of weight 0."""
+    name = "Focal" if matching.term.focal_gamma is not None else "BCE"
+    classes = r"-{}p(c)" if matching.classification == "softmax" else r"{}\mathcal{{F}}(c)"
+    terms = (
+        (matching.class_weight, classes),
+        (matching.mask_weight, rf"{{}}\mathrm{{{{{name}}}}}"),
+        (matching.dice_weight, r"{}\mathrm{{Dice}}"),
+        (matching.box_weight, r"{}\mathrm{{L1}}"),
+        (matching.giou_weight, r"-{}\mathrm{{GIoU}}"),
+    )
+    written = [form.format("" if weight == 1 else tex(weight) + r"\,") for weight, form in terms if weight]
+    return written[0] + "".join(f" - {each[1:]}" if each.startswith("-") else f" + {each}" for each in written[1:])
+
+
+def focal(term: MaskTerm) -> str:
+    """Write the parameters of the focal loss."""
+    alpha = "" if term.focal_alpha is None else rf"\alpha = {tex(term.focal_alpha)}, \; "
+    return rf"{alpha}\gamma = {tex(term.focal_gamma or 0)}"
+
+
+def displays(settings: MethodSettings, markup: Markup) -> list[str]:
+    """Write the formulas of the mask loss in full."""
+    weighted = settings.ignore_regions
+    w, w_plain = (r"w_{np}\,", "w ") if weighted else ("", "")
+    mean = r"\frac{1}{\max(\sum_p w_{np}, 1)}" if weighted else r"\frac{1}{P}"
+    mean_plain = "1/max(Σ_p w, 1)" if weighted else "1/P"
+    area, area_plain = rf"\sum_p {w}\sigma(z)", f"Σ_p {w_plain}σ(z)"
+    cross_entropy = [
+        markup.display(
+            f"L_ce = −1/N Σ_n {mean_plain} Σ_p {w_plain}[t log σ(z) + (1 − t) log(1 − σ(z))]",
+            rf"{CE} = -\frac{{1}}{{N}} \sum_{{n=1}}^{{N}} {mean} \sum_{{p=1}}^{{P}} {w}"
+            r"\left[ t \log \sigma(z) + (1 - t) \log (1 - \sigma(z)) \right]",
+        )
+    ]
+    if settings.term.focal_gamma is not None:
+        # On a line of its own, which fits into a column.
+        cross_entropy = [
+            markup.display(
+                f"L_ce = 1/N Σ_n {mean_plain} Σ_p {w_plain}f(z, t)",
+                rf"{CE} = \frac{{1}}{{N}} \sum_{{n=1}}^{{N}} {mean} \sum_{{p=1}}^{{P}} {w}f(z, t)",
+            ),
+            _focal_display(settings.term.focal_alpha, settings.term.focal_gamma, markup),
+        ]
+    return [
+        *cross_entropy,
+        markup.display(
+            f"L_dice = 1/N Σ_n [1 − (2 {area_plain} t + 1) / ({area_plain} + Σ_p {w_plain}t + 1)]",
+            rf"{DICE} = \frac{{1}}{{N}} \sum_{{n=1}}^{{N}} \left[ 1 - "
+            rf"\frac{{2 {area}\, t + 1}}{{{area} + \sum_p {w}t + 1}} \right]",
+        ),
+    ]
+
+
+def _focal_display(alpha: float | None, gamma: float, markup: Markup) -> str:
+    """Write what the focal loss takes at one point."""
+    on, off = ("", "") if alpha is None else (amount(alpha) + " ", amount(round(1 - alpha, 9)) + " ")
+    g = amount(gamma)
+    return markup.display(
+        f"f(z, t) = −{on}(1 − σ(z))^{g} t log σ(z) − {off}σ(z)^{g} (1 − t) log(1 − σ(z))",
+        rf"f(z, t) = -{on.rstrip()}(1 - \sigma(z))^{{{g}}}\, t \log \sigma(z)"
+        rf" - {off.rstrip()}\,\sigma(z)^{{{g}}} (1 - t) \log (1 - \sigma(z))",
+    )

@@ -1,0 +1,211 @@
+"""What a paragraph on the method has to know: the settings of a loss, brought into one form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from maskloss.criterion import MaskCriterion
+from maskloss.errors import Cause, reported
+from maskloss.loss import MaskLoss
+from maskloss.matcher import HungarianMatcher
+from maskloss.points import PointSampling
+
+# Options of the constructors that a paragraph leaves out: every backend computes the same formulas.
+NOT_DESCRIBED = frozenset({"backend"})
+
+
+@dataclass(frozen=True)
+class Points:
+    """How many points there are, and how they are chosen.
+
+    Attributes:
+        count: P; None where it follows from the size of the predicted masks.
+        area: P is one point for so many pixels of a predicted mask; None where `count` is given.
+        oversample_ratio: candidates per point.
+        importance_ratio: share of uncertain points.
+        layout: "independent", or "stratified": one point in each of as many cells of equal area.
+    """
+
+    count: int | None
+    area: int | None = None
+    oversample_ratio: float = PointSampling.oversample_ratio
+    importance_ratio: float = PointSampling.importance_ratio
+    layout: str = "independent"
+
+
+@dataclass(frozen=True)
+class MaskTerm:
+    """How the mask terms read their points, and which cross-entropy they take; see `MaskLoss`."""
+
+    padding_mode: str = "zeros"
+    target_mode: str = "bilinear"
+    focal_alpha: float | None = None
+    focal_gamma: float | None = None
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The classification beside the masks.
+
+    Attributes:
+        kind: "softmax", "focal" (sigmoids), or "quality": sigmoids whose target is the quality of the box.
+        weight: in the total.
+        no_object_weight: of "no object" in a softmax.
+        num_classes: C; None where it is not known.
+        class_weights: of the single classes; None: all 1.
+        normalized: over all "devices", or on each "device" alone.
+        focal_alpha: of the focal loss, or the share of the score in the quality.
+    """
+
+    kind: str = "softmax"
+    weight: float = 2.0
+    no_object_weight: float = 0.1
+    num_classes: int | None = None
+    class_weights: tuple[float, ...] | None = None
+    normalized: str = "devices"
+    focal_alpha: float = 0.25
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The cost of the matching: weights, points and how masks are read.
+
+    Attributes:
+        class_weight: weight of the class term.
+        mask_weight: weight of the masks' cross-entropy.
+        dice_weight: weight of Dice.
+        points: uniform points of an image.
+        classification: "softmax" or "focal".
+        term: how the mask terms are computed.
+        box_weight: weight of the L1 distance of boxes, 0 for none.
+        giou_weight: weight of the boxes' GIoU, 0 for none.
+        groups: into how many groups the queries are split, each matched on its own.
+    """
+
+    class_weight: float
+    mask_weight: float
+    dice_weight: float
+    points: Points
+    classification: str = "softmax"
+    term: MaskTerm = MaskTerm()
+    box_weight: float = 0.0
+    giou_weight: float = 0.0
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """Everything that the paragraph says.
+
+    Attributes:
+        points: of the mask loss; None: there is no mask loss, only a matching.
+        ce_weight: weight of the masks' cross-entropy.
+        dice_weight: weight of Dice.
+        term: how the mask terms are computed.
+        classification: None: masks only.
+        matching: None: the pairs are given.
+        divisor: what both mask terms are divided by: the number of "matches" or of "targets".
+        valid_windows: points are drawn only where there is an image, not in its padding.
+        ignore_regions: points in marked regions weigh nothing.
+        contrastive_weight: of OneFormer's contrastive loss of queries and texts, 0 for none.
+        box_weight: of the boxes' L1 distance in the loss, 0 for none.
+        giou_weight: of the boxes' GIoU in the loss, 0 for none.
+    """
+
+    points: Points | None
+    ce_weight: float = 5.0
+    dice_weight: float = 5.0
+    term: MaskTerm = MaskTerm()
+    classification: Classification | None = None
+    matching: Matching | None = None
+    divisor: str = "matches"
+    valid_windows: bool = False
+    ignore_regions: bool = False
+    contrastive_weight: float = 0.0
+    box_weight: float = 0.0
+    giou_weight: float = 0.0
+
+    @property
+    def layers_share(self) -> bool:
+        """Whether there are decoder layers, and so whether they share the matcher's points."""
+        return self.matching is not None and self.points is not None
+
+    def with_targets(self, valid_windows: bool, ignore_regions: bool) -> MethodSettings:
+        """Say what the targets have beside their masks."""
+        return replace(
+            self,
+            valid_windows=self.valid_windows or valid_windows,
+            ignore_regions=self.ignore_regions or ignore_regions,
+        )
+
+
+@reported("settings_of")
+def settings_of(module: nn.Module | MethodSettings) -> MethodSettings:
+    """Read the settings of a module.
+
+    Args:
+        module: a `MaskLoss`, a `MaskCriterion` or a `HungarianMatcher`; settings are returned as they are.
+
+    Returns:
+        The settings. Windows and ignore regions belong to the targets, and are not known to a module.
+
+    Raises:
+        MaskLossError: any other object.
+
+    Example:
+        >>> settings_of(MaskLoss(dice_weight=2)).dice_weight
+        2.0
+    """
+    if isinstance(module, MethodSettings):
+        return module
+    if isinstance(module, MaskLoss):
+        return _of_loss(module)
+    if isinstance(module, HungarianMatcher):
+        return MethodSettings(None, matching=_of_matcher(module))
+    if isinstance(module, MaskCriterion):
+        return replace(
+            _of_loss(module.mask_loss), classification=_of_classes(module), matching=_of_matcher(module.matcher)
+        )
+    raise Cause(
+        "only losses of maskloss can be described",
+        f"got {type(module).__name__}",
+        "give a MaskLoss, a MaskCriterion or a HungarianMatcher",
+    )
+
+
+def _of_loss(loss: MaskLoss) -> MethodSettings:
+    return MethodSettings(_of_sampling(loss.sampling), loss.ce_weight, loss.dice_weight, _of_options(loss.options))
+
+
+def _of_sampling(sampling: PointSampling) -> Points:
+    layout = getattr(sampling, "layout", "independent")
+    return Points(sampling.num_points, None, sampling.oversample_ratio, sampling.importance_ratio, layout)
+
+
+def _of_options(options: Any) -> MaskTerm:
+    return MaskTerm(options.padding_mode, options.target_mode, options.focal_alpha, options.focal_gamma)
+
+
+def _of_matcher(matcher: HungarianMatcher) -> Matching:
+    return Matching(
+        class_weight=matcher.class_weight,
+        mask_weight=matcher.mask_weight,
+        dice_weight=matcher.dice_weight,
+        points=Points(matcher.num_points, layout=getattr(matcher, "layout", "independent")),
+        classification=matcher.classification,
+        term=_of_options(matcher.options),
+    )
+
+
+def _of_classes(criterion: MaskCriterion) -> Classification:
+    weights = criterion._class_weights
+    return Classification(
+        kind=criterion.classification,
+        weight=criterion.class_weight,
+        no_object_weight=criterion.no_object_weight,
+        num_classes=criterion.num_classes,
+        class_weights=None if weights is None else tuple(round(float(each), 6) for each in weights),
+    )
