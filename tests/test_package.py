@@ -161,7 +161,7 @@ def test_command_line_explains_itself(tmp_path: Path) -> None:
 
     text = shown("--help")
     assert "train" in text
-    for command in ("train", "bench"):
+    for command in ("train", "bench", "show", "methods"):
         if command in text:
             assert "usage" in shown(command, "--help").lower()
     assert maskloss.__version__ in shown("--version")

@@ -133,9 +133,11 @@ def draw_uncertainty(axes: Axes, found: Inspection, *, bins: int = 48) -> None:
     axes.set_ylim(0, 1.28 * counts.max() / len(size))
     axes.axvline(found.threshold, color=INK, linewidth=1.2)
     surely = 1 / (1 + np.exp(-found.threshold))
+    # Beyond that only zeros and ones would be shown.
+    range_of = f"\nσ(z) from {1 - surely:.3f} to {surely:.3f}" if surely < 0.9995 else ""
     left = found.threshold < 0.6 * top
     axes.annotate(
-        f"chosen: |z| ≤ {found.threshold:.2f}\nσ(z) from {1 - surely:.3f} to {surely:.3f}",
+        f"chosen: |z| ≤ {found.threshold:.2f}{range_of}",
         (found.threshold, 1),
         xytext=(6 if left else -6, -4),
         xycoords=("data", "axes fraction"),

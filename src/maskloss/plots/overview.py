@@ -71,8 +71,10 @@ def instance_figure(
         >>> figure = instance_figure(found, name="half")
         >>> figure.savefig("half.png")  # doctest: +SKIP
     """
-    figure = new_figure(14.6, 7.9)
-    upper, lower = cast("Sequence[SubFigure]", figure.subfigures(2, 1, height_ratios=[1.32, 1]))
+    # As high as four pictures side by side are, with their titles; the legend and what is below stay as they are.
+    above = 0.95 + 3.3 * min(1.6, max(0.4, found.target.shape[0] / found.target.shape[1]))
+    figure = new_figure(14.6, above + 3.7)
+    upper, lower = cast("Sequence[SubFigure]", figure.subfigures(2, 1, height_ratios=[above, 3.3]))
     panels = upper.subplots(1, 4)
     _first_panel(panels[0], found, image, name)
     _draw_choice(panels[1], found)
