@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss._numbers import check_number
-from maskloss.errors import Cause, describe
+from maskloss.errors import Cause, check_layout, describe
 from maskloss.factors import Layer, MaskFactors
 from maskloss.ops import abi, check_backend
 from maskloss.points import PointSampling
@@ -106,6 +106,7 @@ def check_maps(name: str, maps: Tensor, shape: str, *, min_size: int = 1) -> Non
     rank = shape.count(",") + 1
     if not isinstance(maps, Tensor):
         raise Cause(f"{name} must be a tensor {shape}", f"got {describe(maps)}", "torch.as_tensor converts arrays")
+    check_layout(name, maps)
     leading = "..." in shape
     if maps.ndim < rank - 1 or (maps.ndim != rank and not leading):
         wanted = f"at least {rank - 1}" if leading else str(rank)

@@ -53,8 +53,11 @@ class MissingExtraError(ImportError):
 def describe(value: object) -> str:
     """Name shape, dtype and, off the CPU, device of a tensor or an array; shorten everything else to one line."""
     if isinstance(value, torch.Tensor):
+        if value.is_nested:
+            return f"nested tensor {str(value.dtype).removeprefix('torch.')}"
         where = "" if value.device.type == "cpu" else f" on {value.device}"
-        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}{where}"
+        kind = "" if value.layout is torch.strided else f" {str(value.layout).removeprefix('torch.')}"
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}{kind}{where}"
     if isinstance(value, np.ndarray):
         return f"numpy {list(value.shape)} {value.dtype}"
     if isinstance(value, Mapping):
@@ -67,6 +70,16 @@ def describe(value: object) -> str:
             return f"{len(value)} x {describe(value[0])}"
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_layout(name: str, value: object) -> None:
+    """Refuse a tensor that has no strides: a sparse or nested one. Anything else passes."""
+    if isinstance(value, torch.Tensor) and (value.is_nested or value.layout is not torch.strided):
+        raise Cause(
+            f"{name} must be an ordinary tensor with strides",
+            f"got {describe(value)}",
+            f"{name}.to_dense() converts a sparse tensor, torch.nested.to_padded_tensor a nested one",
+        )
 
 
 def reported(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskloss import ops
 from maskloss._numbers import is_number
-from maskloss.errors import Cause, describe, reported
+from maskloss.errors import Cause, check_layout, describe, reported
 from maskloss.matches import Matches
 from maskloss.ops import Draw, Targets, Term
 from maskloss.ops.abi import IMAGE, LAYER
@@ -69,6 +69,7 @@ class MaskFactors:
             ("embeddings", self.embeddings, 3, "[B, Q, D]"),
             ("features", self.features, 4, "[B, D, h, w]"),
         ):
+            check_layout(name, value)
             if not isinstance(value, Tensor) or value.ndim != rank or value.dtype not in _FLOATS:
                 raise Cause(f"{name} must be float {shape}", f"got {describe(value)}", "see the formula of MaskFactors")
         embeddings, features = self.embeddings, self.features

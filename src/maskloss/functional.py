@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskloss import _inputs, ops
 from maskloss._numbers import check_number
-from maskloss.errors import Cause, describe, reported
+from maskloss.errors import Cause, check_layout, describe, reported
 from maskloss.ops.abi import INDEX_COLUMNS, QUERY, TARGET
 from maskloss.ops.reference import formulas
 from maskloss.points import PointSampling, draw_seed
@@ -406,6 +406,7 @@ def check_points(points: Tensor, count: int, device: torch.device) -> None:
 
 def _check_coordinates(points: Tensor, shape: str, device: torch.device) -> None:
     """Refuse anything but float points of the shape, `[N, P, 2]` or `[..., P, 2]`, with P at least 1."""
+    check_layout("points", points)
     fits = isinstance(points, Tensor) and points.ndim >= 2 and (points.ndim == 3 or "..." in shape)
     if not fits or points.shape[-1] != 2 or not points.is_floating_point():
         raise Cause(f"points must be float {shape}", f"got {describe(points)}", "the last dimension holds (x, y)")

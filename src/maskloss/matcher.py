@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from maskloss import _inputs, distributed, factors, ops
 from maskloss._classification import KINDS
-from maskloss.errors import Cause, describe, reported
+from maskloss.errors import Cause, check_layout, describe, reported
 from maskloss.factors import Layer
 from maskloss.functional import class_cost, focal_class_cost
 from maskloss.matches import Matches
@@ -234,6 +234,7 @@ def check_predictions(
         )
     wanted, shape = masks[0].shape[:2], "[B, Q, C + 1]" if no_object else "[B, Q, C]"
     for layer, logits in enumerate(classes):
+        check_layout("class_logits", logits)
         if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
             raise Cause(
                 f"class_logits must be float {shape}",

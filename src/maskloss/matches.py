@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss.errors import Cause, describe, reported
-from maskloss.ops.abi import IMAGE, INDEX_COLUMNS, QUERY, TARGET
+from maskloss.ops.abi import IMAGE, INDEX_COLUMNS, LAYER, QUERY, TARGET
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -137,7 +137,7 @@ def matches_of_layers(
             )
         listed = [matches] if not matches or _is_pair(matches[0]) else matches
         parts = [Matches.from_pairs(pairs, num_queries=num_queries, num_targets=num_targets) for pairs in listed]  # type: ignore[arg-type]
-        matches = _joined(parts)
+        matches = join_layers(parts)
         place = matches.index[:, :3]
         if len(place.unique(dim=0)) < len(place):
             raise Cause(
@@ -158,19 +158,22 @@ def matches_of_layers(
     return matches
 
 
-def _joined(layers: Sequence[Matches]) -> Matches:
+def join_layers(layers: Sequence[Matches]) -> Matches:
     """Join the matches of single layers, with the same numbers of queries and targets, into those of all."""
-    rows = [part.index + part.index.new_tensor([layer, 0, 0, 0]) for layer, part in enumerate(layers)]
     sizes = tuple(size for part in layers for size in part.layer_sizes)
-    return Matches(torch.cat(rows), sizes, layers[0].num_queries, layers[0].num_targets)
+    index = torch.cat([part.index for part in layers])
+    index[:, LAYER] = torch.repeat_interleave(torch.tensor(sizes, device=index.device))
+    counts = tuple(count for part in layers for count in part.counts or ())
+    return Matches(index, sizes, layers[0].num_queries, layers[0].num_targets, counts=counts or None)
 
 
 def _repeated(matches: Matches, layers: int) -> Matches:
     """Give the pairs of a single layer to each of several layers."""
     index = matches.index.repeat(layers, 1)
-    index[:, 0] = torch.arange(layers, device=index.device).repeat_interleave(len(matches.index))
+    index[:, LAYER] = torch.arange(layers, device=index.device).repeat_interleave(len(matches.index))
     classes = None if matches.classes is None else matches.classes.expand(layers, -1, -1)
-    return replace(matches, index=index, layer_sizes=matches.layer_sizes * layers, classes=classes)
+    counts = None if matches.counts is None else matches.counts * layers
+    return replace(matches, index=index, layer_sizes=matches.layer_sizes * layers, classes=classes, counts=counts)
 
 
 def _is_pair(entry: Any) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskloss import MaskLossError, MaskTargets
+from maskloss.factors import MaskFactors
 from maskloss.integrations import _boxes, detr, maskdino
 from support import tiny
 from support.forced import answered, recorded
@@ -287,3 +288,150 @@ def test_a_softmax_criterion_of_maskdino_with_its_focal_matcher() -> None:
     weights, wanted = torch.tensor([1.0, 1.0, 1.0, 0.1]), torch.tensor([[3, 2, 3, 0, 3]])
     expected = torch.nn.functional.cross_entropy(outputs["pred_logits"].transpose(1, 2), wanted, weights)
     torch.testing.assert_close(found["loss_ce"], expected)
+
+
+# ----------------------------------------------------------------------------------------------------- masks as factors
+
+
+def factored(outputs: Any, form: str) -> tuple[Any, list[Tensor]]:
+    """Outputs whose masks are factors of shared features, or RF-DETR's dict of three; and what gradients flow to."""
+    generator = torch.Generator().manual_seed(4)
+    features = torch.randn(2, 5, 16, 16, generator=generator).requires_grad_()
+    bias = torch.randn(1, generator=generator).requires_grad_()
+    leaves = [features, bias]
+
+    def one(layer: Any) -> Any:
+        embeddings = torch.randn(2, layer["pred_logits"].shape[1], 5, generator=generator).requires_grad_()
+        leaves.append(embeddings)
+        factors = MaskFactors(embeddings, features, bias)
+        parts = {"spatial_features": features, "query_features": embeddings, "bias": bias}
+        forms: dict[str, Any] = {"factors": factors, "dict": parts, "dense": factors.dense()}
+        return {"pred_logits": layer["pred_logits"].detach(), "pred_masks": forms[form]}
+
+    return one(outputs) | {"aux_outputs": [one(layer) for layer in outputs["aux_outputs"]]}, leaves
+
+
+@pytest.mark.parametrize("form", ["factors", "dict"])
+@pytest.mark.parametrize("family", ["detr", "maskdino"])
+def test_masks_may_be_factors(form: str, family: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if family == "detr":
+        criterion, plain = mask2former_criterion(backend=backend), outputs_of()
+    else:
+        matcher = maskdino.HungarianMatcher(2.0, 5.0, 5.0, POINTS, backend=backend)
+        losses = ["labels", "masks"]
+        criterion = maskdino.SetCriterion(tiny.CLASSES, matcher, WEIGHTS, 0.1, losses, POINTS, backend=backend)
+        plain = outputs_of(classes=tiny.CLASSES)
+    found = []
+    for each in ("dense", form):
+        outputs, leaves = factored(plain, each)
+        with recorded(monkeypatch):
+            losses_of = criterion(outputs, targets_of())
+        found.append((losses_of, torch.autograd.grad(sum(losses_of.values()), leaves)))
+    (dense, dense_gradients), (other, gradients) = found
+    assert list(dense) == list(other)
+    for name, value in dense.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-7)
+    for mine, theirs in zip(gradients, dense_gradients, strict=True):
+        assert float((mine - theirs).norm()) <= 1e-4 * float(theirs.norm())
+
+
+def test_wrong_factors_are_refused() -> None:
+    outputs = outputs_of(auxiliary=0) | {"pred_masks": {"spatial_features": torch.zeros(2, 5, 16, 16)}}
+    with pytest.raises(MaskLossError, match='must have "spatial_features" and "query_features"'):
+        mask2former_criterion()(outputs, targets_of())
+
+
+# ------------------------------------------------------------------------------------------- what drop-in code expects
+
+
+def test_integer_masks_are_taken_if_they_are_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for dtype in (torch.float32, torch.int64, torch.int16):
+        targets = [t | {"masks": t["masks"].to(dtype)} for t in targets_of()]
+        with recorded(monkeypatch):
+            found.append(mask2former_criterion()(outputs_of(), targets))
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value)
+        assert torch.equal(found[2][name], value)
+    wrong = [t | {"masks": t["masks"].long() * 255} for t in targets_of()]
+    with pytest.raises(MaskLossError, match=r"integer masks must be 0 or 1[\s\S]*values reach from 0 to 255"):
+        mask2former_criterion()(outputs_of(), wrong)
+
+
+def test_a_target_without_a_class_is_matched_by_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its label is that of "no object"; the original criterion trains its mask, and so its query to be no object."""
+    transformers = pytest.importorskip("transformers")
+    modeling = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
+    outputs, targets = outputs_of(auxiliary=0), targets_of()
+    targets[1]["labels"][1] = tiny.CLASSES
+    with recorded(monkeypatch) as recorder:
+        losses = mask2former_criterion()(outputs, targets)
+    config = transformers.Mask2FormerConfig(num_labels=tiny.CLASSES, train_num_points=POINTS)
+    with answered(monkeypatch, recorder, final_first=False, shared=False):
+        theirs = modeling.Mask2FormerLoss(config, {})(
+            outputs["pred_masks"],
+            outputs["pred_logits"],
+            [t["masks"] for t in targets],
+            [t["labels"] for t in targets],
+        )
+    for name, value in theirs.items():
+        torch.testing.assert_close(losses[name.replace("cross_entropy", "ce")], value, rtol=1e-5, atol=1e-7)
+    targets[1]["labels"][1] = tiny.CLASSES + 1
+    with pytest.raises(MaskLossError, match=r"labels must lie in \[0, 4\)"):
+        mask2former_criterion()(outputs, targets)
+    targets[1]["labels"][1] = tiny.CLASSES
+    sigmoids = detr.HungarianMatcher(num_points=POINTS, classification="focal")
+    with pytest.raises(MaskLossError, match=r"labels must lie in \[0, 3\)"):
+        sigmoids(outputs_of(classes=tiny.CLASSES), targets)
+
+
+def test_options_are_there_under_their_names() -> None:
+    criterion = mask2former_criterion()
+    assert (criterion.num_points, criterion.oversample_ratio, criterion.importance_sample_ratio) == (POINTS, 3.0, 0.75)
+    matcher = criterion.matcher
+    assert (matcher.cost_class, matcher.cost_mask, matcher.cost_dice, matcher.num_points) == (2.0, 5.0, 5.0, POINTS)
+    # What is read only cannot be set without effect.
+    with pytest.raises(AttributeError):
+        criterion.num_points = 3
+    with pytest.raises(AttributeError):
+        matcher.cost_mask = 3.0
+
+
+def test_the_original_criterion_can_print_our_matcher() -> None:
+    matcher = maskdino.HungarianMatcher(2.0, 5.0, 5.0, POINTS, 5.0, 2.0)
+    lines = matcher.__repr__(_repr_indent=8).split("\n")
+    assert lines[0] == "HungarianMatcher:"
+    assert lines[1:3] == [" " * 8 + "cost_class: 2.0", " " * 8 + "cost_mask: 5.0"]
+    assert "cost_giou: 2.0" in repr(matcher)
+    assert "cost_dice: 5.0" in repr(mask2former_criterion())
+
+
+@pytest.mark.parametrize("base", [detr.SetCriterion, maskdino.SetCriterion])
+@pytest.mark.parametrize("name", ["loss_labels", "loss_masks", "get_loss", "_get_src_permutation_idx"])
+def test_a_subclass_whose_methods_would_not_be_called_is_refused(base: type, name: str) -> None:
+    with pytest.raises(MaskLossError, match=f"Fork has {name}, but all layers are computed together"):
+        type("Fork", (base,), {name: lambda self, *_: {}})
+
+    class Mixin:
+        pass
+
+    setattr(Mixin, name, lambda self, *_: {})
+    with pytest.raises(MaskLossError, match="must not override what is not called"):
+        type("Fork", (Mixin, base), {})
+
+
+def test_a_subclass_of_the_matcher_is_honored_or_refused() -> None:
+    with pytest.raises(MaskLossError, match="Fork has memory_efficient_forward"):
+        type("Fork", (detr.HungarianMatcher,), {"memory_efficient_forward": lambda self, *_: []})
+
+    class Fixed(detr.HungarianMatcher):
+        def forward(self, outputs: Any, targets: Any) -> Any:
+            return [(torch.arange(len(t["labels"])) + 1, torch.arange(len(t["labels"]))) for t in targets]
+
+    criterion = detr.SetCriterion(tiny.CLASSES, Fixed(num_points=POINTS), WEIGHTS, 0.1, ["labels"], POINTS)
+    outputs, targets = outputs_of(), targets_of()
+    wanted = torch.full((2, 6), tiny.CLASSES)
+    for image, target in enumerate(targets):
+        wanted[image, 1 : 1 + len(target["labels"])] = target["labels"]
+    expected = F.cross_entropy(outputs["pred_logits"].transpose(1, 2), wanted, criterion.empty_weight)
+    torch.testing.assert_close(criterion(outputs, targets)["loss_ce"], expected)

@@ -41,6 +41,21 @@ def test_as_in_transformers(family: str, counts: tuple[int, ...], monkeypatch: p
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("family", ["mask2former", "oneformer", "eomt"])
+def test_a_target_of_no_class_is_matched_by_its_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its label is the number of labels, which stands for "no object"."""
+    labels = tiny.labels_of
+
+    def one_without(masks: list[Tensor], seed: int = 0) -> list[Tensor]:
+        found = labels(masks, seed)
+        found[1][0] = tiny.CLASSES
+        return found
+
+    monkeypatch.setattr(tiny, "labels_of", one_without)
+    ours, theirs, _ = both(family, tiny.blobs(), monkeypatch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_targets_at_all(family: str) -> None:
     model, batch = tiny.build(family), tiny.batch_for(family, tiny.blobs((0, 0)))

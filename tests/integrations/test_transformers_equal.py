@@ -18,12 +18,6 @@ pytest.importorskip("transformers")
 TOLERANCE = 1e-5
 
 
-def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def watch_matches(monkeypatch: pytest.MonkeyPatch, model: Any, family: str) -> list[Any]:
     """Collect what Transformers' own matcher returns."""
     found: list[Any] = []
@@ -63,11 +57,11 @@ def test_terms_gradients_and_matches_agree_on_the_same_points(
     rf_detr = family == "rf_detr"
     with patch(model, backend=backend), recorded(monkeypatch, one_image=rf_detr) as recorder:
         loss, terms = tiny.run(model, family, batch)
-        ours = gradients(model, loss)
+        ours = tiny.gradients(model, loss)
     matches = watch_matches(monkeypatch, model, family)
     with answered(monkeypatch, recorder, final_first=not rf_detr, shared=rf_detr):
         theirs_loss, theirs_terms = tiny.run(model, family, batch)
-    theirs = gradients(model, theirs_loss)
+    theirs = tiny.gradients(model, theirs_loss)
 
     counts = [len(masks) for masks in tiny.blobs()]
     assert [[(list(map(int, q)), list(map(int, t))) for q, t in images] for images in matches] == our_matches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import importlib.util
@@ -16,7 +17,8 @@ import torch
 from torch import nn
 
 from maskloss import MaskLossError, MaskTargets
-from maskloss.integrations.transformers import patch
+from maskloss.integrations import transformers as transformers_integration
+from maskloss.integrations.transformers import patch, unpatch
 from maskloss.integrations.transformers.families import FAMILIES
 from maskloss.integrations.transformers.universal import PointCriterion
 from support import tiny
@@ -200,19 +202,163 @@ def test_mask_labels_in_other_forms(family: str, kind: str, monkeypatch: pytest.
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
-def test_masks_are_packed_once_for_all_layers_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not FAMILIES[2].is_installed():
-        pytest.skip("this Transformers has no EoMT")
+@pytest.fixture(params=["eomt", "eomt_dinov3"])
+def layerwise(request: pytest.FixtureRequest) -> str:
+    """The families that call their criterion once for each layer."""
+    name: str = request.param
+    if name not in {FOLDERS[f.name] for f in INSTALLED}:
+        pytest.skip(f"this Transformers has no {name}")
+    return name
+
+
+def test_masks_are_packed_once_for_all_layers_of_a_pass(layerwise: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     inner = MaskTargets.from_masks
     monkeypatch.setattr(MaskTargets, "from_masks", staticmethod(lambda *a, **k: made.append(1) or inner(*a, **k)))
-    model, batch = tiny.eomt(), tiny.batch_for("eomt")
+    model, batch = tiny.BUILDERS[layerwise](), tiny.batch_for(layerwise)
     with patch(model):
-        tiny.run(model, "eomt", batch)
+        tiny.run(model, layerwise, batch)
         assert len(made) == 1
-        batch["mask_labels"][0][0, :5] = 1
-        tiny.run(model, "eomt", batch)
-    assert len(made) == 2
+        tiny.run(model, layerwise, batch)
+        assert len(made) == 2
+        # The criterion by itself belongs to no pass.
+        logits = torch.randn(2, tiny.QUERIES, 8, 8), torch.randn(2, tiny.QUERIES, tiny.CLASSES + 1)
+        for _ in range(2):
+            model.criterion(*logits, batch["mask_labels"], batch["class_labels"])
+        assert len(made) == 4
+
+
+@pytest.mark.parametrize("write", ["numpy", "data", "in place"])
+def test_masks_that_change_between_passes_are_packed_again(
+    layerwise: str, write: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where PyTorch does not see the change: a loader that fills one buffer again and again."""
+    monkeypatch.setattr("maskloss.integrations._layers.draw_seed", lambda: torch.tensor(5))
+    model, batch = tiny.BUILDERS[layerwise](), tiny.batch_for(layerwise)
+    buffers = [masks.numpy().copy() for masks in batch["mask_labels"]]
+    batch["mask_labels"] = [torch.from_numpy(buffer) for buffer in buffers]
+    with patch(model, backend="reference"):
+        before, _ = tiny.run(model, layerwise, batch)
+        for buffer, masks in zip(buffers, batch["mask_labels"], strict=True):
+            if write == "numpy":
+                buffer[:] = 1 - buffer
+            elif write == "data":
+                masks.data.copy_(1 - masks)
+            else:
+                masks.neg_().add_(1)
+        after, _ = tiny.run(model, layerwise, batch)
+        fresh = batch | {"mask_labels": [masks.clone() for masks in batch["mask_labels"]]}
+        expected, _ = tiny.run(model, layerwise, fresh)
+    assert before != after
+    assert torch.equal(after, expected)
+
+
+def test_dense_masks_are_not_kept(layerwise: str) -> None:
+    model, batch = tiny.BUILDERS[layerwise](), tiny.batch_for(layerwise)
+    with patch(model):
+        tiny.run(model, layerwise, batch)
+        gone = weakref.ref(batch["mask_labels"][0])
+        del batch
+        gc.collect()
+        assert gone() is None
+
+
+# ------------------------------------------------------------------------------------------ whose patch, and who undoes
+
+
+def test_copies_are_unpatched(family: str) -> None:
+    model = tiny.BUILDERS[family]()
+    with patch():
+        inside = copy.deepcopy(tiny.BUILDERS[family]())
+    with patch(model):
+        again = copy.deepcopy(model)
+    for each in (inside, again):
+        assert is_patched(each)
+        with pytest.raises(MaskLossError, match=r"unpatch\(model\) takes a patch back, also from a copy"):
+            patch(each)
+        unpatch(each)
+        unpatch(each)
+        assert not is_patched(each)
+        assert {n: type(m) for n, m in each.named_modules()} == {n: type(m) for n, m in model.named_modules()}
+        with patch(each):
+            assert is_patched(each)
+
+
+def test_unpatch_knows_only_supported_models() -> None:
+    with pytest.raises(MaskLossError, match="unpatch: the model must be of a supported family"):
+        unpatch(nn.Linear(2, 2))
+
+
+def test_undo_leaves_what_is_another_patchs() -> None:
+    model = tiny.mask2former()
+    first = patch(model)
+    unpatch(model)
+    second = patch(model)
+    first.undo()
+    assert is_patched(model)
+    second.undo()
+    assert not is_patched(model)
+
+
+def test_undo_leaves_what_others_have_put_in_place() -> None:
+    model: Any = tiny.mask2former()
+    handle = patch(model)
+    replaced = model.criterion = nn.Identity()
+    handle.undo()
+    assert model.criterion is replaced
+    if not INSTALLED[-1].name.startswith("RF-DETR"):
+        pytest.skip("this Transformers has no RF-DETR")
+    other: Any = tiny.rf_detr()
+    handle = patch(other)
+    function = other.loss_function = lambda *_: None
+    handle.undo()
+    assert other.loss_function is function
+
+
+def test_undo_leaves_constructors_that_somebody_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind: Any = tiny.model_class("mask2former", "Mask2FormerForUniversalSegmentation")
+    original = kind.__init__
+    handle = patch()
+    ours, built = kind.__init__, []
+
+    @functools.wraps(ours)
+    def theirs(self: Any, *args: Any, **kwargs: Any) -> None:
+        ours(self, *args, **kwargs)
+        built.append(self)
+
+    kind.__init__ = theirs
+    try:
+        assert is_patched(tiny.mask2former())
+        handle.undo()
+        assert kind.__init__ is theirs
+        assert not is_patched(tiny.mask2former())
+        with patch():
+            assert is_patched(tiny.mask2former())
+        assert kind.__init__ is theirs
+        assert not is_patched(tiny.mask2former())
+        assert len(built) == 4
+    finally:
+        kind.__init__ = original
+
+
+def test_a_global_patch_does_not_grow_with_models_that_are_gone() -> None:
+    with patch() as handle:
+        sizes = []
+        for _ in range(3):
+            model = tiny.mask2former()
+            del model
+            gc.collect()
+            sizes.append((len(handle._constructors), len(transformers_integration._OWNERS)))
+    assert sizes[0] == sizes[1] == sizes[2]
+    assert sizes[0][1] == 0
+
+
+def test_a_patch_that_fails_halfway_is_taken_back() -> None:
+    good, bad = tiny.mask2former(), tiny.mask2former()
+    bad.criterion = nn.Identity()
+    with pytest.raises(MaskLossError, match="the criterion must be Transformers' own"):
+        patch(nn.ModuleList([good, bad]))
+    assert not is_patched(good)
 
 
 def _patched_twice() -> None:
@@ -262,7 +408,7 @@ def test_wrong_targets_are_refused() -> None:
     with patch(model):
         wrong = {
             "masks and labels must pair up": {"class_labels": [torch.tensor([0]), torch.tensor([0, 1, 2])]},
-            "labels must lie in [0, 3)": {"class_labels": [torch.tensor([0, 3]), torch.tensor([0, 1, 2])]},
+            "labels must lie in [0, 4)": {"class_labels": [torch.tensor([0, 4]), torch.tensor([0, 1, 2])]},
             "the masks of an image must be": {"mask_labels": ["mask", "mask"]},
             "the same number of images": {"mask_labels": batch["mask_labels"][:1]},
             "masks must have one entry per image": {"mask_labels": 3},

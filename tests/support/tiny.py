@@ -260,3 +260,10 @@ def _run_videomt(model: Any, batch: dict[str, Any]) -> Tensor:
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of every parameter that has one."""
+    model.zero_grad()
+    loss.sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from maskloss.bench import plots, table
 from maskloss.bench.arms import ARMS
 from maskloss.bench.cases import FAMILIES, PRESETS, choose
 from maskloss.bench.machine import default_threads, describe_machine, describe_software
+from maskloss.bench.model import MODELS, model_lines, model_table, run_model
 from maskloss.bench.runner import Say, Settings, run_case
 from maskloss.errors import require
 
@@ -36,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: gets them.
     """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "presets:\n" + "\n".join(f"  {name:<11} {case.describe()}" for name, case in PRESETS.items())
+    listed = {"presets": PRESETS, "models": MODELS}
+    parser.epilog = "\n\n".join(
+        f"{kind}:\n" + "\n".join(f"  {name:<11} {case.describe()}" for name, case in cases.items())  # type: ignore[attr-defined]
+        for kind, cases in listed.items()
+    )
     add = parser.add_argument
     names = ", ".join(PRESETS)
     add("--preset", nargs="+", choices=list(PRESETS), metavar="NAME", help=f"{names} (default: coco)")
@@ -46,6 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(FAMILIES),
         metavar="FAMILY",
         help=f"measure how time and memory grow, in place of presets; {', '.join(FAMILIES)} (default: all of them)",
+    )
+    add(
+        "--model",
+        nargs="+",
+        choices=list(MODELS),
+        metavar="NAME",
+        help=f"train whole models in place of presets, {' or '.join(MODELS)}: unpatched, patched, and patched with "
+        "masks as factors",
     )
     add(
         "--arms",
@@ -85,10 +98,10 @@ def main(arguments: argparse.Namespace) -> int:
     for module in ("matplotlib", "psutil"):
         require(module, "bench")
     settings = _settings(arguments)
-    if "transformers" in settings.arms:
+    if "transformers" in settings.arms or arguments.model:
         require("transformers", "transformers")
     families = [] if arguments.scaling is None else arguments.scaling or list(FAMILIES)
-    presets = arguments.preset or ([] if families else ["coco"])
+    presets = arguments.preset or ([] if families or arguments.model else ["coco"])
     report: dict[str, Any] = {
         "schema": 2,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -96,17 +109,20 @@ def main(arguments: argparse.Namespace) -> int:
         "software": describe_software(),
         "settings": settings.as_dict(),
         "cases": [],
+        "models": [],
     }
     console.print(table.heading(report), end="\n\n")
     for case in choose(presets, families):
         with _progress(console) as say:
             report["cases"].append(run_case(case, settings, say))
         _print_case(console, report["cases"][-1])
-    console.print(table.LEGEND)
+    if report["cases"]:
+        console.print(table.LEGEND)
     _print_families(console, report, families)
+    _run_models(console, report, arguments.model or (), settings)
     for path in write_results(report, arguments.out):
         console.print(f"[dim]wrote[/] {path}")
-    return int(any(_failed(case) for case in report["cases"]))
+    return int(any(_failed(case) for case in (*report["cases"], *report["models"])))
 
 
 def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -178,6 +194,16 @@ def _print_families(console: Any, report: dict[str, Any], families: list[str]) -
         cases = [case for case in report["cases"] if case["name"].startswith(f"{name}=") and case["arms"]]
         if cases:
             console.print(table.family_table(name, cases), end="\n\n")
+
+
+def _run_models(console: Any, report: dict[str, Any], names: Sequence[str], settings: Settings) -> None:
+    for name in names:
+        with _progress(console) as say:
+            report["models"].append(run_model(MODELS[name], settings, say))
+        if report["models"][-1]["arms"]:
+            console.print(model_table(report["models"][-1]))
+        for line in model_lines(report["models"][-1]):
+            console.print(line, style="dim", markup=False)
 
 
 def _failed(case: dict[str, Any]) -> bool:

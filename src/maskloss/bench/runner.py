@@ -94,6 +94,8 @@ class Process:
         passive: let waiting OpenMP threads sleep; by default they spin for a while.
     """
 
+    module = "maskloss.bench.worker"
+
     def __init__(self, settings: Settings, *, passive: bool = False) -> None:
         dropped = {"MASKLOSS_BACKEND", *_WAITING}  # the arms say which backend they are
         environment = {key: value for key, value in os.environ.items() if key not in dropped} | settings.environment
@@ -101,7 +103,7 @@ class Process:
             environment["OMP_WAIT_POLICY"] = "PASSIVE"
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed in __exit__)
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "maskloss.bench.worker"],
+            [sys.executable, "-m", self.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

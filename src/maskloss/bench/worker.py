@@ -157,9 +157,9 @@ def _target_bytes(targets: MaskTargets | list[Tensor]) -> int:
     return sum(each.numel() * each.element_size() for each in tensors)
 
 
-def serve(commands: TextIO, answers: TextIO) -> None:
+def serve(commands: TextIO, answers: TextIO, worker: Any = None) -> None:
     """Answer commands until there are no more; an exception is an answer too, and the worker lives on."""
-    worker = Worker()
+    worker = worker or Worker()
     for line in commands:
         command = json.loads(line)
         try:
@@ -170,13 +170,13 @@ def serve(commands: TextIO, answers: TextIO) -> None:
         answers.flush()
 
 
-def main() -> None:
+def serve_process(worker: Any) -> None:
     """Serve the process that started this one; what libraries print goes to the error stream."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     warnings.simplefilter("default")
-    serve(sys.stdin, answers)
+    serve(sys.stdin, answers, worker)
 
 
 if __name__ == "__main__":
-    main()
+    serve_process(Worker())

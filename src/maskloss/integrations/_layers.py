@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskloss import _classification, _inputs, distributed
+from maskloss import _classification, _inputs, distributed, ops
 from maskloss.factors import Layer
 from maskloss.loss import InstanceLosses, MaskLoss
+from maskloss.matcher import HungarianMatcher
 from maskloss.matches import Matches, wanted_classes
 from maskloss.ops.abi import IMAGE, TARGET
 from maskloss.points import draw_seed
@@ -58,6 +59,33 @@ class Step:
         losses = loss.instance_losses(logits, matches, self.targets, self.image_ids, self.seed)
         sizes = list(matches.layer_sizes)
         return InstanceLosses(*(torch.stack([part.sum() for part in term.split(sizes)]) for term in losses))
+
+
+def match(
+    matcher: HungarianMatcher,
+    class_logits: Tensor,
+    mask_logits: Sequence[Layer],
+    step: Step,
+    extra_costs: Tensor | None = None,
+) -> Matches:
+    """Match all layers, where labels may lie in [0, C]: the original criteria train on targets of class "no object".
+
+    Args:
+        matcher: its weights and options.
+        class_logits: `[L, B, Q, C + 1]`, or `[L, B, Q, C]` for the classification "focal".
+        mask_logits: one `[B, Q, h, w]` per layer.
+        step: targets and seed.
+        extra_costs: `[L, B, Q, T_max]`, or None.
+    """
+    logits, outputs = class_logits.detach(), class_logits.shape[-1]
+    cost = matcher.costs(logits, mask_logits, step.targets, step.labels, step.image_ids, step.seed, extra_costs)
+    index, wanted = ops.assign(cost, step.labels, step.targets.num_targets, outputs)
+    # A query without a target has the first number that is no label, which is one too many if C is a label as well.
+    no_object = outputs - (matcher.classification == "softmax")
+    queries, counts = class_logits.shape[2], step.targets.num_targets
+    sizes = (ops.count_matches(counts, queries),) * len(mask_logits)
+    matched = ops.matched_counts(counts, queries) * len(mask_logits)
+    return Matches(index, sizes, queries, counts, wanted.clamp(max=no_object), no_object, matched)
 
 
 def accumulated(tensor: Tensor) -> Tensor:

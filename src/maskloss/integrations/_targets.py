@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,12 +14,15 @@ from maskloss.ops.abi import COUNT, FIRST
 from maskloss.targets import MaskTargets
 from maskloss.targets.frames import Size
 
+_WIDE = (torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def pack_masks(masks: Any, device: torch.device) -> MaskTargets:
     """Pack the masks of a batch, in any of the forms that users have, and bring them to a device.
 
     Dense masks and label maps of different sizes lie in the top left corner of one canvas, the largest height and
-    width of the batch, because predictions cover the padded batch.
+    width of the batch, because predictions cover the padded batch. Integer masks are taken as well, as the criteria
+    take them that convert targets to float.
 
     Args:
         masks: `MaskTargets` of the batch, or one entry per image: a dense `[T, H, W]`, a `MaskTargets`, or a pair of a
@@ -31,13 +33,13 @@ def pack_masks(masks: Any, device: torch.device) -> MaskTargets:
         The targets of the batch.
 
     Raises:
-        Cause: an entry that is none of these.
+        Cause: an entry that is none of these, or an integer mask with other values than 0 and 1.
     """
     if isinstance(masks, MaskTargets):
         return masks.to(device, non_blocking=True)
     if not isinstance(masks, Iterable):
         raise Cause("masks must have one entry per image", f"got {describe(masks)}", "give a list, or a MaskTargets")
-    entries = list(masks)
+    entries = [_from_integers(entry) for entry in masks]
     canvas = _canvas(entries)
     if entries and all(isinstance(entry, Tensor) for entry in entries):
         # Together, so that all images of the batch get one encoding.
@@ -51,6 +53,21 @@ def _canvas(entries: Sequence[Any]) -> Size | None:
     if not sizes:
         return None
     return max(1, *(height for height, _ in sizes)), max(1, *(width for _, width in sizes))
+
+
+def _from_integers(entry: Any) -> Any:
+    """Turn dense masks of a wide integer type into bool, and leave everything else as it is."""
+    if not isinstance(entry, Tensor) or entry.ndim != 3 or entry.dtype not in _WIDE:
+        return entry
+    inside = entry == 1
+    # One look at the values, as float masks get one when they are packed.
+    if bool((inside | (entry == 0)).all()):
+        return inside
+    raise Cause(
+        "integer masks must be 0 or 1",
+        f"values reach from {int(entry.min())} to {int(entry.max())}",
+        "an integer map of instance ids goes in as a pair (label map, ids)",
+    )
 
 
 def _pack_one(entry: Any, canvas: Size | None) -> MaskTargets:
@@ -84,36 +101,3 @@ def repeat_targets(targets: MaskTargets, times: int) -> MaskTargets:
     copy = torch.arange(sum(counts), device=targets.device) - images[:, FIRST][image]
     table = targets.table[targets.first_rows[image] + copy % targets.counts[image]]
     return replace(targets, table=table, images=images, num_targets=counts)
-
-
-class PackedOnce:
-    """The packed masks of the last call, for models that call their criterion once per decoder layer.
-
-    Holds no dense mask alive, and looks at the version of each tensor: one that was written to is packed again.
-    """
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[weakref.ref[Any], int]] = []
-        self._packed: MaskTargets | None = None
-
-    def __call__(self, masks: Any, device: torch.device) -> MaskTargets:
-        """Pack, or return what was packed last time if the masks are the same tensors."""
-        leaves = _leaves(masks)
-        if leaves is None:
-            return pack_masks(masks, device)
-        seen = [(id(leaf), leaf._version) for leaf in leaves]
-        alive = [(id(ref()), version) for ref, version in self._seen if ref() is not None]
-        if self._packed is None or seen != alive or len(alive) != len(self._seen) or self._packed.device != device:
-            self._packed = pack_masks(masks, device)
-            self._seen = [(weakref.ref(leaf), leaf._version) for leaf in leaves]
-        return self._packed
-
-
-def _leaves(masks: Any) -> list[Tensor] | None:
-    """List the dense masks of a batch; None where remembering them is not worth it, or not possible."""
-    if not isinstance(masks, Iterable):
-        return None
-    leaves = list(masks)
-    dense = all(isinstance(leaf, Tensor) and leaf.ndim == 3 and not leaf.is_inference() for leaf in leaves)
-    # The rows of one tensor [B, T, H, W] are new objects at every call.
-    return leaves if dense and leaves and not isinstance(masks, Tensor) else None

@@ -17,11 +17,18 @@ from maskloss import _inputs
 from maskloss import matcher as core
 from maskloss._classification import KINDS, focal_sums
 from maskloss.errors import Cause, describe, reported
+from maskloss.factors import Layer, MaskFactors
 from maskloss.integrations._boxes import box_costs, box_terms
-from maskloss.integrations._layers import Step, accumulated, mean_count, weighted_cross_entropy
+from maskloss.integrations._layers import (
+    Step,
+    accumulated,
+    match,
+    mean_count,
+    weighted_cross_entropy,
+)
 from maskloss.integrations._targets import pack_masks
 from maskloss.loss import MaskLoss
-from maskloss.matches import Matches
+from maskloss.matches import Matches, join_layers
 from maskloss.points import PointSampling
 
 __all__ = ["HungarianMatcher", "SetCriterion"]
@@ -31,6 +38,18 @@ Targets = Sequence[Mapping[str, Any]]
 Pairs = list[tuple[Tensor, Tensor]]
 
 LOSSES = ("labels", "masks", "boxes")
+
+# What the code bases' own criteria call for each layer, and this one, which computes all layers together, does not.
+NOT_CALLED = (
+    "loss_labels",
+    "loss_labels_ce",
+    "loss_masks",
+    "loss_boxes",
+    "loss_boxes_panoptic",
+    "get_loss",
+    "_get_src_permutation_idx",
+    "_get_tgt_permutation_idx",
+)
 
 
 class HungarianMatcher(nn.Module):
@@ -79,6 +98,7 @@ class HungarianMatcher(nn.Module):
         for name, weight in (("cost_box", cost_box), ("cost_giou", cost_giou)):
             _inputs.check_weight(name, weight)
         self.cost_box, self.cost_giou = float(cost_box), float(cost_giou)
+        self._costs = float(cost_class), float(cost_mask), float(cost_dice)
         self.core = core.HungarianMatcher(
             class_weight=cost_class,
             mask_weight=cost_mask,
@@ -89,13 +109,51 @@ class HungarianMatcher(nn.Module):
         )
 
     @reported("HungarianMatcher")
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a subclass that overrides what is never called."""
+        super().__init_subclass__(**options)
+        if hasattr(cls, "memory_efficient_forward"):
+            raise Cause(
+                "a subclass must not override what is not called here",
+                f"{cls.__name__} has memory_efficient_forward, but all layers are matched together",
+                "override forward, or add to the costs with extra_costs",
+            )
+
+    @property
+    def cost_class(self) -> float:
+        """Weight of the class term."""
+        return self._costs[0]
+
+    @property
+    def cost_mask(self) -> float:
+        """Weight of the masks' cross-entropy."""
+        return self._costs[1]
+
+    @property
+    def cost_dice(self) -> float:
+        """Weight of Dice."""
+        return self._costs[2]
+
+    @property
+    def num_points(self) -> int:
+        """P, uniform points per image."""
+        return self.core.num_points
+
+    def __repr__(self, _repr_indent: int = 4) -> str:
+        """Show the weights; the code bases' own criteria ask for an indentation when they print their matcher."""
+        names = ("cost_class", "cost_mask", "cost_dice", "cost_box", "cost_giou", "num_points")
+        lines = [f"{' ' * _repr_indent}{name}: {getattr(self, name)}" for name in names]
+        return "\n".join([f"{type(self).__name__}:", *lines])
+
+    @reported("HungarianMatcher")
     def forward(self, outputs: Outputs, targets: Targets) -> Pairs:
         """Match the outputs of one layer.
 
         Args:
-            outputs: "pred_logits" `[B, Q, C + 1]` (`[B, Q, C]` for classification "focal"), "pred_masks"
-                `[B, Q, h, w]`, "pred_boxes" `[B, Q, 4]` if boxes have a weight, and, if wanted, "extra_costs": one
-                `[Q, T]` per image, with its weight, which is added to the cost.
+            outputs: "pred_logits" `[B, Q, C + 1]` (`[B, Q, C]` for classification "focal"); "pred_masks"
+                `[B, Q, h, w]`, a `MaskFactors`, or the dict that `MaskFactors.from_dict` takes; "pred_boxes"
+                `[B, Q, 4]` if boxes have a weight; and, if wanted, "extra_costs": one `[Q, T]` per image, with its
+                weight, which is added to the cost.
             targets: one dict per image: "labels" int64 `[T]`, "masks" (see `SetCriterion`), "boxes" `[T, 4]`.
 
         Returns:
@@ -121,7 +179,7 @@ class HungarianMatcher(nn.Module):
                 )
             more = [core.stack_costs(costs, logits[:1], step.targets) for costs in given if costs is not None]
             extra = torch.cat(more) if extra is None else extra + torch.cat(more)
-        return self.core.match(logits, masks, step.targets, step.labels, step.image_ids, step.seed, extra)
+        return match(self.core, logits, masks, step, extra)
 
     def box_costs(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Tensor:
         """Compute the boxes' part of the cost: `[L, B, Q, T_max]`."""
@@ -167,6 +225,7 @@ class SetCriterion(nn.Module):
     """
 
     empty_weight: Tensor
+    mask_loss: MaskLoss
     mixes_classifications = False
 
     @reported("SetCriterion")
@@ -215,15 +274,44 @@ class SetCriterion(nn.Module):
         )
 
     @reported("SetCriterion")
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a subclass that overrides what is never called."""
+        super().__init_subclass__(**options)
+        ignored = [name for name in NOT_CALLED if hasattr(cls, name)]
+        if ignored:
+            raise Cause(
+                "a subclass must not override what is not called here",
+                f"{cls.__name__} has {', '.join(ignored)}, but all layers are computed together",
+                "override losses_of, or compute other losses next to this criterion",
+            )
+
+    @property
+    def num_points(self) -> int:
+        """P, points per instance."""
+        return self.mask_loss.sampling.num_points
+
+    @property
+    def oversample_ratio(self) -> float:
+        """Candidates per point (see `PointSampling`)."""
+        return self.mask_loss.sampling.oversample_ratio
+
+    @property
+    def importance_sample_ratio(self) -> float:
+        """Share of uncertain points (see `PointSampling`)."""
+        return self.mask_loss.sampling.importance_ratio
+
+    @reported("SetCriterion")
     def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         """Match all layers and compute their losses.
 
         Args:
             outputs: of the final layer, as `HungarianMatcher` takes them, and "aux_outputs": a list of the other
                 layers', "interm_outputs": those of the encoder, if there are any.
-            targets: one dict per image: "labels" int64 `[T]`; "masks": dense `[T, H, W]`, a `MaskTargets`, or a label
-                map `[H, W]` along with "ids"; "boxes" `[T, 4]` (cx, cy, w, h) in [0, 1], where boxes are used. Binary
-                masks on a GPU are best bool: floats there count as soft, at four times the memory.
+            targets: one dict per image: "labels" int64 `[T]`, in [0, C] for classification "softmax" (a target of
+                class C is matched by its mask, and its query learns "no object"); "masks": dense `[T, H, W]` (bool,
+                float or integers), a `MaskTargets`, or a label map `[H, W]` along with "ids"; "boxes" `[T, 4]`
+                (cx, cy, w, h) in [0, 1], where boxes are used. Binary masks on a GPU are best bool: floats there count
+                as soft, at four times the memory.
 
         Returns:
             "loss_ce", "loss_mask", "loss_dice", "loss_bbox", "loss_giou", as far as asked for, of the final layer;
@@ -270,15 +358,15 @@ class SetCriterion(nn.Module):
         return {f"{name}{suffix}": term[i].clone() for i, suffix in enumerate(layers) for name, term in terms.items()}
 
     def _match(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Matches:
-        if isinstance(self.matcher, HungarianMatcher):
-            return self.matcher.match(layers, targets, step)
+        matcher = self.matcher
+        # A subclass with a forward of its own is asked layer by layer, like any other matcher.
+        if isinstance(matcher, HungarianMatcher) and type(matcher).forward is HungarianMatcher.forward:
+            return matcher.match(layers, targets, step)
         queries, counts, parts = layers[0]["pred_logits"].shape[1], step.targets.num_targets, []
-        for number, layer in enumerate(layers):
+        for layer in layers:
             without = {name: value for name, value in layer.items() if name not in ("aux_outputs", "interm_outputs")}
-            index = Matches.from_pairs(self.matcher(without, targets), num_queries=queries, num_targets=counts).index
-            parts.append(torch.cat([torch.full_like(index[:, :1], number), index[:, 1:]], dim=1))
-        sizes = tuple(len(part) for part in parts)
-        return Matches(torch.cat(parts), sizes, queries, counts).to(layers[0]["pred_masks"].device)
+            parts.append(Matches.from_pairs(matcher(without, targets), num_queries=queries, num_targets=counts))
+        return join_layers(parts).to(layers[0]["pred_logits"].device)
 
     def _classify(self, logits: Tensor, matches: Matches, step: Step, count: float | Tensor) -> Tensor:
         """Compute the classification of each layer `[L]` from logits `[L, B, Q, C (+ 1)]`."""
@@ -324,7 +412,7 @@ def check_loss(name: str) -> None:
 
 def begin(outputs: Outputs, targets: Targets) -> Step:
     """Pack the targets of a step, and check that they fit."""
-    logits = _entry(outputs, "pred_masks")
+    logits = _masks(outputs)
     for image, entry in enumerate(targets):
         if not isinstance(entry, Mapping) or not {"labels", "masks"} <= set(entry):
             got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
@@ -344,8 +432,16 @@ def _entry(outputs: Outputs, name: str) -> Tensor:
     return found
 
 
-def _columns(layers: Sequence[Outputs]) -> tuple[list[Tensor], list[Tensor]]:
-    classes, masks = ([_entry(layer, name) for layer in layers] for name in ("pred_logits", "pred_masks"))
+def _masks(outputs: Outputs) -> Layer:
+    """Find the mask logits of a layer, dense or as factors."""
+    found = outputs.get("pred_masks")
+    if isinstance(found, Mapping):
+        return MaskFactors.from_dict(found)
+    return found if isinstance(found, MaskFactors) else _entry(outputs, "pred_masks")
+
+
+def _columns(layers: Sequence[Outputs]) -> tuple[list[Tensor], list[Layer]]:
+    classes, masks = [_entry(layer, "pred_logits") for layer in layers], [_masks(layer) for layer in layers]
     return classes, masks
 
 

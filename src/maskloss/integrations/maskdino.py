@@ -186,7 +186,8 @@ class SetCriterion(detr.SetCriterion):
         repeated = repeat_targets(step.targets, times)
         labels = torch.cat([part.repeat(times) for part in step.labels.split(list(counts))])
         known = Step(repeated, labels, step.image_ids, step.seed)
-        matches = Matches(index, (repeated.num_masks,) * len(layers), size, repeated.num_targets)
+        blocks = repeated.num_targets * len(layers)
+        matches = Matches(index, (repeated.num_masks,) * len(layers), size, repeated.num_targets, counts=blocks)
         count = mean_count(float(step.targets.num_masks), device) * times
         return self.losses_of(self.dn_losses, layers, matches, targets, known, count)
 

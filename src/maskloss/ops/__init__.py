@@ -30,6 +30,7 @@ from maskloss.ops.abi import (
     num_bytes,
 )
 from maskloss.ops.dispatch import BACKENDS, check_backend, choose_backend, load
+from maskloss.ops.transformed import Derivative
 
 __all__ = [
     "BACKENDS",
@@ -124,11 +125,12 @@ def _point_sample_derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 
 
 _point_sample.register_autograd(_point_sample_derivative, setup_context=_point_sample_setup)
+_differentiable_point_sample = Derivative(_point_sample, _point_sample_setup, _point_sample_derivative)
 
 
 def point_sample(maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str, backend: str) -> Tensor:
     """Read maps `[M, h, w]`, chosen by index `[N]`, at points `[N, P, 2]`: `[N, P]`, gradient to the maps."""
-    result: Tensor = _point_sample(maps, index, points, mode, padding, backend)
+    result: Tensor = _differentiable_point_sample(maps, index, points, mode, padding, backend)
     return result
 
 
@@ -282,13 +284,14 @@ def _mask_loss_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | 
 
 
 _mask_loss.register_autograd(_mask_loss_derivative, setup_context=_mask_loss_setup)
+_differentiable_mask_loss = Derivative(_mask_loss, _mask_loss_setup, _mask_loss_derivative)
 
 
 def mask_loss(
     instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Compute cross-entropy and Dice `[N]` at the caller's points, or at points that are drawn; gradient to logits."""
-    ce, dice, _, _ = _mask_loss(*instances, *targets, *draw, *term, points, backend)
+    ce, dice, _, _ = _differentiable_mask_loss(*instances, *targets, *draw, *term, points, backend)
     return ce, dice
 
 
@@ -400,7 +403,7 @@ def _factored_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | N
     kept = Kept(*(next(saved) for _ in Kept._fields))
     lists = [[next(saved) for _ in range(length)] for length in ctx.lengths]
     rest = [next(saved) if option is None else option[0] for option in ctx.options]
-    needs = [[bool(need) for need in ctx.needs_input_grad[which]] for which in range(len(lists))]
+    needs = [[bool(need) for need in ctx.needs_input_grad[which]] if each else [] for which, each in enumerate(lists)]
     zero = kept.logits.new_zeros(kept.logits.shape[0])
     given = [zero if grad is None else grad.contiguous() for grad in (grad_ce, grad_dice)]
     wanted = [any(needs[0]), any(needs[1]), *needs[2]]
@@ -417,6 +420,7 @@ def _factored_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | N
 
 
 _factored_mask_loss.register_autograd(_factored_derivative, setup_context=_factored_setup)
+_differentiable_factored_mask_loss = Derivative(_factored_mask_loss, _factored_setup, _factored_derivative)
 
 
 def factored_mask_loss(
@@ -441,5 +445,5 @@ def factored_mask_loss(
         points: the caller's, or None.
         backend: one that has kernels.
     """
-    ce, dice, *_ = _factored_mask_loss(*factors, index, counts, *targets, *draw, *term, points, backend)
+    ce, dice, *_ = _differentiable_factored_mask_loss(*factors, index, counts, *targets, *draw, *term, points, backend)
     return ce, dice

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss.errors import Cause, describe
+from maskloss.errors import Cause, check_layout, describe
 from maskloss.targets.bits import on_host
 from maskloss.targets.mask_targets import MaskTargets
 
@@ -119,6 +119,7 @@ def _pack(masks: Sequence[Any], ids: Sequence[Any]) -> MaskTargets:
 
 def _check_labels(labels: Any, count: int, where: str, device: torch.device) -> None:
     integers = (torch.uint8, torch.int16, torch.int32, torch.int64)
+    check_layout("labels", labels)
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in integers:
         raise Cause(
             "labels must be an integer tensor [T]",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskloss.errors import Cause, describe
+from maskloss.errors import Cause, check_layout, describe
 from maskloss.ops.abi import OFFSET, PLACE_COLUMNS
 from maskloss.targets import bits
 from maskloss.targets.frames import Stored
@@ -16,6 +16,7 @@ from maskloss.targets.frames import Stored
 
 def check_masks(masks: Tensor) -> None:
     """Refuse anything but masks `[T, H, W]` of a type that can be packed or kept."""
+    check_layout("masks", masks)
     if not isinstance(masks, Tensor) or masks.ndim != 3:
         raise Cause(
             "masks must be a tensor [T, H, W]",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss._numbers import check_integer
-from maskloss.errors import Cause, describe
+from maskloss.errors import Cause, check_layout, describe
 from maskloss.ops.abi import OFFSET, PLACE_COLUMNS, TOP
 from maskloss.targets import bits
 
@@ -79,6 +79,7 @@ def _ranks(values: NDArray[Any], wanted: NDArray[np.int64]) -> NDArray[np.int32]
 
 def check_label_map(labels: Any) -> Tensor:
     """Bring a label map to a dtype that the kernels read."""
+    check_layout("a label map", labels)
     if isinstance(labels, Tensor) and labels.dtype in _WIDER:
         labels = labels.to(_WIDER[labels.dtype])
     if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.dtype not in _INTEGERS:
@@ -92,6 +93,7 @@ def check_label_map(labels: Any) -> Tensor:
 
 def check_ids(ids: Tensor) -> Tensor:
     """Refuse ids that are not integers `[T]`; their values stay on the device."""
+    check_layout("ids", ids)
     if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise Cause("ids must be 64-bit integers, one per target", f"got {describe(ids)}", "give a list [T]")
     return ids

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss._numbers import check_integer
+from maskloss._transforms import outside
 from maskloss.errors import Cause, describe, reported
 from maskloss.ops.abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W, LABEL
 from maskloss.targets import bits, coco, dense, joining, label_maps
@@ -62,6 +63,7 @@ class MaskTargets:
 
     @staticmethod
     @reported("MaskTargets.from_masks")
+    @outside
     def from_masks(
         masks: Tensor | Sequence[Tensor],
         *,
@@ -102,6 +104,7 @@ class MaskTargets:
 
     @staticmethod
     @reported("MaskTargets.from_packed")
+    @outside
     def from_packed(
         packed: Tensor,
         width: int,
@@ -142,6 +145,7 @@ class MaskTargets:
 
     @staticmethod
     @reported("MaskTargets.from_label_map")
+    @outside
     def from_label_map(
         labels: Tensor | Sequence[Tensor],
         ids: Tensor | Sequence[int] | Sequence[Tensor | Sequence[int]] | None,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from maskloss import _inputs
 from maskloss.errors import Cause, reported, require
-from maskloss.integrations.transformers.families import FAMILIES, Family, Undo, find, supported
+from maskloss.integrations.transformers.families import FAMILIES, Family, find, supported
 from maskloss.ops import BACKENDS
 
-__all__ = ["Patch", "patch"]
+__all__ = ["Patch", "patch", "unpatch"]
+
+# Which patch a model belongs to. Weakly: neither keeps the other in memory, and a model that is gone is not listed.
+_OWNERS: WeakKeyDictionary[nn.Module, Patch] = WeakKeyDictionary()
 
 
 class Patch:
@@ -25,12 +30,18 @@ class Patch:
 
     def __init__(self) -> None:
         self.families: tuple[str, ...] = ()
-        self._undo: list[Undo] = []
+        self._constructors: list[Callable[[], None]] = []
 
     def undo(self) -> None:
-        """Put back all that was changed, in models built in the meantime too. A second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        """Put back all that was changed, in models built in the meantime too. A second call does nothing.
+
+        A copy of a patched model, made by `copy.deepcopy` or read from a pickle, is patched as well, and is no model of
+        this patch: `unpatch` takes that back.
+        """
+        while self._constructors:
+            self._constructors.pop()()
+        for model in [model for model, owner in list(_OWNERS.items()) if owner is self]:
+            _restore(model)
         self.families = ()
 
     def __enter__(self) -> Patch:  # noqa: PYI034 (typing.Self is newer than Python 3.10)
@@ -44,14 +55,15 @@ class Patch:
     def __repr__(self) -> str:
         return f"Patch({', '.join(self.families) or 'undone'})"
 
-    def _swap(self, family: Family, model: nn.Module, backend: str | None) -> None:
-        self._undo.append(family.swap(model, backend))
+    def _swap(self, family: Family, model: nn.Module, backend: str | None, factors: bool) -> None:
+        family.swap(model, backend, factors=factors)
+        _OWNERS[model] = self
         if family.name not in self.families:
             self.families = (*self.families, family.name)
 
 
 @reported("patch")
-def patch(model: nn.Module | None = None, *, backend: str | None = None) -> Patch:
+def patch(model: nn.Module | None = None, *, backend: str | None = None, factors: bool = False) -> Patch:
     """Let maskloss compute the loss of a model of Transformers, or of every model built from now on.
 
     Inputs, names of outputs, weights and what they mean stay as they are; `mask_labels` may also be packed masks
@@ -65,13 +77,17 @@ def patch(model: nn.Module | None = None, *, backend: str | None = None) -> Patc
         model: a model of a supported family, or a module that contains some. Default None: models are patched as
             they are built, until the patch is undone.
         backend: "reference", "cpu" or "gpu". Default: by device, or MASKLOSS_BACKEND.
+        factors: let the model's mask head hand `MaskFactors` to the criterion while it trains with targets: then the
+            masks of all layers and queries are never formed, but for those of the final layer, which the model
+            returns. In evaluation, without targets, and while the model is compiled nothing changes. Default False.
 
     Returns:
         The patch: `undo()` takes it back, and `with patch(model): ...` does at the end of the block.
 
     Raises:
         MaskLossError: a model of another family (the message lists the supported ones), one that is patched already,
-            one whose criterion is not Transformers' own, or an unknown backend.
+            one whose criterion is not Transformers' own, an unknown backend, or factors for VidEoMT, whose forward
+            takes no targets.
         MissingExtraError: Transformers is not installed (extra `transformers`).
 
     Source:
@@ -81,14 +97,20 @@ def patch(model: nn.Module | None = None, *, backend: str | None = None) -> Patc
     require("transformers", "transformers")
     if backend is not None:
         _inputs.check_choice("backend", backend, BACKENDS)
+    if not isinstance(factors, bool):
+        raise Cause("factors must be True or False", f"factors={factors!r}", "False is the default")
     handle = Patch()
     if model is not None:
-        for family, found in find(model):
-            handle._swap(family, found, backend)
+        try:
+            for family, found in find(model):
+                handle._swap(family, found, backend, factors)
+        except Cause:
+            handle.undo()
+            raise
         return handle
     for family in FAMILIES:
         if family.is_installed():
-            _patch_constructor(handle, family, backend)
+            _patch_constructor(handle, family, backend, factors)
     if not handle.families:
         raise Cause(
             "Transformers must have a supported model family", "it has none of them", f"supported: {supported()}"
@@ -96,11 +118,34 @@ def patch(model: nn.Module | None = None, *, backend: str | None = None) -> Patc
     return handle
 
 
-def _patch_constructor(handle: Patch, family: Family, backend: str | None) -> None:
+@reported("unpatch")
+def unpatch(model: nn.Module) -> None:
+    """Take the patch of a model back, whoever patched it: also of a copy, which no `Patch` knows.
+
+    Args:
+        model: a model of a supported family, or a module that contains some. One that is not patched stays as it is.
+
+    Raises:
+        MaskLossError: a model of another family.
+    """
+    for _, found in find(model):
+        _restore(found)
+
+
+def _restore(model: nn.Module) -> None:
+    for family in FAMILIES:
+        if family.covers(model):
+            family.restore(model)
+    _OWNERS.pop(model, None)
+
+
+def _patch_constructor(handle: Patch, family: Family, backend: str | None, factors: bool) -> None:
     """Let the constructor of a model's class swap the criterion when it is done."""
     model_class: Any = family.model_class()
     original = model_class.__init__
-    if hasattr(original, "_maskloss_patch"):
+    # A wrapper that somebody put around ours has this too, and may be there for longer than our patch is on.
+    earlier = getattr(original, "_maskloss_patch", None)
+    if earlier is not None and earlier.families:
         handle.undo()
         raise Cause(
             "the models must not be patched already", f"{family.model} is", "call undo() on the other patch first"
@@ -109,13 +154,21 @@ def _patch_constructor(handle: Patch, family: Family, backend: str | None) -> No
     @functools.wraps(original)
     def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        handle._swap(family, self, backend)
+        if handle.families:
+            _swap_built(handle, family, self, backend, factors)
 
     build._maskloss_patch = handle  # type: ignore[attr-defined]
     model_class.__init__ = build
 
     def undo() -> None:
-        model_class.__init__ = original
+        # What somebody else has put on top stays; ours, below it, does nothing any more.
+        if model_class.__init__ is build:
+            model_class.__init__ = original
 
-    handle._undo.append(undo)
+    handle._constructors.append(undo)
     handle.families = (*handle.families, family.name)
+
+
+@reported("patch")
+def _swap_built(handle: Patch, family: Family, model: nn.Module, backend: str | None, factors: bool) -> None:
+    handle._swap(family, model, backend, factors)

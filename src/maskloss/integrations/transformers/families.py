@@ -6,18 +6,15 @@ import functools
 import importlib
 import importlib.util
 import sys
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
 from maskloss.errors import Cause
+from maskloss.integrations.transformers.forward_pass import hand_over_factors, is_watched, leave_alone, watch
 from maskloss.integrations.transformers.rf_detr import rf_detr_loss
 from maskloss.integrations.transformers.universal import PointCriterion, patched_class
-
-Undo = Callable[[], None]
 
 _WHY_NOT = {
     "MaskFormerForInstanceSegmentation": "MaskFormer's loss covers every pixel of the upsampled prediction: sampling "
@@ -34,12 +31,16 @@ class Family:
         module: where Transformers has it, below `transformers.models`.
         model: name of the model's class.
         criterion: name of the criterion's class in that module; None: the model calls a loss function.
+        head: path in the model of the module that makes the embeddings of the masks; None: masks cannot stay factors.
+        layerwise: whether the model calls its criterion once for each decoder layer.
     """
 
     name: str
     module: str
     model: str
     criterion: str | None
+    head: str | None
+    layerwise: bool = False
 
     @property
     def path(self) -> str:
@@ -62,12 +63,40 @@ class Family:
         loaded = sys.modules.get(self.path)
         return loaded is not None and isinstance(module, getattr(loaded, self.model))
 
-    def swap(self, model: nn.Module, backend: str | None) -> Undo:
-        """Give a model maskloss's criterion; the result puts the old one back."""
+    def swap(self, model: nn.Module, backend: str | None, *, factors: bool) -> None:
+        """Give a model maskloss's criterion; on request its mask head hands factors to it."""
+        if is_patched(model):
+            raise Cause(
+                "the model must not be patched already",
+                f"this {type(model).__name__} is",
+                "unpatch(model) takes a patch back, also from a copy",
+            )
+        if factors and self.head is None:
+            raise Cause(
+                "the masks of the model must be a product that its own forward gives to the criterion",
+                f"{self.name}'s forward takes no targets and returns the masks, so that they have to be formed",
+                "patch it without factors, or give MaskFactors to its get_loss_dict",
+            )
         if self.criterion is None:
-            return _swap_function(model, backend)
-        original = getattr(importlib.import_module(self.path), self.criterion)
-        return _swap_class(model, original, backend)
+            _swap_function(model, backend)
+        else:
+            _swap_class(model, getattr(importlib.import_module(self.path), self.criterion), backend)
+        if factors and self.head is not None:
+            hand_over_factors(model.get_submodule(self.head))
+        if factors or self.layerwise:
+            watch(model)
+
+    def restore(self, model: nn.Module) -> None:
+        """Take back what `swap` did, as far as nobody has replaced it since."""
+        criterion, function = vars(model)["_modules"].get("criterion"), vars(model).get("_loss_function")
+        if isinstance(criterion, PointCriterion):
+            criterion.__class__ = getattr(importlib.import_module(self.path), str(self.criterion))
+            vars(criterion).pop("maskloss_backend", None)
+        if _is_ours(function):
+            del vars(model)["_loss_function"]
+        for module in model.modules():
+            if is_watched(module):
+                leave_alone(module)
 
 
 FAMILIES = (
@@ -76,17 +105,32 @@ FAMILIES = (
         "mask2former.modeling_mask2former",
         "Mask2FormerForUniversalSegmentation",
         "Mask2FormerLoss",
+        head="model.transformer_module.decoder.mask_predictor.mask_embedder",
     ),
-    Family("OneFormer", "oneformer.modeling_oneformer", "OneFormerForUniversalSegmentation", "OneFormerLoss"),
-    Family("EoMT", "eomt.modeling_eomt", "EomtForUniversalSegmentation", "EomtLoss"),
+    Family(
+        "OneFormer",
+        "oneformer.modeling_oneformer",
+        "OneFormerForUniversalSegmentation",
+        "OneFormerLoss",
+        head="model.transformer_module.decoder.mask_embed",
+    ),
+    Family("EoMT", "eomt.modeling_eomt", "EomtForUniversalSegmentation", "EomtLoss", head="mask_head", layerwise=True),
     Family(
         "EoMT-DINOv3",
         "eomt_dinov3.modeling_eomt_dinov3",
         "EomtDinov3ForUniversalSegmentation",
         "EomtDinov3Loss",
+        head="mask_head",
+        layerwise=True,
     ),
-    Family("VidEoMT", "videomt.modeling_videomt", "VideomtForUniversalSegmentation", "VideomtLoss"),
-    Family("RF-DETR segmentation", "rf_detr.modeling_rf_detr", "RfDetrForInstanceSegmentation", None),
+    Family("VidEoMT", "videomt.modeling_videomt", "VideomtForUniversalSegmentation", "VideomtLoss", head=None),
+    Family(
+        "RF-DETR segmentation",
+        "rf_detr.modeling_rf_detr",
+        "RfDetrForInstanceSegmentation",
+        None,
+        head="query_features_proj",
+    ),
 )
 
 
@@ -105,10 +149,14 @@ def find(model: nn.Module) -> list[tuple[Family, nn.Module]]:
     raise Cause("the model must be of a supported family", why, f"supported: {supported()}")
 
 
-def _swap_class(model: nn.Module, original: type[nn.Module], backend: str | None) -> Undo:
+def is_patched(model: nn.Module) -> bool:
+    """Tell whether a model has maskloss's criterion."""
+    criterion = vars(model)["_modules"].get("criterion")
+    return isinstance(criterion, PointCriterion) or _is_ours(vars(model).get("_loss_function"))
+
+
+def _swap_class(model: nn.Module, original: type[nn.Module], backend: str | None) -> None:
     criterion = cast("nn.Module", model.criterion)
-    if isinstance(criterion, PointCriterion):
-        raise Cause("the model must not be patched already", f"its criterion is {type(criterion).__name__}", _UNDO)
     if type(criterion) is not original:
         raise Cause(
             f"the criterion must be Transformers' own {original.__name__}",
@@ -119,22 +167,9 @@ def _swap_class(model: nn.Module, original: type[nn.Module], backend: str | None
     criterion.__class__ = patched_class(cast("Any", original))
     cast("PointCriterion", criterion).maskloss_backend = backend
 
-    # Weakly: a patch that outlives a model must not keep it in memory.
-    alive = weakref.ref(criterion)
 
-    def undo() -> None:
-        found = alive()
-        if found is not None:
-            found.__class__ = original
-            vars(found).pop("maskloss_backend", None)
-
-    return undo
-
-
-def _swap_function(model: Any, backend: str | None) -> Undo:
+def _swap_function(model: Any, backend: str | None) -> None:
     current = vars(model).get("_loss_function")
-    if isinstance(current, functools.partial) and current.func is rf_detr_loss:
-        raise Cause("the model must not be patched already", "its loss function is maskloss's", _UNDO)
     if current is not None:
         raise Cause(
             "the loss function must be Transformers' own",
@@ -143,14 +178,6 @@ def _swap_function(model: Any, backend: str | None) -> Undo:
         )
     model.loss_function = functools.partial(rf_detr_loss, backend=backend)
 
-    alive = weakref.ref(model)
 
-    def undo() -> None:
-        found = alive()
-        if found is not None:
-            vars(found).pop("_loss_function", None)
-
-    return undo
-
-
-_UNDO = "call undo() on what patch() returned first"
+def _is_ours(function: object) -> bool:
+    return isinstance(function, functools.partial) and function.func is rf_detr_loss

@@ -23,7 +23,7 @@ from maskloss.points import PointSampling
 # What Transformers has in its code and not in its configuration.
 OVERSAMPLE_RATIO, IMPORTANCE_RATIO, FOCAL_GAMMA, LEAST_QUALITY = 3.0, 0.75, 2.0, 0.01
 
-Layers = list[dict[str, Tensor]]
+Layers = list[dict[str, Any]]
 
 
 @reported("maskloss in Transformers")
@@ -32,14 +32,14 @@ def rf_detr_loss(
     labels: Sequence[Mapping[str, Any]],
     device: torch.device,
     pred_boxes: Tensor,
-    pred_masks: Tensor,
+    pred_masks: Layer,
     config: Any,
     outputs_class: Tensor | None = None,
     outputs_coord: Tensor | None = None,
-    outputs_masks: Sequence[Tensor] | None = None,
+    outputs_masks: Sequence[Layer] | None = None,
     enc_outputs_class: Tensor | None = None,
     enc_outputs_coord: Tensor | None = None,
-    enc_outputs_masks: Tensor | None = None,
+    enc_outputs_masks: Layer | None = None,
     *,
     backend: str | None = None,
     **_: Any,
@@ -52,7 +52,7 @@ def rf_detr_loss(
             dense `[T, H, W]`, `MaskTargets`, or a label map `[H, W]` along with "ids".
         device: not used; the logits say where they are.
         pred_boxes: `[B, G * Q, 4]`.
-        pred_masks: `[B, G * Q, h, w]`.
+        pred_masks: `[B, G * Q, h, w]`, or its factors, likewise below.
         config: the model's configuration, with all weights.
         outputs_class: `[L, B, G * Q, C]`, all decoder layers; the last is left out, likewise below.
         outputs_coord: `[L, B, G * Q, 4]`.
@@ -71,7 +71,8 @@ def rf_detr_loss(
     Source:
         LW-DETR (Chen et al., 2024) for groups and classification, Mask2Former for the masks.
     """
-    layers, suffixes = [{"logits": logits, "pred_boxes": pred_boxes, "pred_masks": pred_masks}], [""]
+    layers: Layers = [{"logits": logits, "pred_boxes": pred_boxes, "pred_masks": pred_masks}]
+    suffixes = [""]
     auxiliary = None
     if config.auxiliary_loss and outputs_class is not None and outputs_coord is not None and outputs_masks is not None:
         columns = zip(outputs_class[:-1], outputs_coord[:-1], outputs_masks[:-1], strict=True)
@@ -107,7 +108,9 @@ def _layer_terms(
 ) -> dict[str, Tensor]:
     """Compute every term of every layer, `[L]` each, in the order of `layers`."""
     classes, masks = check_predictions(
-        [layer["logits"] for layer in layers], [layer["pred_masks"] for layer in layers], no_object=False
+        [layer["logits"] for layer in layers],
+        [layer["pred_masks"] for layer in layers],
+        no_object=False,
     )
     boxes = accumulated(torch.stack([layer["pred_boxes"] for layer in layers]))
     logits = accumulated(torch.stack(classes))
@@ -210,8 +213,21 @@ def _mask_sums(step: Step, loss: MaskLoss, masks: Sequence[Layer], index: Tensor
     layer, image, query, target = index.unbind(1)
     target = target + query // per_group * step.targets.counts[image]
     index = torch.stack([layer, image, query, target], dim=1)
-    size = groups * ops.count_matches(step.targets.num_targets, per_group)
-    matches = Matches(index, (size,) * len(masks), masks[0].shape[1], repeated.targets.num_targets)
+    # The rows are sorted by layer, group and image: within a layer they must follow the images.
+    matched = ops.matched_counts(step.targets.num_targets, per_group)
+    pieces, batch = index.split(matched * (groups * len(masks))), len(matched)
+    index = torch.cat(
+        [
+            pieces[(layer * groups + group) * batch + image]
+            for layer in range(len(masks))
+            for image in range(batch)
+            for group in range(groups)
+        ]
+    )
+    counts = tuple(count * groups for count in matched)
+    sizes = (sum(counts),) * len(masks)
+    queries, num_targets = masks[0].shape[1], repeated.targets.num_targets
+    matches = Matches(index, sizes, queries, num_targets, counts=counts * len(masks))
     return repeated.mask_terms(loss, masks, matches)
 
 

@@ -10,20 +10,19 @@ import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from maskloss.errors import reported
-from maskloss.integrations._layers import Step, accumulated, mean_count, weighted_cross_entropy
-from maskloss.integrations._targets import PackedOnce, pack_masks
+from maskloss.factors import MaskFactors
+from maskloss.integrations._layers import Step, accumulated, match, mean_count, weighted_cross_entropy
+from maskloss.integrations._targets import pack_masks
+from maskloss.integrations.transformers import forward_pass
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.points import PointSampling
-
-# Not an attribute of the criterion: weak references can be neither copied nor pickled along with a model.
-_PACKED: WeakKeyDictionary[nn.Module, PackedOnce] = WeakKeyDictionary()
+from maskloss.targets import MaskTargets
 
 _OPERATION = "maskloss in Transformers"
 
@@ -34,7 +33,7 @@ class PointCriterion(nn.Module):
     Attributes:
         maskloss_backend: "reference", "cpu" or "gpu"; None: by device.
         count_shape: shape of the number of masks, and so of the mask terms: OneFormer has `[1]`, the others `[]`.
-        remembers_masks: whether masks are packed once for several calls with the same tensors.
+        remembers_masks: whether the model calls its criterion several times in one forward pass, with the same masks.
     """
 
     maskloss_backend: str | None
@@ -48,7 +47,7 @@ class PointCriterion(nn.Module):
 
     def layer_losses(
         self,
-        mask_logits: Sequence[Tensor],
+        mask_logits: Sequence[Tensor | MaskFactors],
         class_logits: Sequence[Tensor],
         mask_labels: Any,
         class_labels: Sequence[Tensor],
@@ -56,21 +55,20 @@ class PointCriterion(nn.Module):
         """Compute the unweighted terms of each decoder layer.
 
         Args:
-            mask_logits: one `[B, Q, h, w]` per layer.
+            mask_logits: one `[B, Q, h, w]`, or its factors, per layer.
             class_logits: one `[B, Q, C + 1]` per layer.
             mask_labels: see `pack_masks`.
-            class_labels: int64 `[T]` of each image.
+            class_labels: int64 `[T]` of each image, in [0, C]: a target of class C is matched by its mask, and its
+                query learns "no object".
 
         Returns:
             For each layer "loss_mask", "loss_dice", "loss_cross_entropy", in Transformers' order. All of them are
             tensors of their own: the models multiply them by the weights in place.
         """
         classes, masks = check_predictions(class_logits, mask_logits)
-        pack = _PACKED.setdefault(self, PackedOnce()) if self.remembers_masks else pack_masks
-        packed = pack(mask_labels, masks[0].device)
-        step = Step.begin(packed, class_labels, masks[0])
+        step = Step.begin(self._pack(mask_labels, masks[0].device), class_labels, masks[0])
         stacked = accumulated(torch.stack(classes))
-        matches = self._matcher().match(stacked.detach(), masks, step.targets, step.labels, step.image_ids, step.seed)
+        matches = match(self._matcher(), stacked, masks, step)
         terms = step.mask_terms(self._mask_loss(), masks, matches)
         wanted = step.wanted_classes(matches, stacked.shape[:3], stacked.shape[3] - 1)
         classification = weighted_cross_entropy(stacked, wanted, self.empty_weight)
@@ -83,6 +81,11 @@ class PointCriterion(nn.Module):
             }
             for layer in range(len(masks))
         ]
+
+    def _pack(self, masks: Any, device: torch.device) -> MaskTargets:
+        """Pack the masks; several calls in one forward pass of the model share what the first has packed."""
+        found = forward_pass.current(self) if self.remembers_masks else None
+        return pack_masks(masks, device) if found is None else found.pack(masks, device)
 
     def _matcher(self) -> HungarianMatcher:
         return HungarianMatcher(
@@ -104,20 +107,20 @@ class UniversalCriterion(PointCriterion):
     @reported(_OPERATION)
     def forward(
         self,
-        masks_queries_logits: Tensor,
+        masks_queries_logits: Tensor | MaskFactors,
         class_queries_logits: Tensor,
         mask_labels: Any,
         class_labels: Sequence[Tensor],
-        auxiliary_predictions: Sequence[Mapping[str, Tensor]] | None = None,
+        auxiliary_predictions: Sequence[Mapping[str, Any]] | None = None,
     ) -> dict[str, Tensor]:
         """Match all layers and compute their losses.
 
         Args:
-            masks_queries_logits: `[B, Q, h, w]`, of the final layer.
+            masks_queries_logits: `[B, Q, h, w]`, or its factors, of the final layer.
             class_queries_logits: `[B, Q, C + 1]`, of the final layer.
             mask_labels: dense `[T, H, W]` of each image, or `MaskTargets` of each image or of the batch, or a pair
                 (label map, ids) of each image.
-            class_labels: int64 `[T]` of each image.
+            class_labels: int64 `[T]` of each image, in [0, C].
             auxiliary_predictions: the other layers', under the names of the first two arguments.
 
         Returns:
@@ -142,13 +145,13 @@ class OneFormerCriterion(PointCriterion):
     @reported(_OPERATION)
     def forward(
         self,
-        masks_queries_logits: Tensor,
+        masks_queries_logits: Tensor | MaskFactors,
         class_queries_logits: Tensor,
         contrastive_queries_logits: Tensor,
         mask_labels: Any,
         class_labels: Sequence[Tensor],
         text_queries: Tensor,
-        auxiliary_predictions: Sequence[Mapping[str, Tensor]] | None = None,
+        auxiliary_predictions: Sequence[Mapping[str, Any]] | None = None,
         calculate_contrastive_loss: bool = True,
     ) -> dict[str, Tensor]:
         """Match all layers and compute their losses; arguments as in `UniversalCriterion`, and the contrastive term's.
@@ -164,11 +167,11 @@ class OneFormerCriterion(PointCriterion):
         return _join([*others, final])
 
 
-def _named(masks: Tensor, classes: Tensor) -> dict[str, Tensor]:
+def _named(masks: Tensor | MaskFactors, classes: Tensor) -> dict[str, Any]:
     return {"masks_queries_logits": masks, "class_queries_logits": classes}
 
 
-def _columns(layers: Sequence[Mapping[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+def _columns(layers: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor | MaskFactors], list[Tensor]]:
     names = ("masks_queries_logits", "class_queries_logits")
     masks, classes = ([layer[name] for layer in layers] for name in names)
     return masks, classes

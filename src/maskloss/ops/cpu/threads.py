@@ -11,6 +11,7 @@ pools that spin fight over the cores.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -113,9 +114,33 @@ def _prepare(function: Any, dtypes: Dtypes, scratch: Sizes, args: tuple[Any, ...
     key = (id(function), *(np.dtype(dtype).char for dtype in dtypes))
     if key in _compiled:
         return
-    with _compile_lock, event.install_listener("numba:compile", _Hint()), _scratch(dtypes, scratch) as arrays:
+    hint = event.install_listener("numba:compile", _Hint())
+    with _compile_lock, hint, _scratch(dtypes, scratch) as arrays, _interruptible():
         function(np.zeros(1, np.int64), 0, *arrays, *args)
         _compiled.add(key)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let a Ctrl-C during a compilation through: inside of LLVM's callbacks Python would drop the exception."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    heard = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal heard
+        heard = True
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 # ----------------------------------------------------------------------------------------------------- threads

@@ -1,0 +1,110 @@
+"""Operations under the transforms of `torch.func`, for which the derivatives of `torch.library` are not enough.
+
+The same derivative, registered once more as a `torch.autograd.Function`: transforms know that, and nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskloss._transforms import active, is_mapped, mapped, nested
+from maskloss.errors import MaskLossError
+
+
+@dataclass(frozen=True, eq=False)
+class Derivative:
+    """An operation of the dispatcher, and its derivative as `torch.library` takes it.
+
+    Attributes:
+        operation: takes the flat arguments of the schema.
+        setup: called with a context, the arguments and the outputs.
+        backward: called with a context and the gradients of the outputs.
+    """
+
+    operation: Any
+    setup: Callable[..., None]
+    backward: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the operation; under a transform, in a form that the transform knows."""
+        if not active():
+            return self.operation(*args)
+        lengths = [len(each) if _is_list(each) else None for each in args]
+        flat = [item for each in args for item in (each if _is_list(each) else [each])]
+        if is_mapped([item for item in flat if isinstance(item, Tensor)]):
+            raise mapped()
+        return _Transformed.apply(self, lengths, *flat)  # type: ignore[no-untyped-call]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value)
+
+
+def _regroup(flat: Sequence[Any], lengths: Sequence[int | None]) -> tuple[Any, ...]:
+    items = iter(flat)
+    return tuple(next(items) if length is None else list(islice(items, length)) for length in lengths)
+
+
+class _Context:
+    """The context of a function, with gradients that are needed grouped as the arguments are."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.needs_input_grad = _regroup(ctx.needs_input_grad[2:], ctx.list_lengths)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+class _Transformed(torch.autograd.Function):
+    @staticmethod
+    def forward(derivative: Derivative, lengths: Sequence[int | None], *flat: Any) -> Any:
+        return derivative.operation(*_regroup(flat, lengths))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.derivative, ctx.list_lengths, *flat = inputs
+        ctx.derivative.setup(ctx, _regroup(flat, ctx.list_lengths), output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if is_mapped([grad for grad in grads if grad is not None]):
+            raise MaskLossError(_NOT_MAPPED)
+        if nested():
+            raise MaskLossError(_ONCE)
+        # A transform asks for a graph of the gradient, which nothing reads: there is no second transform.
+        with torch.no_grad():
+            found = ctx.derivative.backward(_Context(ctx), *grads)
+        flat = [
+            item
+            for each, length in zip(found, ctx.list_lengths, strict=True)
+            for item in ([each or None if isinstance(each, list) else each] if length is None else each)
+        ]
+        return None, None, *flat
+
+    @staticmethod
+    def jvp(*_: Any) -> Any:
+        raise MaskLossError(_BACKWARD_ONLY)
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise MaskLossError(_NOT_MAPPED)
+
+
+_NOT_MAPPED = f"maskloss: {mapped()}"
+_ONCE = (
+    "maskloss: losses are differentiable once\n"
+    "  cause: a gradient of a gradient was asked for\n"
+    "  hint: take one torch.func.grad or vjp"
+)
+_BACKWARD_ONLY = (
+    "maskloss: losses have no forward-mode derivative\n"
+    "  cause: torch.func.jvp, jacfwd or hessian is applied to the loss\n"
+    "  hint: torch.func.grad and torch.func.vjp work"
+)
