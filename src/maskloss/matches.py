@@ -101,14 +101,17 @@ class Matches:
         """Join the matches of single layers, with the same numbers of queries and targets, into those of all."""
         rows = [part.index + part.index.new_tensor([layer, 0, 0, 0]) for layer, part in enumerate(layers)]
         sizes = tuple(size for part in layers for size in part.layer_sizes)
-        return Matches(torch.cat(rows), sizes, layers[0].num_queries, layers[0].num_targets)
+        known = [part.counts for part in layers if part.counts is not None]
+        counts = tuple(count for each in known for count in each) if len(known) == len(layers) else None
+        return Matches(torch.cat(rows), sizes, layers[0].num_queries, layers[0].num_targets, counts=counts)
 
     def repeated(self, layers: int) -> Matches:
         """Give the pairs of this single layer to each of several layers."""
         index = self.index.repeat(layers, 1)
         index[:, 0] = torch.arange(layers, device=index.device).repeat_interleave(len(self.index))
         classes = None if self.classes is None else self.classes.expand(layers, -1, -1)
-        return replace(self, index=index, layer_sizes=self.layer_sizes * layers, classes=classes)
+        counts = None if self.counts is None else self.counts * layers
+        return replace(self, index=index, layer_sizes=self.layer_sizes * layers, classes=classes, counts=counts)
 
     def to(self, device: torch.device | str) -> Matches:
         """Move the tensors to a device."""

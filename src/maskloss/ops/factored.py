@@ -80,10 +80,14 @@ def _costs_of_rows(
     else:
         plan = backend.match_plan(num_targets, targets, draw, term, [features])
         base = backend.sample_features(plan, features, term).to(features.dtype)
+        if biases is not None:
+            # A point at the edge reads zeros beside the map, which the bias is not added to.
+            ones = features.new_ones(1, 1, height, width).expand(batch, 1, height, width)
+            inside = backend.sample_features(plan, ones, term).to(features.dtype)
     for part in _chunks(count, scratch_bytes // (batch * base.shape[2] * base.element_size())):
         logits = torch.bmm(rows[:, part], base)
         if biases is not None:
-            logits += biases[:, part, None]
+            logits += biases[:, part, None] if small else biases[:, part, None] * inside
         if small:
             maps = logits.view(*logits.shape[:2], height, width)
             costs = [cost[0] for cost in backend.match_cost([maps], num_targets, targets, draw, term)]
