@@ -47,7 +47,7 @@ def some_points(count: int, num_points: int = 50) -> Tensor:
     return torch.rand(count, num_points, 2) * 1.2 - 0.1
 
 
-# ------------------------------------------------------------------------------------------------ terms and gradients
+# -------------------------------------------------------------------------------------------------- terms and gradients
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -236,7 +236,7 @@ def test_any_shape(data: st.DataObject) -> None:
         torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-8)
 
 
-# ----------------------------------------------------------------------------------------------------------- matching
+# ------------------------------------------------------------------------------------------------------------- matching
 
 
 def costs(work: Step, *, dense: bool = False, num_points: int = 60) -> tuple[Tensor, Tensor]:
@@ -282,7 +282,7 @@ def test_matching_costs_without_targets() -> None:
     assert [list(cost.shape) for cost in found] == [[2, BATCH, QUERIES, 0]] * 2
 
 
-# ------------------------------------------------------------------------------------------------------- whole steps
+# ---------------------------------------------------------------------------------------------------------- whole steps
 
 
 def classes(depth: int, batch: int = BATCH, queries: int = QUERIES) -> list[Tensor]:
