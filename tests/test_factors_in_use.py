@@ -241,7 +241,8 @@ def test_an_instance_of_weight_zero_may_be_anything() -> None:
 
 
 def test_gradient_accumulation() -> None:
-    targets, (factors,) = some_targets(counts=(3, 2)), some_factors([LARGE])
+    parts, (factors,) = [some_targets(counts=(count,)) for count in (3, 2)], some_factors([LARGE])
+    targets = MaskTargets.cat(parts)
     logits, labels = classes(1)[0], [torch.tensor([0, 1, 2]), torch.tensor([1, 0])]
     leaves = [logits, factors.embeddings, factors.features, factors.bias]
     whole = criterion()(logits, factors, {"masks": targets, "labels": labels}, image_ids=[4, 9], seed=2)
@@ -251,7 +252,7 @@ def test_gradient_accumulation() -> None:
     for image, number in enumerate((4, 9)):
         one = slice(image, image + 1)
         part = MaskFactors(factors.embeddings[one], factors.features[one], factors.bias[one])  # type: ignore[index]
-        mine = {"masks": targets[image], "labels": [labels[image]]}
+        mine = {"masks": parts[image], "labels": [labels[image]]}
         out = criterion()(logits[one], part, mine, totals=totals, image_ids=[number], seed=2)
         for total, grad in zip(sums, torch.autograd.grad(out.total, leaves), strict=True):
             total += grad
