@@ -226,6 +226,15 @@ def test_values_that_are_not_finite(value: float, where: str) -> None:
     assert grads[1].isfinite().all()
 
 
+def test_no_queries() -> None:
+    factors, targets = some_factors([LARGE, (5, 7)], queries=0), entries(some_targets(counts=(1, 2)))
+    out = criterion()(classes(2, queries=0), factors, targets)
+    leaves = [part for each in factors for part in (each.embeddings, each.features, each.bias)]
+    for leaf_, grad in zip(leaves, torch.autograd.grad(out.total, leaves), strict=True):
+        assert grad.shape == leaf_.shape  # type: ignore[union-attr]
+        assert not grad.any()
+
+
 def test_an_instance_of_weight_zero_may_be_anything() -> None:
     targets = some_targets(counts=(2, 1))
     (factors,) = some_factors([LARGE], bias=False)

@@ -167,8 +167,8 @@ class Blocks:
 
     def gathered(self, layers: Sequence[Tensor]) -> Tensor:
         """Pick the rows `[N, ...]` of the instances from `[B, Q, ...]` of each layer, in the order of the parts."""
-        shape = next(layer.shape for layer in layers if layer.numel())
-        filled = [layer if layer.numel() else layer.new_zeros(shape) for layer in layers]
+        shape = next(layer.shape for layer in layers if layer.ndim > 1)
+        filled = [layer if layer.ndim > 1 else layer.new_zeros(shape) for layer in layers]
         rows = self.sorted(self.index)
         return torch.stack(filled)[rows[:, LAYER], rows[:, IMAGE], rows[:, QUERY]]
 
@@ -363,7 +363,7 @@ def _spread(rows: Tensor, where: Tensor, layers: Sequence[Tensor], needed: bool)
     """Add rows `[N, ...]` up in the gradients of all layers `[L, B, Q, ...]`; a query may have several instances."""
     if not needed:
         return rows.new_empty(0)
-    shape = next(layer.shape for layer in layers if layer.numel())
+    shape = next(layer.shape for layer in layers if layer.ndim > 1)
     total = rows.new_zeros((len(layers), *shape), dtype=accumulation_dtype(rows.dtype))
     total.index_put_((where[:, LAYER], where[:, IMAGE], where[:, QUERY]), rows.to(total.dtype), accumulate=True)
     return total.to(rows.dtype)
