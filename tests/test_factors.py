@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maskloss import MaskCriterion, MaskFactors, MaskLoss, MaskTargets, Matches, PointSampling, ops
 from maskloss.factors import match_cost
+from maskloss.matches import join_layers
 from support.accuracy import assert_no_worse
 from support.batches import group
 from support.products import (
@@ -123,7 +124,7 @@ def test_one_embedding_used_twice() -> None:
     ]
     pairs = [(torch.tensor([1, 1, 0]), torch.tensor([0, 2, 1])), (torch.tensor([4]), torch.tensor([0]))]
     one = Matches.from_pairs(pairs, num_queries=QUERIES, num_targets=targets.num_targets)
-    assert_as_dense(Step(layers, Matches.of_layers([one] * 3), targets))
+    assert_as_dense(Step(layers, join_layers([one] * 3), targets))
 
 
 @pytest.mark.parametrize("layout", ["channels last", "expanded", "a slice"])

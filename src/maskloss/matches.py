@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss.errors import Cause, describe, reported
-from maskloss.ops.abi import IMAGE, INDEX_COLUMNS, QUERY, TARGET
+from maskloss.ops.abi import IMAGE, INDEX_COLUMNS, LAYER, QUERY, TARGET
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -96,23 +96,6 @@ class Matches:
         counts = tuple(len(part) for part in rows)
         return Matches(index, (len(index),), num_queries, tuple(num_targets), counts=counts)
 
-    @staticmethod
-    def of_layers(layers: Sequence[Matches]) -> Matches:
-        """Join the matches of single layers, with the same numbers of queries and targets, into those of all."""
-        rows = [part.index + part.index.new_tensor([layer, 0, 0, 0]) for layer, part in enumerate(layers)]
-        sizes = tuple(size for part in layers for size in part.layer_sizes)
-        known = [part.counts for part in layers if part.counts is not None]
-        counts = tuple(count for each in known for count in each) if len(known) == len(layers) else None
-        return Matches(torch.cat(rows), sizes, layers[0].num_queries, layers[0].num_targets, counts=counts)
-
-    def repeated(self, layers: int) -> Matches:
-        """Give the pairs of this single layer to each of several layers."""
-        index = self.index.repeat(layers, 1)
-        index[:, 0] = torch.arange(layers, device=index.device).repeat_interleave(len(self.index))
-        classes = None if self.classes is None else self.classes.expand(layers, -1, -1)
-        counts = None if self.counts is None else self.counts * layers
-        return replace(self, index=index, layer_sizes=self.layer_sizes * layers, classes=classes, counts=counts)
-
     def to(self, device: torch.device | str) -> Matches:
         """Move the tensors to a device."""
         classes = None if self.classes is None else self.classes.to(device, non_blocking=True)
@@ -152,9 +135,9 @@ def matches_of_layers(
                 f"got {describe(matches)}",
                 "give one pair of 1-D tensors for each image, or a list of them for each layer",
             )
-        listed = [matches] if not matches or is_pair(matches[0]) else matches
+        listed = [matches] if not matches or _is_pair(matches[0]) else matches
         parts = [Matches.from_pairs(pairs, num_queries=num_queries, num_targets=num_targets) for pairs in listed]  # type: ignore[arg-type]
-        matches = Matches.of_layers(parts)
+        matches = join_layers(parts)
         place = matches.index[:, :3]
         if len(place.unique(dim=0)) < len(place):
             raise Cause(
@@ -165,7 +148,7 @@ def matches_of_layers(
     check_fit(matches, num_queries, num_targets)
     given = len(matches.layer_sizes)
     if given == 1 < layers:
-        return matches.repeated(layers)
+        return _repeated(matches, layers)
     if given != layers:
         raise Cause(
             "there must be matches for every decoder layer, or those of one for all",
@@ -175,7 +158,25 @@ def matches_of_layers(
     return matches
 
 
-def is_pair(entry: Any) -> bool:
+def join_layers(layers: Sequence[Matches]) -> Matches:
+    """Join the matches of single layers, with the same numbers of queries and targets, into those of all."""
+    sizes = tuple(size for part in layers for size in part.layer_sizes)
+    index = torch.cat([part.index for part in layers])
+    index[:, LAYER] = torch.repeat_interleave(torch.tensor(sizes, device=index.device))
+    counts = tuple(count for part in layers for count in part.counts or ())
+    return Matches(index, sizes, layers[0].num_queries, layers[0].num_targets, counts=counts or None)
+
+
+def _repeated(matches: Matches, layers: int) -> Matches:
+    """Give the pairs of a single layer to each of several layers."""
+    index = matches.index.repeat(layers, 1)
+    index[:, LAYER] = torch.arange(layers, device=index.device).repeat_interleave(len(matches.index))
+    classes = None if matches.classes is None else matches.classes.expand(layers, -1, -1)
+    counts = None if matches.counts is None else matches.counts * layers
+    return replace(matches, index=index, layer_sizes=matches.layer_sizes * layers, classes=classes, counts=counts)
+
+
+def _is_pair(entry: Any) -> bool:
     """Tell a pair (queries, targets) of one image from the list of the pairs of a layer."""
     if not isinstance(entry, Sequence) or len(entry) != 2:
         return False

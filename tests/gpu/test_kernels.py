@@ -153,6 +153,19 @@ def test_a_seed_on_the_device(gpu: Any) -> None:
         assert torch.equal(inputs.drawn(gpu), expected)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_logit_of_an_instance_that_weighs_nothing_does_not_show(gpu: Any, value: float) -> None:
+    """With the gradients of both of its losses 0, an instance has none, whatever its logits are."""
+    inputs = Inputs(Case(rows=((0, 0, 1, 0), (0, 1, 0, 0))))
+    inputs.logits[0][0, 1] = value
+    live = torch.tensor([0.0, 1.0], device=DEVICE)
+    for ops in (gpu, reference):
+        [grad] = inputs.gradients(ops, inputs.loss(ops), live=live)
+        assert not grad[0].any()
+        assert grad[1, 0].isfinite().all()
+        assert grad[1, 0].any()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_logit_that_is_not_finite_shows(gpu: Any, value: float) -> None:
     inputs = Inputs(Case(sampling=(60, 180, 45), sizes=((9, 9),)))

@@ -45,12 +45,13 @@ class Batch(NamedTuple):
         term: Term = PLAIN,
         points: Tensor | None = None,
         needs_grad: list[bool] | None = None,
+        live: Tensor | float = 1.0,
     ) -> list[Tensor]:
-        """Gradients of a weighted sum of the losses; `saved` is what `loss` returned."""
+        """Gradients of a weighted sum of the losses; `saved` is what `loss` returned, `live` weighs the instances."""
         weight = torch.linspace(0.5, 1.5, len(self.index), dtype=saved[0].dtype, device=self.index.device)
         needed = needs_grad or [True] * len(self.logits)
         rest = (self.instances, group(self.targets), self.draw(*sampling), term, points, needed)
-        return ops.mask_loss_backward(Gradients(weight, 2 - weight), Saved(*saved[2:]), *rest)
+        return ops.mask_loss_backward(Gradients(weight * live, (2 - weight) * live), Saved(*saved[2:]), *rest)
 
     def points(self, ops: Any, sampling: Sampling, padding: str = "zeros") -> Tensor:
         return ops.uncertain_points(self.instances, self.draw(*sampling), self.targets.windows, padding)

@@ -83,9 +83,11 @@ class Inputs:
     def loss(self, ops: Any) -> tuple[Tensor, ...]:
         return self.batch().loss(ops, self.case.sampling, self.case.term(), self.points)
 
-    def gradients(self, ops: Any, saved: tuple[Tensor, ...], needed: list[bool] | None = None) -> list[Tensor]:
+    def gradients(
+        self, ops: Any, saved: tuple[Tensor, ...], needed: list[bool] | None = None, live: Tensor | float = 1.0
+    ) -> list[Tensor]:
         case = self.case
-        return self.batch().gradients(ops, saved, case.sampling, case.term(), self.points, needed)
+        return self.batch().gradients(ops, saved, case.sampling, case.term(), self.points, needed, live)
 
     def costs(self, ops: Any, num_points: int) -> tuple[Tensor, Tensor]:
         return self.batch().costs(ops, num_points, self.case.term())

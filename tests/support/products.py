@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskloss import MaskFactors, MaskLoss, MaskTargets, Matches, PointSampling, ops
 from maskloss.factors import Layer
+from maskloss.matches import join_layers
 from support.accuracy import assert_no_worse
 
 FEW = PointSampling(num_points=60)
@@ -86,7 +87,7 @@ def some_matches(targets: MaskTargets, queries: int = QUERIES, layers: int = 1) 
             number = min(count, queries)
             pairs.append((torch.randperm(queries)[:number], torch.randperm(count)[:number]))
         parts.append(Matches.from_pairs(pairs, num_queries=queries, num_targets=targets.num_targets))
-    return Matches.of_layers(parts)
+    return join_layers(parts)
 
 
 @dataclass

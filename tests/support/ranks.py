@@ -149,6 +149,10 @@ def run(rank: int, folder: str) -> None:
     mine = list(range(IMAGES))[2 * rank : 2 * rank + 2]
     pairs_here = slice(0, PAIRS[0]) if rank == 0 else slice(PAIRS[0], None)
     results: dict[Any, Any] = {}
+    for case in COUNTS:
+        features, targets = batch(case)
+        products = DistributedDataParallel(Products())
+        results["factors", case] = factored_step(products, features[mine], [targets[image] for image in mine])
     for backend in BACKENDS:
         for case in COUNTS:
             model = DistributedDataParallel(Model())
@@ -161,10 +165,6 @@ def run(rank: int, folder: str) -> None:
         results["pairs", backend] = pair_gradient(backend, pairs_here)
         keep = torch.tensor(KEPT[rank])
         results["kept pairs", backend] = pair_gradient(backend, pairs_here, instance_weights=keep)
-    for case in COUNTS:
-        features, targets = batch(case)
-        products = DistributedDataParallel(Products())
-        results["factors", case] = factored_step(products, features[mine], [targets[image] for image in mine])
     results["totals"] = step_totals([[3 + rank, 9], [0]], QUERIES)
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
