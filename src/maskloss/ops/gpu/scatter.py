@@ -259,15 +259,23 @@ class Scatter:
                     scratch = Scratch(slots, torch.zeros(used, dtype=torch.int32, device=device))
                     self._launch(span, points, planes, scratch, measure=True)
                 self._launch(span, points, planes, scratch)
-            self._write(span, planes, scratch, grads, batch * queries)
+            self._write(span, planes, slots, scratch.largest, grads, batch * queries)
         return list(grads)
 
-    def _write(self, span: Span, planes: Tensor, scratch: Scratch, grads: tuple[Tensor, ...], num_planes: int) -> None:
+    def _write(
+        self,
+        span: Span,
+        planes: Tensor,
+        slots: Tensor,
+        largest: Tensor | None,
+        grads: tuple[Tensor, ...],
+        num_planes: int,
+    ) -> None:
+        """Write the gradients of the layers, `num_planes` each, from scratch planes."""
         size = planes.shape[1] * planes.shape[2]
         blocks = cdiv(size, 1024)
-        assert scratch.slots is not None
-        write_planes[(len(scratch.slots) * blocks,)](
-            planes, *scratch, grads, span.low, num_planes, size, blocks, self._headroom(span),
+        write_planes[(len(slots) * blocks,)](
+            planes, slots, largest, grads, span.low, num_planes, size, blocks, self._headroom(span),
             LAYERS=len(grads), BLOCK=1024, **OPTIONS,
         )  # fmt: skip
 
@@ -290,7 +298,8 @@ class Scatter:
                 scratch = scratch._replace(largest=torch.zeros(span.count, dtype=torch.int32, device=device))
                 self._launch(span, points, sums, scratch, measure=True)
             self._launch(span, points, sums, scratch)
-            self._write(span, sums, scratch._replace(slots=numbers[: span.count]), (planes[span.rows],), span.count)
+            written = (planes[span.rows],)
+            self._write(span, sums, numbers[: span.count], scratch.largest, written, span.count)
 
     def _slots(self, span: Span) -> tuple[Tensor, int]:
         """The place of each plane of the span's layers in the scratch planes, int32, and the number of places."""
