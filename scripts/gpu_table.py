@@ -30,7 +30,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from maskloss.ops import gpu
+from maskloss.ops import factored, gpu
 from maskloss.ops.abi import (
     IMAGE_COLUMNS,
     INDEX_COLUMNS,
@@ -39,6 +39,7 @@ from maskloss.ops.abi import (
     TABLE_COLUMNS,
     WINDOW_COLUMNS,
     Draw,
+    Factors,
     Gradients,
     Instances,
     Saved,
@@ -191,6 +192,13 @@ def operations_of(case: Case) -> dict[str, list[Launch]]:
     term = Term(case.padding, case.target_mode, *case.focal)
     inputs = (instances, targets, draw, term, given if case.given else None)
     maps, mode = logits[0][0], case.target_mode
+    channels, planes = 256, layers * case.widest
+    embeddings = [torch.empty(batch, queries, channels, dtype=case.dtype, device=meta) for _ in range(layers)]
+    biases = [torch.empty(batch, queries, dtype=case.dtype, device=meta) for _ in range(layers)]
+    features = torch.empty(batch, channels, size, size, dtype=case.dtype, device=meta)
+    # One part for each image.
+    factors = Factors(embeddings, biases, [features], [0] * layers, planes * maps[0].nbytes)
+    products = (factors, index, [case.widest] * (layers * batch), *inputs[1:])
     result: dict[str, list[Launch]] = {}
     torch.use_deterministic_algorithms(case.deterministic)
     try:
@@ -200,6 +208,13 @@ def operations_of(case: Case) -> dict[str, list[Launch]]:
             ce, dice, chosen, corners = gpu.mask_loss(*inputs)
         with recorded() as result["mask_loss_backward"]:
             gpu.mask_loss_backward(Gradients(ce, dice), Saved(chosen, corners), *inputs, [True] * layers)
+        with recorded() as result["factored_match_cost"]:
+            factored.match_cost(gpu, factors, [case.widest] * batch, targets, draw, term)
+        with recorded() as result["factored_mask_loss"]:
+            *terms, kept = factored.mask_loss(gpu, *products)
+        with recorded() as result["factored_mask_loss_backward"]:
+            needed = [True, True, True]
+            factored.mask_loss_backward(gpu, Gradients(*terms), kept, *products, needs_grad=needed)
         with recorded() as result["uncertain_points"]:
             gpu.uncertain_points(instances, draw, windows, case.padding)
         with recorded() as result["point_sample"]:

@@ -45,6 +45,17 @@ def test_ranks_have_the_gradient_of_the_whole_batch(
 
 
 @each_case
+def test_factors_on_ranks(results: list[dict[Any, Any]], case: str) -> None:
+    """Masks as factors, of which a rank may have none: the step of one process, with dense logits."""
+    features, targets = ranks.batch(case)
+    loss, expected = ranks.factored_step(ranks.Products(), features, targets, dense=True)
+    for rank in results:
+        agree(rank["factors", case][1], expected)
+    mean = sum(rank["factors", case][0] for rank in results) / ranks.RANKS
+    assert_close(mean, loss, rtol=1e-6, atol=1e-6)
+
+
+@each_case
 @pytest.mark.parametrize("micro_batches", [[[0, 1], [2, 3]], [[0], [1, 2, 3]], [[3], [1], [2], [0]]])
 def test_accumulation_has_the_gradient_of_the_whole_batch(
     case: str, micro_batches: list[list[int]], backend: str

@@ -127,9 +127,8 @@ class MaskFactors:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the logits: the factors' own, or what autocast makes of them where it is on."""
-        kind = self.features.device.type
-        if torch.is_autocast_enabled(kind) and torch.float64 not in (self.embeddings.dtype, self.features.dtype):
-            return torch.get_autocast_dtype(kind)
+        if _autocasts(self.device) and torch.float64 not in (self.embeddings.dtype, self.features.dtype):
+            return torch.get_autocast_dtype(self.device.type)
         return self.features.dtype
 
     @property
@@ -161,7 +160,7 @@ class MaskFactors:
             Cause: embeddings and features of different dtypes, where autocast is off.
         """
         dtype = self.dtype
-        if self.embeddings.dtype != self.features.dtype and not torch.is_autocast_enabled(self.device.type):
+        if self.embeddings.dtype != self.features.dtype and not _autocasts(self.device):
             raise Cause(
                 "embeddings and features must have one dtype",
                 f"got {self.embeddings.dtype} and {self.features.dtype}",
@@ -170,7 +169,11 @@ class MaskFactors:
         embeddings, features = self.embeddings.to(dtype), self.features.to(dtype)
         if self.bias is None:
             return embeddings, features, None
-        bias = torch.as_tensor(self.bias, dtype=dtype, device=self.device)
+        # A number is filled in on the device, where `as_tensor` would copy it there.
+        if isinstance(self.bias, Tensor):
+            bias = self.bias.to(dtype)
+        else:
+            bias = torch.full((), self.bias, dtype=dtype, device=self.device)
         return embeddings, features, bias.expand(embeddings.shape[:2])
 
     def __repr__(self) -> str:
@@ -178,6 +181,11 @@ class MaskFactors:
         if self.bias is not None:
             parts.append(f"bias {list(self.bias.shape) if isinstance(self.bias, Tensor) else self.bias}")
         return f"MaskFactors({', '.join(parts)}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
+
+
+def _autocasts(device: torch.device) -> bool:
+    """Tell whether autocast is on; PyTorch refuses the question for tensors without data."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _check_bias(bias: object, embeddings: Tensor) -> None:

@@ -71,7 +71,8 @@ FUSED = re.compile(r"\bfma\.rn\S*\.f(?:64|32)(x2)?")
 
 def compile_all(table: ModuleType, case: Any, targets: list[str]) -> None:
     launches = table.launches_of(case)
-    assert {launch.name for launch in launches} >= {"loss_terms", "slope_terms", "scatter", "match_terms"}
+    needed = {"loss_terms", "slope_terms", "scatter", "match_terms", "sample_channels"}
+    assert {launch.name for launch in launches} >= needed
     for launch in launches:
         for target in targets:
             usage = table.compiled(launch, table.TARGETS[target])
@@ -130,6 +131,12 @@ def test_launches_of_a_step(table: ModuleType) -> None:
     assert names["mask_loss"] == ["sample_candidates", "choose", "loss_terms", "finish_losses"]
     assert names["mask_loss_backward"] == ["list_chosen", "slope_terms", "scatter"]
     assert names["match_cost"] == ["match_points", "match_targets", "match_cells", "match_terms", "finish_costs"]
+    # Two parts of all queries of all layers; then a part for each image.
+    pairs = ["match_terms", "finish_costs"]
+    shared = ["match_points", "match_targets", *["match_cells", "sample_channels"] * 2]
+    assert names["factored_match_cost"] == shared + pairs * 2
+    assert names["factored_mask_loss"] == names["mask_loss"] * 2
+    assert names["factored_mask_loss_backward"] == names["mask_loss_backward"] * 2
     assert names["uncertain_points"] == ["sample_candidates", "choose", "write_points"]
     assert names["point_sample"] == ["sample_points"]
     assert names["point_sample_backward"] == ["scatter"]

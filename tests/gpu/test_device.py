@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloss import MaskCriterion, MaskLoss, MaskTargets, PointSampling
+from maskloss import MaskCriterion, MaskFactors, MaskLoss, MaskTargets, PointSampling
 from maskloss.matches import Matches
 
 pytestmark = pytest.mark.gpu
@@ -99,6 +99,49 @@ def test_the_loss_never_waits_for_the_device(seed_device: str, forbid_waiting: C
     seed = torch.tensor(3).to(seed_device)
     forbid_waiting()
     step(MaskLoss(backend="gpu"), logits, targets, matches, seed)
+
+
+def make_factors(dtype: torch.dtype) -> tuple[MaskFactors, list[Tensor]]:
+    embeddings = torch.randn(BATCH, QUERIES, 64, device="cuda").to(dtype).requires_grad_()
+    features = (torch.randn(BATCH, 64, SIZE, SIZE, device="cuda") / 4).to(dtype).requires_grad_()
+    bias = torch.randn(QUERIES, device="cuda").to(dtype).requires_grad_()
+    return MaskFactors(embeddings, features, bias, scratch_mb=0.3), [embeddings, features, bias]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_against_dense_logits(dtype: torch.dtype, deterministic: bool) -> None:
+    (factors, leaves), targets, matches = make_factors(dtype), make_targets(), make_matches()
+    points = torch.rand(len(matches), 2000, 2, device="cuda")
+    found = []
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        for layer in (factors, factors.dense()):
+            out = MaskLoss(backend="gpu")(layer, targets, matches=matches, points=points)
+            found.append((out.total, *torch.autograd.grad(out.total, leaves)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    bound = 1e-4 if dtype == torch.float32 else 2**-5
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=float(theirs.abs().max()) * bound)
+
+
+def test_costs_of_factors_against_dense_logits() -> None:
+    (factors, _), labels = make_factors(torch.float32), torch.arange(TARGETS, device="cuda")
+    targets = {"masks": make_targets(), "labels": [labels] * BATCH}
+    classes = torch.randn(BATCH, QUERIES, 11, device="cuda")
+    criterion = MaskCriterion(10, sampling=PointSampling(num_points=3000)).cuda()
+    with torch.no_grad():
+        mine, theirs = (criterion(classes, layer, targets, seed=5) for layer in (factors, factors.dense()))
+    assert torch.equal(mine.matches.index, theirs.matches.index)
+    torch.testing.assert_close(mine.total, theirs.total, rtol=1e-3, atol=1e-3)
+
+
+def test_the_loss_of_factors_never_waits_for_the_device(forbid_waiting: Callable[[], None]) -> None:
+    (factors, leaves), targets, matches = make_factors(torch.float32), make_targets(), make_matches()
+    loss = MaskLoss(backend="gpu")
+    forbid_waiting()
+    torch.autograd.grad(loss(factors, targets, matches=matches, seed=torch.tensor(3)).total, leaves)
 
 
 def test_a_captured_graph_draws_new_points_from_its_seed() -> None:

@@ -26,6 +26,11 @@ def test_the_criterion_copies_nothing_but_the_assignment() -> None:
     run("criterion")
 
 
+def test_factors_copy_nothing_either() -> None:
+    pytest.importorskip("triton")
+    run("factors")
+
+
 def test_the_criterion_compiles_to_one_graph() -> None:
     run("compile")
 

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).with_name("test_kernels.py")
+FILES = ("test_kernels.py", "test_factored_kernels.py")
 
 
-def test_kernels_under_the_interpreter() -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_under_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
+    file = Path(__file__).with_name(name)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=TESTS.parents[2])
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=file.parents[2])
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
     assert " skipped" not in run.stdout

@@ -6,50 +6,21 @@ part of a second; blocks are made smaller still in some cases, so that every loo
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from maskloss.distributed import image_numbers
 from maskloss.ops import reference
-from maskloss.ops.abi import INDEX_COLUMNS, Term
 from maskloss.targets import MaskTargets
 from support.accuracy import assert_no_worse
-from support.batches import Batch
+from support.kernel_cases import DEVICE, INTERPRETED, TOLERANCE, Case, Inputs, small_blocks
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")] + [pytest.mark.gpu] * (not INTERPRETED)
 
 pytest.importorskip("triton")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One configuration. `sampling` is P, K and the number of uncertain points."""
-
-    dtype: torch.dtype = torch.float32
-    sizes: tuple[tuple[int, int], ...] = ((13, 9),)
-    frame: tuple[int, int] = (21, 30)
-    targets: str = "bits"
-    sampling: tuple[int, int, int] = (123, 369, 92)
-    padding: str = "zeros"
-    target_mode: str = "bilinear"
-    focal: tuple[float, float] = (-1.0, -1.0)
-    extra: bool = False
-    given: bool = False
-    rows: tuple[tuple[int, int, int, int], ...] = ((0, 0, 1, 1), (0, 1, 0, 0))
-
-    def term(self) -> Term:
-        return Term(self.padding, self.target_mode, *self.focal)
 
 
 # Each option once at least, in company with as many others as possible.
@@ -75,140 +46,6 @@ CASES = {
         sizes=((5, 6), (9, 4)), rows=((0, 1, 1, 0), (1, 0, 0, 2)), sampling=(30, 90, 22), focal=(-1.0, 1.0)
     ),
     "two layers together": Case(torch.bfloat16, sizes=((5, 6), (5, 6)), rows=((1, 1, 1, 0), (1, 0, 0, 2))),
-}
-
-
-class Inputs:
-    """The tensors of a case, and the operations called with them."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        self.targets = _targets(case).to(DEVICE)
-        self.logits = [_logits(case, size) for size in case.sizes]
-        self.index = torch.tensor(case.rows, dtype=torch.int64).reshape(-1, INDEX_COLUMNS).to(DEVICE)
-        self.layer_sizes = [sum(row[0] == layer for row in case.rows) for layer in range(len(case.sizes))]
-        self.image_ids = torch.tensor([7, 2**32 + 3], device=DEVICE)
-        self.seed = torch.tensor(-(2**61) + 987654321)
-        self.points = None
-        if case.given:
-            points = torch.rand(len(case.rows), 2, case.sampling[0]).transpose(1, 2) * 1.4 - 0.2
-            points[0, 0], points[0, 1, 0], points[-1, 2] = 1.0, -50.0, 0.0
-            self.points = points.to(DEVICE)
-
-    def exact(self) -> Inputs:
-        """The same points on float64 logits."""
-        other = Inputs.__new__(Inputs)
-        other.__dict__.update(self.__dict__)
-        if self.points is None:
-            other.points = self.drawn(reference)
-        other.logits = [layer.double() for layer in self.logits]
-        return other
-
-    def batch(self) -> Batch:
-        return Batch(self.logits, self.index, self.layer_sizes, self.targets, self.image_ids, self.seed)
-
-    def drawn(self, ops: Any) -> Tensor:
-        return self.batch().points(ops, self.case.sampling, self.case.padding)
-
-    def loss(self, ops: Any) -> tuple[Tensor, ...]:
-        return self.batch().loss(ops, self.case.sampling, self.case.term(), self.points)
-
-    def gradients(
-        self, ops: Any, saved: tuple[Tensor, ...], needed: list[bool] | None = None, live: Tensor | float = 1.0
-    ) -> list[Tensor]:
-        case = self.case
-        return self.batch().gradients(ops, saved, case.sampling, case.term(), self.points, needed, live)
-
-    def costs(self, ops: Any, num_points: int) -> tuple[Tensor, Tensor]:
-        return self.batch().costs(ops, num_points, self.case.term())
-
-
-def _logits(case: Case, size: tuple[int, int]) -> Tensor:
-    """Strided in every dimension, and larger than what is read of it."""
-    height, width = size
-    whole = (torch.randn(3, width, 2, height, 2) * 3).to(case.dtype).to(DEVICE)
-    return whole.permute(2, 0, 3, 1, 4)[..., 0][:, :2]
-
-
-def _targets(case: Case) -> MaskTargets:
-    kind, _, dtype = case.targets.partition(" ")
-    height, width = case.frame
-    images = []
-    for count in (2, 3):
-        options: dict[str, Any] = {}
-        if case.extra:
-            options["ignore"] = torch.rand(height, width) > 0.6
-            options["canvas"] = (height + 3, width + 1)
-            options["valid"] = (1, 2, height - 2, width - 5)
-        if kind == "labels":
-            label_map = torch.randint(5, (height, width)).to(getattr(torch, dtype))
-            images.append(MaskTargets.from_label_map(label_map, range(1, count + 1), allow_missing=True, **options))
-        elif kind == "values":
-            images.append(
-                MaskTargets.from_masks(torch.rand(count, height, width).to(getattr(torch, dtype)), soft=True, **options)
-            )
-        else:
-            masks = torch.zeros(count, height, width, dtype=torch.bool)
-            masks[0, height // 3 :, : width // 2 + 1] = True
-            masks[1] = torch.rand(height, width) > 0.5
-            images.append(MaskTargets.from_masks(masks, **options))
-    return MaskTargets.cat(images)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The operations; what they allocate without filling it holds garbage, and no arithmetic warns."""
-    from maskloss.ops import gpu as ops
-
-    if INTERPRETED:
-        from triton.runtime import interpreter
-
-        # An assertion after every addition, for integers that do not wrap; those of the random numbers must.
-        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
-        monkeypatch.setattr(interpreter.interpreter_builder, "create_fma", _fused, raising=True)
-    _fill_with_garbage(monkeypatch)
-    with np.errstate(all="ignore"):
-        yield ops
-
-
-def _fused(x: Any, y: Any, z: Any) -> Any:
-    """Multiply and add with one rounding, as a GPU does and the interpreter does not."""
-    from triton.runtime.interpreter import TensorHandle
-
-    assert z.data.dtype == np.float32
-    exact = x.data.astype(np.float64) * y.data + z.data
-    return TensorHandle(exact.astype(np.float32), z.dtype.scalar)
-
-
-def _fill_with_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dirty(allocate: Any) -> Any:
-        def allocated(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else 113)
-
-        return allocated
-
-    monkeypatch.setattr(torch, "empty", dirty(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", dirty(torch.empty_like))
-
-
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from maskloss.ops import gpu
-    from maskloss.ops.gpu import choose, match, scatter
-
-    for module in (choose, match, scatter, gpu):
-        monkeypatch.setattr(module, "BLOCK", 64)
-    monkeypatch.setattr(choose, "WIDE", 128)
-
-
-# Of the largest value: sums of float32 in another order; half precision rounds a gradient once (the interpreter cuts
-# off the digits of a bfloat16).
-TOLERANCE = {
-    torch.float64: 1e-13,
-    torch.float32: 2e-6,
-    torch.bfloat16: 2**-7 if INTERPRETED else 2**-8,
-    torch.float16: 2**-10,
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maskloss import MaskCriterion, MaskTargets
+from maskloss import MaskCriterion, MaskFactors, MaskTargets, ops
 
 META = torch.device("meta")
 # They pass a tensor on and touch no memory.
@@ -103,6 +103,30 @@ def test_operations_do_not_grow_with_the_layers(layers: int) -> None:
         out = criterion(classes, logits, targets, seed=0)
         torch.autograd.grad(out.total, [*classes[:1], *logits[:1]])
     assert count.operations.total() <= 75 + 2 * layers, count.operations.most_common()
+
+
+def factored(layers: int) -> tuple[list[MaskFactors], list[torch.Tensor]]:
+    """Layers that share their features, and what gradients flow to."""
+    features = torch.empty(BATCH, 32, 16, 16, device=META, requires_grad=True).clone()
+    made = [torch.empty(BATCH, QUERIES, 32, device=META, requires_grad=True).clone() for _ in range(layers)]
+    return [MaskFactors(each, features) for each in made], [*made, features]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layers", [1, LAYERS])
+def test_operations_of_a_step_with_factors(form: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few as with dense logits, and each operation once; with kernels, as the reference takes no factors."""
+    make, copies = FORMS[form]
+    targets, criterion = make(), MaskCriterion(CLASSES).to(META)
+    classes, (masks_, leaves) = predictions((CLASSES + 1,))[:layers], factored(layers)
+    monkeypatch.setattr(ops, "choose_backend", lambda *_: "gpu")
+    with Count() as count:
+        out = criterion(classes, masks_, targets, seed=0)
+        torch.autograd.grad(out.total, classes + leaves)
+    assert count.operations.total() <= 85 + layers, (count.operations.total(), count.operations.most_common(99))
+    for name in ("factored_match_cost", "assign", "factored_mask_loss", "factored_mask_loss_backward"):
+        assert count.operations[f"maskloss::{name}"] == 1
+    assert len(count.copies) == copies
 
 
 @pytest.mark.parametrize("images", [1, 7])

@@ -75,6 +75,45 @@ def match_cost(backend: str, encoding: str = "bits") -> Args:
     return plain, packed.num_targets, packed.encoding, *packed.tensors, IMAGE_IDS, SEED, POINTS, 0, 0, *options
 
 
+def factors(dtype: torch.dtype = torch.float32) -> Args:
+    """Two layers that are products, the first and third of the model, with features of their own."""
+    rows = [torch.randn(2, 3, 4, dtype=dtype).requires_grad_() for _ in range(2)]
+    biases = [torch.randn(2, 3, dtype=dtype).requires_grad_() for _ in range(2)]
+    features = [torch.randn(2, 4, *size, dtype=dtype).requires_grad_() for size in ((5, 8), (9, 4))]
+    none = torch.empty(0, dtype=dtype)
+    return [rows[0], none, rows[1]], [biases[0], none, biases[1]], features, [0, -1, 1], 2 * 40 * dtype.itemsize
+
+
+def factored_match_cost(backend: str, num_points: int = POINTS) -> Args:
+    packed = targets("bits")
+    lists = [[each.detach() for each in listed] for listed in factors()[:3]]
+    options = ("zeros", "bilinear", *FOCAL, backend)
+    described = (packed.num_targets, packed.encoding, *packed.tensors)
+    return *lists, *factors()[3:], *described, IMAGE_IDS, SEED, num_points, 0, 0, *options
+
+
+def factored_mask_loss(
+    backend: str, encoding: str = "bits", *, given: bool = False, dtype: torch.dtype = torch.float32
+) -> Args:
+    packed = targets(encoding)
+    points = torch.rand(len(INDEX), POINTS, 2) if given else None
+    index = INDEX * torch.tensor([2, 1, 1, 1])  # layers 0 and 2
+    return (
+        *(*factors(dtype), index, [1, 1, 0, 0, 2, 1], packed.encoding, *packed.tensors),
+        *(IMAGE_IDS, SEED, POINTS, CANDIDATES, UNCERTAIN),
+        *("zeros", "bilinear", *FOCAL, points, backend),
+    )
+
+
+def factored_mask_loss_backward(backend: str, encoding: str = "bits", *, needed: bool = True) -> Args:
+    *arguments, _ = factored_mask_loss(backend, encoding)
+    plain = [[each.detach() for each in listed] for listed in arguments[:3]]
+    inputs = (*plain, *arguments[3:])
+    _, _, *kept = ops._factored_mask_loss(*inputs, backend)
+    gradients = torch.randn(len(INDEX)), torch.randn(len(INDEX))
+    return *gradients, *kept, *inputs, [True, needed, needed, True], backend
+
+
 @pytest.mark.parametrize(
     ("operation", "make"),
     [
@@ -104,6 +143,39 @@ def test_operation(backend: str, operation: Any, make: Callable[[str], Args]) ->
     torch.library.opcheck(operation, make(backend))
 
 
+@pytest.mark.parametrize(
+    ("operation", "make"),
+    [
+        pytest.param(ops._factored_match_cost, factored_match_cost, id="factored_match_cost"),
+        pytest.param(
+            ops._factored_match_cost,
+            lambda backend: factored_match_cost(backend, 50),
+            id="factored_match_cost, more points than pixels",
+        ),
+        pytest.param(ops._factored_mask_loss, factored_mask_loss, id="factored_mask_loss"),
+        pytest.param(
+            ops._factored_mask_loss,
+            lambda backend: factored_mask_loss(backend, "values"),
+            id="factored_mask_loss, soft",
+        ),
+        pytest.param(
+            ops._factored_mask_loss,
+            lambda backend: factored_mask_loss(backend, given=True, dtype=torch.bfloat16),
+            id="factored_mask_loss, given points, bfloat16",
+        ),
+        pytest.param(ops._factored_mask_loss_backward, factored_mask_loss_backward, id="factored_mask_loss_backward"),
+        pytest.param(
+            ops._factored_mask_loss_backward,
+            lambda backend: factored_mask_loss_backward(backend, "labels", needed=False),
+            id="factored_mask_loss_backward, some gradients",
+        ),
+    ],
+)
+def test_operation_on_factors(operation: Any, make: Callable[[str], Args]) -> None:
+    """The reference takes dense logits."""
+    torch.library.opcheck(operation, make("cpu"))
+
+
 def test_assign() -> None:
     labels, counts = torch.tensor([0, 1, 1, 0, 2]), (4, 0, 1)
     torch.library.opcheck(ops._assign, (torch.rand(2, 3, 3, 4), labels, counts, 3))
@@ -113,6 +185,7 @@ def test_every_operation_is_checked() -> None:
     known = {
         *("point_sample", "point_sample_backward", "uncertain_points", "match_cost", "assign"),
         *("mask_loss", "mask_loss_backward"),
+        *("factored_match_cost", "factored_mask_loss", "factored_mask_loss_backward"),
     }
     assert set(dir(torch.ops.maskloss)) - {"name"} >= known
     registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
@@ -121,7 +194,13 @@ def test_every_operation_is_checked() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this PyTorch does not partition graphs")
-@pytest.mark.parametrize("name", ["assign", "match_cost", "uncertain_points", "mask_loss", "mask_loss_backward"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("assign", "match_cost", "uncertain_points", "mask_loss", "mask_loss_backward"),
+        *("factored_match_cost", "factored_mask_loss", "factored_mask_loss_backward"),
+    ],
+)
 def test_what_a_graph_of_the_compiler_must_not_capture(name: str) -> None:
     """A wait for the device would fail there, and a seed on the host would be read once and for all."""
     operation = getattr(torch.ops.maskloss, name).default

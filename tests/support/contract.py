@@ -28,6 +28,7 @@ from maskloss.ops.abi import (
     Draw,
     Gradients,
     Instances,
+    Kept,
     Saved,
     Targets,
     Term,
@@ -163,6 +164,62 @@ def match_cost(
     return ce, dice
 
 
+def _check_planes(instances: Instances) -> None:
+    """Instances have a plane each, the same memory for all layers and images."""
+    _check_instances(instances)
+    first = instances.logits[0]
+    assert first.stride(0) == 0 or first.shape[0] == 1
+    assert all(layer is first for layer in instances.logits)
+    assert first.shape[1] == len(instances.rows)
+
+
+def mask_loss_keeping(
+    run: Run, instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
+) -> tuple[Tensor, Tensor, Kept]:
+    _check_planes(instances)
+    _check_targets(targets)
+    _check_draw(draw)
+    _check_term(term)
+    ce, dice, kept = run(instances, targets, draw, term, points)
+    count, dtype = len(instances.rows), instances.accumulation_dtype
+    for terms in (ce, dice):
+        assert terms.shape == (count,)
+        assert terms.dtype == dtype
+    assert kept.chosen.dtype == torch.uint8
+    assert kept.corners.shape == kept.logits.shape == (count, draw.num_points)
+    assert kept.logits.dtype == dtype
+    return ce, dice, kept
+
+
+def plane_gradients(
+    run: Run,
+    grads: Gradients,
+    kept: Kept,
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+) -> None:
+    _check_planes(instances)
+    for each in (*grads, *kept):
+        assert len(each) == len(instances.rows)
+    assert kept.logits.shape == (len(instances.rows), draw.num_points)
+    run(grads, kept, instances, targets, draw, term, points)
+
+
+@shaped
+def sample_features(run: Run, plan: Any, features: Float[Tensor, "B D h w"], term: Term) -> Float[Tensor, "B D P"]:
+    return run(plan, features, term)
+
+
+@shaped
+def row_costs(
+    run: Run, plan: Any, logits: Float[Tensor, "B R P"], term: Term
+) -> tuple[Float[Tensor, "B R width"], Float[Tensor, "B R width"]]:
+    return run(plan, logits, term)
+
+
 OPERATIONS = (
     point_sample,
     point_sample_backward,
@@ -171,13 +228,16 @@ OPERATIONS = (
     mask_loss_backward,
     match_cost,
 )
+# What backends with kernels do for masks as factors; the reference forms dense logits.
+FOR_FACTORS = (mask_loss_keeping, plane_gradients, sample_features, row_costs)
 
 
 @contextmanager
 def checked(backend: ModuleType) -> Iterator[None]:
     """Check every call of a backend's operations until the end of the block."""
-    originals = {operation.__name__: getattr(backend, operation.__name__) for operation in OPERATIONS}
-    for operation in OPERATIONS:
+    operations = OPERATIONS + (FOR_FACTORS if hasattr(backend, "plane_gradients") else ())
+    originals = {operation.__name__: getattr(backend, operation.__name__) for operation in operations}
+    for operation in operations:
         original = originals[operation.__name__]
         setattr(backend, operation.__name__, functools.wraps(original)(functools.partial(operation, original)))
     try:

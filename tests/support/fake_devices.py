@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maskloss import MaskCriterion, MaskTargets
-from maskloss.ops import choose_backend, reference
-from maskloss.ops.abi import INDEX_COLUMNS, Draw, Gradients, Instances, Saved, Targets, Term
+from maskloss import MaskCriterion, MaskFactors, MaskTargets
+from maskloss.ops import choose_backend, factored, reference
+from maskloss.ops.abi import INDEX_COLUMNS, Draw, Factors, Gradients, Instances, Saved, Targets, Term
 
 # Places in c10::DeviceType.
 CUDA, XPU, MPS, META = 1, 12, 13, 14
@@ -91,6 +91,53 @@ def criterion_copies_nothing() -> None:
         assert out.total.requires_grad
 
 
+def factors_copy_nothing() -> None:
+    """A step with masks as factors makes the trips of one with dense logits, and its operations none by themselves."""
+    with watched() as watch:
+        features = torch.empty(BATCH, 32, SIZE, SIZE, device="cuda", requires_grad=True)
+        layers = [
+            MaskFactors(torch.empty(BATCH, QUERIES, 32, device="cuda", requires_grad=True), features, 0.5)
+            for _ in range(LAYERS)
+        ]
+        targets = entries(packed=True)
+        watch.copies.clear()
+        out = MaskCriterion(CLASSES)(predictions("cuda")[0], layers, targets)
+    assert not watch.copies, watch.copies
+    assert out.total.requires_grad
+    _factored_operations_copy_nothing()
+
+
+def _factored_operations_copy_nothing() -> None:
+    """The same inside the operations, with Triton's launches left out: no value is read, nothing changes devices."""
+    from contextlib import nullcontext
+
+    from triton.runtime.jit import JITFunction
+
+    from maskloss.ops import gpu
+
+    JITFunction.run = lambda *_, **__: None  # type: ignore[method-assign]
+    gpu.on_device = lambda _: nullcontext()  # type: ignore[attr-defined]
+    for dtype in (torch.float32, torch.bfloat16):
+        with watched() as watch, torch.no_grad():
+            like = {"dtype": dtype, "device": "cuda"}
+            rows = [torch.empty(BATCH, QUERIES, 32, **like) for _ in range(LAYERS)]
+            biases = [torch.empty(BATCH, QUERIES, **like) for _ in range(LAYERS)]
+            features = [torch.empty(BATCH, 32, SIZE, SIZE, **like) for _ in range(2)]
+            scratch = 7 * SIZE * SIZE * dtype.itemsize
+            factors = Factors(rows, biases, features, [0] * (LAYERS - 1) + [1], scratch)
+            targets = MaskTargets.from_masks(masks("cuda"))
+            group = Targets("bits", *targets.tensors)
+            index = torch.empty(LAYERS * BATCH * TARGETS, INDEX_COLUMNS, dtype=torch.int64, device="cuda")
+            ids = torch.arange(BATCH, device="cuda")
+            draw, term = Draw(ids, torch.empty((), dtype=torch.int64, device="cuda"), *SAMPLING), Term()
+            products = (factors, index, [TARGETS] * (LAYERS * BATCH), group, draw, term, None)
+            watch.copies.clear()
+            factored.match_cost(gpu, factors, targets.num_targets, group, draw, term)
+            *terms, kept = factored.mask_loss(gpu, *products)
+            factored.mask_loss_backward(gpu, Gradients(*terms), kept, *products, needs_grad=[True] * 4)
+        assert not watch.copies, watch.copies
+
+
 def step_compiles_to_one_graph() -> None:
     graphs: list[torch.fx.GraphModule] = []
 
@@ -135,6 +182,8 @@ if __name__ == "__main__":
     lend_guards()
     if sys.argv[1] == "criterion":
         criterion_copies_nothing()
+    elif sys.argv[1] == "factors":
+        factors_copy_nothing()
     elif sys.argv[1] == "compile":
         step_compiles_to_one_graph()
     else:

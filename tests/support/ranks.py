@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from maskloss import MaskCriterion, MaskLoss, PointSampling, step_totals
+from maskloss import MaskCriterion, MaskFactors, MaskLoss, PointSampling, step_totals
 
 RANKS, IMAGES, QUERIES, CLASSES, LAYERS, FEATURES, SIDE = 2, 4, 5, 3, 2, 6, 9
 SEED = 11
@@ -45,6 +45,33 @@ class Model(nn.Module):
     def forward(self, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         masks = [head(features).unflatten(-1, (SIDE, SIDE)) for head in self.masks]
         return [head(features) for head in self.classes], masks
+
+
+class Products(nn.Module):
+    """Features `[B, Q, F]` to the class logits of every layer, its embeddings, and the pixels that they share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.classes = nn.ModuleList(nn.Linear(FEATURES, CLASSES + 1) for _ in range(LAYERS))
+        self.embeddings = nn.ModuleList(nn.Linear(FEATURES, 4) for _ in range(LAYERS))
+        self.pixels = nn.Parameter(torch.randn(4, SIDE, SIDE))
+
+    def forward(self, features: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        classes, embeddings = ([head(features) for head in heads] for heads in (self.classes, self.embeddings))
+        return classes, embeddings, self.pixels.expand(len(features), -1, -1, -1)
+
+
+def factored_step(
+    model: nn.Module, features: Tensor, targets: list[dict[str, Tensor]], *, dense: bool = False
+) -> tuple[Tensor, Grads]:
+    """A step with masks as factors, or with what they stand for: its loss and gradients."""
+    classes, embeddings, pixels = model(features)
+    factors = [MaskFactors(each, pixels) for each in embeddings]
+    layers = [each.dense() for each in factors] if dense else factors
+    total = criterion("cpu")(classes, layers, targets, seed=SEED).total
+    total.backward()
+    return total.detach(), gradients(model)
 
 
 def batch(case: str) -> tuple[Tensor, list[dict[str, Tensor]]]:
@@ -139,6 +166,10 @@ def run(rank: int, folder: str) -> None:
     mine = list(range(IMAGES))[2 * rank : 2 * rank + 2]
     pairs_here = slice(0, PAIRS[0]) if rank == 0 else slice(PAIRS[0], None)
     results: dict[Any, Any] = {}
+    for case in COUNTS:
+        features, targets = batch(case)
+        products = DistributedDataParallel(Products())
+        results["factors", case] = factored_step(products, features[mine], [targets[image] for image in mine])
     for backend in BACKENDS:
         for case in COUNTS:
             model = DistributedDataParallel(Model())

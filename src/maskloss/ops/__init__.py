@@ -380,7 +380,7 @@ def _(*args: Any) -> list[Tensor]:
     _, _, factors, *_ = grouped(args, Gradients, Kept, Factors)
     like, needs_grad = factors.features[0], args[-2]
     shapes = [
-        (len(layers), *next((layer.shape for layer in layers if layer.numel()), ()))
+        (len(layers), *next((layer.shape for layer in layers if layer.ndim > 1), ()))
         for layers in (factors.embeddings, factors.biases)
     ] + [tuple(each.shape) for each in factors.features]
     return [like.new_empty(shape if need else 0) for shape, need in zip(shapes, needs_grad, strict=True)]
@@ -410,7 +410,7 @@ def _factored_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | N
     by_row, by_bias, *by_pixel = _factored_mask_loss_backward(
         *given, *kept, *lists, *ctx.facts, *rest, wanted, ctx.backend
     )
-    filled = [[layer.numel() > 0 for layer in layers] for layers in lists[:2]]
+    filled = [[layer.ndim > 1 for layer in layers] for layers in lists[:2]]
     found = [
         [grad[layer] if need and real else None for layer, (need, real) in enumerate(zip(each, there, strict=True))]
         for grad, each, there in zip((by_row, by_bias), needs[:2], filled, strict=True)

@@ -80,10 +80,14 @@ def _costs_of_rows(
     else:
         plan = backend.match_plan(num_targets, targets, draw, term, [features])
         base = backend.sample_features(plan, features, term).to(features.dtype)
+        if biases is not None:
+            # A point at the edge reads zeros beside the map, which the bias is not added to.
+            ones = features.new_ones(1, 1, height, width).expand(batch, 1, height, width)
+            inside = backend.sample_features(plan, ones, term).to(features.dtype)
     for part in _chunks(count, scratch_bytes // (batch * base.shape[2] * base.element_size())):
         logits = torch.bmm(rows[:, part], base)
         if biases is not None:
-            logits += biases[:, part, None]
+            logits += biases[:, part, None] if small else biases[:, part, None] * inside
         if small:
             maps = logits.view(*logits.shape[:2], height, width)
             costs = [cost[0] for cost in backend.match_cost([maps], num_targets, targets, draw, term)]
@@ -163,8 +167,8 @@ class Blocks:
 
     def gathered(self, layers: Sequence[Tensor]) -> Tensor:
         """Pick the rows `[N, ...]` of the instances from `[B, Q, ...]` of each layer, in the order of the parts."""
-        shape = next(layer.shape for layer in layers if layer.numel())
-        filled = [layer if layer.numel() else layer.new_zeros(shape) for layer in layers]
+        shape = next(layer.shape for layer in layers if layer.ndim > 1)
+        filled = [layer if layer.ndim > 1 else layer.new_zeros(shape) for layer in layers]
         rows = self.sorted(self.index)
         return torch.stack(filled)[rows[:, LAYER], rows[:, IMAGE], rows[:, QUERY]]
 
@@ -359,7 +363,7 @@ def _spread(rows: Tensor, where: Tensor, layers: Sequence[Tensor], needed: bool)
     """Add rows `[N, ...]` up in the gradients of all layers `[L, B, Q, ...]`; a query may have several instances."""
     if not needed:
         return rows.new_empty(0)
-    shape = next(layer.shape for layer in layers if layer.numel())
+    shape = next(layer.shape for layer in layers if layer.ndim > 1)
     total = rows.new_zeros((len(layers), *shape), dtype=accumulation_dtype(rows.dtype))
     total.index_put_((where[:, LAYER], where[:, IMAGE], where[:, QUERY]), rows.to(total.dtype), accumulate=True)
     return total.to(rows.dtype)

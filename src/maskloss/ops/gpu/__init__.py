@@ -1,7 +1,8 @@
 """The operations on CUDA and ROCm tensors, as Triton kernels; `maskloss.ops.reference` defines what they compute.
 
-Nothing here waits for the device. Each family of kernels has a file: `choose`, `losses`, `scatter`, `match`; what they
-share is in `sampling` (on the device) and `launch` (on the host). Layers of one geometry share their launches.
+Nothing here waits for the device. Each family of kernels has a file: `choose`, `losses`, `scatter`, `match`,
+`features`; what they share is in `sampling` (on the device) and `launch` (on the host). Layers of one geometry share
+their launches.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from maskloss.ops.abi import (
     Draw,
     Gradients,
     Instances,
+    Kept,
     Saved,
     Targets,
     Term,
@@ -32,6 +34,7 @@ from . import choose as choosing
 from . import losses
 from . import match as matching
 from . import scatter as scattering
+from .features import sample
 from .launch import (
     BLOCK,
     OPTIONS,
@@ -123,24 +126,46 @@ def mask_loss(
     instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy `[N]`, Dice `[N]`, chosen candidates as bits, and the target pixels at the points."""
-    encoding, data, table, images, windows, ignore = targets
-    logits, index, layer_sizes = instances
-    sampling = make_sampling(draw, windows, term.padding, points)
-    index, device, dtype = index.contiguous(), index.device, instances.accumulation_dtype
-    num_points = draw.num_points
+    sampling = make_sampling(draw, targets.windows, term.padding, points)
+    work = spans(instances.logits, instances.layer_sizes, _row_bytes(sampling, instances.accumulation_dtype))
+    ce, dice, kept = _forward(work, instances, sampling, targets, term, keep=False)
+    return ce, dice, kept.chosen, kept.corners
+
+
+def mask_loss_keeping(
+    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
+) -> tuple[Tensor, Tensor, Kept]:
+    """As `mask_loss`, of instances with a plane each, and with the logits at the points to go backward without it."""
+    sampling = make_sampling(draw, targets.windows, term.padding, points)
+    work = _own_planes(instances).parts(_row_bytes(sampling, instances.accumulation_dtype))
+    return _forward(work, instances, sampling, targets, term, keep=True)
+
+
+def _own_planes(instances: Instances) -> Span:
+    """One launch for instances with a plane each, numbered by QUERY: all layers and images have the same planes."""
+    return Span((instances.logits[0],), 0, 0, len(instances.rows), 0, 1)
+
+
+def _forward(
+    work: Sequence[Span], instances: Instances, sampling: Sampling, targets: Targets, term: Term, *, keep: bool
+) -> tuple[Tensor, Tensor, Kept]:
+    encoding, data, table, images, _, ignore = targets
+    index, device, dtype = instances.rows.contiguous(), instances.rows.device, instances.accumulation_dtype
+    num_points = sampling.num_points
     ce, dice = empty((len(index),), dtype, device), empty((len(index),), dtype, device)
     corners = empty((len(index), num_points), dtype if encoding == "values" else torch.uint8, device)
     chosen = _chosen_bits(index, sampling)
+    logits = empty((len(index) if keep else 0, num_points), dtype, device)
     blocks = cdiv(num_points, BLOCK)
     sums = empty((len(index), blocks, losses.NUM_SUMS.value), dtype, device)
     with on_device(index):
-        for span in spans(logits, layer_sizes, _row_bytes(sampling, dtype)):
+        for span in work:
             rows = span.rows
             choice = choosing.choose(span, index, sampling, chosen)
             losses.loss_terms[(span.count * blocks,)](
                 span.layers, span.first, index[rows], data, table, images,
                 ignore if ignore.numel() else None, *sampling.source, sampling.given(span), *choice,
-                corners[rows], sums[rows], num_points, sampling.num_uncertain, blocks,
+                corners[rows], logits[rows] if keep else None, sums[rows], num_points, sampling.num_uncertain, blocks,
                 *geometry(span.layers[0]), *sampling.strides,
                 LAYERS=len(span.layers), ENCODING=ENCODINGS[encoding], NEAREST=term.nearest, BORDER=sampling.border,
                 ALPHA=term.alpha, GAMMA=term.gamma, BLOCK=BLOCK, **focal_options(term.gamma),
@@ -149,7 +174,7 @@ def mask_loss(
             losses.finish_losses[(cdiv(len(index), 32),)](
                 sums, ce, dice, len(index), blocks, BLOCK=32, **{**OPTIONS, "num_warps": 1}
             )
-    return ce, dice, chosen, corners
+    return ce, dice, Kept(chosen, corners, logits)
 
 
 def mask_loss_backward(
@@ -175,29 +200,55 @@ def mask_loss_backward(
     return found
 
 
+def plane_gradients(
+    grads: Gradients,
+    kept: Kept,
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+) -> None:
+    """Overwrite the planes of instances, which have one each, with their gradients; see `mask_loss_keeping`."""
+    index, run = instances.rows.contiguous(), _own_planes(instances)
+    sampling = make_sampling(draw, targets.windows, term.padding, points)
+    loss = scattering.LossGradient(Gradients(*(grad.contiguous() for grad in grads)), kept, targets, term)
+    with on_device(index):
+        scattering.Scatter(index, [run.count], run, sampling, False, loss).overwrite(run.layers[0][0])
+
+
 # ------------------------------------------------------------------------------------------------ the matching cost
+
+
+def match_plan(
+    num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, maps: Sequence[Tensor]
+) -> matching.Pairs:
+    """Draw and sort the points of each image, and read its targets there; `maps` `[B, _, h, w]` are to be sampled."""
+    with on_device(maps[0]):
+        return matching.prepare(targets, max(num_targets, default=0), draw, term, accumulation_dtype(maps[0].dtype))
 
 
 def match_cost(
     logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
 ) -> tuple[Tensor, Tensor]:
     """Both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
-    batch, queries = logits[0].shape[:2]
-    device, dtype = logits[0].device, accumulation_dtype(logits[0].dtype)
-    widest, num_rows = max(num_targets, default=0), len(logits) * batch * queries
-    ce = empty((len(logits), batch, queries, widest), dtype, device)
-    dice = torch.empty_like(ce)
-    if ce.numel() == 0:
-        return ce, dice
-    with on_device(ce):
-        shared = matching.prepare(targets, widest, draw, term, dtype)
-        tile = matching.tile_of(widest, dtype, term.gamma)
-        splits = tile.splits(len(logits) * batch, queries, widest, draw.num_points)
-        parts = [empty((splits, num_rows * size), dtype, device) for size in (widest, widest, 1, 1)]
-        for run in runs(logits, [0] * len(logits), [True] * len(logits)):
-            matching.add_terms(run, shared, parts, widest, num_rows, tile, term.focal)
-        matching.finish_costs[(cdiv(ce.numel(), BLOCK),)](
-            *parts, shared.weighted.sum(2), shared.weights.sum(1), targets.images, ce, dice, ce.numel(), splits,
-            num_rows, batch, queries, widest, BLOCK=BLOCK, **OPTIONS,
-        )  # fmt: skip
-    return ce, dice
+    shape = (len(logits), *logits[0].shape[:2], max(num_targets, default=0))
+    if 0 in shape:
+        none = empty(shape, accumulation_dtype(logits[0].dtype), logits[0].device)
+        return none, torch.empty_like(none)
+    plan = match_plan(num_targets, targets, draw, term, logits)
+    with on_device(logits[0]):
+        return matching.costs(plan, logits, term, sampled=False)
+
+
+def sample_features(plan: matching.Pairs, features: Tensor, term: Term) -> Tensor:  # noqa: ARG001 (the plan knows)
+    """Read features `[B, D, h, w]` at the points of a plan, in its order: `[B, D, P]`, in their dtype."""
+    with on_device(features):
+        return sample(plan, features)
+
+
+def row_costs(plan: matching.Pairs, logits: Tensor, term: Term) -> tuple[Tensor, Tensor]:
+    """Both mask terms of the matching cost, `[B, R, T_max]`, from logits `[B, R, P]` at the points of a plan."""
+    with on_device(logits):
+        ce, dice = matching.costs(plan, [logits[:, :, None]], term, sampled=True)
+    return ce[0], dice[0]

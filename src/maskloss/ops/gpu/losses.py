@@ -103,13 +103,14 @@ def _store_sums(block, s, t, weight, keep):
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
 def loss_terms(
     layers, first_layer, index, data, table, images, ignore, windows, image_ids, seed_value, seed_pointer, points,
-    order, kept, corners, sums, num_points, num_uncertain, blocks,
+    order, kept, corners, logits, sums, num_points, num_uncertain, blocks,
     height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
     LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ALPHA: tl.constexpr,
     GAMMA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Forward pass at a block of points of an instance: read z and t, write the block's five sums and `corners`.
 
+    z itself is written to `logits` where the backward pass will not have the map any more; otherwise that is None.
     The logits of chosen candidates were read when the choice was made (`kept`); only the uniform points are read here.
     """
     program = tl.program_id(0)
@@ -131,6 +132,8 @@ def loss_terms(
         z = sample_map(base, x, y, height, width, stride_y, stride_x, fresh, False, BORDER, ACC)
         known = tl.load(kept + n * num_uncertain + i, mask=i < num_uncertain, other=0.0)
         z = tl.where(i < num_uncertain, known, z)
+    if logits is not None:
+        tl.store(logits + n * num_points + i, z, mask=keep)
     image_row = images + image * IMAGE_COLUMNS
     target_row = table_row(table, image_row, tl.load(row + TARGET))
     t, code = read_targets(data + tl.load(image_row + BASE), target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
@@ -178,21 +181,28 @@ def slope_terms(
     height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
     LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Backward pass, first half, at a block of points: read z again (`values`), sum up what the slope of Dice needs."""
+    """Backward pass, first half, at a block of points: read z again (`values`), sum up what the slope of Dice needs.
+
+    Where the forward pass kept z, it is in `values` already, and there are no layers.
+    """
     program = tl.program_id(0)
     n = (program // blocks).to(tl.int64)
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     keep = i < num_points
     ACC: tl.constexpr = sums.dtype.element_ty
     row = index + n * INDEX_COLUMNS
-    layer, image = tl.load(row + LAYER), tl.load(row + IMAGE)
-    base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + QUERY) * stride_q
+    image = tl.load(row + IMAGE)
     x, y = point_of(
         n, i, keep, row, windows, image_ids, seed_value, seed_pointer, points, order,
         stride_n, stride_p, stride_c, num_uncertain,
     )  # fmt: skip
-    z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, False, BORDER, ACC)
-    tl.store(values + n * num_points + i, z, mask=keep)
+    if layers is None:
+        z = tl.load(values + n * num_points + i, mask=keep, other=0.0)
+    else:
+        base = layer_pointer(layers, tl.load(row + LAYER) - first_layer, LAYERS)
+        base += image * stride_b + tl.load(row + QUERY) * stride_q
+        z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, False, BORDER, ACC)
+        tl.store(values + n * num_points + i, z, mask=keep)
     target_row = table_row(table, images + image * IMAGE_COLUMNS, tl.load(row + TARGET))
     t, weight = load_corners(corners, n * num_points + i, target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
     s, _c, _logarithm = sigmoids(z)

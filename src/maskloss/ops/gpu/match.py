@@ -19,7 +19,7 @@ from torch import Tensor
 from maskloss.ops import abi
 from maskloss.ops.abi import ENCODINGS, Draw, Targets, Term
 
-from .launch import BLOCK, OPTIONS, Span, cdiv, empty, focal_options, geometry, is_simple, split_seed
+from .launch import BLOCK, OPTIONS, Span, cdiv, empty, focal_options, geometry, is_simple, runs, split_seed
 from .losses import power, sigmoids
 from .sampling import (
     BASE,
@@ -142,6 +142,7 @@ def match_terms(
 ):  # fmt: skip
     """Sums over one of `splits` parts of the points, for QUERIES queries of an image and layer and TARGETS targets.
 
+    Without cells the layers hold no maps but the logits at the points themselves, one after the other.
     products[split] = sum slope (w t) and overlaps[split] = sum s (w t), `[L, B, Q, T]`;
     negatives[split] = sum w negative and areas[split] = sum w s, `[L, B, Q]`.
     """
@@ -168,13 +169,18 @@ def match_terms(
         i = start + tl.arange(0, POINTS)
         keep = i < last
         place = image * num_points + i
-        y = tl.load(cells + place, mask=keep, other=0)[None, :]
-        x = tl.load(cells + count + place, mask=keep, other=0)[None, :]
-        fy = tl.load(fractions + place, mask=keep, other=0.0)[None, :]
-        fx = tl.load(fractions + count + place, mask=keep, other=0.0)[None, :]
-        weight = tl.load(weights + place, mask=keep, other=0.0)[None, :]
-        real = keep[None, :] & (query < queries)[:, None]
-        z = sample_cells(base, y, x, fy, fx, height, width, stride_y, stride_x, real, ACC)
+        if cells is None:
+            weight = tl.load(weights + place, mask=keep, other=0.0)[None, :]
+            real = keep[None, :] & (query < queries)[:, None]
+            z = tl.load(base + i[None, :] * stride_x, mask=real, other=0.0).to(ACC)
+        else:
+            y = tl.load(cells + place, mask=keep, other=0)[None, :]
+            x = tl.load(cells + count + place, mask=keep, other=0)[None, :]
+            fy = tl.load(fractions + place, mask=keep, other=0.0)[None, :]
+            fx = tl.load(fractions + count + place, mask=keep, other=0.0)[None, :]
+            weight = tl.load(weights + place, mask=keep, other=0.0)[None, :]
+            real = keep[None, :] & (query < queries)[:, None]
+            z = sample_cells(base, y, x, fy, fx, height, width, stride_y, stride_x, real, ACC)
         s, negative, slope = _pair_terms(z, ALPHA, GAMMA)
         t = tl.load(wanted + i[:, None], mask=keep[:, None] & (target < widest)[None, :], other=0.0)
         if PRECISION == "sum":
@@ -257,14 +263,33 @@ def tile_of(targets: int, dtype: torch.dtype, gamma: float) -> Tile:
 
 
 class Pairs(NamedTuple):
-    """What all queries and layers of an image share: sorted points `[B, P]`, and the targets there."""
+    """What all queries and layers of an image share.
+
+    Attributes:
+        points: `[B, P, 2]`.
+        order: `[B, P]`, which sorts the points.
+        weighted: `[B, T_max, P]`, the targets at the sorted points times the weights.
+        weights: `[B, P]`, 0 or 1.
+        images: `MaskTargets.images`.
+        border: whether maps are continued at their border.
+    """
 
     points: Tensor
     order: Tensor
     weighted: Tensor
     weights: Tensor
-    num_points: int
+    images: Tensor
     border: bool
+
+    @property
+    def widest(self) -> int:
+        """The largest number of targets."""
+        return self.weighted.shape[1]
+
+    @property
+    def num_points(self) -> int:
+        """P."""
+        return self.weights.shape[1]
 
 
 def prepare(targets: Targets, widest: int, draw: Draw, term: Term, dtype: torch.dtype) -> Pairs:
@@ -284,7 +309,20 @@ def prepare(targets: Targets, widest: int, draw: Draw, term: Term, dtype: torch.
         points, order, data, table, images, ignore if ignore.numel() else None, weighted, weights, num_points, blocks,
         widest, ENCODING=ENCODINGS[encoding], NEAREST=term.nearest, BORDER=term.border, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
-    return Pairs(points, order, weighted, weights, num_points, term.border)
+    return Pairs(points, order, weighted, weights, images, term.border)
+
+
+def cells_of(shared: Pairs, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Find the sorted points in maps of a size: pixels y, x and fractions, `[2, B * P]` each."""
+    batch, num_points = shared.weights.shape
+    cells = empty((2, batch * num_points), torch.int32, shared.points.device)
+    fractions = empty((2, batch * num_points), shared.weights.dtype, shared.points.device)
+    blocks = cdiv(num_points, BLOCK)
+    match_cells[(batch * blocks,)](
+        shared.points, shared.order, cells, fractions, batch * num_points, num_points, blocks, height, width,
+        BORDER=shared.border, BLOCK=BLOCK, **OPTIONS,
+    )  # fmt: skip
+    return cells, fractions
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -301,29 +339,40 @@ def add_terms(
     span: Span,
     shared: Pairs,
     parts: Sequence[Tensor],
-    widest: int,
     num_rows: int,
     tile: Tile,
     focal: tuple[float, float],
+    sampled: bool,
 ) -> None:
-    """Sums of all pairs of the layers of a span."""
-    first = span.layers[0]
+    """Sums of all pairs of the layers of a span; `sampled` layers hold the logits at the points, `[B, Q, 1, P]`."""
+    first, widest = span.layers[0], shared.widest
     batch, queries, height, width = first.shape
-    count, num_points, dtype = shared.order.numel(), shared.num_points, shared.weights.dtype
-    cells = empty((2, count), torch.int32, first.device)
-    fractions = empty((2, count), dtype, first.device)
-    blocks = cdiv(num_points, BLOCK)
-    match_cells[(batch * blocks,)](
-        shared.points, shared.order, cells, fractions, count, num_points, blocks, height, width,
-        BORDER=shared.border, BLOCK=BLOCK, **OPTIONS,
-    )  # fmt: skip
-    splits = parts[0].shape[0]
+    cells, fractions = (None, None) if sampled else cells_of(shared, height, width)
+    splits, num_points = parts[0].shape[0], shared.num_points
     per_split = cdiv(cdiv(num_points, splits), tile.points) * tile.points
     programs = len(span.layers) * batch * cdiv(queries, tile.queries) * splits * cdiv(widest, tile.targets)
     options = {**focal_options(focal[1]), "num_warps": tile.warps}
     match_terms[(programs,)](
-        span.layers, span.first, cells, fractions, shared.weighted, shared.weights, *parts, count, num_points,
-        splits, per_split, batch, queries, widest, num_rows, *geometry(first),
-        LAYERS=len(span.layers), ALPHA=focal[0], GAMMA=focal[1], PRECISION=_precision(dtype),
+        span.layers, span.first, cells, fractions, shared.weighted, shared.weights, *parts, shared.order.numel(),
+        num_points, splits, per_split, batch, queries, widest, num_rows, *geometry(first),
+        LAYERS=len(span.layers), ALPHA=focal[0], GAMMA=focal[1], PRECISION=_precision(shared.weights.dtype),
         QUERIES=tile.queries, TARGETS=tile.targets, POINTS=tile.points, **options,
     )  # fmt: skip
+
+
+def costs(shared: Pairs, layers: Sequence[Tensor], term: Term, *, sampled: bool) -> tuple[Tensor, Tensor]:
+    """Both mask terms of the matching cost of all pairs, `[L, B, Q, T_max]`; see `add_terms`."""
+    batch, queries = layers[0].shape[:2]
+    device, dtype, widest = layers[0].device, shared.weights.dtype, shared.widest
+    num_rows = len(layers) * batch * queries
+    ce, dice = (empty((len(layers), batch, queries, widest), dtype, device) for _ in range(2))
+    tile = tile_of(widest, dtype, term.gamma)
+    splits = tile.splits(len(layers) * batch, queries, widest, shared.num_points)
+    parts = [empty((splits, num_rows * size), dtype, device) for size in (widest, widest, 1, 1)]
+    for run in runs(layers, [0] * len(layers), [True] * len(layers)):
+        add_terms(run, shared, parts, num_rows, tile, term.focal, sampled)
+    finish_costs[(cdiv(ce.numel(), BLOCK),)](
+        *parts, shared.weighted.sum(2), shared.weights.sum(1), shared.images, ce, dice, ce.numel(), splits,
+        num_rows, batch, queries, widest, BLOCK=BLOCK, **OPTIONS,
+    )  # fmt: skip
+    return ce, dice

@@ -17,7 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskloss.ops.abi import BITS, ENCODINGS, NO_FOCAL, Gradients, Saved, Targets, Term, accumulation_dtype
+from maskloss.ops.abi import (
+    BITS,
+    ENCODINGS,
+    NO_FOCAL,
+    Gradients,
+    Kept,
+    Saved,
+    Targets,
+    Term,
+    accumulation_dtype,
+)
 
 from .choose import list_chosen
 from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry, layer_spans
@@ -165,7 +175,7 @@ class LossGradient(NamedTuple):
     """What the gradient of the loss at the points depends on."""
 
     grads: Gradients
-    saved: Saved
+    saved: Saved | Kept
     targets: Targets
     term: Term
 
@@ -249,12 +259,47 @@ class Scatter:
                     scratch = Scratch(slots, torch.zeros(used, dtype=torch.int32, device=device))
                     self._launch(span, points, planes, scratch, measure=True)
                 self._launch(span, points, planes, scratch)
-            blocks, size = cdiv(height * width, 1024), height * width
-            write_planes[(len(slots) * blocks,)](
-                planes, *scratch, grads, span.low, batch * queries, size, blocks, self._headroom(span),
-                LAYERS=len(grads), BLOCK=1024, **OPTIONS,
-            )  # fmt: skip
+            self._write(span, planes, slots, scratch.largest, grads, batch * queries)
         return list(grads)
+
+    def _write(
+        self,
+        span: Span,
+        planes: Tensor,
+        slots: Tensor,
+        largest: Tensor | None,
+        grads: tuple[Tensor, ...],
+        num_planes: int,
+    ) -> None:
+        """Write the gradients of the layers, `num_planes` each, from scratch planes."""
+        size = planes.shape[1] * planes.shape[2]
+        blocks = cdiv(size, 1024)
+        write_planes[(len(slots) * blocks,)](
+            planes, slots, largest, grads, span.low, num_planes, size, blocks, self._headroom(span),
+            LAYERS=len(grads), BLOCK=1024, **OPTIONS,
+        )  # fmt: skip
+
+    def overwrite(self, planes: Tensor) -> None:
+        """Write the gradients over planes `[n, h, w]`; the n instances have one each, numbered by QUERY."""
+        dtype = accumulation_dtype(planes.dtype)
+        if torch.are_deterministic_algorithms_enabled():
+            dtype = torch.int64
+        if planes.dtype == dtype:
+            planes.zero_()
+            for span in self.run.parts(self._row_bytes()):
+                self._launch(span, self._at_points(span), (planes,))
+            return
+        size, device = planes.shape[1] * planes.shape[2], planes.device
+        numbers = torch.arange(len(planes), dtype=torch.int32, device=device)
+        for span in self.run.parts(size * dtype.itemsize + self._row_bytes()):
+            sums = torch.zeros(span.count, *planes.shape[1:], dtype=dtype, device=device)
+            scratch, points = Scratch(numbers - span.start, None), self._at_points(span)
+            if dtype == torch.int64:
+                scratch = scratch._replace(largest=torch.zeros(span.count, dtype=torch.int32, device=device))
+                self._launch(span, points, sums, scratch, measure=True)
+            self._launch(span, points, sums, scratch)
+            written = (planes[span.rows],)
+            self._write(span, sums, numbers[: span.count], scratch.largest, written, span.count)
 
     def _slots(self, span: Span) -> tuple[Tensor, int]:
         """The place of each plane of the span's layers in the scratch planes, int32, and the number of places."""
@@ -270,17 +315,21 @@ class Scatter:
         return slots, span.count
 
     def _at_points(self, span: Span) -> AtPoints:
-        """Read the logits at the points again, and add up what the slope of Dice needs."""
+        """Read the logits at the points again, if they were not kept, and add up what the slope of Dice needs."""
         loss, sampling = self.source, self.sampling
         if isinstance(loss, Tensor):
             return AtPoints(loss[span.rows], None, None)
         order = list_chosen(span, sampling, loss.saved.chosen)
         blocks = cdiv(sampling.num_points, BLOCK)
         dtype, device = accumulation_dtype(span.layers[0].dtype), self.index.device
-        values = empty((span.count, sampling.num_points), dtype, device)
+        layers: tuple[Tensor, ...] | None = None
+        if isinstance(loss.saved, Kept):
+            values = loss.saved.logits[span.rows]
+        else:
+            values, layers = empty((span.count, sampling.num_points), dtype, device), span.layers
         sums = empty((span.count, blocks, NUM_SUMS.value), dtype, device)
         slope_terms[(span.count * blocks,)](
-            span.layers, span.first, self.index[span.rows], loss.targets.table, loss.targets.images, *sampling.source,
+            layers, span.first, self.index[span.rows], loss.targets.table, loss.targets.images, *sampling.source,
             sampling.given(span), order, loss.saved.corners[span.rows], values, sums,
             sampling.num_points, sampling.num_uncertain, blocks, *geometry(span.layers[0]), *sampling.strides,
             LAYERS=len(span.layers), ENCODING=ENCODINGS[loss.targets.encoding], NEAREST=loss.term.nearest,
@@ -307,6 +356,8 @@ class Scatter:
             tables = (loss.targets.table, loss.targets.images)
             encoding, target_nearest, focal = ENCODINGS[loss.targets.encoding], loss.term.nearest, loss.term.focal
         batch, queries, height, width = span.layers[0].shape
+        if isinstance(loss, LossGradient) and isinstance(loss.saved, Kept):
+            batch = queries = 0  # QUERY alone numbers the planes
         # Scratch planes are numbered from the first layer of the span, gradients from that of the run.
         first, layers = (span.first, len(span.layers)) if scratch.slots is None else (span.first + span.low, 1)
         scatter[(span.count * blocks,)](
