@@ -116,7 +116,8 @@ def _train(options: argparse.Namespace) -> int:
     config, given = read_config(options)
     if options.resume is not None and (options.out or options.overwrite or set(given) - {"device"}):
         options.refuse("--resume takes no options but --device: a run knows how it was begun")
-    console = require("rich.console", "train").Console(highlight=False)
+    # Of several processes, the first one speaks.
+    console = require("rich.console", "train").Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
     folder = options.resume or options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
         with _progress(console) as listener, _tensorboard(options, folder, listener) as told:

@@ -30,6 +30,18 @@ class CocoFolder:
 
 
 @pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the report empty: to draw it takes longer than the short runs of most tests."""
+    from maskloss.training import report
+
+    def write(folder: Path, _: object) -> list[Path]:
+        (folder / "report.html").write_text("not drawn")
+        return [folder / "report.html"]
+
+    monkeypatch.setattr(report, "write", write)
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> CocoFolder:
     return CocoFolder(tmp_path / "shapes")
 

@@ -79,8 +79,8 @@ def test_views_stay_inside_the_image_and_the_frame(crop, turns):
     sides = []
     for seed in range(200):
         view, frame = random_view(HEIGHT, WIDTH, crop, turns, torch.Generator().manual_seed(seed))
-        assert 0 <= view.top and view.top + view.height <= HEIGHT
-        assert 0 <= view.left and view.left + view.width <= WIDTH
+        assert view.top >= 0 and view.top + view.height <= HEIGHT
+        assert view.left >= 0 and view.left + view.width <= WIDTH
         assert view.size[0] <= frame[0] and view.size[1] <= frame[1] and frame[0] == frame[1]
         assert turns or not (view.turn or view.flip_y)
         sides.append(frame[0] / (crop or WIDTH))
@@ -90,7 +90,7 @@ def test_views_stay_inside_the_image_and_the_frame(crop, turns):
 def test_colors_change_and_stay_in_range():
     image = torch.rand(3, 9, 9)
     one, other = (recolor(image, torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    assert 0 <= one.min() and one.max() <= 1
+    assert one.min() >= 0 and one.max() <= 1
     assert not torch.equal(one, image) and not torch.equal(one, other)
 
 

@@ -19,7 +19,9 @@ def model_and_optimizer():
     torch.manual_seed(3)
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     optimizer = torch.optim.AdamW(
-        [{"params": [network[0].weight], "weight_decay": 0.5}, {"params": [network[2].weight]}], lr=0.1, betas=(0.9, 0.99)
+        [{"params": [network[0].weight], "weight_decay": 0.5}, {"params": [network[2].weight]}],
+        lr=0.1,
+        betas=(0.9, 0.99),
     )
     return network, optimizer
 

@@ -65,9 +65,7 @@ def test_points_are_drawn_inside_the_image_only(folder):
     batch = source.batch(0, range(5), 5, 0)
     shapes = {tuple(entry) for entry in source.found.train.sizes.tolist()}
     assert len(shapes) == 5
-    for window, (height, width) in zip(
-        batch.masks.windows.tolist(), _sizes_of_batch(source, 5), strict=True
-    ):
+    for window, (height, width) in zip(batch.masks.windows.tolist(), _sizes_of_batch(source, 5), strict=True):
         assert window == pytest.approx([0, 0, width / max(height, width), height / max(height, width)])
 
 
@@ -286,7 +284,7 @@ def test_both_files_must_have_the_same_categories(folder):
 
 def test_two_files_of_annotations(folder):
     folder.save(name="instances_b.json")
-    with pytest.raises(MaskLossError, match="instances.json, instances_b.json"):
+    with pytest.raises(MaskLossError, match=r"instances\.json, instances_b\.json"):
         open_folder(folder)
 
 

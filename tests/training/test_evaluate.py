@@ -178,7 +178,9 @@ def test_the_matching_is_the_largest_there_is(truth, prediction):
         best = 0
         for chosen in permutations(padded, len(ids)):
             pairs = [(a, b) for a, b in zip(ids, chosen, strict=True) if b is not None]
-            overlaps = (((truth == a) & (prediction == b)).sum() / ((truth == a) | (prediction == b)).sum() for a, b in pairs)
+            overlaps = (
+                ((truth == a) & (prediction == b)).sum() / ((truth == a) | (prediction == b)).sum() for a, b in pairs
+            )
             best = max(best, sum(overlap >= threshold for overlap in overlaps))
         assert matching(truth, prediction, threshold) == (best, len(others) - best, len(ids) - best)
 

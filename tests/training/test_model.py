@@ -18,7 +18,9 @@ def batch() -> Batch:
     return DigitScenes(64, 1).batch(0, range(2), 2, 0)
 
 
-@pytest.mark.parametrize(("size", "grid", "channels", "norm"), [(64, 4, 3, "batch"), (96, 3, 1, "group"), (32, 5, 5, "batch")])
+@pytest.mark.parametrize(
+    ("size", "grid", "channels", "norm"), [(64, 4, 3, "batch"), (96, 3, 1, "group"), (32, 5, 5, "batch")]
+)
 def test_shapes(size, grid, channels, norm):
     output = QueryNet(7, grid, channels, norm)(torch.rand(2, channels, size, size))
     assert [each.shape for each in output.class_logits] == [(2, grid**2, 8)] * 3

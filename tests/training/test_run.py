@@ -22,6 +22,8 @@ from maskloss.training.run import Listener, Result, resume, train
 from maskloss.training.runfolder import read_facts
 
 SHORT = {"steps": 6, "batch_size": 4, "held_out": 6, "evaluations": 2, "num_points": 32, "threads": 2, "device": "cpu"}
+# The run of the module's fixture is drawn; the others are compared with it.
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SAME = ("model.safetensors", "metrics.jsonl")
 
 
@@ -141,9 +143,10 @@ def test_terms_that_were_not_yet_logged_are_not_lost(tmp_path, result):
         return original(self, step, micro)
 
     config = dataclasses.replace(TrainConfig(**SHORT), checkpoint_every=2)
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(engine.Engine, "_step", dies)
-        train(config, tmp_path / "run", quiet())
+        with pytest.raises(Killed):
+            train(config, tmp_path / "run", quiet())
     assert checkpoint.steps_of(tmp_path / "run") == [2, 4]
     again = resume(tmp_path / "run", quiet())
     assert_same(again.folder, result.folder)
@@ -215,9 +218,10 @@ def test_a_failure_while_the_report_is_drawn_costs_no_training(tmp_path, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device", "report.html")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patched:
         patched.setattr(report, "write", full)
-        train(TrainConfig(**SHORT), tmp_path / "run", quiet())
+        with pytest.raises(OSError, match="No space"):
+            train(TrainConfig(**SHORT), tmp_path / "run", quiet())
     monkeypatch.setattr(engine.Engine, "_step", None)
     assert_same(resume(tmp_path / "run", quiet()).folder, result.folder)
 
@@ -225,7 +229,8 @@ def test_a_failure_while_the_report_is_drawn_costs_no_training(tmp_path, monkeyp
 # ----------------------------------------------------------------------------------------------------------- a folder
 
 
-def test_a_run_on_a_folder(folder, tmp_path):
+def test_a_run_on_a_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.undo()  # this one is drawn
     # A name that would begin a formula, and one in a script that the font may lack.
     folder.content["categories"] = [{"id": 7, "name": "$a_{$"}, {"id": 3, "name": "箱 <b>"}]
     folder.save()
@@ -288,7 +293,9 @@ def test_micro_batches_add_up_to_the_step(cells, tmp_path):
     states = []
     for accumulate in (1, 2):
         config = TrainConfig(
-            **SHORT | {"steps": 3, "data": str(cells), "workers": 0, "norm": "group", "accumulate": accumulate}
+            # AdamW divides a gradient by its own size, so where it is all but zero, its rounding counts.
+            **SHORT | {"steps": 3, "data": str(cells), "workers": 0, "norm": "group", "accumulate": accumulate},
+            lr=3e-4,
         )
         finished = train(config, tmp_path / str(accumulate), quiet())
         states.append(checkpoint.read_tensors(finished.folder / "model.safetensors"))
@@ -359,6 +366,6 @@ def test_a_report_says_what_the_run_was(result):
     page = (result.folder / "report.html").read_text()
     assert "http" not in page and "$" not in page
     assert f"{result.evaluation.ap50:.3f}" in page and page.count('src="data:image/png;base64,') > 20
-    for heading in ("What was learned from", "Where the loss looked", "What is hardest", "AP by size", "time went"):
-        assert heading in page or (heading == "time went" and "time_shares" in page) or heading == "time went"
+    for heading in ("What was learned from", "Where the loss looked", "What is hardest", "AP by size"):
+        assert heading in page
     assert re.search(r"<dt>image sizes</dt><dd>64 x 64</dd>", page)

@@ -239,9 +239,13 @@ def _begin_worker(_: int) -> None:
 
 def step_generator(*numbers: int) -> torch.Generator:
     """Return a generator that depends on all numbers, so that a step can be drawn without those before it."""
-    # Torch's CPU generator reads 32 bits of its seed, so several numbers have to be hashed into one.
+    return torch.Generator().manual_seed(hashed(*numbers))
+
+
+def hashed(*numbers: int) -> int:
+    """Make one seed of several numbers: torch's CPU generator reads 32 bits of its own."""
     [state] = np.random.SeedSequence(numbers).generate_state(1)
-    return torch.Generator().manual_seed(int(state))
+    return int(state)
 
 
 def in_color(image: Tensor) -> Tensor:

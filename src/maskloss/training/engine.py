@@ -20,7 +20,7 @@ from maskloss.errors import Cause
 from maskloss.training import checkpoint, files
 from maskloss.training.checkpoint import Position
 from maskloss.training.config import TrainConfig
-from maskloss.training.data import Batch, Plan, Scene, Source, batches
+from maskloss.training.data import Batch, Plan, Scene, Source, batches, hashed
 from maskloss.training.evaluate import Evaluation, Judged, evaluate
 from maskloss.training.inference import MOST, Prediction, Predictor
 from maskloss.training.learners import Learner
@@ -107,6 +107,8 @@ class Engine:
             The lines of metrics.jsonl.
         """
         config, begun = self.config, begin or 0
+        # What a model draws for itself, dropout above all; other on every process.
+        torch.manual_seed(hashed(config.seed, self.rank, 2))
         if begun:
             self._restore(begun)
         self.metrics = Metrics(self.folder, None if begin is None else begun, self.main)

@@ -208,7 +208,7 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
         listener = Listener.silent()
     listener.facts([*source.facts, ("model", learner.describe()), ("run", _describe(facts))])
     listener.begin((begin or 0, facts.config.steps))
-    with _threads(facts.config.threads):
+    with _threads(facts.config.threads), torch.random.fork_rng(devices=[]):
         engine = Engine(facts, source, learner, folder, accelerator, listener)
         history = engine.fit(begin)
         listener.note("Looking at all held-out images")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss.criterion import MaskCriterion
+from maskloss.distributed import StepTotals
 from maskloss.errors import MaskLossError
 from maskloss.functional import uncertain_points
 from maskloss.points import PointSampling
@@ -79,7 +80,9 @@ def look(learner: Learner, probe: Probe, number: int, step: int) -> Snapshot:
     sampling = PointSampling(num_points=learner.num_points)
     criterion = MaskCriterion(output.class_logits.shape[-1] - 1, sampling=sampling)
     entry = {"masks": probe.masks.to(device), "labels": probe.labels.to(device)}
-    out = criterion(output.class_logits.float(), logits, [entry], seed=SEED)
+    # Only one process looks: with totals of its own the criterion does not ask the others for theirs.
+    totals = StepTotals(float(len(probe.labels)), float(learner.num_queries))
+    out = criterion(output.class_logits.float(), logits, [entry], totals=totals, image_ids=[0], seed=SEED)
     [(queries, targets)] = out.matches.pairs()
     queries, targets = queries.to(device), targets.to(device)
     count = len(probe.labels)
