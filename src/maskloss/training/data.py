@@ -218,6 +218,8 @@ def batches(source: Source, plan: Plan, seed: int, steps: range, workers: int, p
         prefetch_factor=2 if workers else None,
         pin_memory=pin,
         worker_init_fn=_begin_worker if workers else None,
+        # Without one of its own it draws from torch's, which would differ after a checkpoint.
+        generator=torch.Generator(),
     )
     loaded = iter(loader)
     for _ in steps:

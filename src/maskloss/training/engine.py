@@ -112,6 +112,7 @@ class Engine:
         if begun:
             self._restore(begun)
         self.metrics = Metrics(self.folder, None if begin is None else begun, self.main)
+        self.model.train()
         self.accelerator.wait_for_everyone()
         loaded = batches(
             self.source, self.plan, config.seed, range(begun + 1, config.steps + 1), config.num_workers, self._pins
