@@ -201,12 +201,13 @@ def decode(
             masks.cpu().numpy(), labels[chosen].tolist(), scores, area.tolist(), strict=True
         ):
             if pixels:
-                instances.append(_cropped(mask, label, score, offset))
+                instances.append(cropped(mask, label, score, offset))
     instances.sort(key=lambda each: -each.score)
     return instances
 
 
-def _cropped(mask: Mask, label: int, score: float, offset: tuple[int, int]) -> Instance:
+def cropped(mask: Mask, label: int, score: float = 1.0, offset: tuple[int, int] = (0, 0)) -> Instance:
+    """Cut a mask `[H, W]` that is not empty down to its box; `offset` is where it lies in a larger image."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, left = int(rows[0]), int(columns[0])
     inside = mask[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].copy()

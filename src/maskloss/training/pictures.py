@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from maskloss import plots
 from maskloss.training.data import Probe
 from maskloss.training.evaluate import Evaluation
+from maskloss.training.files import write_whole
 from maskloss.training.gallery import Shown
-from maskloss.training.inference import FOUND, Prediction
+from maskloss.training.inference import FOUND, Instance, cropped
 from maskloss.training.snapshots import Hard, Snapshot, of_one_scene
 
 if TYPE_CHECKING:
@@ -33,19 +35,19 @@ DPI = 120
 PANEL = 3.4  # inches
 # More names than this would cover the picture.
 _NAMED = 12
+# An overlay is enlarged until its longer side has this many pixels, so that outlines can be seen.
+_OVERLAY = 512
 # A picture of an instance shows this many times its box, and at least this share of the scene.
 _MARGIN, _LEAST = 2.2, 0.12
 
 
 def panels(shown: Shown, class_names: Sequence[str]) -> list[Figure]:
     """Draw a scene, its truth, and what was found in it: three pictures."""
-    scene, prediction = shown
     figures = []
     for part in range(3):
-        figure, axes = _panel(scene.height / scene.width)
+        figure, axes = _panel(shown.scene.height / shown.scene.width)
         _draw_part(axes, part, shown, class_names, 8.5)
         figures.append(figure)
-    del prediction
     return figures
 
 
@@ -132,24 +134,28 @@ def overview(
     return figure
 
 
-def overlay(
-    image: Tensor, prediction: Prediction, class_names: Sequence[str], names: bool, threshold: float = FOUND
-) -> Figure:
-    """Draw what was found over an image, for `maskloss predict`."""
-    height, width = image.shape[1:]
-    inches = 8.0
-    figure = plots.new_figure(inches, inches * height / width)
-    axes = figure.add_axes((0, 0, 1, 1))
-    figure.set_layout_engine("none")
-    _draw_found(axes, image, prediction, class_names, 8, names=names, threshold=threshold)
-    axes.set_axis_off()
-    return figure
+def overlay(image: Tensor, instances: Sequence[Instance], classes: int) -> NDArray[np.uint8]:
+    """Color instances over an image, for `maskloss predict`: `[H, W, 3]`, enlarged if it is small.
+
+    Args:
+        image: `[3, H, W]` in [0, 1].
+        instances: best first; the best lie on top.
+        classes: colors are those of the classes, or of one instance after the other if there is one class.
+    """
+    times = max(1, -(-_OVERLAY // max(image.shape[1:])))
+    large = image.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    enlarged = [
+        each._replace(
+            top=times * each.top, left=times * each.left, mask=np.kron(each.mask, np.ones((times, times), dtype=bool))
+        )
+        for each in instances
+    ]
+    colored = _colored(large, enlarged, _colors([each.label for each in instances], classes), dim=0.85)
+    return np.asarray((255 * colored).round().astype(np.uint8))
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a picture whole."""
-    from maskloss.training.files import write_whole
-
     with quiet():
         write_whole(path, lambda partial: figure.savefig(partial, dpi=DPI, format="png", metadata={"Software": None}))
 
@@ -195,47 +201,50 @@ def _chart() -> tuple[Figure, Axes]:
 
 def _draw_part(axes: Axes, part: int, shown: Shown, class_names: Sequence[str], text_size: float) -> None:
     scene, prediction = shown
-    picture = scene.picture()
+    picture, classes = scene.picture(), len(class_names)
     if part == 0:
         plots.draw_image(axes, picture)
-    elif part == 1:
+        return
+    if part == 1:
         labels = scene.labels.tolist()
-        names = [literal(class_names[label]) for label in labels]
-        colors = _colors(labels, len(class_names))
-        plots.draw_instances(
-            axes, picture, scene.masks(), _shown_names(names, class_names), colors, text_size=text_size
-        )
+        listed = [cropped(mask, label) for mask, label in zip(scene.masks().numpy(), labels, strict=True) if mask.any()]
+        names = [literal(class_names[each.label]) for each in listed]
     else:
-        _draw_found(axes, picture, prediction, class_names, text_size)
+        # Drawn worst first, so that the best lie on top.
+        listed = [each for each in reversed(prediction.instances) if each.score >= FOUND]
+        names = [f"{literal(class_names[each.label])} · {100 * each.score:.0f}" for each in listed]
+    colors = _colors([each.label for each in listed], classes)
+    if len(listed) > _NAMED or classes == 1:
+        # Names would cover the picture, or say nothing.
+        colored = _colored(picture, listed[::-1], colors[::-1], dim=0.6)
+        plots.draw_image(axes, torch.from_numpy(colored).permute(2, 0, 1))
+        return
+    size = (scene.height, scene.width)
+    masks = np.stack([each.whole(*size) for each in listed]) if listed else np.zeros((0, *size), dtype=bool)
+    plots.draw_instances(axes, picture, torch.from_numpy(masks), names, colors, text_size=text_size)
 
 
-def _draw_found(
-    axes: Axes,
-    image: Tensor,
-    prediction: Prediction,
-    class_names: Sequence[str],
-    text_size: float,
-    names: bool = True,
-    threshold: float = FOUND,
-) -> None:
-    # Drawn worst first, so that the best lie on top.
-    found = [each for each in reversed(prediction.instances) if each.score >= threshold]
-    size = (prediction.height, prediction.width)
-    masks = np.stack([each.whole(*size) for each in found]) if found else np.zeros((0, *size), dtype=bool)
-    colors = _colors([each.label for each in found], len(class_names))
-    texts = [f"{literal(class_names[each.label])} · {100 * each.score:.0f}" for each in found]
-    shown = _shown_names(texts, class_names) if names else [""] * len(found)
-    plots.draw_instances(axes, image, torch.from_numpy(masks), shown, colors, text_size=text_size)
+def _colored(image: Tensor, instances: Sequence[Instance], colors: Sequence[str], dim: float) -> NDArray[np.float32]:
+    """Color many instances over a gray picture, the first on top: `[H, W, 3]` in [0, 1].
+
+    One pass over the pixels of each instance; a layer of the whole picture for each would take minutes for a thousand.
+    """
+    gray = dim * image.mean(0).numpy().astype(np.float32)
+    out = np.repeat(gray[..., None], 3, axis=2)
+    for instance, color in zip(reversed(instances), reversed(colors), strict=True):
+        top, left, bottom, right = instance.box
+        region, mask = out[top:bottom, left:right], instance.mask
+        inside = np.pad(mask, 1)
+        inner = mask & inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+        paint = plots.rgb(color).astype(np.float32)
+        region[inner] = 0.6 * region[inner] + 0.4 * paint
+        region[mask & ~inner] = paint
+    return out
 
 
 def _draw_points(axes: Axes, shot: Snapshot, target: int, mask: Tensor, size: float = 7) -> None:
     plots.draw_points(axes, shot.logits[target], shot.points[target], shot.num_uncertain, target=mask, size=size)
     zoom(axes, mask)
-
-
-def _shown_names(names: list[str], class_names: Sequence[str]) -> list[str]:
-    """Leave names out where they would cover the picture, or say nothing."""
-    return names if len(names) <= _NAMED and len(class_names) > 1 else [""] * len(names)
 
 
 def _colors(labels: Sequence[int], classes: int) -> list[str]:

@@ -23,8 +23,6 @@ from maskloss.training.run import load_learner, open_source
 from maskloss.training.runfolder import Facts, read_facts
 
 RESULTS = "predictions.json"
-# Fewer pixels than this are no instance for COCO's tools; more names than a few would cover the picture.
-_NAMED = 30
 
 
 def open_run(run: Path, device: str | None, tile: int | None = None) -> tuple[Facts, Predictor]:
@@ -156,10 +154,10 @@ def _write(
     files.write_whole(
         mask_path, lambda partial: tifffile.imwrite(partial, labels, compression="zlib", photometric="minisblack")
     )
-    figure = pictures.overlay(
-        in_color(image), prediction, facts.classes, len(prediction.instances) <= _NAMED, threshold
+    drawn = require("PIL.Image", "train").fromarray(
+        pictures.overlay(in_color(image), prediction.instances, len(facts.classes))
     )
-    pictures.save(figure, overlay_path)
+    files.write_whole(overlay_path, lambda partial: drawn.save(partial, format="PNG"))
     return [mask_path, overlay_path]
 
 
