@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -137,8 +138,12 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _scores(evaluation: Evaluation) -> str:
-    ap = f"AP {evaluation.ap:.3f}  AP75 {evaluation.ap75:.3f}"
-    return f"[bold]AP50 {evaluation.ap50:.3f}[/bold]  {ap}  mean IoU {evaluation.mean_iou:.3f}"
+    ap = f"AP {_number(evaluation.ap)}  AP75 {_number(evaluation.ap75)}"
+    return f"[bold]AP50 {_number(evaluation.ap50)}[/bold]  {ap}  mean IoU {_number(evaluation.mean_iou)}"
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 @contextmanager
@@ -227,9 +232,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         scores, _, skipped = evaluate_run(options.run, options.data, device=options.device, note=status.update)
     console.print(f"{_scores(scores)}  on {scores.scenes:,} held-out images", soft_wrap=True)
     sizes = {"small": scores.ap_small, "medium": scores.ap_medium, "large": scores.ap_large}
-    console.print("AP by size  " + "  ".join(f"{name} {value:.3f}" for name, value in sizes.items()))
+    console.print("AP by size  " + "  ".join(f"{name} {_number(value)}" for name, value in sizes.items()))
     if scores.matching:
-        shown = "  ".join(f"{threshold} {value:.3f}" for threshold, value in scores.matching.items())
+        shown = "  ".join(f"{threshold} {_number(value)}" for threshold, value in scores.matching.items())
         console.print(f"TP/(TP+FP+FN) by IoU  {shown}", soft_wrap=True)
     for text in skipped:
         console.print(f"left out: {text}", markup=False, soft_wrap=True)

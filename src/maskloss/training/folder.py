@@ -14,7 +14,7 @@ from torch import Tensor
 from maskloss.errors import Cause, MaskLossError
 from maskloss.targets import MaskTargets
 from maskloss.training import truth
-from maskloss.training.augment import plain_view, random_view, recolor
+from maskloss.training.augment import LARGEST, plain_view, random_view, recolor
 from maskloss.training.catalog import Catalog, Found
 from maskloss.training.data import Batch, Probe, Scene, fit, in_color, step_generator
 from maskloss.training.images import common_channels, read_image, to_channels, to_unit
@@ -23,6 +23,8 @@ from maskloss.training.recognize import recognize
 from maskloss.training.truth import Loaded, View
 
 NORMALIZE = ("auto", "percentile", "range")
+# A crop can have more instances than its share of the image's area, as they are not spread evenly.
+_CROWDED = 1.5
 # So many broken images in a row are no accident.
 _PATIENCE = 20
 
@@ -92,8 +94,7 @@ class FolderScenes:
         chosen = size or _usual_size(self.found.train, crop)
         self.reading = Reading(chosen, crop, percentile, self.channels, augment)
         self.held_out: Sequence[Scene] = HeldOut(self.found.held_out, self.reading)
-        # A crop has a part of an image's instances; up to the largest image, which is the safe side.
-        self.most_instances = max(int(each.counts.max(initial=0)) for each in (self.found.train, self.found.held_out))
+        self.most_instances = max(_most_instances(each, crop) for each in (self.found.train, self.found.held_out))
         self._order = lru_cache(maxsize=4)(self._permutation)
 
     def __getstate__(self) -> dict[str, object]:
@@ -238,6 +239,15 @@ def _usual_size(catalog: Catalog, crop: int | None) -> int:
     """Return the usual longer side of the images, at most 256, as a multiple of 16."""
     side = crop or int(np.median(catalog.sizes.max(1)))
     return max(32, min(256, round(side / 16) * 16))
+
+
+def _most_instances(catalog: Catalog, crop: int | None) -> int:
+    """Return the most instances that the model has to find at once; of crops, about how many the fullest has."""
+    if crop is None:
+        return int(catalog.counts.max(initial=0))
+    shown = np.minimum(1.0, (LARGEST * crop) ** 2 / catalog.sizes.prod(1))
+    expected = np.ceil(np.minimum(catalog.counts, _CROWDED * shown * catalog.counts))
+    return int(expected.max(initial=0))
 
 
 def _summary(skipped: Sequence[str]) -> str:

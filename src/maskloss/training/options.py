@@ -131,6 +131,7 @@ examples:
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `maskloss train`."""
     _describe(parser, TRAIN, TRAIN_EXAMPLES)
+    parser.usage = "maskloss train [--data FOLDER] [--model NAME] [--out FOLDER] [options]"
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)

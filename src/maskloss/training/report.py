@@ -69,7 +69,7 @@ def write(folder: Path, made_of: Material) -> list[Path]:
     )
     page = Template(files("maskloss.training").joinpath("report.html").read_text(encoding="utf-8"))
     sections = [
-        _section("What was learned from", "", _facts(summary["data"])),
+        _section("What was learned from", "", _facts(summary["data"], "wide")),
         _predictions(made_of, paths),
         _scores_section(evaluation, paths),
         _points(made_of, paths),
@@ -79,7 +79,7 @@ def write(folder: Path, made_of: Material) -> list[Path]:
         _section("What it was run with", "", _facts({**facts.config.as_dict(), **summary["machine"]})),
     ]
     text = page.substitute(
-        title=html.escape(f"Learning to find {made_of.title}"),
+        title=html.escape(f"Learning from {made_of.title}"),
         name=html.escape(folder.resolve().name),
         lead=html.escape(_lead(facts, summary, evaluation)),
         scores=_cards(evaluation),
@@ -100,7 +100,7 @@ def _lead(facts: Facts, summary: Mapping[str, Any], evaluation: Evaluation) -> s
 def _cards(evaluation: Evaluation) -> str:
     shown = {"AP50": evaluation.ap50, "AP": evaluation.ap, "AP75": evaluation.ap75, "mean IoU": evaluation.mean_iou}
     if evaluation.matching:
-        shown["TP / (TP + FP + FN) at 0.5"] = evaluation.matching["0.50"]
+        shown["microscopy AP at 0.5"] = evaluation.matching["0.50"]
     return "\n".join(f"<div><b>{_number(value)}</b><span>{name}</span></div>" for name, value in shown.items())
 
 
@@ -115,13 +115,13 @@ def _section(title: str, text: str, content: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{told}\n{content}\n</section>"
 
 
-def _facts(values: Mapping[str, Any]) -> str:
+def _facts(values: Mapping[str, Any], kind: str = "") -> str:
     rows = (
         f"<div><dt>{html.escape(name.replace('_', ' '))}</dt><dd>{html.escape(str(value))}</dd></div>"
         for name, value in values.items()
         if value is not None
     )
-    return "<dl>" + "\n".join(rows) + "</dl>"
+    return f'<dl class="{kind}">' + "\n".join(rows) + "</dl>"
 
 
 def _image(path: Path, caption: str) -> str:
@@ -148,20 +148,27 @@ def _predictions(made_of: Material, paths: Mapping[str, Path]) -> str:
 
 
 def _scores_section(evaluation: Evaluation, paths: Mapping[str, Path]) -> str:
-    sizes = {
-        "small, below 32 x 32 pixels": evaluation.ap_small,
-        "medium": evaluation.ap_medium,
-        "large, above 96 x 96 pixels": evaluation.ap_large,
-    }
+    sizes = {"small": evaluation.ap_small, "medium": evaluation.ap_medium, "large": evaluation.ap_large}
     parts = ["<h3>AP by size of the instance</h3>", _bars(sizes)]
     if len(evaluation.class_ap50) > 1:
         ordered = sorted(evaluation.class_ap50.items(), key=lambda each: (math.isnan(each[1]), -each[1]))
         parts += ["<h3>AP50 by class</h3>", _bars(dict(ordered))]
     if "matching" in paths:
         parts += [
-            _grid("two", [_image(paths["matching"], "the AP of microscopy, over the IoU that a match must have")])
+            _grid(
+                "two",
+                [
+                    _image(
+                        paths["matching"], "AP of microscopy, TP / (TP + FP + FN), over the IoU that a match must have"
+                    )
+                ],
+            )
         ]
-    return _section("How good it is where", "On all held-out scenes.", "\n".join(parts))
+    return _section(
+        "How good it is where",
+        "On all held-out scenes. Small is below 32 x 32 pixels, large above 96 x 96.",
+        "\n".join(parts),
+    )
 
 
 def _bars(values: Mapping[str, float]) -> str:
