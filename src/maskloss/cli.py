@@ -127,7 +127,8 @@ def _train(options: argparse.Namespace) -> int:
             else:
                 result = resume(folder, told, device=options.device)
     except Interrupted as stopped:
-        _say(str(stopped))
+        if not console.quiet:
+            _say(str(stopped))
         return 128 + stopped.signal
     if not result.files:
         return 0  # one of several processes, and not the one that reports
@@ -283,4 +284,12 @@ def _add_bench(commands: Commands) -> None:
 
     parser = commands.add_parser("bench", help="measure time and memory of a training step", description=DESCRIPTION)
     add_arguments(parser)
-    parser.set_defaults(run_command=main)
+
+    def run(options: argparse.Namespace) -> int:
+        from maskloss.training.files import make_folder, unmake
+
+        # Before anything is measured, which takes minutes.
+        unmake(make_folder(options.out, "--out"))
+        return main(options)
+
+    parser.set_defaults(run_command=run)

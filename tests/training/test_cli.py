@@ -299,3 +299,19 @@ def test_help_reads_well(command, capsys, monkeypatch):
     assert max(len(line) for line in printed.splitlines()) <= 120
     if command == ["train"]:
         assert "(default: 16)" in printed and "label maps" in printed
+
+
+def test_a_benchmark_looks_at_its_folder_before_it_measures(capsys, places):
+    assert main(["bench", "--out", "file", "--quick"]) == 2
+    assert "file exists" in one_sentence(capsys)
+
+
+def test_a_run_can_be_used_from_elsewhere(tmp_path, monkeypatch, capsys):
+    from training.conftest import write_cells
+
+    write_cells(tmp_path / "cells")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words(data="cells", out="run", workers=0, precision="bf16")]) == 0
+    monkeypatch.chdir("/")
+    assert main(["evaluate", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert "on 1 held-out images" in capsys.readouterr().out

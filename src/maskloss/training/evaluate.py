@@ -68,7 +68,8 @@ class Judged(NamedTuple):
         size: height and width.
         truth: its instances and crowds, as COCO's evaluation takes them.
         found: the predicted instances likewise.
-        confusion: pixels by class in truth and prediction, `[C + 1, C + 1]`, the last for none.
+        confused: which pairs of a class in truth and prediction occur, numbers truth * (C + 1) + prediction, where C
+            stands for none, and how many pixels each has: int64 `[2, K]`.
         matched: true positives, false positives and false negatives at each IoU threshold, `[10, 3]`.
     """
 
@@ -76,7 +77,7 @@ class Judged(NamedTuple):
     size: tuple[int, int]
     truth: list[dict[str, Any]]
     found: list[dict[str, Any]]
-    confusion: NDArray[np.int64]
+    confused: NDArray[np.int64]
     matched: NDArray[np.int64]
 
 
@@ -164,7 +165,7 @@ def summarize(judged: Sequence[Judged], class_names: Sequence[str], one_class_ma
         ap_small=_mean(small),
         ap_medium=_mean(medium),
         ap_large=_mean(large),
-        mean_iou=mean_iou(np.sum([one.confusion for one in judged], axis=0)),
+        mean_iou=mean_iou(_confusion(judged, len(class_names))),
         class_ap50={name: _mean(every[0, :, label]) for label, name in enumerate(class_names)},
         matching={
             f"{threshold:.2f}": float(row[0] / row.sum()) if row.sum() else float("nan")
@@ -212,7 +213,7 @@ def matching(
 
 
 def confusion(scene: Scene, prediction: Prediction, num_classes: int) -> NDArray[np.int64]:
-    """Count pixels by their class in the truth and in the prediction: `[C + 1, C + 1]`, the last for none.
+    """Count pixels by their class in the truth and in the prediction: the pairs that occur, as in `Judged`.
 
     A pixel is of the class of the best prediction that covers it and scores at least `FOUND`, else of none. Crowds and
     void are left out.
@@ -228,8 +229,15 @@ def confusion(scene: Scene, prediction: Prediction, num_classes: int) -> NDArray
     counted = ~scene.crowd_masks().any(0).numpy()
     if scene.ignored is not None:
         counted &= ~scene.ignored.numpy()
-    pairs = np.bincount(truth[counted] * (num_classes + 1) + found[counted], minlength=(num_classes + 1) ** 2)
-    return pairs.reshape(num_classes + 1, num_classes + 1)
+    return np.stack(np.unique(truth[counted] * (num_classes + 1) + found[counted], return_counts=True))
+
+
+def _confusion(judged: Sequence[Judged], num_classes: int) -> NDArray[np.int64]:
+    """Add up the pixels of all scenes: `[C + 1, C + 1]`."""
+    whole = np.zeros((num_classes + 1) ** 2, dtype=np.int64)
+    for one in judged:
+        whole[one.confused[0]] += one.confused[1]
+    return whole.reshape(num_classes + 1, num_classes + 1)
 
 
 def mean_iou(confused: NDArray[np.int64]) -> float:

@@ -163,6 +163,9 @@ def resume(folder: Path, listener: Listener, *, device: str | None = None) -> Re
 
 def _prepare(config: TrainConfig, ranks: int, folder: Path | None = None) -> Prepared:
     """Read the data and build the model; nothing is written."""
+    # Absolute, so that the run can be used from elsewhere.
+    if config.data is not None:
+        config = dataclasses.replace(config, data=str(Path(config.data).absolute()))
     if config.batch_size % (config.accumulate * ranks):
         raise Cause(
             "--batch-size must be a multiple of --accumulate times the number of processes",
