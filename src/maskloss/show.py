@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate, one_hot, pad
+from torch.nn.functional import avg_pool2d, interpolate, one_hot
 
 from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, describe, reported, require
@@ -203,33 +203,29 @@ def _plain(criterion: MaskCriterion) -> MaskCriterion:
 # ------------------------------------------------------------------------------------------------------------- sources
 
 
+@torch.no_grad()
 def from_run(folder: Path, image: str | None) -> Subject:
     """Let the model of a training run predict one of its held-out scenes; default: the most crowded of the first."""
-    from maskloss.training import pictures
-    from maskloss.training.run import CHECKPOINT, build_criterion, load, open_source
+    from maskloss.training import snapshots
+    from maskloss.training.run import criterion_of, load_learner, open_source
+    from maskloss.training.runfolder import read_facts
 
-    loaded = load(folder / CHECKPOINT)
-    source = open_source(loaded.config)
-    scenes = source.held_out
-    number = pictures.telling(scenes) if image is None else _scene_number(image, [scene.name for scene in scenes])
-    scene = scenes[number]
-    output = loaded.model.eval()(scene.image[None])
-    masks = scene.targets.dense()
-    frame = scene.frame
-    crowd = scene.crowd.dense().any(0)
-    ignore = pad(crowd, (0, frame - crowd.shape[1], 0, frame - crowd.shape[0])) if len(scene.crowd_labels) else None
-    names = [loaded.class_names[label] for label in scene.labels.tolist()]
+    facts = read_facts(folder)
+    source = open_source(facts.config)
+    names = [each.name for each in source.held_out]
+    number = snapshots.telling(source) if image is None else _scene_number(image, names)
+    learner = load_learner(folder, facts, torch.device("cpu")).eval()
+    probe = source.probe(number)
+    output = learner.predict(probe.image[None], torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
     return Subject(
-        mask_logits=output.mask_logits[-1][0].detach(),
-        masks=masks,
-        criterion=_plain(build_criterion(loaded.config, len(loaded.class_names))),
-        class_logits=output.class_logits[-1][0].detach(),
-        labels=scene.labels,
-        names=_numbered(names),
-        image=scene.image,
-        ignore=ignore,
-        window=(0.0, 0.0, scene.width / frame, scene.height / frame),
-        heading=f"{scene.name}, run {folder.resolve().name}",
+        mask_logits=output.mask_logits[0].detach(),
+        masks=probe.masks.dense(),
+        criterion=_plain(criterion_of(learner, len(facts.classes))),
+        class_logits=output.class_logits[0].detach(),
+        labels=probe.labels,
+        names=_numbered([facts.classes[label] for label in probe.labels.tolist()]),
+        image=probe.picture,
+        heading=f"{probe.name}, run {folder.resolve().name}",
     )
 
 

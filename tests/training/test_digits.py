@@ -35,7 +35,7 @@ def test_training_never_draws_a_held_out_digit(scenes, monkeypatch):
     used = []
     draw = scenes.draw
     monkeypatch.setattr(scenes, "draw", lambda digits, *rest: used.append(digits) or draw(digits, *rest))
-    scenes.batch(3, 4, 0)
+    scenes.batch(3, range(4), 4, 0)
     assert len(used) == 1 and not set(used[0].tolist()) & set(scenes.split.held_out.tolist())
 
 
@@ -67,12 +67,18 @@ def test_a_digit_is_brighter_than_the_noise_around_it(scenes):
 
 
 def test_a_batch_is_a_function_of_seed_and_step(scenes):
-    first, again = scenes.batch(5, 4, 1), scenes.batch(5, 4, 1)
-    assert torch.equal(first.images, again.images)
-    for one, other in zip(first.targets, again.targets, strict=True):
-        assert torch.equal(one["masks"].data, other["masks"].data) and torch.equal(one["labels"], other["labels"])
-    for other in (scenes.batch(6, 4, 1), scenes.batch(5, 4, 2)):
+    first, again = (scenes.batch(5, range(4), 4, 1) for _ in range(2))
+    assert torch.equal(first.images, again.images) and torch.equal(first.labels, again.labels)
+    assert torch.equal(first.masks.data, again.masks.data)
+    for other in (scenes.batch(6, range(4), 4, 1), scenes.batch(5, range(4), 4, 2)):
         assert not torch.equal(first.images, other.images)
+
+
+def test_the_parts_of_a_step_are_those_of_the_whole(scenes):
+    whole, second = scenes.batch(5, range(4), 4, 1), scenes.batch(5, range(2, 4), 4, 1)
+    assert torch.equal(whole.images[2:], second.images)
+    assert second.image_ids.tolist() == [2, 3]
+    assert whole.masks.num_targets[2:] == second.masks.num_targets
 
 
 def test_held_out_scenes_are_the_same_in_every_run(scenes):
@@ -82,6 +88,6 @@ def test_held_out_scenes_are_the_same_in_every_run(scenes):
 
 @pytest.mark.parametrize("size", [32, 96])
 def test_scenes_have_the_size_that_was_asked_for(size):
-    batch = DigitScenes(size, 1).batch(0, 2, 0)
+    batch = DigitScenes(size, 1).batch(0, range(2), 2, 0)
     assert batch.images.shape == (2, 3, size, size)
-    assert batch.targets[0]["masks"].dense().shape[1:] == (size, size)
+    assert batch.masks.dense(0).shape[1:] == (size, size)

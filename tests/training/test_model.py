@@ -9,18 +9,20 @@ from maskloss import MaskCriterion, PointSampling
 from maskloss.training.config import TrainConfig
 from maskloss.training.data import Batch
 from maskloss.training.digits import DigitScenes
+from maskloss.training.learners import CompactLearner
 from maskloss.training.model import QueryNet
-from maskloss.training.run import build_model
 
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    return DigitScenes(64, 1).batch(0, 2, 0)
+    return DigitScenes(64, 1).batch(0, range(2), 2, 0)
 
 
-@pytest.mark.parametrize(("size", "grid"), [(64, 4), (96, 3), (32, 5)])
-def test_shapes(size, grid):
-    output = QueryNet(7, grid)(torch.rand(2, 3, size, size))
+@pytest.mark.parametrize(
+    ("size", "grid", "channels", "norm"), [(64, 4, 3, "batch"), (96, 3, 1, "group"), (32, 5, 5, "batch")]
+)
+def test_shapes(size, grid, channels, norm):
+    output = QueryNet(7, grid, channels, norm)(torch.rand(2, channels, size, size))
     assert [each.shape for each in output.class_logits] == [(2, grid**2, 8)] * 3
     assert [each.shape for each in output.mask_logits] == [(2, grid**2, size // 2, size // 2)] * 3
 
@@ -37,8 +39,9 @@ def test_each_query_is_born_at_its_own_place():
     assert (disc[0] > 0).flatten(1).any(1).all()
 
 
-def test_every_parameter_is_trained(batch):
-    model = QueryNet(10, 4)
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_every_parameter_is_trained(batch, norm):
+    model = QueryNet(10, 4, norm=norm)
     output = model(batch.images)
     criterion = MaskCriterion(10, sampling=PointSampling(num_points=64))
     criterion(*output, batch.targets, seed=0).total.backward()
@@ -57,7 +60,14 @@ def test_a_query_without_a_mask_may_look_everywhere(batch):
 
 def test_the_seed_decides_the_weights_and_leaves_the_generator_alone():
     before = torch.get_rng_state()
-    one, same, other = (build_model(TrainConfig(seed=seed), 3).state_dict() for seed in (1, 1, 2))
+    one, same, other = (CompactLearner(TrainConfig(seed=seed), 3, 3).network.state_dict() for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["born.weight"], other["born.weight"])
+
+
+def test_groups_are_normalized_by_image():
+    """With groups, what an image gives does not depend on the others of its batch."""
+    images = torch.rand(3, 3, 32, 32)
+    model = QueryNet(2, 3, norm="group").train()
+    torch.testing.assert_close(model(images).mask_logits[-1][:1], model(images[:1]).mask_logits[-1])

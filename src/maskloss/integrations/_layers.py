@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from maskloss import _classification, _inputs, distributed, ops
+from maskloss.distributed import StepTotals
 from maskloss.factors import Layer
 from maskloss.loss import InstanceLosses, MaskLoss
 from maskloss.matcher import HungarianMatcher
@@ -17,6 +21,33 @@ from maskloss.ops.abi import IMAGE, TARGET
 from maskloss.points import draw_seed
 from maskloss.targets import MaskTargets
 from maskloss.targets.collate import collate
+
+
+class Given(NamedTuple):
+    """What a training loop knows about a step and a model's `forward` has no arguments for.
+
+    Attributes:
+        totals: of the whole step, over its ranks and micro-batches.
+        image_ids: of this batch within the step, int64 `[B]`.
+        seed: of the step's points.
+    """
+
+    totals: StepTotals
+    image_ids: Tensor
+    seed: int
+
+
+_given: ContextVar[Given | None] = ContextVar("_given", default=None)
+
+
+@contextmanager
+def given(totals: StepTotals, image_ids: Tensor, seed: int) -> Iterator[None]:
+    """Let the criteria of patched models take these, so that micro-batches add up to the whole step exactly."""
+    token = _given.set(Given(totals, image_ids, seed))
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 @dataclass(frozen=True)
@@ -43,8 +74,10 @@ class Step:
             label.to(logits.device, non_blocking=True) if isinstance(label, Tensor) else label for label in labels
         ]
         packed, joined = collate({"masks": targets, "labels": on_device})
-        numbers = distributed.image_numbers(None, logits.shape[0], logits.device)
-        return Step(packed, joined, numbers, draw_seed())
+        told = _given.get()
+        ids, seed = (None, None) if told is None else (told.image_ids, told.seed)
+        numbers = distributed.image_numbers(ids, logits.shape[0], logits.device)
+        return Step(packed, joined, numbers, draw_seed(seed))
 
     def target_rows(self, index: Tensor) -> Tensor:
         """Number the targets of matches `[N, 4]` over the whole batch: int64 `[N]`."""
@@ -94,7 +127,10 @@ def accumulated(tensor: Tensor) -> Tensor:
 
 
 def mean_count(count: float, device: torch.device) -> float | Tensor:
-    """Average a number of instances over the ranks, at least 1."""
+    """Average a number of instances over the ranks, at least 1; the step's, if a training loop has given it."""
+    told = _given.get()
+    if told is not None:
+        return distributed.at_least_one(told.totals.instances)
     return distributed.at_least_one(distributed.mean_over_ranks([count], device)[0])
 
 
@@ -110,5 +146,11 @@ def weighted_cross_entropy(class_logits: Tensor, wanted: Tensor, weights: Tensor
         `[L]`.
     """
     weights = weights.to(class_logits)
-    total = _classification.above_zero(_classification.weight_sums(wanted, weights))
-    return _classification.softmax_sums(class_logits, wanted, weights) / total
+    told = _given.get()
+    summed = _classification.weight_sums(wanted, weights) if told is None else _step_weight(told.totals, weights)
+    return _classification.softmax_sums(class_logits, wanted, weights) / _classification.above_zero(summed)
+
+
+def _step_weight(totals: StepTotals, weights: Tensor) -> Tensor:
+    """Sum the weights of all queries of a step, `[]`; Transformers weighs all classes alike, but not "no object"."""
+    return weights[0] * totals.instances + weights[-1] * (totals.queries - totals.instances)

@@ -197,10 +197,21 @@ def settings_of_run(folder: Path) -> MethodSettings:
         MaskLossError: a folder without the configuration of a run.
         MissingExtraError: a package of the extra `train` is not installed.
     """
-    from maskloss.training.run import criterion_of_run
+    import torch
 
-    found = criterion_of_run(folder)
-    return replace(settings_of(found.criterion), valid_windows=found.valid_windows, ignore_regions=found.ignore_regions)
+    from maskloss.integrations.transformers.options import method_options
+    from maskloss.training.config import COMPACT
+    from maskloss.training.run import load_learner
+    from maskloss.training.runfolder import read_facts
+
+    facts = read_facts(folder)
+    learner: Any = load_learner(folder, facts, torch.device("cpu"))
+    padded = facts.config.data is not None
+    if facts.config.model == COMPACT:
+        found = settings_of(learner.criterion)
+    else:
+        found = settings_of_options(method_options(learner.network.config))
+    return found.with_targets(padded, padded)
 
 
 def _defaults(kind: type[Any]) -> dict[str, Any]:

@@ -1,48 +1,66 @@
-"""Scenes: what the model is trained on and what it is held to, wherever they come from."""
+"""Scenes: what a model is trained on and what it is held to, wherever they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, Dataset
 
+from maskloss.errors import Cause, MaskLossError
 from maskloss.targets import MaskTargets
 
 
 class Batch(NamedTuple):
-    """One step's scenes.
+    """Some of a step's scenes.
 
     Attributes:
-        images: float32 `[B, 3, S, S]` in [0, 1].
-        targets: one dict per image, as `MaskCriterion` takes them: "masks" packed, "labels" int64 `[T]`.
+        images: float32 `[B, C, S, S]` in [0, 1].
+        masks: the instances of all images.
+        labels: int64 `[T_all]`.
+        image_ids: the number of each image within its step, int64 `[B]`: its points depend on it, and not on which
+            process or micro-batch it is in.
+        skipped: broken images that others took the place of.
     """
 
     images: Tensor
-    targets: list[dict[str, Any]]
+    masks: MaskTargets
+    labels: Tensor
+    image_ids: Tensor
+    skipped: list[str]
 
     def to(self, device: torch.device) -> Batch:
-        """Move images and targets to a device."""
-        moved = [{name: value.to(device) for name, value in entry.items()} for entry in self.targets]
-        return Batch(self.images.to(device), moved)
+        """Move to a device."""
+        return Batch(
+            self.images.to(device, non_blocking=True),
+            self.masks.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.image_ids.to(device, non_blocking=True),
+            self.skipped,
+        )
+
+    @property
+    def targets(self) -> dict[str, Any]:
+        """The instances, as `MaskCriterion` takes a collated batch."""
+        return {"masks": self.masks, "labels": self.labels}
 
 
 class Scene(NamedTuple):
-    """One held-out scene and its truth.
-
-    The image lies in the top left corner of a square frame that the predictions cover. The truth keeps the resolution
-    at which it was annotated, and is compared there.
+    """One held-out scene and its truth, at the resolution at which it was annotated.
 
     Attributes:
-        image: float32 `[3, S, S]` in [0, 1], padded to a square and resized.
-        targets: the masks, packed, of one image; their frame is the square.
+        image: float32 `[C, H, W]` in [0, 1].
+        targets: the instances, packed, of one image.
         labels: int64 `[T]`.
         crowd: regions with too many instances of one class to tell apart; predictions in them are not counted.
         crowd_labels: the classes of those regions, int64 `[K]`.
-        height: of the image, in pixels of the truth.
-        width: of the image, in pixels of the truth.
+        ignored: pixels that are not counted in mean IoU and in pictures, bool `[H, W]`; None: all are.
         name: what to call it.
     """
 
@@ -51,30 +69,51 @@ class Scene(NamedTuple):
     labels: Tensor
     crowd: MaskTargets
     crowd_labels: Tensor
-    height: int
-    width: int
+    ignored: Tensor | None
     name: str
 
     @property
-    def frame(self) -> int:
-        """The side of the square frame, in pixels of the truth."""
-        return max(self.height, self.width)
+    def height(self) -> int:
+        """Of the image, pixels."""
+        return int(self.image.shape[1])
+
+    @property
+    def width(self) -> int:
+        """Of the image, pixels."""
+        return int(self.image.shape[2])
 
     def masks(self) -> Tensor:
         """Unpack the truth: bool `[T, H, W]`."""
-        return self.targets.dense()[:, : self.height, : self.width]
+        return self.targets.dense()
 
     def crowd_masks(self) -> Tensor:
         """Unpack the crowds: bool `[K, H, W]`."""
-        return self.crowd.dense()[:, : self.height, : self.width]
+        return self.crowd.dense()
 
     def picture(self) -> Tensor:
-        """Return the image without its padding: `[3, h, w]`."""
-        size = self.image.shape[-1]
-        return self.image[:, : share(self.height, self.frame, size), : share(self.width, self.frame, size)]
+        """Return the image in three channels, to look at: `[3, H, W]`."""
+        return in_color(self.image)
 
 
-class SceneSource(Protocol):
+class Probe(NamedTuple):
+    """A held-out scene as the model sees it, or the square in its middle: what the points of the loss are shown on.
+
+    Attributes:
+        image: float32 `[C, size, size]` in [0, 1].
+        picture: float32 `[3, frame, frame]`, to look at.
+        masks: the instances, packed, of one image; they cover the square.
+        labels: int64 `[T]`.
+        name: of the scene.
+    """
+
+    image: Tensor
+    picture: Tensor
+    masks: MaskTargets
+    labels: Tensor
+    name: str
+
+
+class Source(Protocol):
     """Where scenes come from."""
 
     @property
@@ -86,24 +125,162 @@ class SceneSource(Protocol):
         """The classes, in the order of their labels."""
 
     @property
+    def channels(self) -> int:
+        """The channels of the images."""
+
+    @property
     def most_instances(self) -> int:
         """The most instances of any scene; the model needs as many queries."""
 
     @property
+    def one_class_maps(self) -> bool:
+        """Whether the truth is label maps of one class, which microscopy scores in its own way."""
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What the data are: names and values to show."""
+
+    @property
     def held_out(self) -> Sequence[Scene]:
-        """Scenes that are never trained on."""
+        """Scenes that are never trained on; read as they are asked for."""
 
-    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        """Return the training scenes of a step: a function of the arguments, and nothing else."""
+    def probe(self, number: int) -> Probe:
+        """Return a held-out scene as the model sees it."""
+
+    def batch(self, step: int, positions: range, batch_size: int, seed: int) -> Batch:
+        """Return the scenes at some positions of a step of `batch_size`: a function of the arguments, nothing else."""
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """Return a generator that depends on the seed and the step, so that a step can be drawn without those before it."""
-    # Torch's CPU generator reads 32 bits of its seed, so two numbers have to be hashed into one.
-    [state] = np.random.SeedSequence((seed, step)).generate_state(1)
-    return torch.Generator().manual_seed(int(state))
+class Trouble(NamedTuple):
+    """An error that a worker met, which crosses to the main process as a value."""
+
+    rule: str
+    cause: str
+    hint: str
+
+
+class Plan(NamedTuple):
+    """Which images of a step this process takes.
+
+    Attributes:
+        batch_size: images of a step, over all processes and micro-batches.
+        accumulate: micro-batches of a process.
+        rank: of this process.
+        ranks: number of processes.
+    """
+
+    batch_size: int
+    accumulate: int = 1
+    rank: int = 0
+    ranks: int = 1
+
+    def positions(self, micro: int) -> range:
+        """Return the positions of a micro-batch within the step."""
+        count = self.batch_size // (self.accumulate * self.ranks)
+        first = (micro * self.ranks + self.rank) * count
+        return range(first, first + count)
+
+
+class Steps(Dataset["Batch | Trouble"]):
+    """Micro-batches, found by their step and their number in it."""
+
+    def __init__(self, source: Source, plan: Plan, seed: int) -> None:
+        self.source, self.plan, self.seed = source, plan, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch | Trouble:
+        step, micro = key
+        try:
+            return self.source.batch(step, self.plan.positions(micro), self.plan.batch_size, self.seed)
+        except MaskLossError as error:
+            return Trouble(*(error.parts or ("the data must be readable", str(error), "")))
+
+
+def batches(source: Source, plan: Plan, seed: int, steps: range, workers: int, pin: bool) -> Iterator[list[Batch]]:
+    """Load the micro-batches of this process, step by step.
+
+    Args:
+        source: the scenes.
+        plan: which of them this process takes.
+        seed: of the run.
+        steps: which steps.
+        workers: processes that read and pack; 0: this one does.
+        pin: whether to load into page-locked memory.
+
+    Raises:
+        Cause: an image that cannot be read.
+    """
+    keys = [(step, micro) for step in steps for micro in range(plan.accumulate)]
+    loader = DataLoader(
+        Steps(source, plan, seed),
+        batch_size=None,
+        sampler=keys,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=pin,
+        worker_init_fn=_begin_worker if workers else None,
+        # Without one of its own it draws from torch's, which would differ after a checkpoint.
+        generator=torch.Generator(),
+    )
+    loaded = iter(loader)
+    for _ in steps:
+        yield [_checked(next(loaded)) for _ in range(plan.accumulate)]
+
+
+def _checked(found: Batch | Trouble) -> Batch:
+    if isinstance(found, Trouble):
+        raise Cause(*found)
+    return found
+
+
+def _begin_worker(_: int) -> None:
+    # Ctrl-C goes to all processes of a terminal; the main one finishes its step and needs its workers for that.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def step_generator(*numbers: int) -> torch.Generator:
+    """Return a generator that depends on all numbers, so that a step can be drawn without those before it."""
+    return torch.Generator().manual_seed(hashed(*numbers))
+
+
+def hashed(*numbers: int) -> int:
+    """Make one seed of several numbers: torch's CPU generator reads 32 bits of its own."""
+    [state] = np.random.SeedSequence(numbers).generate_state(1)
+    return int(state)
+
+
+def in_color(image: Tensor) -> Tensor:
+    """Return three channels of an image `[C, H, W]`, to look at."""
+    return image[:3] if image.shape[0] >= 3 else image.mean(0, keepdim=True).expand(3, -1, -1)
 
 
 def share(length: int, frame: int, size: int) -> int:
     """Return how many of `size` pixels a length takes when `frame` takes all of them, at least one."""
     return max(1, round(length * size / frame))
+
+
+def fit(image: NDArray[Any] | Tensor, frame: int, size: int) -> Tensor:
+    """Resize an image and put it into the top left corner of a square, the rest of which has its mean color.
+
+    An image is brought to the same pixels whatever the other images of its batch are, which is why batches are padded
+    to a fixed square and not to their largest image.
+
+    Args:
+        image: `[H, W, C]` of an array, or `[C, H, W]` of a tensor; uint8 or float32.
+        frame: side of the square in pixels of the image.
+        size: side of the square that is returned.
+
+    Returns:
+        float32 `[C, size, size]`, in the range of the image.
+    """
+    planes = image if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    height, width = share(planes.shape[1], frame, size), share(planes.shape[2], frame, size)
+    if planes.shape[1:] != (height, width):
+        planes = interpolate(planes[None], (height, width), mode="bilinear", antialias=True)[0]
+    planes = planes.float()
+    if (height, width) == (size, size):
+        return planes
+    square = planes.mean((1, 2), keepdim=True).expand(-1, size, size).clone()
+    square[:, :height, :width] = planes
+    return square

@@ -1,4 +1,4 @@
-"""Scenes of handwritten digits: several to a scene, overlapping, of any size and colour, on noise and scratches.
+"""Scenes of handwritten digits: several to a scene, overlapping, of any size and color, on noise and scratches.
 
 The digits are those of `sklearn.datasets.load_digits` (1,797 digits of 43 writers, 8 x 8 pixels), which come with the
 package. One in five is set aside, and held-out scenes are made of those only.
@@ -17,7 +17,7 @@ from torch.nn.functional import grid_sample, interpolate, pad
 
 from maskloss.errors import require
 from maskloss.targets import MaskTargets
-from maskloss.training.data import Batch, Scene, step_generator
+from maskloss.training.data import Batch, Probe, Scene, step_generator
 
 FEWEST, MOST = 2, 5
 # Sides of a digit's 8 x 8 pixels, as shares of the scene.
@@ -55,7 +55,9 @@ class DigitScenes:
 
     title = "handwritten digits"
     class_names: Sequence[str] = tuple("0123456789")
+    channels = 3
     most_instances = MOST
+    one_class_maps = False
 
     def __init__(self, size: int, held_out: int) -> None:
         digits = require("sklearn.datasets", "train").load_digits()
@@ -66,15 +68,25 @@ class DigitScenes:
         self.split = split(len(images))
         self.size, self._count = size, held_out
 
-    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        """Draw the training scenes of a step."""
+    def batch(self, step: int, positions: range, batch_size: int, seed: int) -> Batch:
+        """Draw a step's scenes, and return some of them."""
         drawn = self.draw(self.split.train, batch_size, step_generator(seed, step))
         masks, labels = drawn.instances()
-        targets = [
-            {"masks": MaskTargets.from_masks(mine), "labels": classes}
-            for mine, classes in zip(masks, labels, strict=True)
+        mine = slice(positions.start, positions.stop)
+        packed = MaskTargets.cat([MaskTargets.from_masks(each) for each in masks[mine]])
+        return Batch(drawn.images[mine], packed, torch.cat(labels[mine]), torch.tensor(list(positions)), [])
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What the scenes are."""
+        train, held_out = (len(part) for part in self.split)
+        return [
+            ("found", "no folder was given: scenes of handwritten digits, drawn as they are needed"),
+            ("scenes", f"endless for training, {self._count:,} held out"),
+            ("digits", f"{train:,} for training, {held_out:,} others held out; {FEWEST} to {MOST} in a scene"),
+            ("image sizes", f"{self.size} x {self.size}"),
+            ("classes", "10: 0 to 9"),
         ]
-        return Batch(drawn.images, targets)
 
     @cached_property
     def held_out(self) -> list[Scene]:
@@ -84,9 +96,14 @@ class DigitScenes:
         nothing = MaskTargets.from_masks(torch.zeros(0, size, size, dtype=torch.bool))
         none = torch.zeros(0, dtype=torch.int64)
         return [
-            Scene(image, MaskTargets.from_masks(mine), classes, nothing, none, size, size, f"scene {number}")
+            Scene(image, MaskTargets.from_masks(mine), classes, nothing, none, None, f"scene {number}")
             for number, (image, mine, classes) in enumerate(zip(drawn.images, masks, labels, strict=True))
         ]
+
+    def probe(self, number: int) -> Probe:
+        """Return a held-out scene: the model sees all of it."""
+        scene = self.held_out[number]
+        return Probe(scene.image, scene.image, scene.targets, scene.labels, scene.name)
 
     def draw(self, digits: Tensor, count: int, generator: torch.Generator) -> Drawn:
         """Draw scenes made of the given digits only.
@@ -103,10 +120,10 @@ class DigitScenes:
         # The middle of the ramp is a digit's outline; a dark halo sets it off from what it covers.
         alpha, halo = ((ink - 0.36) / 0.16).clamp(0, 1), ((ink - 0.05) / 0.3).clamp(0, 1)
         images, masks = _background(count, self.size, generator), torch.zeros_like(ink, dtype=torch.bool)
-        colours = _colours((count, MOST), generator)
+        colors = _colors((count, MOST), generator)
         for layer in range(MOST):
             images = images * (1 - 0.6 * halo[:, layer, None])
-            images = images + (colours[:, layer, :, None, None] - images) * alpha[:, layer, None]
+            images = images + (colors[:, layer, :, None, None] - images) * alpha[:, layer, None]
             inside = alpha[:, layer] > 0.5
             masks &= ~inside[:, None]
             masks[:, layer] = inside
@@ -184,7 +201,7 @@ def _place(present: Tensor, generator: torch.Generator, tries: int = 12) -> Layo
 
 
 def _background(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Draw dark clouds with coloured scratches: `[B, 3, size, size]`."""
+    """Draw dark clouds with colored scratches: `[B, 3, size, size]`."""
     clouds = torch.randn(count, 3, 6, 6, generator=generator)
     images = 0.08 + _uniform((count, 3, 1, 1), generator, 0, 0.22) + 0.07 * interpolate(clouds, size, mode="bicubic")
     axis = (torch.arange(size) + 0.5) / size
@@ -195,17 +212,17 @@ def _background(count: int, size: int, generator: torch.Generator) -> Tensor:
     along = (across * cos + down * sin).clamp(min=0).minimum(0.1 + 0.25 * length)
     distance = torch.hypot(across - along * cos, down - along * sin)
     alpha = 0.8 * ((0.018 + 0.018 * width - distance) * 64).clamp(0, 1)
-    colours = _colours((count, SCRATCHES), generator)
+    colors = _colors((count, SCRATCHES), generator)
     for layer in range(SCRATCHES):
-        images = images + (colours[:, layer, :, None, None] - images) * alpha[:, layer, None]
+        images = images + (colors[:, layer, :, None, None] - images) * alpha[:, layer, None]
     return images
 
 
-def _colours(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Draw bright colours of any hue: `[*shape, 3]`."""
+def _colors(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Draw bright colors of any hue: `[*shape, 3]`."""
     hue, saturation, value = _uniform((3, *shape, 1), generator).unbind()
     saturation, value = 0.25 + 0.6 * saturation, 0.55 + 0.45 * value
-    # The three channels of HSV's colour circle are one function, shifted.
+    # The three channels of HSV's color circle are one function, shifted.
     place = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue) % 6
     return value * (1 - saturation * torch.minimum(place, 4 - place).clamp(0, 1))
 

@@ -2,7 +2,8 @@
 
 It is meant to learn in minutes on a CPU, so every part is there for how much it gives per second:
 
-- batch normalisation, which learns faster here than any normalisation of single images,
+- batch normalization, which learns faster here than any normalization of single images; where a batch is divided
+  among processes or micro-batches, groups of channels of a single image, whose result does not depend on the division,
 - queries on a grid, each born as a soft disc around its place. A query of an image-wide set must first find out which
   instances are its own, and until then the matching changes from step to step; a disc is matched with what it covers
   from the first step on,
@@ -23,8 +24,11 @@ from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interp
 CHANNELS = (24, 64, 128)  # of the encoder, at strides 2, 4, 8
 DIM, MASK_DIM, HEADS = 64, 32, 4
 LAYERS = 2
-# The disc in which a query is born: its radius, and how far its centre can move, as shares of the image.
-DISC_RADIUS, DISC_REACH = 0.18, 0.3
+# The disc in which a query is born: its radius, and how far its center can move, in distances between queries.
+DISC_RADIUS, DISC_REACH = 0.72, 1.2
+BATCH, GROUP = "batch", "group"
+# Channels that are normalized together by `GROUP`.
+GROUP_SIZE = 8
 
 
 class Output(NamedTuple):
@@ -45,16 +49,18 @@ class QueryNet(nn.Module):
     Args:
         num_classes: C, without "no object".
         grid: the model has grid x grid queries.
+        channels: of the images.
+        norm: "batch" or "group".
     """
 
-    def __init__(self, num_classes: int, grid: int = 4) -> None:
+    def __init__(self, num_classes: int, grid: int = 4, channels: int = 3, norm: str = BATCH) -> None:
         super().__init__()
         self.grid = grid
         self.anchors: Tensor
-        self.pyramid = Pyramid()
+        self.pyramid = Pyramid(channels, norm)
         self.born = nn.Linear(DIM, DIM)
         self.layers = nn.ModuleList(DecoderLayer() for _ in range(LAYERS))
-        self.head = Head(num_classes)
+        self.head = Head(num_classes, grid)
         anchor = _axis(grid)
         self.register_buffer(
             "anchors", torch.stack(torch.meshgrid(anchor, anchor, indexing="xy"), -1).flatten(0, 1), persistent=False
@@ -64,7 +70,7 @@ class QueryNet(nn.Module):
         """Predict.
 
         Args:
-            images: `[B, 3, S, S]` in [0, 1], S a multiple of 16.
+            images: `[B, C, S, S]` in [0, 1], S a multiple of 16.
         """
         fine, middle, coarse = self.pyramid(images.contiguous(memory_format=torch.channels_last))
         places = positions(self.grid, self.grid, images)
@@ -84,25 +90,25 @@ class QueryNet(nn.Module):
 class Pyramid(nn.Module):
     """Encode an image: features at strides 2 (for masks), 4 and 8."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int, norm: str) -> None:
         super().__init__()
         first, second, third = CHANNELS
         self.down = nn.ModuleList(
             [
-                _conv(3, first, stride=2),
-                nn.Sequential(_conv(first, second, stride=2), Residual(second)),
-                nn.Sequential(_conv(second, third, stride=2), Residual(third)),
-                _conv(third, third, stride=2),
+                _conv(channels, first, norm, stride=2),
+                nn.Sequential(_conv(first, second, norm, stride=2), Residual(second, norm)),
+                nn.Sequential(_conv(second, third, norm, stride=2), Residual(third, norm)),
+                _conv(third, third, norm, stride=2),
             ]
         )
         widths = (MASK_DIM, DIM, DIM, DIM)
         self.lateral = nn.ModuleList(
-            nn.Conv2d(channels, width, 1) for channels, width in zip((*CHANNELS, third), widths, strict=True)
+            nn.Conv2d(below, width, 1) for below, width in zip((*CHANNELS, third), widths, strict=True)
         )
         self.up = nn.ModuleList(
             nn.Conv2d(above, here, 1) if above != here else nn.Identity() for here, above in pairwise(widths)
         )
-        self.smooth = nn.ModuleList(_conv(width, width) for width in widths[:-1])
+        self.smooth = nn.ModuleList(_conv(width, width, norm) for width in widths[:-1])
         self.place = nn.Linear(DIM, MASK_DIM)
         self.masks = nn.Conv2d(MASK_DIM, MASK_DIM, 1)
 
@@ -124,10 +130,12 @@ class Pyramid(nn.Module):
 class Residual(nn.Module):
     """Two convolutions beside a shortcut."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm: str) -> None:
         super().__init__()
-        self.first = _conv(channels, channels)
-        self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+        self.first = _conv(channels, channels, norm)
+        self.second = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), _normalization(channels, norm)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features of the same shape."""
@@ -179,14 +187,15 @@ class Attention(nn.Module):
 class Head(nn.Module):
     """Read a mask and a class off each query."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, grid: int) -> None:
         super().__init__()
+        self.reach = DISC_REACH / grid
         self.norm = nn.LayerNorm(DIM)
         self.kernel = nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(inplace=True), nn.Linear(DIM, MASK_DIM))
         # Shift of the disc in x and y, logarithm of its radius, and a constant.
         self.disc = nn.Linear(DIM, 4)
         nn.init.zeros_(self.disc.weight)
-        self.disc.bias.data = torch.tensor([0.0, 0.0, math.log(DISC_RADIUS), 1.0])
+        self.disc.bias.data = torch.tensor([0.0, 0.0, math.log(DISC_RADIUS / grid), 1.0])
         self.label = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.ReLU(inplace=True), nn.Linear(2 * DIM, num_classes))
         self.classes = nn.Sequential(
             nn.Linear(2 * DIM, 2 * DIM), nn.ReLU(inplace=True), nn.Linear(2 * DIM, num_classes + 1)
@@ -208,8 +217,8 @@ class Head(nn.Module):
         shift_x, shift_y, radius, constant = self.disc(queries).unsqueeze(-1).unbind(2)
         height, width = fine.shape[2:]
         scale = torch.exp(-2 * radius)
-        x = (_axis(width, fine) - anchors[:, :1] - DISC_REACH * shift_x.tanh()) ** 2 * scale
-        y = (_axis(height, fine) - anchors[:, 1:] - DISC_REACH * shift_y.tanh()) ** 2 * scale
+        x = (_axis(width, fine) - anchors[:, :1] - self.reach * shift_x.tanh()) ** 2 * scale
+        y = (_axis(height, fine) - anchors[:, 1:] - self.reach * shift_y.tanh()) ** 2 * scale
         logits: Tensor = constant[..., None] - (x[:, :, None, :] + y[..., None]).clamp(max=8)
         return logits
 
@@ -224,7 +233,7 @@ def positions(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def _axis(count: int, like: Tensor | None = None) -> Tensor:
-    """Return the centres of `count` pixels that span [0, 1]."""
+    """Return the centers of `count` pixels that span [0, 1]."""
     return (torch.arange(count, device=None if like is None else like.device) + 0.5) / count
 
 
@@ -240,9 +249,13 @@ def _tokens(level: Tensor) -> Tensor:
     return level.flatten(2).transpose(1, 2)
 
 
-def _conv(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
+def _normalization(channels: int, norm: str) -> nn.Module:
+    return nn.BatchNorm2d(channels) if norm == BATCH else nn.GroupNorm(channels // GROUP_SIZE, channels)
+
+
+def _conv(channels_in: int, channels_out: int, norm: str, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(channels_out),
+        _normalization(channels_out, norm),
         nn.ReLU(inplace=True),
     )

@@ -1,0 +1,8 @@
+"""`python -m maskloss`, which is what torchrun and accelerate launch start."""
+
+import sys
+
+from maskloss.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Files that a run writes: whole or not at all, by one process at a time, and never in place of anything precious."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from maskloss.errors import Cause
+
+LOCK = ".lock"
+PARTIAL = ".partial"
+# A file name longer than this is refused by every common file system.
+LONGEST_NAME = 255
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, bring it to the disk, and put it in place in one move.
+
+    Args:
+        path: what is there afterwards; an older file stays until the new one is complete.
+        write: called with the path of the temporary file.
+    """
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        write(partial)
+        flush_file(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole; a number that JSON cannot hold becomes null."""
+    text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path, rule: str) -> dict[str, Any]:
+    """Read a JSON file that holds a dict.
+
+    Raises:
+        Cause: `rule`, with what is wrong with the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise Cause(rule, f"{path}: {explain(error)}", "is it the right file?") from None
+    except OSError as error:
+        raise Cause(rule, f"{path}: {explain(error)}", "check the path") from None
+    if not isinstance(content, dict):
+        raise Cause(rule, f"{path} holds a {type(content).__name__}", "is it the right file?")
+    return content
+
+
+def plain(value: Any) -> Any:
+    """Return what JSON can hold: nan and infinities become None."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def flush_file(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Wait until the entries of a folder are on the disk, where the system can tell."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        Cause: another process holds it.
+    """
+    try:
+        fcntl: Any = importlib.import_module("fcntl")
+    except ImportError:  # Windows has no such locks; two runs in one folder are not told apart there.
+        yield
+        return
+    path = folder / LOCK
+    with path.open("a", encoding="utf-8") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
+                raise
+            raise Cause(
+                "a run folder can be used by one run at a time", f"{folder} is in use", "wait for it, or take another"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path, option: str) -> list[Path]:
+    """Make a folder that can be written to, with its parents.
+
+    Returns:
+        The folders that were made, outermost first, so that `unmake` can take them away again.
+
+    Raises:
+        Cause: a file in the way, a name that is too long, or no permission; `option` is where the path came from.
+    """
+    rule = f"{option} must be a folder that can be written to"
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        raise Cause(rule, f"a name in it has more than {LONGEST_NAME} characters", "take a shorter one")
+    made = []
+    try:
+        for folder in (*reversed(path.parents), path):
+            if folder.is_dir():
+                continue
+            folder.mkdir()
+            made.append(folder)
+        # Asking for permissions is not enough: a file system may be mounted read-only.
+        probe = path / ".probe"
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        unmake(made)
+        raise Cause(rule, f"{path}: {explain(error)}", f"name another one with {option}") from None
+    return made
+
+
+def unmake(folders: list[Path]) -> None:
+    """Remove folders that are empty, innermost first."""
+    try:
+        for folder in reversed(folders):
+            folder.rmdir()
+    except OSError:
+        return
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with everything in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def explain(error: BaseException) -> str:
+    """Say in a few words what the system or a parser had to say."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not text in UTF-8"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[0].lower() + error.strerror[1:]
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
