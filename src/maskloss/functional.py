@@ -118,6 +118,7 @@ def uncertain_points(
 
     `sampling.num_candidates` uniform points are drawn, the logits are sampled there, and the `sampling.num_uncertain`
     with the highest U(z) = -|z| are kept, ties to the one drawn first; `sampling.num_random` fresh ones are added.
+    Both kinds lie as `sampling.layout` says.
 
     Args:
         logits: `[N, h, w]`, float. Instance n draws the points of target n of image 0 in layer 0.
@@ -160,6 +161,7 @@ def uncertain_points(
                 sampling.num_points,
                 sampling.num_candidates,
                 sampling.num_uncertain,
+                sampling.layout,
             ),
             window,
             padding_mode,
