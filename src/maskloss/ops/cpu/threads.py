@@ -71,8 +71,8 @@ def kernel(function: Callable[..., Any]) -> Any:
     """Compile an entry point: no GIL, NumPy's division (no exceptions in loops), cached on disk where that is possible.
 
     Numba notices a change of the file of the entry point only, so the cache of each kernel is stamped with all files
-    of this room and with `abi.py` and `points.py`, whose numbers are compiled in. Without a writable cache directory the kernel is
-    compiled in every process.
+    of this room and with `abi.py` and `points.py`, whose numbers are compiled in. Without a writable cache directory
+    the kernel is compiled in every process.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
