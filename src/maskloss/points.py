@@ -327,9 +327,7 @@ def stratified_points(keys: tuple[Tensor, Tensor], num_points: int, layers: Tens
     return torch.stack([x, y], dim=-1).to(torch.float32) * 2.0**-24
 
 
-def draw_layout(
-    layout: str, keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor, stream: int
-) -> Tensor:
+def draw_layout(layout: str, keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor, stream: int) -> Tensor:
     """Draw points of a layout in [0, 1)^2: `uniform_points` or `stratified_points`."""
     draw = stratified_points if layout == "stratified" else uniform_points
     return draw(keys, num_points, layers, stream)

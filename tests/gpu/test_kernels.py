@@ -23,7 +23,7 @@ from maskloss.ops import reference
 from maskloss.ops.abi import INDEX_COLUMNS, Term
 from maskloss.targets import MaskTargets
 from support.accuracy import assert_no_worse
-from support.batches import Batch
+from support.batches import Batch, Sampling
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -34,19 +34,23 @@ pytest.importorskip("triton")
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration. `sampling` is P, K and the number of uncertain points."""
+    """One configuration. `sampling` is P, K, the number of uncertain points, and the layout."""
 
     dtype: torch.dtype = torch.float32
     sizes: tuple[tuple[int, int], ...] = ((13, 9),)
     frame: tuple[int, int] = (21, 30)
     targets: str = "bits"
-    sampling: tuple[int, int, int] = (123, 369, 92)
+    sampling: Sampling = (123, 369, 92)
     padding: str = "zeros"
     target_mode: str = "bilinear"
     focal: tuple[float, float] = (-1.0, -1.0)
     extra: bool = False
     given: bool = False
     rows: tuple[tuple[int, int, int, int], ...] = ((0, 0, 1, 1), (0, 1, 0, 0))
+
+    @property
+    def layout(self) -> str:
+        return self.sampling[3] if len(self.sampling) > 3 else "independent"
 
     def term(self) -> Term:
         return Term(self.padding, self.target_mode, *self.focal)
@@ -74,6 +78,11 @@ CASES = {
     "two layers of different sizes": Case(
         sizes=((5, 6), (9, 4)), rows=((0, 1, 1, 0), (1, 0, 0, 2)), sampling=(30, 90, 22), focal=(-1.0, 1.0)
     ),
+    "stratified": Case(sampling=(123, 371, 92, "stratified")),
+    "stratified, uniform points alone, windows": Case(
+        torch.bfloat16, sampling=(37, 111, 0, "stratified"), extra=True, sizes=((7, 21),)
+    ),
+    "stratified, one point": Case(sampling=(1, 1, 1, "stratified"), sizes=((3, 7),), frame=(3, 5), padding="border"),
     "two layers together": Case(torch.bfloat16, sizes=((5, 6), (5, 6)), rows=((1, 1, 1, 0), (1, 0, 0, 2))),
 }
 
@@ -118,7 +127,7 @@ class Inputs:
         return self.batch().gradients(ops, saved, case.sampling, case.term(), self.points, needed)
 
     def costs(self, ops: Any, num_points: int) -> tuple[Tensor, Tensor]:
-        return self.batch().costs(ops, num_points, self.case.term())
+        return self.batch().costs(ops, num_points, self.case.term(), self.case.layout)
 
 
 def _logits(case: Case, size: tuple[int, int]) -> Tensor:
@@ -213,7 +222,7 @@ TOLERANCE = {
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradient_follow_the_reference(gpu: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = Inputs(CASES[name])
-    if name in {"plain", "given points"}:
+    if name in {"plain", "given points", "stratified"}:
         small_blocks(monkeypatch)
     found, plain = inputs.loss(gpu), inputs.loss(reference)
     exact = inputs.exact()
@@ -231,13 +240,16 @@ def test_loss_and_gradient_follow_the_reference(gpu: Any, name: str, monkeypatch
         assert_no_worse(mine, theirs, right, TOLERANCE[mine.dtype], everywhere=True)
 
 
-@pytest.mark.parametrize("name", ["plain", "bfloat16, ignored pixels, windows", "float64, focal"])
+STRATIFIED = ["stratified", "stratified, uniform points alone, windows", "stratified, one point"]
+
+
+@pytest.mark.parametrize("name", ["plain", "bfloat16, ignored pixels, windows", "float64, focal", *STRATIFIED])
 def test_points_are_those_of_the_reference(gpu: Any, name: str) -> None:
     inputs = Inputs(CASES[name])
     assert torch.equal(inputs.drawn(gpu), inputs.drawn(reference))
 
 
-@pytest.mark.parametrize("name", ["plain", "bfloat16, ignored pixels, windows", "border, nearest, focal"])
+@pytest.mark.parametrize("name", ["plain", "bfloat16, ignored pixels, windows", "border, nearest, focal", *STRATIFIED])
 def test_three_backends_give_the_same_points_and_losses(gpu: Any, name: str) -> None:
     from maskloss.ops import cpu
 

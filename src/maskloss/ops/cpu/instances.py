@@ -24,7 +24,6 @@ from maskloss.ops.abi import (
     X,
     Y,
 )
-
 from maskloss.points import Strata
 
 from .choose import GROUP, LARGEST_KEY, list_marked, make_keys, mark_chosen, threshold
