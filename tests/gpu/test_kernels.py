@@ -422,6 +422,7 @@ MATCHING = {
     "float64, focal without alpha, two sizes": Case(torch.float64, focal=(-1.0, 1.5), sizes=((5, 6), (9, 4))),
     "float16, labels": Case(torch.float16, targets="labels uint8"),
     "soft": Case(targets="values float32", extra=True),
+    "stratified": Case(sampling=(1, 1, 0, "stratified"), extra=True),
 }
 
 
