@@ -93,7 +93,8 @@ class MaskCriterion(nn.Module):
         class_weights: the weights of the classes, `[C]`, tensor or sequence, finite and at least 0. For "softmax" they
             are v above, along with `no_object_weight`; for "focal" they multiply the terms of each class, and the
             divisor stays the number of instances. Default None: all 1.
-        sampling: numbers of points; the default matcher takes `num_points` from it. Default `PointSampling()`.
+        sampling: numbers and layout of points; the default matcher takes `num_points` and `layout` from it. Default
+            `PointSampling()`.
         matcher: how to match. Default: `HungarianMatcher` with the weights and options given here.
         padding_mode: see `MaskLoss`.
         target_mode: see `MaskLoss`.
@@ -171,6 +172,7 @@ class MaskCriterion(nn.Module):
             mask_weight=mask_weight,
             dice_weight=dice_weight,
             num_points=sampling.num_points,
+            layout=sampling.layout,
             classification=classification,
             **options,  # type: ignore[arg-type]
         )

@@ -119,6 +119,7 @@ def uncertain_points(
 
     `sampling.num_candidates` uniform points are drawn, the logits are sampled there, and the `sampling.num_uncertain`
     with the highest U(z) = -|z| are kept, ties to the one drawn first; `sampling.num_random` fresh ones are added.
+    Both kinds lie as `sampling.layout` says.
 
     Args:
         logits: `[N, h, w]`, float. Instance n draws the points of target n of image 0 in layer 0.
@@ -163,6 +164,7 @@ def uncertain_points(
                 sampling.num_points,
                 sampling.num_candidates,
                 sampling.num_uncertain,
+                sampling.layout,
             ),
             everywhere if window is None else _window_row(window, device),
             padding_mode,

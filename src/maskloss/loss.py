@@ -60,7 +60,8 @@ class MaskLoss(nn.Module):
     Args:
         ce_weight: weight of the cross-entropy, at least 0. Default 5.
         dice_weight: weight of Dice, at least 0. Default 5.
-        sampling: numbers of points. Default `PointSampling()`: 12544, of 3 times as many candidates, 75 % uncertain.
+        sampling: numbers and layout of points. Default `PointSampling()`: 12544, of 3 times as many candidates, 75 %
+            uncertain, independent.
         padding_mode: what lies outside a map: "zeros" (default) or "border", its nearest pixel.
         target_mode: how targets are read: "bilinear" (default) or "nearest".
         focal_alpha: alpha of the focal loss in [0, 1]; needs `focal_gamma`. Default None: no class balance.
@@ -190,7 +191,7 @@ class MaskLoss(nn.Module):
             logits,
             matches,
             ops.Targets(targets.encoding, *targets.tensors),
-            ops.Draw(image_ids, seed, num_points, sampling.num_candidates, sampling.num_uncertain),
+            ops.Draw(image_ids, seed, num_points, sampling.num_candidates, sampling.num_uncertain, sampling.layout),
             ops.Term(options.padding_mode, options.target_mode, *options.focal),
             points,
             ops.choose_backend(logits[0].device, options.backend),

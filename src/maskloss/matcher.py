@@ -32,6 +32,7 @@ class HungarianMatcher(nn.Module):
         mask_weight: weight of the cross-entropy, at least 0. Default 5.
         dice_weight: weight of Dice, at least 0. Default 5.
         num_points: P, uniform points per image. Default 12544.
+        layout: how these points lie to each other, "independent" (default) or "stratified" (see `PointSampling`).
         classification: "softmax" (default), or "focal": the class logits have no "no object", and the class term is
             `functional.focal_class_cost`.
         padding_mode: "zeros" (default) or "border".
@@ -65,6 +66,7 @@ class HungarianMatcher(nn.Module):
         mask_weight: float = _inputs.MASK_WEIGHT,
         dice_weight: float = _inputs.DICE_WEIGHT,
         num_points: int = PointSampling.num_points,
+        layout: str = PointSampling.layout,
         classification: str = "softmax",
         padding_mode: str = "zeros",
         target_mode: str = "bilinear",
@@ -79,7 +81,9 @@ class HungarianMatcher(nn.Module):
         if not any(weights.values()):
             raise Cause("one weight at least must be positive", "all are 0", "a cost of 0 everywhere matches nothing")
         self.class_weight, self.mask_weight, self.dice_weight = (float(weight) for weight in weights.values())
-        self.num_points = PointSampling(num_points=num_points).num_points
+        # Only uniform points are drawn: the candidates of a default ratio must not count towards a limit.
+        sampling = PointSampling(num_points=num_points, importance_ratio=0.0, layout=layout)
+        self.num_points, self.layout = sampling.num_points, sampling.layout
         _inputs.check_choice("classification", classification, KINDS)
         self.classification = classification
         self.options = _inputs.MaskOptions(padding_mode, target_mode, focal_alpha, focal_gamma, backend)
@@ -161,7 +165,7 @@ class HungarianMatcher(nn.Module):
             mask_logits,
             targets.num_targets,
             ops.Targets(targets.encoding, *targets.tensors),
-            ops.Draw(image_ids, seed, self.num_points),
+            ops.Draw(image_ids, seed, self.num_points, layout=self.layout),
             ops.Term(options.padding_mode, options.target_mode, *options.focal),
             ops.choose_backend(mask_logits[0].device, options.backend),
         )
@@ -174,7 +178,7 @@ class HungarianMatcher(nn.Module):
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
         weights = f"class_weight={self.class_weight}, mask_weight={self.mask_weight}, dice_weight={self.dice_weight}"
-        return f"{weights}, num_points={self.num_points}, {self.options}"
+        return f"{weights}, num_points={self.num_points}, layout={self.layout!r}, {self.options}"
 
     def describe(self, *, lang: str = "en", format: str = "text") -> str:  # noqa: A002
         """Write the paragraph that describes this in a paper; see `methods.describe`."""

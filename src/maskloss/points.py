@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,17 @@ from maskloss.errors import Cause, describe, reported
 
 # The high word of a counter holds the decoder layer and, above it, the stream.
 STREAM_SHIFT = 16
+
+# How the points of a draw lie to each other.
+LAYOUTS = ("independent", "stratified")
+# Random bits of a coordinate within its cell; a word has two coordinates.
+CELL_BITS = 16
+# An inverse is floor(2^INVERSE_BITS / n): the largest power whose products with a position stay below 2^63. Shifted
+# right by POSITION_SHIFT they are coordinates of 24 bits.
+INVERSE_BITS = 47
+POSITION_SHIFT = INVERSE_BITS + CELL_BITS - 24
+# Up to here row numbers follow from 32-bit integers on every backend, and rounding moves no point by 2^-24.
+MOST_CELLS = 1 << 20
 
 _MASK = 0xFFFFFFFF
 _PARITY = 0x1BD11BDA
@@ -33,17 +46,22 @@ class PointSampling:
     `num_candidates` points are drawn uniformly in [0, 1]^2 and the logits are sampled there; the `num_uncertain` with
     the smallest |logit| are kept, and `num_random` fresh uniform points are added.
 
+    In the layout "independent" each uniform point is drawn on its own. In "stratified" the square is cut into as many
+    cells of equal area as there are points to draw, for candidates and uniform points alike, and one is drawn in each
+    cell: every mean stays what it was, and a quarter of the points is about as quiet. See `Strata` for the cells.
+
     Args:
         num_points: P, points per instance, at least 1. Default 12544 = 112^2.
         oversample_ratio: k, candidates per point, finite and at least 1. Default 3.
         importance_ratio: alpha, the share of uncertain points, in [0, 1]. Default 0.75.
+        layout: "independent" (default) or "stratified", which takes at most 2^20 points or candidates.
 
     Raises:
         MaskLossError: a value outside its range.
 
     Source:
         PointRend (Kirillov et al., 2020), section 3.1, with the values of Mask2Former (Cheng et al., 2022), section
-        3.2.2.
+        3.2.2. Both draw independent points; stratified sampling is as old as survey statistics (Neyman, 1934).
 
     Example:
         >>> sampling = PointSampling(num_points=100)
@@ -54,6 +72,7 @@ class PointSampling:
     num_points: int = 12544
     oversample_ratio: float = 3.0
     importance_ratio: float = 0.75
+    layout: str = "independent"
 
     def __post_init__(self) -> None:
         self._check()
@@ -77,6 +96,19 @@ class PointSampling:
                 "importance_ratio must be a number in [0, 1]",
                 f"importance_ratio={self.importance_ratio!r}",
                 "it is the share of uncertain points; 0.75 is usual, 0 draws all points uniformly",
+            )
+        if not isinstance(self.layout, str) or self.layout not in LAYOUTS:
+            raise Cause(
+                f"layout must be one of {', '.join(LAYOUTS)}",
+                f"layout={self.layout!r}",
+                f"{LAYOUTS[0]!r} is the default",
+            )
+        most = self.num_candidates if self.num_uncertain else self.num_points
+        if self.layout == "stratified" and most > MOST_CELLS:
+            raise Cause(
+                f"a stratified layout has at most {MOST_CELLS} cells",
+                f"num_points={self.num_points}, oversample_ratio={self.oversample_ratio} ask for {most}",
+                'take fewer points, or layout="independent"',
             )
 
     @property
@@ -216,3 +248,86 @@ def uniform_points(keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor,
     counter = torch.arange(num_points, device=keys[0].device)
     words = threefry2x32(keys[0][:, None], keys[1][:, None], counter, layers[:, None] | (stream << STREAM_SHIFT))
     return torch.stack([(word >> 8).to(torch.float32) for word in words], dim=-1) * 2.0**-24
+
+
+class Strata(NamedTuple):
+    """K cells of equal area that tile the unit square, in rows, and what the position of a point is computed with.
+
+    There are R = floor(sqrt(K)) rows. Row r has the cells f_r to f_(r + 1) - 1, where f_r = floor(r K / R), so n_r =
+    f_(r + 1) - f_r of them, which is floor(K / R) or one more. Its cells are 1 / n_r wide and n_r / K high:
+
+        row of cell i  = floor(((i + 1) R - 1) / K)
+        point in it    = ((i - f_r + u) / n_r, (f_r + v n_r) / K),  u and v uniform in [0, 1)
+
+    Every cell has the area 1 / K, whatever K is. R depends on K alone, not on the shape of the window, so that all
+    images of a batch share the cells: oblong cells cost a few per cent in standard deviation, not more.
+
+    u and v have 16 bits. Both quotients have a whole number below n 2^16 above n 2^16, and are rounded down to the grid
+    of 2^-24 by a product with an inverse, in whole numbers below 2^63, so that every device finds the same:
+
+        floor(m floor(2^47 / n) / 2^39) = floor(2^24 m / (n 2^16)), or one less
+
+    Attributes:
+        cells: K.
+        rows: R.
+        narrow: floor(K / R), the n of a narrow row.
+        by_cells: the inverse of K.
+        by_narrow: the inverse of n in a narrow row.
+        by_wide: the inverse of n in a wide one.
+
+    Example:
+        >>> cells = Strata.of(7)
+        >>> cells.rows, cells.narrow
+        (2, 3)
+    """
+
+    cells: int
+    rows: int
+    narrow: int
+    by_cells: int
+    by_narrow: int
+    by_wide: int
+
+    @staticmethod
+    def of(count: int) -> Strata:
+        """Describe the cells of so many points; no points have one cell, in which nothing is drawn."""
+        cells = max(count, 1)
+        rows = math.isqrt(cells)
+        narrow = cells // rows
+        return Strata(cells, rows, narrow, *((1 << INVERSE_BITS) // n for n in (cells, narrow, narrow + 1)))
+
+
+def stratified_points(keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor, stream: int) -> Tensor:
+    """Draw one uniform point in each of `num_points` cells of equal area, in the order of the cells (see `Strata`).
+
+    Points 2 m and 2 m + 1 have the words of threefry(instance key, counter = (m, layer + 2^16 * stream)), the first
+    and the second: u is the upper half of a word, v the lower half.
+
+    Args:
+        keys: two int64 `[N]` tensors, from `instance_keys`.
+        num_points: points per instance, as many as cells; at most 2^20.
+        layers: int64 `[N]`, decoder layer of each instance, in [0, 2^16).
+        stream: which of an instance's draws, in [0, 2^16).
+
+    Returns:
+        float32 `[N, num_points, 2]`, (x, y) on a grid of 2^-24; the same on every device.
+    """
+    strata = Strata.of(num_points)
+    i = torch.arange(num_points, device=keys[0].device)
+    row = ((i + 1) * strata.rows - 1) // strata.cells
+    first = row * strata.cells // strata.rows
+    wide = (row + 1) * strata.cells // strata.rows - first
+    pairs = torch.arange((num_points + 1) // 2, device=i.device)
+    words = threefry2x32(keys[0][:, None], keys[1][:, None], pairs, layers[:, None] | (stream << STREAM_SHIFT))
+    word = torch.stack(words, dim=-1).flatten(1)[:, :num_points]
+    u, v = word >> CELL_BITS, word & ((1 << CELL_BITS) - 1)
+    by_wide = torch.where(wide == strata.narrow, strata.by_narrow, strata.by_wide)
+    x = (((i - first) << CELL_BITS) + u) * by_wide >> POSITION_SHIFT
+    y = ((first << CELL_BITS) + v * wide) * strata.by_cells >> POSITION_SHIFT
+    return torch.stack([x, y], dim=-1).to(torch.float32) * 2.0**-24
+
+
+def draw_layout(layout: str, keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor, stream: int) -> Tensor:
+    """Draw points of a layout in [0, 1)^2: `uniform_points` or `stratified_points`."""
+    draw = stratified_points if layout == "stratified" else uniform_points
+    return draw(keys, num_points, layers, stream)

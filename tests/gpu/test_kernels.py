@@ -45,6 +45,11 @@ CASES = {
     "two layers of different sizes": Case(
         sizes=((5, 6), (9, 4)), rows=((0, 1, 1, 0), (1, 0, 0, 2)), sampling=(30, 90, 22), focal=(-1.0, 1.0)
     ),
+    "stratified": Case(sampling=(123, 371, 92, "stratified")),
+    "stratified, uniform points alone, windows": Case(
+        torch.bfloat16, sampling=(37, 111, 0, "stratified"), extra=True, sizes=((7, 21),)
+    ),
+    "stratified, one point": Case(sampling=(1, 1, 1, "stratified"), sizes=((3, 7),), frame=(3, 5), padding="border"),
     "two layers together": Case(torch.bfloat16, sizes=((5, 6), (5, 6)), rows=((1, 1, 1, 0), (1, 0, 0, 2))),
 }
 
@@ -52,7 +57,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradient_follow_the_reference(gpu: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = Inputs(CASES[name])
-    if name in {"plain", "given points"}:
+    if name in {"plain", "given points", "stratified"}:
         small_blocks(monkeypatch)
     found, plain = inputs.loss(gpu), inputs.loss(reference)
     exact = inputs.exact()
@@ -70,13 +75,16 @@ def test_loss_and_gradient_follow_the_reference(gpu: Any, name: str, monkeypatch
         assert_no_worse(mine, theirs, right, TOLERANCE[mine.dtype], everywhere=True)
 
 
-@pytest.mark.parametrize("name", ["plain", "bfloat16, ignored pixels, windows", "float64, focal"])
+STRATIFIED = ["stratified", "stratified, uniform points alone, windows", "stratified, one point"]
+
+
+@pytest.mark.parametrize("name", ["plain", "bfloat16, ignored pixels, windows", "float64, focal", *STRATIFIED])
 def test_points_are_those_of_the_reference(gpu: Any, name: str) -> None:
     inputs = Inputs(CASES[name])
     assert torch.equal(inputs.drawn(gpu), inputs.drawn(reference))
 
 
-@pytest.mark.parametrize("name", ["plain", "bfloat16, ignored pixels, windows", "border, nearest, focal"])
+@pytest.mark.parametrize("name", ["plain", "bfloat16, ignored pixels, windows", "border, nearest, focal", *STRATIFIED])
 def test_three_backends_give_the_same_points_and_losses(gpu: Any, name: str) -> None:
     from maskloss.ops import cpu
 
@@ -262,6 +270,7 @@ MATCHING = {
     "float64, focal without alpha, two sizes": Case(torch.float64, focal=(-1.0, 1.5), sizes=((5, 6), (9, 4))),
     "float16, labels": Case(torch.float16, targets="labels uint8"),
     "soft": Case(targets="values float32", extra=True),
+    "stratified": Case(sampling=(1, 1, 0, "stratified"), extra=True),
 }
 
 

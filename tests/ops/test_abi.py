@@ -81,6 +81,11 @@ def test_tables_have_the_columns() -> None:
         abi.IGNORE_BASE,
     )
     assert points.STREAM_SHIFT == abi.STREAM_SHIFT
+    assert (points.LAYOUTS, points.CELL_BITS, points.POSITION_SHIFT) == (
+        abi.LAYOUTS,
+        abi.CELL_BITS,
+        abi.POSITION_SHIFT,
+    )
 
 
 def test_codes_do_not_meet() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -94,9 +95,9 @@ def assert_matches(case: Batch, sampling: Sampling, options: Term = PLAIN, point
         assert_as_good(grad, plain_grad, exact_grad)
     if points is None:
         pairs = zip(
-            case.costs(cpu, sampling[0], options),
-            case.costs(reference, sampling[0], options),
-            case.exact().costs(reference, sampling[0], options),
+            case.costs(cpu, sampling[0], options, *sampling[3:]),
+            case.costs(reference, sampling[0], options, *sampling[3:]),
+            case.exact().costs(reference, sampling[0], options, *sampling[3:]),
             strict=True,
         )
         for cost, plain_cost, exact_cost in pairs:
@@ -130,10 +131,11 @@ def test_odd_sizes(size: int) -> None:
 
 @pytest.mark.parametrize(
     "sampling",
-    [(1, 3, 0), (1, 3, 1), (40, 120, 0), (40, 120, 40), (40, 40, 30), (40, 40, 40), (5, 7, 5), (2048, 6144, 1536)],
+    [(1, 3, 0), (1, 3, 1), (40, 120, 0), (40, 120, 40), (40, 40, 30), (40, 40, 40), (5, 7, 5), (2048, 6144, 1536)]
+    + [(*each, "stratified") for each in [(1, 3, 0), (1, 3, 1), (40, 121, 30), (41, 41, 41), (2049, 6151, 1536)]],
     ids=str,
 )
-def test_numbers_of_points(sampling: tuple[int, int, int]) -> None:
+def test_numbers_of_points(sampling: Sampling) -> None:
     assert_matches(make(), sampling)
 
 
@@ -142,8 +144,8 @@ def test_numbers_of_points(sampling: tuple[int, int, int]) -> None:
 def test_uncertain_points_are_bit_identical(dtype: torch.dtype, padding: str) -> None:
     for plane in ((64, 64), (123, 507)):
         case = make(dtype, plane)
-        sampling = (3136, 9408, 2352)
-        assert torch.equal(case.points(cpu, sampling, padding), case.points(reference, sampling, padding))
+        for sampling in ((3136, 9408, 2352), (3137, 9413, 2351, "stratified")):
+            assert torch.equal(case.points(cpu, sampling, padding), case.points(reference, sampling, padding))
 
 
 def test_ties_go_to_the_lower_index_and_non_finite_logits_come_first() -> None:
@@ -151,13 +153,14 @@ def test_ties_go_to_the_lower_index_and_non_finite_logits_come_first() -> None:
     flat = case._replace(logits=[layer.clamp(-0.1, 0.1) for layer in case.logits])
     constant = case._replace(logits=[torch.zeros_like(layer) for layer in case.logits])
     spoilt = case._replace(logits=[layer.masked_fill(layer > 1.5, float("inf")) for layer in case.logits])
-    for each in (flat, constant, spoilt):
-        sampling = (2000, 6000, 1500)
+    for each, sampling in itertools.product(
+        (flat, constant, spoilt), ((2000, 6000, 1500), (2000, 6000, 1500, "stratified"))
+    ):
         assert torch.equal(each.loss(cpu, sampling)[2], each.loss(reference, sampling)[2])
 
 
 @pytest.mark.parametrize("n", [5, 5000, 37632])
-def test_threshold_survives_a_misleading_prefix(n: int) -> None:
+def test_threshold_survives_a_misleading_sample(n: int) -> None:
     rng = np.random.default_rng(0)
     for values in (np.arange(n), np.arange(n)[::-1], np.zeros(n), rng.integers(0, 2**31 - 1, n), rng.integers(0, 9, n)):
         keys = np.ascontiguousarray(values, np.int32)
@@ -177,6 +180,7 @@ def test_ignore_regions_and_windows(name: str) -> None:
     window = (3, 5, 41, 67)
     case = make(ignore=ignore, valid=window)
     assert_matches(case, (507, 1521, 380), OPTIONS[name])
+    assert_matches(case, (507, 1521, 380, "stratified"), OPTIONS[name])
     assert case.loss(cpu, SAMPLING)[3].bitwise_and(IGNORED).any()
     assert_matches(make(encoding="values float32", ignore=ignore), SAMPLING, OPTIONS[name])
     assert_matches(make(ignore=torch.ones(57, 91, dtype=torch.bool)), SAMPLING, OPTIONS[name])

@@ -10,8 +10,8 @@ from torch import Tensor
 from maskloss import MaskTargets
 from maskloss.ops.abi import Draw, Gradients, Instances, Saved, Targets, Term
 
-# P, K and the number of uncertain points.
-Sampling = tuple[int, int, int]
+# P, K, the number of uncertain points, and the layout if it is not the default.
+Sampling = tuple[int, int, int] | tuple[int, int, int, str]
 PLAIN = Term()
 
 
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     def instances(self) -> Instances:
         return Instances(self.logits, self.index, self.layer_sizes)
 
-    def draw(self, *numbers: int) -> Draw:
+    def draw(self, *numbers: Any) -> Draw:
         return Draw(self.image_ids, self.seed, *numbers)
 
     def loss(self, ops: Any, sampling: Sampling, term: Term = PLAIN, points: Tensor | None = None) -> Any:
@@ -56,9 +56,11 @@ class Batch(NamedTuple):
     def points(self, ops: Any, sampling: Sampling, padding: str = "zeros") -> Tensor:
         return ops.uncertain_points(self.instances, self.draw(*sampling), self.targets.windows, padding)
 
-    def costs(self, ops: Any, num_points: int, term: Term = PLAIN) -> tuple[Tensor, Tensor]:
-        targets = self.targets
-        return ops.match_cost(self.logits, targets.num_targets, group(targets), self.draw(num_points), term)
+    def costs(
+        self, ops: Any, num_points: int, term: Term = PLAIN, layout: str = "independent"
+    ) -> tuple[Tensor, Tensor]:
+        targets, draw = self.targets, self.draw(num_points, 0, 0, layout)
+        return ops.match_cost(self.logits, targets.num_targets, group(targets), draw, term)
 
     def exact(self) -> Batch:
         """The same in float64."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from maskloss.ops import reference
 from maskloss.ops.abi import INDEX_COLUMNS, Term
 from maskloss.targets import MaskTargets
-from support.batches import Batch
+from support.batches import Batch, Sampling
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -30,19 +30,23 @@ TOLERANCE = {
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration. `sampling` is P, K and the number of uncertain points."""
+    """One configuration. `sampling` is P, K, the number of uncertain points, and the layout."""
 
     dtype: torch.dtype = torch.float32
     sizes: tuple[tuple[int, int], ...] = ((13, 9),)
     frame: tuple[int, int] = (21, 30)
     targets: str = "bits"
-    sampling: tuple[int, int, int] = (123, 369, 92)
+    sampling: Sampling = (123, 369, 92)
     padding: str = "zeros"
     target_mode: str = "bilinear"
     focal: tuple[float, float] = (-1.0, -1.0)
     extra: bool = False
     given: bool = False
     rows: tuple[tuple[int, int, int, int], ...] = ((0, 0, 1, 1), (0, 1, 0, 0))
+
+    @property
+    def layout(self) -> str:
+        return self.sampling[3] if len(self.sampling) > 3 else "independent"
 
     def term(self) -> Term:
         return Term(self.padding, self.target_mode, *self.focal)
@@ -90,7 +94,7 @@ class Inputs:
         return self.batch().gradients(ops, saved, case.sampling, case.term(), self.points, needed, live)
 
     def costs(self, ops: Any, num_points: int) -> tuple[Tensor, Tensor]:
-        return self.batch().costs(ops, num_points, self.case.term())
+        return self.batch().costs(ops, num_points, self.case.term(), self.case.layout)
 
 
 def _logits(case: Case, size: tuple[int, int]) -> Tensor:

@@ -181,8 +181,7 @@ def _of_loss(loss: MaskLoss) -> MethodSettings:
 
 
 def _of_sampling(sampling: PointSampling) -> Points:
-    layout = getattr(sampling, "layout", "independent")
-    return Points(sampling.num_points, None, sampling.oversample_ratio, sampling.importance_ratio, layout)
+    return Points(sampling.num_points, None, sampling.oversample_ratio, sampling.importance_ratio, sampling.layout)
 
 
 def _of_options(options: Any) -> MaskTerm:
@@ -194,7 +193,7 @@ def _of_matcher(matcher: HungarianMatcher) -> Matching:
         class_weight=matcher.class_weight,
         mask_weight=matcher.mask_weight,
         dice_weight=matcher.dice_weight,
-        points=Points(matcher.num_points, layout=getattr(matcher, "layout", "independent")),
+        points=Points(matcher.num_points, layout=matcher.layout),
         classification=matcher.classification,
         term=_of_options(matcher.options),
     )

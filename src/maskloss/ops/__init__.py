@@ -56,7 +56,7 @@ __all__ = [
 # The groups, flat: their order is that of the fields.
 _INSTANCES = "Tensor[] logits, Tensor rows, SymInt[] layer_sizes"
 _TARGETS = "str encoding, Tensor data, Tensor table, Tensor images, Tensor windows, Tensor ignore"
-_DRAW = "Tensor image_ids, Tensor seed, SymInt num_points, SymInt num_candidates, SymInt num_uncertain"
+_DRAW = "Tensor image_ids, Tensor seed, SymInt num_points, SymInt num_candidates, SymInt num_uncertain, str layout"
 _TERM = "str padding, str target_mode, float focal_alpha, float focal_gamma"
 _LOSS = f"{_INSTANCES}, {_TARGETS}, {_DRAW}, {_TERM}, Tensor? points"
 _FACTORS = "Tensor[] embeddings, Tensor[] biases, Tensor[] features, int[] features_of, int scratch_bytes"

@@ -37,6 +37,9 @@ POINT_COLUMNS = 2
 # Streams keep apart the draws of one instance; the high half of a counter holds them, the low half the decoder layer.
 CANDIDATES, RANDOM, MATCHER = range(3)
 STREAM_SHIFT = 16
+# How the points of a draw lie to each other (see `points`, which has these names and numbers too).
+LAYOUTS = ("independent", "stratified")
+CELL_BITS, POSITION_SHIFT = 16, 39
 # The matcher's points belong to an image, not to one of its targets.
 ALL_TARGETS = 0xFFFFFFFF
 
@@ -75,6 +78,11 @@ def is_border(padding: str) -> bool:
 def is_nearest(mode: str) -> bool:
     """Tell whether a point reads one pixel, and not four."""
     return mode == "nearest"
+
+
+def is_stratified(layout: str) -> bool:
+    """Tell whether points have a cell each, and are not independent."""
+    return layout == "stratified"
 
 
 def num_bytes(num_bits: int) -> int:
@@ -124,6 +132,7 @@ class Draw(NamedTuple):
         num_points: P.
         num_candidates: K, of which the uncertain points are chosen.
         num_uncertain: points that are chosen; the others are uniform.
+        layout: how candidates and uniform points lie to each other, one of LAYOUTS.
     """
 
     image_ids: Tensor
@@ -131,6 +140,7 @@ class Draw(NamedTuple):
     num_points: int
     num_candidates: int = 0
     num_uncertain: int = 0
+    layout: str = LAYOUTS[0]
 
     def for_points(self, points: Tensor | None) -> Draw:
         """Leave out the numbers that mean nothing: those of candidates where none are drawn."""

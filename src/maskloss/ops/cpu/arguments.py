@@ -29,7 +29,9 @@ from maskloss.ops.abi import (
     Instances,
     Targets,
     Term,
+    is_stratified,
 )
+from maskloss.points import Strata
 
 from .instances import INTEGER_ROWS, POINT_ROWS, ROW, SPARE, VALUE_ROWS, Numbers
 from .sampling import BLOCK, SOURCE_COLUMNS, Given, buffer_size
@@ -147,7 +149,13 @@ def room(logits: Sequence[Tensor], numbers: Numbers) -> tuple[int, int, int]:
 def numbers_of(draw: Draw, points: Tensor | None = None) -> Numbers:
     """How many points and candidates are drawn."""
     used = draw.for_points(points)
-    return Numbers(used.num_points, used.num_candidates, used.num_uncertain)
+    cells = strata_of(used, used.num_candidates), strata_of(used, used.num_points - used.num_uncertain)
+    return Numbers(used.num_points, used.num_candidates, used.num_uncertain, *cells)
+
+
+def strata_of(draw: Draw, count: int) -> Strata:
+    """The cells of so many points; without rows where points are independent."""
+    return Strata.of(count) if is_stratified(draw.layout) else Strata(0, 0, 0, 0, 0, 0)
 
 
 class Corners(NamedTuple):

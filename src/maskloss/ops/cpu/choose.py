@@ -14,7 +14,7 @@ from .threads import helper
 
 _I32 = np.int32
 _SMALL = 4096
-_PREFIX = 2048
+_SAMPLE = 2048
 # Keys are looked at in groups of this size; an array of keys is filled up to whole groups with the largest key.
 GROUP = 16
 LARGEST_KEY = _I32(0x7FFFFFFF)
@@ -103,16 +103,19 @@ def _ranked(keys, n, rank, low, high):
 def threshold(keys, n, rank, space, bits):
     """The `rank`-th smallest of n keys (from 1), and how many are smaller.
 
-    The candidates are independent, so a prefix tells within which two keys the answer lies; one pass collects the keys
-    between them. Should the prefix have misled, all keys are searched. `space` and `bits` are work space.
+    A sample tells within which two keys the answer lies; one pass collects the keys between them. Should the sample
+    have misled, all keys are searched. It is spread over all candidates, since those of a stratified layout come in the
+    order of the image. `space` and `bits` are work space.
     """
     if n > _SMALL:
         p = rank / n
-        spread = 4.0 * np.sqrt(p * (1.0 - p) * _PREFIX) + 2.0
-        low_rank, high_rank = int(p * _PREFIX - spread), int(p * _PREFIX + spread) + 1
+        spread = 4.0 * np.sqrt(p * (1.0 - p) * _SAMPLE) + 2.0
+        low_rank, high_rank = int(p * _SAMPLE - spread), int(p * _SAMPLE + spread) + 1
         top = 0x7FFFFFFF
-        low = _ranked(keys, _PREFIX, low_rank, 0, top) if low_rank >= 1 else 0
-        high = _ranked(keys, _PREFIX, high_rank, low, top) if high_rank <= _PREFIX else top
+        for k in range(_SAMPLE):
+            space[k] = keys[k * n // _SAMPLE]
+        low = _ranked(space, _SAMPLE, low_rank, 0, top) if low_rank >= 1 else 0
+        high = _ranked(space, _SAMPLE, high_rank, low, top) if high_rank <= _SAMPLE else top
         below, between = _collect(keys, n, _I32(low), _I32(high), space, bits)
         if below < rank <= below + between:
             key = _ranked(space, between, rank - below, low, high)

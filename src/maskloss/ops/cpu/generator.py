@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskloss.ops.abi import STREAM_SHIFT, WINDOW_H, WINDOW_W, WINDOW_X, WINDOW_Y, X, Y
+from maskloss.ops.abi import CELL_BITS, POSITION_SHIFT, STREAM_SHIFT, WINDOW_H, WINDOW_W, WINDOW_X, WINDOW_Y, X, Y
 
 from .threads import helper
 
 U32 = np.uint32
+_U64 = np.uint64
 _PARITY = U32(0x1BD11BDA)
 _UNIT = np.float32(2.0**-24)
 
@@ -67,14 +68,91 @@ def counter_of(layer, stream):
 
 
 @helper()
-def draw_bits(key, stream, counters, n, bits):
-    """Points `counters[:n]` of a stream as integers: 24 bits for x in `bits[X]`, for y in `bits[Y]`."""
-    k0, k1 = key
+def draw_bits(key, stream, counters, n, strata, bits):
+    """Points `counters[:n]` (ascending) of a stream as integers: 24 bits for x in `bits[X]`, for y in `bits[Y]`.
+
+    `strata` are the cells of a stratified layout (`points.Strata`); without rows the points are independent.
+    """
     xs, ys = bits[X], bits[Y]
+    if strata.rows > 0:
+        follows = counters[n - 1] - counters[0] == n - 1
+        if follows and counters[0] & 1 == 0:
+            _words_of_pairs(key, stream, counters[0] >> 1, n, xs, ys)
+        else:
+            _words(key, stream, counters, n, xs)
+        _rows_of_cells(counters, n, follows, strata, ys)
+        _into_cells(counters, n, strata, xs, ys)
+        return
+    k0, k1 = key
     for i in range(n):
         r0, r1 = threefry(k0, k1, U32(counters[i]), stream)
         xs[i] = np.int32(r0 >> U32(8))
         ys[i] = np.int32(r1 >> U32(8))
+
+
+@helper()
+def _words_of_pairs(key, stream, first, n, words, space):
+    """Two words of each counter from `first` on. Three simple loops beat one that stores at every other place."""
+    k0, k1 = key
+    half = n // 2
+    even, odd = space[:half], space[half:]
+    for m in range(half):
+        even[m] = first + m
+    for m in range(half):
+        r0, r1 = threefry(k0, k1, U32(even[m]), stream)
+        even[m] = np.int32(r0)
+        odd[m] = np.int32(r1)
+    for m in range(half):
+        words[2 * m] = even[m]
+        words[2 * m + 1] = odd[m]
+    if n & 1:
+        words[n - 1] = np.int32(threefry(k0, k1, U32(first + half), stream)[0])
+
+
+@helper()
+def _words(key, stream, counters, n, words):
+    k0, k1 = key
+    for i in range(n):
+        number = U32(counters[i])
+        r0, r1 = threefry(k0, k1, U32(number >> U32(1)), stream)
+        odd = U32(U32(0) - U32(number & U32(1)))  # all bits or none: a branch would go the wrong way every other time
+        words[i] = np.int32(r0 ^ U32(U32(r0 ^ r1) & odd))
+
+
+@helper()
+def _rows_of_cells(counters, n, follows, strata, found):
+    """For each point twice the first cell of its row, and 1 if the row is a wide one."""
+    cells, rows = strata.cells, strata.rows
+    beyond, i = 0, 0
+    code = np.int32(0)
+    while i < n:
+        if counters[i] >= beyond:
+            row = ((counters[i] + 1) * rows - 1) // cells
+            first, beyond = row * cells // rows, (row + 1) * cells // rows
+            code = np.int32(2 * first + (beyond - first != strata.narrow))
+        if follows:
+            stop = min(n, i + beyond - counters[i])
+            found[i:stop] = code
+            i = stop
+        else:
+            found[i] = code
+            i += 1
+
+
+@helper()
+def _into_cells(counters, n, strata, xs, ys):
+    """Points from their words (in `xs`) and rows of cells (in `ys`)."""
+    narrow, by_cells = U32(strata.narrow), _U64(strata.by_cells)
+    by_narrow, by_wide = _U64(strata.by_narrow), _U64(strata.by_wide)
+    for i in range(n):
+        word, row = U32(xs[i]), U32(ys[i])
+        u, v = U32(word >> U32(CELL_BITS)), U32(word & U32((1 << CELL_BITS) - 1))
+        first, wide = U32(row >> U32(1)), U32(row & U32(1))
+        across = U32(U32(U32(U32(counters[i]) - first) << U32(CELL_BITS)) + u)
+        down = (_U64(first) << _U64(CELL_BITS)) + _U64(U32(v * U32(narrow + wide)))
+        by_row = by_wide if wide else by_narrow
+        xs[i] = np.int32((_U64(across) * by_row) >> _U64(POSITION_SHIFT))
+        ys[i] = np.int32((down * by_cells) >> _U64(POSITION_SHIFT))
 
 
 @helper()

@@ -24,6 +24,7 @@ from maskloss.ops.abi import (
     X,
     Y,
 )
+from maskloss.points import Strata
 
 from .choose import GROUP, LARGEST_KEY, list_marked, make_keys, mark_chosen, threshold
 from .generator import counter_of, draw_bits, instance_key, points_of_bits
@@ -56,11 +57,16 @@ SPARE = 2 * GROUP
 
 
 class Numbers(NamedTuple):
-    """How many points and candidates an instance has; no candidates where none are uncertain."""
+    """How many points and candidates an instance has; no candidates where none are uncertain.
+
+    `candidate_cells` and `random_cells` are `points.Strata`, without rows where points are independent.
+    """
 
     points: int
     candidates: int
     uncertain: int
+    candidate_cells: Strata
+    random_cells: Strata
 
 
 @helper()
@@ -99,7 +105,7 @@ def choose_candidates(buffer, source, key, layer, window, numbers, border, z, bl
     for first in range(0, num_candidates, BLOCK):
         n = min(BLOCK, num_candidates - first)
         _count_up(counters, first, n)
-        draw_bits(key, stream, counters, n, bits)
+        draw_bits(key, stream, counters, n, numbers.candidate_cells, bits)
         locate_drawn(bits, x, y, n, source, window, border, index, fx, fy)
         part = z[first : first + n]
         gather(buffer, source[WIDTH] + 2 * BORDER, index, fx, fy, n, part)
@@ -110,7 +116,7 @@ def choose_candidates(buffer, source, key, layer, window, numbers, border, z, bl
 
 
 @helper()
-def points_of_block(first, n, num_uncertain, given, instance, key, layer, window, chosen, x, y, ints):
+def points_of_block(first, n, numbers, given, instance, key, layer, window, chosen, x, y, ints):
     """Points `first:first + n` of an instance: the caller's, or chosen candidates and then random ones.
 
     Random points also stay in `ints[2:4]`, as bits.
@@ -118,11 +124,11 @@ def points_of_block(first, n, num_uncertain, given, instance, key, layer, window
     if given.address != 0:
         given_points(given, instance, first, n, x, y)
         return
-    counters, stream = chosen[first : first + n], counter_of(layer, CANDIDATES)
-    if first >= num_uncertain:
-        counters, stream = ints[0], counter_of(layer, RANDOM)
-        _count_up(counters, first - num_uncertain, n)
-    draw_bits(key, stream, counters, n, ints[2:4])
+    counters, stream, cells = chosen[first : first + n], counter_of(layer, CANDIDATES), numbers.candidate_cells
+    if first >= numbers.uncertain:
+        counters, stream, cells = ints[0], counter_of(layer, RANDOM), numbers.random_cells
+        _count_up(counters, first - numbers.uncertain, n)
+    draw_bits(key, stream, counters, n, cells, ints[2:4])
     points_of_bits(ints[2:4], n, window, x, y)
 
 
@@ -146,7 +152,7 @@ def uncertain_points(
     counter, items, values, coordinates, integers, sources, index, windows, image_ids, seed, numbers, border, points
 ):
     """Points `[N, P, 2]` of instances, chosen candidates first."""
-    num_points, num_candidates, num_uncertain = numbers
+    num_points, num_candidates, num_uncertain = numbers.points, numbers.candidates, numbers.uncertain
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
     ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)
@@ -172,7 +178,7 @@ def uncertain_points(
         first = 0
         while first < num_points:
             n = _block_length(first, num_points, num_uncertain)
-            points_of_block(first, n, num_uncertain, _NOT_GIVEN, item, key, layer, window, chosen, x, y, ints)
+            points_of_block(first, n, numbers, _NOT_GIVEN, item, key, layer, window, chosen, x, y, ints)
             for i in range(n):
                 points[item, first + i, X] = x[i]
                 points[item, first + i, Y] = y[i]
@@ -191,7 +197,7 @@ def mask_loss(
 
     `kept` gets the logits at the points, if it has rows.
     """
-    num_points, num_candidates, num_uncertain = numbers
+    num_points, num_candidates, num_uncertain = numbers.points, numbers.candidates, numbers.uncertain
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
     ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)
@@ -220,7 +226,7 @@ def mask_loss(
         first = 0
         while first < num_points:
             n = _block_length(first, num_points, num_uncertain)
-            points_of_block(first, n, num_uncertain, given, item, key, layer, window, chosen, x, y, ints)
+            points_of_block(first, n, numbers, given, item, key, layer, window, chosen, x, y, ints)
             if first < num_uncertain:
                 for i in range(n):
                     z[i] = candidates[np.uintp(np.uint32(chosen[first + i]))]
@@ -299,7 +305,7 @@ def mask_loss_backward(
             while first < num_points:
                 n = _block_length(first, num_points, num_uncertain)
                 last = first + n
-                points_of_block(first, n, num_uncertain, given, instance, key, layer, window, chosen, x, y, ints)
+                points_of_block(first, n, numbers, given, instance, key, layer, window, chosen, x, y, ints)
                 _locate_block(
                     given, ints, x, y, n, source, window, border, places[first:last], fx[first:last], fy[first:last]
                 )

@@ -68,11 +68,12 @@ def _sort_pass(digits, shift, bins, n, source, target, counts):
 @kernel
 def draw(
     counter, items, _values, _coordinates, integers,
-    image_ids, seed, windows, images, ignore, num_points, num_bands, points, weights, bands,
+    image_ids, seed, windows, images, ignore, strata, num_points, num_bands, points, weights, bands,
 ):  # fmt: skip
     """The matcher's points of each image, sorted: `[B, 2, P]`, weights `[B, P]`, and where each band begins."""
     order, space = integers[:num_points], integers[num_points : 2 * num_points]
     bits = integers[2 * num_points : 4 * num_points].reshape(2, num_points)
+    rows = integers[4 * num_points : 5 * num_points]
     counts = np.empty(4097, np.int64)
     while True:
         image = take(counter)
@@ -82,16 +83,19 @@ def draw(
         stream = counter_of(0, MATCHER)
         for i in range(num_points):
             order[i] = i
-        draw_bits(key, stream, order, num_points, bits)
+        draw_bits(key, stream, order, num_points, strata, bits)
         for i in range(num_points):
-            bits[Y, i] = _I32((np.int64(bits[Y, i]) * num_bands) >> 24)
+            rows[i] = _I32((np.int64(bits[Y, i]) * num_bands) >> 24)
         _sort_pass(bits[X], 12, 4096, num_points, order, space, counts)
-        _sort_pass(bits[Y], 0, num_bands, num_points, space, order, counts)
+        _sort_pass(rows, 0, num_bands, num_points, space, order, counts)
         bands[image, 0] = 0
         for band in range(num_bands):
             bands[image, band + 1] = counts[band]
         x, y = points[image, X], points[image, Y]
-        draw_bits(key, stream, order, num_points, bits)
+        for axis in (X, Y):
+            for i in range(num_points):
+                space[i] = bits[axis, order[i]]
+            bits[axis] = space
         points_of_bits(bits, num_points, windows[image], x, y)
         space[:] = 0
         mark_ignored(x, y, num_points, images[image], ignore, False, space)

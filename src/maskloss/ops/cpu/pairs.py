@@ -13,7 +13,7 @@ from torch import Tensor
 from maskloss.ops.abi import POINT_COLUMNS, Draw, Targets, Term
 
 from . import match as kernels
-from .arguments import Array, absolute, array_of, describe, dtypes_of, encode
+from .arguments import Array, absolute, array_of, describe, dtypes_of, encode, strata_of
 from .choose import GROUP
 from .sampling import BORDER
 from .threads import Dtypes, launch
@@ -65,8 +65,8 @@ def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: T
     points = np.empty((batch, POINT_COLUMNS, num_points), dtypes[1])
     weights = np.empty((batch, num_points), dtype)
     args: tuple[Any, ...] = (array_of(draw.image_ids), int(draw.seed), array_of(targets.windows), images)
-    args += (array_of(targets.ignore), num_points, num_bands, points, weights, bands)
-    launch(kernels.draw, batch, dtypes, (0, 0, 4 * num_points), args)
+    args += (array_of(targets.ignore), strata_of(draw, num_points), num_points, num_bands, points, weights, bands)
+    launch(kernels.draw, batch, dtypes, (0, 0, 5 * num_points), args)
     owner = np.repeat(np.arange(batch), num_targets)
     first, length = np.empty((2, len(table), num_bands), np.int64)
     room = int(np.diff(bands).max()) + kernels.VECTOR + GROUP

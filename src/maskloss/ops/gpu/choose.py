@@ -20,6 +20,7 @@ from maskloss.ops.abi import accumulation_dtype
 from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry
 from .sampling import (
     CANDIDATES,
+    FIRST_CELLS,
     IMAGE,
     INDEX_COLUMNS,
     LAYER,
@@ -28,7 +29,7 @@ from .sampling import (
     TARGET,
     X,
     Y,
-    draw,
+    draw_layout,
     instance_key,
     layer_pointer,
     load_point,
@@ -63,7 +64,7 @@ def sample_points(
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
 def sample_candidates(
-    layers, first_layer, index, windows, image_ids, seed_value, seed_pointer, values, num_candidates, blocks,
+    layers, first_layer, index, windows, image_ids, seed_value, seed_pointer, strata, values, num_candidates, blocks,
     height, width, stride_b, stride_q, stride_y, stride_x,
     LAYERS: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +77,7 @@ def sample_candidates(
     layer, image = tl.load(row + LAYER), tl.load(row + IMAGE)
     base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + QUERY) * stride_q
     key0, key1 = instance_key(seed_value, seed_pointer, tl.load(image_ids + image), tl.load(row + TARGET))
-    x, y = draw(key0, key1, i.to(tl.uint32), layer.to(tl.uint32) + CANDIDATES, windows, image)
+    x, y = draw_layout(key0, key1, i, layer.to(tl.uint32) + CANDIDATES, strata, FIRST_CELLS, windows, image)
     ACC: tl.constexpr = values.dtype.element_ty
     z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, False, BORDER, ACC)
     tl.store(values + n * num_candidates + i, z, mask=keep)
@@ -158,7 +159,7 @@ def _list_chosen(chosen, order, num_candidates, num_uncertain, num_bytes, BLOCK:
 
 @triton.jit(do_not_specialize=["seed_value"])
 def write_points(
-    index, windows, image_ids, seed_value, seed_pointer, order, points, num_points, num_uncertain, blocks,
+    index, windows, image_ids, seed_value, seed_pointer, strata, order, points, num_points, num_uncertain, blocks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """points[n, i] = x, y of the points of the loss. One program: a block of points of an instance."""
@@ -168,7 +169,7 @@ def write_points(
     keep = i < num_points
     row = index + n * INDEX_COLUMNS
     x, y = point_of(
-        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, None, order, 0, 0, 0, num_uncertain
+        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, strata, None, order, 0, 0, 0, num_uncertain
     )  # fmt: skip
     place = points + POINT_COLUMNS * (n * num_points + i)
     tl.store(place + X, x, mask=keep)

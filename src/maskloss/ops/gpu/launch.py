@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss.ops.abi import Draw, is_border
+from maskloss.ops.abi import Draw, is_border, is_stratified
+from maskloss.points import Strata
 
 # Scratch memory of an operation: logits of candidates, or the planes in which half precision adds up its gradients.
 SCRATCH_BYTES = 256 * 2**20
@@ -155,11 +156,12 @@ class Sampling:
     num_candidates: int
     num_uncertain: int
     border: bool
+    strata: tuple[int, ...] | None = None
 
     @property
     def source(self) -> tuple[Any, ...]:
-        """What drawn points follow from, as all kernels take it: windows, image numbers, seed."""
-        return (self.windows, self.image_ids, *self.seed)
+        """What drawn points follow from, as all kernels take it: windows, image numbers, seed, cells."""
+        return (self.windows, self.image_ids, *self.seed, self.strata)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -178,6 +180,15 @@ def split_seed(seed: Tensor) -> tuple[int, Tensor | None]:
 
 def make_sampling(draw: Draw, windows: Tensor, padding: str, points: Tensor | None = None) -> Sampling:
     """Gather what points depend on."""
-    ids, seed, num_points, candidates, uncertain = draw.for_points(points)
+    ids, seed, num_points, candidates, uncertain, layout = draw.for_points(points)
     given = None if points is None else float_points(points)
-    return Sampling(given, windows, ids, split_seed(seed), num_points, candidates, uncertain, is_border(padding))
+    strata = None if given is not None else strata_of(layout, candidates, num_points - uncertain)
+    numbers = (num_points, candidates, uncertain)
+    return Sampling(given, windows, ids, split_seed(seed), *numbers, is_border(padding), strata)
+
+
+def strata_of(layout: str, *counts: int) -> tuple[int, ...] | None:
+    """Return the numbers of `Strata` for draws of so many points, one after another; None: points are independent."""
+    if not is_stratified(layout):
+        return None
+    return tuple(number for count in counts for number in Strata.of(count))

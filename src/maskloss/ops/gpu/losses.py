@@ -102,8 +102,8 @@ def _store_sums(block, s, t, weight, keep):
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
 def loss_terms(
-    layers, first_layer, index, data, table, images, ignore, windows, image_ids, seed_value, seed_pointer, points,
-    order, kept, corners, logits, sums, num_points, num_uncertain, blocks,
+    layers, first_layer, index, data, table, images, ignore, windows, image_ids, seed_value, seed_pointer, strata,
+    points, order, kept, corners, logits, sums, num_points, num_uncertain, blocks,
     height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
     LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ALPHA: tl.constexpr,
     GAMMA: tl.constexpr, BLOCK: tl.constexpr,
@@ -122,7 +122,7 @@ def loss_terms(
     layer, image = tl.load(row + LAYER), tl.load(row + IMAGE)
     base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + QUERY) * stride_q
     x, y = point_of(
-        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, points, order,
+        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, strata, points, order,
         stride_n, stride_p, stride_c, num_uncertain,
     )  # fmt: skip
     if order is None:
@@ -176,8 +176,8 @@ def finish_losses(sums, ce, dice, count, blocks, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
 def slope_terms(
-    layers, first_layer, index, table, images, windows, image_ids, seed_value, seed_pointer, points, order, corners,
-    values, sums, num_points, num_uncertain, blocks,
+    layers, first_layer, index, table, images, windows, image_ids, seed_value, seed_pointer, strata, points, order,
+    corners, values, sums, num_points, num_uncertain, blocks,
     height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
     LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -193,7 +193,7 @@ def slope_terms(
     row = index + n * INDEX_COLUMNS
     image = tl.load(row + IMAGE)
     x, y = point_of(
-        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, points, order,
+        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, strata, points, order,
         stride_n, stride_p, stride_c, num_uncertain,
     )  # fmt: skip
     if layers is None:

@@ -19,17 +19,30 @@ from torch import Tensor
 from maskloss.ops import abi
 from maskloss.ops.abi import ENCODINGS, Draw, Targets, Term
 
-from .launch import BLOCK, OPTIONS, Span, cdiv, empty, focal_options, geometry, is_simple, runs, split_seed
+from .launch import (
+    BLOCK,
+    OPTIONS,
+    Span,
+    cdiv,
+    empty,
+    focal_options,
+    geometry,
+    is_simple,
+    runs,
+    split_seed,
+    strata_of,
+)
 from .losses import power, sigmoids
 from .sampling import (
     BASE,
     COUNT,
+    FIRST_CELLS,
     IMAGE_COLUMNS,
     MATCHER,
     POINT_COLUMNS,
     X,
     Y,
-    draw,
+    draw_layout,
     instance_key,
     is_ignored,
     layer_pointer,
@@ -46,7 +59,9 @@ _PROGRAMS = 1024
 
 
 @triton.jit(do_not_specialize=["seed_value"])
-def match_points(windows, image_ids, seed_value, seed_pointer, points, keys, num_points, blocks, BLOCK: tl.constexpr):
+def match_points(
+    windows, image_ids, seed_value, seed_pointer, strata, points, keys, num_points, blocks, BLOCK: tl.constexpr
+):
     """Uniform points of an image, and the key that sorts them: the cell of a 1024 x 1024 grid, row by row."""
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
@@ -54,7 +69,7 @@ def match_points(windows, image_ids, seed_value, seed_pointer, points, keys, num
     keep = i < num_points
     everything = tl.full((), _ALL_TARGETS, tl.uint32)
     key0, key1 = instance_key(seed_value, seed_pointer, tl.load(image_ids + image), everything)
-    x, y = draw(key0, key1, i.to(tl.uint32), tl.full((), MATCHER, tl.uint32), windows, image)
+    x, y = draw_layout(key0, key1, i, tl.full((), MATCHER, tl.uint32), strata, FIRST_CELLS, windows, image)
     place = image * num_points + i
     tl.store(points + POINT_COLUMNS * place + X, x, mask=keep)
     tl.store(points + POINT_COLUMNS * place + Y, y, mask=keep)
@@ -299,10 +314,24 @@ def prepare(targets: Targets, widest: int, draw: Draw, term: Term, dtype: torch.
     batch, device, blocks = len(images), images.device, cdiv(num_points, BLOCK)
     points = empty((batch, num_points, abi.POINT_COLUMNS), torch.float32, device)
     keys = empty((batch, num_points), torch.int32, device)
+    strata = strata_of(draw.layout, num_points)
     match_points[(batch * blocks,)](
-        windows, draw.image_ids, *split_seed(draw.seed), points, keys, num_points, blocks, BLOCK=BLOCK, **OPTIONS
+        windows,
+        draw.image_ids,
+        *split_seed(draw.seed),
+        strata,
+        points,
+        keys,
+        num_points,
+        blocks,
+        BLOCK=BLOCK,
+        **OPTIONS,
     )
-    order = keys.sort(dim=1, stable=True).indices
+    if strata is None:
+        order = keys.sort(dim=1, stable=True).indices
+    else:
+        # Cells come row by row already.
+        order = torch.arange(num_points, device=device).repeat(batch, 1)
     weighted = empty((batch, widest, num_points), dtype, device)
     weights = empty((batch, num_points), dtype, device)
     match_targets[(batch * widest * blocks,)](

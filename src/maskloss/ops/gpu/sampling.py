@@ -22,6 +22,12 @@ _VALUES: tl.constexpr = tl.constexpr(abi.VALUES)
 CANDIDATES: tl.constexpr = tl.constexpr(abi.CANDIDATES << abi.STREAM_SHIFT)
 RANDOM: tl.constexpr = tl.constexpr(abi.RANDOM << abi.STREAM_SHIFT)
 MATCHER: tl.constexpr = tl.constexpr(abi.MATCHER << abi.STREAM_SHIFT)
+_CELL_BITS: tl.constexpr = tl.constexpr(abi.CELL_BITS)
+_CELL_MASK: tl.constexpr = tl.constexpr((1 << abi.CELL_BITS) - 1)
+_POSITION_SHIFT: tl.constexpr = tl.constexpr(abi.POSITION_SHIFT)
+# Where the cells of candidates (or of the matcher's points) and those of uniform points begin in `strata`.
+FIRST_CELLS: tl.constexpr = tl.constexpr(0)
+_RANDOM_CELLS: tl.constexpr = tl.constexpr(6)
 # Columns of `index`, of `MaskTargets.table`, `images` and `windows`, and of points.
 LAYER: tl.constexpr = tl.constexpr(abi.LAYER)
 IMAGE: tl.constexpr = tl.constexpr(abi.IMAGE)
@@ -111,8 +117,42 @@ def instance_key(seed_value, seed_pointer, image_id, target):
 def draw(key0, key1, counter0, counter1, windows, image):
     """Points x, y in the window of an image: x0 + width * (word >> 8) / 2^24, multiplied and added separately."""
     word0, word1 = threefry(key0, key1, counter0, counter1)
-    u = (word0 >> 8).to(tl.float32) * 5.9604644775390625e-08
-    v = (word1 >> 8).to(tl.float32) * 5.9604644775390625e-08
+    return _into_window(word0 >> 8, word1 >> 8, windows, image)
+
+
+@triton.jit
+def draw_in_cells(key0, key1, i, stream, cells, rows, narrow, by_cells, by_narrow, by_wide, windows, image):
+    """Points i of a stratified draw, in the window of an image: see `points.Strata`, whose fields are the numbers."""
+    word0, word1 = threefry(key0, key1, (i >> 1).to(tl.uint32), stream)
+    word = tl.where((i & 1) != 0, word1, word0)
+    u, v = (word >> _CELL_BITS).to(tl.int64), (word & _CELL_MASK).to(tl.int64)
+    row = ((i + 1) * rows - 1) // cells
+    first = row * cells // rows
+    wide = (row + 1) * cells // rows - first
+    by_row = tl.where(wide == narrow, by_narrow, by_wide)
+    across = ((i - first).to(tl.int64) << _CELL_BITS) + u
+    down = (first.to(tl.int64) << _CELL_BITS) + v * wide
+    return _into_window(across * by_row >> _POSITION_SHIFT, down * by_cells >> _POSITION_SHIFT, windows, image)
+
+
+@triton.jit
+def draw_layout(key0, key1, i, stream, strata, START: tl.constexpr, windows, image):
+    """Points i of a draw: independent ones without `strata`, which otherwise has the numbers from START on."""
+    if strata is None:
+        x, y = draw(key0, key1, i.to(tl.uint32), stream, windows, image)
+    else:
+        x, y = draw_in_cells(
+            key0, key1, i, stream, strata[START], strata[START + 1], strata[START + 2], strata[START + 3],
+            strata[START + 4], strata[START + 5], windows, image,
+        )  # fmt: skip
+    return x, y
+
+
+@triton.jit
+def _into_window(across, down, windows, image):
+    """24-bit integers into the window of an image."""
+    u = across.to(tl.float32) * 5.9604644775390625e-08
+    v = down.to(tl.float32) * 5.9604644775390625e-08
     window = windows + image * _WINDOW_COLUMNS
     x = u * tl.load(window + _WINDOW_W) + tl.load(window + _WINDOW_X)
     y = v * tl.load(window + _WINDOW_H) + tl.load(window + _WINDOW_Y)
@@ -361,7 +401,7 @@ def layer_pointer(layers, number, LAYERS: tl.constexpr):
 
 @triton.jit
 def point_of(
-    instance, offsets, keep, index_row, windows, image_ids, seed_value, seed_pointer, points, order, stride_n,
+    instance, offsets, keep, index_row, windows, image_ids, seed_value, seed_pointer, strata, points, order, stride_n,
     stride_p, stride_c, num_uncertain,
 ):  # fmt: skip
     """Points of an instance: those that were given, or drawn again, first the chosen candidates, then uniform ones."""
@@ -370,14 +410,25 @@ def point_of(
         key0, key1 = instance_key(seed_value, seed_pointer, tl.load(image_ids + image), tl.load(index_row + TARGET))
         layer = tl.load(index_row + LAYER).to(tl.uint32)
         if order is None:
-            counter = offsets
-            stream = layer + RANDOM
+            x, y = draw_layout(key0, key1, offsets, layer + RANDOM, strata, _RANDOM_CELLS, windows, image)
         else:
             uncertain = offsets < num_uncertain
             candidate = tl.load(order + instance * num_uncertain + offsets, mask=keep & uncertain, other=0)
             counter = tl.where(uncertain, candidate, offsets - num_uncertain)
             stream = tl.where(uncertain, layer + CANDIDATES, layer + RANDOM)
-        x, y = draw(key0, key1, counter.to(tl.uint32), stream, windows, image)
+            if strata is None:
+                x, y = draw(key0, key1, counter.to(tl.uint32), stream, windows, image)
+            else:
+                x, y = draw_in_cells(
+                    key0, key1, counter, stream,
+                    tl.where(uncertain, strata[0], strata[_RANDOM_CELLS]),
+                    tl.where(uncertain, strata[1], strata[_RANDOM_CELLS + 1]),
+                    tl.where(uncertain, strata[2], strata[_RANDOM_CELLS + 2]),
+                    tl.where(uncertain, strata[3], strata[_RANDOM_CELLS + 3]),
+                    tl.where(uncertain, strata[4], strata[_RANDOM_CELLS + 4]),
+                    tl.where(uncertain, strata[5], strata[_RANDOM_CELLS + 5]),
+                    windows, image,
+                )  # fmt: skip
     else:
         point = points + instance * stride_n + offsets.to(tl.int64) * stride_p
         x, y = load_point(point, stride_c, keep)

@@ -88,8 +88,8 @@ def claim_slots(index, slots, first_layer, count, batch, queries, BLOCK: tl.cons
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value", "headroom"])
 def scatter(
-    planes, first_layer, slots, largest, index, table, images, windows, image_ids, seed_value, seed_pointer, points,
-    order, corners, values, sums, grad_ce, grad_dice, num_points, num_uncertain, blocks,
+    planes, first_layer, slots, largest, index, table, images, windows, image_ids, seed_value, seed_pointer, strata,
+    points, order, corners, values, sums, grad_ce, grad_dice, num_points, num_uncertain, blocks,
     height, width, batch, queries, stride_n, stride_p, stride_c, headroom,
     LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, TARGET_NEAREST: tl.constexpr,
     BORDER: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
@@ -109,7 +109,7 @@ def scatter(
     layer = tl.load(row + LAYER) - first_layer
     plane = image * queries + tl.load(row + QUERY)
     x, y = point_of(
-        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, points, order,
+        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, strata, points, order,
         stride_n, stride_p, stride_c, num_uncertain,
     )  # fmt: skip
     d = tl.load(values + n * num_points + i, mask=keep, other=0.0)

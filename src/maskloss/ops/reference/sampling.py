@@ -24,7 +24,7 @@ from maskloss.ops.abi import (
     is_border,
     is_nearest,
 )
-from maskloss.points import instance_keys, uniform_points
+from maskloss.points import draw_layout, instance_keys
 
 from .formulas import interpolate, position, uncertainty
 
@@ -147,10 +147,11 @@ def draw_points(z_at: Callable[[Tensor], Tensor], index: Tensor, windows: Tensor
     layers, images = index[:, LAYER], index[:, IMAGE]
     keys = instance_keys(_known_seed(draw.seed, index.device), draw.image_ids[images], index[:, TARGET])
     window = windows[images]
-    uniform = into_window(uniform_points(keys, draw.num_points - draw.num_uncertain, layers, RANDOM), window)
+    num_random = draw.num_points - draw.num_uncertain
+    uniform = into_window(draw_layout(draw.layout, keys, num_random, layers, RANDOM), window)
     if draw.num_uncertain == 0:
         return uniform, index.new_empty(len(index), 0)
-    candidates = into_window(uniform_points(keys, draw.num_candidates, layers, CANDIDATES), window)
+    candidates = into_window(draw_layout(draw.layout, keys, draw.num_candidates, layers, CANDIDATES), window)
     chosen = choose(z_at(candidates), draw.num_uncertain)
     uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, candidates.shape[2]))
     return torch.cat([uncertain, uniform], dim=1), chosen
@@ -170,4 +171,4 @@ def match_points(windows: Tensor, draw: Draw) -> Tensor:
     """Draw the matcher's uniform points, shared by all queries and layers of an image: `[B, P, 2]`."""
     ids = draw.image_ids
     keys = instance_keys(_known_seed(draw.seed, ids.device), ids, torch.full_like(ids, ALL_TARGETS))
-    return into_window(uniform_points(keys, draw.num_points, torch.zeros_like(ids), MATCHER), windows)
+    return into_window(draw_layout(draw.layout, keys, draw.num_points, torch.zeros_like(ids), MATCHER), windows)

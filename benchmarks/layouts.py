@@ -1,0 +1,187 @@
+"""How quiet the layouts of points are: the numbers of docs/stratified.md.
+
+    python benchmarks/layouts.py masks       blobs and predictions of them, 1024 x 1024 and 256 x 256
+    python benchmarks/layouts.py digits      predictions and matching of a training run on digits, at three stages
+    python benchmarks/layouts.py training    AP on digits after training with either layout
+
+Every standard deviation is that of an instance's loss over draws of its points, with everything else fixed: the root
+of the mean variance over the instances.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskloss import HungarianMatcher, MaskCriterion, MaskLoss, MaskTargets, PointSampling
+from maskloss.bench.cases import Case
+from maskloss.bench.inputs import make_inputs
+from maskloss.training.config import TrainConfig
+from maskloss.training.digits import DigitScenes
+from maskloss.training.evaluate import evaluate, predict
+from maskloss.training.run import Session
+
+LAYOUTS = ("independent", "stratified")
+MASKS = Case("masks", 1, 12, 12, 3, 5, (256, 256), (1024, 1024))
+STAGES = (0.05, 0.3, 1.0)
+
+
+class Spread(NamedTuple):
+    """Means and standard deviations of both terms."""
+
+    ce: float
+    dice: float
+    ce_spread: float
+    dice_spread: float
+
+
+def matched_pairs(case: Case, layer: int) -> tuple[Tensor, Tensor]:
+    """Return predictions `[T, h, w]` of a layer and the targets `[T, H, W]` that they are matched with."""
+    inputs = make_inputs(case, seed=0, dtype=torch.float32, device=torch.device("cpu"))
+    targets = [{"masks": inputs.masks[0], "labels": inputs.labels[0]}]
+    logits = inputs.mask_logits[layer].detach()
+    matcher = HungarianMatcher(num_points=3136)
+    [(queries, rows)] = matcher(inputs.class_logits[layer].detach(), logits, targets, seed=0).pairs()
+    return logits[0, queries], inputs.masks[0][rows]
+
+
+def spread(logits: Tensor, masks: Tensor | MaskTargets, sampling: PointSampling, draws: int) -> Spread:
+    """Draw the points of pairs many times."""
+    targets = masks if isinstance(masks, MaskTargets) else MaskTargets.from_masks(masks)
+    loss = MaskLoss(sampling=sampling)
+    drawn = [loss(logits, targets, seed=seed).per_instance for seed in range(draws)]
+    ce, dice = (torch.stack([getattr(each, term) for each in drawn]).double() for term in ("ce", "dice"))
+    return Spread(ce.mean().item(), dice.mean().item(), *(term.var(0).mean().sqrt().item() for term in (ce, dice)))
+
+
+def show(label: str, found: Spread) -> None:
+    print(
+        f"{label:44} BCE {found.ce:.5f} ± {found.ce_spread:.2e}   Dice {found.dice:.5f} ± {found.dice_spread:.2e}",
+        flush=True,
+    )
+
+
+def configurations(numbers: tuple[int, ...]) -> Iterator[PointSampling]:
+    for alpha, count, layout in itertools.product((0.0, 0.75), numbers, LAYOUTS):
+        yield PointSampling(count, importance_ratio=alpha, layout=layout)
+
+
+def measure_masks(draws: int) -> None:
+    logits, masks = matched_pairs(MASKS, layer=1)
+    for sampling in configurations((3136, 12544)):
+        label = f"alpha {sampling.importance_ratio:<4} P {sampling.num_points:5} {sampling.layout}"
+        show(label, spread(logits, masks, sampling, draws))
+
+
+# ------------------------------------------------------------------------------------------------------------- digits
+
+
+def session_with(steps: int, seed: int, sampling: PointSampling) -> Session:
+    """Set up a training run whose loss and matching have the given points."""
+    config = TrainConfig(steps=steps, seed=seed, num_points=sampling.num_points, held_out=200)
+    session = Session(config, DigitScenes(config.size, config.held_out))
+    session.criterion = MaskCriterion(
+        num_classes=10,
+        class_weight=config.class_weight,
+        no_object_weight=config.no_object_weight,
+        sampling=sampling,
+        matcher=HungarianMatcher(num_points=sampling.num_points, layout=sampling.layout),
+    )
+    return session
+
+
+class Assignment(NamedTuple):
+    """The matching of a batch over many draws."""
+
+    cost_spread: float
+    changed: float
+
+
+@torch.no_grad()
+def matching(session: Session, matcher: HungarianMatcher, draws: int) -> Assignment:
+    """Match the first held-out scenes again and again, with new points each time.
+
+    Returns:
+        The standard deviation of a pair's cost, and the share of targets that go with another query than in the draw
+        before.
+    """
+    scenes = session.source.held_out[:48]
+    output = session.model(torch.stack([scene.image for scene in scenes]))
+    targets = MaskTargets.cat([scene.targets for scene in scenes])
+    labels = torch.cat([scene.labels for scene in scenes])
+    classes, masks = output.class_logits[-1][None], [output.mask_logits[-1]]
+    real = torch.arange(max(targets.num_targets)) < torch.tensor(targets.num_targets)[:, None]
+    costs, owners = [], []
+    for seed in range(draws):
+        common = (classes, masks, targets, labels, torch.arange(len(scenes)), torch.tensor(seed))
+        costs.append(matcher.costs(*common)[0].double())
+        rows = matcher.match(*common).index
+        owners.append(rows[(rows[:, 1] * 1000 + rows[:, 3]).argsort(), 2])
+    variance = torch.stack(costs).var(0).transpose(1, 2)[real]
+    chosen = torch.stack(owners)
+    return Assignment(variance.mean().sqrt().item(), (chosen[1:] != chosen[:-1]).double().mean().item())
+
+
+@torch.no_grad()
+def stage(session: Session, step: int, draws: int) -> None:
+    session.model.eval()
+    scenes = session.source.held_out[:48]
+    output = session.model(torch.stack([scene.image for scene in scenes]))
+    targets = [{"masks": scene.targets, "labels": scene.labels} for scene in scenes]
+    matches = session.criterion.matcher(output.class_logits[-1], output.mask_logits[-1], targets, seed=0)
+    rows = matches.index
+    logits = output.mask_logits[-1][rows[:, 1], rows[:, 2]]
+    truth = torch.stack([scenes[image].targets.dense()[target] for _, image, _, target in rows.tolist()])
+    print(f"step {step}: {len(rows)} instances")
+    for sampling in configurations((64, 128, 256)):
+        label = f"alpha {sampling.importance_ratio:<4} P {sampling.num_points:5} {sampling.layout}"
+        show(label, spread(logits, truth, sampling, draws))
+    for count, layout in itertools.product((64, 128, 256), LAYOUTS):
+        found = matching(session, HungarianMatcher(num_points=count, layout=layout), draws)
+        print(
+            f"matching P {count:4} {layout:12} cost ± {found.cost_spread:.3e}, {found.changed:.2%} change", flush=True
+        )
+    session.model.train()
+
+
+def measure_digits(draws: int, steps: int) -> None:
+    session = session_with(steps, 0, PointSampling(256))
+    for step in range(1, steps + 1):
+        session.step(step)
+        if step in {max(1, round(steps * share)) for share in STAGES}:
+            stage(session, step, draws)
+
+
+def measure_training(seeds: int, steps: int) -> None:
+    for seed in range(seeds):
+        for sampling in (PointSampling(256), PointSampling(64), PointSampling(64, layout="stratified")):
+            session = session_with(steps, seed, sampling)
+            for step in range(1, steps + 1):
+                session.step(step)
+            scenes = session.source.held_out
+            found = evaluate(scenes, predict(session.model, scenes, session.device), session.source.class_names)
+            print(f"seed {seed} P {sampling.num_points:4} {sampling.layout:12} AP {found.ap:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("masks", "digits", "training"))
+    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    if options.what == "masks":
+        measure_masks(options.draws)
+    elif options.what == "digits":
+        measure_digits(options.draws, options.steps)
+    else:
+        measure_training(options.seeds, options.steps)
+
+
+if __name__ == "__main__":
+    main()
