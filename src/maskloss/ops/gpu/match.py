@@ -352,6 +352,8 @@ def add_terms(
     per_split = cdiv(cdiv(num_points, splits), tile.points) * tile.points
     programs = len(span.layers) * batch * cdiv(queries, tile.queries) * splits * cdiv(widest, tile.targets)
     options = {**focal_options(focal[1]), "num_warps": tile.warps}
+    if sampled and tile.targets > 32 and not torch.version.hip:
+        options["maxnreg"] = 255  # see `focal_options`
     match_terms[(programs,)](
         span.layers, span.first, cells, fractions, shared.weighted, shared.weights, *parts, shared.order.numel(),
         num_points, splits, per_split, batch, queries, widest, num_rows, *geometry(first),
