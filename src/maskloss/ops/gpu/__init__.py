@@ -156,7 +156,7 @@ def _forward(
     corners = empty((len(index), num_points), dtype if encoding == "values" else torch.uint8, device)
     chosen = _chosen_bits(index, sampling)
     logits = empty((len(index) if keep else 0, num_points), dtype, device)
-    blocks = cdiv(num_points, BLOCK)
+    blocks, options = cdiv(num_points, BLOCK), focal_options(term.gamma, bounded=keep and term.gamma >= 0)
     sums = empty((len(index), blocks, losses.NUM_SUMS.value), dtype, device)
     with on_device(index):
         for span in work:
@@ -168,7 +168,7 @@ def _forward(
                 corners[rows], logits[rows] if keep else None, sums[rows], num_points, sampling.num_uncertain, blocks,
                 *geometry(span.layers[0]), *sampling.strides,
                 LAYERS=len(span.layers), ENCODING=ENCODINGS[encoding], NEAREST=term.nearest, BORDER=sampling.border,
-                ALPHA=term.alpha, GAMMA=term.gamma, BLOCK=BLOCK, **focal_options(term.gamma),
+                ALPHA=term.alpha, GAMMA=term.gamma, BLOCK=BLOCK, **options,
             )  # fmt: skip
         if len(index):
             losses.finish_losses[(cdiv(len(index), 32),)](

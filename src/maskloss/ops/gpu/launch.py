@@ -118,12 +118,13 @@ def is_simple(gamma: float) -> bool:
     return gamma <= 0 or gamma in (1.0, 2.0)
 
 
-def focal_options(gamma: float) -> dict[str, Any]:
-    """Launch options of a kernel that computes losses.
+def focal_options(gamma: float, *, bounded: bool = False) -> dict[str, Any]:
+    """Launch options of a kernel that computes losses; `bounded` for a variant that would spill with any gamma.
 
     NVIDIA's assembler likes to spill a few bytes for more threads at a time; a bound on registers keeps it from that.
     """
-    return OPTIONS if is_simple(gamma) or torch.version.hip else {**OPTIONS, "maxnreg": 255}
+    simple = is_simple(gamma) and not bounded
+    return OPTIONS if simple or torch.version.hip else {**OPTIONS, "maxnreg": 255}
 
 
 def cdiv(a: int, b: int) -> int:

@@ -380,7 +380,7 @@ def add_terms(
     splits, num_points = parts[0].shape[0], shared.num_points
     per_split = cdiv(cdiv(num_points, splits), tile.points) * tile.points
     programs = len(span.layers) * batch * cdiv(queries, tile.queries) * splits * cdiv(widest, tile.targets)
-    options = {**focal_options(focal[1]), "num_warps": tile.warps}
+    options = {**focal_options(focal[1], bounded=sampled and tile.targets > 32), "num_warps": tile.warps}
     match_terms[(programs,)](
         span.layers, span.first, cells, fractions, shared.weighted, shared.weights, *parts, shared.order.numel(),
         num_points, splits, per_split, batch, queries, widest, num_rows, *geometry(first),
