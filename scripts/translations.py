@@ -75,7 +75,9 @@ def stamp(page: Path, root: Path = ROOT) -> None:
     """Write what a page translates into its last line, and the links between the languages."""
     for path, line in links(page).items():
         text = _LINK.sub("", path.read_text(encoding="utf-8"))
-        path.write_text(re.sub(r"^(# .+\n)\n+", rf"\1\n{line}\n\n", text, count=1, flags=re.MULTILINE), encoding="utf-8")
+        path.write_text(
+            re.sub(r"^(# .+\n)\n+", rf"\1\n{line}\n\n", text, count=1, flags=re.MULTILINE), encoding="utf-8"
+        )
     english = original(page)
     text = _STAMP.sub("", page.read_text(encoding="utf-8")).rstrip()
     source = english.relative_to(root).as_posix()

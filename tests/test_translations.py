@@ -11,7 +11,10 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-URLS = [f"https://{host}/" for host in ("github.com/maskloss/maskloss/blob/main", "raw.githubusercontent.com/maskloss/maskloss/main")]
+URLS = [
+    f"https://{host}/"
+    for host in ("github.com/maskloss/maskloss/blob/main", "raw.githubusercontent.com/maskloss/maskloss/main")
+]
 CODE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
