@@ -125,3 +125,11 @@ def test_a_page_without_stamp_or_original_is_named(copy: Path, tmp_path: Path) -
     assert "docs/zh/quickstart.md does not end with the stamp" in translations.problem(copy, tmp_path)
     (tmp_path / "docs" / "quickstart.md").unlink()
     assert "docs/quickstart.md, which does not exist" in translations.problem(copy, tmp_path)
+
+
+def test_the_command_checks_and_refuses_other_pages(capfd: pytest.CaptureFixture[str]) -> None:
+    assert translations.main(["--check"]) == 0
+    assert capfd.readouterr().err == ""
+    with pytest.raises(SystemExit):
+        translations.main(["--stamp", str(ROOT / "docs" / "targets.md")])
+    assert "targets.md is not a Chinese page" in capfd.readouterr().err
