@@ -32,11 +32,12 @@ test: $(VENV)/.dev ## Run the tests and doctests
 	@$(PY) -m pytest $(ARGS)
 
 .PHONY: check
-check: $(VENV)/.dev ## Check formatting, lint, types and import layering
+check: $(VENV)/.dev ## Check formatting, lint, types, import layering and translations
 	@echo '· format' && $(VENV)/bin/ruff format --check .
 	@echo '· lint'   && $(VENV)/bin/ruff check .
 	@echo '· types'  && $(VENV)/bin/mypy
 	@echo '· layers' && $(VENV)/bin/lint-imports --no-logo
+	@echo '· translations' && $(PY) scripts/translations.py --check
 
 .PHONY: fix
 fix: $(VENV)/.dev ## Format the code and apply the linter's fixes

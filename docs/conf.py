@@ -21,6 +21,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "docstrings",
+    "languages",
     "mathml",
 ]
 exclude_patterns = ["_build", "figures"]
