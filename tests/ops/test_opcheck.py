@@ -13,12 +13,13 @@ from maskloss import MaskTargets, ops
 
 Args = tuple[Any, ...]
 
-POINTS, CANDIDATES, UNCERTAIN = 20, 50, 12
+POINTS, CANDIDATES, UNCERTAIN, LAYOUT = 20, 50, 12, "stratified"
 SEED = torch.tensor(3)
 FOCAL = (0.3, 1.5)
 # Two layers of different sizes, two images, three queries; (layer, image, query, target) sorted by layer.
 INDEX = torch.tensor([[0, 0, 2, 1], [0, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1], [1, 1, 2, 0]])
 LAYER_SIZES, IMAGE_IDS = (2, 3), torch.tensor([7, 8])
+DRAW_FOR_MATCHING = (IMAGE_IDS, SEED, POINTS, 0, 0, LAYOUT)
 
 
 def layers(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -47,7 +48,8 @@ def point_sample_backward(backend: str) -> Args:
 def uncertain_points(backend: str, num_uncertain: int = UNCERTAIN) -> Args:
     windows = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.2, 0.3, 0.5, 0.5]])
     plain = [layer.detach() for layer in layers()]
-    return plain, INDEX, LAYER_SIZES, IMAGE_IDS, SEED, POINTS, CANDIDATES, num_uncertain, windows, "border", backend
+    drawn = (IMAGE_IDS, SEED, POINTS, CANDIDATES, num_uncertain, LAYOUT)
+    return plain, INDEX, LAYER_SIZES, *drawn, windows, "border", backend
 
 
 def mask_loss(backend: str, encoding: str = "bits", *, given: bool = False, dtype: torch.dtype = torch.float32) -> Args:
@@ -55,7 +57,7 @@ def mask_loss(backend: str, encoding: str = "bits", *, given: bool = False, dtyp
     points = torch.rand(len(INDEX), POINTS, 2) if given else None
     return (
         *(layers(dtype), INDEX, LAYER_SIZES, packed.encoding, *packed.tensors),
-        *(IMAGE_IDS, SEED, POINTS, CANDIDATES, UNCERTAIN),
+        *(IMAGE_IDS, SEED, POINTS, CANDIDATES, UNCERTAIN, LAYOUT),
         *("zeros", "bilinear", *FOCAL, points, backend),
     )
 
@@ -72,7 +74,7 @@ def match_cost(backend: str, encoding: str = "bits") -> Args:
     packed = targets(encoding)
     plain = [layer.detach() for layer in layers()]
     options = ("zeros", "nearest", *FOCAL, backend)
-    return plain, packed.num_targets, packed.encoding, *packed.tensors, IMAGE_IDS, SEED, POINTS, 0, 0, *options
+    return plain, packed.num_targets, packed.encoding, *packed.tensors, *DRAW_FOR_MATCHING, *options
 
 
 def factors(dtype: torch.dtype = torch.float32) -> Args:
@@ -89,7 +91,7 @@ def factored_match_cost(backend: str, num_points: int = POINTS) -> Args:
     lists = [[each.detach() for each in listed] for listed in factors()[:3]]
     options = ("zeros", "bilinear", *FOCAL, backend)
     described = (packed.num_targets, packed.encoding, *packed.tensors)
-    return *lists, *factors()[3:], *described, IMAGE_IDS, SEED, num_points, 0, 0, *options
+    return *lists, *factors()[3:], *described, IMAGE_IDS, SEED, num_points, 0, 0, LAYOUT, *options
 
 
 def factored_mask_loss(
@@ -100,7 +102,7 @@ def factored_mask_loss(
     index = INDEX * torch.tensor([2, 1, 1, 1])  # layers 0 and 2
     return (
         *(*factors(dtype), index, [1, 1, 0, 0, 2, 1], packed.encoding, *packed.tensors),
-        *(IMAGE_IDS, SEED, POINTS, CANDIDATES, UNCERTAIN),
+        *(IMAGE_IDS, SEED, POINTS, CANDIDATES, UNCERTAIN, LAYOUT),
         *("zeros", "bilinear", *FOCAL, points, backend),
     )
 
