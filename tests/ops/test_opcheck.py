@@ -44,18 +44,38 @@ def point_sample_backward(backend: str) -> Args:
     return torch.randn(3, POINTS), maps.detach(), *rest
 
 
-def uncertain_points(backend: str, num_uncertain: int = UNCERTAIN) -> Args:
+def uncertain_points(backend: str, num_uncertain: int = UNCERTAIN, layout: str = "independent") -> Args:
     windows = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.2, 0.3, 0.5, 0.5]])
     plain = [layer.detach() for layer in layers()]
-    return plain, INDEX, LAYER_SIZES, IMAGE_IDS, SEED, POINTS, CANDIDATES, num_uncertain, windows, "border", backend
+    return (
+        plain,
+        INDEX,
+        LAYER_SIZES,
+        IMAGE_IDS,
+        SEED,
+        POINTS,
+        CANDIDATES,
+        num_uncertain,
+        layout,
+        windows,
+        "border",
+        backend,
+    )
 
 
-def mask_loss(backend: str, encoding: str = "bits", *, given: bool = False, dtype: torch.dtype = torch.float32) -> Args:
+def mask_loss(
+    backend: str,
+    encoding: str = "bits",
+    *,
+    given: bool = False,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "independent",
+) -> Args:
     packed = targets(encoding)
     points = torch.rand(len(INDEX), POINTS, 2) if given else None
     return (
         *(layers(dtype), INDEX, LAYER_SIZES, packed.encoding, *packed.tensors),
-        *(IMAGE_IDS, SEED, POINTS, CANDIDATES, UNCERTAIN),
+        *(IMAGE_IDS, SEED, POINTS, CANDIDATES, UNCERTAIN, layout),
         *("zeros", "bilinear", *FOCAL, points, backend),
     )
 
@@ -72,7 +92,19 @@ def match_cost(backend: str, encoding: str = "bits") -> Args:
     packed = targets(encoding)
     plain = [layer.detach() for layer in layers()]
     options = ("zeros", "nearest", *FOCAL, backend)
-    return plain, packed.num_targets, packed.encoding, *packed.tensors, IMAGE_IDS, SEED, POINTS, 0, 0, *options
+    return (
+        plain,
+        packed.num_targets,
+        packed.encoding,
+        *packed.tensors,
+        IMAGE_IDS,
+        SEED,
+        POINTS,
+        0,
+        0,
+        "stratified",
+        *options,
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,6 +116,9 @@ def match_cost(backend: str, encoding: str = "bits") -> Args:
         pytest.param(ops._uncertain_points, uncertain_points, id="uncertain_points"),
         pytest.param(ops._uncertain_points, lambda backend: uncertain_points(backend, 0), id="uniform points"),
         pytest.param(ops._mask_loss, mask_loss, id="mask_loss"),
+        pytest.param(
+            ops._mask_loss, lambda backend: mask_loss(backend, layout="stratified"), id="mask_loss stratified"
+        ),
         pytest.param(ops._mask_loss, lambda backend: mask_loss(backend, "labels"), id="mask_loss, label maps"),
         pytest.param(ops._mask_loss, lambda backend: mask_loss(backend, "values"), id="mask_loss, soft"),
         pytest.param(ops._mask_loss, lambda backend: mask_loss(backend, given=True), id="mask_loss, given points"),
