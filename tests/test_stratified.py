@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -47,7 +48,7 @@ def cells_of(count: int) -> list[tuple[int, int, int]]:
     """For each cell of a draw: its place in its row, the cells of that row, and the first cell of the row."""
     strata = Strata.of(count)
     starts = [row * count // strata.rows for row in range(strata.rows + 1)]
-    return [(i - a, b - a, a) for a, b in zip(starts, starts[1:], strict=False) for i in range(a, b)]
+    return [(i - a, b - a, a) for a, b in itertools.pairwise(starts) for i in range(a, b)]
 
 
 # --------------------------------------------------------------------------------------------------------------- cells
