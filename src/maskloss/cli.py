@@ -113,6 +113,7 @@ def _add_train(commands: Commands) -> None:
 def _train(options: argparse.Namespace) -> int:
     from maskloss.training.options import read_config
     from maskloss.training.run import Interrupted, resume, train
+    from maskloss.training.runfolder import holds_work
 
     config, given = read_config(options)
     if options.resume is not None and (options.out or options.overwrite or set(given) - {"device"}):
@@ -130,6 +131,17 @@ def _train(options: argparse.Namespace) -> int:
         if not console.quiet:
             _say(str(stopped))
         return 128 + stopped.signal
+    except KeyboardInterrupt:
+        if not holds_work(folder):
+            raise
+        _say(f"interrupted; go on with: maskloss train --resume {folder}")
+        return 128 + signal.SIGINT
+    except OSError as error:
+        if not holds_work(folder):
+            raise
+        raise MaskLossError(
+            f"{_explain(error)}; nothing is lost, go on with: maskloss train --resume {folder}"
+        ) from None
     if not result.files:
         return 0  # one of several processes, and not the one that reports
     console.print(f"\n{_scores(result.evaluation)}  on {result.evaluation.scenes:,} held-out images", soft_wrap=True)

@@ -315,3 +315,18 @@ def test_a_run_can_be_used_from_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir("/")
     assert main(["evaluate", str(tmp_path / "run"), "--device", "cpu"]) == 0
     assert "on 1 held-out images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError(28, "No space", "report.html"), 2)])
+def test_after_training_nothing_is_lost(capsys, monkeypatch, tmp_path, error, status):
+    """Ctrl-C while the report is drawn, or a full disk."""
+    from maskloss.training import report
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(report, "write", fails)
+    assert main(["train", *words(steps=1, out=tmp_path / "run")]) == status
+    assert f"go on with: maskloss train --resume {tmp_path / 'run'}" in capsys.readouterr().err
+    monkeypatch.setattr(report, "write", lambda folder, _: [folder / "report.html"])
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0

@@ -36,7 +36,7 @@ def all_scenes(source):
 
 def test_classes_are_in_the_order_of_their_numbers(folder):
     source = open_folder(folder)
-    assert source.class_names == ["box", "disc"]
+    assert source.class_names == ["box", "disc"] and source.category_ids == [3, 7]
     assert all(scene.labels.tolist() == DISC_AND_BOX for scene in all_scenes(source).values())
 
 

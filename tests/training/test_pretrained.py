@@ -64,6 +64,8 @@ def test_a_run(model_folder, folder, tmp_path):
         tmp_path / "run", [folder.root / "images" / "0.png"], tmp_path / "out", device="cpu", threshold=0
     )
     assert all(path.is_file() for path in written)
+    # COCO results have the category ids of the data.
+    assert {entry["category_id"] for entry in json.loads(written[-1].read_text())} <= {3, 7}
 
 
 def test_weights_are_loaded_and_the_head_is_new(model_folder):

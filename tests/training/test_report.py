@@ -82,7 +82,7 @@ def material(source, learner, names=None, **changes):
     for number in range(4):
         gallery.keep(number, source.held_out[number], nothing)
     scores = evaluate(Predictor(learner, 64, 64, cut=False), source.held_out[:4], names)
-    facts = Facts(TrainConfig(lr=1e-3), names, 3, False, 64, False, 1)
+    facts = Facts(TrainConfig(lr=1e-3), names, list(range(1, 11)), 3, False, 64, False, 1)
     shot = snapshots.take(learner, source, 5)
     history = [
         {"step": 10, "lr": 1.0, "total": 3.0, "loss_class": 1.0, "loss_mask": 1.0, "loss_dice": 1.0},

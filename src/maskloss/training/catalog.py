@@ -91,6 +91,7 @@ class Found(NamedTuple):
         kind: "coco", "panoptic" or "labels".
         how: how it was recognized, one line for each part.
         class_names: in the order of the labels.
+        category_ids: the numbers of the classes in COCO's files, in the same order.
         train: images to train on.
         held_out: images to score on.
         skipped: what was left out, and why.
@@ -99,6 +100,7 @@ class Found(NamedTuple):
     kind: str
     how: list[str]
     class_names: list[str]
+    category_ids: list[int]
     train: Catalog
     held_out: Catalog
     skipped: list[str]

@@ -39,6 +39,11 @@ class CocoFile:
                 raise self._wrong(f'it has no list "{key}"', "export the data set as COCO")
         self.label, self.class_names = self._categories()
 
+    @property
+    def categories(self) -> dict[int, str]:
+        """Number to name, in the order of the labels."""
+        return dict(zip(self.label, self.class_names, strict=True))
+
     def _wrong(self, what: str, hint: str) -> Cause:
         return Cause(self.rule, f"{self.path}: {what}", hint)
 
@@ -142,7 +147,7 @@ class CocoFile:
         return bool(value)
 
 
-def read_instances(path: Path, folders: Sequence[Path], problems: Problems) -> tuple[list[str], list[Entry]]:
+def read_instances(path: Path, folders: Sequence[Path], problems: Problems) -> tuple[dict[int, str], list[Entry]]:
     """Read a file of COCO instances.
 
     Args:
@@ -151,7 +156,7 @@ def read_instances(path: Path, folders: Sequence[Path], problems: Problems) -> t
         problems: what to do about broken images and annotations.
 
     Returns:
-        The names of the classes, and the images with their annotations.
+        The categories, number to name, in the order of the labels, and the images with their annotations.
     """
     source = CocoFile(path, problems, INSTANCES)
     images = list(source.images(folders))
@@ -167,10 +172,12 @@ def read_instances(path: Path, folders: Sequence[Path], problems: Problems) -> t
                 (entry.crowds if crowd else entry.segments).append(segmentation)
                 (entry.crowd_labels if crowd else entry.labels).append(label)
         entries.append(entry)
-    return source.class_names, entries
+    return source.categories, entries
 
 
-def read_panoptic(path: Path, folders: Sequence[Path], maps: Path, problems: Problems) -> tuple[list[str], list[Entry]]:
+def read_panoptic(
+    path: Path, folders: Sequence[Path], maps: Path, problems: Problems
+) -> tuple[dict[int, str], list[Entry]]:
     """Read a file of COCO panoptic annotations; every segment, thing or stuff, is an instance.
 
     Args:
@@ -200,7 +207,7 @@ def read_panoptic(path: Path, folders: Sequence[Path], maps: Path, problems: Pro
                     (entry.crowds if crowd else entry.segments).append(number)
                     (entry.crowd_labels if crowd else entry.labels).append(source.class_of(segment, what))
                 entries.append(entry)
-    return source.class_names, entries
+    return source.categories, entries
 
 
 def _finder(folders: Sequence[Path]) -> Callable[[str], Path]:

@@ -125,6 +125,10 @@ class Source(Protocol):
         """The classes, in the order of their labels."""
 
     @property
+    def category_ids(self) -> Sequence[int]:
+        """The numbers of the classes in COCO results, in the same order."""
+
+    @property
     def channels(self) -> int:
         """The channels of the images."""
 

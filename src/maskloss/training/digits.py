@@ -55,6 +55,7 @@ class DigitScenes:
 
     title = "handwritten digits"
     class_names: Sequence[str] = tuple("0123456789")
+    category_ids: Sequence[int] = tuple(range(1, 11))
     channels = 3
     most_instances = MOST
     one_class_maps = False

@@ -259,6 +259,8 @@ class Engine:
 
     def _save(self, step: int) -> None:
         scaler = self.accelerator.scaler
+        if self.main:
+            files.flush_file(self.metrics.path)  # a checkpoint must not survive a power cut without its metrics
         pending = torch.stack(self._pending).tolist() if self._pending else []
         position = Position(
             step=step,

@@ -88,6 +88,7 @@ class FolderScenes:
         self.found: Found = recognize(root, format, self.problems)
         self.title = f"images of {root.resolve().name}"
         self.class_names: Sequence[str] = self.found.class_names
+        self.category_ids: Sequence[int] = self.found.category_ids
         self.one_class_maps = self.found.kind == "labels"
         percentile = normalize == "percentile" or (normalize == "auto" and self.one_class_maps)
         self.channels = common_channels(_first_image(self.found.train, self.problems))

@@ -117,7 +117,7 @@ PREDICT_EXAMPLES = """\
 writes, into the folder --out:
   NAME_masks.tif     a label map: 0 is background, every instance has a number
   NAME_overlay.png   the image with the instances
-  predictions.json   COCO results, with image_id counting the images from 1
+  predictions.json   COCO results with the category ids of the data; image_id counts the images from 1
 
 Images that are larger than those trained on are cut into overlapping tiles, and the instances of neighboring
 tiles are merged.

@@ -134,7 +134,7 @@ def predict_images(
                 kept = [each for each in prediction.instances if each.score >= threshold]
                 prediction = prediction._replace(instances=kept)
                 written += _write(out, name, image, prediction, facts, threshold)
-                results += _results(number, path, prediction)
+                results += _results(number, path, prediction, facts.category_ids)
                 done(path, len(kept))
         content = json.dumps(results, indent=1) + "\n"
         files.write_whole(out / RESULTS, lambda partial: partial.write_text(content, encoding="utf-8"))
@@ -161,7 +161,7 @@ def _write(
     return [mask_path, overlay_path]
 
 
-def _results(number: int, path: Path, prediction: Prediction) -> list[dict[str, Any]]:
+def _results(number: int, path: Path, prediction: Prediction, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     codec = require("pycocotools.mask", "train")
     out = []
     for each in prediction.instances:
@@ -172,7 +172,7 @@ def _results(number: int, path: Path, prediction: Prediction) -> list[dict[str, 
             {
                 "image_id": number,
                 "file_name": path.name,
-                "category_id": each.label + 1,
+                "category_id": category_ids[each.label],
                 "segmentation": {"size": run["size"], "counts": run["counts"].decode("ascii")},
                 "bbox": [left, top, right - left, bottom - top],
                 "score": round(each.score, 6),

@@ -26,7 +26,8 @@ _SPLIT_SEED = 20
 # More heads of files than this are not read before training; workers check the rest as they come to it.
 _HEADS = 2000
 
-Part = tuple[list[str], list[Entry], str]
+# Categories (number to name, in the order of the labels), images, and how they were recognized.
+Part = tuple[dict[int, str], list[Entry], str]
 
 
 def recognize(folder: Path, format: str | None, problems: Problems) -> Found:  # noqa: A002 (the option's name)
@@ -64,7 +65,9 @@ def recognize(folder: Path, format: str | None, problems: Problems) -> Found:  #
     for name, each in (("training", entries), ("held-out", others)):
         if not any(entry.labels for entry in each):
             raise Cause("there must be instances to learn and to find", f"no {name} image in {folder} has one", LAYOUT)
-    return Found(kind, how, train[0], Catalog(entries), Catalog(others), problems.skipped)
+    return Found(
+        kind, how, list(train[0].values()), list(train[0]), Catalog(entries), Catalog(others), problems.skipped
+    )
 
 
 def _find(folder: Path, format: str | None, problems: Problems) -> tuple[str, Part, Part | None]:  # noqa: A002
@@ -163,12 +166,12 @@ def _find_labels(folder: Path, problems: Problems) -> tuple[Part, Part | None] |
     how = (
         f"label maps: {len(pairs)} pairs such as {first.image.relative_to(folder)} and {first.map.relative_to(folder)}"
     )
-    part = ([labelmaps.CLASS], labelmaps.read_pairs(pairs, problems), how)
+    part = ({1: labelmaps.CLASS}, labelmaps.read_pairs(pairs, problems), how)
     for name in HELD_OUT:
         others = labelmaps.find_pairs(folder / name) if (folder / name).is_dir() else []
         if others:
             read = labelmaps.read_pairs(others, problems)
-            return part, ([labelmaps.CLASS], read, f"label maps: {len(others)} pairs in {name}/")
+            return part, ({1: labelmaps.CLASS}, read, f"label maps: {len(others)} pairs in {name}/")
     return part, None
 
 

@@ -195,6 +195,7 @@ def _prepare(config: TrainConfig, ranks: int, folder: Path | None = None) -> Pre
     facts = Facts(
         config=dataclasses.replace(config, size=size),
         classes=list(source.class_names),
+        category_ids=list(source.category_ids),
         channels=source.channels,
         percentile=bool(reading and reading.percentile),
         tile=config.crop or (source.largest if isinstance(source, FolderScenes) else size),

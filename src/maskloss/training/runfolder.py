@@ -29,6 +29,7 @@ class Facts(NamedTuple):
     Attributes:
         config: the options, resolved.
         classes: names, in the order of the labels.
+        category_ids: their numbers in COCO results.
         channels: of the images.
         percentile: whether 8-bit images are stretched between percentiles.
         tile: side of the squares into which larger images are cut, pixels.
@@ -38,6 +39,7 @@ class Facts(NamedTuple):
 
     config: TrainConfig
     classes: list[str]
+    category_ids: list[int]
     channels: int
     percentile: bool
     tile: int
@@ -72,6 +74,8 @@ def read_facts(folder: Path) -> Facts:
         isinstance(facts.classes, list)
         and facts.classes
         and all(isinstance(name, str) for name in facts.classes)
+        and isinstance(facts.category_ids, list)
+        and len(facts.category_ids) == len(facts.classes)
         and all(isinstance(number, int) and number > 0 for number in (facts.channels, facts.tile, facts.ranks))
     )
     if not fits:
