@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from integrations import tiny
+from support import tiny
 from maskloss import MaskLossError
 from maskloss.distributed import StepTotals, step_totals
 from maskloss.training import checkpoint, pretrained

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from maskloss.errors import Cause
+from maskloss.points import LAYOUTS, PointSampling
 from maskloss.training.folder import NORMALIZE
 from maskloss.training.problems import ON_ERROR
 from maskloss.training.recognize import FORMATS
@@ -41,6 +42,7 @@ _INTEGERS = {
 _POSITIVE = ("lr", "class_weight")
 _NOT_NEGATIVE = ("weight_decay", "no_object_weight", "clip")
 _CHOICES = {
+    "layout": LAYOUTS,
     "format": FORMATS,
     "normalize": NORMALIZE,
     "on_error": ON_ERROR,
@@ -73,6 +75,7 @@ class TrainConfig:
         norm: normalization in the compact model, "batch" or "group"; None: "batch" on one process without
             accumulation, else "group", whose result does not depend on how a batch is divided.
         num_points: points per instance, for the loss and for matching; None: 256, or what a pretrained model has.
+        layout: how these points lie to each other, "independent" or "stratified" (see `PointSampling`).
         class_weight: weight of the classification in the loss; None: 10, or what a pretrained model has.
         no_object_weight: weight of "no object" in the classification; None: 0.4, or what a pretrained model has.
         steps: optimizer steps.
@@ -107,6 +110,7 @@ class TrainConfig:
     grid: int | None = None
     norm: str | None = None
     num_points: int | None = None
+    layout: str = PointSampling.layout
     class_weight: float | None = None
     no_object_weight: float | None = None
     steps: int = 1000

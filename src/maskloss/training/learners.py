@@ -59,11 +59,13 @@ class Learner(nn.Module):
         clock: measures the parts of a step.
         num_queries: Q.
         num_points: of each instance.
+        layout: of these points.
     """
 
     network: nn.Module
     num_queries: int
     num_points: int
+    layout: str
     # Whether some weights may get no gradient, which torch's distributed wrapper has to be told.
     has_unused_weights = False
 
@@ -121,8 +123,8 @@ class CompactLearner(Learner):
             torch.manual_seed(config.seed)
             network = QueryNet(num_classes, grid, channels, norm)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.num_queries, self.num_points = grid**2, points
-        sampling = PointSampling(num_points=points)
+        self.num_queries, self.num_points, self.layout = grid**2, points, config.layout
+        sampling = PointSampling(points, layout=config.layout)
         # Pixels are classified through the masks and get little gradient from it, so the classification counts more
         # in the loss than in the matching, which keeps Mask2Former's weights.
         self.criterion = MaskCriterion(
@@ -130,7 +132,7 @@ class CompactLearner(Learner):
             class_weight=config.class_weight or CLASS_WEIGHT,
             no_object_weight=NO_OBJECT_WEIGHT if config.no_object_weight is None else config.no_object_weight,
             sampling=sampling,
-            matcher=HungarianMatcher(num_points=sampling.num_points),
+            matcher=HungarianMatcher(num_points=sampling.num_points, layout=sampling.layout),
         )
         self.clock.wrap(self.criterion.matcher, "match", "matching")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from maskloss.points import LAYOUTS
 from maskloss.training.config import PRECISIONS, SCHEDULES, TrainConfig
 from maskloss.training.folder import NORMALIZE
 from maskloss.training.problems import ON_ERROR
@@ -59,6 +60,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "loss": {
         "num_points": Option(int, "N", "points per instance; default: 256, or what a pretrained model has"),
+        "layout": Option(
+            str, "LAYOUT", "of these points: independent, or stratified: as quiet with a quarter of them", LAYOUTS
+        ),
         "class_weight": Option(float, "WEIGHT", "of the classification; default: 10, or what a pretrained model has"),
         "no_object_weight": Option(
             float, "WEIGHT", "of 'no object' in it; default: 0.4, or what a pretrained model has"

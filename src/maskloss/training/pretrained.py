@@ -16,6 +16,8 @@ from maskloss.distributed import StepTotals
 from maskloss.errors import Cause, require
 from maskloss.integrations._layers import given
 from maskloss.integrations.transformers import patch
+from maskloss.integrations.transformers.families import can_be_factored
+from maskloss.points import PointSampling
 from maskloss.training.config import TrainConfig
 from maskloss.training.data import Batch
 from maskloss.training.files import explain, read_json, write_json
@@ -155,9 +157,13 @@ class PretrainedLearner(Learner):
         weights[-1] = wanted.no_object_weight
         network.criterion.empty_weight = weights
         # The one place where the model is given this library's losses.
-        patch(network)
+        sampling = PointSampling(
+            int(wanted.train_num_points), wanted.oversample_ratio, wanted.importance_sample_ratio, config.layout
+        )
+        patch(network, sampling=sampling, factors=can_be_factored(network))
         self.network = network
         self.num_queries, self.num_points = int(wanted.num_queries), int(wanted.train_num_points)
+        self.layout = config.layout
         self.mean: Tensor
         self.deviation: Tensor
         mean, deviation, scale = _normalization(card.processor)

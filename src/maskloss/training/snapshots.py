@@ -77,7 +77,7 @@ def look(learner: Learner, probe: Probe, number: int, step: int) -> Snapshot:
     output = learner.predict(probe.image[None].to(device), torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device))
     learner.train(training)
     logits = output.mask_logits.float()
-    sampling = PointSampling(num_points=learner.num_points)
+    sampling = PointSampling(learner.num_points, layout=learner.layout)
     criterion = MaskCriterion(output.class_logits.shape[-1] - 1, sampling=sampling)
     entry = {"masks": probe.masks.to(device), "labels": probe.labels.to(device)}
     # Only one process looks: with totals of its own the criterion does not ask the others for theirs.

@@ -12,8 +12,9 @@ from torch import nn
 
 from maskloss import _inputs
 from maskloss.errors import Cause, reported, require
-from maskloss.integrations.transformers.families import FAMILIES, Family, find, supported
+from maskloss.integrations.transformers.families import FAMILIES, Family, Options, find, supported
 from maskloss.ops import BACKENDS
+from maskloss.points import PointSampling
 
 __all__ = ["Patch", "patch", "unpatch"]
 
@@ -55,15 +56,21 @@ class Patch:
     def __repr__(self) -> str:
         return f"Patch({', '.join(self.families) or 'undone'})"
 
-    def _swap(self, family: Family, model: nn.Module, backend: str | None, factors: bool) -> None:
-        family.swap(model, backend, factors=factors)
+    def _swap(self, family: Family, model: nn.Module, options: Options) -> None:
+        family.swap(model, options)
         _OWNERS[model] = self
         if family.name not in self.families:
             self.families = (*self.families, family.name)
 
 
 @reported("patch")
-def patch(model: nn.Module | None = None, *, backend: str | None = None, factors: bool = False) -> Patch:
+def patch(
+    model: nn.Module | None = None,
+    *,
+    backend: str | None = None,
+    sampling: PointSampling | None = None,
+    factors: bool = False,
+) -> Patch:
     """Let maskloss compute the loss of a model of Transformers, or of every model built from now on.
 
     Inputs, names of outputs, weights and what they mean stay as they are; `mask_labels` may also be packed masks
@@ -77,6 +84,8 @@ def patch(model: nn.Module | None = None, *, backend: str | None = None, factors
         model: a model of a supported family, or a module that contains some. Default None: models are patched as
             they are built, until the patch is undone.
         backend: "reference", "cpu" or "gpu". Default: by device, or MASKLOSS_BACKEND.
+        sampling: numbers and layout of the points of the loss; the matching takes `num_points` and `layout` from it.
+            Default: what the model's configuration says, independent points.
         factors: let the model's mask head hand `MaskFactors` to the criterion while it trains with targets: then the
             masks of all layers and queries are never formed, but for those of the final layer, which the model
             returns. In evaluation, without targets, and while the model is compiled nothing changes. Default False.
@@ -99,18 +108,19 @@ def patch(model: nn.Module | None = None, *, backend: str | None = None, factors
         _inputs.check_choice("backend", backend, BACKENDS)
     if not isinstance(factors, bool):
         raise Cause("factors must be True or False", f"factors={factors!r}", "False is the default")
+    options = Options(backend, None if sampling is None else _inputs.check_sampling(sampling), factors)
     handle = Patch()
     if model is not None:
         try:
             for family, found in find(model):
-                handle._swap(family, found, backend, factors)
+                handle._swap(family, found, options)
         except Cause:
             handle.undo()
             raise
         return handle
     for family in FAMILIES:
         if family.is_installed():
-            _patch_constructor(handle, family, backend, factors)
+            _patch_constructor(handle, family, options)
     if not handle.families:
         raise Cause(
             "Transformers must have a supported model family", "it has none of them", f"supported: {supported()}"
@@ -139,7 +149,7 @@ def _restore(model: nn.Module) -> None:
     _OWNERS.pop(model, None)
 
 
-def _patch_constructor(handle: Patch, family: Family, backend: str | None, factors: bool) -> None:
+def _patch_constructor(handle: Patch, family: Family, options: Options) -> None:
     """Let the constructor of a model's class swap the criterion when it is done."""
     model_class: Any = family.model_class()
     original = model_class.__init__
@@ -155,7 +165,7 @@ def _patch_constructor(handle: Patch, family: Family, backend: str | None, facto
     def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if handle.families:
-            _swap_built(handle, family, self, backend, factors)
+            _swap_built(handle, family, self, options)
 
     build._maskloss_patch = handle  # type: ignore[attr-defined]
     model_class.__init__ = build
@@ -170,5 +180,5 @@ def _patch_constructor(handle: Patch, family: Family, backend: str | None, facto
 
 
 @reported("patch")
-def _swap_built(handle: Patch, family: Family, model: nn.Module, backend: str | None, factors: bool) -> None:
-    handle._swap(family, model, backend, factors)
+def _swap_built(handle: Patch, family: Family, model: nn.Module, options: Options) -> None:
+    handle._swap(family, model, options)

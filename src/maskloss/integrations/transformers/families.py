@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -15,11 +15,20 @@ from maskloss.errors import Cause
 from maskloss.integrations.transformers.forward_pass import hand_over_factors, is_watched, leave_alone, watch
 from maskloss.integrations.transformers.rf_detr import rf_detr_loss
 from maskloss.integrations.transformers.universal import PointCriterion, patched_class
+from maskloss.points import PointSampling
 
 _WHY_NOT = {
     "MaskFormerForInstanceSegmentation": "MaskFormer's loss covers every pixel of the upsampled prediction: sampling "
     "points would train another model",
 }
+
+
+class Options(NamedTuple):
+    """What `patch` was told (see there)."""
+
+    backend: str | None = None
+    sampling: PointSampling | None = None
+    factors: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Family:
         loaded = sys.modules.get(self.path)
         return loaded is not None and isinstance(module, getattr(loaded, self.model))
 
-    def swap(self, model: nn.Module, backend: str | None, *, factors: bool) -> None:
+    def swap(self, model: nn.Module, options: Options) -> None:
         """Give a model maskloss's criterion; on request its mask head hands factors to it."""
         if is_patched(model):
             raise Cause(
@@ -71,19 +80,19 @@ class Family:
                 f"this {type(model).__name__} is",
                 "unpatch(model) takes a patch back, also from a copy",
             )
-        if factors and self.head is None:
+        if options.factors and self.head is None:
             raise Cause(
                 "the masks of the model must be a product that its own forward gives to the criterion",
                 f"{self.name}'s forward takes no targets and returns the masks, so that they have to be formed",
                 "patch it without factors, or give MaskFactors to its get_loss_dict",
             )
         if self.criterion is None:
-            _swap_function(model, backend)
+            _swap_function(model, options)
         else:
-            _swap_class(model, getattr(importlib.import_module(self.path), self.criterion), backend)
-        if factors and self.head is not None:
+            _swap_class(model, getattr(importlib.import_module(self.path), self.criterion), options)
+        if options.factors and self.head is not None:
             hand_over_factors(model.get_submodule(self.head))
-        if factors or self.layerwise:
+        if options.factors or self.layerwise:
             watch(model)
 
     def restore(self, model: nn.Module) -> None:
@@ -92,6 +101,7 @@ class Family:
         if isinstance(criterion, PointCriterion):
             criterion.__class__ = getattr(importlib.import_module(self.path), str(self.criterion))
             vars(criterion).pop("maskloss_backend", None)
+            vars(criterion).pop("maskloss_sampling", None)
         if _is_ours(function):
             del vars(model)["_loss_function"]
         for module in model.modules():
@@ -155,7 +165,7 @@ def is_patched(model: nn.Module) -> bool:
     return isinstance(criterion, PointCriterion) or _is_ours(vars(model).get("_loss_function"))
 
 
-def _swap_class(model: nn.Module, original: type[nn.Module], backend: str | None) -> None:
+def _swap_class(model: nn.Module, original: type[nn.Module], options: Options) -> None:
     criterion = cast("nn.Module", model.criterion)
     if type(criterion) is not original:
         raise Cause(
@@ -165,10 +175,11 @@ def _swap_class(model: nn.Module, original: type[nn.Module], backend: str | None
         )
     # The object stays, with its buffers, parameters and hooks; only its methods change.
     criterion.__class__ = patched_class(cast("Any", original))
-    cast("PointCriterion", criterion).maskloss_backend = backend
+    swapped = cast("PointCriterion", criterion)
+    swapped.maskloss_backend, swapped.maskloss_sampling = options.backend, options.sampling
 
 
-def _swap_function(model: Any, backend: str | None) -> None:
+def _swap_function(model: Any, options: Options) -> None:
     current = vars(model).get("_loss_function")
     if current is not None:
         raise Cause(
@@ -176,8 +187,13 @@ def _swap_function(model: Any, backend: str | None) -> None:
             f"the model was given another one, {current!r}",
             "patch the model before its loss function is replaced",
         )
-    model.loss_function = functools.partial(rf_detr_loss, backend=backend)
+    model.loss_function = functools.partial(rf_detr_loss, backend=options.backend, sampling=options.sampling)
 
 
 def _is_ours(function: object) -> bool:
     return isinstance(function, functools.partial) and function.func is rf_detr_loss
+
+
+def can_be_factored(model: nn.Module) -> bool:
+    """Tell whether the masks of a model can stay factors."""
+    return all(family.head is not None for family, _ in find(model))

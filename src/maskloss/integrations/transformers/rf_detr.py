@@ -42,6 +42,7 @@ def rf_detr_loss(
     enc_outputs_masks: Layer | None = None,
     *,
     backend: str | None = None,
+    sampling: PointSampling | None = None,
     **_: Any,
 ) -> tuple[Tensor, dict[str, Tensor], Layers | None]:
     """Compute the loss of `RfDetrForInstanceSegmentation`, with the arguments and results of Transformers' own.
@@ -61,6 +62,7 @@ def rf_detr_loss(
         enc_outputs_coord: `[B, G * Q, 4]`.
         enc_outputs_masks: `[B, G * Q, h, w]`.
         backend: see `MaskLoss`.
+        sampling: see `patch`; None: one point for so many pixels as the configuration says.
 
     Returns:
         The weighted total, the unweighted terms by name, and the auxiliary layers' outputs.
@@ -83,7 +85,7 @@ def rf_detr_loss(
         proposals = {"logits": enc_outputs_class, "pred_boxes": enc_outputs_coord, "pred_masks": enc_outputs_masks}
         layers.append(proposals)
         suffixes.append("_enc")
-    terms = _layer_terms(layers, labels, config, backend)
+    terms = _layer_terms(layers, labels, config, backend, sampling)
     losses = {f"{name}{suffix}": values[i] for i, suffix in enumerate(suffixes) for name, values in terms.items()}
     weights = _weights(config, suffixes)
     total = torch.stack([losses[name] * weight for name, weight in weights.items()]).sum()
@@ -104,7 +106,11 @@ def _weights(config: Any, suffixes: Sequence[str]) -> dict[str, float]:
 
 
 def _layer_terms(
-    layers: Layers, labels: Sequence[Mapping[str, Any]], config: Any, backend: str | None
+    layers: Layers,
+    labels: Sequence[Mapping[str, Any]],
+    config: Any,
+    backend: str | None,
+    sampling: PointSampling | None,
 ) -> dict[str, Tensor]:
     """Compute every term of every layer, `[L]` each, in the order of `layers`."""
     classes, masks = check_predictions(
@@ -118,8 +124,10 @@ def _layer_terms(
     step, box_targets = _targets(labels, masks[0], boxes)
     height, width = masks[0].shape[2:]
     area = height * width // config.mask_point_sample_ratio
-    index = _match(step, logits, boxes, masks, box_targets, groups, config, max(area, 1), backend)
-    sampling = PointSampling(max(height, area), OVERSAMPLE_RATIO, IMPORTANCE_RATIO)
+    # One point for so many pixels, in the matching too; there the model has no lower bound of its own.
+    for_matching = sampling or PointSampling(max(area, 1))
+    index = _match(step, logits, boxes, masks, box_targets, groups, config, for_matching, backend)
+    sampling = sampling or PointSampling(max(height, area), OVERSAMPLE_RATIO, IMPORTANCE_RATIO)
     sums = _mask_sums(step, MaskLoss(sampling=sampling, target_mode="nearest", backend=backend), masks, index, groups)
     layer, image, query, _ = index.unbind(1)
     rows = step.target_rows(index)
@@ -183,7 +191,7 @@ def _match(
     box_targets: Sequence[Tensor],
     groups: int,
     config: Any,
-    num_points: int,
+    sampling: PointSampling,
     backend: str | None,
 ) -> Tensor:
     """Match every group of queries on its own: int64 `[N, 4]`, rows (layer, image, query, target), sorted by layer."""
@@ -191,7 +199,8 @@ def _match(
         class_weight=config.class_cost,
         mask_weight=config.mask_class_loss_coefficient,
         dice_weight=config.mask_dice_loss_coefficient,
-        num_points=num_points,
+        num_points=sampling.num_points,
+        layout=sampling.layout,
         target_mode="nearest",
         classification="focal",
         backend=backend,

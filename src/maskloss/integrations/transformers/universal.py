@@ -32,11 +32,13 @@ class PointCriterion(nn.Module):
 
     Attributes:
         maskloss_backend: "reference", "cpu" or "gpu"; None: by device.
+        maskloss_sampling: in place of the numbers that Transformers keeps; None: these.
         count_shape: shape of the number of masks, and so of the mask terms: OneFormer has `[1]`, the others `[]`.
         remembers_masks: whether the model calls its criterion several times in one forward pass, with the same masks.
     """
 
     maskloss_backend: str | None
+    maskloss_sampling: PointSampling | None
     count_shape: tuple[int, ...] = ()
     remembers_masks: bool = False
     matcher: Any
@@ -92,13 +94,14 @@ class PointCriterion(nn.Module):
             class_weight=self.matcher.cost_class,
             mask_weight=self.matcher.cost_mask,
             dice_weight=self.matcher.cost_dice,
-            num_points=self.matcher.num_points,
+            num_points=self.matcher.num_points if self.maskloss_sampling is None else self.maskloss_sampling.num_points,
+            layout=PointSampling.layout if self.maskloss_sampling is None else self.maskloss_sampling.layout,
             backend=self.maskloss_backend,
         )
 
     def _mask_loss(self) -> MaskLoss:
-        sampling = PointSampling(self.num_points, self.oversample_ratio, self.importance_sample_ratio)
-        return MaskLoss(sampling=sampling, backend=self.maskloss_backend)
+        own = (self.num_points, self.oversample_ratio, self.importance_sample_ratio)
+        return MaskLoss(sampling=self.maskloss_sampling or PointSampling(*own), backend=self.maskloss_backend)
 
 
 class UniversalCriterion(PointCriterion):
