@@ -165,9 +165,6 @@ def resume(folder: Path, listener: Listener, *, device: str | None = None) -> Re
 
 def _prepare(config: TrainConfig, ranks: int, folder: Path | None = None) -> Prepared:
     """Read the data and build the model; nothing is written."""
-    # Absolute, so that the run can be used from elsewhere.
-    if config.data is not None:
-        config = dataclasses.replace(config, data=str(Path(config.data).absolute()))
     if config.batch_size % (config.accumulate * ranks):
         raise Cause(
             "--batch-size must be a multiple of --accumulate times the number of processes",
@@ -193,7 +190,8 @@ def _prepare(config: TrainConfig, ranks: int, folder: Path | None = None) -> Pre
     reading = source.reading if isinstance(source, FolderScenes) else None
     size = reading.size if reading else config.size or DIGIT_SIZE
     facts = Facts(
-        config=dataclasses.replace(config, size=size),
+        # Absolute, so that the run can be used from elsewhere.
+        config=dataclasses.replace(config, size=size, data=config.data and str(Path(config.data).absolute())),
         classes=list(source.class_names),
         category_ids=list(source.category_ids),
         channels=source.channels,
