@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from maskloss import MaskLossError, MaskTargets
+from maskloss import MaskLossError, MaskTargets, PointSampling, ops
 from maskloss.integrations import transformers as transformers_integration
 from maskloss.integrations.transformers import patch, unpatch
 from maskloss.integrations.transformers.families import FAMILIES
 from maskloss.integrations.transformers.universal import PointCriterion
+from maskloss.ops.abi import Draw
 from support import tiny
 
 transformers = pytest.importorskip("transformers")
@@ -68,6 +69,26 @@ def family(request: pytest.FixtureRequest) -> str:
     if name not in {FOLDERS[f.name] for f in INSTALLED}:
         pytest.skip(f"this Transformers has no {name}")
     return name
+
+
+def test_points_may_be_others_than_the_configurations(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = PointSampling(17, 2.0, 0.5, layout="stratified")
+    drawn: list[Draw] = []
+    for name in ("mask_loss", "match_cost"):
+        original = getattr(ops, name)
+
+        def spy(*args: Any, _original: Any = original) -> Any:
+            drawn.extend(arg for arg in args if isinstance(arg, Draw))
+            return _original(*args)
+
+        monkeypatch.setattr(ops, name, spy)
+    model = tiny.BUILDERS[family]()
+    with patch(model, sampling=sampling, backend="reference"):
+        assert torch.isfinite(tiny.run(model, family, tiny.batch_for(family))[0]).all()
+    assert {(draw.num_points, draw.layout) for draw in drawn} == {(17, "stratified")}
+    assert {(draw.num_candidates, draw.num_uncertain) for draw in drawn} == {(0, 0), (34, 8)}
+    with pytest.raises(MaskLossError, match="sampling must be a PointSampling"):
+        patch(model, sampling=17)  # type: ignore[arg-type]
 
 
 def test_a_model_is_patched_and_undone(family: str) -> None:

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from support import tiny
 from maskloss import MaskLossError
 from maskloss.distributed import StepTotals, step_totals
 from maskloss.training import checkpoint, pretrained
@@ -16,6 +15,7 @@ from maskloss.training.learners import CompactLearner
 from maskloss.training.predict import evaluate_run, predict_images
 from maskloss.training.pretrained import PretrainedLearner, read_card
 from maskloss.training.run import Listener, open_source, train
+from support import tiny
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.usefixtures("no_pictures"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
