@@ -84,6 +84,7 @@ class Case:
     seed_on_device: bool = False
     deterministic: bool = False
     widest: int = 20
+    layout: str = "independent"
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def operations_of(case: Case) -> dict[str, list[Launch]]:
     given = torch.empty(count, num_points, POINT_COLUMNS, dtype=case.given or torch.float32, device=meta)
     index = integers(count, INDEX_COLUMNS)
     instances = Instances(logits, index, [rows] * layers)
-    draw = Draw(integers(batch), seed, num_points, sampling.num_candidates, sampling.num_uncertain)
+    draw = Draw(integers(batch), seed, num_points, sampling.num_candidates, sampling.num_uncertain, case.layout)
     term = Term(case.padding, case.target_mode, *case.focal)
     inputs = (instances, targets, draw, term, given if case.given else None)
     maps, mode = logits[0][0], case.target_mode

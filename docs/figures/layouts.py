@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -17,7 +19,7 @@ LINE = {"color": "#adb5bd", "linewidth": 0.5, "zorder": 1.5}
 def draw_cells(axes: Axes, count: int) -> None:
     strata = Strata.of(count)
     starts = [row * count // strata.rows for row in range(strata.rows + 1)]
-    for first, beyond in zip(starts[:-1], starts[1:], strict=True):
+    for first, beyond in itertools.pairwise(starts):
         axes.hlines(first / count, 0, 1, **LINE)
         for place in range(1, beyond - first):
             axes.vlines(place / (beyond - first), first / count, beyond / count, **LINE)

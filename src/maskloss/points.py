@@ -253,13 +253,13 @@ def uniform_points(keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor,
 class Strata(NamedTuple):
     """K cells of equal area that tile the unit square, in rows, and what the position of a point is computed with.
 
-    There are R = floor(sqrt(K)) rows. Row r has the cells f_r to f_(r + 1) - 1, where f_r = floor(r K / R), so n_r =
-    f_(r + 1) - f_r of them, which is floor(K / R) or one more. Its cells are 1 / n_r wide and n_r / K high:
+    There are S = floor(sqrt(K)) rows. Row r has the cells f_r to f_(r + 1) - 1, where f_r = floor(r K / S), so n_r =
+    f_(r + 1) - f_r of them, which is floor(K / S) or one more. Its cells are 1 / n_r wide and n_r / K high:
 
-        row of cell i  = floor(((i + 1) R - 1) / K)
+        row of cell i  = floor(((i + 1) S - 1) / K)
         point in it    = ((i - f_r + u) / n_r, (f_r + v n_r) / K),  u and v uniform in [0, 1)
 
-    Every cell has the area 1 / K, whatever K is. R depends on K alone, not on the shape of the window, so that all
+    Every cell has the area 1 / K, whatever K is. S depends on K alone, not on the shape of the window, so that all
     images of a batch share the cells: oblong cells cost a few per cent in standard deviation, not more.
 
     u and v have 16 bits. Both quotients have a whole number below n 2^16 above n 2^16, and are rounded down to the grid
@@ -269,8 +269,8 @@ class Strata(NamedTuple):
 
     Attributes:
         cells: K.
-        rows: R.
-        narrow: floor(K / R), the n of a narrow row.
+        rows: S.
+        narrow: floor(K / S), the n of a narrow row.
         by_cells: the inverse of K.
         by_narrow: the inverse of n in a narrow row.
         by_wide: the inverse of n in a wide one.

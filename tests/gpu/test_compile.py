@@ -59,6 +59,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"widest": 50, "dtype": torch.bfloat16},
     {"widest": 200},
     {"widest": 200, "focal": (0.25, 2.0)},
+    {"layout": "stratified"},
+    {"layout": "stratified", "dtype": torch.bfloat16, "seed_on_device": True},
 ]
 
 

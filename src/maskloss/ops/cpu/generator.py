@@ -123,12 +123,15 @@ def _words(key, stream, counters, n, words):
 def _rows_of_cells(counters, n, follows, strata, found):
     """For each point twice the first cell of its row, and 1 if the row is a wide one."""
     cells, rows = strata.cells, strata.rows
-    beyond, i = 0, 0
-    code = np.int32(0)
+    row = ((counters[0] + 1) * rows - 1) // cells
+    first, beyond = row * cells // rows, (row + 1) * cells // rows
+    code = np.int32(2 * first + (beyond - first != strata.narrow))
+    i = 0
     while i < n:
-        if counters[i] >= beyond:
-            row = ((counters[i] + 1) * rows - 1) // cells
-            first, beyond = row * cells // rows, (row + 1) * cells // rows
+        # One row after another, as a division takes as long as several points.
+        while counters[i] >= beyond:
+            row += 1
+            first, beyond = beyond, (row + 1) * cells // rows
             code = np.int32(2 * first + (beyond - first != strata.narrow))
         if follows:
             stop = min(n, i + beyond - counters[i])

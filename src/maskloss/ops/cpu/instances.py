@@ -42,6 +42,7 @@ from .sampling import (
     locate_bits,
     read_plane,
     scatter,
+    scatter_apart,
     write_plane,
 )
 from .targets import mark_ignored, read_targets, values_of_codes
@@ -339,5 +340,8 @@ def mask_loss_backward(
             if gamma >= 0:
                 for i in range(num_points):
                     z[i] += grad[i]
-            scatter(sums, pitch, places, fx, fy, z, num_points)
+            if numbers.random_cells.rows > 0:
+                scatter_apart(sums, pitch, places, fx, fy, z, num_points)
+            else:
+                scatter(sums, pitch, places, fx, fy, z, num_points)
         write_plane(sums, grads[layer], image, query)

@@ -24,6 +24,8 @@ MADVISE = 8
 # reads zeros there, so that the inner loops have no branch.
 BORDER = 2
 BLOCK = 512
+# Points of a stratified layout that are written one after another lie this many parts of their order apart.
+APART = 8
 
 
 class Given(NamedTuple):
@@ -370,6 +372,17 @@ def gather(buffer, pitch, index, fx, fy, n, z):
         _bilinear(buffer, below, index, fx, fy, z, np.uintp(i), 1)
 
 
+@helper(forceinline=True)
+def _scatter_one(buffer, pitch, index, fx, fy, grad, i):
+    place = np.uintp(np.uint32(index[i]))
+    bottom = fy[i] * grad[i]
+    top = grad[i] - bottom
+    right = fx[i] * top
+    _add_pair(buffer, place, top - right, right)
+    right = fx[i] * bottom
+    _add_pair(buffer, place + np.uintp(pitch), bottom - right, right)
+
+
 @helper()
 def gather_ahead(buffer, pitch, index, fx, fy, n, z, address, size):
     """As `gather`; meanwhile `size` bytes from an address on are brought into the cache, a little at a time."""
@@ -391,13 +404,21 @@ def gather_ahead(buffer, pitch, index, fx, fy, n, z, address, size):
 def scatter(buffer, pitch, index, fx, fy, grad, n):
     """The adjoint of `gather`: every point adds its gradient, with the bilinear weights, to four pixels."""
     for i in range(n):
-        place = np.uintp(np.uint32(index[i]))
-        bottom = fy[i] * grad[i]
-        top = grad[i] - bottom
-        right = fx[i] * top
-        _add_pair(buffer, place, top - right, right)
-        right = fx[i] * bottom
-        _add_pair(buffer, place + np.uintp(pitch), bottom - right, right)
+        _scatter_one(buffer, pitch, index, fx, fy, grad, i)
+
+
+@helper()
+def scatter_apart(buffer, pitch, index, fx, fy, grad, n):
+    """As `scatter`, for points of which one lies beside the next: from several places of their order in turn.
+
+    What was just written to one pair of pixels cannot be read as the pair beside it before it has left the core.
+    """
+    part = n // APART
+    for k in range(part):
+        for first in range(APART):
+            _scatter_one(buffer, pitch, index, fx, fy, grad, np.uintp(first * part + k))
+    for i in range(part * APART, n):
+        _scatter_one(buffer, pitch, index, fx, fy, grad, np.uintp(i))
 
 
 @helper()
