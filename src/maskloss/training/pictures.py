@@ -323,4 +323,13 @@ def draw_all(
     for name, figure in figures.items():
         paths[name] = folder / f"{name}.png"
         save(figure, paths[name])
+    if shots and probe is not None:
+        paths["points"] = _animation(folder / "points.gif", shots, probe)
     return paths
+
+
+def _animation(path: Path, shots: Sequence[Snapshot], probe: Probe) -> Path:
+    """Write how the points of the largest instances move, as an animation."""
+    masks = probe.masks.dense()
+    with quiet():
+        return plots.animate_points(shots, path, targets=masks, instances=_largest(masks)[:3])

@@ -127,7 +127,8 @@ def _facts(values: Mapping[str, Any], kind: str = "") -> str:
 def _image(path: Path, caption: str) -> str:
     content = base64.b64encode(path.read_bytes()).decode("ascii")
     told = html.escape(caption)
-    return f'<figure><img alt="{told}" src="data:image/png;base64,{content}"><figcaption>{told}</figcaption></figure>'
+    source = f"data:image/{path.suffix[1:]};base64,{content}"
+    return f'<figure><img alt="{told}" src="{source}"><figcaption>{told}</figcaption></figure>'
 
 
 def _grid(kind: str, images: Iterable[str]) -> str:
@@ -192,6 +193,8 @@ def _points(made_of: Material, paths: Mapping[str, Path]) -> str:
         rows.append(
             _grid("many", [_image(paths[f"points-{number}-{place}"], text) for place, text in enumerate(texts)])
         )
+    if "points" in paths:
+        rows.append(_grid("wide", [_image(paths["points"], "all of it in motion")]))
     return _section(
         "Where the loss looked",
         "Instances of one held-out scene and the points of their loss during training: orange are the most uncertain "
