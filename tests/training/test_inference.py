@@ -50,6 +50,19 @@ def test_a_sliver_at_the_edge_belongs_to_what_it_was_cut_off():
     assert [each.box for each in merged] == [(5, 38, 17, 50)]
 
 
+def test_what_was_cut_gives_way_to_what_is_whole():
+    """At its edge the left tile took two neighbors for one; the right tile sees both of them whole."""
+    wholes = [blob(5, 33, 8, 4, 0.7), blob(5, 37, 8, 8, 0.6)]
+    merged = merge([(A, [blob(5, 32, 8, 8, 0.9)]), (B, wholes)])
+    assert [each.box for each in merged] == [each.box for each in wholes]
+
+
+def test_the_edge_of_the_image_cuts_nothing():
+    """Both tiles end where the image ends: what touches that edge is whole, and found twice it is one."""
+    merged = merge([(A, [blob(32, 31, 8, 7, 0.8)]), (B, [blob(32, 31, 8, 8, 0.9)])])
+    assert [each.box for each in merged] == [(32, 31, 40, 39)]
+
+
 def test_neighbors_and_other_classes_stay_apart():
     neighbors = merge([(A, [blob(5, 31, 8, 4)]), (B, [blob(5, 35, 8, 4)])])
     assert len(neighbors) == 2

@@ -75,9 +75,9 @@ class Step:
         ]
         packed, joined = collate({"masks": targets, "labels": on_device})
         told = _given.get()
-        ids, seed = (None, None) if told is None else (told.image_ids, told.seed)
+        ids = None if told is None else told.image_ids
         numbers = distributed.image_numbers(ids, logits.shape[0], logits.device)
-        return Step(packed, joined, numbers, draw_seed(seed))
+        return Step(packed, joined, numbers, draw_seed() if told is None else draw_seed(told.seed))
 
     def target_rows(self, index: Tensor) -> Tensor:
         """Number the targets of matches `[N, 4]` over the whole batch: int64 `[N]`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +21,8 @@ MOST = 100
 # Tiles overlap by this share of their side; an image that is larger than a tile by less than this factor is not cut.
 OVERLAP, SLACK = 0.25, 1.5
 # In the region that two tiles share, two instances of this IoU are one.
-SAME = 0.4
-# So is one that a tile's edge cuts off, if this share of it lies on the other.
+SAME = 0.5
+# What a tile's edge cut off gives way to whole instances of other tiles that cover this share of it.
 INSIDE = 0.75
 # An instance of which better ones leave less than this share is left out of a label map.
 VISIBLE = 0.5
@@ -223,44 +222,50 @@ def _starts(length: int, tile: int) -> list[int]:
 
 
 def merge(parts: Sequence[tuple[Tile, list[Instance]]]) -> list[Instance]:
-    """Merge the instances of overlapping tiles: those that agree where both tiles look are one.
+    """Merge the instances of overlapping tiles.
+
+    An instance that no edge of its tile cuts is whole: of those that agree where both tiles look, the best one stays,
+    and what was cut gives way to it. What is left was cut in every tile: pieces that agree are joined.
 
     Args:
         parts: each tile and what was found in it.
     """
-    flat = [instance for _, instances in parts for instance in instances]
-    first = np.cumsum([0, *(len(instances) for _, instances in parts)])
-    group = list(range(len(flat)))
+    flat = [(tile, instance) for tile, instances in parts for instance in instances]
+    flat.sort(key=lambda each: -each[1].score)
+    bottom, right = (max(tile[side] for tile, _ in parts) for side in (2, 3))
+    pieces = [_is_cut(instance, tile, bottom, right) for tile, instance in flat]
+    boxes = np.array([instance.box for _, instance in flat], dtype=np.int64).reshape(-1, 4)
+    kept: list[int] = []
+    for number, piece in enumerate(pieces):
+        if not piece and not any(_agree(flat[number], flat[other]) for other in _near(boxes, number, kept)):
+            kept.append(number)
+    cut = [
+        number
+        for number, piece in enumerate(pieces)
+        if piece and not _is_covered(flat[number], [flat[other] for other in _near(boxes, number, kept)])
+    ]
+    group = {number: number for number in cut}
 
     def root(number: int) -> int:
         while group[number] != number:
-            group[number] = group[group[number]]
             number = group[number]
         return number
 
-    boxes = np.array([each.box for each in flat], dtype=np.int64).reshape(-1, 4)
-    for (a, (tile_a, _)), (b, (tile_b, _)) in combinations(enumerate(parts), 2):
-        shared = _overlap(tile_a, tile_b)
-        if shared is None:
-            continue
-        mine = _touching(boxes, range(first[a], first[a + 1]), shared)
-        others = _touching(boxes, range(first[b], first[b + 1]), shared)
-        for one in mine:
-            near = [other for other in others if _overlap(flat[one].box, flat[other].box) is not None]
-            for other in near:
-                if flat[one].label == flat[other].label and _agree(flat[one], flat[other], shared, tile_a, tile_b):
-                    group[root(one)] = root(other)
+    for place, number in enumerate(cut):
+        for other in _near(boxes, number, cut[:place]):
+            if _agree(flat[number], flat[other]):
+                group[root(number)] = root(other)
     members: dict[int, list[Instance]] = {}
-    for number, instance in enumerate(flat):
-        members.setdefault(root(number), []).append(instance)
-    return [_union(each) for each in members.values()]
+    for number in cut:
+        members.setdefault(root(number), []).append(flat[number][1])
+    return [flat[number][1] for number in kept] + [_union(each) for each in members.values()]
 
 
-def _touching(boxes: NDArray[Any], numbers: range, region: tuple[int, int, int, int]) -> list[int]:
-    some = boxes[numbers.start : numbers.stop]
-    top, left, bottom, right = region
+def _near(boxes: NDArray[Any], number: int, others: Sequence[int]) -> list[int]:
+    """Return those of the others whose boxes overlap."""
+    some, (top, left, bottom, right) = boxes[list(others)].reshape(-1, 4), boxes[number]
     inside = (some[:, 0] < bottom) & (some[:, 2] > top) & (some[:, 1] < right) & (some[:, 3] > left)
-    return [numbers.start + int(place) for place in np.flatnonzero(inside)]
+    return [others[int(place)] for place in np.flatnonzero(inside)]
 
 
 def _overlap(one: Sequence[int], other: Sequence[int]) -> tuple[int, int, int, int] | None:
@@ -269,22 +274,29 @@ def _overlap(one: Sequence[int], other: Sequence[int]) -> tuple[int, int, int, i
     return (top, left, bottom, right) if top < bottom and left < right else None
 
 
-def _agree(one: Instance, other: Instance, shared: tuple[int, int, int, int], tile_a: Tile, tile_b: Tile) -> bool:
-    area_one, area_other = _window(one, shared), _window(other, shared)
-    both = int((area_one & area_other).sum())
-    if not both:
+def _agree(one: tuple[Tile, Instance], other: tuple[Tile, Instance]) -> bool:
+    """Tell whether what two tiles saw is one instance, by the region that both of them see."""
+    (tile, instance), (its_tile, its_instance) = one, other
+    shared = None if tile == its_tile else _overlap(tile, its_tile)
+    if shared is None or instance.label != its_instance.label:
         return False
-    sizes = int(area_one.sum()), int(area_other.sum())
-    if both > SAME * (sum(sizes) - both):
-        return True
-    cut = (_is_cut(one, tile_a, shared), _is_cut(other, tile_b, shared))
-    return any(is_cut and both > INSIDE * size for is_cut, size in zip(cut, sizes, strict=True))
+    mine, its = _window(instance, shared), _window(its_instance, shared)
+    both = int((mine & its).sum())
+    return both > SAME * (int(mine.sum()) + int(its.sum()) - both)
 
 
-def _is_cut(instance: Instance, tile: Tile, shared: tuple[int, int, int, int]) -> bool:
-    """Tell whether an instance ends at an edge of its tile that lies inside the region shared with the other."""
-    edges = zip(instance.box, tile, shared, strict=True)
-    return any(mine == edge == region for mine, edge, region in edges)
+def _is_covered(piece: tuple[Tile, Instance], wholes: Sequence[tuple[Tile, Instance]]) -> bool:
+    """Tell whether whole instances that other tiles saw cover most of what was cut off, each or together."""
+    tile, instance = piece
+    others = [each for its_tile, each in wholes if its_tile != tile and each.label == instance.label]
+    covered = np.logical_or.reduce([_window(each, instance.box) for each in others]) if others else np.False_
+    return int((instance.mask & covered).sum()) > INSIDE * int(instance.mask.sum())
+
+
+def _is_cut(instance: Instance, tile: Tile, bottom: int, right: int) -> bool:
+    """Tell whether an instance ends at an edge of its tile that is no edge of the image."""
+    inner = (tile.top > 0, tile.left > 0, tile.bottom < bottom, tile.right < right)
+    return any(there and mine == edge for there, mine, edge in zip(inner, instance.box, tile, strict=True))
 
 
 def _window(instance: Instance, region: tuple[int, int, int, int]) -> Mask:
