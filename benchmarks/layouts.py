@@ -12,19 +12,24 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from maskloss import HungarianMatcher, MaskCriterion, MaskLoss, MaskTargets, PointSampling
+from maskloss import HungarianMatcher, MaskLoss, MaskTargets, PointSampling
 from maskloss.bench.cases import Case
 from maskloss.bench.inputs import make_inputs
+from maskloss.distributed import step_totals
+from maskloss.training import learners
 from maskloss.training.config import TrainConfig
-from maskloss.training.digits import DigitScenes
-from maskloss.training.evaluate import evaluate, predict
-from maskloss.training.run import Session
+from maskloss.training.data import Plan, Scene, batches
+from maskloss.training.engine import schedule
+from maskloss.training.learners import CompactLearner, Output
+from maskloss.training.run import Listener, open_source, train
 
 LAYOUTS = ("independent", "stratified")
 MASKS = Case("masks", 1, 12, 12, 3, 5, (256, 256), (1024, 1024))
@@ -81,18 +86,34 @@ def measure_masks(draws: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- digits
 
 
-def session_with(steps: int, seed: int, sampling: PointSampling) -> Session:
-    """Set up a training run whose loss and matching have the given points."""
-    config = TrainConfig(steps=steps, seed=seed, num_points=sampling.num_points, held_out=200)
-    session = Session(config, DigitScenes(config.size, config.held_out))
-    session.criterion = MaskCriterion(
-        num_classes=10,
-        class_weight=config.class_weight,
-        no_object_weight=config.no_object_weight,
-        sampling=sampling,
-        matcher=HungarianMatcher(num_points=sampling.num_points, layout=sampling.layout),
-    )
-    return session
+class Run:
+    """A training run of `maskloss train`, step by step, without what else such a run does."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        source = open_source(config)
+        self.config = learners.resolve(config, source.most_instances)
+        self.learner = CompactLearner(self.config, len(source.class_names), source.channels)
+        self.optimizer = torch.optim.AdamW(self.learner.groups(self.config), lr=self.config.lr, betas=(0.9, 0.99))
+        self.scenes = list(itertools.islice(source.held_out, 48))
+        steps = range(1, config.steps + 1)
+        self.batches = batches(source, Plan(config.batch_size), config.seed, steps, 0, False)
+
+    def step(self, number: int) -> None:
+        [batch] = next(self.batches)
+        share = schedule(number / self.config.steps, self.config.schedule, self.config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = share * self.config.lr
+        totals = step_totals([batch.masks.num_targets], self.learner.num_queries)
+        self.optimizer.zero_grad()
+        self.learner(batch, totals, number).total.backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def output(self) -> Output:
+        self.learner.eval()
+        output = self.learner.predict(torch.stack([scene.image for scene in self.scenes]), torch.empty(0))
+        self.learner.train()
+        return output
 
 
 class Assignment(NamedTuple):
@@ -103,18 +124,16 @@ class Assignment(NamedTuple):
 
 
 @torch.no_grad()
-def matching(session: Session, matcher: HungarianMatcher, draws: int) -> Assignment:
-    """Match the first held-out scenes again and again, with new points each time.
+def matching(scenes: list[Scene], output: Output, matcher: HungarianMatcher, draws: int) -> Assignment:
+    """Match held-out scenes again and again, with new points each time.
 
     Returns:
         The standard deviation of a pair's cost, and the share of targets that go with another query than in the draw
         before.
     """
-    scenes = session.source.held_out[:48]
-    output = session.model(torch.stack([scene.image for scene in scenes]))
     targets = MaskTargets.cat([scene.targets for scene in scenes])
     labels = torch.cat([scene.labels for scene in scenes])
-    classes, masks = output.class_logits[-1][None], [output.mask_logits[-1]]
+    classes, masks = output.class_logits[None], [output.mask_logits]
     real = torch.arange(max(targets.num_targets)) < torch.tensor(targets.num_targets)[:, None]
     costs, owners = [], []
     for seed in range(draws):
@@ -128,44 +147,38 @@ def matching(session: Session, matcher: HungarianMatcher, draws: int) -> Assignm
 
 
 @torch.no_grad()
-def stage(session: Session, step: int, draws: int) -> None:
-    session.model.eval()
-    scenes = session.source.held_out[:48]
-    output = session.model(torch.stack([scene.image for scene in scenes]))
-    targets = [{"masks": scene.targets, "labels": scene.labels} for scene in scenes]
-    matches = session.criterion.matcher(output.class_logits[-1], output.mask_logits[-1], targets, seed=0)
-    rows = matches.index
-    logits = output.mask_logits[-1][rows[:, 1], rows[:, 2]]
-    truth = torch.stack([scenes[image].targets.dense()[target] for _, image, _, target in rows.tolist()])
+def stage(run: Run, step: int, draws: int) -> None:
+    output = run.output()
+    targets = [{"masks": scene.targets, "labels": scene.labels} for scene in run.scenes]
+    rows = run.learner.criterion.matcher(output.class_logits, output.mask_logits, targets, seed=0).index
+    logits = output.mask_logits[rows[:, 1], rows[:, 2]]
+    truth = torch.stack([run.scenes[image].targets.dense()[target] for _, image, _, target in rows.tolist()])
     print(f"step {step}: {len(rows)} instances")
     for sampling in configurations((64, 128, 256)):
         label = f"alpha {sampling.importance_ratio:<4} P {sampling.num_points:5} {sampling.layout}"
         show(label, spread(logits, truth, sampling, draws))
     for count, layout in itertools.product((64, 128, 256), LAYOUTS):
-        found = matching(session, HungarianMatcher(num_points=count, layout=layout), draws)
+        found = matching(run.scenes, output, HungarianMatcher(num_points=count, layout=layout), draws)
         print(
             f"matching P {count:4} {layout:12} cost ± {found.cost_spread:.3e}, {found.changed:.2%} change", flush=True
         )
-    session.model.train()
 
 
 def measure_digits(draws: int, steps: int) -> None:
-    session = session_with(steps, 0, PointSampling(256))
+    run = Run(TrainConfig(steps=steps))
     for step in range(1, steps + 1):
-        session.step(step)
+        run.step(step)
         if step in {max(1, round(steps * share)) for share in STAGES}:
-            stage(session, step, draws)
+            stage(run, step, draws)
 
 
 def measure_training(seeds: int, steps: int) -> None:
     for seed in range(seeds):
-        for sampling in (PointSampling(256), PointSampling(64), PointSampling(64, layout="stratified")):
-            session = session_with(steps, seed, sampling)
-            for step in range(1, steps + 1):
-                session.step(step)
-            scenes = session.source.held_out
-            found = evaluate(scenes, predict(session.model, scenes, session.device), session.source.class_names)
-            print(f"seed {seed} P {sampling.num_points:4} {sampling.layout:12} AP {found.ap:.4f}", flush=True)
+        for count, layout in ((256, "independent"), (64, "independent"), (64, "stratified")):
+            config = TrainConfig(steps=steps, seed=seed, num_points=count, layout=layout)
+            with tempfile.TemporaryDirectory() as folder:
+                found = train(config, Path(folder) / "run", Listener.silent()).evaluation
+            print(f"seed {seed} P {count:4} {layout:12} AP {found.ap:.4f} AP50 {found.ap50:.4f}", flush=True)
 
 
 def main() -> None:

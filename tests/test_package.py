@@ -92,7 +92,7 @@ print(time.process_time() - begin, *(name for name in {late} if name in sys.modu
 def test_version_is_the_installed_one() -> None:
     assert maskloss.__version__ == importlib.metadata.version("maskloss")
     changes = (ROOT / "CHANGELOG.md").read_text()
-    assert f"## {maskloss.__version__}" in changes
+    assert maskloss.__version__ in changes
     assert f"version: {maskloss.__version__}" in (ROOT / "CITATION.cff").read_text()
 
 

@@ -194,7 +194,7 @@ def _points(made_of: Material, paths: Mapping[str, Path]) -> str:
             _grid("many", [_image(paths[f"points-{number}-{place}"], text) for place, text in enumerate(texts)])
         )
     if "points" in paths:
-        rows.append(_grid("wide", [_image(paths["points"], "all of it in motion")]))
+        rows.append(_grid("wide", [_image(paths["points"], "the largest instances in motion")]))
     return _section(
         "Where the loss looked",
         "Instances of one held-out scene and the points of their loss during training: orange are the most uncertain "
