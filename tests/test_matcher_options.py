@@ -72,7 +72,7 @@ def test_sigmoid_classes_have_no_no_object(backend: str) -> None:
 
 ERRORS = {
     "classification must be one of softmax, focal": lambda *_: HungarianMatcher(classification="margin"),
-    'the matcher must have classification="softmax"': lambda *_: MaskCriterion(
+    "matcher and criterion must have the same classification": lambda *_: MaskCriterion(
         2, matcher=HungarianMatcher(classification="focal")
     ),
     "extra_costs must have one entry per image": lambda *given: HungarianMatcher()(*given, extra_costs=[]),

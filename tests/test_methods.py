@@ -283,7 +283,7 @@ def test_files_that_do_not_work(capsys, tmp_path, content, message):
 def test_input_that_does_not_work(capsys, tmp_path):
     assert "must be readable" in refused(capsys, "--config", tmp_path / "none.json")
     assert "settings must come from one place" in refused(capsys, tmp_path, "--config", tmp_path)
-    assert "there is no file" in refused(capsys, tmp_path)
+    assert "has no run.json" in refused(capsys, tmp_path)
     assert "say themselves what their settings are" in refused(capsys, tmp_path, "--num-points", 5)
     assert "--standalone prints" in refused(capsys, "--standalone", "--format", "text")
 

@@ -276,6 +276,7 @@ def points_figure(
         MissingExtraError: matplotlib is not installed (extra `plots`).
 
     Example:
+        >>> import torch
         >>> from maskloss import PointSampling, functional
         >>> logits, sampling = torch.linspace(-4, 4, 64).repeat(2, 64, 1), PointSampling(num_points=100)
         >>> points = functional.uncertain_points(logits, sampling=sampling, seed=0)
