@@ -418,7 +418,7 @@ def test_positions_as_integers_are_those_in_double_precision() -> None:
 
 @pytest.mark.parametrize("advised", [True, False])
 def test_gradients_in_pages_of_their_own(monkeypatch: pytest.MonkeyPatch, advised: bool) -> None:
-    """Large and sparse: planes that begin within a page, the last one among them, with and without the system's help."""
+    """Large and sparse: planes that begin within a page, the last one too, with and without the system's help."""
     if not advised:
         monkeypatch.setattr(cpu, "_madvise", lambda: 0)
     generator = torch.Generator().manual_seed(0)
