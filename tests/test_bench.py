@@ -455,6 +455,7 @@ def synthetic_report() -> dict[str, Any]:
             steps = ((0, 0.011 * speed), (1, 0.012 * speed), (2, 0.013 * speed))
             taken = samples(*steps, packed=arm == "maskloss")
             memory = {"peak": None, "extra": None, "gradient": 100} if case is TINY else {"peak": 5e6, "extra": 0}
+            memory["not_measured"] = "a reason" if case is TINY else None
             counts = {"operations": 1000, "transfers": 20}
             arms[arm] = {"samples": taken, "summary": runner.summarise(taken), "memory": memory, "counts": counts}
         arms["transformers"] |= {"waiting": "passive", "other_waiting": {"median": 0.1, "low": 0.1, "high": 0.1}}
@@ -468,6 +469,24 @@ def synthetic_report() -> dict[str, Any]:
         "settings": SETTINGS.as_dict(),
         "cases": cases,
     }
+
+
+def test_what_was_measured_outlives_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal unwinds the stack, through the code that ends the workers, and the first case is written."""
+    done = [case for case in synthetic_report()["cases"] if case["name"] == TINY.name]
+
+    def measure_case(*_: object) -> dict[str, Any]:
+        if not done:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done.pop()
+
+    monkeypatch.setattr(command, "run_case", measure_case)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        run("--preset", "tiny", "small", "--arms", "maskloss", "--out", str(tmp_path))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [case["name"] for case in json.loads((tmp_path / "bench.json").read_text())["cases"]] == [TINY.name]
 
 
 def test_tables_show_failures_and_gaps() -> None:

@@ -28,7 +28,7 @@ class MaskFactors:
     Pass it wherever `mask_logits` are taken. The loss then samples the *features* at the matcher's points (bilinear
     sampling and the product commute), forms the planes of matched queries only, a few at a time, and drops each when
     its loss is known. Values and gradients are those of `dense()`, up to the rounding of a matrix product; no tensor of
-    B * Q * h * w elements is made, forward or backward.
+    B * Q * h * w elements is made, forward or backward, but by the backend "reference", which goes through `dense()`.
 
     Decoder layers that pass the *same* features object share its sampling and its gradient.
 

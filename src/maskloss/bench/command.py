@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -113,16 +116,21 @@ def main(arguments: argparse.Namespace) -> int:
         "models": [],
     }
     console.print(table.heading(report), end="\n\n")
-    for case in choose(presets, families):
-        with _progress(console) as say:
-            report["cases"].append(run_case(case, settings, say))
-        _print_case(console, report["cases"][-1])
-    if report["cases"]:
-        console.print(table.LEGEND)
-    _print_families(console, report, families)
-    _run_models(console, report, arguments.model or (), settings)
-    for path in write_results(report, arguments.out):
-        console.print(f"[dim]wrote[/] {path}")
+    try:
+        with _sigterm_raises():
+            for case in choose(presets, families):
+                with _progress(console) as say:
+                    report["cases"].append(run_case(case, settings, say))
+                _print_case(console, report["cases"][-1])
+            if report["cases"]:
+                console.print(table.LEGEND)
+            _print_families(console, report, families)
+            _run_models(console, report, arguments.model or (), settings)
+    finally:
+        # What was measured before an interruption is not lost.
+        if report["cases"] or report["models"]:
+            for path in write_results(report, arguments.out):
+                console.print(f"[dim]wrote[/] {path}")
     return int(any(_failed(case) for case in (*report["cases"], *report["models"])))
 
 
@@ -161,6 +169,23 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         seed=arguments.seed,
         stages=arguments.stages,
     )
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that the worker processes are ended too."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
