@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from maskloss import _classification, _inputs, distributed
+from maskloss import _classification, _inputs, distributed, ops
 from maskloss._numbers import check_integer
 from maskloss.distributed import StepTotals
 from maskloss.errors import Cause, describe, reported
@@ -243,17 +243,19 @@ class MaskCriterion(nn.Module):
             found = self.matcher.match(stacked, logits, packed, labels, numbers, drawn, extra)
         else:
             found = self._given(matches, extra_costs, len(logits), queries, packed, labels)
-        losses = self.mask_loss.instance_losses(logits, found, packed, numbers, drawn)
         wanted = wanted_classes(found, labels, packed.first_rows, stacked.shape[:3], self.num_classes)
         weights = None
         if instance_weights is not None:
-            each = check_instance_weights(joined_weights(instance_weights, packed), packed.num_masks, losses.ce)
+            each = check_instance_weights(joined_weights(instance_weights, packed), packed.num_masks, logits[0])
             weights = each[packed.first_rows[found.index[:, 1]] + found.index[:, 3]]
         step = self._step(totals, found, weights, wanted, stacked)
+        divisor = distributed.at_least_one(_given_or(step.instance_weight, step.instances))
+        reduction = ops.Reduction(self.mask_weight, self.dice_weight, divisor, weights)
+        losses = self.mask_loss.instance_losses(logits, found, packed, numbers, drawn, reduction=reduction)
         terms = losses if weights is None else weighted(losses, weights)
         # Both terms of all layers at once: on a GPU every small operation costs a launch.
         sums = _by_layer(_inputs.stack(terms), found)
-        ce, dice = (sums / distributed.at_least_one(_given_or(step.instance_weight, step.instances))).unbind()
+        ce, dice = (sums / divisor).unbind()
         loss_class = self._classify(stacked, wanted, step)
         factors = (self.class_weight, self.mask_weight, self.dice_weight)
         summed = torch.add(self.class_weight * loss_class, ce, alpha=self.mask_weight)

@@ -13,7 +13,7 @@ from maskloss import ops
 from maskloss._numbers import is_number
 from maskloss.errors import Cause, check_layout, describe, reported
 from maskloss.matches import Matches
-from maskloss.ops import Draw, Targets, Term
+from maskloss.ops import Draw, Reduction, Targets, Term
 from maskloss.ops.abi import IMAGE, LAYER
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -238,6 +238,7 @@ def mask_loss(
     term: Term,
     points: Tensor | None,
     backend: str,
+    reduction: Reduction | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute cross-entropy and Dice `[N]` of instances; some layers may be factored.
 
@@ -249,12 +250,13 @@ def mask_loss(
         term: how logits and targets are read.
         points: the caller's, or None.
         backend: which one.
+        reduction: how the losses will be summed, if that is known.
     """
     layers = _as_needed(layers, backend)
     index, sizes = matches.index, matches.layer_sizes
     whole = [layer for layer in layers if isinstance(layer, Tensor)]
     if len(whole) == len(layers):
-        return ops.mask_loss(ops.Instances(whole, index, sizes), targets, draw, term, points, backend)
+        return ops.mask_loss(ops.Instances(whole, index, sizes), targets, draw, term, points, backend, reduction)
     if matches.counts is not None:
         return _mixed(layers, index, sizes, matches.counts, targets, draw, term, points, backend)
     block = index[:, LAYER] * matches.batch_size + index[:, IMAGE]

@@ -13,6 +13,7 @@ from maskloss.errors import Cause, describe, reported
 from maskloss.factors import Layer, MaskFactors
 from maskloss.functional import check_points, pair_index
 from maskloss.matches import Matches, Pairs, check_fit
+from maskloss.ops.abi import accumulation_dtype
 from maskloss.points import PointSampling, draw_seed
 from maskloss.targets import MaskTargets
 from maskloss.targets.bits import on_host
@@ -149,17 +150,19 @@ class MaskLoss(nn.Module):
         numbers = distributed.image_numbers(image_ids, logits.shape[0], logits.device)
         if points is not None:
             check_points(points, len(matched), logits.device)
-        losses = self.instance_losses([logits], matched, targets, numbers, drawn, points)
         count: float | Tensor = float(len(matched))
-        terms = losses
+        weights = None
         if instance_weights is not None:
-            weights = check_instance_weights(instance_weights, len(matched), losses.ce)
-            terms, count = weighted(losses, weights), weights.sum()
+            weights = check_instance_weights(instance_weights, len(matched), logits)
+            count = weights.sum()
         if num_instances is None:
             num_instances = distributed.mean_over_ranks([count], logits.device)[0]
         else:
             _inputs.check_count("num_instances", num_instances)
         divisor = distributed.at_least_one(num_instances)
+        reduction = ops.Reduction(self.ce_weight, self.dice_weight, divisor, weights)
+        losses = self.instance_losses([logits], matched, targets, numbers, drawn, points, reduction)
+        terms = losses if weights is None else weighted(losses, weights)
         ce, dice = terms.ce.sum() / divisor, terms.dice.sum() / divisor
         return MaskLossOutput(self.ce_weight * ce + self.dice_weight * dice, ce, dice, losses, drawn)
 
@@ -171,6 +174,7 @@ class MaskLoss(nn.Module):
         image_ids: Tensor,
         seed: Tensor,
         points: Tensor | None = None,
+        reduction: ops.Reduction | None = None,
     ) -> InstanceLosses:
         """Compute the losses of the matched instances of several decoder layers at once; inputs are not checked.
 
@@ -181,6 +185,7 @@ class MaskLoss(nn.Module):
             image_ids: int64 `[B]`.
             seed: int64 `[]`.
             points: float `[N, P, 2]`, or None to draw them.
+            reduction: how they will be summed, if that is known before: gradients then cost less.
 
         Returns:
             Both terms of each instance, in the order of the matches.
@@ -195,6 +200,7 @@ class MaskLoss(nn.Module):
             ops.Term(options.padding_mode, options.target_mode, *options.focal),
             points,
             ops.choose_backend(logits[0].device, options.backend),
+            reduction,
         )
         return InstanceLosses(ce, dice)
 
@@ -247,7 +253,7 @@ class MaskLoss(nn.Module):
         return mask_logits, targets, matches.to(mask_logits.device)
 
 
-def check_instance_weights(weights: Tensor, count: int, like: Tensor) -> Tensor:
+def check_instance_weights(weights: Tensor, count: int, logits: Layer) -> Tensor:
     """Bring weights of instances, bool or float `[N]`, to the dtype of their losses; no gradient flows to them."""
     fits = isinstance(weights, Tensor) and tuple(weights.shape) == (count,)
     if not fits or not (weights.dtype == torch.bool or weights.is_floating_point()):
@@ -256,8 +262,8 @@ def check_instance_weights(weights: Tensor, count: int, like: Tensor) -> Tensor:
             f"got {describe(weights)} for {count} instances",
             "False or 0 leaves an instance out",
         )
-    _inputs.check_device("instance_weights", weights.device, like.device)
-    weights = weights.detach().to(like.dtype)
+    _inputs.check_device("instance_weights", weights.device, logits.device)
+    weights = weights.detach().to(accumulation_dtype(logits.dtype))
     if on_host(weights) and not bool((weights >= 0).all() & weights.isfinite().all()):
         raise Cause(
             "instance_weights must be finite and at least 0",

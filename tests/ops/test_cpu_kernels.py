@@ -91,8 +91,10 @@ def assert_matches(case: Batch, sampling: Sampling, options: Term = PLAIN, point
     exact_grads = case.exact().gradients(reference, exact, sampling, options, at)
     plain_grads = case.gradients(reference, plain, sampling, options, points)
     grads = case.gradients(cpu, got, sampling, options, points)
-    for grad, plain_grad, exact_grad in zip(grads, plain_grads, exact_grads, strict=True):
+    early = case.early_gradients(cpu, got[0].dtype, sampling, options, points)
+    for grad, early_grad, plain_grad, exact_grad in zip(grads, early, plain_grads, exact_grads, strict=True):
         assert_as_good(grad, plain_grad, exact_grad)
+        assert_as_good(early_grad, plain_grad, exact_grad)
     if points is None:
         pairs = zip(
             case.costs(cpu, sampling[0], options, *sampling[3:]),
@@ -121,6 +123,14 @@ def test_loss_gradient_and_cost_match_the_reference(dtype: torch.dtype, name: st
 )  # fmt: skip
 def test_encodings(encoding: str, name: str) -> None:
     assert_matches(make(encoding=encoding), SAMPLING, OPTIONS[name])
+
+
+def test_queries_with_several_targets() -> None:
+    """Their instances share a plane, and so the memory of its gradient."""
+    case = make()
+    shared = case.index.clone()
+    shared[:, 2] = 1
+    assert_matches(case._replace(index=shared), SAMPLING)
 
 
 @pytest.mark.parametrize("size", [1, 7, 123, 507])

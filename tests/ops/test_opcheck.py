@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss import MaskTargets, ops
+from maskloss.ops import dense, products
 
 Args = tuple[Any, ...]
 
@@ -65,9 +66,23 @@ def mask_loss(backend: str, encoding: str = "bits", *, given: bool = False, dtyp
 def mask_loss_backward(backend: str, encoding: str = "bits") -> Args:
     logits, *rest, _ = mask_loss(backend, encoding)
     plain = [layer.detach() for layer in logits]
-    _, _, chosen, corners = ops._mask_loss(plain, *rest, backend)
+    _, _, chosen, corners = dense._mask_loss(plain, *rest, backend)
     gradients = torch.randn(len(INDEX)), torch.randn(len(INDEX))
     return *gradients, chosen, corners, plain, *rest, [True, False], backend
+
+
+def mask_loss_ahead(encoding: str = "bits", *, given: bool = False, needed: bool = True) -> Args:
+    *rest, backend = mask_loss("cpu", encoding, given=given)
+    return torch.rand(len(INDEX)), torch.rand(len(INDEX)), *rest, [True, needed], backend
+
+
+def mask_loss_settle(factor: float | None, encoding: str = "bits", *, needed: bool = True) -> Args:
+    """Gradients that are a multiple of the expected ones, or others."""
+    ce, dice, logits, *rest = mask_loss_ahead(encoding, needed=needed)
+    inputs = ([layer.detach() for layer in logits], *rest)
+    _, _, chosen, corners, ahead = dense._mask_loss_ahead(ce, dice, *inputs)
+    given = torch.rand(2, len(INDEX)) if factor is None else factor * torch.stack([ce, dice])
+    return ahead, ce, dice, *given, chosen, corners, *inputs
 
 
 def match_cost(backend: str, encoding: str = "bits") -> Args:
@@ -111,7 +126,7 @@ def factored_mask_loss_backward(backend: str, encoding: str = "bits", *, needed:
     *arguments, _ = factored_mask_loss(backend, encoding)
     plain = [[each.detach() for each in listed] for listed in arguments[:3]]
     inputs = (*plain, *arguments[3:])
-    _, _, *kept = ops._factored_mask_loss(*inputs, backend)
+    _, _, *kept = products._factored_mask_loss(*inputs, backend)
     gradients = torch.randn(len(INDEX)), torch.randn(len(INDEX))
     return *gradients, *kept, *inputs, [True, needed, needed, True], backend
 
@@ -124,16 +139,18 @@ def factored_mask_loss_backward(backend: str, encoding: str = "bits", *, needed:
         pytest.param(ops._point_sample_backward, point_sample_backward, id="point_sample_backward"),
         pytest.param(ops._uncertain_points, uncertain_points, id="uncertain_points"),
         pytest.param(ops._uncertain_points, lambda backend: uncertain_points(backend, 0), id="uniform points"),
-        pytest.param(ops._mask_loss, mask_loss, id="mask_loss"),
-        pytest.param(ops._mask_loss, lambda backend: mask_loss(backend, "labels"), id="mask_loss, label maps"),
-        pytest.param(ops._mask_loss, lambda backend: mask_loss(backend, "values"), id="mask_loss, soft"),
-        pytest.param(ops._mask_loss, lambda backend: mask_loss(backend, given=True), id="mask_loss, given points"),
+        pytest.param(dense._mask_loss, mask_loss, id="mask_loss"),
+        pytest.param(dense._mask_loss, lambda backend: mask_loss(backend, "labels"), id="mask_loss, label maps"),
+        pytest.param(dense._mask_loss, lambda backend: mask_loss(backend, "values"), id="mask_loss, soft"),
+        pytest.param(dense._mask_loss, lambda backend: mask_loss(backend, given=True), id="mask_loss, given points"),
         pytest.param(
-            ops._mask_loss, lambda backend: mask_loss(backend, "values", dtype=torch.bfloat16), id="mask_loss, bfloat16"
+            dense._mask_loss,
+            lambda backend: mask_loss(backend, "values", dtype=torch.bfloat16),
+            id="mask_loss, bfloat16",
         ),
-        pytest.param(ops._mask_loss_backward, mask_loss_backward, id="mask_loss_backward"),
+        pytest.param(dense._mask_loss_backward, mask_loss_backward, id="mask_loss_backward"),
         pytest.param(
-            ops._mask_loss_backward,
+            dense._mask_loss_backward,
             lambda backend: mask_loss_backward(backend, "values"),
             id="mask_loss_backward soft",
         ),
@@ -148,26 +165,51 @@ def test_operation(backend: str, operation: Any, make: Callable[[str], Args]) ->
 @pytest.mark.parametrize(
     ("operation", "make"),
     [
-        pytest.param(ops._factored_match_cost, factored_match_cost, id="factored_match_cost"),
+        pytest.param(dense._mask_loss_ahead, mask_loss_ahead, id="mask_loss_ahead"),
         pytest.param(
-            ops._factored_match_cost,
+            dense._mask_loss_ahead, lambda: mask_loss_ahead("values", needed=False), id="mask_loss_ahead, one layer"
+        ),
+        pytest.param(
+            dense._mask_loss_ahead, lambda: mask_loss_ahead("labels", given=True), id="mask_loss_ahead, given points"
+        ),
+        pytest.param(dense._mask_loss_settle, lambda: mask_loss_settle(1.0), id="mask_loss_settle, as expected"),
+        pytest.param(dense._mask_loss_settle, lambda: mask_loss_settle(0.3), id="mask_loss_settle, scaled"),
+        pytest.param(
+            dense._mask_loss_settle, lambda: mask_loss_settle(None, needed=False), id="mask_loss_settle, others"
+        ),
+    ],
+)
+def test_operation_of_early_gradients(operation: Any, make: Callable[[], Args]) -> None:
+    """Only the CPU kernels compute gradients in the forward pass, and only where nothing is traced."""
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operation, make(), test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("operation", "make"),
+    [
+        pytest.param(products._factored_match_cost, factored_match_cost, id="factored_match_cost"),
+        pytest.param(
+            products._factored_match_cost,
             lambda backend: factored_match_cost(backend, 50),
             id="factored_match_cost, more points than pixels",
         ),
-        pytest.param(ops._factored_mask_loss, factored_mask_loss, id="factored_mask_loss"),
+        pytest.param(products._factored_mask_loss, factored_mask_loss, id="factored_mask_loss"),
         pytest.param(
-            ops._factored_mask_loss,
+            products._factored_mask_loss,
             lambda backend: factored_mask_loss(backend, "values"),
             id="factored_mask_loss, soft",
         ),
         pytest.param(
-            ops._factored_mask_loss,
+            products._factored_mask_loss,
             lambda backend: factored_mask_loss(backend, given=True, dtype=torch.bfloat16),
             id="factored_mask_loss, given points, bfloat16",
         ),
-        pytest.param(ops._factored_mask_loss_backward, factored_mask_loss_backward, id="factored_mask_loss_backward"),
         pytest.param(
-            ops._factored_mask_loss_backward,
+            products._factored_mask_loss_backward, factored_mask_loss_backward, id="factored_mask_loss_backward"
+        ),
+        pytest.param(
+            products._factored_mask_loss_backward,
             lambda backend: factored_mask_loss_backward(backend, "labels", needed=False),
             id="factored_mask_loss_backward, some gradients",
         ),
@@ -186,7 +228,7 @@ def test_assign() -> None:
 def test_every_operation_is_checked() -> None:
     known = {
         *("point_sample", "point_sample_backward", "uncertain_points", "match_cost", "assign"),
-        *("mask_loss", "mask_loss_backward"),
+        *("mask_loss", "mask_loss_backward", "mask_loss_ahead", "mask_loss_settle"),
         *("factored_match_cost", "factored_mask_loss", "factored_mask_loss_backward"),
     }
     assert set(dir(torch.ops.maskloss)) - {"name"} >= known
@@ -200,6 +242,7 @@ def test_every_operation_is_checked() -> None:
     "name",
     [
         *("assign", "match_cost", "uncertain_points", "mask_loss", "mask_loss_backward"),
+        *("mask_loss_ahead", "mask_loss_settle"),
         *("factored_match_cost", "factored_mask_loss", "factored_mask_loss_backward"),
     ],
 )

@@ -48,10 +48,21 @@ class Batch(NamedTuple):
         live: Tensor | float = 1.0,
     ) -> list[Tensor]:
         """Gradients of a weighted sum of the losses; `saved` is what `loss` returned, `live` weighs the instances."""
-        weight = torch.linspace(0.5, 1.5, len(self.index), dtype=saved[0].dtype, device=self.index.device)
         needed = needs_grad or [True] * len(self.logits)
         rest = (self.instances, group(self.targets), self.draw(*sampling), term, points, needed)
-        return ops.mask_loss_backward(Gradients(weight * live, (2 - weight) * live), Saved(*saved[2:]), *rest)
+        return ops.mask_loss_backward(self._weights(saved[0].dtype, live), Saved(*saved[2:]), *rest)
+
+    def early_gradients(
+        self, ops: Any, dtype: torch.dtype, sampling: Sampling, term: Term = PLAIN, points: Tensor | None = None
+    ) -> list[Tensor]:
+        """The same gradients, computed along with losses of this dtype."""
+        rest = (self.instances, group(self.targets), self.draw(*sampling), term, points, [True] * len(self.logits))
+        found: list[Tensor] = ops.mask_loss_ahead(self._weights(dtype, 1.0), *rest)[-1]
+        return found
+
+    def _weights(self, dtype: torch.dtype, live: Tensor | float) -> Gradients:
+        weight = torch.linspace(0.5, 1.5, len(self.index), dtype=dtype, device=self.index.device)
+        return Gradients(weight * live, (2 - weight) * live)
 
     def points(self, ops: Any, sampling: Sampling, padding: str = "zeros") -> Tensor:
         return ops.uncertain_points(self.instances, self.draw(*sampling), self.targets.windows, padding)

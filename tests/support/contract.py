@@ -144,10 +144,47 @@ def mask_loss_backward(
     assert isinstance(saved.chosen, UInt8[Tensor, "N choice"])
     assert isinstance(saved.corners, Shaped[Tensor, "N P"])
     gradients = run(grads, saved, instances, targets, draw, term, points, needs_grad)
+    _check_gradients(instances, gradients, needs_grad)
+    return gradients
+
+
+def mask_loss_ahead(
+    run: Run,
+    expected: Gradients,
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    for grad in expected:
+        assert isinstance(grad, Float[Tensor, " N"])
+        assert len(grad) == len(instances.rows)
+    gradients: list[Tensor] = []
+
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ce, dice, chosen, corners, found = run(expected, *args, needs_grad)
+        gradients.extend(found)
+        return ce, dice, chosen, corners
+
+    losses = mask_loss(forward, instances, targets, draw, term, points)
+    _check_gradients(instances, gradients, needs_grad)
+    return *losses, gradients
+
+
+def mask_loss_settle(run: Run, ahead: Sequence[Tensor], expected: Gradients, *args: Any) -> None:
+    def backward(*inputs: Any) -> list[Tensor]:
+        assert run(ahead, expected, *inputs) is None
+        return list(ahead)
+
+    mask_loss_backward(backward, *args)
+
+
+def _check_gradients(instances: Instances, gradients: Sequence[Tensor], needs_grad: Sequence[bool]) -> None:
     for layer, gradient, needed in zip(instances.logits, gradients, needs_grad, strict=True):
         assert gradient.dtype == layer.dtype
         assert not needed or gradient.shape == layer.shape
-    return gradients
 
 
 @shaped
@@ -230,12 +267,15 @@ OPERATIONS = (
 )
 # What backends with kernels do for masks as factors; the reference forms dense logits.
 FOR_FACTORS = (mask_loss_keeping, plane_gradients, sample_features, row_costs)
+# What a backend does that computes gradients ahead of the backward pass.
+AHEAD = (mask_loss_ahead, mask_loss_settle)
 
 
 @contextmanager
 def checked(backend: ModuleType) -> Iterator[None]:
     """Check every call of a backend's operations until the end of the block."""
     operations = OPERATIONS + (FOR_FACTORS if hasattr(backend, "plane_gradients") else ())
+    operations += AHEAD if hasattr(backend, "mask_loss_ahead") else ()
     originals = {operation.__name__: getattr(backend, operation.__name__) for operation in operations}
     for operation in operations:
         original = originals[operation.__name__]

@@ -7,6 +7,7 @@ their compile-time constants from these names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -88,6 +89,21 @@ def is_stratified(layout: str) -> bool:
 def num_bytes(num_bits: int) -> int:
     """Return the bytes that hold so many bits; an expression where the number is a symbol."""
     return (num_bits + 7) // 8
+
+
+def widest(num_targets: Sequence[int]) -> int:
+    """Return the largest number of targets; an expression where numbers are symbols, so that one graph serves many."""
+    return reduce(torch.sym_max, num_targets, 0)
+
+
+def count_matches(num_targets: Sequence[int], num_queries: int) -> int:
+    """Return the number of matched instances of a layer."""
+    return sum(matched_counts(num_targets, num_queries))
+
+
+def matched_counts(num_targets: Sequence[int], num_queries: int) -> tuple[int, ...]:
+    """Return the number of matched instances of each image, min(T, Q); of symbols again an expression."""
+    return tuple(torch.sym_min(count, num_queries) for count in num_targets)
 
 
 # ------------------------------------------------------------------------------------------------- groups of arguments
@@ -211,6 +227,35 @@ class Gradients(NamedTuple):
 
     ce: Tensor
     dice: Tensor
+
+
+class Reduction(NamedTuple):
+    """How the caller sums the losses of instances, as far as it knows: ahead of the backward pass.
+
+        sum over n of w_n (ce_weight ce_n + dice_weight dice_n) / divisor
+
+    Attributes:
+        ce_weight: weight of the cross-entropies.
+        dice_weight: weight of Dice.
+        divisor: one number, or one for each layer `[L]`.
+        weights: w, of the instances `[N]`; None where all are 1.
+    """
+
+    ce_weight: float
+    dice_weight: float
+    divisor: float | Tensor
+    weights: Tensor | None = None
+
+    def gradients(self, instances: Instances) -> Gradients:
+        """Return the gradient of the sum by the losses."""
+        rows = instances.rows
+        share = torch.ones(len(rows), dtype=instances.accumulation_dtype, device=rows.device)
+        if self.weights is not None:
+            share *= self.weights
+        share /= (
+            self.divisor[rows[:, LAYER]] if isinstance(self.divisor, Tensor) and self.divisor.ndim else self.divisor
+        )
+        return Gradients(self.ce_weight * share, self.dice_weight * share)
 
 
 def grouped(arguments: Iterable[Any], *kinds: Any) -> Iterator[Any]:

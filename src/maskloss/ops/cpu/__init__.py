@@ -2,57 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss.ops.abi import (
-    IMAGE,
-    LAYER,
-    POINT_COLUMNS,
-    QUERY,
-    Draw,
-    Gradients,
-    Instances,
-    Kept,
-    Saved,
-    Targets,
-    Term,
-    is_border,
-    is_nearest,
-    num_bytes,
-)
+from maskloss.ops.abi import POINT_COLUMNS, Draw, Instances, is_border, is_nearest
 
 from . import instances as instance_kernels
 from . import maps as map_kernels
-from .arguments import (
-    Array,
-    absolute,
-    array_of,
-    corner_arrays,
-    describe,
-    describe_gradients,
-    dtypes_of,
-    given_rows,
-    groups,
-    largest,
-    loss_arguments,
-    numbers_of,
-    room,
-    zeros,
+from .arguments import array_of, describe, dtypes_of, given_rows, groups, numbers_of, room, zeros
+from .matched import (
+    mask_loss,
+    mask_loss_ahead,
+    mask_loss_backward,
+    mask_loss_keeping,
+    mask_loss_settle,
+    plane_gradients,
 )
-from .instances import INTEGER_ROWS, POINT_ROWS, ROW
 from .pairs import match_cost, match_plan, row_costs, sample_features
 from .sampling import BLOCK, buffer_size
 from .threads import launch
 
 __all__ = [
     "mask_loss",
+    "mask_loss_ahead",
     "mask_loss_backward",
     "mask_loss_keeping",
+    "mask_loss_settle",
     "match_cost",
     "match_plan",
     "plane_gradients",
@@ -113,119 +89,3 @@ def uncertain_points(instances: Instances, draw: Draw, windows: Tensor, padding:
     args = (describe(logits), array_of(index), *drawn, is_border(padding), points)
     launch(instance_kernels.uncertain_points, len(index), dtypes_of(logits[0]), room(logits, numbers), args)
     return torch.from_numpy(points)
-
-
-def mask_loss(
-    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy `[N]`, Dice `[N]`, chosen candidates as bits, and the target pixels at the points."""
-    ce, dice, kept = _forward(instances, targets, draw, term, points, keep=False)
-    return ce, dice, kept.chosen, kept.corners
-
-
-def mask_loss_keeping(
-    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
-) -> tuple[Tensor, Tensor, Kept]:
-    """As `mask_loss`, with the logits at the points among what the backward pass needs."""
-    return _forward(instances, targets, draw, term, points, keep=True)
-
-
-def _forward(
-    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Kept]:
-    dtypes = dtypes_of(instances.logits[0], points)
-    shared, numbers, alive = loss_arguments(instances, targets, draw, term, points)
-    count, data = len(instances.rows), targets.data.contiguous()
-    ce, dice = np.empty(count, dtypes[0]), np.empty(count, dtypes[0])
-    chosen = np.empty((count, num_bytes(numbers.candidates)), np.uint8)
-    corners = corner_arrays((count, numbers.points), targets.encoding, dtypes[0])
-    logits = np.empty((count if keep else 0, numbers.points), dtypes[0])
-    args = (describe(instances.logits), data.data_ptr(), absolute(targets.table, targets.images))
-    args += (array_of(targets.ignore), *shared, ce, dice, chosen, *corners, logits)
-    launch(instance_kernels.mask_loss, count, dtypes, room(instances.logits, numbers), args)
-    del alive
-    saved = corners.values if targets.encoding == "values" else corners.codes
-    return torch.from_numpy(ce), torch.from_numpy(dice), Kept(*map(torch.from_numpy, (chosen, saved, logits)))
-
-
-def mask_loss_backward(
-    grads: Gradients,
-    saved: Saved,
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    needs_grad: Sequence[bool],
-) -> list[Tensor]:
-    """Dense gradients of the logits; an empty tensor for each layer that needs none."""
-    logits = instances.logits
-    sizes = instances.layer_sizes
-    sparse = [2 * count < layer.shape[0] * layer.shape[1] for layer, count in zip(logits, sizes, strict=True)]
-    found = [
-        zeros(layer.shape if need else (0,), layer.dtype, sparse=few)
-        for layer, need, few in zip(logits, needs_grad, sparse, strict=True)
-    ]
-    if any(needs_grad):
-        kept = Kept(*saved, grads.ce.new_empty(0, draw.num_points))
-        written = [g if need else layer for g, layer, need in zip(found, logits, needs_grad, strict=True)]
-        planes = _by_plane(array_of(instances.rows), logits[0], needs_grad)
-        fresh = [few and need for few, need in zip(sparse, needs_grad, strict=True)]
-        _backward(grads, kept, instances, targets, draw, term, points, planes, describe_gradients(written, fresh))
-    return found
-
-
-def plane_gradients(
-    grads: Gradients,
-    kept: Kept,
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-) -> None:
-    """Overwrite the planes of instances, each of which has one of its own, with their gradients."""
-    count = len(instances.rows)
-    planes = np.arange(count), np.arange(count + 1)
-    written = describe_gradients(instances.logits, [False] * len(instances.logits))
-    _backward(grads, kept, instances, targets, draw, term, points, planes, written)
-
-
-def _backward(
-    grads: Gradients,
-    kept: Kept,
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    planes: tuple[NDArray[np.int64], NDArray[np.int64]],
-    written: NDArray[np.int64],
-) -> None:
-    """Write the gradients of planes; `planes` are the instances in their order, and where each plane starts."""
-    logits = instances.logits
-    dtypes = dtypes_of(logits[0], points)
-    shared, numbers, alive = loss_arguments(instances, targets, draw, term, points)
-    corners = corner_arrays((0, numbers.points), targets.encoding, dtypes[0])
-    kind = "values" if targets.encoding == "values" else "codes"
-    corners = corners._replace(**{kind: array_of(kept.corners)})
-    args = (describe(logits), array_of(targets.table), *shared, array_of(grads.ce), array_of(grads.dice))
-    args += (array_of(kept.chosen), *corners, array_of(kept.logits), *planes, written)
-    sizes = (
-        2 * BLOCK + 6 * numbers.points + 2 * largest(logits),
-        POINT_ROWS * BLOCK,
-        INTEGER_ROWS * ROW + numbers.points + numbers.uncertain + 8,
-    )
-    launch(instance_kernels.mask_loss_backward, len(planes[1]) - 1, dtypes, sizes, args)
-    del alive
-
-
-def _by_plane(rows: Array, layer: Tensor, needs_grad: Sequence[bool]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Instances in the order of their planes, and where each plane starts; without layers that need no gradient."""
-    batch, queries = layer.shape[:2]
-    order, starts = groups((rows[:, LAYER] * batch + rows[:, IMAGE]) * queries + rows[:, QUERY])
-    needed = np.asarray(needs_grad, bool)[rows[order[starts[:-1]], LAYER]] if len(rows) else np.zeros(0, bool)
-    if not needed.all():
-        keep = np.repeat(needed, np.diff(starts))
-        order, starts = order[keep], np.append(0, np.cumsum(np.diff(starts)[needed]))
-    return order, starts

@@ -33,7 +33,7 @@ from maskloss.ops.abi import (
 )
 from maskloss.points import Strata
 
-from .instances import INTEGER_ROWS, POINT_ROWS, ROW, SPARE, VALUE_ROWS, Numbers
+from .instances import GRADIENT_ROWS, INTEGER_ROWS, POINT_ROWS, ROW, SPARE, VALUE_ROWS, Numbers
 from .sampling import BLOCK, SOURCE_COLUMNS, Given, buffer_size
 from .threads import Dtypes
 
@@ -137,12 +137,13 @@ def largest(tensors: Sequence[Tensor]) -> int:
     return max(buffer_size(t.shape[2], t.shape[3]) for t in tensors)
 
 
-def room(logits: Sequence[Tensor], numbers: Numbers) -> tuple[int, int, int]:
-    """Sizes of the work space that draws points and reads logits there."""
+def room(logits: Sequence[Tensor], numbers: Numbers, loss: bool = False, ahead: bool = False) -> tuple[int, int, int]:
+    """Sizes of the work space that draws points and reads logits there; for a loss, and with its gradient `ahead`."""
+    width = (numbers.points if ahead else BLOCK) if loss else 0
     return (
-        VALUE_ROWS * BLOCK + numbers.candidates + largest(logits),
+        VALUE_ROWS * BLOCK + GRADIENT_ROWS * width + numbers.candidates + (1 + ahead) * largest(logits),
         POINT_ROWS * BLOCK,
-        INTEGER_ROWS * ROW + 2 * numbers.candidates + SPARE + numbers.uncertain + 8,
+        INTEGER_ROWS * ROW + width + 2 * numbers.candidates + SPARE + numbers.uncertain + 8,
     )
 
 

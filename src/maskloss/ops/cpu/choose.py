@@ -10,7 +10,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
-from .threads import helper
+from .threads import helper, splat
 
 _I32 = np.int32
 _SMALL = 4096
@@ -41,16 +41,10 @@ def _within(typingctx: Any, array: Any, first: Any, low: Any, span: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
         vector = ir.VectorType(ir.IntType(32), GROUP)
         keys = builder.load(builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer()), align=4)
-        low, span = (_splat(builder, value, vector) for value in args[2:])
+        low, span = (splat(builder, value, vector) for value in args[2:])
         return builder.bitcast(builder.icmp_unsigned("<", builder.sub(keys, low), span), ir.IntType(16))
 
     return types.uint16(array, types.uintp, types.int32, types.int32), codegen
-
-
-def _splat(builder: Any, value: Any, vector: Any) -> Any:
-    single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
-    lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
-    return builder.shuffle_vector(single, single, lanes)
 
 
 @intrinsic
@@ -62,7 +56,7 @@ def _put(typingctx: Any, out: Any, place: Any, table: Any, row: Any, base: Any) 
         vector = ir.VectorType(ir.IntType(32), 8)
         start = builder.gep(table, [builder.mul(args[3], args[3].type(8))])
         positions = builder.load(builder.bitcast(start, vector.as_pointer()), align=4)
-        total = builder.add(positions, _splat(builder, args[4], vector))
+        total = builder.add(positions, splat(builder, args[4], vector))
         builder.store(total, builder.bitcast(builder.gep(out, [args[1]]), vector.as_pointer()), align=4)
         return context.get_dummy_value()
 

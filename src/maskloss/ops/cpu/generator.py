@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core.errors import RequireLiteralValue
+from numba.extending import intrinsic
 
 from maskloss.ops.abi import CELL_BITS, POSITION_SHIFT, STREAM_SHIFT, WINDOW_H, WINDOW_W, WINDOW_X, WINDOW_Y, X, Y
 
-from .threads import helper
+from .threads import LANES, helper, splat
 
 U32 = np.uint32
 _U64 = np.uint64
 _PARITY = U32(0x1BD11BDA)
 _UNIT = np.float32(2.0**-24)
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 @helper(forceinline=True)
@@ -54,6 +61,58 @@ def threefry(k0, k1, c0, c1):
     return U32(x0 + k2), U32(x1 + U32(k0 + U32(5)))
 
 
+@intrinsic
+def _threefry_lanes(
+    typingctx: Any, key: Any, stream: Any, counters: Any, first: Any, drop: Any, ones: Any, others: Any, lanes: Any
+) -> Any:
+    """`threefry` of `lanes` counters from `first` on: both words, without their lowest `drop` bits (literals).
+
+    Left to itself, LLVM takes vectors of 256 bits also where there are larger ones.
+    """
+    for name, value in (("drop", drop), ("lanes", lanes)):
+        if not isinstance(value, types.IntegerLiteral):
+            raise RequireLiteralValue(name)
+    vector, shift = ir.VectorType(ir.IntType(32), lanes.literal_value), drop.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def place(which: int) -> Any:
+            data = context.make_array(signature.args[which])(context, builder, args[which]).data
+            return builder.bitcast(builder.gep(data, [args[3]]), vector.as_pointer())
+
+        def number(value: int) -> Any:
+            return ir.Constant(vector, [value] * vector.count)
+
+        def everywhere(value: Any) -> Any:
+            return splat(builder, value, vector)
+
+        keys = [everywhere(builder.extract_value(args[0], which)) for which in (0, 1)]
+        keys.append(builder.xor(builder.xor(*keys), number(int(_PARITY))))
+        x0 = builder.add(builder.load(place(2), align=4), keys[0])
+        x1 = builder.add(everywhere(args[1]), keys[1])
+        for turn in range(5):
+            for left in _ROTATIONS[turn % 2]:
+                x0 = builder.add(x0, x1)
+                rotated = builder.or_(builder.shl(x1, number(left)), builder.lshr(x1, number(32 - left)))
+                x1 = builder.xor(rotated, x0)
+            x0 = builder.add(x0, keys[(turn + 1) % 3])
+            x1 = builder.add(x1, builder.add(keys[(turn + 2) % 3], number(turn + 1)))
+        for which, word in ((5, x0), (6, x1)):
+            builder.store(builder.lshr(word, number(shift)), place(which), align=4)
+        return context.get_dummy_value()
+
+    return types.void(key, stream, counters, types.uintp, drop, ones, others, lanes), codegen
+
+
+@helper(forceinline=True)
+def _threefry_block(key, stream, counters, n, drop, ones, others):
+    """Both words of n counters, without their lowest bits; `ones` or `others` may be the counters."""
+    whole = n - n % LANES
+    for i in range(0, whole, LANES):
+        _threefry_lanes(key, stream, counters, np.uintp(i), drop, ones, others, LANES)
+    for i in range(whole, n):
+        _threefry_lanes(key, stream, counters, np.uintp(i), drop, ones, others, 1)
+
+
 @helper()
 def instance_key(seed, image_id, target):
     """The key of one (image, target) pair: `threefry(seed, (image_id, target))`."""
@@ -83,11 +142,7 @@ def draw_bits(key, stream, counters, n, strata, bits):
         _rows_of_cells(counters, n, follows, strata, ys)
         _into_cells(counters, n, strata, xs, ys)
         return
-    k0, k1 = key
-    for i in range(n):
-        r0, r1 = threefry(k0, k1, U32(counters[i]), stream)
-        xs[i] = np.int32(r0 >> U32(8))
-        ys[i] = np.int32(r1 >> U32(8))
+    _threefry_block(key, stream, counters, n, 8, xs, ys)
 
 
 @helper()
@@ -98,10 +153,7 @@ def _words_of_pairs(key, stream, first, n, words, space):
     even, odd = space[:half], space[half:]
     for m in range(half):
         even[m] = first + m
-    for m in range(half):
-        r0, r1 = threefry(k0, k1, U32(even[m]), stream)
-        even[m] = np.int32(r0)
-        odd[m] = np.int32(r1)
+    _threefry_block(key, stream, even, half, 0, even, odd)
     for m in range(half):
         words[2 * m] = even[m]
         words[2 * m + 1] = odd[m]

@@ -9,6 +9,7 @@ import numpy as np
 
 from maskloss.ops.abi import (
     CANDIDATES,
+    F32,
     FIRST,
     IGNORED,
     IMAGE,
@@ -30,10 +31,14 @@ from .choose import GROUP, LARGEST_KEY, list_marked, make_keys, mark_chosen, thr
 from .generator import counter_of, draw_bits, instance_key, points_of_bits
 from .losses import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses
 from .sampling import (
+    ADDRESS,
     BITS_LIMIT,
     BLOCK,
     BORDER,
+    DTYPE,
     HEIGHT,
+    STRIDE_B,
+    STRIDE_Q,
     WIDTH,
     Given,
     gather,
@@ -46,12 +51,14 @@ from .sampling import (
     write_plane,
 )
 from .targets import mark_ignored, read_targets, values_of_codes
-from .threads import helper, kernel, take
+from .threads import at, helper, kernel, take
 
 _I32 = np.int32
 _NOT_GIVEN = Given(0, False, 0, 0, 0)
 # Rows of the work spaces that hold one block.
-VALUE_ROWS, POINT_ROWS, INTEGER_ROWS = 6, 4, 4
+VALUE_ROWS, POINT_ROWS, INTEGER_ROWS = 2, 4, 4
+# Rows that hold the points of an instance: fractions along x and y, logits, targets, weights, and a work space.
+GRADIENT_ROWS = 6
 ROW = BLOCK + GROUP
 # Integers beside the keys and copies of keys that choosing needs, for whole groups.
 SPARE = 2 * GROUP
@@ -186,75 +193,126 @@ def uncertain_points(
             first += n
 
 
+@helper()
+def _add_gradient(points, places, apart, sums, pitch, by_ce, by_dice, totals, alpha, gamma):
+    """Add the gradient of one instance to the buffer of its plane; z and the last row of `points` are overwritten.
+
+    `totals` are the sums of w, w s, w t and w s t over its points, which `points` and `places` describe.
+    """
+    fx, fy, z, t, w, grad = points[0], points[1], points[2], points[3], points[4], points[5]
+    num_points = z.shape[0]
+    weight, area, marked, both = totals
+    ce = by_ce / max(weight, 1.0)
+    if gamma >= 0:
+        grad[:] = 0
+        add_focal_gradients(z, t, w, num_points, ce, alpha, gamma, grad)
+        ce = 0.0
+    loss_gradients(z, t, w, num_points, ce, by_dice, area, both, marked)
+    if gamma >= 0:
+        for i in range(num_points):
+            z[i] += grad[i]
+    if apart:
+        scatter_apart(sums, pitch, places, fx, fy, z, num_points)
+    else:
+        scatter(sums, pitch, places, fx, fy, z, num_points)
+
+
 @kernel
 def mask_loss(
     counter, items, values, coordinates, integers,
     sources, data, table, ignore, index, encoding, images, windows, image_ids, seed, given, numbers,
     border, nearest, alpha, gamma, ce, dice, chosen_bits, corner_codes, corner_values, kept,
+    order, starts, by_ce, by_dice, grads,
 ):  # fmt: skip
     """Cross-entropy and Dice of instances, the chosen candidates as bits, and the targets at their points.
 
     ce = sum w f(z, t) / max(sum w, 1);  dice = 1 - (2 sum w s t + 1) / (sum w s + sum w t + 1)
 
-    `kept` gets the logits at the points, if it has rows.
+    A work item is a plane and its instances. `kept` gets the logits at the points, if it has rows. `grads`, if it has
+    rows, gets the gradient of `sum(by_ce ce + by_dice dice)`, for the layers whose row there has an address.
     """
     num_points, num_candidates, num_uncertain = numbers.points, numbers.candidates, numbers.uncertain
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
     ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)
-    rest = integers[INTEGER_ROWS * ROW :]
+    # The points of one block, or of a whole instance where its gradient follows.
+    width = num_points if grads.shape[0] > 0 else BLOCK
+    stop = VALUE_ROWS * BLOCK + GRADIENT_ROWS * width
+    points = values[VALUE_ROWS * BLOCK : stop].reshape(GRADIENT_ROWS, width)
+    candidates, planes = values[stop : stop + num_candidates], values[stop + num_candidates :]
+    places, rest = integers[INTEGER_ROWS * ROW : INTEGER_ROWS * ROW + width], integers[INTEGER_ROWS * ROW + width :]
     chosen = rest[2 * num_candidates + SPARE :]
-    candidates = values[VALUE_ROWS * BLOCK : VALUE_ROWS * BLOCK + num_candidates]
-    buffer = values[VALUE_ROWS * BLOCK + num_candidates :]
     x, y, xs, ys = point_blocks[0], point_blocks[1], point_blocks[2], point_blocks[3]
-    fx, fy, z, t, w = (value_blocks[0], value_blocks[1], value_blocks[2], value_blocks[3], value_blocks[4])
     blocks = (point_blocks, value_blocks, ints)
     while True:
         item = take(counter)
         if item >= items:
             break
-        layer, image, query, target = index[item, LAYER], index[item, IMAGE], index[item, QUERY], index[item, TARGET]
+        one = order[starts[item]]
+        layer, image, query = index[one, LAYER], index[one, IMAGE], index[one, QUERY]
         source, window = sources[layer], windows[image]
-        row = table[images[image, FIRST] + target]
-        key = instance_key(seed, image_ids[image], target)
+        pitch = source[WIDTH] + 2 * BORDER
+        size = (source[HEIGHT] + 2 * BORDER) * pitch
+        buffer, sums = planes[:size], planes[size : 2 * size]
         read_plane(source, image, query, buffer)
-        if num_uncertain > 0:
-            choose_candidates(
-                buffer, source, key, layer, window, numbers, border, candidates, blocks, rest, chosen_bits[item]
-            )
-            list_marked(chosen_bits[item], chosen)
-        weight, loss, area, marked, both = 0.0, 0.0, 0.0, 0.0, 0.0
-        first = 0
-        while first < num_points:
-            n = _block_length(first, num_points, num_uncertain)
-            points_of_block(first, n, numbers, given, item, key, layer, window, chosen, x, y, ints)
-            if first < num_uncertain:
-                for i in range(n):
-                    z[i] = candidates[np.uintp(np.uint32(chosen[first + i]))]
-            else:
-                _locate_block(given, ints, x, y, n, source, window, border, ints[1], fx, fy)
-                gather(buffer, source[WIDTH] + 2 * BORDER, ints[1], fx, fy, n, z)
-            if kept.shape[0] > 0:
-                for i in range(n):
-                    kept[item, first + i] = z[i]
-            read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, fx, fy)
-            mark_ignored(x, y, n, images[image], ignore, given.double, ints[0])
-            _weights(ints[0], n, w)
-            if encoding < VALUES:
-                for i in range(n):
-                    corner_codes[item, first + i] = np.uint8(ints[0, i])
-            else:
-                for i in range(n):
-                    corner_values[item, first + i] = t[i] if ints[0, i] & IGNORED == 0 else -1
-            part = sum_losses(z, t, w, n)
-            weight += part[0]
-            area += part[2]
-            marked += part[3]
-            both += part[4]
-            loss += part[1] if gamma < 0 else sum_focal(z, t, w, n, alpha, gamma)
-            first += n
-        ce[item] = loss / max(weight, 1.0)
-        dice[item] = 1.0 - (2.0 * both + 1.0) / (area + marked + 1.0)
+        ahead = grads.shape[0] > 0 and grads[layer, ADDRESS] != 0
+        if ahead:
+            sums[:] = 0
+        for place in range(starts[item], starts[item + 1]):
+            instance = order[place]
+            target = index[instance, TARGET]
+            row = table[images[image, FIRST] + target]
+            key = instance_key(seed, image_ids[image], target)
+            if num_uncertain > 0:
+                marks = chosen_bits[instance]
+                choose_candidates(buffer, source, key, layer, window, numbers, border, candidates, blocks, rest, marks)
+                list_marked(marks, chosen)
+            weight, loss, area, marked, both = 0.0, 0.0, 0.0, 0.0, 0.0
+            first = 0
+            while first < num_points:
+                n = _block_length(first, num_points, num_uncertain)
+                where = slice(first, first + n) if ahead else slice(0, n)
+                fx, fy, z, t = points[0][where], points[1][where], points[2][where], points[3][where]
+                w, at_points = points[4][where], places[where]
+                points_of_block(first, n, numbers, given, instance, key, layer, window, chosen, x, y, ints)
+                if ahead or first >= num_uncertain:
+                    _locate_block(given, ints, x, y, n, source, window, border, at_points, fx, fy)
+                if first < num_uncertain:
+                    for i in range(n):
+                        z[i] = candidates[np.uintp(np.uint32(chosen[first + i]))]
+                else:
+                    gather(buffer, pitch, at_points, fx, fy, n, z)
+                if kept.shape[0] > 0:
+                    for i in range(n):
+                        kept[instance, first + i] = z[i]
+                read_targets(
+                    x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, value_blocks[0], value_blocks[1]
+                )
+                mark_ignored(x, y, n, images[image], ignore, given.double, ints[0])
+                _weights(ints[0], n, w)
+                if encoding < VALUES:
+                    for i in range(n):
+                        corner_codes[instance, first + i] = np.uint8(ints[0, i])
+                else:
+                    for i in range(n):
+                        corner_values[instance, first + i] = t[i] if ints[0, i] & IGNORED == 0 else -1
+                sums_of_block = sum_losses(z, t, w, n)
+                weight += sums_of_block[0]
+                area += sums_of_block[2]
+                marked += sums_of_block[3]
+                both += sums_of_block[4]
+                loss += sums_of_block[1] if gamma < 0 else sum_focal(z, t, w, n, alpha, gamma)
+                first += n
+            ce[instance] = loss / max(weight, 1.0)
+            dice[instance] = 1.0 - (2.0 * both + 1.0) / (area + marked + 1.0)
+            if ahead and (by_ce[instance] != 0.0 or by_dice[instance] != 0.0):
+                totals = (weight, area, marked, both)
+                apart = numbers.random_cells.rows > 0
+                _add_gradient(
+                    points, places, apart, sums, pitch, by_ce[instance], by_dice[instance], totals, alpha, gamma
+                )
+        if ahead:
+            write_plane(sums, grads[layer], image, query)
 
 
 @kernel
@@ -274,9 +332,9 @@ def mask_loss_backward(
     places = integers[INTEGER_ROWS * ROW : INTEGER_ROWS * ROW + num_points]
     chosen = integers[INTEGER_ROWS * ROW + num_points :]
     space = values[: 2 * BLOCK].reshape(2, BLOCK)
-    points = values[2 * BLOCK : 2 * BLOCK + 6 * num_points].reshape(6, num_points)
-    fx, fy, z, t, w, grad = points[0], points[1], points[2], points[3], points[4], points[5]
-    planes = values[2 * BLOCK + 6 * num_points :]
+    points = values[2 * BLOCK : 2 * BLOCK + GRADIENT_ROWS * num_points].reshape(GRADIENT_ROWS, num_points)
+    fx, fy, z, t, w = points[0], points[1], points[2], points[3], points[4]
+    planes = values[2 * BLOCK + GRADIENT_ROWS * num_points :]
     x, y, xs, ys = point_blocks[0], point_blocks[1], point_blocks[2], point_blocks[3]
     while True:
         item = take(counter)
@@ -331,17 +389,28 @@ def mask_loss_backward(
                 marked += part[2]
                 both += part[3]
                 first += n
-            ce = by_ce[instance] / max(weight, 1.0)
-            if gamma >= 0:
-                grad[:] = 0
-                add_focal_gradients(z, t, w, num_points, ce, alpha, gamma, grad)
-                ce = 0.0
-            loss_gradients(z, t, w, num_points, ce, by_dice[instance], area, both, marked)
-            if gamma >= 0:
-                for i in range(num_points):
-                    z[i] += grad[i]
-            if numbers.random_cells.rows > 0:
-                scatter_apart(sums, pitch, places, fx, fy, z, num_points)
-            else:
-                scatter(sums, pitch, places, fx, fy, z, num_points)
+            totals = (weight, area, marked, both)
+            apart = numbers.random_cells.rows > 0
+            _add_gradient(points, places, apart, sums, pitch, by_ce[instance], by_dice[instance], totals, alpha, gamma)
         write_plane(sums, grads[layer], image, query)
+
+
+@kernel
+def scale_planes(counter, items, _values, _coordinates, _integers, index, order, starts, grads, factor):
+    """Multiply the planes of instances, float32 or float64, by a number. A work item is a plane."""
+    while True:
+        item = take(counter)
+        if item >= items:
+            break
+        one = order[starts[item]]
+        grad = grads[index[one, LAYER]]
+        first = index[one, IMAGE] * grad[STRIDE_B] + index[one, QUERY] * grad[STRIDE_Q]
+        size = grad[HEIGHT] * grad[WIDTH]
+        if grad[DTYPE] == F32:
+            f32 = at(grad[ADDRESS] + first * 4, size, np.float32)
+            for i in range(size):
+                f32[i] *= np.float32(factor)
+        else:
+            f64 = at(grad[ADDRESS] + first * 8, size, np.float64)
+            for i in range(size):
+                f64[i] *= factor

@@ -13,13 +13,14 @@ from numba.extending import intrinsic
 
 from maskloss.ops.abi import BF16, F32, F64, X, Y
 
-from .threads import at, call_madvise, helper, prefetch
+from .threads import LANES, at, call_madvise, helper, prefetch, splat
 
 # Columns of the table that describes a tensor `[B, Q, h, w]`: address, element type, h, w, and strides in elements.
 ADDRESS, DTYPE, HEIGHT, WIDTH, STRIDE_B, STRIDE_Q, STRIDE_Y, STRIDE_X = range(8)
 SOURCE_COLUMNS = 8
 # A table of gradients has one more: where `madvise` is, if planes lie in fresh ordinary pages.
 MADVISE = 8
+GRADIENT_COLUMNS = 9
 # A buffer holds pixel (y, x) of a plane at row y + 2 and column x + 2; the rest is zero. A point that lies off the map
 # reads zeros there, so that the inner loops have no branch.
 BORDER = 2
@@ -233,14 +234,48 @@ def locate(x, y, n, height, width, border, index, fx, fy):
         index[i] = _I32(_I32(_I32(row + _I32(BORDER)) * pitch) + _I32(column + _I32(BORDER)))
 
 
-@helper(forceinline=True)
-def _split(bits, size):
-    """`bits * size / 2**24 - 0.5` as whole part and 24 bits of fraction, in 32-bit integers (12 bits at a time)."""
-    low = _I32(_I32(bits & _I32(4095)) * size)
-    high = _I32(_I32(_I32(bits >> _I32(12)) * size) + _I32(low >> _I32(12)))
-    high = _I32(high - _I32(2048))
-    fraction = _I32(_I32(_I32(high & _I32(4095)) << _I32(12)) | _I32(low & _I32(4095)))
-    return _I32(high >> _I32(12)), np.float32(fraction) * _UNIT
+@intrinsic
+def _locate_lanes(
+    typingctx: Any, xs: Any, ys: Any, first: Any, width: Any, height: Any, pitch: Any, index: Any, fx: Any, fy: Any,
+    lanes: Any,
+) -> Any:  # fmt: skip
+    """`locate_bits` for `lanes` points (a literal) from `first` on."""
+    if not isinstance(lanes, types.IntegerLiteral):
+        raise RequireLiteralValue("lanes")
+    vector = ir.VectorType(ir.IntType(32), lanes.literal_value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def place(which: int) -> Any:
+            data = context.make_array(signature.args[which])(context, builder, args[which]).data
+            return builder.gep(data, [args[2]])
+
+        def number(value: int) -> Any:
+            return ir.Constant(vector, [value] * vector.count)
+
+        def axis(bits: int, size: int, fraction: int) -> Any:
+            """`bits * size / 2**24 - 0.5` as whole part and 24 bits of fraction, 12 bits at a time."""
+            given = builder.load(builder.bitcast(place(bits), vector.as_pointer()), align=4)
+            size = splat(builder, args[size], vector)
+            low = builder.mul(builder.and_(given, number(4095)), size)
+            high = builder.mul(builder.lshr(given, number(12)), size)
+            high = builder.sub(builder.add(high, builder.lshr(low, number(12))), number(2048))
+            rest = builder.or_(
+                builder.shl(builder.and_(high, number(4095)), number(12)), builder.and_(low, number(4095))
+            )
+            single = ir.VectorType(ir.FloatType(), vector.count)
+            share = builder.fmul(builder.sitofp(rest, single), ir.Constant(single, [2.0**-24] * vector.count))
+            where = place(fraction)
+            kind = ir.VectorType(where.type.pointee, vector.count)
+            share = share if kind.element == single.element else builder.fpext(share, kind)
+            builder.store(share, builder.bitcast(where, kind.as_pointer()), align=_align(kind))
+            return builder.add(builder.ashr(high, number(12)), number(BORDER))
+
+        column, row = axis(0, 3, 7), axis(1, 4, 8)
+        found = builder.add(builder.mul(row, splat(builder, args[5], vector)), column)
+        builder.store(found, builder.bitcast(place(6), vector.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(xs, ys, types.uintp, types.int32, types.int32, types.int32, index, fx, fy, lanes), codegen
 
 
 @helper()
@@ -248,10 +283,11 @@ def locate_bits(bits, n, height, width, index, fx, fy):
     """As `locate`, for points of the whole frame given as 24-bit integers: exact, and twice as fast as with doubles."""
     w, h, pitch = _I32(width), _I32(height), _I32(width + 2 * BORDER)
     xs, ys = bits[X], bits[Y]
-    for i in range(n):
-        column, fx[i] = _split(xs[i], w)
-        row, fy[i] = _split(ys[i], h)
-        index[i] = _I32(_I32(_I32(row + _I32(BORDER)) * pitch) + _I32(column + _I32(BORDER)))
+    whole = n - n % LANES
+    for i in range(0, whole, LANES):
+        _locate_lanes(xs, ys, np.uintp(i), w, h, pitch, index, fx, fy, LANES)
+    for i in range(whole, n):
+        _locate_lanes(xs, ys, np.uintp(i), w, h, pitch, index, fx, fy, 1)
 
 
 @helper()

@@ -275,6 +275,17 @@ def call_madvise(typingctx: Any, function: Any, address: Any, size: Any, advice:
     return types.int32(types.int64, types.int64, types.int64, types.int32), codegen
 
 
+# How many 32-bit values intrinsics take at a time; LLVM cuts such vectors where the machine has none so long.
+LANES = 16
+
+
+def splat(builder: Any, value: Any, vector: Any) -> Any:
+    """A vector (int32) that has the same value everywhere, for intrinsics."""
+    single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
+    return builder.shuffle_vector(single, single, lanes)
+
+
 @helper(forceinline=True)
 def at(address, size, dtype):
     """The memory at `address` as an array of `size` elements.

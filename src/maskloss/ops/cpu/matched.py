@@ -1,0 +1,238 @@
+"""The loss of matched instances on CPU tensors, and its gradient: in the backward pass, or ahead of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maskloss.ops.abi import IMAGE, LAYER, QUERY, Draw, Gradients, Instances, Kept, Saved, Targets, Term, num_bytes
+
+from . import instances as kernels
+from .arguments import (
+    Array,
+    absolute,
+    array_of,
+    corner_arrays,
+    describe,
+    describe_gradients,
+    dtypes_of,
+    groups,
+    largest,
+    loss_arguments,
+    room,
+    zeros,
+)
+from .instances import GRADIENT_ROWS, INTEGER_ROWS, POINT_ROWS, ROW
+from .sampling import BLOCK, GRADIENT_COLUMNS
+from .threads import launch
+
+
+def mask_loss(
+    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy `[N]`, Dice `[N]`, chosen candidates as bits, and the target pixels at the points."""
+    ce, dice, kept = _forward(instances, targets, draw, term, points)
+    return ce, dice, kept.chosen, kept.corners
+
+
+def mask_loss_keeping(
+    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
+) -> tuple[Tensor, Tensor, Kept]:
+    """As `mask_loss`, with the logits at the points among what the backward pass needs."""
+    return _forward(instances, targets, draw, term, points, keep=True)
+
+
+def mask_loss_ahead(
+    expected: Gradients,
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """As `mask_loss`, with the dense gradients of the logits for the expected gradients of the losses."""
+    ahead = _new_gradients(instances, needs_grad)
+    ce, dice, kept = _forward(instances, targets, draw, term, points, expected=expected, ahead=ahead)
+    return ce, dice, kept.chosen, kept.corners, ahead.tensors
+
+
+def mask_loss_settle(
+    ahead: Sequence[Tensor],
+    expected: Gradients,
+    grads: Gradients,
+    saved: Saved,
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+    needs_grad: Sequence[bool],
+) -> None:
+    """Turn gradients for the expected gradients of the losses into those for the real ones, in place."""
+    factor = common_factor(expected, grads)
+    if factor == 1.0:
+        return
+    planes = _by_plane(array_of(instances.rows), instances.logits[0], needs_grad)
+    written = _describe_needed(ahead, needs_grad, [False] * len(ahead))
+    if factor is None:
+        kept = Kept(*saved, grads.ce.new_empty(0, draw.num_points))
+        _backward(grads, kept, instances, targets, draw, term, points, planes, written)
+    else:
+        args = (array_of(instances.rows), *planes, written, factor)
+        launch(kernels.scale_planes, len(planes[1]) - 1, dtypes_of(instances.logits[0]), (0, 0, 0), args)
+
+
+class _NewGradients(NamedTuple):
+    """Gradients of all layers, empty for one that needs none, and their table."""
+
+    tensors: list[Tensor]
+    table: NDArray[np.int64]
+
+
+def _new_gradients(instances: Instances, needs_grad: Sequence[bool]) -> _NewGradients:
+    sizes = instances.layer_sizes
+    sparse = [2 * count < layer.shape[0] * layer.shape[1] for layer, count in zip(instances.logits, sizes, strict=True)]
+    found = [
+        zeros(layer.shape if need else (0,), layer.dtype, sparse=few)
+        for layer, need, few in zip(instances.logits, needs_grad, sparse, strict=True)
+    ]
+    return _NewGradients(found, _describe_needed(found, needs_grad, sparse))
+
+
+def _describe_needed(grads: Sequence[Tensor], needs_grad: Sequence[bool], fresh: Sequence[bool]) -> NDArray[np.int64]:
+    """As `describe_gradients`; the row of a layer that needs no gradient is zeros."""
+    table = np.zeros((len(grads), GRADIENT_COLUMNS), np.int64)
+    needed = [layer for layer, need in enumerate(needs_grad) if need]
+    if needed:
+        table[needed] = describe_gradients([grads[layer] for layer in needed], [fresh[layer] for layer in needed])
+    return table
+
+
+def _forward(
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+    *,
+    keep: bool = False,
+    expected: Gradients | None = None,
+    ahead: _NewGradients | None = None,
+) -> tuple[Tensor, Tensor, Kept]:
+    dtypes = dtypes_of(instances.logits[0], points)
+    shared, numbers, alive = loss_arguments(instances, targets, draw, term, points)
+    count, data = len(instances.rows), targets.data.contiguous()
+    ce, dice = np.empty(count, dtypes[0]), np.empty(count, dtypes[0])
+    chosen = np.empty((count, num_bytes(numbers.candidates)), np.uint8)
+    corners = corner_arrays((count, numbers.points), targets.encoding, dtypes[0])
+    logits = np.empty((count if keep else 0, numbers.points), dtypes[0])
+    if expected is None or ahead is None:
+        planes, slopes = (np.arange(count), np.arange(count + 1)), [np.empty(0, dtypes[0])] * 2
+        written = np.empty((0, GRADIENT_COLUMNS), np.int64)
+    else:
+        # Those of a plane follow one another also where no gradient is needed.
+        planes = _by_plane(array_of(instances.rows), instances.logits[0], [True] * len(instances.logits))
+        slopes, written = [array_of(each) for each in expected], ahead.table
+    args = (describe(instances.logits), data.data_ptr(), absolute(targets.table, targets.images))
+    args += (array_of(targets.ignore), *shared, ce, dice, chosen, *corners, logits, *planes, *slopes, written)
+    space = room(instances.logits, numbers, loss=True, ahead=ahead is not None)
+    launch(kernels.mask_loss, len(planes[1]) - 1, dtypes, space, args)
+    del alive
+    saved = corners.values if targets.encoding == "values" else corners.codes
+    return torch.from_numpy(ce), torch.from_numpy(dice), Kept(*map(torch.from_numpy, (chosen, saved, logits)))
+
+
+def mask_loss_backward(
+    grads: Gradients,
+    saved: Saved,
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+    needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    """Dense gradients of the logits; an empty tensor for each layer that needs none."""
+    found = _new_gradients(instances, needs_grad)
+    if any(needs_grad):
+        kept = Kept(*saved, grads.ce.new_empty(0, draw.num_points))
+        planes = _by_plane(array_of(instances.rows), instances.logits[0], needs_grad)
+        _backward(grads, kept, instances, targets, draw, term, points, planes, found.table)
+    return found.tensors
+
+
+def plane_gradients(
+    grads: Gradients,
+    kept: Kept,
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+) -> None:
+    """Overwrite the planes of instances, each of which has one of its own, with their gradients."""
+    count = len(instances.rows)
+    planes = np.arange(count), np.arange(count + 1)
+    written = describe_gradients(instances.logits, [False] * len(instances.logits))
+    _backward(grads, kept, instances, targets, draw, term, points, planes, written)
+
+
+def _backward(
+    grads: Gradients,
+    kept: Kept,
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+    planes: tuple[NDArray[np.int64], NDArray[np.int64]],
+    written: NDArray[np.int64],
+) -> None:
+    """Write the gradients of planes; `planes` are the instances in their order, and where each plane starts."""
+    logits = instances.logits
+    dtypes = dtypes_of(logits[0], points)
+    shared, numbers, alive = loss_arguments(instances, targets, draw, term, points)
+    corners = corner_arrays((0, numbers.points), targets.encoding, dtypes[0])
+    kind = "values" if targets.encoding == "values" else "codes"
+    corners = corners._replace(**{kind: array_of(kept.corners)})
+    args = (describe(logits), array_of(targets.table), *shared, array_of(grads.ce), array_of(grads.dice))
+    args += (array_of(kept.chosen), *corners, array_of(kept.logits), *planes, written)
+    sizes = (
+        2 * BLOCK + GRADIENT_ROWS * numbers.points + 2 * largest(logits),
+        POINT_ROWS * BLOCK,
+        INTEGER_ROWS * ROW + numbers.points + numbers.uncertain + 8,
+    )
+    launch(kernels.mask_loss_backward, len(planes[1]) - 1, dtypes, sizes, args)
+    del alive
+
+
+def _by_plane(rows: Array, layer: Tensor, needs_grad: Sequence[bool]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Instances in the order of their planes, and where each plane starts; without layers that need no gradient."""
+    batch, queries = layer.shape[:2]
+    order, starts = groups((rows[:, LAYER] * batch + rows[:, IMAGE]) * queries + rows[:, QUERY])
+    needed = np.asarray(needs_grad, bool)[rows[order[starts[:-1]], LAYER]] if len(rows) else np.zeros(0, bool)
+    if not needed.all():
+        keep = np.repeat(needed, np.diff(starts))
+        order, starts = order[keep], np.append(0, np.cumsum(np.diff(starts)[needed]))
+    return order, starts
+
+
+def common_factor(expected: Gradients, grads: Gradients) -> float | None:
+    """The number that all expected gradients have been multiplied with, up to rounding; None if there is none."""
+    wanted, given = (np.concatenate([array_of(each) for each in pair]).astype(np.float64) for pair in (expected, grads))
+    if not wanted.any():
+        return None if given.any() else 1.0
+    largest_one = np.abs(wanted).argmax()
+    factor = float(given[largest_one] / wanted[largest_one])
+    error = 4 * float(torch.finfo(expected.ce.dtype).eps)
+    # With 0, an instance would be multiplied that must not even be looked at.
+    same = factor != 0.0 and np.isfinite(given).all()
+    if not same or (np.abs(given - factor * wanted) > error * np.abs(factor * wanted)).any():
+        return None
+    return 1.0 if abs(factor - 1.0) <= error else factor

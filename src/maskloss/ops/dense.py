@@ -1,0 +1,225 @@
+"""The operation of the loss of dense logits, and its derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskloss._transforms import active
+from maskloss.ops.abi import (
+    Draw,
+    Gradients,
+    Instances,
+    Reduction,
+    Saved,
+    Targets,
+    Term,
+    accumulation_dtype,
+    grouped,
+    num_bytes,
+)
+from maskloss.ops.dispatch import load
+from maskloss.ops.schemas import LOSS, NOT_CAPTURED, operation
+from maskloss.ops.transformed import Derivative
+
+
+@operation("mask_loss", f"{LOSS}, str backend", "(Tensor, Tensor, Tensor, Tensor)", **NOT_CAPTURED)
+def _mask_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, backend = grouped(args, Instances, Targets, Draw, Term)
+    ce, dice, chosen, corners = load(backend).mask_loss(*inputs)
+    return ce, dice, chosen, corners
+
+
+@_mask_loss.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _shapes_of_losses(*args[:-1])
+
+
+def _shapes_of_losses(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    instances, targets, draw, _, points = grouped(args, Instances, Targets, Draw, Term)
+    count, like, dtype = instances.rows.shape[0], instances.logits[0], instances.accumulation_dtype
+    width = num_bytes(draw.num_candidates) if points is None and draw.num_uncertain else 0
+    return (
+        like.new_empty(count, dtype=dtype),
+        like.new_empty(count, dtype=dtype),
+        like.new_empty(count, width, dtype=torch.uint8),
+        like.new_empty(count, draw.num_points, dtype=dtype if targets.encoding == "values" else torch.uint8),
+    )
+
+
+def _shapes_of_gradients(logits: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
+    return [
+        torch.empty(layer.shape if need else 0, dtype=layer.dtype, device=layer.device)
+        for layer, need in zip(logits, needs_grad, strict=True)
+    ]
+
+
+@operation(
+    "mask_loss_backward",
+    f"Tensor grad_ce, Tensor grad_dice, Tensor chosen, Tensor corners, {LOSS}, bool[] needs_grad, str backend",
+    "Tensor[]",
+    **NOT_CAPTURED,
+)
+def _mask_loss_backward(*args: Any) -> list[Tensor]:
+    *inputs, backend = grouped(args, Gradients, Saved, Instances, Targets, Draw, Term)
+    grads: list[Tensor] = load(backend).mask_loss_backward(*inputs)
+    return grads
+
+
+@_mask_loss_backward.register_fake
+def _(*args: Any) -> list[Tensor]:
+    instances = Instances(*args[4:7])
+    return _shapes_of_gradients(instances.logits, args[-2])
+
+
+def _mask_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, *rest, backend = inputs
+    saved = output[2:]
+    ctx.mark_non_differentiable(*saved)
+    # The outputs that only the backward pass reads get no gradient tensors of zeros made for them.
+    ctx.set_materialize_grads(False)
+    tensors = [value for value in rest if isinstance(value, Tensor)]
+    ctx.save_for_backward(*saved, *logits, *tensors)
+    ctx.num_layers, ctx.backend = len(logits), backend
+    ctx.options = [None if isinstance(value, Tensor) else (value,) for value in rest]
+
+
+def _saved_inputs(ctx: Any) -> tuple[Any, ...]:
+    """What the forward pass chose and read, and what it was given."""
+    chosen, corners, *saved = ctx.saved_tensors
+    logits, tensors = saved[: ctx.num_layers], iter(saved[ctx.num_layers :])
+    return chosen, corners, logits, *(next(tensors) if option is None else option[0] for option in ctx.options)
+
+
+def _contiguous(ctx: Any, *grads: Tensor | None) -> list[Tensor]:
+    """Gradients of both losses, zeros for one that was not used."""
+    rows = ctx.saved_tensors[0].shape[0]
+    like = ctx.saved_tensors[2]
+    zero = torch.zeros(rows, dtype=accumulation_dtype(like.dtype), device=like.device)
+    return [zero if grad is None else grad.contiguous() for grad in grads]
+
+
+def _mask_loss_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    needs_grad = [bool(need) for need in ctx.needs_input_grad[0]]
+    grads = _mask_loss_backward(*_contiguous(ctx, grad_ce, grad_dice), *_saved_inputs(ctx), needs_grad, ctx.backend)
+    kept = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
+    return kept, *[None] * len(ctx.options), None
+
+
+_mask_loss.register_autograd(_mask_loss_derivative, setup_context=_mask_loss_setup)
+_differentiable_mask_loss = Derivative(_mask_loss, _mask_loss_setup, _mask_loss_derivative)
+
+
+# ------------------------------------------------------------------------------------------- gradients that come early
+
+# While a plane and its points are in the cache, the gradient costs less than half of what it does later. It follows
+# from the gradients of the losses, which are nearly always known: where the caller tells how it will sum the losses,
+# the forward pass goes on with those, and the backward pass compares them with the real ones.
+
+
+@operation(
+    "mask_loss_ahead",
+    f"Tensor expected_ce, Tensor expected_dice, {LOSS}, bool[] needs_grad, str backend",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    **NOT_CAPTURED,
+)
+def _mask_loss_ahead(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    *inputs, backend = grouped(args, Gradients, Instances, Targets, Draw, Term)
+    ce, dice, chosen, corners, ahead = load(backend).mask_loss_ahead(*inputs)
+    return ce, dice, chosen, corners, ahead
+
+
+@_mask_loss_ahead.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    *flat, needs_grad, _ = args[len(Gradients._fields) :]
+    return *_shapes_of_losses(*flat), _shapes_of_gradients(flat[0], needs_grad)
+
+
+@operation(
+    "mask_loss_settle",
+    f"Tensor(a!)[] ahead, Tensor expected_ce, Tensor expected_dice, Tensor grad_ce, Tensor grad_dice, Tensor chosen, "
+    f"Tensor corners, {LOSS}, bool[] needs_grad, str backend",
+    "()",
+    mutates=("ahead",),
+    **NOT_CAPTURED,
+)
+def _mask_loss_settle(ahead: Sequence[Tensor], *args: Any) -> None:
+    *inputs, backend = grouped(args, Gradients, Gradients, Saved, Instances, Targets, Draw, Term)
+    load(backend).mask_loss_settle(ahead, *inputs)
+
+
+@_mask_loss_settle.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def _ahead_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    expected_ce, expected_dice, *flat, needs_grad, backend = inputs
+    *losses, ahead = output
+    _mask_loss_setup(ctx, (*flat, backend), tuple(losses))
+    ctx.mark_non_differentiable(*losses[2:], *ahead)
+    # Not among the saved tensors: the first backward pass takes the gradients, and may change them.
+    ctx.expected, ctx.ahead, ctx.computed = (expected_ce, expected_dice), ahead, needs_grad
+
+
+def _ahead_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    found, ctx.ahead = ctx.ahead, None
+    needs_grad = [bool(need) for need in ctx.needs_input_grad[2]]
+    given, inputs = _contiguous(ctx, grad_ce, grad_dice), _saved_inputs(ctx)
+    if found is None:
+        found = _mask_loss_backward(*given, *inputs, needs_grad, ctx.backend)
+    else:
+        _mask_loss_settle(found, *ctx.expected, *given, *inputs, ctx.computed, ctx.backend)
+    kept = [grad if need else None for grad, need in zip(found, needs_grad, strict=True)]
+    return None, None, kept, *[None] * len(ctx.options), None, None
+
+
+_mask_loss_ahead.register_autograd(_ahead_derivative, setup_context=_ahead_setup)
+
+
+def mask_loss(
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+    backend: str,
+    reduction: Reduction | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute cross-entropy and Dice `[N]` at the caller's points, or at points that are drawn; gradient to logits.
+
+    Args:
+        instances: of all layers.
+        targets: of the batch.
+        draw: how points are drawn.
+        term: how logits and targets are read.
+        points: the caller's, or None.
+        backend: which one.
+        reduction: how the losses will be summed, if that is known: a hint that saves time, whatever comes of it.
+    """
+    flat = (*instances, *targets, *draw, *term, points)
+    if reduction is not None and _pays_ahead(instances, backend):
+        needs_grad = [layer.requires_grad for layer in instances.logits]
+        ce, dice, *_ = _mask_loss_ahead(*reduction.gradients(instances), *flat, needs_grad, backend)
+    else:
+        ce, dice, _, _ = _differentiable_mask_loss(*flat, backend)
+    return ce, dice
+
+
+def _pays_ahead(instances: Instances, backend: str) -> bool:
+    """Tell whether the forward pass should compute the gradient.
+
+    Half precision would be rounded before it is scaled, and the scaling of mixed precision is there to prevent that.
+    """
+    logits = instances.logits
+    return (
+        backend == "cpu"
+        and torch.is_grad_enabled()
+        and any(layer.requires_grad for layer in logits)
+        and logits[0].dtype == instances.accumulation_dtype
+        and not torch.compiler.is_compiling()
+        and not active()
+    )

@@ -1,0 +1,35 @@
+"""The schemas of the operations: the groups of `abi`, flat, as the dispatcher needs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# The groups, flat: their order is that of the fields.
+INSTANCES = "Tensor[] logits, Tensor rows, SymInt[] layer_sizes"
+TARGETS = "str encoding, Tensor data, Tensor table, Tensor images, Tensor windows, Tensor ignore"
+DRAW = "Tensor image_ids, Tensor seed, SymInt num_points, SymInt num_candidates, SymInt num_uncertain, str layout"
+TERM = "str padding, str target_mode, float focal_alpha, float focal_gamma"
+LOSS = f"{INSTANCES}, {TARGETS}, {DRAW}, {TERM}, Tensor? points"
+FACTORS = "Tensor[] embeddings, Tensor[] biases, Tensor[] features, int[] features_of, int scratch_bytes"
+FACTORED_LOSS = f"{FACTORS}, Tensor index, SymInt[] counts, {TARGETS}, {DRAW}, {TERM}, Tensor? points"
+SAMPLE = "Tensor maps, Tensor index, Tensor points, str mode, str padding"
+
+# The compiler's own CUDA graphs must leave out what waits for the device or reads a seed on the host: a graph would
+# read it once and draw the same points ever after. Older releases of PyTorch cannot leave an operation out.
+NOT_CAPTURED: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+def operation(name: str, arguments: str, result: str, *, mutates: tuple[str, ...] = (), **options: Any) -> Any:
+    """Register the decorated function as an operation of the library.
+
+    Args:
+        name: without the namespace.
+        arguments: of the schema.
+        result: of the schema.
+        mutates: names of the arguments that are written to.
+        options: of `torch.library.custom_op`.
+    """
+    schema = f"({arguments}) -> {result}"
+    return torch.library.custom_op(f"maskloss::{name}", mutates_args=mutates, schema=schema, **options)
