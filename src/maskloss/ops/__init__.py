@@ -29,7 +29,7 @@ from maskloss.ops.abi import (
     grouped,
     num_bytes,
 )
-from maskloss.ops.dispatch import BACKENDS, check_backend, choose_backend, load
+from maskloss.ops.dispatch import BACKENDS, check_backend, choose_backend, has_host_kernels, load
 from maskloss.ops.transformed import Derivative
 
 __all__ = [
@@ -45,9 +45,11 @@ __all__ = [
     "count_matches",
     "factored_mask_loss",
     "factored_match_cost",
+    "has_host_kernels",
     "mask_loss",
     "match_cost",
     "matched_counts",
+    "pack_masks",
     "point_sample",
     "uncertain_points",
     "widest",
@@ -86,6 +88,25 @@ def count_matches(num_targets: Sequence[int], num_queries: int) -> int:
 def matched_counts(num_targets: Sequence[int], num_queries: int) -> tuple[int, ...]:
     """Return the number of matched instances of each image, min(T, Q); of symbols again an expression."""
     return tuple(torch.sym_min(count, num_queries) for count in num_targets)
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+def pack_masks(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[Any, int]]]:
+    """Pack dense masks on the host, each cut to its box, where `has_host_kernels` says that there are kernels.
+
+    No operation of `torch.library`: how much comes out depends on the values, which a graph does not know.
+
+    Args:
+        images: CPU tensors `[T, H, W]`, bool or uint8.
+
+    Returns:
+        The bytes of all boxes, uint8 `[n]`; for each image where its masks lie in its part, int64 `[T, 6]`, and how
+        many bytes that part has.
+    """
+    packed: tuple[Tensor, list[tuple[Any, int]]] = load("cpu").pack_masks(images)
+    return packed
 
 
 # ------------------------------------------------------------------------------------------------------ point sampling

@@ -10,10 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskloss.ops.abi import (
+    CROP_H,
     IMAGE,
     LAYER,
+    OFFSET,
+    PLACE_COLUMNS,
     POINT_COLUMNS,
     QUERY,
+    STRIDE,
     Draw,
     Gradients,
     Instances,
@@ -28,6 +32,7 @@ from maskloss.ops.abi import (
 
 from . import instances as instance_kernels
 from . import maps as map_kernels
+from . import packing as packing_kernels
 from .arguments import (
     Array,
     absolute,
@@ -35,19 +40,21 @@ from .arguments import (
     corner_arrays,
     describe,
     describe_gradients,
+    describe_masks,
     dtypes_of,
     given_rows,
     groups,
     largest,
     loss_arguments,
     numbers_of,
+    pixels_of,
     room,
     zeros,
 )
 from .instances import INTEGER_ROWS, POINT_ROWS, ROW
 from .pairs import match_cost, match_plan, row_costs, sample_features
 from .sampling import BLOCK, buffer_size
-from .threads import launch
+from .threads import Dtypes, Sizes, launch
 
 __all__ = [
     "mask_loss",
@@ -55,6 +62,7 @@ __all__ = [
     "mask_loss_keeping",
     "match_cost",
     "match_plan",
+    "pack_masks",
     "plane_gradients",
     "point_sample",
     "point_sample_backward",
@@ -62,6 +70,35 @@ __all__ = [
     "sample_features",
     "uncertain_points",
 ]
+
+# So many are packed in a fraction of a millisecond, and waking and awaiting other threads can take longer.
+_FEW_PIXELS = 1 << 22
+# Of kernels that need no work space.
+_NO_SCRATCH: tuple[Dtypes, Sizes] = (np.float32, np.float32), (0, 0, 0)
+
+
+def pack_masks(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[NDArray[np.int64], int]]]:
+    """Pack the masks `[T, H, W]` of all images, bool or uint8, into bits, each cut to its box.
+
+    Returns:
+        The bytes of all boxes, uint8 `[n]`; for each image where its masks lie in its part, int64 `[T, 6]`, and how
+        many bytes that part has.
+    """
+    arrays = [pixels_of(masks) for masks in images]
+    counts = [len(array) for array in arrays]
+    firsts = np.cumsum([0, *counts])
+    table = describe_masks(arrays, firsts[:-1])
+    place = np.zeros((firsts[-1], PLACE_COLUMNS), np.int64)
+    few = sum(array.size for array in arrays) <= _FEW_PIXELS
+    launch(packing_kernels.find_boxes, len(place), *_NO_SCRATCH, (table, place), alone=few)
+    begins = np.append(0, np.cumsum(place[:, STRIDE] * place[:, CROP_H]))
+    data = torch.from_numpy(np.empty(begins[-1], np.uint8))
+    few = 8 * len(data) <= _FEW_PIXELS
+    launch(packing_kernels.pack_boxes, len(place), *_NO_SCRATCH, (table, place, begins, data.data_ptr()), alone=few)
+    bounds = begins[firsts]
+    place[:, OFFSET] = begins[:-1] - np.repeat(bounds[:-1], counts)
+    sizes = np.diff(bounds).tolist()
+    return data, [(place[first : first + n], size) for first, n, size in zip(firsts, counts, sizes, strict=False)]
 
 
 def point_sample(maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str) -> Tensor:
