@@ -141,6 +141,19 @@ class TestMissingPackages:
         expected = MaskLoss(sampling=sampling, backend="reference")(PAIRS, MASKS, seed=0)
         assert torch.equal(fallback.total, expected.total)
 
+    def test_packing_without_numba_needs_no_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from maskloss.ops import dispatch
+
+        expected = MaskTargets.from_masks(MASKS)
+        monkeypatch.setitem(sys.modules, "numba", None)
+        dispatch._obstacle.cache_clear()
+        try:
+            assert not dispatch.has_host_kernels()
+            found = MaskTargets.from_masks(MASKS)
+        finally:
+            dispatch._obstacle.cache_clear()
+        assert torch.equal(found.data, expected.data)
+
     def test_an_old_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from maskloss.ops import dispatch
 

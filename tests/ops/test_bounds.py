@@ -20,6 +20,8 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 few = PointSampling(num_points=700)
 masks = torch.rand(3, 21, 30) > 0.5
+for width in range(1, 72):
+    MaskTargets.from_masks([torch.rand(2, 9, width) > share for share in (0.2, 0.99)])
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for make in (
         lambda dtype: torch.randn(3, 1, 1).to(dtype).expand(3, 8, 9),

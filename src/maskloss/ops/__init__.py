@@ -29,7 +29,7 @@ from maskloss.ops.abi import (
     widest,
 )
 from maskloss.ops.dense import mask_loss
-from maskloss.ops.dispatch import BACKENDS, check_backend, choose_backend, load
+from maskloss.ops.dispatch import BACKENDS, check_backend, choose_backend, has_host_kernels, load
 from maskloss.ops.products import factored_mask_loss, factored_match_cost
 from maskloss.ops.schemas import DRAW, INSTANCES, NOT_CAPTURED, SAMPLE, TARGETS, TERM, operation
 from maskloss.ops.transformed import Derivative
@@ -48,13 +48,34 @@ __all__ = [
     "count_matches",
     "factored_mask_loss",
     "factored_match_cost",
+    "has_host_kernels",
     "mask_loss",
     "match_cost",
     "matched_counts",
+    "pack_masks",
     "point_sample",
     "uncertain_points",
     "widest",
 ]
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+def pack_masks(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[Any, int]]]:
+    """Pack dense masks on the host, each cut to its box, where `has_host_kernels` says that there are kernels.
+
+    No operation of `torch.library`: how much comes out depends on the values, which a graph does not know.
+
+    Args:
+        images: CPU tensors `[T, H, W]`, bool or uint8.
+
+    Returns:
+        The bytes of all boxes, uint8 `[n]`; for each image where its masks lie in its part, int64 `[T, 6]`, and how
+        many bytes that part has.
+    """
+    packed: tuple[Tensor, list[tuple[Any, int]]] = load("cpu").pack_masks(images)
+    return packed
 
 
 # ------------------------------------------------------------------------------------------------------ point sampling

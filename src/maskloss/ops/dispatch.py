@@ -70,6 +70,14 @@ def check_backend(name: object) -> None:
         )
 
 
+def has_host_kernels() -> bool:
+    """Tell whether Numba may do what happens on the host for every backend, such as packing.
+
+    There the results are the same without it, so that nothing needs to be refused or said.
+    """
+    return os.environ.get(VARIABLE) != "reference" and _obstacle("cpu") is None
+
+
 def load(backend: str) -> ModuleType:
     """Import the module of a backend; heavy packages load here, at the first use, and nowhere else."""
     return importlib.import_module(f"maskloss.ops.{backend}")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskloss import ops
 from maskloss.ops.abi import OFFSET, PLACE_COLUMNS
 
 if TYPE_CHECKING:
@@ -28,9 +29,13 @@ def on_host(tensor: Tensor) -> bool:
 def pack(masks: Tensor) -> Tensor:
     """Pack masks `[..., H, W]`, non-zero inside, into bits: uint8 `[..., H, ceil(W / 8)]`, lowest bit leftmost."""
     if on_host(masks):
-        values = masks if masks.dtype in (torch.bool, torch.uint8) else masks != 0
-        return torch.from_numpy(np.packbits(values.contiguous().numpy(), axis=-1, bitorder="little"))
+        return torch.from_numpy(np.packbits(_bytes(masks).contiguous().numpy(), axis=-1, bitorder="little"))
     return pack_elsewhere([masks]).view(*masks.shape[:-1], (masks.shape[-1] + 7) // 8)
+
+
+def _bytes(masks: Tensor) -> Tensor:
+    """Masks as one byte per pixel, non-zero inside."""
+    return masks if masks.dtype in (torch.bool, torch.uint8) else masks != 0
 
 
 def pack_elsewhere(images: Sequence[Tensor]) -> Tensor:
@@ -71,6 +76,19 @@ def crop(packed: Tensor, width: int) -> tuple[Tensor, NDArray[np.int64]]:
         crops.append(piece.reshape(-1))
         offset += piece.size
     return join_crops(crops), place
+
+
+def pack_and_crop(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[NDArray[np.int64], int]]]:
+    """Pack masks `[T, H, W]` on the host, non-zero inside, and cut them down to their bounding boxes.
+
+    Returns:
+        The bytes of all crops, uint8 `[n]`; for each image where its masks lie in its part, int64 `[T, 6]`, and how
+        many bytes that part has.
+    """
+    if ops.has_host_kernels():
+        return ops.pack_masks([_bytes(masks) for masks in images])
+    crops = [crop(pack(masks), masks.shape[2]) for masks in images]
+    return joined([data for data, _ in crops]), [(place, len(data)) for data, place in crops]
 
 
 def crop_one(mask: Bytes) -> tuple[Bytes, int, int]:

@@ -397,12 +397,12 @@ def _from_binary(images: Sequence[Tensor], frame: Frame) -> MaskTargets:
     if not all(map(bits.on_host, images)):
         stored = [dense.whole(masks, (masks.shape[2] + 7) // 8) for masks in images]
         return _build("bits", bits.pack_elsewhere(images), stored, frame)
-    crops = [bits.crop(bits.pack(masks), masks.shape[2]) for masks in images]
+    data, parts = bits.pack_and_crop(images)
     stored = [
-        Stored(place, len(data), (masks.shape[1], masks.shape[2]))
-        for masks, (data, place) in zip(images, crops, strict=True)
+        Stored(place, elements, (masks.shape[1], masks.shape[2]))
+        for masks, (place, elements) in zip(images, parts, strict=True)
     ]
-    return _build("bits", bits.joined([data for data, _ in crops]), stored, frame)
+    return _build("bits", data, stored, frame)
 
 
 def _from_values(images: Sequence[Tensor], frame: Frame) -> MaskTargets:

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss.ops.abi import POINT_COLUMNS, Draw, Instances, is_border, is_nearest
+from maskloss.ops.abi import (
+    CROP_H,
+    OFFSET,
+    PLACE_COLUMNS,
+    POINT_COLUMNS,
+    STRIDE,
+    Draw,
+    Instances,
+    is_border,
+    is_nearest,
+)
 
 from . import instances as instance_kernels
 from . import maps as map_kernels
-from .arguments import array_of, describe, dtypes_of, given_rows, groups, numbers_of, room, zeros
+from . import packing as packing_kernels
+from .arguments import (
+    array_of,
+    describe,
+    describe_masks,
+    dtypes_of,
+    given_rows,
+    groups,
+    numbers_of,
+    pixels_of,
+    room,
+    zeros,
+)
 from .matched import (
     mask_loss,
     mask_loss_ahead,
@@ -21,7 +46,7 @@ from .matched import (
 )
 from .pairs import match_cost, match_plan, row_costs, sample_features
 from .sampling import BLOCK, buffer_size
-from .threads import launch
+from .threads import Dtypes, Sizes, launch
 
 __all__ = [
     "mask_loss",
@@ -31,6 +56,7 @@ __all__ = [
     "mask_loss_settle",
     "match_cost",
     "match_plan",
+    "pack_masks",
     "plane_gradients",
     "point_sample",
     "point_sample_backward",
@@ -38,6 +64,35 @@ __all__ = [
     "sample_features",
     "uncertain_points",
 ]
+
+# So many are packed in a fraction of a millisecond, and waking and awaiting other threads can take longer.
+_FEW_PIXELS = 1 << 22
+# Of kernels that need no work space.
+_NO_SCRATCH: tuple[Dtypes, Sizes] = (np.float32, np.float32), (0, 0, 0)
+
+
+def pack_masks(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[NDArray[np.int64], int]]]:
+    """Pack the masks `[T, H, W]` of all images, bool or uint8, into bits, each cut to its box.
+
+    Returns:
+        The bytes of all boxes, uint8 `[n]`; for each image where its masks lie in its part, int64 `[T, 6]`, and how
+        many bytes that part has.
+    """
+    arrays = [pixels_of(masks) for masks in images]
+    counts = [len(array) for array in arrays]
+    firsts = np.cumsum([0, *counts])
+    table = describe_masks(arrays, firsts[:-1])
+    place = np.zeros((firsts[-1], PLACE_COLUMNS), np.int64)
+    few = sum(array.size for array in arrays) <= _FEW_PIXELS
+    launch(packing_kernels.find_boxes, len(place), *_NO_SCRATCH, (table, place), alone=few)
+    begins = np.append(0, np.cumsum(place[:, STRIDE] * place[:, CROP_H]))
+    data = torch.from_numpy(np.empty(begins[-1], np.uint8))
+    few = 8 * len(data) <= _FEW_PIXELS
+    launch(packing_kernels.pack_boxes, len(place), *_NO_SCRATCH, (table, place, begins, data.data_ptr()), alone=few)
+    bounds = begins[firsts]
+    place[:, OFFSET] = begins[:-1] - np.repeat(bounds[:-1], counts)
+    sizes = np.diff(bounds).tolist()
+    return data, [(place[first : first + n], size) for first, n, size in zip(firsts, counts, sizes, strict=False)]
 
 
 def point_sample(maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str) -> Tensor:

@@ -74,6 +74,18 @@ def describe(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
     return np.array(rows, np.int64).reshape(len(rows), SOURCE_COLUMNS)
 
 
+def pixels_of(masks: Tensor) -> Array:
+    """Masks `[T, H, W]`, a byte per pixel, the pixels of a row side by side; a copy only where they are not."""
+    array: Array = (masks if masks.stride(2) == 1 else masks.contiguous()).numpy()
+    return array
+
+
+def describe_masks(arrays: Sequence[Array], firsts: Array) -> NDArray[np.int64]:
+    """One row per image, in the order of `packing.ADDRESS` to `FIRST`."""
+    rows = [(a.ctypes.data, *a.shape[1:], *a.strides[:2], first) for a, first in zip(arrays, firsts, strict=True)]
+    return np.array(rows, np.int64)
+
+
 def encode(data: Tensor, encoding: str) -> int:
     """The code of an encoding and an element type: they add up."""
     codes = FLOAT_CODES if data.is_floating_point() else INTEGER_CODES

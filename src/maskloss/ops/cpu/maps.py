@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The CPU kernels of plain point sampling and of packing."""
+"""The CPU kernels of plain point sampling."""
 
 from __future__ import annotations
 

@@ -180,7 +180,9 @@ def _executor(size: int) -> ThreadPoolExecutor:
         return _pool
 
 
-def launch(function: Any, items: int, dtypes: Dtypes, scratch: Sizes, args: tuple[Any, ...]) -> None:
+def launch(
+    function: Any, items: int, dtypes: Dtypes, scratch: Sizes, args: tuple[Any, ...], alone: bool = False
+) -> None:
     """Run `function(counter, items, values, points, integers, *args)` on `torch.get_num_threads()` threads.
 
     Every thread takes item numbers from `counter` until none is left; the calling thread is one of them.
@@ -191,6 +193,7 @@ def launch(function: Any, items: int, dtypes: Dtypes, scratch: Sizes, args: tupl
         dtypes: element types of the first two scratch arrays, for values and for coordinates of points.
         scratch: sizes of the three scratch arrays, in elements.
         args: what the kernel takes after its scratch arrays.
+        alone: run on the calling thread only, for work that is done before others could help.
     """
     if items == 0:
         return
@@ -205,7 +208,7 @@ def launch(function: Any, items: int, dtypes: Dtypes, scratch: Sizes, args: tupl
         except BaseException as error:  # noqa: BLE001 (a Ctrl-C too reaches the caller, and not the code of OpenMP)
             errors.append(error)
 
-    threads = torch.get_num_threads()
+    threads = 1 if alone else torch.get_num_threads()
     if threads == 1 or items == 1:
         work()
     elif openmp.available():
