@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from maskloss.bench.arms import PEERS
 from maskloss.bench.runner import ratios
 from maskloss.bench.table import STAGES, factor, memory, seconds
 
@@ -19,30 +20,37 @@ def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def ours(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the arms of this library that were measured."""
+    return {arm: found for arm, found in case["arms"].items() if arm not in PEERS and "summary" in found}
+
+
 def steps(cases: list[dict[str, Any]]) -> list[str]:
-    """Lay out the steps: times, ratios with packing within and before the step, memory, operations."""
-    head = ("preset", "maskloss", "packed before", "Transformers", "the other waiting policy", "ratio", "packed before")
-    lines = [row(*head, "memory, maskloss", "memory, Transformers", "operations"), row(*["---"] * 10)]
+    """Lay out the steps, a row for each arm: times, ratios with packing within and before it, memory, operations."""
+    head = ("preset", "arm", "step", "packed before", "Transformers", "the other waiting policy", "ratio")
+    lines = [row(*head, "packed before", "memory", "memory, Transformers", "operations"), row(*["---"] * 11)]
     for case in cases:
-        mine, theirs = case["arms"]["maskloss"], case["arms"]["transformers"]
-        both = [ratios(theirs["samples"], mine["samples"], packed=packed) for packed in (False, True)]
+        theirs = case["arms"]["transformers"]
         other = theirs["other_waiting"]
-        cells = [
-            *(seconds(mine["summary"][kind]["median"]) for kind in ("step", "packed")),
-            f"{seconds(theirs['summary']['step']['median'])} ({theirs['waiting']})",
-            "failed" if other is None else seconds(other["median"]),
-            *("" if found is None else factor(found["median"]) for found in both),
-            *(memory(arm["memory"]["extra"]) for arm in (mine, theirs)),
-            ", ".join(str(arm["counts"]["operations"]) for arm in (mine, theirs)),
-        ]
-        lines.append(row(f"`{case['name']}`", *cells))
+        for arm, mine in ours(case).items():
+            both = [ratios(theirs["samples"], mine["samples"], packed=packed) for packed in (False, True)]
+            cells = [
+                *(seconds(mine["summary"][kind]["median"]) for kind in ("step", "packed")),
+                f"{seconds(theirs['summary']['step']['median'])} ({theirs['waiting']})",
+                "failed" if other is None else seconds(other["median"]),
+                *("" if found is None else factor(found["median"]) for found in both),
+                *(memory(each["memory"]["extra"]) for each in (mine, theirs)),
+                ", ".join(str(each["counts"]["operations"]) for each in (mine, theirs)),
+            ]
+            lines.append(row(f"`{case['name']}`", arm, *cells))
     return lines
 
 
 def stages(cases: list[dict[str, Any]]) -> list[str]:
-    """Lay out where the steps of maskloss go."""
-    found = {case["name"]: case["arms"]["maskloss"].get("stages", {}) for case in cases}
-    lines = [row("stage", *(f"`{name}`" for name in found)), row(*["---"] * (1 + len(found)))]
+    """Lay out where the steps of this library go, a column for each preset and arm."""
+    found = {(case["name"], arm): each.get("stages", {}) for case in cases for arm, each in ours(case).items()}
+    names = (f"`{name}`" if arm == "maskloss" else f"`{name}`, {arm}" for name, arm in found)
+    lines = [row("stage", *names), row(*["---"] * (1 + len(found)))]
     lines += [row(stage, *(seconds(each.get(stage, 0.0)) for each in found.values())) for stage in STAGES]
     whole = (seconds(sum(each.get(stage, 0.0) for stage in STAGES)) for each in found.values())
     return [*lines, row("all", *whole)]
@@ -51,7 +59,7 @@ def stages(cases: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Print both tables."""
     report = json.loads(Path(sys.argv[1]).read_text())
-    cases = [case for case in report["cases"] if {"maskloss", "transformers"} <= case["arms"].keys()]
+    cases = [case for case in report["cases"] if "summary" in case["arms"].get("transformers", {})]
     print("\n".join([*steps(cases), "", *stages(cases)]))  # noqa: T201
 
 

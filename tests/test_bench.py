@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -17,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from maskloss import MaskLossError
+from maskloss import MaskLossError, PointSampling
 from maskloss.bench import command, measure, plots, runner, table, worker
-from maskloss.bench.arms import MasklossArm, make_arm
+from maskloss.bench.arms import ARMS, STRATIFIED, MasklossArm, make_arm
 from maskloss.bench.cases import FAMILIES, PRESETS, Case, choose, family
 from maskloss.bench.check import compare
 from maskloss.bench.counting import StepCounter, _copies_to_host
@@ -119,12 +120,39 @@ def test_transformers_agrees_when_given_the_same_random_numbers(name: str) -> No
     assert found.mask_gradient < 5e-3
 
 
+@pytest.mark.parametrize(("name", "points"), [("stratified", TINY.points), ("stratified/4", TINY.points // 4)])
+def test_stratified_points_are_compared_with_the_same_of_the_reference_backend(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, name: str, points: int
+) -> None:
+    ran = []
+    right = MasklossArm.compute
+
+    def watched(self: MasklossArm, inputs: Inputs, targets: Any, seed: int) -> Any:
+        loss, matcher = self.criterion.mask_loss, self.criterion.matcher
+        ran.append(
+            (loss.options.backend, loss.sampling, matcher.options.backend, matcher.num_points, matcher.layout, seed)
+        )
+        return right(self, inputs, targets, seed)
+
+    monkeypatch.setattr(MasklossArm, "compute", watched)
+    found = compare(TINY, inputs, name, seed=5)
+    sampling = PointSampling(points, layout="stratified")
+    assert ran == [(backend, sampling, backend, points, "stratified", 5) for backend in (None, "reference")]
+    assert found.passed
+    assert (found.other, found.base) == (name, "the reference backend")
+    assert found.pairs == found.pairs_equal == TINY.instances
+    assert found.loss < 1e-5
+
+
+@pytest.mark.parametrize("other", ["reference", *STRATIFIED])
 @pytest.mark.parametrize("what", ["points", "loss", "gradient", "nan"])
-def test_a_wrong_implementation_is_caught(inputs: Inputs, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_a_wrong_implementation_is_caught(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, what: str, other: str
+) -> None:
     right = MasklossArm.compute
 
     def wrong(self: MasklossArm, inputs: Inputs, targets: Any, seed: int) -> Any:
-        if self.name != "maskloss":
+        if self.criterion.mask_loss.options.backend == "reference":
             return right(self, inputs, targets, seed)
         out = right(self, inputs, targets, seed + (what == "points"))
         if what == "loss":
@@ -134,7 +162,7 @@ def test_a_wrong_implementation_is_caught(inputs: Inputs, monkeypatch: pytest.Mo
         return out._replace(total=out.total * 1.05) if what == "gradient" else out
 
     monkeypatch.setattr(MasklossArm, "compute", wrong)
-    assert not compare(TINY, inputs, "reference", seed=5).passed
+    assert not compare(TINY, inputs, other, seed=5).passed
 
 
 # ---------------------------------------------------------------------------------------------------------- counting
@@ -345,11 +373,12 @@ def test_workers_wait_as_users_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------- workers and runner
 
 
-def test_a_worker_answers_errors_and_goes_on() -> None:
+@pytest.mark.parametrize("arm", ["maskloss", *STRATIFIED])
+def test_a_worker_answers_errors_and_goes_on(arm: str) -> None:
     setup = {"case": TINY.as_dict(), "device": "cpu", "dtype": "float32", "seed": 0}
     commands = [
         {"do": "fly"},
-        {"do": "setup", "arm": "maskloss", **setup},
+        {"do": "setup", "arm": arm, **setup},
         {"do": "step", "seed": 1},
         {"do": "count", "seed": 1},
         {"do": "stages", "seed": 1, "steps": 2},
@@ -377,12 +406,36 @@ def test_a_worker_that_dies_says_so() -> None:
             process.ask("step", seed=0)
 
 
+@pytest.mark.parametrize(
+    ("arms", "others"),
+    [
+        (("maskloss",), ["reference"]),
+        (("maskloss", "stratified", "stratified/4"), ["stratified", "stratified/4", "reference"]),
+        (("maskloss", "stratified", "transformers"), ["stratified", "transformers"]),
+        (("maskloss", "factors"), ["factors"]),
+    ],
+)
+def test_no_arm_is_left_unchecked(monkeypatch: pytest.MonkeyPatch, arms: tuple[str, ...], others: list[str]) -> None:
+    """What checks a stratified arm says nothing about `maskloss`, so something else must."""
+    asked = []
+    monkeypatch.setattr(runner.Process, "ask", lambda _, do, **given: asked.append((do, given["others"])))
+    runner._check(TINY, replace(SETTINGS, arms=arms), lambda _: None)
+    assert asked == [("check", others)]
+
+
 def test_nothing_is_timed_behind_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = {"digest": "", "checks": [{"other": "reference", "passed": False}]}
+    checks = [
+        {"other": "stratified", "base": "the reference backend", "passed": False},
+        {"other": "transformers", "base": "maskloss", "passed": True},
+        {"other": "reference", "base": "maskloss", "passed": False},
+    ]
+    answer = {"digest": "", "checks": checks}
     monkeypatch.setattr(runner, "_check", lambda *_: answer)
     monkeypatch.setattr(runner, "_measure", lambda *_: pytest.fail("was timed"))
     report = runner.run_case(TINY, SETTINGS, lambda _: None)
-    assert report["failed"] == "maskloss and reference do not agree; nothing was timed"
+    assert report["failed"] == (
+        "the reference backend and stratified, maskloss and reference do not agree; nothing was timed"
+    )
     assert report["arms"] == {}
 
 
@@ -423,10 +476,12 @@ def run(*arguments: str) -> int:
 
 def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results"
-    arms = ("--arms", "reference", "maskloss")
+    arms = ("--arms", "stratified/4", "reference", "stratified", "maskloss")
     assert run("--preset", "tiny", "--quick", "--stages", "--threads", "2", *arms, "--out", str(out)) == 0
     text = capsys.readouterr().out
     assert "✓ reference, from the same random numbers: 6 of 6 matches" in text
+    assert "✓ stratified, against the reference backend: 6 of 6 matches" in text
+    assert "✓ stratified/4, against the reference backend: 6 of 6 matches" in text
     assert re.search(r"maskloss +[\d.]+ ms", text)
     assert "matching cost" in text
     report = json.loads((out / "bench.json").read_text())
@@ -434,26 +489,34 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     assert {"cpu", "cores", "memory"} <= set(report["machine"])
     assert report["software"]["torch"] == torch.__version__
     [case] = report["cases"]
-    assert list(case["arms"]) == ["maskloss", "reference"]
+    assert list(case["arms"]) == ["maskloss", "stratified", "stratified/4", "reference"]
     for found in case["arms"].values():
         assert len(found["samples"]) == 3
         assert found["summary"]["packed"]["median"] > 0
         assert found["counts"]["transfers"] == 1
-    # Both arms drew the same points in every round.
-    losses = [[sample["loss"] for sample in found["samples"]] for found in case["arms"].values()]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert found["stages"].keys() <= set(table.STAGES)
+    assert [found["backend"] for found in case["arms"].values()] == ["cpu", "cpu", "cpu", "reference"]
+    # Two arms drew the same points in every round, the others points of their own.
+    losses = {arm: [sample["loss"] for sample in found["samples"]] for arm, found in case["arms"].items()}
+    assert losses["maskloss"] == pytest.approx(losses["reference"], rel=1e-5)
+    own = [losses[arm] for arm in ("maskloss", "stratified", "stratified/4")]
+    assert all(len({f"{loss:.5g}" for loss in turn}) == 3 for turn in zip(*own, strict=True))
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert not (out / "scaling.png").exists()
 
 
-def synthetic_report() -> dict[str, Any]:
-    """A report in which one arm failed, another could not measure memory, and a family grows."""
+def synthetic_report(more: dict[str, float] | None = None) -> dict[str, Any]:
+    """A report in which one arm failed, another could not measure memory, and a family grows.
+
+    More arms take so many times as long as maskloss.
+    """
+    speeds = {"maskloss": 1.0, "transformers": 7.0} | (more or {})
     cases = []
     for case in [TINY, *family("targets")]:
         arms: dict[str, Any] = {}
-        for arm, speed in (("maskloss", 1.0), ("transformers", 7.0)):
+        for arm, speed in sorted(speeds.items(), key=lambda each: ARMS.index(each[0])):
             steps = ((0, 0.011 * speed), (1, 0.012 * speed), (2, 0.013 * speed))
-            taken = samples(*steps, packed=arm == "maskloss")
+            taken = samples(*steps, packed=arm != "transformers")
             memory = {"peak": None, "extra": None, "gradient": 100} if case is TINY else {"peak": 5e6, "extra": 0}
             memory["not_measured"] = "a reason" if case is TINY else None
             counts = {"operations": 1000, "transfers": 20}
@@ -507,6 +570,76 @@ def test_tables_show_failures_and_gaps() -> None:
     assert re.search(r"transformers +failed", text)
     assert re.search(r"400 +12\.0 ms +5\.00 MB +failed", text)
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_table_compares_every_arm_with_maskloss_and_with_transformers() -> None:
+    console = pytest.importorskip("rich.console").Console(width=124, file=io.StringIO())
+    report = synthetic_report({"stratified": 1.25, "stratified/4": 0.5})
+    console.print(table.case_table(report["cases"][0]))
+    console.print(table.family_table("targets", report["cases"][1:]))
+    text = console.file.getvalue()
+    assert re.search(r"stratified +15\.0 ms.*1\.25 × +7\.50 ms", text)
+    assert re.search(r"stratified/4 +6\.00 ms.*0\.50 × +3\.00 ms", text)
+    assert re.search(r"transformers.*7\.0 × +14 ×", text)
+    assert re.search(r"maskloss +peak +stratified +peak +relative +stratified/4 +peak +relative +transformers", text)
+    assert re.search(r"400 .*15\.0 ms +5\.00 MB +1\.25 × +6\.00 ms +5\.00 MB +0\.50 × +failed", text)
+    assert "…" not in text
+    assert table.speed_line(report["cases"][0]) == (
+        "speed versus transformers: maskloss [bold]7.0 ×[/] (packed 14 ×), stratified [bold]5.6 ×[/] (11 ×), "
+        "stratified/4 [bold]14 ×[/] (28 ×)"
+    )
+    # Where Transformers failed there is nothing to compare with; without other arms the table says it already.
+    assert table.speed_line(report["cases"][-1]) == ""
+    assert table.speed_line(synthetic_report()["cases"][0]) == ""
+
+
+def test_the_documentation_gets_a_row_for_every_arm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = synthetic_report({"stratified": 1.25, "stratified/4": 0.5})
+    for arm, found in report["cases"][0]["arms"].items():
+        found["stages"] = dict.fromkeys(table.STAGES, 0.001 if arm == "maskloss" else 0.002)
+    (tmp_path / "bench.json").write_text(json.dumps(report))
+    script = Path(__file__).parents[1] / "scripts" / "bench_tables.py"
+    spec = importlib.util.spec_from_file_location("bench_tables", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "bench.json")])
+    module.main()
+    steps, stages = capsys.readouterr().out.split("\n\n")
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in steps.splitlines())
+    assert {len(row) for row in rows} == {len(head)}
+    tiny = [dict(zip(head, row, strict=True)) for row in rows if row[0] == "`tiny`"]
+    assert [(row["arm"], row["step"]) for row in tiny] == [
+        ("maskloss", "12.0 ms"),
+        ("stratified", "15.0 ms"),
+        ("stratified/4", "6.00 ms"),
+    ]
+    assert [row[head.index("ratio")] for row in rows[:3]] == ["7.0 ×", "5.6 ×", "14 ×"]
+    assert stages.startswith("| stage | `tiny` | `tiny`, stratified | `tiny`, stratified/4 |")
+    assert re.search(r"\| all \| 7\.00 ms \| 14\.0 ms \| 14\.0 ms \|", stages)
+
+
+def test_every_arm_has_a_color_and_a_label_of_its_own(tmp_path: Path) -> None:
+    assert plots._COLORS.keys() == set(ARMS)
+    assert len({color for pair in plots._COLORS.values() for color in pair}) == 2 * len(ARMS)
+    report = synthetic_report(dict.fromkeys(ARMS, 1.0) | {"transformers": 7.0})
+    assert plots.plot_presets(report, tmp_path / "bench.png")
+    assert plots.plot_families(report, tmp_path / "scaling.png")
+
+
+@pytest.mark.parametrize(
+    ("heights", "expected"),
+    [
+        ([0.1, 0.5, 0.7], [0.1, 0.5, 0.7]),
+        ([0.1, 0.1, 0.15, 0.8], [0.1, 0.3, 0.5, 0.8]),
+        ([0.85, 0.95], [0.7, 0.9]),
+        ([], []),
+    ],
+)
+def test_labels_move_apart(heights: list[float], expected: list[float]) -> None:
+    assert plots._apart(heights, 0.2) == pytest.approx(expected)
 
 
 def test_pictures_are_drawn_from_what_there_is(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from maskloss.bench.inputs import Inputs
 from maskloss.criterion import CriterionOutput
 from maskloss.errors import require
 
-ARMS = ("maskloss", "factors", "reference", "transformers")
+ARMS = ("maskloss", "stratified", "stratified/4", "factors", "reference", "transformers")
+# Those with stratified points: the criterion, matcher included, takes the case's number of points divided by this.
+STRATIFIED = {"stratified": 1, "stratified/4": 4}
 # Those that are measured with both of OpenMP's ways of waiting; the better one is quoted.
 PEERS = ("transformers",)
 
@@ -45,17 +47,21 @@ class MasklossArm:
     Args:
         case: the sizes of the step.
         device: where it runs.
-        backend: "reference" for the plain PyTorch backend; None for the one that the device gets by default.
-        factors: take the masks of a head as factors; otherwise their product is formed first, as a part of the step.
+        name: of the arm. "reference" has the plain PyTorch backend. "factors" takes the masks of a head as factors; for
+            all others their product is formed first, as a part of the step. Those of `STRATIFIED` draw stratified
+            points.
+        backend: of all arms but "reference"; None for the one that the device gets by default.
     """
 
     takes_masks = True
 
-    def __init__(self, case: Case, device: torch.device, backend: str | None = None, *, factors: bool = False) -> None:
-        self.name = "factors" if factors else backend or "maskloss"
-        self.factors = factors
+    def __init__(self, case: Case, device: torch.device, name: str = "maskloss", backend: str | None = None) -> None:
+        self.name = name
+        self.factors = name == "factors"
         self._pack: Callable[..., MaskTargets] | None = None
-        sampling = PointSampling(num_points=case.points)
+        layout = "stratified" if name in STRATIFIED else "independent"
+        sampling = PointSampling(num_points=case.points // STRATIFIED.get(name, 1), layout=layout)
+        backend = "reference" if name == "reference" else backend
         self.criterion = MaskCriterion(case.classes, sampling=sampling, backend=backend).to(device)
 
     def prepare(self, masks: Sequence[Tensor]) -> MaskTargets:
@@ -149,7 +155,7 @@ def make_arm(name: str, case: Case, device: torch.device) -> Arm:
     """Build an arm by its name, one of `ARMS`."""
     if name == "transformers":
         return TransformersArm(case, device)
-    return MasklossArm(case, device, "reference" if name == "reference" else None, factors=name == "factors")
+    return MasklossArm(case, device, name)
 
 
 def _wrap(timed: Timed, owner: Any, name: str, stage: str) -> None:

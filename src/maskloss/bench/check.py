@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from maskloss import PointSampling
-from maskloss.bench.arms import MasklossArm, TransformersArm
+from maskloss.bench.arms import STRATIFIED, MasklossArm, TransformersArm
 from maskloss.bench.cases import Case
 from maskloss.bench.inputs import Inputs
 from maskloss.matches import Matches
@@ -31,10 +31,11 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2, torch.bfloat16: 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far an arm is from `maskloss`, on the same inputs and the same random numbers.
+    """How far an arm is from what it is compared with, on the same inputs and the same random numbers.
 
     Attributes:
         other: name of the arm.
+        base: what it is compared with: "maskloss", or "the reference backend" with the arm's own points.
         pairs: matched pairs over all layers and images.
         pairs_equal: how many of them both found.
         loss: largest relative difference of a loss term.
@@ -44,6 +45,7 @@ class Agreement:
     """
 
     other: str
+    base: str
     pairs: int
     pairs_equal: int
     loss: float
@@ -72,26 +74,31 @@ def compare(case: Case, inputs: Inputs, other: str, seed: int) -> Agreement:
     `transformers` come from `torch.rand`; in its place it is given, call by call, the numbers that `maskloss` draws
     from the seed. Its own code does all the rest: it matches, it chooses the uncertain points, it computes the loss.
 
+    No other implementation draws stratified points. An arm that does is compared with itself on the reference backend,
+    which draws as many of the same layout from the same seed.
+
     Args:
         case: the sizes.
         inputs: of that case; gradients are dropped.
-        other: "reference", "factors" or "transformers".
+        other: any arm but "maskloss".
         seed: of the random numbers.
 
     Returns:
         The differences.
     """
-    device = inputs.labels[0].device
-    mine, matches = _run_maskloss(MasklossArm(case, device), inputs, seed)
-    if other == "transformers":
-        theirs = _run_transformers(TransformersArm(case, device), inputs, _draws(case, matches, seed))
+    device, base = inputs.labels[0].device, "maskloss"
+    if other in STRATIFIED:
+        base = "the reference backend"
+        mine, theirs = (
+            _run_maskloss(MasklossArm(case, device, other, backend), inputs, seed)[0] for backend in (None, "reference")
+        )
     else:
-        theirs = _run_maskloss(_own_arm(other, case, device), inputs, seed)[0]
-    return _agreement(other, mine, theirs, len(inputs.leaves))
-
-
-def _own_arm(name: str, case: Case, device: torch.device) -> MasklossArm:
-    return MasklossArm(case, device, "reference" if name == "reference" else None, factors=name == "factors")
+        mine, matches = _run_maskloss(MasklossArm(case, device), inputs, seed)
+        if other == "transformers":
+            theirs = _run_transformers(TransformersArm(case, device), inputs, _draws(case, matches, seed))
+        else:
+            theirs = _run_maskloss(MasklossArm(case, device, other), inputs, seed)[0]
+    return _agreement((other, base), mine, theirs, len(inputs.leaves))
 
 
 def _run_maskloss(arm: MasklossArm, inputs: Inputs, seed: int) -> tuple[_Step, Matches]:
@@ -166,7 +173,7 @@ def _take_gradients(inputs: Inputs) -> list[Tensor]:
     return [each for each in gradients if each is not None]
 
 
-def _agreement(other: str, mine: _Step, theirs: _Step, layers: int) -> Agreement:
+def _agreement(names: tuple[str, str], mine: _Step, theirs: _Step, layers: int) -> Agreement:
     losses = [abs(mine.terms[name] - value) / max(abs(value), 1e-6) for name, value in theirs.terms.items()]
     gaps = [_gap(a, b) for a, b in zip(mine.gradients, theirs.gradients, strict=True)]
     total, equal = 0, 0
@@ -185,7 +192,7 @@ def _agreement(other: str, mine: _Step, theirs: _Step, layers: int) -> Agreement
         and masks <= tolerance
         and classes <= tolerance
     )
-    return Agreement(other, total, equal, loss, masks, classes, passed)
+    return Agreement(*names, total, equal, loss, masks, classes, passed)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

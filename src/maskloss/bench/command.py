@@ -28,8 +28,9 @@ DESCRIPTION = """\
 Measure a training step (matching, classification and mask loss over all decoder layers, forward and backward).
 Every arm runs in an ordinary process of its own, and the arms take turns. maskloss is given dense bool masks
 and packs them within the step; transformers gets float masks, and is measured with both of OpenMP's ways of
-waiting, the better of which counts. Before anything is timed, each must find the
-matches, the losses and the gradients of maskloss, from the same inputs and the same random numbers.
+waiting, the better of which counts. Before anything is timed, each must find the matches, the losses and the
+gradients of maskloss, from the same inputs and the same random numbers; with stratified points, those that the
+reference backend finds with the same points.
 """
 
 
@@ -68,9 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=list(ARMS),
         metavar="ARM",
-        help="maskloss; factors, maskloss with masks as factors (presets with a head only); reference, its plain "
-        "PyTorch backend; transformers, the loss of Hugging Face's Mask2Former (default: maskloss, factors and "
-        "transformers, or reference where Transformers is not installed)",
+        help="maskloss; stratified, maskloss with stratified points; stratified/4, the same with a quarter of the "
+        "points; factors, maskloss with masks as factors (presets with a head only); reference, its plain PyTorch "
+        "backend; transformers, the loss of Hugging Face's Mask2Former (default: maskloss, factors and transformers, "
+        "or reference where Transformers is not installed)",
     )
     add("--stages", action="store_true", help="time the stages of the step as well")
     add("--steps", type=_positive, help="timed steps of each arm (default: 15; 5 with --scaling)")
@@ -98,7 +100,7 @@ def main(arguments: argparse.Namespace) -> int:
         The exit status: 0, or 1 if a check or a measurement failed.
     """
     console = require("rich.console", "bench").Console(highlight=False)
-    console.width = max(console.width, 112)  # narrower, the table would lose digits
+    console.width = max(console.width, 124)  # narrower, the table would lose digits
     for module in ("matplotlib", "psutil"):
         require(module, "bench")
     settings = _settings(arguments)
@@ -207,9 +209,9 @@ def _print_case(console: Any, case: dict[str, Any]) -> None:
     reasons = {found["memory"]["not_measured"] for found in case["arms"].values() if "memory" in found} - {None}
     for reason in reasons:
         console.print(f"[dim]{reason}[/]")
-    waiting = table.waiting_line(case)
-    if waiting:
-        console.print(waiting)
+    for line in (table.speed_line(case), table.waiting_line(case)):
+        if line:
+            console.print(line)
     console.print(table.check_line(case), end="\n\n")
     if any("stages" in found for found in case["arms"].values()):
         console.print(table.stage_table(case), end="\n\n")

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskloss._palette import GRAY, INK, PALE, SAND, SAND_SOFT, SOFT, TEAL, TEAL_SOFT
+import numpy as np
+
+from maskloss import _palette
+from maskloss._palette import GRAY, INK, PALE, SOFT
 from maskloss.bench import table
 from maskloss.bench.cases import Case
 from maskloss.bench.runner import ratios
@@ -18,12 +21,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# For each arm a strong colour (forward, memory) and a soft one (backward).
+# For each arm a strong color (forward, memory) and a soft one (backward).
 _COLORS = {
-    "maskloss": (TEAL, TEAL_SOFT),
+    "maskloss": (_palette.TEAL, _palette.TEAL_SOFT),
+    "stratified": (_palette.VIOLET, _palette.VIOLET_SOFT),
+    "stratified/4": (_palette.ORANGE, _palette.ORANGE_SOFT),
+    "factors": (_palette.WINE, _palette.WINE_SOFT),
+    "reference": (_palette.SAND, _palette.SAND_SOFT),
     "transformers": (GRAY, SOFT),
-    "reference": (SAND, SAND_SOFT),
 }
+# Height of the two lines at the end of a curve, as a share of the axes.
+_LABEL = 0.16
 
 
 def plot_presets(report: dict[str, Any], path: Path) -> bool:
@@ -135,6 +143,7 @@ def _bars(axes: Axes, names: Sequence[str], limit: float) -> None:
 def _draw_growth(axes: Axes, cases: Sequence[dict[str, Any]], value: Any, write: Any) -> None:
     arms = list(dict.fromkeys(arm for case in cases for arm in _measured(case)))
     names = [case["name"].partition("=")[2] for case in cases]
+    ends = {}
     for arm in arms:
         points = [
             (float(name), value(case["arms"][arm]))
@@ -145,9 +154,20 @@ def _draw_growth(axes: Axes, cases: Sequence[dict[str, Any]], value: Any, write:
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), "o-", color=_COLORS[arm][0], linewidth=2, markersize=4.5)
+        ends[arm] = points[-1]
+    _scales(axes, [float(name) for name in names], names, write)
+    _label_ends(axes, ends, write)
+
+
+def _label_ends(axes: Axes, ends: dict[str, tuple[float, float]], write: Any) -> None:
+    """Write beside the end of each curve what it is and how high; where ends are close, labels move apart."""
+    arms = sorted(ends, key=lambda arm: ends[arm][1])
+    to_axes = axes.transData - axes.transAxes
+    for arm, height in zip(arms, _apart([to_axes.transform(ends[arm])[1] for arm in arms], _LABEL), strict=True):
         axes.annotate(
-            f"{arm}\n{write(points[-1][1])}",
-            points[-1],
+            f"{arm}\n{write(ends[arm][1])}",
+            (ends[arm][0], height),
+            xycoords=axes.get_xaxis_transform(),
             xytext=(8, 0),
             textcoords="offset points",
             fontsize=9,
@@ -155,7 +175,14 @@ def _draw_growth(axes: Axes, cases: Sequence[dict[str, Any]], value: Any, write:
             va="center",
             annotation_clip=False,
         )
-    _scales(axes, [float(name) for name in names], names, write)
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Raise ascending numbers until each is `gap` above the one before; half a gap remains between the last and 1."""
+    steps = gap * np.arange(len(heights))
+    raised = np.maximum.accumulate(np.array(heights) - steps) + steps
+    lowered: list[float] = np.minimum(raised, 1 - gap / 2 - steps[::-1]).tolist()
+    return lowered
 
 
 def _scales(axes: Axes, values: Sequence[float], names: Sequence[str], write: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from maskloss.bench.arms import PEERS
 from maskloss.bench.cases import Case
 from maskloss.bench.runner import ratios
 from maskloss.errors import require
@@ -66,8 +67,8 @@ def factor(value: float) -> str:
 
 
 LEGEND = """\
-[dim]step      forward and backward, median; maskloss packs bool masks within it, others get their own form
-packed    the step of maskloss with targets packed before it; for the others, how they compare with that
+[dim]step      forward and backward, median; transformers gets float masks, all others pack bool masks within it
+packed    the step with targets packed before it; for transformers, how it compares with that of maskloss
 relative  compared with the step of maskloss        targets   making them from bool masks, on its own
 peak      memory above the inputs                   extra     the same without the gradients at the end
 ops       tensor operations, without packing        waits     of the host for a GPU, counted on a CPU too[/]
@@ -144,7 +145,7 @@ def _row(arm: str, found: dict[str, Any], case: dict[str, Any]) -> list[str]:
         f"{counts['operations']:,}",
         f"{counts['transfers']:,}",
         _relative(arm, case["arms"]),
-        seconds(summary["packed"]["median"]) if arm == "maskloss" else _relative(arm, case["arms"], packed=True),
+        seconds(summary["packed"]["median"]) if "packed" in summary else _relative(arm, case["arms"], packed=True),
     ]
 
 
@@ -178,6 +179,30 @@ def waiting_line(case: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def speed_line(case: dict[str, Any]) -> str:
+    """Say how many times as fast as each peer the other arms are: the median of the ratio.
+
+    Args:
+        case: one of the cases of the report.
+
+    Returns:
+        One line for each peer, with rich's markup; empty where the column "relative" says it.
+    """
+    samples = {arm: found["samples"] for arm, found in case["arms"].items() if "summary" in found}
+    ours = [arm for arm in samples if arm not in PEERS]
+    if set(ours) <= {"maskloss"}:
+        return ""
+    lines = []
+    for peer in (arm for arm in samples if arm in PEERS):
+        speeds: list[str] = []
+        for arm in ours:
+            both = (ratios(samples[peer], samples[arm], packed=packed) for packed in (False, True))
+            step, packed = ("" if found is None else factor(found["median"]) for found in both)
+            speeds.append(f"{arm} [bold]{step}[/] ({'' if speeds else 'packed '}{packed})")
+        lines.append(f"speed versus {peer}: {', '.join(speeds)}")
+    return "\n".join(lines)
+
+
 def check_line(case: dict[str, Any]) -> str:
     """Say what the check of a case found.
 
@@ -191,9 +216,10 @@ def check_line(case: dict[str, Any]) -> str:
     for check in case.get("checks", ()):
         gradient = max(check["mask_gradient"], check["class_gradient"])
         mark = "[green]✓[/]" if check["passed"] else "[red]✗[/]"
+        how = "from the same random numbers" if check["base"] == "maskloss" else f"against {check['base']}"
         lines.append(
-            f"{mark} [dim]{check['other']}, from the same random numbers: {check['pairs_equal']} of {check['pairs']} "
-            f"matches, losses within {check['loss']:.0e}, gradients within {gradient:.0e}[/]"
+            f"{mark} [dim]{check['other']}, {how}: {check['pairs_equal']} of {check['pairs']} matches, "
+            f"losses within {check['loss']:.0e}, gradients within {gradient:.0e}[/]"
         )
     return "\n".join(lines)
 
@@ -240,9 +266,8 @@ def family_table(name: str, cases: Sequence[dict[str, Any]]) -> Any:
     for arm in arms:
         table.add_column(arm, justify="right")
         table.add_column("peak", justify="right", style="dim")
-    for arm in arms:
         if arm != "maskloss":
-            table.add_column(f"{arm}, relative", justify="right")
+            table.add_column("relative", justify="right")
     for case in cases:
         cells = []
         for arm in arms:
@@ -252,8 +277,8 @@ def family_table(name: str, cases: Sequence[dict[str, Any]]) -> Any:
                 seconds(found["summary"]["step"]["median"]) if done else "[red]failed[/]",
                 memory(found["memory"]["peak"]) if done else "",
             ]
-        others = [arm for arm in arms if arm != "maskloss"]
-        cells += [_relative(arm, case["arms"]) if "summary" in case["arms"].get(arm, {}) else "" for arm in others]
+            if arm != "maskloss":
+                cells.append(_relative(arm, case["arms"]) if done else "")
         table.add_row(case["name"].partition("=")[2], *cells)
     return _titled(f"scaling: {name}", f"step, and peak memory above the inputs; {base.describe()}", table)
 

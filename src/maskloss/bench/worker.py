@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maskloss import MaskTargets, ops
-from maskloss.bench.arms import Arm, make_arm
+from maskloss.bench.arms import PEERS, Arm, make_arm
 from maskloss.bench.cases import PRESETS, Case
 from maskloss.bench.check import compare
 from maskloss.bench.counting import StepCounter
@@ -34,7 +34,7 @@ class Worker:
     dtype: torch.dtype
 
     def check(self, case: dict[str, Any], others: list[str], device: str, dtype: str, seed: int) -> dict[str, Any]:
-        """Compare `maskloss` with other arms on the inputs of a case."""
+        """Check other arms, and `maskloss` with them, on the inputs of a case."""
         self._start(case, device, dtype)
         inputs = make_inputs(self.case, seed=seed, dtype=self.dtype, device=self.device)
         found = [compare(self.case, inputs, other, seed).as_dict() for other in others]
@@ -122,8 +122,9 @@ class Worker:
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
 
     def _backend(self, arm: str) -> str | None:
-        chosen = ops.choose_backend(self.device)
-        return {"maskloss": chosen, "factors": chosen, "reference": "reference"}.get(arm)
+        if arm in PEERS:
+            return None
+        return "reference" if arm == "reference" else ops.choose_backend(self.device)
 
     def _memory(self, seed: int) -> dict[str, Any]:
         """Measure the peaks, in bytes, of preparing targets and of the first step.
