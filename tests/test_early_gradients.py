@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from maskloss import CriterionOutput, MaskCriterion, MaskLoss, PointSampling
+from maskloss.integrations import detr
+from maskloss.integrations.transformers import patch
 from maskloss.ops import cpu, dense
+from maskloss.ops.cpu import matched
+from support import tiny
 from support.steps import FEW, SIZES, criterion, entries, predictions
 
 SUMS: dict[str, Callable[[CriterionOutput], Tensor]] = {
@@ -37,25 +41,27 @@ class Calls:
     """How often the CPU backend did what."""
 
     def __init__(self) -> None:
-        self.ahead, self.later, self.settled = 0, 0, 0
+        self.ahead, self.later, self.settled, self.computed_later = 0, 0, 0, 0
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     seen = Calls()
 
-    def counted(name: str, counter: str) -> None:
-        original = getattr(cpu, name)
+    def counted(owner: Any, name: str, counter: str) -> None:
+        original = getattr(owner, name)
 
         def call(*args: Any) -> Any:
             setattr(seen, counter, getattr(seen, counter) + 1)
             return original(*args)
 
-        monkeypatch.setattr(cpu, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    counted("mask_loss_ahead", "ahead")
-    counted("mask_loss_backward", "later")
-    counted("mask_loss_settle", "settled")
+    counted(cpu, "mask_loss_ahead", "ahead")
+    counted(cpu, "mask_loss_backward", "later")
+    counted(cpu, "mask_loss_settle", "settled")
+    # Whoever asks for it: the backward pass, or a comparison that failed.
+    counted(matched, "_backward", "computed_later")
     return seen
 
 
@@ -236,4 +242,25 @@ def test_accumulated_micro_batches(calls: Calls) -> None:
     classes, masks = predictions()
     module: MaskCriterion = criterion("cpu")
     (module(classes, masks, entries(), seed=1).total / 4).backward()
-    assert (calls.ahead, calls.settled, calls.later) == (1, 1, 0)
+    assert (calls.ahead, calls.settled, calls.computed_later) == (1, 1, 0)
+
+
+def test_patched_models_announce_their_weights(calls: Calls) -> None:
+    """Transformers multiplies the terms by weights of its own, here unequal ones."""
+    model = tiny.mask2former(mask_weight=3.0, dice_weight=4.0)
+    patch(model, backend="cpu")
+    masks, labels = [torch.rand(2, 64, 64) > 0.5], [torch.tensor([0, 1])]
+    model(torch.rand(1, 3, 64, 64), mask_labels=[each.float() for each in masks], class_labels=labels).loss.backward()
+    assert calls.ahead == calls.settled > 0
+    assert calls.computed_later == 0
+
+
+def test_other_loops_announce_their_weights(calls: Calls) -> None:
+    (classes,), (masks,) = predictions(sizes=SIZES[:1])
+    weights = {"loss_ce": 2.0, "loss_mask": 20.0, "loss_dice": 1.0}
+    module = detr.SetCriterion(
+        3, detr.HungarianMatcher(num_points=60), weights, 0.1, ["labels", "masks"], 60, 3.0, 0.75
+    )
+    terms = module({"pred_logits": classes, "pred_masks": masks}, entries())
+    torch.stack([terms[name] * weight for name, weight in weights.items()]).sum().backward()
+    assert (calls.ahead, calls.settled, calls.computed_later) == (1, 1, 0)

@@ -67,9 +67,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, *, one_image: bool = False) -> Ite
     matched: list[int] = []
     terms, cost = Step.mask_terms, factors.match_cost
 
-    def spy_terms(step: Step, loss: MaskLoss, logits: Any, matches: Matches) -> Any:
+    def spy_terms(step: Step, loss: MaskLoss, logits: Any, matches: Matches, reduction: Any) -> Any:
         recorder.calls.append(Call(step, loss, matches, matched[-1]))
-        return terms(step, loss, logits, matches)
+        return terms(step, loss, logits, matches, reduction)
 
     def spy_cost(logits: Any, num_targets: Any, targets: Any, draw: Draw, *rest: Any) -> Any:
         matched.append(draw.num_points)

@@ -21,6 +21,7 @@ from maskloss.integrations._layers import Step
 from maskloss.integrations.transformers import patch
 from maskloss.loss import InstanceLosses, MaskLoss
 from maskloss.matches import Matches
+from maskloss.ops import Reduction
 
 # Relative differences that pass. The gradient is that of all parameters, |a - b| / |b|: two candidates of equal
 # uncertainty but for rounding may be chosen one for the other, and an attention mask may flip where a logit is 0.
@@ -103,9 +104,9 @@ def _recorded() -> Iterator[list[tuple[Matches, int]]]:
     calls: list[tuple[Matches, int]] = []
     inner = Step.mask_terms
 
-    def spy(self: Step, loss: MaskLoss, logits: Any, matches: Matches) -> InstanceLosses:
+    def spy(self: Step, loss: MaskLoss, logits: Any, matches: Matches, reduction: Reduction) -> InstanceLosses:
         calls.append((matches, int(self.seed)))
-        return inner(self, loss, logits, matches)
+        return inner(self, loss, logits, matches, reduction)
 
     Step.mask_terms = spy  # type: ignore[method-assign]
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -87,9 +87,14 @@ class Step:
         """Write the classes that queries should have, int64 `[L, B, Q]`; the unmatched ones get `no_object`."""
         return wanted_classes(matches, self.labels, self.targets.first_rows, shape, no_object)
 
-    def mask_terms(self, loss: MaskLoss, logits: Sequence[Layer], matches: Matches) -> InstanceLosses:
-        """Sum the mask terms of each layer over its instances: `[L]` each, not yet divided by anything."""
-        losses = loss.instance_losses(logits, matches, self.targets, self.image_ids, self.seed)
+    def mask_terms(
+        self, loss: MaskLoss, logits: Sequence[Layer], matches: Matches, reduction: ops.Reduction
+    ) -> InstanceLosses:
+        """Sum the mask terms of each layer over its instances: `[L]` each, not yet divided by anything.
+
+        `reduction` tells what the training loop will make of them, as far as that is known.
+        """
+        losses = loss.instance_losses(logits, matches, self.targets, self.image_ids, self.seed, reduction=reduction)
         sizes = list(matches.layer_sizes)
         return InstanceLosses(*(torch.stack([part.sum() for part in term.split(sizes)]) for term in losses))
 
@@ -124,6 +129,11 @@ def match(
 def accumulated(tensor: Tensor) -> Tensor:
     """Upcast half precision: everything is summed in float32, and in float64 where the input is float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def likely_reduction(weights: Mapping[str, float], count: float | Tensor) -> ops.Reduction:
+    """Tell how a training loop sums mask terms that it weighs by these, and that are divided by `count`."""
+    return ops.Reduction(weights.get("loss_mask", 1.0), weights.get("loss_dice", 1.0), count)
 
 
 def mean_count(count: float, device: torch.device) -> float | Tensor:

@@ -22,6 +22,7 @@ from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.integrations._layers import (
     Step,
     accumulated,
+    likely_reduction,
     match,
     mean_count,
     weighted_cross_entropy,
@@ -350,7 +351,7 @@ class SetCriterion(nn.Module):
         if "labels" in losses:
             terms["loss_ce"] = self._classify(accumulated(torch.stack(classes)), matches, step, count)
         if "masks" in losses:
-            sums = step.mask_terms(self.mask_loss, masks, matches)
+            sums = step.mask_terms(self.mask_loss, masks, matches, likely_reduction(self.weight_dict, count))
             terms |= {"loss_mask": sums.ce / count, "loss_dice": sums.dice / count}
         if "boxes" in losses:
             terms |= self._compare_boxes(outputs, matches, targets, step, count)

@@ -94,17 +94,17 @@ def _saved_inputs(ctx: Any) -> tuple[Any, ...]:
     return chosen, corners, logits, *(next(tensors) if option is None else option[0] for option in ctx.options)
 
 
-def _contiguous(ctx: Any, *grads: Tensor | None) -> list[Tensor]:
-    """Gradients of both losses, zeros for one that was not used."""
-    rows = ctx.saved_tensors[0].shape[0]
-    like = ctx.saved_tensors[2]
-    zero = torch.zeros(rows, dtype=accumulation_dtype(like.dtype), device=like.device)
+def _whole(logits: Sequence[Tensor], rows: Tensor, *grads: Tensor | None) -> list[Tensor]:
+    """Gradients of both losses in one piece, zeros for one that was not used."""
+    zero = torch.zeros(rows.shape[0], dtype=accumulation_dtype(logits[0].dtype), device=rows.device)
     return [zero if grad is None else grad.contiguous() for grad in grads]
 
 
 def _mask_loss_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
     needs_grad = [bool(need) for need in ctx.needs_input_grad[0]]
-    grads = _mask_loss_backward(*_contiguous(ctx, grad_ce, grad_dice), *_saved_inputs(ctx), needs_grad, ctx.backend)
+    chosen, corners, *inputs = _saved_inputs(ctx)
+    given = _whole(inputs[0], chosen, grad_ce, grad_dice)
+    grads = _mask_loss_backward(*given, chosen, corners, *inputs, needs_grad, ctx.backend)
     kept = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
     return kept, *[None] * len(ctx.options), None
 
@@ -168,11 +168,12 @@ def _ahead_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> 
 def _ahead_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
     found, ctx.ahead = ctx.ahead, None
     needs_grad = [bool(need) for need in ctx.needs_input_grad[2]]
-    given, inputs = _contiguous(ctx, grad_ce, grad_dice), _saved_inputs(ctx)
+    chosen, corners, *inputs = _saved_inputs(ctx)
+    given = _whole(inputs[0], chosen, grad_ce, grad_dice)
     if found is None:
-        found = _mask_loss_backward(*given, *inputs, needs_grad, ctx.backend)
+        found = _mask_loss_backward(*given, chosen, corners, *inputs, needs_grad, ctx.backend)
     else:
-        _mask_loss_settle(found, *ctx.expected, *given, *inputs, ctx.computed, ctx.backend)
+        _mask_loss_settle(found, *ctx.expected, *given, chosen, corners, *inputs, ctx.computed, ctx.backend)
     kept = [grad if need else None for grad, need in zip(found, needs_grad, strict=True)]
     return None, None, kept, *[None] * len(ctx.options), None, None
 

@@ -128,12 +128,14 @@ def _layer_terms(
     for_matching = sampling or PointSampling(max(area, 1))
     index = _match(step, logits, boxes, masks, box_targets, groups, config, for_matching, backend)
     sampling = sampling or PointSampling(max(height, area), OVERSAMPLE_RATIO, IMPORTANCE_RATIO)
-    sums = _mask_sums(step, MaskLoss(sampling=sampling, target_mode="nearest", backend=backend), masks, index, groups)
+    count = mean_count(float(step.targets.num_masks * groups), logits.device)
+    weights = config.mask_class_loss_coefficient, config.mask_dice_loss_coefficient
+    loss = MaskLoss(sampling=sampling, target_mode="nearest", backend=backend)
+    sums = _mask_sums(step, loss, masks, index, groups, ops.Reduction(*weights, count))
     layer, image, query, _ = index.unbind(1)
     rows = step.target_rows(index)
     pairs = box_terms(boxes[layer, image, query], torch.cat(box_targets)[rows])
     place = (layer, image, query, step.labels[rows])
-    count = mean_count(float(step.targets.num_masks * groups), logits.device)
 
     def per_layer(values: Tensor) -> Tensor:
         return values.reshape(len(layers), values.numel() // len(layers)).sum(1) / count
@@ -215,7 +217,9 @@ def _match(
     return torch.stack([layer // groups, image, query + group * (queries // groups), target], dim=1)
 
 
-def _mask_sums(step: Step, loss: MaskLoss, masks: Sequence[Layer], index: Tensor, groups: int) -> Any:
+def _mask_sums(
+    step: Step, loss: MaskLoss, masks: Sequence[Layer], index: Tensor, groups: int, reduction: ops.Reduction
+) -> Any:
     """Sum the mask terms by layer. A target that supervises one query in each group has points for each of them."""
     repeated = Step(repeat_targets(step.targets, groups), step.labels, step.image_ids, step.seed)
     per_group = masks[0].shape[1] // groups
@@ -237,7 +241,7 @@ def _mask_sums(step: Step, loss: MaskLoss, masks: Sequence[Layer], index: Tensor
     sizes = (sum(counts),) * len(masks)
     queries, num_targets = masks[0].shape[1], repeated.targets.num_targets
     matches = Matches(index, sizes, queries, num_targets, counts=counts * len(masks))
-    return repeated.mask_terms(loss, masks, matches)
+    return repeated.mask_terms(loss, masks, matches, reduction)
 
 
 def _quality_loss(logits: Tensor, place: tuple[Tensor, ...], iou: Tensor, alpha: float) -> Tensor:

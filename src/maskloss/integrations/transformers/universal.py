@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from maskloss.errors import reported
 from maskloss.factors import MaskFactors
-from maskloss.integrations._layers import Step, accumulated, match, mean_count, weighted_cross_entropy
+from maskloss.integrations._layers import (
+    Step,
+    accumulated,
+    likely_reduction,
+    match,
+    mean_count,
+    weighted_cross_entropy,
+)
 from maskloss.integrations._targets import pack_masks
 from maskloss.integrations.transformers import forward_pass
 from maskloss.loss import MaskLoss
@@ -46,6 +53,7 @@ class PointCriterion(nn.Module):
     oversample_ratio: float
     importance_sample_ratio: float
     empty_weight: Tensor
+    weight_dict: dict[str, float]
 
     def layer_losses(
         self,
@@ -71,10 +79,10 @@ class PointCriterion(nn.Module):
         step = Step.begin(self._pack(mask_labels, masks[0].device), class_labels, masks[0])
         stacked = accumulated(torch.stack(classes))
         matches = match(self._matcher(), stacked, masks, step)
-        terms = step.mask_terms(self._mask_loss(), masks, matches)
+        count = mean_count(float(step.targets.num_masks), stacked.device)
+        terms = step.mask_terms(self._mask_loss(), masks, matches, likely_reduction(self.weight_dict, count))
         wanted = step.wanted_classes(matches, stacked.shape[:3], stacked.shape[3] - 1)
         classification = weighted_cross_entropy(stacked, wanted, self.empty_weight)
-        count = mean_count(float(step.targets.num_masks), stacked.device)
         return [
             {
                 "loss_mask": (terms.ce[layer] / count).reshape(self.count_shape),
