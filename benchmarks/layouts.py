@@ -172,9 +172,10 @@ def measure_digits(draws: int, steps: int) -> None:
             stage(run, step, draws)
 
 
-def measure_training(seeds: int, steps: int) -> None:
+def measure_training(seeds: int, steps: int, points: int) -> None:
+    few = points // 4
     for seed in range(seeds):
-        for count, layout in ((256, "independent"), (64, "independent"), (64, "stratified")):
+        for count, layout in ((points, "independent"), (few, "independent"), (few, "stratified")):
             config = TrainConfig(steps=steps, seed=seed, num_points=count, layout=layout)
             with tempfile.TemporaryDirectory() as folder:
                 found = train(config, Path(folder) / "run", Listener.silent()).evaluation
@@ -187,13 +188,14 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=400)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--points", type=int, default=1024, help="of `training`; a quarter of them is measured too")
     options = parser.parse_args()
     if options.what == "masks":
         measure_masks(options.draws)
     elif options.what == "digits":
         measure_digits(options.draws, options.steps)
     else:
-        measure_training(options.seeds, options.steps)
+        measure_training(options.seeds, options.steps, options.points)
 
 
 if __name__ == "__main__":

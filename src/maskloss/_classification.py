@@ -15,11 +15,11 @@ KINDS = ("softmax", "focal")
 def softmax_sums(class_logits: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
     """Sum the weighted cross-entropy of all queries of each layer: `[L]`.
 
-        sum_q weights[c_q] * -log softmax(class_logits)[q, c_q]
+        sum_q weights[g_q] * -log softmax(class_logits)[q, g_q]
 
     Args:
         class_logits: `[L, B, Q, C + 1]`, float32 or float64; the last class is "no object".
-        wanted: int64 `[L, B, Q]`, the class c_q of each query.
+        wanted: int64 `[L, B, Q]`, the class g_q of each query.
         weights: `[C + 1]`, the weight of each class.
     """
     nll = cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), weights.to(class_logits), reduction="none")
@@ -41,11 +41,11 @@ def above_zero(weight: float | Tensor) -> float | Tensor:
 def focal_sums(class_logits: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum the sigmoid focal loss of all queries and classes of each layer: `[L]`.
 
-        sum_q sum_c weights[c] * a_t (1 - p_t)^2 bce(class_logits[q, c], [c = c_q]),  a = 0.25
+        sum_q sum_c weights[c] * a_t (1 - p_t)^2 bce(class_logits[q, c], [c = g_q]),  a = 0.25
 
     Args:
         class_logits: `[L, B, Q, C]`, float32 or float64; there is no "no object".
-        wanted: int64 `[L, B, Q]`, the class c_q of each query, C for one without a target.
+        wanted: int64 `[L, B, Q]`, the class g_q of each query, C for one without a target.
         weights: `[C]`, the weight of each class. Default: 1.
     """
     layers, batch, queries, classes = class_logits.shape

@@ -73,7 +73,7 @@ class MaskCriterion(nn.Module):
     `L_class` is, for classification "softmax", the cross-entropy over C + 1 classes, in which unmatched queries have
     the class "no object" and the weight `no_object_weight`, divided by the sum of the weights of the queries:
 
-        L_class = sum_q v[c_q] * -log softmax(class_logits)[q, c_q] / sum_q v[c_q]
+        L_class = sum_q omega[g_q] * -log softmax(class_logits)[q, g_q] / sum_q omega[g_q]
 
     For "focal" it is the sigmoid focal loss with a = 0.25 and gamma = 2, summed over queries and classes and divided by
     the number of instances; there is no "no object". `L_mask` and `L_dice` are the cross-entropy and Dice of `MaskLoss`
@@ -91,7 +91,7 @@ class MaskCriterion(nn.Module):
         no_object_weight: weight of "no object" in the classification "softmax", at least 0. Default 0.1.
         classification: "softmax" (default) or "focal".
         class_weights: the weights of the classes, `[C]`, tensor or sequence, finite and at least 0. For "softmax" they
-            are v above, along with `no_object_weight`; for "focal" they multiply the terms of each class, and the
+            are omega above, along with `no_object_weight`; for "focal" they multiply the terms of each class, and the
             divisor stays the number of instances. Default None: all 1.
         sampling: numbers and layout of points; the default matcher takes `num_points` and `layout` from it. Default
             `PointSampling()`.

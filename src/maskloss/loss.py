@@ -52,10 +52,10 @@ class MaskLossOutput(NamedTuple):
 class MaskLoss(nn.Module):
     """Cross-entropy plus Dice between predicted masks and their targets, at sampled points.
 
-        total = ce_weight * sum_n ce_n / N + dice_weight * sum_n dice_n / N
+        total = ce_weight * sum_i ce_i / N + dice_weight * sum_i dice_i / N
 
     For each of N instances the points are drawn as `PointSampling` says, logits and targets are read there
-    bilinearly, each at its own resolution, and `ce_n` and `dice_n` are computed as `functional.mask_bce` and
+    bilinearly, each at its own resolution, and `ce_i` and `dice_i` are computed as `functional.mask_bce` and
     `functional.mask_dice` say. No gradient flows through the choice of points.
 
     Args:
@@ -128,8 +128,8 @@ class MaskLoss(nn.Module):
                 batch, `MaskTargets` or a list of `[T, H, W]`.
             matches: pairs of (queries, targets) of each image, as DETR's matchers return them, or `Matches`.
             points: float `[N, P, 2]`, (x, y) in [0, 1]^2: read here, and draw nothing. In the order of the matches.
-            instance_weights: bool or float `[N]`, w_n at least 0, in the order of the matches: the terms become
-                `sum_n w_n ce_n / N` with N = sum_n w_n, so that an instance of weight 2 counts as two, and one of
+            instance_weights: bool or float `[N]`, v_i at least 0, in the order of the matches: the terms become
+                `sum_i v_i ce_i / N` with N = sum_i v_i, so that an instance of weight 2 counts as two, and one of
                 weight 0 (or False) as none, whatever its logits are. No gradient flows to the weights.
             num_instances: what the sums are divided by, in place of `max(N / R, 1)` with N counted over all R ranks:
                 for gradient accumulation the instances of the whole step over all ranks, divided by R

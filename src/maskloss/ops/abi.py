@@ -232,13 +232,13 @@ class Gradients(NamedTuple):
 class Reduction(NamedTuple):
     """How the caller sums the losses of instances, as far as it knows: ahead of the backward pass.
 
-        sum over n of w_n (ce_weight ce_n + dice_weight dice_n) / divisor
+        sum over i of v_i (ce_weight ce_i + dice_weight dice_i) / divisor
 
     Attributes:
         ce_weight: weight of the cross-entropies.
         dice_weight: weight of Dice.
         divisor: one number, or one for each layer `[L]`.
-        weights: w, of the instances `[N]`; None where all are 1.
+        weights: v, of the instances `[N]`; None where all are 1.
     """
 
     ce_weight: float

@@ -51,7 +51,7 @@ from .sampling import (
     write_plane,
 )
 from .targets import mark_ignored, read_targets, values_of_codes
-from .threads import at, helper, kernel, take
+from .threads import at, bare, helper, kernel, take
 
 _I32 = np.int32
 _NOT_GIVEN = Given(0, False, 0, 0, 0)
@@ -160,6 +160,8 @@ def uncertain_points(
     counter, items, values, coordinates, integers, sources, index, windows, image_ids, seed, numbers, border, points
 ):
     """Points `[N, P, 2]` of instances, chosen candidates first."""
+    values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
+    sources, windows = bare(sources), bare(windows)
     num_points, num_candidates, num_uncertain = numbers.points, numbers.candidates, numbers.uncertain
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
@@ -231,6 +233,9 @@ def mask_loss(
     A work item is a plane and its instances. `kept` gets the logits at the points, if it has rows. `grads`, if it has
     rows, gets the gradient of `sum(by_ce ce + by_dice dice)`, for the layers whose row there has an address.
     """
+    values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
+    sources, windows, table, images, ignore = bare(sources), bare(windows), bare(table), bare(images), bare(ignore)
+    chosen_bits, grads = bare(chosen_bits), bare(grads)
     num_points, num_candidates, num_uncertain = numbers.points, numbers.candidates, numbers.uncertain
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
@@ -326,6 +331,9 @@ def mask_loss_backward(
 
     The logits at the points are those in `kept`, or, if that has no rows, are read from the planes again.
     """
+    values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
+    sources, windows, table, images = bare(sources), bare(windows), bare(table), bare(images)
+    chosen_bits, grads = bare(chosen_bits), bare(grads)
     num_points, num_uncertain = numbers.points, numbers.uncertain
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
     ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)

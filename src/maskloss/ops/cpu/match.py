@@ -32,7 +32,7 @@ from .sampling import (
     read_rows,
 )
 from .targets import list_inside, mark_ignored, read_targets
-from .threads import helper, kernel, take
+from .threads import bare, helper, kernel, take
 
 _I32 = np.int32
 # For each image, plane size and band: the first row of the plane, and how many.
@@ -106,6 +106,7 @@ def draw(
 @kernel
 def find_runs(counter, items, _values, _coordinates, integers, points, bands, table, border, owner, first, length):
     """For each target and band the run of points that may touch its crop: first point, padded length `[T, bands]`."""
+    integers, points, table = bare(integers), bare(points), bare(table)
     room = integers.shape[0] // 2
     inside, space = integers[:room], integers[room:]
     while True:
@@ -127,6 +128,8 @@ def fill_runs(
     points, weights, table, data, encoding, border, nearest, bands, owner, first, length, offset, shares, sums,
 ):  # fmt: skip
     """The values w t over the runs of each target, 0 in the padding behind a band, and their sums."""
+    values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
+    points, table, shares = bare(points), bare(table), bare(shares)
     room = integers.shape[0] // 3
     ints = integers[: 3 * room].reshape(3, room)
     t, fx, fy = values[:room], values[room : 2 * room], values[2 * room : 3 * room]
@@ -267,6 +270,8 @@ def sample_features(
     counter, items, values, _coordinates, _integers, sources, rows, index, fx, fy, bands, result
 ):  # fmt: skip
     """Features `[B, D, P]` at the sorted points. A work item is a channel of an image."""
+    values, sources, rows, index, fx, fy = bare(values), bare(sources), bare(rows), bare(index), bare(fx), bare(fy)
+    bands, result = bare(bands), bare(result)
     channels = result.shape[1]
     values[:] = 0
     while True:
@@ -286,6 +291,9 @@ def row_costs(
     logits, weights, counts, images, starts, first, length, offset, shares, sums, alpha, gamma, ce, dice,
 ):  # fmt: skip
     """As `match_cost`, from logits `[B, R, P]` at the sorted points: `[B, R, T_max]`. A work item is a row."""
+    values, logits, weights, images, shares = bare(values), bare(logits), bare(weights), bare(images), bare(shares)
+    starts, first, length, offset, sums = bare(starts), bare(first), bare(length), bare(offset), bare(sums)
+    ce, dice = bare(ce), bare(dice)
     rows, num_points = ce.shape[1], weights.shape[1]
     room = num_points + VECTOR
     z, s = values[:room], values[room : 2 * room]
@@ -313,6 +321,10 @@ def match_cost(
 
     ce = sum w (softplus(z) - z t) / max(sum w, 1);  dice = 1 - (2 sum w s t + 1) / (sum w s + sum w t + 1)
     """
+    values, sources, rows, index, fx, fy = bare(values), bare(sources), bare(rows), bare(index), bare(fx), bare(fy)
+    bands, weights, images, shares, sums = bare(bands), bare(weights), bare(images), bare(shares), bare(sums)
+    starts, first, length, offset = bare(starts), bare(first), bare(length), bare(offset)
+    ce, dice = bare(ce), bare(dice)
     batch, queries = ce.shape[1], ce.shape[2]
     num_points = weights.shape[1]
     room = num_points + VECTOR

@@ -252,6 +252,23 @@ def _pointer(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
+def bare(typingctx: Any, array: Any) -> Any:
+    """The same array without an owner.
+
+    Numba counts references to the owner of an array, atomically, at every slice and every call. Two threads that do
+    this with the same table wait for each other each time. Who launches a kernel keeps its arrays alive.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, args[0])
+        for owner in ("meminfo", "parent"):
+            setattr(view, owner, getattr(view, owner).type(None))
+        return view._getvalue()
+
+    return array(array), codegen
+
+
+@intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
     """Ask for the cache line at an address, for reading; nothing waits for it, and it never faults."""
 
