@@ -29,7 +29,6 @@ SUMS: dict[str, Callable[[CriterionOutput], Tensor]] = {
     "nothing": lambda out: 0 * out.total,
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
     "focal": {"focal_alpha": 0.25, "focal_gamma": 2.0},
     "border, nearest": {"padding_mode": "border", "target_mode": "nearest"},
     "stratified": {"sampling": PointSampling(num_points=61, layout="stratified")},
@@ -85,21 +84,30 @@ def assert_equal_gradients(step: Callable[[], list[Tensor]], monkeypatch: pytest
 
 
 @pytest.mark.parametrize("total", SUMS.values(), ids=SUMS)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_same_gradients_whatever_is_summed(
-    dtype: torch.dtype,
-    options: dict[str, Any],
-    total: Callable[[CriterionOutput], Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-    calls: Calls,
+    dtype: torch.dtype, total: Callable[[CriterionOutput], Tensor], monkeypatch: pytest.MonkeyPatch, calls: Calls
 ) -> None:
     classes, masks = predictions(dtype=dtype)
     targets = entries()
 
     def step() -> list[Tensor]:
+        return list(torch.autograd.grad(total(criterion("cpu")(classes, masks, targets, seed=1)), masks))
+
+    assert_equal_gradients(step, monkeypatch, calls)
+
+
+@pytest.mark.parametrize("name", ["as announced", "other weights"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_same_gradients_with_every_option(
+    options: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
+    classes, masks = predictions()
+    targets = entries()
+
+    def step() -> list[Tensor]:
         out = criterion("cpu", **options)(classes, masks, targets, seed=1)
-        return list(torch.autograd.grad(total(out), masks))
+        return list(torch.autograd.grad(SUMS[name](out), masks))
 
     assert_equal_gradients(step, monkeypatch, calls)
 

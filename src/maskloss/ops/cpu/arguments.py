@@ -81,7 +81,7 @@ def pixels_of(masks: Tensor) -> Array:
 
 
 def describe_masks(arrays: Sequence[Array], firsts: Array) -> NDArray[np.int64]:
-    """One row per image, in the order of `packing.ADDRESS` to `FIRST`."""
+    """One row per image, in the order of `packing.ADDRESS` to `FIRST_MASK`."""
     rows = [(a.ctypes.data, *a.shape[1:], *a.strides[:2], first) for a, first in zip(arrays, firsts, strict=True)]
     return np.array(rows, np.int64)
 

@@ -20,7 +20,7 @@ from .threads import at, helper, kernel, take
 
 # Columns of the table that describes the masks `[T, H, W]` of an image: address, H, W, bytes from one mask and from one
 # row to the next (pixels of a row lie side by side), and the number of its first mask.
-ADDRESS, HEIGHT, WIDTH, STRIDE_T, STRIDE_Y, FIRST = range(6)
+ADDRESS, HEIGHT, WIDTH, STRIDE_T, STRIDE_Y, FIRST_MASK = range(6)
 _GROUP, _WIDE = 8, 32
 
 
@@ -48,7 +48,7 @@ _pack_group, _pack_wide = _packs(_GROUP), _packs(_WIDE)
 @helper(forceinline=True)
 def _image_of(images, image, item):
     """The image of a mask, not before `image`: a thread takes masks in ascending order."""
-    while image + 1 < images.shape[0] and item >= images[image + 1, FIRST]:
+    while image + 1 < images.shape[0] and item >= images[image + 1, FIRST_MASK]:
         image += 1
     return image
 
@@ -118,7 +118,7 @@ def find_boxes(counter, items, values, coordinates, integers, images, place):
             break
         image = _image_of(images, image, item)
         about = images[image]
-        mask = about[ADDRESS] + (item - about[FIRST]) * about[STRIDE_T]
+        mask = about[ADDRESS] + (item - about[FIRST_MASK]) * about[STRIDE_T]
         _find_box(mask, about[HEIGHT], about[WIDTH], about[STRIDE_Y], place[item])
 
 
@@ -149,7 +149,7 @@ def pack_boxes(counter, items, values, coordinates, integers, images, place, beg
             break
         image = _image_of(images, image, item)
         about, row = images[image], place[item]
-        mask = about[ADDRESS] + (item - about[FIRST]) * about[STRIDE_T]
+        mask = about[ADDRESS] + (item - about[FIRST_MASK]) * about[STRIDE_T]
         pixels = mask + row[TOP] * about[STRIDE_Y] + row[LEFT]
         out = data + begins[item]
         for y in range(row[CROP_H]):
