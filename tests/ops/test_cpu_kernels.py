@@ -12,8 +12,7 @@ from torch import Tensor
 
 from maskloss.ops import cpu, reference
 from maskloss.ops.abi import IGNORED, INDEX_COLUMNS, Term
-from maskloss.ops.cpu import arguments
-from maskloss.ops.cpu import sampling as cpu_sampling
+from maskloss.ops.cpu import arguments, positions
 from maskloss.ops.cpu.choose import threshold
 from maskloss.targets import MaskTargets
 from support.accuracy import assert_no_worse
@@ -370,9 +369,9 @@ def test_positions_as_integers_are_those_in_double_precision() -> None:
     for height, width in ((1, 1), (7, 123), (256, 507), (4096, 100_003)):
         places, others = np.empty((2, 512), np.int32)
         fx, fy, gx, gy = np.empty((4, 512), np.float32)
-        cpu_sampling.locate_bits(bits, 512, height, width, places, fx, fy)
+        positions.locate_bits(bits, 512, height, width, places, fx, fy)
         x, y = (bits.astype(np.float32) * np.float32(2**-24)).copy()
-        cpu_sampling.locate(x, y, 512, height, width, False, others, gx, gy)
+        positions.locate(x, y, 512, height, width, False, others, gx, gy)
         assert (places == others).all()
         assert (fx == gx).all()
         assert (fy == gy).all()

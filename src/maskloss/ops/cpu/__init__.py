@@ -45,7 +45,8 @@ from .matched import (
     plane_gradients,
 )
 from .pairs import match_cost, match_plan, row_costs, sample_features
-from .sampling import BLOCK, buffer_size
+from .planes import buffer_size
+from .sampling import BLOCK
 from .threads import Dtypes, Sizes, launch
 
 __all__ = [

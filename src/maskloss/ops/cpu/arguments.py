@@ -34,7 +34,9 @@ from maskloss.ops.abi import (
 from maskloss.points import Strata
 
 from .instances import GRADIENT_ROWS, INTEGER_ROWS, POINT_ROWS, ROW, SPARE, VALUE_ROWS, Numbers
-from .sampling import BLOCK, SOURCE_COLUMNS, Given, buffer_size
+from .planes import SOURCE_COLUMNS, buffer_size
+from .positions import Given
+from .sampling import BLOCK
 from .threads import Dtypes
 
 Array = NDArray[Any]

@@ -30,26 +30,9 @@ from maskloss.points import Strata
 from .choose import GROUP, LARGEST_KEY, list_marked, make_keys, mark_chosen, threshold
 from .generator import counter_of, draw_bits, instance_key, points_of_bits
 from .losses import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses
-from .sampling import (
-    ADDRESS,
-    BITS_LIMIT,
-    BLOCK,
-    BORDER,
-    DTYPE,
-    HEIGHT,
-    STRIDE_B,
-    STRIDE_Q,
-    WIDTH,
-    Given,
-    gather,
-    given_points,
-    locate,
-    locate_bits,
-    read_plane,
-    scatter,
-    scatter_apart,
-    write_plane,
-)
+from .planes import ADDRESS, BORDER, DTYPE, HEIGHT, STRIDE_B, STRIDE_Q, WIDTH, read_plane, write_plane
+from .positions import BITS_LIMIT, Given, given_points, locate, locate_bits
+from .sampling import BLOCK, gather, scatter, scatter_apart
 from .targets import mark_ignored, read_targets, values_of_codes
 from .threads import at, bare, helper, kernel, take
 

@@ -3,21 +3,9 @@
 
 from __future__ import annotations
 
-from .sampling import (
-    BLOCK,
-    BORDER,
-    HEIGHT,
-    WIDTH,
-    gather,
-    gather_nearest,
-    given_points,
-    locate,
-    read_plane,
-    round_nearest,
-    scatter,
-    scatter_nearest,
-    write_plane,
-)
+from .planes import BORDER, HEIGHT, WIDTH, read_plane, write_plane
+from .positions import given_points, locate, round_nearest
+from .sampling import BLOCK, gather, gather_nearest, scatter, scatter_nearest
 from .threads import kernel, take
 
 

@@ -16,21 +16,9 @@ from maskloss.ops.abi import ALL_TARGETS, COUNT, FIRST, IGNORED, MATCHER, X, Y
 
 from .generator import counter_of, draw_bits, instance_key, points_of_bits
 from .losses import power, sigmoid_softplus
-from .sampling import (
-    ADDRESS,
-    BORDER,
-    DTYPE,
-    HEIGHT,
-    STRIDE_B,
-    STRIDE_Q,
-    STRIDE_X,
-    STRIDE_Y,
-    WIDTH,
-    gather_ahead,
-    item_bytes,
-    locate,
-    read_rows,
-)
+from .planes import ADDRESS, BORDER, DTYPE, HEIGHT, STRIDE_B, STRIDE_Q, STRIDE_X, STRIDE_Y, WIDTH, item_bytes, read_rows
+from .positions import locate
+from .sampling import gather_ahead
 from .targets import list_inside, mark_ignored, read_targets
 from .threads import bare, helper, kernel, take
 

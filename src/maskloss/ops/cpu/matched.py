@@ -28,7 +28,8 @@ from .arguments import (
     zeros,
 )
 from .instances import GRADIENT_ROWS, INTEGER_ROWS, POINT_ROWS, ROW
-from .sampling import BLOCK, GRADIENT_COLUMNS
+from .planes import GRADIENT_COLUMNS
+from .sampling import BLOCK
 from .threads import launch
 
 

@@ -15,7 +15,7 @@ from maskloss.ops.abi import POINT_COLUMNS, Draw, Targets, Term
 from . import match as kernels
 from .arguments import Array, absolute, array_of, describe, dtypes_of, encode, strata_of
 from .choose import GROUP
-from .sampling import BORDER
+from .planes import BORDER
 from .threads import Dtypes, launch
 
 

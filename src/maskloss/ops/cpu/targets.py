@@ -40,7 +40,8 @@ from maskloss.ops.abi import (
 )
 
 from .choose import GROUP, list_marked, mark
-from .sampling import BORDER, from_bf16, from_f16, locate, round_nearest
+from .planes import BORDER, from_bf16, from_f16
+from .positions import locate, round_nearest
 from .threads import at, helper
 
 _I32 = np.int32

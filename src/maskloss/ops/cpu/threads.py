@@ -306,6 +306,11 @@ def splat(builder: Any, value: Any, vector: Any) -> Any:
     return builder.shuffle_vector(single, single, lanes)
 
 
+def alignment(vector: Any) -> int:
+    """How a vector of floats is aligned in memory: as one of them."""
+    return 4 if isinstance(vector.element, ir.FloatType) else 8
+
+
 @helper(forceinline=True)
 def at(address, size, dtype):
     """The memory at `address` as an array of `size` elements.

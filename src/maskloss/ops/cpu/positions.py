@@ -1,0 +1,150 @@
+# mypy: allow-untyped-defs
+"""Where points lie in the buffer of a plane, for the CPU kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core.errors import RequireLiteralValue
+from numba.extending import intrinsic
+
+from maskloss.ops.abi import X, Y
+
+from .planes import BORDER
+from .threads import LANES, alignment, at, helper, splat
+
+_I32 = np.int32
+# Larger maps than this overflow the integers of `locate_bits`.
+BITS_LIMIT = 1 << 18
+
+
+class Given(NamedTuple):
+    """Points of the caller: address (0: there are none), whether in float64, strides in elements."""
+
+    address: int
+    double: bool
+    row: int
+    point: int
+    coordinate: int
+
+
+@helper()
+def locate(x, y, n, height, width, border, index, fx, fy):
+    """Where points lie in a buffer: `px = x * width - 0.5`, the pixel `floor(px)`, the fraction `px - floor(px)`.
+
+    In double precision, where the position of a float32 point is exact. Points off the map by more than a pixel, and
+    NaN, are sent into the border.
+    """
+    w, h = np.float64(width), np.float64(height)
+    x_low, x_high = (0.0, w - 1.0) if border else (-np.inf, np.inf)
+    y_low, y_high = (0.0, h - 1.0) if border else (-np.inf, np.inf)
+    pitch = _I32(width + 2 * BORDER)
+    for i in range(n):
+        px = x[i] * w - 0.5
+        px = max(px, x_low)
+        px = min(px, x_high)
+        x0 = np.floor(px)
+        fx[i] = px - x0
+        py = y[i] * h - 0.5
+        py = max(py, y_low)
+        py = min(py, y_high)
+        y0 = np.floor(py)
+        fy[i] = py - y0
+        x0 = max(-2.0, x0)
+        y0 = max(-2.0, y0)
+        column = _I32(min(w, x0))
+        row = _I32(min(h, y0))
+        index[i] = _I32(_I32(_I32(row + _I32(BORDER)) * pitch) + _I32(column + _I32(BORDER)))
+
+
+@intrinsic
+def _locate_lanes(
+    typingctx: Any, xs: Any, ys: Any, first: Any, width: Any, height: Any, pitch: Any, index: Any, fx: Any, fy: Any,
+    lanes: Any,
+) -> Any:  # fmt: skip
+    """`locate_bits` for `lanes` points (a literal) from `first` on."""
+    if not isinstance(lanes, types.IntegerLiteral):
+        raise RequireLiteralValue("lanes")
+    vector = ir.VectorType(ir.IntType(32), lanes.literal_value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def place(which: int) -> Any:
+            data = context.make_array(signature.args[which])(context, builder, args[which]).data
+            return builder.gep(data, [args[2]])
+
+        def number(value: int) -> Any:
+            return ir.Constant(vector, [value] * vector.count)
+
+        def axis(bits: int, size: int, fraction: int) -> Any:
+            """`bits * size / 2**24 - 0.5` as whole part and 24 bits of fraction, 12 bits at a time."""
+            given = builder.load(builder.bitcast(place(bits), vector.as_pointer()), align=4)
+            size = splat(builder, args[size], vector)
+            low = builder.mul(builder.and_(given, number(4095)), size)
+            high = builder.mul(builder.lshr(given, number(12)), size)
+            high = builder.sub(builder.add(high, builder.lshr(low, number(12))), number(2048))
+            rest = builder.or_(
+                builder.shl(builder.and_(high, number(4095)), number(12)), builder.and_(low, number(4095))
+            )
+            single = ir.VectorType(ir.FloatType(), vector.count)
+            share = builder.fmul(builder.sitofp(rest, single), ir.Constant(single, [2.0**-24] * vector.count))
+            where = place(fraction)
+            kind = ir.VectorType(where.type.pointee, vector.count)
+            share = share if kind.element == single.element else builder.fpext(share, kind)
+            builder.store(share, builder.bitcast(where, kind.as_pointer()), align=alignment(kind))
+            return builder.add(builder.ashr(high, number(12)), number(BORDER))
+
+        column, row = axis(0, 3, 7), axis(1, 4, 8)
+        found = builder.add(builder.mul(row, splat(builder, args[5], vector)), column)
+        builder.store(found, builder.bitcast(place(6), vector.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(xs, ys, types.uintp, types.int32, types.int32, types.int32, index, fx, fy, lanes), codegen
+
+
+@helper()
+def locate_bits(bits, n, height, width, index, fx, fy):
+    """As `locate`, for points of the whole frame given as 24-bit integers: exact, and twice as fast as with doubles."""
+    w, h, pitch = _I32(width), _I32(height), _I32(width + 2 * BORDER)
+    xs, ys = bits[X], bits[Y]
+    whole = n - n % LANES
+    for i in range(0, whole, LANES):
+        _locate_lanes(xs, ys, np.uintp(i), w, h, pitch, index, fx, fy, LANES)
+    for i in range(whole, n):
+        _locate_lanes(xs, ys, np.uintp(i), w, h, pitch, index, fx, fy, 1)
+
+
+@helper()
+def round_nearest(index, fx, fy, n, height, width, border):
+    """Turn what `locate` found into the nearest pixel, half to even; with a border mode the last pixel is the limit."""
+    pitch = width + 2 * BORDER
+    for i in range(n):
+        row, column = index[i] // pitch, index[i] % pitch
+        # BORDER is even, so a column is as odd as its pixel.
+        if fx[i] > 0.5 or (fx[i] == 0.5 and column % 2 == 1):
+            column += 1
+        if fy[i] > 0.5 or (fy[i] == 0.5 and row % 2 == 1):
+            row += 1
+        if border:
+            column = min(column, width - 1 + BORDER)
+            row = min(row, height - 1 + BORDER)
+        index[i] = row * pitch + column
+
+
+@helper()
+def given_points(given, n, first, count, x, y):
+    """Points `first:first + count` of row n of a caller's tensor."""
+    point, coordinate = given.point, given.coordinate
+    start, size = n * given.row + first * point, (count - 1) * point + coordinate + 1
+    if given.double:
+        f64 = at(given.address + start * 8, size, np.float64)
+        for i in range(count):
+            x[i] = f64[i * point]
+            y[i] = f64[i * point + coordinate]
+    else:
+        f32 = at(given.address + start * 4, size, np.float32)
+        for i in range(count):
+            x[i] = f32[i * point]
+            y[i] = f32[i * point + coordinate]
