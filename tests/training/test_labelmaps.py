@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import tifffile
@@ -10,7 +13,7 @@ from PIL import Image
 
 from maskloss import MaskLossError
 from maskloss.training.folder import FolderScenes
-from maskloss.training.images import read_image, read_label_map, to_unit
+from maskloss.training.images import read_image, read_label_map, read_size, to_unit
 from training.conftest import write_cells
 
 
@@ -180,3 +183,16 @@ def test_an_empty_folder(tmp_path):
 def test_a_format_that_is_not_there(cells):
     with pytest.raises(MaskLossError, match="a data set of the format 'coco'"):
         FolderScenes(str(cells), 32, format="coco")
+
+
+def test_warnings_of_broken_files_on_many_threads(tmp_path):
+    """Pillow warns of each; no thread may turn the warnings of another on again, or leave them off for good."""
+    paths = [tmp_path / f"{number}.tif" for number in range(200)]
+    tifffile.imwrite(paths[0], np.zeros((8, 8), np.uint8))
+    for path in paths:
+        path.write_bytes(paths[0].read_bytes()[:200])
+    before = list(warnings.filters)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(read_size, paths)) == {(8, 8)}
+    assert list(warnings.filters) == before

@@ -6,6 +6,7 @@ floats) have no natural range, so percentiles of each channel decide what is bla
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,35 @@ MOST_PIXELS = 1 << 28
 MOST_CHANNELS = 16
 
 _READABLE = "every image must be readable"
+
+
+class _WithoutWarnings:
+    """Ignores warnings while any thread is inside.
+
+    Filters belong to the process: of two threads in `warnings.catch_warnings`, the first to leave turns warnings on
+    again for the other, and the last may leave them off for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_without_warnings = _WithoutWarnings()
 
 
 def read_image(path: Path) -> Array:
@@ -89,11 +119,9 @@ def read_size(path: Path) -> tuple[int, int]:
     """
     pillow = require("PIL.Image", "train")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with pillow.open(path) as opened:
-                width, height = opened.size
-                return int(height), int(width)
+        with _without_warnings, pillow.open(path) as opened:
+            width, height = opened.size
+            return int(height), int(width)
     except pillow.DecompressionBombError:
         raise _too_large(path) from None
     except (OSError, ValueError, SyntaxError) as error:
@@ -193,18 +221,16 @@ def _read_tiff(path: Path) -> Array | None:
 def _read_pillow(path: Path, labels: bool) -> Array:
     pillow = require("PIL.Image", "train")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with pillow.open(path) as opened:
-                if opened.size[0] * opened.size[1] > MOST_PIXELS:
-                    raise _too_large(path)
-                # A palette in a label map is decoration: the indices are the instances.
-                if labels and opened.mode == "P":
-                    return np.array(opened)
-                if opened.mode in {"1", "L", "RGB", "F", "I"} or opened.mode.startswith("I;16"):
-                    array = np.array(opened)
-                    return array.astype(np.uint16) if opened.mode == "I;16B" else array
-                return np.array(opened.convert("L" if opened.mode == "LA" else "RGB"))
+        with _without_warnings, pillow.open(path) as opened:
+            if opened.size[0] * opened.size[1] > MOST_PIXELS:
+                raise _too_large(path)
+            # A palette in a label map is decoration: the indices are the instances.
+            if labels and opened.mode == "P":
+                return np.array(opened)
+            if opened.mode in {"1", "L", "RGB", "F", "I"} or opened.mode.startswith("I;16"):
+                array = np.array(opened)
+                return array.astype(np.uint16) if opened.mode == "I;16B" else array
+            return np.array(opened.convert("L" if opened.mode == "LA" else "RGB"))
     except pillow.DecompressionBombError:
         raise _too_large(path) from None
     except FileNotFoundError:
