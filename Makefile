@@ -1,7 +1,7 @@
 # maskloss: everything runs in .venv, which make creates on first use. All you need is python3 and make.
 #
 #   PYTHON=python3.12   the interpreter used to create .venv
-#   ARGS="..."          extra arguments for `make train`, `make test` or `make slow`
+#   ARGS="..."          extra arguments for `make train`, `make test`, `make slow` or `make long`
 
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -47,6 +47,10 @@ fix: $(VENV)/.dev ## Format the code and apply the linter's fixes
 .PHONY: slow
 slow: $(VENV)/.dev ## Run the slow tests (marked `slow`)
 	@$(PY) -m pytest -m slow $(ARGS)
+
+.PHONY: long
+long: $(VENV)/.dev ## Train several models to compare what they learn (tests marked `long`)
+	@$(PY) -m pytest -m long $(ARGS)
 
 .PHONY: docs
 docs: $(VENV)/.dev ## Build the documentation; warnings are errors

@@ -24,7 +24,7 @@ def mean_ap(folder: Path, num_points: int, layout: str) -> float:
     return sum(found) / len(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_quarter_of_the_points_trains_as_well_if_stratified(tmp_path: Path) -> None:
     """The same mean over five seeds, up to three times the error of the difference."""
     quarter = mean_ap(tmp_path, POINTS // 4, "stratified")
