@@ -80,7 +80,7 @@ import maskloss
 print(time.process_time() - begin, *(name for name in {late} if name in sys.modules and name not in known))
 """
     seconds = []
-    for _ in range(5):  # other processes may slow this one down
+    for _ in range(12):  # other processes may slow this one down
         spent, *loaded = python("-c", code, cwd=tmp_path).split()
         assert not loaded
         seconds.append(float(spent))
