@@ -34,7 +34,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> dict[str, str]:
-    """Four images with coloured rectangles, as polygons and as RLE, of two classes; and a tiny Mask2Former."""
+    """Four images with colored rectangles, as polygons and as RLE, of two classes; and a tiny Mask2Former."""
     pytest.importorskip("transformers")
     image_module = pytest.importorskip("PIL.Image")
     pytest.importorskip("pycocotools")

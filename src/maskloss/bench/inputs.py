@@ -47,7 +47,7 @@ class Inputs:
         return [layer.dense() if isinstance(layer, MaskFactors) else layer for layer in self.mask_logits]
 
     def drop_gradients(self) -> None:
-        """Set every gradient to None, as an optimiser does before a step."""
+        """Set every gradient to None, as an optimizer does before a step."""
         for logits in self.logits:
             logits.grad = None
 

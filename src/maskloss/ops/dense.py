@@ -115,7 +115,7 @@ _differentiable_mask_loss = Derivative(_mask_loss, _mask_loss_setup, _mask_loss_
 
 # ------------------------------------------------------------------------------------------- gradients that come early
 
-# While a plane and its points are in the cache, the gradient costs less than half of what it does later. It follows
+# While a plane and its points are in the cache, the gradient costs about half of what it does later. It follows
 # from the gradients of the losses, which are nearly always known: where the caller tells how it will sum the losses,
 # the forward pass goes on with those, and the backward pass compares them with the real ones.
 

@@ -61,7 +61,7 @@ _without_warnings = _WithoutWarnings()
 
 
 def read_image(path: Path) -> Array:
-    """Read an image: `[H, W, C]`, uint8 if it has 8 bits, else float32; grey ones have one channel.
+    """Read an image: `[H, W, C]`, uint8 if it has 8 bits, else float32; gray ones have one channel.
 
     Raises:
         Cause: a file that is missing, broken, too large, or a stack of planes.
@@ -151,7 +151,7 @@ def to_unit(image: Array, percentile: bool) -> NDArray[np.float32]:
 
 
 def to_channels(image: Array, channels: int, path: Path) -> Array:
-    """Bring an image to the number of channels of a data set: grey is repeated, alpha is dropped, a third is added.
+    """Bring an image to the number of channels of a data set: gray is repeated, alpha is dropped, a third is added.
 
     Raises:
         Cause: an image with more channels than the data set has.

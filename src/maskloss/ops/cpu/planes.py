@@ -36,7 +36,7 @@ def from_bf16(bits):
 
 @helper(forceinline=True)
 def from_f16(bits):
-    """IEEE half to float32, by integer operations: not every CPU has an instruction, and this one vectorises."""
+    """IEEE half to float32, by integer operations: not every CPU has an instruction, and this one vectorizes."""
     sign = np.uint32(np.uint32(np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16))
     rest = np.uint32(np.uint32(bits) & np.uint32(0x7FFF))
     normal = np.uint32(np.uint32(rest << np.uint32(13)) + np.uint32(0x38000000))

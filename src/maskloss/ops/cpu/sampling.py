@@ -24,7 +24,7 @@ def _bilinear(
 ) -> Any:
     """Interpolate at `lanes` points (a literal) from `first` on: `z[i] = top + fy (bottom - top)`, and so on.
 
-    Two neighbouring pixels come with one load, and shuffles bring them into vectors over the points; left to itself
+    Two neighboring pixels come with one load, and shuffles bring them into vectors over the points; left to itself
     LLVM gathers four times. There are no fused operations: selections agree bit for bit with those of other devices.
     """
     if not isinstance(lanes, types.IntegerLiteral):
@@ -73,7 +73,7 @@ def _vector(builder: Any, data: Any, first: Any, vector: Any) -> Any:
 
 @intrinsic
 def _add_pair(typingctx: Any, buffer: Any, place: Any, first: Any, second: Any) -> Any:
-    """Add to two neighbouring pixels at once."""
+    """Add to two neighboring pixels at once."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, args[0])
