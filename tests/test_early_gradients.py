@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskloss import CriterionOutput, MaskCriterion, MaskLoss, PointSampling
 from maskloss.integrations import detr
 from maskloss.integrations.transformers import patch
 from maskloss.ops import cpu, dense
 from maskloss.ops.cpu import matched
+from maskloss.targets.collate import collate
 from support import tiny
 from support.steps import FEW, SIZES, criterion, entries, predictions
 
@@ -225,9 +227,16 @@ def test_gradients_add_up_in_leaves(calls: Calls) -> None:
     assert all(layer.grad is not None and layer.grad.count_nonzero() > 0 for layer in masks)
 
 
-@pytest.mark.parametrize("why", ["half precision", "no gradient", "compiled", "grad"])
+class Named(Tensor):
+    """A subclass, as users have them."""
+
+
+@pytest.mark.parametrize("why", ["half precision", "no gradient", "compiled", "grad", "subclass"])
 def test_where_nothing_comes_early(why: str, calls: Calls) -> None:
-    """Half precision would be rounded before mixed precision scales it, and a transform has derivatives of its own."""
+    """Half precision would be rounded before mixed precision scales it, and a transform has derivatives of its own.
+
+    What comes early bypasses the dispatcher, which a tensor of another class may need.
+    """
     classes, masks = predictions(sizes=SIZES[:1] * 2)
     module, targets = criterion("cpu"), entries()
 
@@ -238,11 +247,35 @@ def test_where_nothing_comes_early(why: str, calls: Calls) -> None:
         total(*(layer.half() for layer in masks)).backward()
     elif why == "no gradient":
         total(*(layer.detach() for layer in masks))
+    elif why == "subclass":
+        total(*(layer.detach().as_subclass(Named).requires_grad_() for layer in masks)).backward()
     elif why == "compiled":
         torch.compile(total, backend="aot_eager")(*masks).backward()
     else:
         torch.func.grad(total, argnums=(0, 1))(*masks)
     assert calls.ahead == 0
+
+
+def test_fake_tensors_have_no_values(calls: Calls) -> None:
+    """Tools that estimate memory run a step on tensors without values; these take the operation of the dispatcher."""
+    classes, masks = predictions()
+    targets = collate(entries())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [[mode.from_tensor(layer.detach()).requires_grad_() for layer in layers] for layers in (classes, masks)]
+        packed = {"masks": targets[0], "labels": list(targets[1].split(list(targets[0].num_targets)))}
+        criterion("cpu")(*fake, packed, seed=1).total.backward()
+    assert calls.ahead == 0
+    assert [layer.grad.shape for layer in fake[1] if layer.grad is not None] == [layer.shape for layer in masks]
+
+
+def test_differentiable_once(calls: Calls) -> None:
+    """A gradient of a gradient is refused, and not taken for zero."""
+    classes, masks = predictions()
+    total = criterion("cpu")(classes, masks, entries(), seed=1).total
+    (grad, *_) = torch.autograd.grad(total, masks, create_graph=True)
+    assert calls.ahead == 1
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
 
 
 def test_accumulated_micro_batches(calls: Calls) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss._numbers import check_number
+from maskloss._transforms import active
 from maskloss.errors import Cause, check_layout, describe
 from maskloss.factors import Layer, MaskFactors
 from maskloss.ops import abi, check_backend
@@ -150,12 +151,8 @@ class _Stack(torch.autograd.Function):
     """`torch.stack`, whose own derivative cuts the layers out one by one."""
 
     @staticmethod
-    def forward(*layers: Tensor) -> Tensor:
+    def forward(ctx: Any, *layers: Tensor) -> Tensor:
         return torch.stack(layers)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -168,8 +165,9 @@ class _Stack(torch.autograd.Function):
 
 def stack(layers: Sequence[Tensor]) -> Tensor:
     """Stack the layers along a new first dimension; one operation forward, one backward, whatever their number."""
-    if torch.compiler.is_compiling():
-        return torch.stack(list(layers))  # the compiler warns of functions of our own, and needs none
+    if torch.compiler.is_compiling() or active():
+        # The compiler warns of functions of our own, and transforms want them in another form, which takes longer.
+        return torch.stack(list(layers))
     stacked: Tensor = _Stack.apply(*layers)  # type: ignore[no-untyped-call]
     return stacked
 

@@ -26,6 +26,11 @@ def active() -> bool:
     return bool(torch._C._functorch.maybe_current_level() is not None)
 
 
+def watched() -> bool:
+    """Tell whether a mode of the dispatcher, such as one that counts operations, wants to see every operation."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
 def nested() -> bool:
     """Tell whether one transform is being applied inside of another."""
     return active() and torch._C._functorch.current_level() > 1

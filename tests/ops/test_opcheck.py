@@ -71,20 +71,6 @@ def mask_loss_backward(backend: str, encoding: str = "bits") -> Args:
     return *gradients, chosen, corners, plain, *rest, [True, False], backend
 
 
-def mask_loss_ahead(encoding: str = "bits", *, given: bool = False, needed: bool = True) -> Args:
-    *rest, backend = mask_loss("cpu", encoding, given=given)
-    return torch.rand(len(INDEX)), torch.rand(len(INDEX)), *rest, [True, needed], backend
-
-
-def mask_loss_settle(factor: float | None, encoding: str = "bits", *, needed: bool = True) -> Args:
-    """Gradients that are a multiple of the expected ones, or others."""
-    ce, dice, logits, *rest = mask_loss_ahead(encoding, needed=needed)
-    inputs = ([layer.detach() for layer in logits], *rest)
-    _, _, chosen, corners, ahead = dense._mask_loss_ahead(ce, dice, *inputs)
-    given = torch.rand(2, len(INDEX)) if factor is None else factor * torch.stack([ce, dice])
-    return ahead, ce, dice, *given, chosen, corners, *inputs
-
-
 def match_cost(backend: str, encoding: str = "bits") -> Args:
     packed = targets(encoding)
     plain = [layer.detach() for layer in layers()]
@@ -165,29 +151,6 @@ def test_operation(backend: str, operation: Any, make: Callable[[str], Args]) ->
 @pytest.mark.parametrize(
     ("operation", "make"),
     [
-        pytest.param(dense._mask_loss_ahead, mask_loss_ahead, id="mask_loss_ahead"),
-        pytest.param(
-            dense._mask_loss_ahead, lambda: mask_loss_ahead("values", needed=False), id="mask_loss_ahead, one layer"
-        ),
-        pytest.param(
-            dense._mask_loss_ahead, lambda: mask_loss_ahead("labels", given=True), id="mask_loss_ahead, given points"
-        ),
-        pytest.param(dense._mask_loss_settle, lambda: mask_loss_settle(1.0), id="mask_loss_settle, as expected"),
-        pytest.param(dense._mask_loss_settle, lambda: mask_loss_settle(0.3), id="mask_loss_settle, scaled"),
-        pytest.param(
-            dense._mask_loss_settle, lambda: mask_loss_settle(None, needed=False), id="mask_loss_settle, others"
-        ),
-    ],
-)
-def test_operation_of_early_gradients(operation: Any, make: Callable[[], Args]) -> None:
-    """Only the CPU kernels compute gradients in the forward pass, and only where nothing is traced."""
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operation, make(), test_utils=checks)
-
-
-@pytest.mark.parametrize(
-    ("operation", "make"),
-    [
         pytest.param(products._factored_match_cost, factored_match_cost, id="factored_match_cost"),
         pytest.param(
             products._factored_match_cost,
@@ -228,7 +191,7 @@ def test_assign() -> None:
 def test_every_operation_is_checked() -> None:
     known = {
         *("point_sample", "point_sample_backward", "uncertain_points", "match_cost", "assign"),
-        *("mask_loss", "mask_loss_backward", "mask_loss_ahead", "mask_loss_settle"),
+        *("mask_loss", "mask_loss_backward"),
         *("factored_match_cost", "factored_mask_loss", "factored_mask_loss_backward"),
     }
     assert set(dir(torch.ops.maskloss)) - {"name"} >= known
@@ -242,7 +205,6 @@ def test_every_operation_is_checked() -> None:
     "name",
     [
         *("assign", "match_cost", "uncertain_points", "mask_loss", "mask_loss_backward"),
-        *("mask_loss_ahead", "mask_loss_settle"),
         *("factored_match_cost", "factored_mask_loss", "factored_mask_loss_backward"),
     ],
 )

@@ -181,7 +181,8 @@ def match_cost(
 
 @operation("assign", "Tensor cost, Tensor labels, SymInt[] num_targets, SymInt num_classes", "Tensor", **NOT_CAPTURED)
 def _assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
-    return assignment.assign(cost, labels, num_targets, num_classes)
+    solve = load("cpu").assign if has_host_kernels() else assignment.solve_with_scipy
+    return assignment.assign(cost, labels, num_targets, num_classes, solve)
 
 
 @_assign.register_fake

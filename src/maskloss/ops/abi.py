@@ -19,6 +19,8 @@ from torch import Tensor
 # `index`: which prediction goes with which target; sorted by layer. TARGET counts within the image.
 LAYER, IMAGE, QUERY, TARGET = range(4)
 INDEX_COLUMNS = 4
+# Sums of larger costs of pairs (float64) could overflow.
+LARGEST_COST = 1e290
 # `MaskTargets.table`, a row for each target: where its crop is stored; the crop within the frame; the frame; its id in
 # a label map. The first PLACE_COLUMNS are known as soon as a mask is packed.
 OFFSET, STRIDE, TOP, LEFT, CROP_H, CROP_W, FRAME_H, FRAME_W, LABEL = range(9)

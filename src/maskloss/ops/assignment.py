@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,22 +10,25 @@ import torch
 from torch import Tensor
 
 from maskloss.errors import Cause
-from maskloss.ops.abi import IMAGE, INDEX_COLUMNS, LAYER, QUERY, TARGET
+from maskloss.ops.abi import IMAGE, INDEX_COLUMNS, LARGEST_COST, LAYER, QUERY, TARGET
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
+def assign(
+    cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int, solve: Callable[..., NDArray[np.int64]]
+) -> Tensor:
     """Match queries to targets at the lowest total cost, for every layer and image on its own.
 
     Args:
-        cost: `[L, B, Q, T_max]`; columns beyond an image's number of targets are not read. A non-finite cost is a pair
-            that is taken only where no other is left.
+        cost: `[L, B, Q, T_max]`; columns beyond an image's number of targets are not read. A cost that is not
+            finite (or beyond `LARGEST_COST`) is a pair that is taken only where no other is left.
         labels: int64 `[T_all]`, the class of each target, or `[0]`. They travel to the host with the costs, so that
             checking them costs no trip of its own.
         num_targets: targets of each image.
         num_classes: labels must lie in [0, num_classes).
+        solve: makes the rows `[N, 4]` below from the costs, on the host, and `num_targets`.
 
     Returns:
         int64 1-D on the device of `cost`, two tables in one, so that they make one trip. First `[N, 4]`, rows (layer,
@@ -37,16 +40,12 @@ def assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes
     """
     host, classes = _to_host(cost, labels)
     check_labels(classes, num_classes)
-    first = np.cumsum([0, *num_targets])
+    index = solve(host, num_targets)
     wanted = np.full(host.shape[:3], num_classes, dtype=np.int64)
-    rows = [np.empty((0, INDEX_COLUMNS), dtype=np.int64)]
-    for layer in range(host.shape[0]):
-        for image, count in enumerate(num_targets):
-            found = _solve(host[layer, image, :, :count], layer, image)
-            if classes.size:
-                wanted[layer, image, found[:, QUERY]] = classes[first[image] + found[:, TARGET]]
-            rows.append(found)
-    answer = torch.from_numpy(np.concatenate([*(found.reshape(-1) for found in rows), wanted.reshape(-1)]))
+    if classes.size:
+        image, first = index[:, IMAGE], np.cumsum([0, *num_targets])
+        wanted[index[:, LAYER], image, index[:, QUERY]] = classes[first[image] + index[:, TARGET]]
+    answer = torch.from_numpy(np.concatenate([index.reshape(-1), wanted.reshape(-1)]))
     if cost.device.type == "cpu":
         return answer
     if cost.device.type == "cuda":
@@ -72,17 +71,20 @@ def _to_host(cost: Tensor, labels: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
     return together[: cost.numel()].reshape(cost.shape), together[cost.numel() :]
 
 
-def _solve(cost: NDArray[Any], layer: int, image: int) -> NDArray[np.int64]:
-    """Solve one image: int64 `[min(Q, T), 4]`."""
+def solve_with_scipy(cost: NDArray[Any], num_targets: Sequence[int]) -> NDArray[np.int64]:
+    """Solve all images and layers, one after another, where there are no kernels for it: int64 `[N, 4]`."""
     from scipy.optimize import linear_sum_assignment  # a tenth of a second that `import maskloss` need not take
 
-    table = np.asarray(cost, dtype=np.float64)
-    finite = np.isfinite(table)
-    if not finite.all():
-        # Dearer than any assignment of finite pairs, and no larger: a huge number would drown the others' digits.
-        largest = float(np.abs(table[finite]).max(initial=0.0))
-        table = np.where(finite, table, 1.0 + 2.0 * min(table.shape) * largest)
-    queries, targets = linear_sum_assignment(table)
-    rows = np.empty((len(queries), INDEX_COLUMNS), dtype=np.int64)
-    rows[:, LAYER], rows[:, IMAGE], rows[:, QUERY], rows[:, TARGET] = layer, image, queries, targets
-    return rows
+    index = [np.empty((0, INDEX_COLUMNS), dtype=np.int64)]
+    for layer, image in np.ndindex(*cost.shape[:2]):
+        table = np.asarray(cost[layer, image, :, : num_targets[image]], dtype=np.float64)
+        usable = np.abs(table) <= LARGEST_COST
+        if not usable.all():
+            # Dearer than any assignment of the others, and no larger: a huge number would drown their digits.
+            largest = float(np.abs(table[usable]).max(initial=0.0))
+            table = np.where(usable, table, 1.0 + 2.0 * min(table.shape) * largest)
+        queries, targets = linear_sum_assignment(table)
+        rows = np.empty((len(queries), INDEX_COLUMNS), dtype=np.int64)
+        rows[:, LAYER], rows[:, IMAGE], rows[:, QUERY], rows[:, TARGET] = layer, image, queries, targets
+        index.append(rows)
+    return np.concatenate(index)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from maskloss._transforms import active
+from maskloss._transforms import active, watched
 from maskloss.ops.abi import (
     Draw,
     Gradients,
@@ -120,65 +121,37 @@ _differentiable_mask_loss = Derivative(_mask_loss, _mask_loss_setup, _mask_loss_
 # the forward pass goes on with those, and the backward pass compares them with the real ones.
 
 
-@operation(
-    "mask_loss_ahead",
-    f"Tensor expected_ce, Tensor expected_dice, {LOSS}, bool[] needs_grad, str backend",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor[])",
-    **NOT_CAPTURED,
-)
-def _mask_loss_ahead(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    *inputs, backend = grouped(args, Gradients, Instances, Targets, Draw, Term)
-    ce, dice, chosen, corners, ahead = load(backend).mask_loss_ahead(*inputs)
-    return ce, dice, chosen, corners, ahead
+class _Ahead(torch.autograd.Function):
+    """`_mask_loss` that computes the gradients too, and looks at what it guessed in the backward pass.
 
+    No operation of `torch.library`, whose way through the dispatcher takes as long as some of the kernels: this runs
+    on plain tensors only (see `_pays_ahead`), which need none of what an operation knows.
+    """
 
-@_mask_loss_ahead.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    *flat, needs_grad, _ = args[len(Gradients._fields) :]
-    return *_shapes_of_losses(*flat), _shapes_of_gradients(flat[0], needs_grad)
+    @staticmethod
+    def forward(ctx: Any, expected: Gradients, inputs: tuple[Any, ...], backend: str, *logits: Tensor) -> Any:
+        flat = (list(logits), *inputs)
+        needs_grad = [bool(need) for need in ctx.needs_input_grad[3:]]
+        groups = grouped(flat, Instances, Targets, Draw, Term)
+        ce, dice, *saved, ahead = load(backend).mask_loss_ahead(expected, *groups, needs_grad)
+        _mask_loss_setup(ctx, (*flat, backend), (ce, dice, *saved))
+        # Not among the saved tensors: the first backward pass takes the gradients, and may change them.
+        ctx.expected, ctx.ahead, ctx.computed = expected, ahead, needs_grad
+        return ce, dice
 
-
-@operation(
-    "mask_loss_settle",
-    f"Tensor(a!)[] ahead, Tensor expected_ce, Tensor expected_dice, Tensor grad_ce, Tensor grad_dice, Tensor chosen, "
-    f"Tensor corners, {LOSS}, bool[] needs_grad, str backend",
-    "()",
-    mutates=("ahead",),
-    **NOT_CAPTURED,
-)
-def _mask_loss_settle(ahead: Sequence[Tensor], *args: Any) -> None:
-    *inputs, backend = grouped(args, Gradients, Gradients, Saved, Instances, Targets, Draw, Term)
-    load(backend).mask_loss_settle(ahead, *inputs)
-
-
-@_mask_loss_settle.register_fake
-def _(*_: Any) -> None:
-    return None
-
-
-def _ahead_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    expected_ce, expected_dice, *flat, needs_grad, backend = inputs
-    *losses, ahead = output
-    _mask_loss_setup(ctx, (*flat, backend), tuple(losses))
-    ctx.mark_non_differentiable(*losses[2:], *ahead)
-    # Not among the saved tensors: the first backward pass takes the gradients, and may change them.
-    ctx.expected, ctx.ahead, ctx.computed = (expected_ce, expected_dice), ahead, needs_grad
-
-
-def _ahead_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    found, ctx.ahead = ctx.ahead, None
-    needs_grad = [bool(need) for need in ctx.needs_input_grad[2]]
-    chosen, corners, *inputs = _saved_inputs(ctx)
-    given = _whole(inputs[0], chosen, grad_ce, grad_dice)
-    if found is None:
-        found = _mask_loss_backward(*given, chosen, corners, *inputs, needs_grad, ctx.backend)
-    else:
-        _mask_loss_settle(found, *ctx.expected, *given, chosen, corners, *inputs, ctx.computed, ctx.backend)
-    kept = [grad if need else None for grad, need in zip(found, needs_grad, strict=True)]
-    return None, None, kept, *[None] * len(ctx.options), None, None
-
-
-_mask_loss_ahead.register_autograd(_ahead_derivative, setup_context=_ahead_setup)
+    @staticmethod
+    def backward(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None) -> Any:
+        found, ctx.ahead = ctx.ahead, None
+        needs_grad = [bool(need) for need in ctx.needs_input_grad[3:]]
+        chosen, corners, *inputs = _saved_inputs(ctx)
+        given = _whole(inputs[0], chosen, grad_ce, grad_dice)
+        # With a graph of the gradient: the operation refuses to be differentiated once more.
+        if found is None or torch.is_grad_enabled():
+            found = _mask_loss_backward(*given, chosen, corners, *inputs, needs_grad, ctx.backend)
+        else:
+            groups = grouped((*given, chosen, corners, *inputs), Gradients, Saved, Instances, Targets, Draw, Term)
+            load(ctx.backend).mask_loss_settle(found, ctx.expected, *groups, ctx.computed)
+        return None, None, None, *(grad if need else None for grad, need in zip(found, needs_grad, strict=True))
 
 
 def mask_loss(
@@ -203,8 +176,8 @@ def mask_loss(
     """
     flat = (*instances, *targets, *draw, *term, points)
     if reduction is not None and _pays_ahead(instances, backend):
-        needs_grad = [layer.requires_grad for layer in instances.logits]
-        ce, dice, *_ = _mask_loss_ahead(*reduction.gradients(instances), *flat, needs_grad, backend)
+        logits, *inputs = flat
+        ce, dice = _Ahead.apply(reduction.gradients(instances), tuple(inputs), backend, *logits)  # type: ignore[no-untyped-call]
     else:
         ce, dice, _, _ = _differentiable_mask_loss(*flat, backend)
     return ce, dice
@@ -214,13 +187,16 @@ def _pays_ahead(instances: Instances, backend: str) -> bool:
     """Tell whether the forward pass should compute the gradient.
 
     Half precision would be rounded before it is scaled, and the scaling of mixed precision is there to prevent that.
+    Tensors of other classes, and modes that watch or replace operations, need the one of the dispatcher.
     """
     logits = instances.logits
     return (
         backend == "cpu"
         and torch.is_grad_enabled()
         and any(layer.requires_grad for layer in logits)
+        and all(type(layer) in (Tensor, Parameter) for layer in logits)
         and logits[0].dtype == instances.accumulation_dtype
         and not torch.compiler.is_compiling()
         and not active()
+        and not watched()
     )

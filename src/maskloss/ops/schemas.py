@@ -21,15 +21,14 @@ SAMPLE = "Tensor maps, Tensor index, Tensor points, str mode, str padding"
 NOT_CAPTURED: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
-def operation(name: str, arguments: str, result: str, *, mutates: tuple[str, ...] = (), **options: Any) -> Any:
+def operation(name: str, arguments: str, result: str, **options: Any) -> Any:
     """Register the decorated function as an operation of the library.
 
     Args:
         name: without the namespace.
         arguments: of the schema.
         result: of the schema.
-        mutates: names of the arguments that are written to.
         options: of `torch.library.custom_op`.
     """
     schema = f"({arguments}) -> {result}"
-    return torch.library.custom_op(f"maskloss::{name}", mutates_args=mutates, schema=schema, **options)
+    return torch.library.custom_op(f"maskloss::{name}", mutates_args=(), schema=schema, **options)

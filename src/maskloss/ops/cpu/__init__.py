@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskloss.ops.abi import (
     CROP_H,
+    INDEX_COLUMNS,
     OFFSET,
     PLACE_COLUMNS,
     POINT_COLUMNS,
@@ -21,10 +22,12 @@ from maskloss.ops.abi import (
     is_nearest,
 )
 
+from . import hungarian
 from . import instances as instance_kernels
 from . import maps as map_kernels
 from . import packing as packing_kernels
 from .arguments import (
+    Array,
     array_of,
     describe,
     describe_masks,
@@ -50,6 +53,7 @@ from .sampling import BLOCK
 from .threads import Dtypes, Sizes, launch
 
 __all__ = [
+    "assign",
     "mask_loss",
     "mask_loss_ahead",
     "mask_loss_backward",
@@ -94,6 +98,19 @@ def pack_masks(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[NDArray[np.
     place[:, OFFSET] = begins[:-1] - np.repeat(bounds[:-1], counts)
     sizes = np.diff(bounds).tolist()
     return data, [(place[first : first + n], size) for first, n, size in zip(firsts, counts, sizes, strict=False)]
+
+
+def assign(cost: Array, num_targets: Sequence[int]) -> NDArray[np.int64]:
+    """Solve the assignments of all layers and images, from costs `[L, B, Q, T_max]`: int64 `[N, 4]`."""
+    layers, batch, queries, _ = cost.shape
+    counts = np.array(num_targets, np.int64)
+    matched = np.tile(np.minimum(queries, counts), layers)
+    firsts = np.cumsum(matched) - matched
+    index = np.empty((int(matched.sum()), INDEX_COLUMNS), np.int64)
+    dtypes = np.float64, np.float32 if cost.dtype == np.float32 else np.float64
+    sizes = hungarian.room(queries, int(counts.max(initial=0)))
+    launch(hungarian.assign, layers * batch, dtypes, sizes, (np.ascontiguousarray(cost), counts, firsts, index))
+    return index
 
 
 def point_sample(maps: Tensor, index: Tensor, points: Tensor, mode: str, padding: str) -> Tensor:

@@ -300,7 +300,7 @@ LANES = 16
 
 
 def splat(builder: Any, value: Any, vector: Any) -> Any:
-    """A vector (int32) that has the same value everywhere, for intrinsics."""
+    """A vector that has the same value everywhere, for intrinsics."""
     single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
     lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
     return builder.shuffle_vector(single, single, lanes)

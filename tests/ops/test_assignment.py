@@ -1,0 +1,102 @@
+"""The assignment by kernels makes the very matches that SciPy's makes, also where several are equally good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from maskloss import ops
+from maskloss.ops import load
+from maskloss.ops.abi import IMAGE, LAYER, QUERY, TARGET
+from maskloss.ops.assignment import solve_with_scipy
+
+Costs = Callable[[np.random.Generator, tuple[int, ...]], Any]
+
+
+def broken(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
+    cost = rng.standard_normal(shape)
+    wrong = rng.random(shape)
+    cost[wrong < 0.1], cost[wrong > 0.9], cost[(wrong > 0.5) & (wrong < 0.6)] = np.nan, np.inf, -np.inf
+    return cost
+
+
+def twins(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
+    """Every query twice, as where all queries start from the same embedding."""
+    layers, batch, queries, targets = shape
+    return np.repeat(rng.standard_normal((layers, batch, (queries + 1) // 2, targets)), 2, axis=2)[:, :, :queries]
+
+
+KINDS: dict[str, Costs] = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "few values": lambda rng, shape: rng.integers(0, 3, shape),
+    "some equal": lambda rng, shape: rng.integers(0, 30, shape),
+    "all equal": lambda _, shape: np.zeros(shape),
+    "twins": twins,
+    "broken": broken,
+    "nothing finite": lambda _, shape: np.full(shape, np.nan),
+    "huge": lambda rng, shape: rng.standard_normal(shape) * np.where(rng.random(shape) < 0.1, 1e300, 1e289),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_matches_as_scipy(kind: str, dtype: type) -> None:
+    rng = np.random.default_rng(7)
+    shapes = [(int(rng.integers(0, 40)), rng.integers(0, 45, 3).tolist()) for _ in range(40)]
+    for queries, counts in [(1, [1]), (5, []), (0, [3]), (7, [0, 0]), (50, [0, 49, 50, 51]), *shapes]:
+        shape = (2, len(counts), queries, max(counts, default=0))
+        with np.errstate(over="ignore"):
+            cost = KINDS[kind](rng, shape).astype(dtype)
+        found, expected = load("cpu").assign(cost, counts), solve_with_scipy(cost, counts)
+        assert found.dtype == expected.dtype
+        assert np.array_equal(found, expected), (queries, counts)
+
+
+def test_large_problem() -> None:
+    """Long ways: correlated costs, as of masks that many queries predict."""
+    rng = np.random.default_rng(0)
+    cost = rng.standard_normal((1, 2, 300, 1)) + 0.1 * rng.standard_normal((1, 2, 300, 250))
+    assert np.array_equal(load("cpu").assign(cost, [250, 201]), solve_with_scipy(cost, [250, 201]))
+
+
+def test_costs_in_any_order_of_memory() -> None:
+    cost = np.random.default_rng(1).standard_normal((12, 9, 3, 2)).transpose(3, 2, 1, 0)
+    assert np.array_equal(load("cpu").assign(cost, [12, 4, 9]), solve_with_scipy(cost, [12, 4, 9]))
+
+
+def test_broken_pairs_are_the_last_choice() -> None:
+    """What is finite is matched as well as it can be; a broken query is taken only where none is left."""
+    rng = np.random.default_rng(3)
+    cost = rng.standard_normal((1, 1, 6, 4))
+    cost[0, 0, :3] = np.nan
+    index = load("cpu").assign(cost, [4])
+    taken = index[index[:, QUERY] >= 3]
+    assert len(taken) == 3
+    assert len(index) == 4
+    best = solve_with_scipy(cost[:, :, 3:], [4])
+    assert np.array_equal(taken[:, TARGET], best[:, TARGET])
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_both_solvers_serve_the_operation(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment variable takes SciPy's, and everything that comes with the matches is the same."""
+    solvers = []
+    monkeypatch.setenv("MASKLOSS_BACKEND", backend)
+    monkeypatch.setattr(
+        "maskloss.ops.assignment.solve_with_scipy", lambda *args: solvers.append("scipy") or solve_with_scipy(*args)
+    )
+    cost = torch.from_numpy(np.random.default_rng(5).standard_normal((2, 3, 6, 7)))
+    labels = torch.arange(13) % 5
+    index, wanted = ops.assign(cost, labels, [7, 0, 6], 5)
+    assert solvers == ["scipy"] * (backend == "reference")
+    assert index[:, LAYER].tolist() == [0] * 12 + [1] * 12
+    assert index[:, IMAGE].tolist() == ([0] * 6 + [2] * 6) * 2
+    assert index[:, QUERY].tolist() == [*range(6)] * 4
+    first = torch.tensor([0, 7, 7])
+    expected = torch.full((2, 3, 6), 5)
+    expected[index[:, LAYER], index[:, IMAGE], index[:, QUERY]] = labels[first[index[:, IMAGE]] + index[:, TARGET]]
+    assert torch.equal(wanted, expected)
