@@ -177,10 +177,10 @@ def test_threshold_survives_a_misleading_sample(n: int) -> None:
         padded[:n] = keys
         for rank in (1, n // 4, n // 2, n):
             expected = int(np.sort(keys)[max(rank, 1) - 1])
-            key, below = threshold(
+            key, below, equal = threshold(
                 padded, n, max(rank, 1), np.empty(n + 16, np.int32), np.empty((n + 7) // 8, np.uint8)
             )
-            assert (key, below) == (expected, int((keys < expected).sum()))
+            assert (key, below, equal) == (expected, (keys < expected).sum(), (keys == expected).sum())
 
 
 @pytest.mark.parametrize("name", ["plain", "nearest"])

@@ -15,6 +15,8 @@ from .threads import helper, splat
 _I32 = np.int32
 _SMALL = 4096
 _SAMPLE = 2048
+# Of the keys that the sample names, so many low bits need not be known: they are half a percent of |z|.
+_COARSE = 15
 # Keys are looked at in groups of this size; an array of keys is filled up to whole groups with the largest key.
 GROUP = 16
 LARGEST_KEY = _I32(0x7FFFFFFF)
@@ -45,6 +47,22 @@ def _within(typingctx: Any, array: Any, first: Any, low: Any, span: Any) -> Any:
         return builder.bitcast(builder.icmp_unsigned("<", builder.sub(keys, low), span), ir.IntType(16))
 
     return types.uint16(array, types.uintp, types.int32, types.int32), codegen
+
+
+@intrinsic
+def _within_and_below(typingctx: Any, array: Any, first: Any, low: Any, span: Any) -> Any:
+    """As `_within`, and in the bits above how many of the 16 are smaller than `low`; no key is negative."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        vector, word = ir.VectorType(ir.IntType(32), GROUP), ir.IntType(32)
+        keys = builder.load(builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer()), align=4)
+        low, span = (splat(builder, value, vector) for value in args[2:])
+        inside, below = builder.icmp_unsigned("<", builder.sub(keys, low), span), builder.icmp_signed("<", keys, low)
+        marks, smaller = (builder.zext(builder.bitcast(mask, ir.IntType(GROUP)), word) for mask in (inside, below))
+        return builder.or_(builder.shl(builder.ctpop(smaller), word(GROUP)), marks)
+
+    return types.uint32(array, types.uintp, types.int32, types.int32), codegen
 
 
 @intrinsic
@@ -80,13 +98,16 @@ def _count_below(keys, n, limit):
 
 
 @helper()
-def _ranked(keys, n, rank, low, high):
-    """The `rank`-th smallest key (from 1), known to lie in [low, high]: the answer is built bit by bit, by counting."""
+def _ranked(keys, n, rank, low, high, last_bit):
+    """The `rank`-th smallest key (from 1), known to lie in [low, high], without its bits below `last_bit`.
+
+    It is built bit by bit, by counting.
+    """
     bit = 30
-    while bit >= 0 and (low >> bit) == (high >> bit):
+    while bit >= last_bit and (low >> bit) == (high >> bit):
         bit -= 1
     value = (low >> (bit + 1)) << (bit + 1)
-    while bit >= 0:
+    while bit >= last_bit:
         if _count_below(keys, n, _I32(value | (1 << bit))) < rank:
             value |= 1 << bit
         bit -= 1
@@ -95,7 +116,7 @@ def _ranked(keys, n, rank, low, high):
 
 @helper()
 def threshold(keys, n, rank, space, bits):
-    """The `rank`-th smallest of n keys (from 1), and how many are smaller.
+    """The `rank`-th smallest of n keys (from 1), how many are smaller, and how many are equal.
 
     A sample tells within which two keys the answer lies; one pass collects the keys between them. Should the sample
     have misled, all keys are searched. It is spread over all candidates, since those of a stratified layout come in the
@@ -108,44 +129,61 @@ def threshold(keys, n, rank, space, bits):
         top = 0x7FFFFFFF
         for k in range(_SAMPLE):
             space[k] = keys[k * n // _SAMPLE]
-        low = _ranked(space, _SAMPLE, low_rank, 0, top) if low_rank >= 1 else 0
-        high = _ranked(space, _SAMPLE, high_rank, low, top) if high_rank <= _SAMPLE else top
+        low = _ranked(space, _SAMPLE, low_rank, 0, top, _COARSE) if low_rank >= 1 else 0
+        high = top
+        if high_rank <= _SAMPLE:
+            high = _ranked(space, _SAMPLE, high_rank, low, top, _COARSE) | ((1 << _COARSE) - 1)
         below, between = _collect(keys, n, _I32(low), _I32(high), space, bits)
         if below < rank <= below + between:
-            key = _ranked(space, between, rank - below, low, high)
-            return key, below + _count_below(space, between, _I32(key))
-    key = _ranked(keys, n, rank, 0, 0x7FFFFFFF)
-    return key, _count_below(keys, n, _I32(key))
+            key = _ranked(space, between, rank - below, low, high, 0)
+            smaller = _count_below(space, between, _I32(key))
+            return key, below + smaller, _count_below(space, between, _I32(key + 1)) - smaller
+    key = _ranked(keys, n, rank, 0, 0x7FFFFFFF, 0)
+    smaller = _count_below(keys, n, _I32(key))
+    return key, smaller, _count_below(keys, n, _I32(key + 1)) - smaller
 
 
 @helper()
 def _collect(keys, n, low, high, space, bits):
     """Copy the keys in [low, high] to `space`, which needs room for 8 more than there are; count those below."""
-    mark(keys, n, low, _I32(_I32(high - low) + _I32(1)), bits)
+    span, below = _I32(_I32(high - low) + _I32(1)), 0
+    words = bits[: n // GROUP * 2].view(np.uint16)
+    for k in range(n // GROUP):
+        found = _within_and_below(keys, np.uintp(k * GROUP), low, span)
+        words[k] = np.uint16(found)
+        below += np.int64(found >> np.uint32(GROUP))
+    if n % GROUP:
+        first = n // GROUP * GROUP
+        _mark_rest(keys, first, low, span, bits)
+        for i in range(first, n):
+            below += 1 if keys[i] < low else 0
     count = list_marked(bits, space)
     for k in range(count):
         space[k] = keys[np.uintp(np.uint32(space[k]))]
-    return _count_below(keys, n, low), count
+    return below, count
 
 
 @helper()
 def mark(keys, n, low, span, bits):
     """Write a bit mask `[ceil(n / 8)]` of the keys in [low, low + span)."""
-    whole = n // GROUP
-    words = bits[: 2 * whole].view(np.uint16)
-    for k in range(whole):
+    words = bits[: n // GROUP * 2].view(np.uint16)
+    for k in range(n // GROUP):
         words[k] = _within(keys, np.uintp(k * GROUP), low, span)
-    if whole * GROUP < n:
-        rest = _within(keys, np.uintp(whole * GROUP), low, span)
-        bits[2 * whole] = np.uint8(rest & 255)
-        if 2 * whole + 1 < bits.shape[0]:
-            bits[2 * whole + 1] = np.uint8(rest >> 8)
+    if n % GROUP:
+        _mark_rest(keys, n // GROUP * GROUP, low, span, bits)
 
 
 @helper()
-def mark_chosen(keys, n, key, ties, bits):
-    """Write the bit mask of the chosen: all keys below `key`, and of those equal to it the first `ties`."""
-    equal = _count_below(keys, n, _I32(key + _I32(1))) - _count_below(keys, n, key)
+def _mark_rest(keys, first, low, span, bits):
+    rest = _within(keys, np.uintp(first), low, span)
+    bits[first >> 3] = np.uint8(rest & 255)
+    if (first >> 3) + 1 < bits.shape[0]:
+        bits[(first >> 3) + 1] = np.uint8(rest >> 8)
+
+
+@helper()
+def mark_chosen(keys, n, key, ties, equal, bits):
+    """Write the bit mask of the chosen: all keys below `key`, and the first `ties` of those `equal` to it."""
     if equal == ties:
         mark(keys, n, _I32(0), _I32(key + _I32(1)), bits)
         return

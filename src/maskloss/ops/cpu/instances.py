@@ -40,8 +40,9 @@ _I32 = np.int32
 _NOT_GIVEN = Given(0, False, 0, 0, 0)
 # Rows of the work spaces that hold one block.
 VALUE_ROWS, POINT_ROWS, INTEGER_ROWS = 2, 4, 4
-# Rows that hold the points of an instance: fractions along x and y, logits, targets, weights, and a work space.
-GRADIENT_ROWS = 6
+# Rows that hold the points of an instance: fractions along x and y, logits, targets, weights, sigmoids of the logits, and
+# a work space.
+GRADIENT_ROWS = 7
 ROW = BLOCK + GROUP
 # Integers beside the keys and copies of keys that choosing needs, for whole groups.
 SPARE = 2 * GROUP
@@ -102,8 +103,8 @@ def choose_candidates(buffer, source, key, layer, window, numbers, border, z, bl
         gather(buffer, source[WIDTH] + 2 * BORDER, index, fx, fy, n, part)
         make_keys(part, n, keys[first : first + n])
     keys[num_candidates:] = LARGEST_KEY
-    limit, below = threshold(keys, num_candidates, num_uncertain, space, marks)
-    mark_chosen(keys, num_candidates, _I32(limit), num_uncertain - below, marks)
+    limit, below, equal = threshold(keys, num_candidates, num_uncertain, space, marks)
+    mark_chosen(keys, num_candidates, _I32(limit), num_uncertain - below, equal, marks)
 
 
 @helper()
@@ -184,7 +185,7 @@ def _add_gradient(points, places, apart, sums, pitch, by_ce, by_dice, totals, al
 
     `totals` are the sums of w, w s, w t and w s t over its points, which `points` and `places` describe.
     """
-    fx, fy, z, t, w, grad = points[0], points[1], points[2], points[3], points[4], points[5]
+    fx, fy, z, t, w, s, grad = points[0], points[1], points[2], points[3], points[4], points[5], points[6]
     num_points = z.shape[0]
     weight, area, marked, both = totals
     ce = by_ce / max(weight, 1.0)
@@ -192,7 +193,7 @@ def _add_gradient(points, places, apart, sums, pitch, by_ce, by_dice, totals, al
         grad[:] = 0
         add_focal_gradients(z, t, w, num_points, ce, alpha, gamma, grad)
         ce = 0.0
-    loss_gradients(z, t, w, num_points, ce, by_dice, area, both, marked)
+    loss_gradients(z, t, w, s, num_points, ce, by_dice, area, both, marked)
     if gamma >= 0:
         for i in range(num_points):
             z[i] += grad[i]
@@ -261,7 +262,7 @@ def mask_loss(
                 n = _block_length(first, num_points, num_uncertain)
                 where = slice(first, first + n) if ahead else slice(0, n)
                 fx, fy, z, t = points[0][where], points[1][where], points[2][where], points[3][where]
-                w, at_points = points[4][where], places[where]
+                w, s, at_points = points[4][where], points[5][where], places[where]
                 points_of_block(first, n, numbers, given, instance, key, layer, window, chosen, x, y, ints)
                 if ahead or first >= num_uncertain:
                     _locate_block(given, ints, x, y, n, source, window, border, at_points, fx, fy)
@@ -284,7 +285,7 @@ def mask_loss(
                 else:
                     for i in range(n):
                         corner_values[instance, first + i] = t[i] if ints[0, i] & IGNORED == 0 else -1
-                sums_of_block = sum_losses(z, t, w, n)
+                sums_of_block = sum_losses(z, t, w, n, s)
                 weight += sums_of_block[0]
                 area += sums_of_block[2]
                 marked += sums_of_block[3]
@@ -324,7 +325,7 @@ def mask_loss_backward(
     chosen = integers[INTEGER_ROWS * ROW + num_points :]
     space = values[: 2 * BLOCK].reshape(2, BLOCK)
     points = values[2 * BLOCK : 2 * BLOCK + GRADIENT_ROWS * num_points].reshape(GRADIENT_ROWS, num_points)
-    fx, fy, z, t, w = points[0], points[1], points[2], points[3], points[4]
+    fx, fy, z, t, w, s = points[0], points[1], points[2], points[3], points[4], points[5]
     planes = values[2 * BLOCK + GRADIENT_ROWS * num_points :]
     x, y, xs, ys = point_blocks[0], point_blocks[1], point_blocks[2], point_blocks[3]
     while True:
@@ -374,7 +375,7 @@ def mask_loss_backward(
                         ints[0, i] = IGNORED if saved < 0 else 0
                         t[first + i] = max(saved, 0)
                 _weights(ints[0], n, w[first:last])
-                part = sum_areas(z[first:last], t[first:last], w[first:last], n)
+                part = sum_areas(z[first:last], t[first:last], w[first:last], n, s[first:last])
                 weight += part[0]
                 area += part[1]
                 marked += part[2]

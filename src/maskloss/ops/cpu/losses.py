@@ -95,35 +95,37 @@ def sigmoid_softplus(z):
 
 
 @helper(fastmath={"contract", "reassoc", "nsz"})
-def sum_losses(z, t, w, n):
-    """The sums over a block that an instance's losses are made of: w, w bce, w s, w t, w s t.
+def sum_losses(z, t, w, n, s):
+    """The sums over a block that an instance's losses are made of: w, w bce, w s, w t, w s t; and s(z) at each point.
 
     bce(z, t) = max(z, 0) - z t + log1p(exp(-|z|))
     """
     zero = z.dtype.type(0)
     weight, ce, area, target, both = zero, zero, zero, zero, zero
     for i in range(n):
-        s, softplus = sigmoid_softplus(z[i])
+        share, softplus = sigmoid_softplus(z[i])
+        s[i] = share
         weight += w[i]
         ce += w[i] * (softplus - z[i] * t[i])
-        area += w[i] * s
+        area += w[i] * share
         target += w[i] * t[i]
-        both += w[i] * s * t[i]
+        both += w[i] * share * t[i]
     return weight, ce, area, target, both
 
 
 @helper(fastmath={"contract", "reassoc", "nsz"})
-def sum_areas(z, t, w, n):
-    """The sums over a block that the gradient of Dice needs: w, w s, w t, w s t."""
+def sum_areas(z, t, w, n, s):
+    """The sums over a block that the gradient of Dice needs: w, w s, w t, w s t; and s(z) at each point."""
     zero, one = z.dtype.type(0), z.dtype.type(1)
     weight, area, target, both = zero, zero, zero, zero
     for i in range(n):
         e = exp_negative(-abs(z[i]))
-        s = (one if z[i] >= zero else e) / (one + e)
+        share = (one if z[i] >= zero else e) / (one + e)
+        s[i] = share
         weight += w[i]
-        area += w[i] * s
+        area += w[i] * share
         target += w[i] * t[i]
-        both += w[i] * s * t[i]
+        both += w[i] * share * t[i]
     return weight, area, target, both
 
 
@@ -152,8 +154,8 @@ def sum_focal(z, t, w, n, alpha, gamma):
 
 
 @helper(fastmath={"contract"})
-def loss_gradients(z, t, w, n, by_ce, by_dice, area, both, target):
-    """Overwrite z with the gradient at each point.
+def loss_gradients(z, t, w, s, n, by_ce, by_dice, area, both, target):
+    """Overwrite z with the gradient at each point, from s(z).
 
     by_ce w (s - t) + by_dice w s (1 - s) (num / den^2 - 2 t / den) + 0 z, with num = 2 both + 1 and
     den = area + target + 1. The last term lets a non-finite logit show in the gradient.
@@ -164,9 +166,7 @@ def loss_gradients(z, t, w, n, by_ce, by_dice, area, both, target):
     slope = z.dtype.type(by_dice * 2.0 / den)
     ce = z.dtype.type(by_ce)
     for i in range(n):
-        e = exp_negative(-abs(z[i]))
-        s = (one if z[i] >= zero else e) / (one + e)
-        grad = ce * (s - t[i]) + s * (one - s) * (flat - slope * t[i])
+        grad = ce * (s[i] - t[i]) + s[i] * (one - s[i]) * (flat - slope * t[i])
         z[i] = w[i] * grad + zero * z[i]
 
 
