@@ -74,6 +74,24 @@ def _weights(codes, n, w):
 
 
 @helper()
+def _pick(values, places, n, picked):
+    for i in range(n):
+        picked[i] = values[np.uintp(np.uint32(places[i]))]
+
+
+@helper()
+def _keep_codes(codes, n, kept):
+    for i in range(n):
+        kept[i] = np.uint8(codes[i])
+
+
+@helper()
+def _kept_codes(kept, n, codes):
+    for i in range(n):
+        codes[i] = kept[i]
+
+
+@helper()
 def locate_drawn(bits, x, y, n, source, window, border, index, fx, fy):
     """Places of random points in a plane's buffer; x and y are work space."""
     height, width = source[HEIGHT], source[WIDTH]
@@ -219,7 +237,8 @@ def mask_loss(
     """
     values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
     sources, windows, table, images, ignore = bare(sources), bare(windows), bare(table), bare(images), bare(ignore)
-    chosen_bits, grads = bare(chosen_bits), bare(grads)
+    chosen_bits, grads, order, starts = bare(chosen_bits), bare(grads), bare(order), bare(starts)
+    corner_codes, corner_values, kept, index = bare(corner_codes), bare(corner_values), bare(kept), bare(index)
     num_points, num_candidates, num_uncertain = numbers.points, numbers.candidates, numbers.uncertain
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
@@ -267,21 +286,18 @@ def mask_loss(
                 if ahead or first >= num_uncertain:
                     _locate_block(given, ints, x, y, n, source, window, border, at_points, fx, fy)
                 if first < num_uncertain:
-                    for i in range(n):
-                        z[i] = candidates[np.uintp(np.uint32(chosen[first + i]))]
+                    _pick(candidates, chosen[first : first + n], n, z)
                 else:
                     gather(buffer, pitch, at_points, fx, fy, n, z)
                 if kept.shape[0] > 0:
-                    for i in range(n):
-                        kept[instance, first + i] = z[i]
+                    kept[instance, first : first + n] = z
                 read_targets(
                     x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, value_blocks[0], value_blocks[1]
                 )
                 mark_ignored(x, y, n, images[image], ignore, given.double, ints[0])
                 _weights(ints[0], n, w)
                 if encoding < VALUES:
-                    for i in range(n):
-                        corner_codes[instance, first + i] = np.uint8(ints[0, i])
+                    _keep_codes(ints[0], n, corner_codes[instance, first : first + n])
                 else:
                     for i in range(n):
                         corner_values[instance, first + i] = t[i] if ints[0, i] & IGNORED == 0 else -1
@@ -318,6 +334,7 @@ def mask_loss_backward(
     values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
     sources, windows, table, images = bare(sources), bare(windows), bare(table), bare(images)
     chosen_bits, grads = bare(chosen_bits), bare(grads)
+    corner_codes, corner_values, kept = bare(corner_codes), bare(corner_values), bare(kept)
     num_points, num_uncertain = numbers.points, numbers.uncertain
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
     ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)
@@ -361,13 +378,11 @@ def mask_loss_backward(
                     given, ints, x, y, n, source, window, border, places[first:last], fx[first:last], fy[first:last]
                 )
                 if kept.shape[0] > 0:
-                    for i in range(n):
-                        z[first + i] = kept[instance, first + i]
+                    z[first:last] = kept[instance, first:last]
                 else:
                     gather(logits, pitch, places[first:last], fx[first:last], fy[first:last], n, z[first:last])
                 if encoding < VALUES:
-                    for i in range(n):
-                        ints[0, i] = corner_codes[instance, first + i]
+                    _kept_codes(corner_codes[instance, first:last], n, ints[0])
                     values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t[first:last], space[0], space[1])
                 else:
                     for i in range(n):

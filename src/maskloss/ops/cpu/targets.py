@@ -149,8 +149,8 @@ def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t,
     if count == 0:
         return
     for k in range(count):
-        xs[k] = x[inside[k]]
-        ys[k] = y[inside[k]]
+        xs[k] = x[np.uintp(np.uint32(inside[k]))]
+        ys[k] = y[np.uintp(np.uint32(inside[k]))]
     height, width = row[FRAME_H], row[FRAME_W]
     pitch = width + 2 * BORDER
     locate(xs, ys, count, height, width, border, index, fx, fy)
@@ -182,8 +182,8 @@ def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t,
     if encoding < VALUES and not nearest:
         interpolate_codes(index, count, fx, fy, fx)
     for k in range(count):
-        t[inside[k]] = fx[k]
-        codes[inside[k]] = index[k]
+        t[np.uintp(np.uint32(inside[k]))] = fx[k]
+        codes[np.uintp(np.uint32(inside[k]))] = index[k]
 
 
 @helper(forceinline=True)
@@ -219,14 +219,14 @@ def values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t, fx, fy):
     mark(index, n, _I32(0), _I32(1), bits)
     count = list_marked(bits, mixed)
     for k in range(count):
-        xs[k] = x[mixed[k]]
-        ys[k] = y[mixed[k]]
+        xs[k] = x[np.uintp(np.uint32(mixed[k]))]
+        ys[k] = y[np.uintp(np.uint32(mixed[k]))]
     locate(xs, ys, count, row[FRAME_H], row[FRAME_W], border, index, fx, fy)
     for k in range(count):
-        index[k] = codes[mixed[k]]
+        index[k] = codes[np.uintp(np.uint32(mixed[k]))]
     interpolate_codes(index, count, fx, fy, fx)
     for k in range(count):
-        t[mixed[k]] = fx[k]
+        t[np.uintp(np.uint32(mixed[k]))] = fx[k]
 
 
 @helper()
