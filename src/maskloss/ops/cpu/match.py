@@ -20,7 +20,7 @@ from .planes import ADDRESS, BORDER, DTYPE, HEIGHT, STRIDE_B, STRIDE_Q, STRIDE_X
 from .positions import locate
 from .sampling import gather_ahead
 from .targets import list_inside, mark_ignored, read_targets
-from .threads import bare, helper, kernel, take
+from .threads import bare, helper, kernel, take, take_early
 
 _I32 = np.int32
 # For each image, plane size and band: the first row of the plane, and how many.
@@ -169,24 +169,37 @@ def place_points(counter, items, _values, _coordinates, _integers, points, bands
 
 
 @helper()
-def _sample_plane(source, b, q, rows, index, fx, fy, bands, buffer, z):
-    """Logits at sorted points: a band of rows at a time is copied to a small buffer and read there."""
+def _band_memory(source, b, q, rows, band, done):
+    """Address and size of the rows of a band from row `done` on; 0 bytes where rows do not follow one another."""
+    if source[STRIDE_X] != 1 or source[STRIDE_Y] != source[WIDTH]:
+        return source[ADDRESS], 0
+    item = item_bytes(source[DTYPE])
+    top = max(rows[band, TOP_ROW], done, 0)
+    below = min(rows[band, TOP_ROW] + rows[band, ROWS] + 1, source[HEIGHT])
+    start = b * source[STRIDE_B] + q * source[STRIDE_Q] + top * source[WIDTH]
+    return source[ADDRESS] + start * item, max(below - top, 0) * source[WIDTH] * item
+
+
+@helper()
+def _sample_plane(source, b, q, rows, index, fx, fy, bands, buffer, z, following):
+    """Logits at sorted points: a band of rows at a time is copied to a small buffer and read there.
+
+    Memory is the bound: the rows of the next band are on their way while this one is computed, and with the last band
+    the memory `following`, an address and a size.
+    """
     pitch = source[WIDTH] + 2 * BORDER
-    plane = source[ADDRESS] + (b * source[STRIDE_B] + q * source[STRIDE_Q]) * item_bytes(source[DTYPE])
+    last_band = bands.shape[0] - 2
     for band in range(bands.shape[0] - 1):
         first, last = bands[band], bands[band + 1]
         if first < last:
             top, count = rows[band, TOP_ROW], rows[band, ROWS]
             read_rows(source, b, q, top, top + count + 1, buffer)
-            address, size = source[ADDRESS], 0
-            if band + 2 < bands.shape[0] and source[STRIDE_X] == 1 and source[STRIDE_Y] == source[WIDTH]:
-                # Memory is the bound: the rows of the next band are on their way while this one is computed.
-                row = source[WIDTH] * item_bytes(source[DTYPE])
-                below = min(rows[band + 1, TOP_ROW] + rows[band + 1, ROWS] + 1, source[HEIGHT])
-                address, size = plane + (top + count) * row, max(below - top - count, 0) * row
+            memory = following
+            if band < last_band:
+                memory = _band_memory(source, b, q, rows, band + 1, top + count + 1)
             gather_ahead(
                 buffer, pitch, index[first:last], fx[first:last], fy[first:last], last - first, z[first:last],
-                address, size,
+                memory[0], memory[1],
             )  # fmt: skip
 
 
@@ -269,7 +282,7 @@ def sample_features(
         image, channel = item // channels, item % channels
         _sample_plane(
             sources[0], image, channel, rows[image], index[image], fx[image], fy[image], bands[image], values,
-            result[image, channel],
+            result[image, channel], (0, 0),
         )  # fmt: skip
 
 
@@ -321,21 +334,25 @@ def match_cost(
     s[num_points:] = 0
     buffer = values[2 * room :]
     width = -1
-    while True:
-        item = take(counter)
-        if item >= items:
-            break
+    item = take(counter)
+    while item < items:
         layer, image, query = item // (batch * queries), item // queries % batch, item % queries
         size, source = size_of[layer], sources[layer]
+        item, memory = take_early(counter, items), (0, 0)
+        if item >= 0:
+            later, other, plane = item // (batch * queries), item // queries % batch, item % queries
+            memory = _band_memory(sources[later], other, plane, rows[other, size_of[later]], 0, 0)
         if width != source[WIDTH]:
             # The columns of the border are zeroed once for each width; rows are overwritten.
             buffer[:] = 0
             width = source[WIDTH]
         _sample_plane(
             source, image, query, rows[image, size], index[image, size], fx[image, size], fy[image, size],
-            bands[image], buffer, z,
+            bands[image], buffer, z, memory,
         )  # fmt: skip
         _pair_costs(
             z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums,
             alpha, gamma, ce[layer, image, query], dice[layer, image, query],
         )  # fmt: skip
+        if item < 0:
+            item = take(counter)

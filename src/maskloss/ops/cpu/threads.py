@@ -243,6 +243,16 @@ def take(typingctx: Any, counter: Any) -> Any:
     return types.int64(counter), codegen
 
 
+# Work items that must be left for a thread to take its next one early: enough for all threads.
+_PLENTY = 64
+
+
+@helper()
+def take_early(counter, items):
+    """The item that this thread will work on next, so that its memory can be asked for; -1 where few are left."""
+    return take(counter) if counter[0] + _PLENTY < items else -1
+
+
 @intrinsic
 def _pointer(typingctx: Any, address: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
