@@ -72,6 +72,8 @@ __all__ = [
 
 # So many are packed in a fraction of a millisecond, and waking and awaiting other threads can take longer.
 _FEW_PIXELS = 1 << 22
+# So many costs are assigned in as short a time.
+_FEW_COSTS = 60_000
 # Of kernels that need no work space.
 _NO_SCRATCH: tuple[Dtypes, Sizes] = (np.float32, np.float32), (0, 0, 0)
 
@@ -109,7 +111,8 @@ def assign(cost: Array, num_targets: Sequence[int]) -> NDArray[np.int64]:
     index = np.empty((int(matched.sum()), INDEX_COLUMNS), np.int64)
     dtypes = np.float64, np.float32 if cost.dtype == np.float32 else np.float64
     sizes = hungarian.room(queries, int(counts.max(initial=0)))
-    launch(hungarian.assign, layers * batch, dtypes, sizes, (np.ascontiguousarray(cost), counts, firsts, index))
+    args = (np.ascontiguousarray(cost), counts, firsts, index)
+    launch(hungarian.assign, layers * batch, dtypes, sizes, args, alone=cost.size <= _FEW_COSTS)
     return index
 
 

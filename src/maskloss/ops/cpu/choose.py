@@ -146,7 +146,7 @@ def threshold(keys, n, rank, space, bits):
 @helper()
 def _collect(keys, n, low, high, space, bits):
     """Copy the keys in [low, high] to `space`, which needs room for 8 more than there are; count those below."""
-    span, below = _I32(_I32(high - low) + _I32(1)), 0
+    span, below = _I32(_I32(high - low) + _I32(1)), np.int64(0)
     words = bits[: n // GROUP * 2].view(np.uint16)
     for k in range(n // GROUP):
         found = _within_and_below(keys, np.uintp(k * GROUP), low, span)
@@ -156,7 +156,7 @@ def _collect(keys, n, low, high, space, bits):
         first = n // GROUP * GROUP
         _mark_rest(keys, first, low, span, bits)
         for i in range(first, n):
-            below += 1 if keys[i] < low else 0
+            below += np.int64(keys[i] < low)
     count = list_marked(bits, space)
     for k in range(count):
         space[k] = keys[np.uintp(np.uint32(space[k]))]

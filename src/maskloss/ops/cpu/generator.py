@@ -17,48 +17,40 @@ from .threads import LANES, helper, splat
 
 U32 = np.uint32
 _U64 = np.uint64
-_PARITY = U32(0x1BD11BDA)
+_PARITY = 0x1BD11BDA
 _UNIT = np.float32(2.0**-24)
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-@helper(forceinline=True)
-def _mix(x0, x1, left):
-    # Numba widens unsigned arithmetic to 64 bits: without a cast after every operation the result would be wrong.
-    x0 = U32(x0 + x1)
-    return x0, U32(U32(U32(x1 << U32(left)) | U32(x1 >> U32(32 - left))) ^ x0)
+def _encrypt(builder: Any, key: tuple[Any, Any], counter: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Threefry-2x32 of Salmon et al. (Random123), 20 rounds, of integers of 32 bits or vectors of them."""
+    kind = key[0].type
+
+    def number(value: int) -> Any:
+        return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+
+    keys = (*key, builder.xor(builder.xor(*key), number(_PARITY)))
+    x0, x1 = (builder.add(word, part) for word, part in zip(counter, key, strict=True))
+    for turn in range(5):
+        for left in _ROTATIONS[turn % 2]:
+            x0 = builder.add(x0, x1)
+            x1 = builder.xor(builder.or_(builder.shl(x1, number(left)), builder.lshr(x1, number(32 - left))), x0)
+        x0 = builder.add(x0, keys[(turn + 1) % 3])
+        x1 = builder.add(x1, builder.add(keys[(turn + 2) % 3], number(turn + 1)))
+    return x0, x1
 
 
-@helper(forceinline=True)
-def threefry(k0, k1, c0, c1):
-    """Threefry-2x32 of Salmon et al. (Random123), 20 rounds: 64 random bits for a key and a counter."""
-    k2 = U32(U32(k0 ^ k1) ^ _PARITY)
-    x0, x1 = U32(c0 + k0), U32(c1 + k1)
-    x0, x1 = _mix(x0, x1, 13)
-    x0, x1 = _mix(x0, x1, 15)
-    x0, x1 = _mix(x0, x1, 26)
-    x0, x1 = _mix(x0, x1, 6)
-    x0, x1 = U32(x0 + k1), U32(x1 + U32(k2 + U32(1)))
-    x0, x1 = _mix(x0, x1, 17)
-    x0, x1 = _mix(x0, x1, 29)
-    x0, x1 = _mix(x0, x1, 16)
-    x0, x1 = _mix(x0, x1, 24)
-    x0, x1 = U32(x0 + k2), U32(x1 + U32(k0 + U32(2)))
-    x0, x1 = _mix(x0, x1, 13)
-    x0, x1 = _mix(x0, x1, 15)
-    x0, x1 = _mix(x0, x1, 26)
-    x0, x1 = _mix(x0, x1, 6)
-    x0, x1 = U32(x0 + k0), U32(x1 + U32(k1 + U32(3)))
-    x0, x1 = _mix(x0, x1, 17)
-    x0, x1 = _mix(x0, x1, 29)
-    x0, x1 = _mix(x0, x1, 16)
-    x0, x1 = _mix(x0, x1, 24)
-    x0, x1 = U32(x0 + k1), U32(x1 + U32(k2 + U32(4)))
-    x0, x1 = _mix(x0, x1, 13)
-    x0, x1 = _mix(x0, x1, 15)
-    x0, x1 = _mix(x0, x1, 26)
-    x0, x1 = _mix(x0, x1, 6)
-    return U32(x0 + k2), U32(x1 + U32(k0 + U32(5)))
+@intrinsic
+def threefry(typingctx: Any, key: Any, one: Any, other: Any) -> Any:
+    """64 random bits, as two words, for a key and a counter of two words each."""
+    word = types.uint32
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        parts = builder.extract_value(args[0], 0), builder.extract_value(args[0], 1)
+        return context.make_tuple(builder, signature.return_type, _encrypt(builder, parts, (args[1], args[2])))
+
+    pair = types.UniTuple(word, 2)
+    return pair(pair, word, word), codegen
 
 
 @intrinsic
@@ -79,25 +71,14 @@ def _threefry_lanes(
             data = context.make_array(signature.args[which])(context, builder, args[which]).data
             return builder.bitcast(builder.gep(data, [args[3]]), vector.as_pointer())
 
-        def number(value: int) -> Any:
-            return ir.Constant(vector, [value] * vector.count)
-
         def everywhere(value: Any) -> Any:
             return splat(builder, value, vector)
 
-        keys = [everywhere(builder.extract_value(args[0], which)) for which in (0, 1)]
-        keys.append(builder.xor(builder.xor(*keys), number(int(_PARITY))))
-        x0 = builder.add(builder.load(place(2), align=4), keys[0])
-        x1 = builder.add(everywhere(args[1]), keys[1])
-        for turn in range(5):
-            for left in _ROTATIONS[turn % 2]:
-                x0 = builder.add(x0, x1)
-                rotated = builder.or_(builder.shl(x1, number(left)), builder.lshr(x1, number(32 - left)))
-                x1 = builder.xor(rotated, x0)
-            x0 = builder.add(x0, keys[(turn + 1) % 3])
-            x1 = builder.add(x1, builder.add(keys[(turn + 2) % 3], number(turn + 1)))
-        for which, word in ((5, x0), (6, x1)):
-            builder.store(builder.lshr(word, number(shift)), place(which), align=4)
+        keys = everywhere(builder.extract_value(args[0], 0)), everywhere(builder.extract_value(args[0], 1))
+        words = _encrypt(builder, keys, (builder.load(place(2), align=4), everywhere(args[1])))
+        dropped = ir.Constant(vector, [shift] * vector.count)
+        for which, word in zip((5, 6), words, strict=True):
+            builder.store(builder.lshr(word, dropped), place(which), align=4)
         return context.get_dummy_value()
 
     return types.void(key, stream, counters, types.uintp, drop, ones, others, lanes), codegen
@@ -117,7 +98,8 @@ def _threefry_block(key, stream, counters, n, drop, ones, others):
 def instance_key(seed, image_id, target):
     """The key of one (image, target) pair: `threefry(seed, (image_id, target))`."""
     bits = np.uint64(seed)
-    return threefry(U32(bits), U32(bits >> np.uint64(32)), U32(np.uint64(image_id)), U32(np.uint64(target)))
+    key = U32(bits), U32(bits >> np.uint64(32))
+    return threefry(key, U32(np.uint64(image_id)), U32(np.uint64(target)))
 
 
 @helper()
@@ -148,7 +130,6 @@ def draw_bits(key, stream, counters, n, strata, bits):
 @helper()
 def _words_of_pairs(key, stream, first, n, words, space):
     """Two words of each counter from `first` on. Three simple loops beat one that stores at every other place."""
-    k0, k1 = key
     half = n // 2
     even, odd = space[:half], space[half:]
     for m in range(half):
@@ -158,15 +139,14 @@ def _words_of_pairs(key, stream, first, n, words, space):
         words[2 * m] = even[m]
         words[2 * m + 1] = odd[m]
     if n & 1:
-        words[n - 1] = np.int32(threefry(k0, k1, U32(first + half), stream)[0])
+        words[n - 1] = np.int32(threefry(key, U32(first + half), stream)[0])
 
 
 @helper()
 def _words(key, stream, counters, n, words):
-    k0, k1 = key
     for i in range(n):
         number = U32(counters[i])
-        r0, r1 = threefry(k0, k1, U32(number >> U32(1)), stream)
+        r0, r1 = threefry(key, U32(number >> U32(1)), stream)
         odd = U32(U32(0) - U32(number & U32(1)))  # all bits or none: a branch would go the wrong way every other time
         words[i] = np.int32(r0 ^ U32(U32(r0 ^ r1) & odd))
 

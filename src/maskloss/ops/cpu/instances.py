@@ -40,8 +40,8 @@ _I32 = np.int32
 _NOT_GIVEN = Given(0, False, 0, 0, 0)
 # Rows of the work spaces that hold one block.
 VALUE_ROWS, POINT_ROWS, INTEGER_ROWS = 2, 4, 4
-# Rows that hold the points of an instance: fractions along x and y, logits, targets, weights, sigmoids of the logits, and
-# a work space.
+# Rows that hold the points of an instance: fractions along x and y, logits, targets, weights, sigmoids of the logits,
+# and a work space.
 GRADIENT_ROWS = 7
 ROW = BLOCK + GROUP
 # Integers beside the keys and copies of keys that choosing needs, for whole groups.

@@ -18,6 +18,10 @@ from .choose import GROUP
 from .planes import BORDER
 from .threads import Dtypes, launch
 
+# So many points are drawn and sorted, or looked at for a target, in a fraction of a millisecond. Waking other threads
+# and awaiting them can take longer.
+_FEW_DRAWN, _FEW_VISITED = 1 << 15, 1 << 19
+
 
 class Plan(NamedTuple):
     """What all queries and layers of an image share.
@@ -66,17 +70,18 @@ def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: T
     weights = np.empty((batch, num_points), dtype)
     args: tuple[Any, ...] = (array_of(draw.image_ids), int(draw.seed), array_of(targets.windows), images)
     args += (array_of(targets.ignore), strata_of(draw, num_points), num_points, num_bands, points, weights, bands)
-    launch(kernels.draw, batch, dtypes, (0, 0, 5 * num_points), args)
+    launch(kernels.draw, batch, dtypes, (0, 0, 5 * num_points), args, alone=batch * num_points <= _FEW_DRAWN)
     owner = np.repeat(np.arange(batch), num_targets)
     first, length = np.empty((2, len(table), num_bands), np.int64)
     room = int(np.diff(bands).max()) + kernels.VECTOR + GROUP
     args = (points, bands, table, term.border, owner, first, length)
-    launch(kernels.find_runs, len(table), dtypes, (0, 0, 2 * room), args)
+    few = len(table) * num_points <= _FEW_VISITED
+    launch(kernels.find_runs, len(table), dtypes, (0, 0, 2 * room), args, alone=few)
     offset = np.cumsum(length).reshape(length.shape) - length
     shares, sums = np.empty(int(length.sum()), dtype), np.empty(len(table), dtype)
     args = (points, weights, table, data.data_ptr(), encode(data, targets.encoding), term.border, term.nearest)
     args += (bands, owner, first, length, offset, shares, sums)
-    launch(kernels.fill_runs, len(table), dtypes, (3 * room, 2 * room, 3 * room), args)
+    launch(kernels.fill_runs, len(table), dtypes, (3 * room, 2 * room, 3 * room), args, alone=few)
     real = length > 0
     starts = np.append(0, np.cumsum(real.sum(axis=1)))
     runs = (starts, first[real], length[real], offset[real], shares, sums)
@@ -90,7 +95,8 @@ def _place(plan: Plan, sizes: NDArray[np.int64], border: bool) -> Places:
     fx, fy = (np.empty((batch, len(sizes), num_points), plan.dtypes[0]) for _ in range(2))
     rows = np.empty((batch, len(sizes), plan.bands.shape[1] - 1, kernels.ROW_COLUMNS), np.int64)
     args = (plan.points, plan.bands, sizes, border, index, fx, fy, rows)
-    launch(kernels.place_points, batch * len(sizes), plan.dtypes, (0, 0, 0), args)
+    few = batch * len(sizes) * num_points <= _FEW_DRAWN
+    launch(kernels.place_points, batch * len(sizes), plan.dtypes, (0, 0, 0), args, alone=few)
     highest = (rows[..., kernels.ROWS].max(axis=(0, 2)) + 1) * (sizes[:, 1] + 2 * BORDER)
     return Places(index, fx, fy, rows, int(highest.max()))
 
