@@ -33,7 +33,7 @@ from maskloss.ops.abi import (
 )
 from maskloss.points import Strata
 
-from .instances import GRADIENT_ROWS, INTEGER_ROWS, POINT_ROWS, ROW, SPARE, VALUE_ROWS, Numbers
+from .blocks import GRADIENT_ROWS, INTEGER_ROWS, POINT_ROWS, ROW, SPARE, VALUE_ROWS, Numbers
 from .planes import SOURCE_COLUMNS, buffer_size
 from .positions import Given
 from .sampling import BLOCK

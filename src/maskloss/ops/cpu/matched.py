@@ -27,7 +27,7 @@ from .arguments import (
     room,
     zeros,
 )
-from .instances import GRADIENT_ROWS, INTEGER_ROWS, POINT_ROWS, ROW
+from .blocks import GRADIENT_ROWS, INTEGER_ROWS, POINT_ROWS, ROW
 from .planes import GRADIENT_COLUMNS
 from .sampling import BLOCK
 from .threads import launch
