@@ -77,10 +77,14 @@ def _(*args: Any) -> list[Tensor]:
 
 
 def _mask_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[2:])
+    _keep(ctx, inputs, output[2:])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], saved: Sequence[Tensor]) -> None:
+    """Save what the backward pass needs: what the operation was given, and what it chose and read."""
     logits, *rest, backend = inputs
-    saved = output[2:]
-    ctx.mark_non_differentiable(*saved)
-    # The outputs that only the backward pass reads get no gradient tensors of zeros made for them.
+    # A loss that is not used, and outputs that only the backward pass reads, get no gradient of zeros made for them.
     ctx.set_materialize_grads(False)
     tensors = [value for value in rest if isinstance(value, Tensor)]
     ctx.save_for_backward(*saved, *logits, *tensors)
@@ -134,7 +138,7 @@ class _Ahead(torch.autograd.Function):
         needs_grad = [bool(need) for need in ctx.needs_input_grad[3:]]
         groups = grouped(flat, Instances, Targets, Draw, Term)
         ce, dice, *saved, ahead = load(backend).mask_loss_ahead(expected, *groups, needs_grad)
-        _mask_loss_setup(ctx, (*flat, backend), (ce, dice, *saved))
+        _keep(ctx, (*flat, backend), saved)
         # Not among the saved tensors: the first backward pass takes the gradients, and may change them.
         ctx.expected, ctx.ahead, ctx.computed = expected, ahead, needs_grad
         return ce, dice

@@ -158,8 +158,7 @@ def _collect(keys, n, low, high, space, bits):
         for i in range(first, n):
             below += np.int64(keys[i] < low)
     count = list_marked(bits, space)
-    for k in range(count):
-        space[k] = keys[np.uintp(np.uint32(space[k]))]
+    pick(keys, space, count, space)
     return below, count
 
 
@@ -205,3 +204,17 @@ def list_marked(bits, positions):
         _put(positions, count, _POSITIONS, value, _I32(byte * 8))
         count += np.uintp(_COUNTS[value])
     return np.int64(count)
+
+
+@helper()
+def pick(values, positions, n, picked):
+    """`picked[k] = values[positions[k]]`, also over the positions; none is negative, which Numba cannot know."""
+    for k in range(n):
+        picked[k] = values[np.uintp(np.uint32(positions[k]))]
+
+
+@helper()
+def put_back(values, positions, n, out):
+    """`out[positions[k]] = values[k]`."""
+    for k in range(n):
+        out[np.uintp(np.uint32(positions[k]))] = values[k]

@@ -20,7 +20,7 @@ from .blocks import (
     locate_block,
     points_of_block,
 )
-from .choose import list_marked
+from .choose import list_marked, pick
 from .generator import instance_key
 from .losses import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses
 from .planes import ADDRESS, BORDER, DTYPE, HEIGHT, STRIDE_B, STRIDE_Q, WIDTH, read_plane, write_plane
@@ -33,12 +33,6 @@ from .threads import at, bare, helper, kernel, take
 def _weights(codes, n, w):
     for i in range(n):
         w[i] = 0 if codes[i] & IGNORED else 1
-
-
-@helper()
-def _pick(values, places, n, picked):
-    for i in range(n):
-        picked[i] = values[np.uintp(np.uint32(places[i]))]
 
 
 @helper()
@@ -182,7 +176,7 @@ def mask_loss(
                 if ahead or first >= num_uncertain:
                     locate_block(given, ints, x, y, n, source, window, border, at_points, fx, fy)
                 if first < num_uncertain:
-                    _pick(candidates, chosen[first : first + n], n, z)
+                    pick(candidates, chosen[first : first + n], n, z)
                 else:
                     gather(buffer, pitch, at_points, fx, fy, n, z)
                 if kept.shape[0] > 0:

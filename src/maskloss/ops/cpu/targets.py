@@ -39,7 +39,7 @@ from maskloss.ops.abi import (
     VALUES,
 )
 
-from .choose import GROUP, list_marked, mark
+from .choose import GROUP, list_marked, mark, pick, put_back
 from .planes import BORDER, from_bf16, from_f16
 from .positions import locate, round_nearest
 from .threads import at, helper
@@ -148,9 +148,8 @@ def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t,
     count = list_inside(x, y, n, row, border, inside, index)
     if count == 0:
         return
-    for k in range(count):
-        xs[k] = x[np.uintp(np.uint32(inside[k]))]
-        ys[k] = y[np.uintp(np.uint32(inside[k]))]
+    pick(x, inside, count, xs)
+    pick(y, inside, count, ys)
     height, width = row[FRAME_H], row[FRAME_W]
     pitch = width + 2 * BORDER
     locate(xs, ys, count, height, width, border, index, fx, fy)
@@ -181,9 +180,8 @@ def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t,
             index[k] = _I32(code)
     if encoding < VALUES and not nearest:
         interpolate_codes(index, count, fx, fy, fx)
-    for k in range(count):
-        t[np.uintp(np.uint32(inside[k]))] = fx[k]
-        codes[np.uintp(np.uint32(inside[k]))] = index[k]
+    put_back(fx, inside, count, t)
+    put_back(index, inside, count, codes)
 
 
 @helper(forceinline=True)
@@ -218,15 +216,12 @@ def values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t, fx, fy):
     bits = index.view(np.uint8)[: (n + 7) // 8]
     mark(index, n, _I32(0), _I32(1), bits)
     count = list_marked(bits, mixed)
-    for k in range(count):
-        xs[k] = x[np.uintp(np.uint32(mixed[k]))]
-        ys[k] = y[np.uintp(np.uint32(mixed[k]))]
+    pick(x, mixed, count, xs)
+    pick(y, mixed, count, ys)
     locate(xs, ys, count, row[FRAME_H], row[FRAME_W], border, index, fx, fy)
-    for k in range(count):
-        index[k] = codes[np.uintp(np.uint32(mixed[k]))]
+    pick(codes, mixed, count, index)
     interpolate_codes(index, count, fx, fy, fx)
-    for k in range(count):
-        t[np.uintp(np.uint32(mixed[k]))] = fx[k]
+    put_back(fx, mixed, count, t)
 
 
 @helper()

@@ -243,7 +243,7 @@ def take(typingctx: Any, counter: Any) -> Any:
     return types.int64(counter), codegen
 
 
-# Work items that must be left for a thread to take its next one early: enough for all threads.
+# So many work items must be left for a thread to take its next one early: otherwise another could be left with none.
 _PLENTY = 64
 
 
