@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from maskloss import HungarianMatcher, MaskLoss, MaskTargets, PointSampling
-from maskloss.bench.cases import Case
-from maskloss.bench.inputs import make_inputs
 from maskloss.distributed import step_totals
-from maskloss.training import learners
-from maskloss.training.config import TrainConfig
-from maskloss.training.data import Plan, Scene, batches
-from maskloss.training.engine import schedule
-from maskloss.training.learners import CompactLearner, Output
-from maskloss.training.run import Listener, open_source, train
+from maskloss.lab.bench.cases import Case
+from maskloss.lab.bench.inputs import make_inputs
+from maskloss.lab.config import TrainConfig
+from maskloss.lab.data.scenes import Plan, Scene, batches
+from maskloss.lab.loop.engine import schedule
+from maskloss.lab.loop.run import Listener, open_source, train
+from maskloss.lab.models import learners
+from maskloss.lab.models.learners import CompactLearner, Output
 
 LAYOUTS = ("independent", "stratified")
 MASKS = Case("masks", 1, 12, 12, 3, 5, (256, 256), (1024, 1024))

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from maskloss.bench.arms import PEERS
-from maskloss.bench.runner import ratios
-from maskloss.bench.table import STAGES, factor, memory, seconds
+from maskloss.lab.bench.arms import PEERS
+from maskloss.lab.bench.runner import ratios
+from maskloss.lab.bench.table import STAGES, factor, memory, seconds
 
 
 def row(*cells: str) -> str:

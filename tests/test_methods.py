@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from maskloss import HungarianMatcher, MaskCriterion, MaskLoss, MaskLossError, PointSampling, methods
-from maskloss.cli import main
+from maskloss.lab.cli import main
 from maskloss.methods import sources
 from maskloss.methods.markup import amount
 from maskloss.methods.settings import NOT_DESCRIBED, Classification, MaskTerm, Points, settings_of
@@ -201,12 +201,6 @@ def test_only_what_is_cited_is_in_the_references(module, cited):
     assert set(",".join(re.findall(r"\\cite\{([^}]*)\}", latex)).split(",")) == set(cited)
 
 
-def test_modules_describe_themselves():
-    criterion = MaskCriterion(3)
-    for module in (criterion, criterion.mask_loss, criterion.matcher):
-        assert module.describe(lang="zh", format="latex") == methods.describe(module, lang="zh", format="latex")
-
-
 def test_other_objects_have_no_description():
     with pytest.raises(MaskLossError, match=r"(?s)only losses of maskloss can be described.*got Linear"):
         methods.describe(torch.nn.Linear(1, 1))
@@ -289,8 +283,8 @@ def test_input_that_does_not_work(capsys, tmp_path):
 
 
 def test_a_training_run(capsys, tmp_path):
-    from maskloss.training.config import TrainConfig
-    from maskloss.training.run import Listener, train
+    from maskloss.lab.config import TrainConfig
+    from maskloss.lab.loop.run import Listener, train
 
     config = TrainConfig(steps=2, batch_size=2, held_out=4, evaluations=1, num_points=32, workers=0)
     train(config, tmp_path / "run", Listener.silent())

@@ -114,7 +114,7 @@ def test_wheel_ships_the_package_and_nothing_else(wheel: Path) -> None:
     assert f"{info}/licenses/LICENSE" in names
     assert {name.partition("/")[0] for name in names} == {"maskloss", info}
     assert not [name for name in names if name.endswith((".pyc", ".nbi", ".nbc"))]
-    assert "maskloss = maskloss.cli:main" in scripts
+    assert "maskloss = maskloss.lab.cli:main" in scripts
     assert re.findall(r"^Requires-Dist: (\w+)[^;\n]*$", metadata, re.MULTILINE) == [
         "numba",
         "numpy",
@@ -149,7 +149,7 @@ print(float(out.total), float(logits.grad.abs().sum()))
     total, gradient = map(float, python("-c", code, str(site), cwd=tmp_path, PYTHONPATH=str(site)).split())
     assert total > 0
     assert gradient > 0
-    command = "import sys; from maskloss.cli import main; sys.argv = ['maskloss', '--help']; sys.exit(main())"
+    command = "import sys; from maskloss.lab.cli import main; sys.argv = ['maskloss', '--help']; sys.exit(main())"
     assert "train" in python("-c", command, cwd=tmp_path, PYTHONPATH=str(site))
 
 

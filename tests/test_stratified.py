@@ -21,8 +21,8 @@ from maskloss import (
     functional,
     ops,
 )
-from maskloss.bench.cases import Case
-from maskloss.bench.inputs import make_inputs
+from maskloss.lab.bench.cases import Case
+from maskloss.lab.bench.inputs import make_inputs
 from maskloss.ops.abi import CANDIDATES, MATCHER, RANDOM
 from maskloss.ops.reference.sampling import match_points
 from maskloss.points import (

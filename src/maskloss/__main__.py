@@ -2,7 +2,7 @@
 
 import sys
 
-from maskloss.cli import main
+from maskloss.lab.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -339,12 +339,6 @@ class MaskCriterion(nn.Module):
             parts.append(f"class_weights={[round(weight, 4) for weight in self._class_weights.tolist()]}")
         return ", ".join(parts)
 
-    def describe(self, *, lang: str = "en", format: str = "text") -> str:  # noqa: A002
-        """Write the paragraph that describes this in a paper; see `methods.describe`."""
-        from maskloss import methods
-
-        return methods.describe(self, lang=lang, format=format)
-
 
 def _entries(softmax: bool) -> str:
     return "num_classes + 1" if softmax else "num_classes"

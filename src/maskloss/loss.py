@@ -208,12 +208,6 @@ class MaskLoss(nn.Module):
         """Show the options in `print(module)`."""
         return f"ce_weight={self.ce_weight}, dice_weight={self.dice_weight}, {self.sampling}, {self.options}"
 
-    def describe(self, *, lang: str = "en", format: str = "text") -> str:  # noqa: A002
-        """Write the paragraph that describes this in a paper; see `methods.describe`."""
-        from maskloss import methods
-
-        return methods.describe(self, lang=lang, format=format)
-
     def _paired(
         self,
         mask_logits: Layer,

@@ -180,12 +180,6 @@ class HungarianMatcher(nn.Module):
         weights = f"class_weight={self.class_weight}, mask_weight={self.mask_weight}, dice_weight={self.dice_weight}"
         return f"{weights}, num_points={self.num_points}, layout={self.layout!r}, {self.options}"
 
-    def describe(self, *, lang: str = "en", format: str = "text") -> str:  # noqa: A002
-        """Write the paragraph that describes this in a paper; see `methods.describe`."""
-        from maskloss import methods
-
-        return methods.describe(self, lang=lang, format=format)
-
 
 def stack_costs(costs: Sequence[Tensor], class_logits: Tensor, targets: MaskTargets) -> Tensor:
     """Bring costs `[Q, T]` or `[L, Q, T]` of each image together: `[L, B, Q, T_max]`, 0 beyond an image's targets."""

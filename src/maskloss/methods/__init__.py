@@ -1,7 +1,7 @@
 """The paragraph for the paper: what a loss computes, with the settings that it has.
 
     criterion = MaskCriterion(num_classes=80)
-    print(criterion.describe())
+    print(methods.describe(criterion))
     print(methods.describe(criterion, lang="zh", format="latex"))
     print(methods.bibtex(criterion))
 

@@ -190,30 +190,6 @@ def settings_of_options(options: Mapping[str, Any]) -> MethodSettings:
     )
 
 
-def settings_of_run(folder: Path) -> MethodSettings:
-    """Read the settings of a training run from the folder that it wrote.
-
-    Raises:
-        MaskLossError: a folder without the configuration of a run.
-        MissingExtraError: a package of the extra `train` is not installed.
-    """
-    import torch
-
-    from maskloss.integrations.transformers.options import method_options
-    from maskloss.training.config import COMPACT
-    from maskloss.training.run import load_learner
-    from maskloss.training.runfolder import read_facts
-
-    facts = read_facts(folder)
-    learner: Any = load_learner(folder, facts, torch.device("cpu"))
-    padded = facts.config.data is not None
-    if facts.config.model == COMPACT:
-        found = settings_of(learner.criterion)
-    else:
-        found = settings_of_options(method_options(learner.network.config))
-    return found.with_targets(padded, padded)
-
-
 def _defaults(kind: type[Any]) -> dict[str, Any]:
     """List the options of a constructor and their defaults; None where there is none."""
     listed = inspect.signature(kind).parameters.values()

@@ -19,7 +19,7 @@ FORMATS = (".gif", ".apng", ".png", ".webp")
 
 
 class Frame(Protocol):
-    """What one picture of the animation shows; `maskloss.training` makes such snapshots.
+    """What one picture of the animation shows; `maskloss.lab` makes such snapshots.
 
     Attributes:
         step: of the training run.

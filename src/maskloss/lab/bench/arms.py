@@ -1,0 +1,166 @@
+"""The implementations that are compared, each behind the same three calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from maskloss import MaskCriterion, MaskTargets, PointSampling
+from maskloss.criterion import CriterionOutput
+from maskloss.errors import require
+from maskloss.lab.bench.cases import Case
+from maskloss.lab.bench.inputs import Inputs
+
+ARMS = ("maskloss", "stratified", "stratified/4", "factors", "reference", "transformers")
+# Those with stratified points: the criterion, matcher included, takes the case's number of points divided by this.
+STRATIFIED = {"stratified": 1, "stratified/4": 4}
+# Those that are measured with both of OpenMP's ways of waiting; the better one is quoted.
+PEERS = ("transformers",)
+
+# Calls a function and notes how long a stage of the step took.
+Timed = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+
+
+class Arm(Protocol):
+    """One implementation of the step."""
+
+    name: str
+    # Whether a step may be given bool masks; the others get what `prepare` makes of them before the step.
+    takes_masks: bool
+
+    def prepare(self, masks: Sequence[Tensor]) -> Any:
+        """Bring bool masks `[T, H, W]` of each image into the form that the loss takes."""
+
+    def forward(self, inputs: Inputs, targets: Any, seed: int) -> Tensor:
+        """Compute the weighted total of all layers, ready for `backward`."""
+
+    def split(self, timed: Timed) -> None:
+        """Wrap the stages of the step in `timed`, for good: a process that does this measures nothing else after."""
+
+
+class MasklossArm:
+    """This library.
+
+    Args:
+        case: the sizes of the step.
+        device: where it runs.
+        name: of the arm. "reference" has the plain PyTorch backend. "factors" takes the masks of a head as factors; for
+            all others their product is formed first, as a part of the step. Those of `STRATIFIED` draw stratified
+            points.
+        backend: of all arms but "reference"; None for the one that the device gets by default.
+    """
+
+    takes_masks = True
+
+    def __init__(self, case: Case, device: torch.device, name: str = "maskloss", backend: str | None = None) -> None:
+        self.name = name
+        self.factors = name == "factors"
+        self._pack: Callable[..., MaskTargets] | None = None
+        layout = "stratified" if name in STRATIFIED else "independent"
+        sampling = PointSampling(num_points=case.points // STRATIFIED.get(name, 1), layout=layout)
+        backend = "reference" if name == "reference" else backend
+        self.criterion = MaskCriterion(case.classes, sampling=sampling, backend=backend).to(device)
+
+    def prepare(self, masks: Sequence[Tensor]) -> MaskTargets:
+        """Pack the masks of all images."""
+        return MaskTargets.from_masks(masks)
+
+    def compute(self, inputs: Inputs, targets: MaskTargets | Sequence[Tensor], seed: int) -> CriterionOutput:
+        """Compute the step, with everything that the criterion returns; bool masks are packed on the way."""
+        batch: Any = {"masks": targets, "labels": inputs.labels}
+        if not isinstance(targets, MaskTargets) and self._pack is not None:
+            batch["masks"] = self._pack(targets)
+        elif not isinstance(targets, MaskTargets):
+            pairs = zip(targets, inputs.labels, strict=True)
+            batch = [{"masks": masks, "labels": labels} for masks, labels in pairs]
+        logits = inputs.mask_logits if self.factors else inputs.dense()
+        return self.criterion(inputs.class_logits, logits, batch, seed=seed)  # type: ignore[no-any-return]
+
+    def forward(self, inputs: Inputs, targets: MaskTargets | Sequence[Tensor], seed: int) -> Tensor:
+        """Compute the weighted total."""
+        return self.compute(inputs, targets, seed).total
+
+    def split(self, timed: Timed) -> None:
+        """Time packing, the matching costs, the assignment, the mask loss and the classification."""
+        self._pack = timed("packing", MaskTargets.from_masks)
+        matcher, loss = self.criterion.matcher, self.criterion.mask_loss
+        _wrap(timed, matcher, "costs", "matching cost")
+        _wrap(timed, matcher, "match", "assignment")
+        _wrap(timed, loss, "instance_losses", "mask loss")
+        _wrap(timed, self.criterion, "_classify", "classification")
+
+
+class TransformersArm:
+    """`Mask2FormerLoss` of Hugging Face Transformers, with Mask2Former's defaults.
+
+    Its targets are dense float masks, as its image processor makes them: that is not part of the step. It does not take
+    logits of half precision, so these are converted to float32 in the step, as its users have to.
+
+    Args:
+        case: the sizes of the step.
+        device: where it runs.
+    """
+
+    name = "transformers"
+    takes_masks = False
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        package = require("transformers", "transformers")
+        self.module = require("transformers.models.mask2former.modeling_mask2former", "transformers")
+        self.weights = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+        config = package.Mask2FormerConfig(num_labels=case.classes, train_num_points=case.points)
+        self.loss = self.module.Mask2FormerLoss(config, self.weights).to(device)
+
+    def prepare(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Make the masks float."""
+        return [each.float() for each in masks]
+
+    def terms(self, inputs: Inputs, targets: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Compute the unweighted terms of all layers."""
+        masks, classes = ([_full(each) for each in part] for part in (inputs.dense(), inputs.class_logits))
+        earlier = [
+            {"masks_queries_logits": mask, "class_queries_logits": label}
+            for mask, label in zip(masks[:-1], classes[:-1], strict=True)
+        ]
+        terms: dict[str, Tensor] = self.loss(masks[-1], classes[-1], targets, inputs.labels, earlier)
+        return terms
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """Weigh and add up the terms."""
+        weighted = [
+            weight * value
+            for name, value in terms.items()
+            for key, weight in self.weights.items()
+            if name.startswith(key)
+        ]
+        return torch.stack(weighted).sum()
+
+    def forward(self, inputs: Inputs, targets: Sequence[Tensor], seed: int) -> Tensor:
+        """Compute the weighted total; the points come from torch's default generator, which is seeded."""
+        torch.manual_seed(seed)
+        return self.total(self.terms(inputs, targets))
+
+    def split(self, timed: Timed) -> None:
+        """Time the matching costs, the assignment, the mask loss and the classification."""
+        _wrap(timed, self.loss.matcher, "forward", "matching cost")
+        _wrap(timed, self.module, "linear_sum_assignment", "assignment")
+        _wrap(timed, self.loss, "loss_masks", "mask loss")
+        _wrap(timed, self.loss, "loss_labels", "classification")
+
+
+def make_arm(name: str, case: Case, device: torch.device) -> Arm:
+    """Build an arm by its name, one of `ARMS`."""
+    if name == "transformers":
+        return TransformersArm(case, device)
+    return MasklossArm(case, device, name)
+
+
+def _wrap(timed: Timed, owner: Any, name: str, stage: str) -> None:
+    setattr(owner, name, timed(stage, getattr(owner, name)))
+
+
+def _full(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -1,0 +1,205 @@
+"""Do two implementations compute the same? Nothing is timed before this has been answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from maskloss import PointSampling
+from maskloss.lab.bench.arms import STRATIFIED, MasklossArm, TransformersArm
+from maskloss.lab.bench.cases import Case
+from maskloss.lab.bench.inputs import Inputs
+from maskloss.matches import Matches
+from maskloss.ops.abi import CANDIDATES, IMAGE, LAYER, RANDOM, TARGET, Draw
+from maskloss.ops.reference.sampling import match_points
+from maskloss.points import instance_keys, uniform_points
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+# Largest differences that pass. Losses: of any term of any layer, relative. Gradients: |a - b| / |b|, over a layer.
+# Two candidates whose |logit| differ by rounding only may be chosen one for the other; that moves a gradient at
+# single points, and the loss hardly at all.
+LOSS_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far an arm is from what it is compared with, on the same inputs and the same random numbers.
+
+    Attributes:
+        other: name of the arm.
+        base: what it is compared with: "maskloss", or "the reference backend" with the arm's own points.
+        pairs: matched pairs over all layers and images.
+        pairs_equal: how many of them both found.
+        loss: largest relative difference of a loss term.
+        mask_gradient: largest relative difference of a layer's gradient of the mask logits.
+        class_gradient: the same for the class logits.
+        passed: all pairs are equal, and no difference is above its tolerance.
+    """
+
+    other: str
+    base: str
+    pairs: int
+    pairs_equal: int
+    loss: float
+    mask_gradient: float
+    class_gradient: float
+    passed: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, with the tolerances."""
+        return asdict(self) | {"loss_tolerance": LOSS_TOLERANCE}
+
+
+@dataclass
+class _Step:
+    """What one step computed: terms by `CriterionOutput.as_dict`'s names, pairs of each layer, gradients."""
+
+    terms: dict[str, float]
+    pairs: list[Pairs]
+    gradients: list[Tensor]
+
+
+def compare(case: Case, inputs: Inputs, other: str, seed: int) -> Agreement:
+    """Run a step of `maskloss` and one of another arm, and compare losses, matches and gradients.
+
+    Both get the same inputs and the same random numbers. The reference backend draws them from the same seed. Those of
+    `transformers` come from `torch.rand`; in its place it is given, call by call, the numbers that `maskloss` draws
+    from the seed. Its own code does all the rest: it matches, it chooses the uncertain points, it computes the loss.
+
+    No other implementation draws stratified points. An arm that does is compared with itself on the reference backend,
+    which draws as many of the same layout from the same seed.
+
+    Args:
+        case: the sizes.
+        inputs: of that case; gradients are dropped.
+        other: any arm but "maskloss".
+        seed: of the random numbers.
+
+    Returns:
+        The differences.
+    """
+    device, base = inputs.labels[0].device, "maskloss"
+    if other in STRATIFIED:
+        base = "the reference backend"
+        mine, theirs = (
+            _run_maskloss(MasklossArm(case, device, other, backend), inputs, seed)[0] for backend in (None, "reference")
+        )
+    else:
+        mine, matches = _run_maskloss(MasklossArm(case, device), inputs, seed)
+        if other == "transformers":
+            theirs = _run_transformers(TransformersArm(case, device), inputs, _draws(case, matches, seed))
+        else:
+            theirs = _run_maskloss(MasklossArm(case, device, other), inputs, seed)[0]
+    return _agreement((other, base), mine, theirs, len(inputs.leaves))
+
+
+def _run_maskloss(arm: MasklossArm, inputs: Inputs, seed: int) -> tuple[_Step, Matches]:
+    inputs.drop_gradients()
+    out = arm.compute(inputs, arm.prepare(inputs.masks), seed)
+    out.total.backward()
+    pairs = [out.matches.pairs(layer) for layer in range(len(inputs.mask_logits))]
+    return _Step(_values(out.as_dict()), pairs, _take_gradients(inputs)), out.matches
+
+
+def _run_transformers(arm: TransformersArm, inputs: Inputs, draws: Iterator[Tensor]) -> _Step:
+    inputs.drop_gradients()
+    found: list[Pairs] = []
+    hook = arm.loss.matcher.register_forward_hook(lambda _module, _args, result: found.append(result))
+    with _Draws(draws):
+        terms = arm.terms(inputs, arm.prepare(inputs.masks))
+    hook.remove()
+    arm.total(terms).backward()
+    renamed = {name.replace("loss_cross_entropy", "loss_class"): value for name, value in terms.items()}
+    return _Step(_values(renamed), [*found[1:], found[0]], _take_gradients(inputs))
+
+
+class _Draws(TorchFunctionMode):
+    """Answers calls of `torch.rand` with given tensors, in order."""
+
+    def __init__(self, draws: Iterator[Tensor]) -> None:
+        super().__init__()
+        self.draws = draws
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is not torch.rand:
+            return func(*args, **(kwargs or {}))
+        values = next(self.draws)
+        if tuple(values.shape) != tuple(args):
+            raise RuntimeError(f"expected a draw of shape {list(values.shape)}, but {list(args)} was asked for")
+        return values
+
+
+def _draws(case: Case, matches: Matches, seed: int) -> Iterator[Tensor]:
+    """Yield the random numbers of `maskloss` in the order in which Transformers draws its own.
+
+    That is the final layer first, then the others; in each layer the matcher's points of each image, then the
+    candidates of all instances, then their uniform points.
+    """
+    sampling = PointSampling(num_points=case.points)
+    device = matches.index.device
+    images = torch.arange(case.batch, device=device)
+    drawn = torch.tensor(seed, device=device)
+    everywhere = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(case.batch, 4)
+    layers = matches.index.split(list(matches.layer_sizes))
+    shared = match_points(everywhere, Draw(images, drawn, case.points))
+    for rows in (layers[-1], *layers[:-1]):
+        yield from shared[:, None]
+        keys = instance_keys(drawn, images[rows[:, IMAGE]], rows[:, TARGET])
+        yield uniform_points(keys, sampling.num_candidates, rows[:, LAYER], CANDIDATES)
+        yield uniform_points(keys, sampling.num_random, rows[:, LAYER], RANDOM)
+
+
+def _values(terms: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(value.detach()) for name, value in terms.items()}
+
+
+def _take_gradients(inputs: Inputs) -> list[Tensor]:
+    gradients = [logits.grad for logits in (*inputs.leaves, *inputs.class_logits)]
+    inputs.drop_gradients()
+    return [each for each in gradients if each is not None]
+
+
+def _agreement(names: tuple[str, str], mine: _Step, theirs: _Step, layers: int) -> Agreement:
+    losses = [abs(mine.terms[name] - value) / max(abs(value), 1e-6) for name, value in theirs.terms.items()]
+    gaps = [_gap(a, b) for a, b in zip(mine.gradients, theirs.gradients, strict=True)]
+    total, equal = 0, 0
+    for mine_here, theirs_here in zip(mine.pairs, theirs.pairs, strict=True):
+        for a, b in zip(mine_here, theirs_here, strict=True):
+            total += len(b[0])
+            known = set(zip(*(side.tolist() for side in a), strict=True))
+            equal += len(known & set(zip(*(side.tolist() for side in b), strict=True)))
+    # NumPy's maximum is NaN if one value is, and a comparison with NaN is false.
+    loss, masks, classes = (float(np.max(part)) for part in (losses, gaps[:layers], gaps[layers:]))
+    tolerance = GRADIENT_TOLERANCE[mine.gradients[0].dtype]
+    passed = (
+        total == equal
+        and mine.terms.keys() == theirs.terms.keys()
+        and loss <= LOSS_TOLERANCE
+        and masks <= tolerance
+        and classes <= tolerance
+    )
+    return Agreement(*names, total, equal, loss, masks, classes, passed)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """Compute |a - b| / |b|, plane by plane, so that no copy in float64 of a large gradient is made."""
+    difference = norm = 0.0
+    for mine, theirs in zip(a.flatten(0, 1), b.flatten(0, 1), strict=True):
+        wide = theirs.double()
+        difference += float((mine.double() - wide).square().sum())
+        norm += float(wide.square().sum())
+    return float((difference / norm) ** 0.5) if norm else float(difference > 0)

@@ -1,0 +1,257 @@
+"""The arguments of `maskloss bench`, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from maskloss.errors import require
+from maskloss.lab.bench import plots, table
+from maskloss.lab.bench.arms import ARMS
+from maskloss.lab.bench.cases import FAMILIES, PRESETS, choose
+from maskloss.lab.bench.machine import default_threads, describe_machine, describe_software
+from maskloss.lab.bench.model import MODELS, model_lines, model_table, run_model
+from maskloss.lab.bench.runner import Say, Settings, run_case
+
+DESCRIPTION = """\
+Measure a training step (matching, classification and mask loss over all decoder layers, forward and backward).
+Every arm runs in an ordinary process of its own, and the arms take turns. maskloss is given dense bool masks
+and packs them within the step; transformers gets float masks, and is measured with both of OpenMP's ways of
+waiting, the better of which counts. Before anything is timed, each must find the matches, the losses and the
+gradients of maskloss, from the same inputs and the same random numbers; with stratified points, those that the
+reference backend finds with the same points.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command.
+
+    Args:
+        parser: gets them.
+    """
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    listed = {"presets": PRESETS, "models": MODELS}
+    parser.epilog = "\n\n".join(
+        f"{kind}:\n" + "\n".join(f"  {name:<11} {case.describe()}" for name, case in cases.items())  # type: ignore[attr-defined]
+        for kind, cases in listed.items()
+    )
+    add = parser.add_argument
+    names = ", ".join(PRESETS)
+    add("--preset", nargs="+", choices=list(PRESETS), metavar="NAME", help=f"{names} (default: coco)")
+    add(
+        "--scaling",
+        nargs="*",
+        choices=list(FAMILIES),
+        metavar="FAMILY",
+        help=f"measure how time and memory grow, in place of presets; {', '.join(FAMILIES)} (default: all of them)",
+    )
+    add(
+        "--model",
+        nargs="+",
+        choices=list(MODELS),
+        metavar="NAME",
+        help=f"train whole models in place of presets, {' or '.join(MODELS)}: unpatched, patched, and patched with "
+        "masks as factors",
+    )
+    add(
+        "--arms",
+        nargs="+",
+        choices=list(ARMS),
+        metavar="ARM",
+        help="maskloss; stratified, maskloss with stratified points; stratified/4, the same with a quarter of the "
+        "points; factors, maskloss with masks as factors (presets with a head only); reference, its plain PyTorch "
+        "backend; transformers, the loss of Hugging Face's Mask2Former (default: maskloss, factors and transformers, "
+        "or reference where Transformers is not installed)",
+    )
+    add("--stages", action="store_true", help="time the stages of the step as well")
+    add("--steps", type=_positive, help="timed steps of each arm (default: 15; 5 with --scaling)")
+    add(
+        "--seconds",
+        type=float,
+        default=120.0,
+        help="an arm that has used this much of a case's time, and has 3 steps, takes no more turns (default: 120)",
+    )
+    add("--quick", action="store_true", help="3 steps: a first impression")
+    add("--threads", type=_positive, help="CPU threads (default: the cores that there are)")
+    add("--device", type=_device, default="cpu", help="cpu, or a CUDA device (default: cpu)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the logits")
+    add("--seed", type=int, default=0, help="of inputs and points (default: 0)")
+    add("--out", type=Path, default=Path("runs/bench"), help="folder for results and pictures (default: runs/bench)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the benchmark, print tables, and write JSON and pictures.
+
+    Args:
+        arguments: as `add_arguments` declares them.
+
+    Returns:
+        The exit status: 0, or 1 if a check or a measurement failed.
+    """
+    console = require("rich.console", "bench").Console(highlight=False)
+    console.width = max(console.width, 124)  # narrower, the table would lose digits
+    for module in ("matplotlib", "psutil"):
+        require(module, "bench")
+    settings = _settings(arguments)
+    if "transformers" in settings.arms or arguments.model:
+        require("transformers", "transformers")
+    families = [] if arguments.scaling is None else arguments.scaling or list(FAMILIES)
+    presets = arguments.preset or ([] if families or arguments.model else ["coco"])
+    report: dict[str, Any] = {
+        "schema": 2,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": describe_machine(settings.device),
+        "software": describe_software(),
+        "settings": settings.as_dict(),
+        "cases": [],
+        "models": [],
+    }
+    console.print(table.heading(report), end="\n\n")
+    try:
+        with _sigterm_raises():
+            for case in choose(presets, families):
+                with _progress(console) as say:
+                    report["cases"].append(run_case(case, settings, say))
+                _print_case(console, report["cases"][-1])
+            if report["cases"]:
+                console.print(table.LEGEND)
+            _print_families(console, report, families)
+            _run_models(console, report, arguments.model or (), settings)
+    finally:
+        # What was measured before an interruption is not lost.
+        if report["cases"] or report["models"]:
+            for path in write_results(report, arguments.out):
+                console.print(f"[dim]wrote[/] {path}")
+    return int(any(_failed(case) for case in (*report["cases"], *report["models"])))
+
+
+def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the report, and the pictures that can be drawn from it.
+
+    Args:
+        report: what was measured.
+        folder: where to; made if it does not exist.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results, presets, families = (folder / name for name in ("bench.json", "bench.png", "scaling.png"))
+    results.write_text(json.dumps(report, indent=1) + "\n")
+    written = [results]
+    if plots.plot_presets(report, presets):
+        written.append(presets)
+    if plots.plot_families(report, families):
+        written.append(families)
+    return written
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    rival = "transformers" if find_spec("transformers") else "reference"
+    chosen = dict.fromkeys(arguments.arms or ("maskloss", "factors", rival))
+    usual = 3 if arguments.quick else 15 if arguments.scaling is None else 5
+    return Settings(
+        arms=tuple(arm for arm in ARMS if arm in chosen),
+        steps=arguments.steps or usual,
+        seconds=arguments.seconds,
+        threads=arguments.threads or default_threads(),
+        device=arguments.device,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+        stages=arguments.stages,
+    )
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that the worker processes are ended too."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _progress(console: Any) -> Iterator[Say]:
+    with console.status("[dim]starting[/]") as status:
+        yield lambda text: status.update(f"[dim]{text}[/]")
+
+
+def _print_case(console: Any, case: dict[str, Any]) -> None:
+    if not case["arms"]:
+        console.print(f"[bold]{case['name']}[/]")
+    else:
+        console.print(table.case_table(case))
+    for place, found in (("", case), *case["arms"].items()):
+        if "failed" in found:
+            console.print(f"{place}  {found['failed']}".strip(), style="red", markup=False)
+            if found.get("details"):
+                console.print("  the traceback is in bench.json", style="dim")
+    reasons = {found["memory"]["not_measured"] for found in case["arms"].values() if "memory" in found} - {None}
+    for reason in reasons:
+        console.print(f"[dim]{reason}[/]")
+    for line in (table.speed_line(case), table.waiting_line(case)):
+        if line:
+            console.print(line)
+    console.print(table.check_line(case), end="\n\n")
+    if any("stages" in found for found in case["arms"].values()):
+        console.print(table.stage_table(case), end="\n\n")
+
+
+def _print_families(console: Any, report: dict[str, Any], families: list[str]) -> None:
+    for name in families:
+        cases = [case for case in report["cases"] if case["name"].startswith(f"{name}=") and case["arms"]]
+        if cases:
+            console.print(table.family_table(name, cases), end="\n\n")
+
+
+def _run_models(console: Any, report: dict[str, Any], names: Sequence[str], settings: Settings) -> None:
+    for name in names:
+        with _progress(console) as say:
+            report["models"].append(run_model(MODELS[name], settings, say))
+        if report["models"][-1]["arms"]:
+            console.print(model_table(report["models"][-1]))
+        for line in model_lines(report["models"][-1]):
+            console.print(line, style="dim", markup=False)
+
+
+def _failed(case: dict[str, Any]) -> bool:
+    return "failed" in case or any("failed" in found for found in case["arms"].values())
+
+
+def _device(text: str) -> str:
+    try:
+        kind = torch.device(text).type
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error).partition("\n")[0]) from None
+    if kind not in {"cpu", "cuda"}:
+        raise argparse.ArgumentTypeError(f"must be cpu or a CUDA device, got {text!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("PyTorch finds no CUDA device")
+    return text
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

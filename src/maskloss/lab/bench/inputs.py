@@ -1,0 +1,189 @@
+"""Inputs that look like training: blobs of natural sizes, and predictions that know a part of them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from maskloss.factors import Layer, MaskFactors
+from maskloss.lab.bench.cases import Case, Size
+
+
+@dataclass
+class Inputs:
+    """The inputs of one step.
+
+    Attributes:
+        class_logits: L tensors `[B, Q, C + 1]`.
+        mask_logits: L tensors `[B, Q, h, w]`, or factors of them that share their features.
+        masks: B tensors bool `[T, H, W]`.
+        labels: B tensors int64 `[T]`.
+    """
+
+    class_logits: list[Tensor]
+    mask_logits: list[Layer]
+    masks: list[Tensor]
+    labels: list[Tensor]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What the masks are made of, and a gradient flows to: the logits, or embeddings and then the features."""
+        dense = [layer for layer in self.mask_logits if isinstance(layer, Tensor)]
+        factors = [layer for layer in self.mask_logits if isinstance(layer, MaskFactors)]
+        return [*dense, *(layer.embeddings for layer in factors), *(layer.features for layer in factors[:1])]
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """All that a gradient flows to."""
+        return [*self.class_logits, *self.leaves]
+
+    def dense(self) -> list[Tensor]:
+        """Form the mask logits of all layers: where there is a head, this product is a part of the step."""
+        return [layer.dense() if isinstance(layer, MaskFactors) else layer for layer in self.mask_logits]
+
+    def drop_gradients(self) -> None:
+        """Set every gradient to None, as an optimizer does before a step."""
+        for logits in self.logits:
+            logits.grad = None
+
+    def digest(self) -> str:
+        """Return a fingerprint of every value: processes that agree on it have the same inputs."""
+        seen = hashlib.sha256()
+        for tensor in (*self.logits, *self.masks, *self.labels):
+            seen.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return seen.hexdigest()[:16]
+
+
+def make_inputs(case: Case, *, seed: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Draw the inputs of a case.
+
+    Targets are smooth closed shapes whose sizes are spread evenly on a logarithmic scale. In every layer, each target
+    has a query that predicts it, better in later layers; the other queries predict background, or a target that
+    another query has already.
+
+    Args:
+        case: the sizes.
+        seed: the same seed gives the same values.
+        dtype: of the logits.
+        device: where to put them; they are drawn on the CPU.
+
+    Returns:
+        The inputs; logits require a gradient.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    masks = [_draw_masks(case, generator) for _ in range(case.batch)]
+    labels = [torch.randint(case.classes, (case.targets,), generator=generator) for _ in range(case.batch)]
+    owners = [_draw_owners(case, generator) for _ in range(case.batch)]
+    if case.channels:
+        factors = _draw_factors(case, masks, owners, generator, dtype, device)
+        classes = [_draw_classes(case, labels, owners, layer, generator) for layer in range(case.layers)]
+        leaves = [each.to(device, dtype).requires_grad_() for each in classes]
+        return Inputs(leaves, factors, *_moved(masks, labels, device))
+    known = torch.stack([_known(case, *pair) for pair in zip(masks, owners, strict=True)])
+    class_logits: list[Tensor] = []
+    logits: list[Layer] = []
+    for layer in range(case.layers):
+        drawn = _noise(case, generator).add_(known, alpha=(layer + 1) / case.layers)
+        logits.append(drawn.to(device, dtype).requires_grad_())
+        scores = _draw_classes(case, labels, owners, layer, generator)
+        class_logits.append(scores.to(device, dtype).requires_grad_())
+    return Inputs(class_logits, logits, *_moved(masks, labels, device))
+
+
+def _moved(masks: list[Tensor], labels: list[Tensor], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    return [each.to(device) for each in masks], [each.to(device) for each in labels]
+
+
+def _draw_classes(
+    case: Case, labels: list[Tensor], owners: list[Tensor], layer: int, generator: torch.Generator
+) -> Tensor:
+    classes = torch.randn(case.batch, case.queries, case.classes + 1, generator=generator)
+    for image, owner in enumerate(owners):
+        wanted = torch.cat([labels[image], torch.tensor([case.classes])])[owner]
+        classes[image, torch.arange(case.queries), wanted] += 3 * (layer + 1) / case.layers
+    return classes
+
+
+def _draw_factors(
+    case: Case,
+    masks: list[Tensor],
+    owners: list[Tensor],
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Layer]:
+    """Draw embeddings and features whose products look like the logits of the other presets.
+
+    The first channels are what perfect predictions of the targets and of nothing look like; the embedding of a query
+    picks its target's. The others are noise, smooth and of each pixel, which every embedding mixes anew.
+    """
+    everyone = torch.arange(case.targets + 1)
+    known = torch.stack([_known(case, each, everyone) for each in masks])
+    noise = _noise(replace(case, queries=case.channels - case.targets - 1), generator)
+    features = torch.cat([known, noise], 1).to(device, dtype).requires_grad_()
+    layers: list[Layer] = []
+    for layer in range(case.layers):
+        picked = torch.nn.functional.one_hot(torch.stack(owners), case.targets + 1) * (layer + 1) / case.layers
+        mixed = torch.randn(case.batch, case.queries, noise.shape[1], generator=generator) / noise.shape[1] ** 0.5
+        embeddings = torch.cat([picked.float(), mixed], 2).to(device, dtype).requires_grad_()
+        layers.append(MaskFactors(embeddings, features))
+    return layers
+
+
+def _draw_masks(case: Case, generator: torch.Generator) -> Tensor:
+    masks = torch.zeros(case.targets, *case.target_size, dtype=torch.bool)
+    for mask in masks:
+        _draw_blob(mask, case.extent, generator)
+    return masks
+
+
+def _draw_blob(mask: Tensor, extent: tuple[float, float], generator: torch.Generator) -> None:
+    """Draw an ellipse with a wavy edge, whose centre lies in the image."""
+    height, width = mask.shape
+    u = torch.rand(8, generator=generator).tolist()
+    side = math.sqrt(height * width) * extent[0] * (extent[1] / extent[0]) ** u[0]
+    stretch = math.exp(u[1] - 0.5)
+    radii = [max(side * factor / math.sqrt(math.pi), 1.0) for factor in (stretch, 1 / stretch)]
+    centre = [u[2] * height, u[3] * width]
+    spans = [
+        slice(max(int(middle - 1.5 * radius), 0), min(int(middle + 1.5 * radius) + 2, size))
+        for middle, radius, size in zip(centre, radii, (height, width), strict=True)
+    ]
+    y, x = (
+        (torch.arange(span.start, span.stop) + 0.5 - middle) / radius
+        for span, middle, radius in zip(spans, centre, radii, strict=True)
+    )
+    angle = torch.atan2(y[:, None], x[None])
+    edge = 1 + 0.2 * u[4] * torch.cos(2 * angle + 6.3 * u[5]) + 0.2 * u[6] * torch.cos(3 * angle + 6.3 * u[7])
+    mask[spans[0], spans[1]] = torch.hypot(y[:, None], x[None]) <= edge
+
+
+def _draw_owners(case: Case, generator: torch.Generator) -> Tensor:
+    """Give every query its target; T stands for none. The first T queries of a random order have one each."""
+    order = torch.randperm(case.queries, generator=generator)
+    spare = torch.randint(2 * case.targets, (case.queries,), generator=generator).clamp(max=case.targets)
+    first = torch.arange(case.queries)
+    owner = torch.empty(case.queries, dtype=torch.int64)
+    owner[order] = torch.where(first < case.targets, first, spare)
+    return owner
+
+
+def _known(case: Case, masks: Tensor, owner: Tensor) -> Tensor:
+    """Return what a perfect prediction of each query's target looks like, `[Q, h, w]`: from -6 to 6."""
+    shares = torch.zeros(case.targets + 1, *case.logit_size)
+    for share, mask in zip(shares, masks, strict=False):
+        share.copy_(adaptive_avg_pool2d(mask[None].float(), case.logit_size)[0])
+    return shares.mul_(12).sub_(6)[owner]
+
+
+def _noise(case: Case, generator: torch.Generator) -> Tensor:
+    """Draw errors of predictions: smooth ones, and a little of its own for each pixel."""
+    coarse: Size = (max(case.logit_size[0] // 16, 2), max(case.logit_size[1] // 16, 2))
+    smooth = torch.randn(case.batch, case.queries, *coarse, generator=generator)
+    noise = torch.randn(case.batch, case.queries, *case.logit_size, generator=generator).mul_(0.25)
+    return noise.add_(interpolate(smooth, case.logit_size, mode="bilinear"), alpha=2.0)

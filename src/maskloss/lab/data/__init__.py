@@ -1,0 +1,1 @@
+"""Data: what lies on the disk, as scenes and batches."""

@@ -1,0 +1,256 @@
+"""Scenes from a folder of one's own, read from the disk as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskloss.errors import Cause, MaskLossError
+from maskloss.lab.data import truth
+from maskloss.lab.data.augment import LARGEST, plain_view, random_view, recolor
+from maskloss.lab.data.catalog import Catalog, Found
+from maskloss.lab.data.images import common_channels, read_image, to_channels, to_unit
+from maskloss.lab.data.problems import SKIP, Problems, sentence
+from maskloss.lab.data.recognize import recognize
+from maskloss.lab.data.scenes import Batch, Probe, Scene, fit, in_color, step_generator
+from maskloss.lab.data.truth import Loaded, View
+from maskloss.targets import MaskTargets
+
+NORMALIZE = ("auto", "percentile", "range")
+# A crop can have more instances than its share of the image's area, as they are not spread evenly.
+_CROWDED = 1.5
+# So many broken images in a row are no accident.
+_PATIENCE = 20
+
+
+class Reading(NamedTuple):
+    """How images are brought to what the model sees.
+
+    Attributes:
+        size: side of the square that the model sees, pixels.
+        crop: side of the square that is cut out of an image for it; None: images are shown whole.
+        percentile: whether 8-bit images are stretched between percentiles too.
+        channels: of the images.
+        augment: whether training images are changed at random.
+    """
+
+    size: int
+    crop: int | None
+    percentile: bool
+    channels: int
+    augment: bool
+
+    def image(self, loaded: Loaded, view: View, frame: int) -> Tensor:
+        """Show a view of an image to the model: `[C, size, size]` in [0, 1]."""
+        shown = to_channels(loaded.image, self.channels, Path(loaded.entry.file))
+        if shown.dtype == np.uint8 and not self.percentile:
+            # Resized as bytes, which is several times faster.
+            return fit(view.apply(shown), frame, self.size) / 255
+        return fit(view.apply(to_unit(shown, self.percentile)), frame, self.size)
+
+
+class FolderScenes:
+    """Scenes from a folder with images and annotations.
+
+    Args:
+        folder: laid out as `recognize` knows it.
+        size: side of the square that the model sees, pixels; None: chosen by the images.
+        crop: side of the square to cut out of an image, pixels; None: whole images.
+        format: "coco", "panoptic" or "labels"; None: recognized.
+        normalize: "auto" (percentiles for label maps and deep images), "percentile" or "range".
+        augment: whether training images are changed at random.
+        on_error: "stop" or "skip", at a broken image or annotation.
+
+    Raises:
+        MaskLossError: a file that is missing or is not what it should be; the message names it.
+        MissingExtraError: a package of the extra `train` is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        size: int | None = None,
+        *,
+        crop: int | None = None,
+        format: str | None = None,  # noqa: A002 (the option's name)
+        normalize: str = "auto",
+        augment: bool = True,
+        on_error: str = "stop",
+    ) -> None:
+        self.problems = Problems(on_error)
+        root = Path(folder)
+        self.found: Found = recognize(root, format, self.problems)
+        self.title = f"images of {root.resolve().name}"
+        self.class_names: Sequence[str] = self.found.class_names
+        self.category_ids: Sequence[int] = self.found.category_ids
+        self.one_class_maps = self.found.kind == "labels"
+        percentile = normalize == "percentile" or (normalize == "auto" and self.one_class_maps)
+        self.channels = common_channels(_first_image(self.found.train, self.problems))
+        chosen = size or _usual_size(self.found.train, crop)
+        self.reading = Reading(chosen, crop, percentile, self.channels, augment)
+        self.held_out: Sequence[Scene] = HeldOut(self.found.held_out, self.reading)
+        self.most_instances = max(_most_instances(each, crop) for each in (self.found.train, self.found.held_out))
+        self._order = lru_cache(maxsize=4)(self._permutation)
+
+    def __getstate__(self) -> dict[str, object]:
+        # Workers that are not forked get a copy; a cache cannot be pickled, and is only a cache.
+        return {name: value for name, value in vars(self).items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._order = lru_cache(maxsize=4)(self._permutation)
+
+    def _permutation(self, seed: int, epoch: int) -> Tensor:
+        return torch.randperm(len(self.found.train), generator=step_generator(seed, epoch))
+
+    @property
+    def largest(self) -> int:
+        """The longest side of any training image, pixels."""
+        return int(self.found.train.sizes.max())
+
+    def probe(self, number: int) -> Probe:
+        """Return the square in the middle of a held-out image."""
+        loaded = truth.load(self.found.held_out[number])
+        height, width = loaded.entry.height, loaded.entry.width
+        side = min(height, width, self.reading.crop or height)
+        view = View((height - side) // 2, (width - side) // 2, side, side)
+        packed = loaded.pack(view, view.size)
+        shown = to_unit(to_channels(loaded.image, self.channels, Path(loaded.entry.file)), self.reading.percentile)
+        picture = torch.from_numpy(np.ascontiguousarray(view.apply(shown))).permute(2, 0, 1)
+        image = self.reading.image(loaded, view, side)
+        return Probe(image, in_color(picture), packed.masks, packed.labels, loaded.entry.name)
+
+    def batch(self, step: int, positions: range, batch_size: int, seed: int) -> Batch:
+        """Take images of a step: every image comes up once before any comes up again."""
+        skipped: list[str] = []
+        images, masks, labels = [], [], []
+        for position in positions:
+            place = step * batch_size + position
+            image, packed = self._sample(place, seed, skipped)
+            images.append(image)
+            masks.append(packed.masks)
+            labels.append(packed.labels)
+        return Batch(
+            torch.stack(images), MaskTargets.cat(masks), torch.cat(labels), torch.tensor(list(positions)), skipped
+        )
+
+    def _sample(self, place: int, seed: int, skipped: list[str]) -> tuple[Tensor, truth.Packed]:
+        count = len(self.found.train)
+        epoch, where = divmod(place, count)
+        number = int(self._order(seed, epoch)[where])
+        for attempt in range(_PATIENCE):
+            entry = self.found.train[(number + attempt) % count]
+            try:
+                loaded = truth.load(entry)
+                generator = step_generator(seed, place, 1)
+                draw = self.reading
+                if draw.augment:
+                    view, frame = random_view(entry.height, entry.width, draw.crop, self.one_class_maps, generator)
+                else:
+                    view, frame = plain_view(entry.height, entry.width, draw.crop, generator)
+                packed = loaded.pack(view, frame)
+                image = draw.image(loaded, view, frame[0])
+                return (recolor(image, generator) if draw.augment else image), packed
+            except MaskLossError as error:
+                if self.problems.on_error != SKIP:
+                    raise
+                skipped.append(sentence(error))
+        raise Cause("there must be images that can be read", f"{_PATIENCE} in a row cannot; {skipped[-1]}", "see above")
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What the data are."""
+        train, held_out = self.found.train, self.found.held_out
+        per_image = np.concatenate([train.counts, held_out.counts])
+        sizes = np.concatenate([train.sizes, held_out.sizes])
+        low, high = sizes.min(0), sizes.max(0)
+        span = f"{low[0]} x {low[1]}" + ("" if (low == high).all() else f" to {high[0]} x {high[1]}")
+        names = ", ".join(self.class_names[:6]) + (", ..." if len(self.class_names) > 6 else "")
+        depth = {True: "stretched between percentiles", False: "by the range of their type"}[self.reading.percentile]
+        shown = f"{self.reading.size} x {self.reading.size}"
+        if self.reading.crop:
+            shown += f", from crops of {self.reading.crop} x {self.reading.crop}"
+        return [
+            ("found", "; ".join(self.found.how)),
+            ("images", f"{len(train):,} for training, {len(held_out):,} held out"),
+            (
+                "instances",
+                f"{int(train.counts.sum()):,} for training, {int(held_out.counts.sum()):,} held out; "
+                f"{np.median(per_image):g} in an image, {per_image.max()} at most",
+            ),
+            ("image sizes", span),
+            ("classes", f"{len(self.class_names)}: {names}"),
+            ("channels", f"{self.channels}, values {depth}"),
+            ("shown to the model", shown),
+            *([("left out", _summary(self.problems.skipped))] if self.problems.skipped else []),
+        ]
+
+
+class HeldOut(Sequence[Scene]):
+    """Held-out scenes, read as they are asked for."""
+
+    def __init__(self, catalog: Catalog, reading: Reading) -> None:
+        self.catalog, self.reading = catalog, reading
+
+    def __len__(self) -> int:
+        return len(self.catalog)
+
+    @overload
+    def __getitem__(self, number: int) -> Scene: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Scene]: ...
+    def __getitem__(self, number: int | slice) -> Scene | Sequence[Scene]:
+        """Read a scene, or choose some without reading them."""
+        if isinstance(number, slice):
+            chosen = range(len(self))[number]
+            return HeldOut(self.catalog.select(chosen), self.reading)
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        loaded = truth.load(self.catalog[number])
+        entry = loaded.entry
+        view = View.whole(entry.height, entry.width)
+        packed, crowds, ignored = loaded.pack(view, view.size), loaded.crowds(), loaded.ignored()
+        pixels = to_unit(to_channels(loaded.image, self.reading.channels, Path(entry.file)), self.reading.percentile)
+        return Scene(
+            image=torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
+            targets=packed.masks,
+            labels=packed.labels,
+            crowd=crowds.masks,
+            crowd_labels=crowds.labels,
+            ignored=None if ignored is None else torch.from_numpy(ignored),
+            name=entry.name,
+        )
+
+
+def _first_image(catalog: Catalog, problems: Problems) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+    """Read the first image that can be read."""
+    for number in range(min(len(catalog), _PATIENCE)):
+        with problems.tolerated():
+            return read_image(Path(catalog[number].file))
+    raise Cause("there must be images that can be read", f"the first {_PATIENCE} cannot", "see what was skipped")
+
+
+def _usual_size(catalog: Catalog, crop: int | None) -> int:
+    """Return the usual longer side of the images, at most 256, as a multiple of 16."""
+    side = crop or int(np.median(catalog.sizes.max(1)))
+    return max(32, min(256, round(side / 16) * 16))
+
+
+def _most_instances(catalog: Catalog, crop: int | None) -> int:
+    """Return the most instances that the model has to find at once; of crops, about how many the fullest has."""
+    if crop is None:
+        return int(catalog.counts.max(initial=0))
+    shown = np.minimum(1.0, (LARGEST * crop) ** 2 / catalog.sizes.prod(1))
+    expected = np.ceil(np.minimum(catalog.counts, _CROWDED * shown * catalog.counts))
+    return int(expected.max(initial=0))
+
+
+def _summary(skipped: Sequence[str]) -> str:
+    shown = "; ".join(skipped[:3])
+    return f"{len(skipped)}: {shown}" + ("; ..." if len(skipped) > 3 else "")

@@ -1,0 +1,1 @@
+"""The loop: a run, its folder, its checkpoints, its clock."""

@@ -1,0 +1,50 @@
+"""Logs for TensorBoard, beside the metrics that every run writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from maskloss.errors import require
+from maskloss.lab.loop.engine import Progress
+from maskloss.lab.loop.run import Listener
+from maskloss.lab.loop.runfolder import TENSORBOARD
+from maskloss.lab.results.evaluate import Evaluation
+
+
+@contextmanager
+def logging_to(folder: Path, listener: Listener) -> Iterator[Listener]:
+    """Log loss terms, speed and scores into a folder of a run.
+
+    Args:
+        folder: of the run.
+        listener: whom to tell too.
+
+    Raises:
+        MissingExtraError: tensorboardX is not installed (extra `train`).
+    """
+    made = require("tensorboardX", "train").SummaryWriter
+    writers = []
+
+    def begin(steps: tuple[int, int]) -> None:
+        # Not before the run holds its folder. What an interrupted run logged after its checkpoint is taken back.
+        writers.append(made(str(folder / TENSORBOARD), purge_step=steps[0] + 1 if steps[0] else None))
+        listener.begin(steps)
+
+    def step(progress: Progress) -> None:
+        for name, value in progress.terms.items():
+            writers[0].add_scalar(f"loss/{name}", value, progress.step)
+        writers[0].add_scalar("speed/images per second", progress.speed, progress.step)
+        listener.step(progress)
+
+    def evaluation(at: tuple[int, Evaluation]) -> None:
+        for name in ("ap", "ap50", "ap75", "mean_iou"):
+            writers[0].add_scalar(f"held out/{name}", getattr(at[1], name), at[0])
+        listener.evaluation(at)
+
+    try:
+        yield listener._replace(begin=begin, step=step, evaluation=evaluation)
+    finally:
+        for writer in writers:
+            writer.close()

@@ -1,0 +1,240 @@
+"""Checkpoints: everything that decides how a run goes on, as safetensors and JSON, put in place in one move.
+
+    checkpoints/step-00000250/
+      model.safetensors       weights and buffers
+      optimizer.safetensors   moments of each weight
+      random-0.safetensors    state of torch's generators of each process, and the terms that are not yet logged
+      state.json              step, schedule, and what belongs to the files above
+
+A checkpoint is written beside its place and renamed when all of it is on the disk: at any instant, the newest folder is
+complete. Nothing is pickled, so that a checkpoint from elsewhere cannot run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from maskloss.errors import Cause, require
+from maskloss.lab import files
+from maskloss.lab.loop.runfolder import CHECKPOINTS, WEIGHTS
+from maskloss.lab.models.learners import load_weights
+
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+KEPT = 2
+SCHEMA = 1
+_RULE = "a checkpoint must be one that maskloss train wrote"
+
+
+class Position(NamedTuple):
+    """Where a run is, besides its weights.
+
+    Attributes:
+        step: steps taken.
+        seconds: spent on them.
+        clock: seconds of each part of the measured steps.
+        scaler: of mixed precision; empty if there is none.
+        pending: terms of the steps that are not yet logged, `[K, terms]`.
+        terms: their names.
+        ranks: number of processes.
+    """
+
+    step: int
+    seconds: float
+    clock: dict[str, float]
+    scaler: dict[str, Any]
+    pending: list[list[float]]
+    terms: list[str]
+    ranks: int
+
+
+def steps_of(folder: Path) -> list[int]:
+    """List the steps of a run that have a checkpoint, oldest first."""
+    found = []
+    for path in (folder / CHECKPOINTS).glob("step-*"):
+        digits = path.name.removeprefix("step-")
+        if digits.isdigit() and path.is_dir():
+            found.append(int(digits))
+    return sorted(found)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is."""
+    return folder / CHECKPOINTS / f"step-{step:08d}"
+
+
+def write(
+    folder: Path,
+    position: Position,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    rank: int = 0,
+    wait: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a checkpoint; called by every process, which waits for the others twice.
+
+    Args:
+        folder: of the run.
+        position: where the run is.
+        network: whose weights to write.
+        optimizer: whose state to write.
+        rank: of this process; the first one writes what all share.
+        wait: for the other processes.
+
+    Raises:
+        Cause: it cannot be written; what was there before is left alone.
+    """
+    place = path_of(folder, position.step)
+    partial = place.with_name(f".{place.name}{files.PARTIAL}")
+    try:
+        if rank == 0:
+            for left in place.parent.glob(f".*{files.PARTIAL}"):
+                files.remove(left)
+            partial.mkdir(parents=True)
+        wait()
+        _save(partial / f"random-{rank}.safetensors", _generators())
+        wait()
+        if rank == 0:
+            _save(partial / WEIGHTS, network.state_dict())
+            tensors, groups = _flat(optimizer)
+            _save(partial / OPTIMIZER, tensors)
+            sums = {path.name: _sum(path) for path in sorted(partial.iterdir())}
+            state = {"schema": SCHEMA, **position._asdict(), "groups": groups, "sums": sums}
+            files.write_json(partial / STATE, state)
+            files.flush_folder(partial)
+            files.remove(place)
+            partial.rename(place)
+            files.flush_folder(place.parent)
+            for old in steps_of(folder)[:-KEPT]:
+                files.remove(path_of(folder, old))
+    except (OSError, require("safetensors", "train").SafetensorError) as error:
+        _forget(partial)
+        told = "the disk is full" if "os error 28" in str(error) else files.explain(error)
+        last = [step for step in steps_of(folder) if step < position.step]
+        kept = f"the checkpoint of step {last[-1]:,} is whole" if last else "there is no earlier one"
+        raise Cause(
+            "a checkpoint must be written", f"that of step {position.step:,} was not: {told}", f"{kept}: see --resume"
+        ) from None
+
+
+def read(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int = 0) -> Position:
+    """Put a checkpoint into a model, an optimizer and torch's generators.
+
+    Raises:
+        Cause: files that are missing, damaged, or belong to another run; nothing is changed then.
+    """
+    place = path_of(folder, step)
+    state = files.read_json(place / STATE, _RULE)
+
+    def rule_broken(what: str) -> Cause:
+        return Cause(_RULE, f"{place}: {what}", "remove this folder to go on from the one before")
+
+    if state.pop("schema", None) != SCHEMA:
+        raise rule_broken("it is of another version")
+    try:
+        sums, groups = state.pop("sums"), state.pop("groups")
+        position = Position(**state)
+        if position.step != step or not isinstance(sums, dict) or not isinstance(groups, list):
+            raise TypeError("its description does not fit")
+    except (KeyError, TypeError) as error:
+        raise rule_broken(files.explain(error)) from None
+    for name in (WEIGHTS, OPTIMIZER, f"random-{rank}.safetensors"):
+        if not (place / name).is_file():
+            raise rule_broken(f"there is no {name}; it was written by {position.ranks} process(es)")
+        if _sum(place / name) != sums.get(name):
+            raise rule_broken(f"{name} is not what was written")
+    weights, moments = read_tensors(place / WEIGHTS), read_tensors(place / OPTIMIZER)
+    generators = read_tensors(place / f"random-{rank}.safetensors")
+    load_weights(network, weights, str(place / WEIGHTS))
+    try:
+        _restore(optimizer, moments, groups)
+    except (KeyError, ValueError, RuntimeError, TypeError, IndexError) as error:
+        raise rule_broken(files.explain(error)) from None
+    torch.set_rng_state(generators["cpu"])
+    if "cuda" in generators and torch.cuda.is_available():
+        torch.cuda.set_rng_state(generators["cuda"])
+    return position
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of safetensors.
+
+    Raises:
+        Cause: no file, or one that is damaged.
+    """
+    safetensors = require("safetensors", "train")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise Cause(
+            "weights must be a file of safetensors", f"{path}: {files.explain(error)}", "it is damaged"
+        ) from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of safetensors whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        files.write_whole(path, lambda partial: _save(partial, tensors))
+    except require("safetensors", "train").SafetensorError as error:
+        told = "the disk is full" if "os error 28" in str(error) else files.explain(error)
+        raise Cause("a file must be written", f"{path}: {told}", "make room, and see --resume") from None
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Copies, since safetensors refuses tensors that share memory, as tied weights do.
+    held = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    require("safetensors.torch", "train").save_file(held, str(path))
+    files.flush_file(path)
+
+
+def _forget(partial: Path) -> None:
+    try:
+        files.remove(partial)
+    except OSError:
+        return
+
+
+def _sum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _generators() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _flat(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return the tensors of an optimizer's state by name, and its groups as JSON can hold them."""
+    state = optimizer.state_dict()
+    tensors = {f"{number}.{name}": value for number, held in state["state"].items() for name, value in held.items()}
+    return tensors, [dict(group) for group in state["param_groups"]]
+
+
+def _restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: Sequence[dict[str, Any]]) -> None:
+    own = optimizer.state_dict()["param_groups"]
+    if [len(group["params"]) for group in own] != [len(group["params"]) for group in groups]:
+        raise ValueError("its optimizer has other weights")
+    held: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, _, key = name.partition(".")
+        held.setdefault(int(number), {})[key] = tensor
+    # JSON has lists where the optimizer has tuples.
+    restored = [{name: tuple(value) if name == "betas" else value for name, value in group.items()} for group in groups]
+    optimizer.load_state_dict({"state": held, "param_groups": restored})

@@ -1,0 +1,335 @@
+"""The loop: steps, checkpoints, evaluations on the way, and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from maskloss.distributed import step_totals
+from maskloss.errors import Cause
+from maskloss.lab import files
+from maskloss.lab.config import TrainConfig
+from maskloss.lab.data.problems import Problems
+from maskloss.lab.data.scenes import Batch, Plan, Scene, Source, batches, hashed
+from maskloss.lab.loop import checkpoint
+from maskloss.lab.loop.checkpoint import Position
+from maskloss.lab.loop.runfolder import SNAPSHOTS, Facts, Metrics
+from maskloss.lab.models.learners import Learner
+from maskloss.lab.results.evaluate import Evaluation, Judged, evaluate
+from maskloss.lab.results.inference import MOST, Prediction, Predictor
+from maskloss.lab.results.snapshots import take, write_snapshot
+
+if TYPE_CHECKING:
+    from maskloss.lab.loop.run import Listener
+
+# Steps that one line of metrics averages, and scenes that an evaluation during training looks at.
+LOG_EVERY, GLANCE = 10, 100
+# One step in so many is measured in its parts: to measure, a GPU has to be waited for.
+MEASURE_EVERY = 10
+# Snapshots of the points, as shares of the run.
+SNAPSHOT_AT = (0.02, 0.1, 0.3, 1.0)
+
+
+class Progress(NamedTuple):
+    """What a step reports: its number from 1, its loss terms, and images a second since the last report."""
+
+    step: int
+    terms: dict[str, float]
+    speed: float
+
+
+class Interrupted(Exception):
+    """A signal ended a run after a checkpoint.
+
+    Attributes:
+        step: of the checkpoint.
+        signal: its number.
+    """
+
+    def __init__(self, folder: Path, step: int, steps: int, number: int) -> None:
+        super().__init__(f"stopped at step {step:,} of {steps:,}; go on with: maskloss train --resume {folder}")
+        self.step, self.signal = step, number
+
+
+class Engine:
+    """A run in progress.
+
+    Args:
+        facts: of the run.
+        source: of the scenes.
+        learner: what is trained.
+        folder: of the run.
+        accelerator: of Accelerate.
+        listener: whom to tell.
+    """
+
+    def __init__(
+        self, facts: Facts, source: Source, learner: Learner, folder: Path, accelerator: Any, listener: Listener
+    ) -> None:
+        self.facts, self.source, self.folder = facts, source, folder
+        self.accelerator, self.listener = accelerator, listener
+        self.config: TrainConfig = facts.config
+        self.learner = learner.to(accelerator.device)
+        groups = learner.groups(self.config)
+        self.shares = [group.pop("share", 1.0) for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr or 0.0, betas=(0.9, 0.99))
+        self.model: nn.Module = accelerator.prepare_model(learner)
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        self.main = bool(accelerator.is_main_process)
+        self.plan = Plan(self.config.batch_size, self.config.accumulate, self.rank, self.ranks)
+        self.predictor = Predictor(
+            learner, self.config.size or 0, facts.tile, self.config.crop is not None, max(MOST, learner.num_queries)
+        )
+        self.seconds = 0.0
+        self.skipped: list[str] = []
+        self._pending: list[Tensor] = []
+        self._terms: list[str] = []
+        self._signal = 0
+
+    # ------------------------------------------------------------ the loop
+
+    def fit(self, begin: int | None) -> list[dict[str, Any]]:
+        """Take the steps that are left.
+
+        Args:
+            begin: the step of the checkpoint to go on from, 0 without one; None: this is a new run.
+
+        Returns:
+            The lines of metrics.jsonl.
+        """
+        config, begun = self.config, begin or 0
+        # What a model draws for itself, dropout above all; other on every process.
+        torch.manual_seed(hashed(config.seed, self.rank, 2))
+        if begun:
+            self._restore(begun)
+        self.metrics = Metrics(self.folder, None if begin is None else begun, self.main)
+        self.model.train()
+        self.accelerator.wait_for_everyone()
+        loaded = batches(
+            self.source, self.plan, config.seed, range(begun + 1, config.steps + 1), config.num_workers, self._pins
+        )
+        with self._signals(), contextlib.closing(loaded):  # type: ignore[type-var]
+            self._look_back(begun)
+            since, self._reported = time.perf_counter(), time.perf_counter()
+            for step in range(begun + 1, config.steps + 1):
+                self.learner.clock.running = step % MEASURE_EVERY == 0
+                with self.learner.clock.part("data"):
+                    micro = next(loaded)
+                self._pending.append(self._step(step, micro))
+                self.seconds += time.perf_counter() - since
+                if step % LOG_EVERY == 0 or step == config.steps:
+                    self._log(step)
+                stopped = self._asked_to_stop()
+                self._look_back(step)
+                stopped = stopped or self._asked_to_stop()
+                if stopped or step % config.checkpoint_every == 0 or step == config.steps:
+                    self._save(step)
+                if stopped and step < config.steps:
+                    raise Interrupted(self.folder, step, config.steps, self._signal or signal.SIGTERM)
+                since = time.perf_counter()
+        return self.metrics.lines
+
+    def _step(self, step: int, micro: list[Batch]) -> Tensor:
+        """Take one step, counted from 1, and return the loss and its terms on the device."""
+        config, clock = self.config, self.learner.clock
+        rate = (config.lr or 0.0) * schedule(step / config.steps, config.schedule, config.warmup)
+        for group, portion in zip(self.optimizer.param_groups, self.shares, strict=True):
+            group["lr"] = rate * portion
+        for text in (each for batch in micro for each in batch.skipped):
+            if text not in self.skipped:
+                self.skipped.append(text)
+                self.listener.skipped(text)
+        totals = step_totals(
+            [batch.masks.num_targets for batch in micro], self.learner.num_queries, device=self.accelerator.device
+        )
+        self.optimizer.zero_grad()
+        summed: dict[str, Tensor] = {}
+        for number, batch in enumerate(micro):
+            last = number == len(micro) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                moved = batch.to(self.accelerator.device)
+                losses = self.model(moved, totals, (config.seed << 32) + step)
+                with clock.backward():
+                    # Not the accelerator's own backward, which would divide by the micro-batches: the totals do that.
+                    scaler = self.accelerator.scaler
+                    (losses.total if scaler is None else scaler.scale(losses.total)).backward()
+            for name, value in {"total": losses.total.detach(), **losses.terms}.items():
+                summed[name] = summed[name] + value if name in summed else value
+        with clock.part("optimizer"):
+            self._update()
+        self._terms = list(summed)
+        return torch.stack([value.float() for value in summed.values()])
+
+    def _update(self) -> None:
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.learner.network.parameters(), self.config.clip)
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+
+    @property
+    def _pins(self) -> bool:
+        return bool(self.accelerator.device.type == "cuda")
+
+    # ------------------------------------------------------------ what happens on the way
+
+    def _log(self, step: int) -> None:
+        mean = torch.stack(self._pending).mean(0)
+        if self.ranks > 1:
+            mean = self.accelerator.reduce(mean, reduction="mean")
+        terms = dict(zip(self._terms, mean.tolist(), strict=True))
+        if not math.isfinite(terms["total"]) and self.accelerator.scaler is None:
+            raise Cause("the loss must stay finite", f"it is {terms['total']} at step {step:,}", "lower --lr")
+        count, self._pending = len(self._pending), []
+        self.metrics.add({"step": step, "lr": self.optimizer.param_groups[0]["lr"], **files.plain(terms)})
+        now = time.perf_counter()
+        self.listener.step(Progress(step, terms, count * self.config.batch_size / (now - self._reported)))
+        self._reported = now
+
+    def _look_back(self, step: int) -> None:
+        """Take a snapshot and glance at held-out scenes, where a step is due for them and has not had them."""
+        config = self.config
+        evaluate_at = {round(config.steps * part / config.evaluations) for part in range(config.evaluations + 1)}
+        snapshot_at = {max(1, round(config.steps * portion)) for portion in SNAPSHOT_AT}
+        if self.main and step in snapshot_at:
+            with self._quick():
+                shot = take(self.learner, self.source, step)
+                write_snapshot(self.folder / SNAPSHOTS, shot)
+        if step in evaluate_at and not self.metrics.has(step, "held_out"):
+            scores = self.evaluate(most=GLANCE, stopped=lambda: bool(self._signal))
+            if scores is not None:
+                self.metrics.add({"step": step, "held_out": scores.as_dict()})
+                if step:
+                    self.listener.evaluation((step, scores))
+            self._reported = time.perf_counter()
+
+    def evaluate(
+        self,
+        each: Callable[[int, Scene, Prediction], None] = lambda *_: None,
+        most: int | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Evaluation | None:
+        """Score the model on held-out scenes, all of them or the first ones; None if it was stopped."""
+        scenes = self.source.held_out if most is None else self.source.held_out[:most]
+        problems = Problems(self.config.on_error)
+        with self._quick():
+            scores = evaluate(
+                self.predictor,
+                scenes,
+                self.source.class_names,
+                one_class_maps=self.source.one_class_maps,
+                problems=problems,
+                share=(self.rank, self.ranks),
+                gather=self._gather,
+                each=each,
+                # All processes or none: the others would wait for one that has left.
+                stopped=stopped if self.ranks == 1 else lambda: False,
+            )
+        self.skipped += [text for text in problems.skipped if text not in self.skipped]
+        return scores
+
+    def _gather(self, judged: list[Judged]) -> list[Judged]:
+        if self.ranks == 1:
+            return judged
+        parts: list[Any] = [None] * self.ranks
+        torch.distributed.all_gather_object(parts, judged)
+        return [one for part in parts for one in part]
+
+    @contextlib.contextmanager
+    def _quick(self) -> Iterator[None]:
+        """Leave torch's generator as it is, and nothing to differentiate."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), self.accelerator.autocast():
+            yield
+
+    # ------------------------------------------------------------ checkpoints, signals
+
+    def _save(self, step: int) -> None:
+        scaler = self.accelerator.scaler
+        if self.main:
+            files.flush_file(self.metrics.path)  # a checkpoint must not survive a power cut without its metrics
+        pending = torch.stack(self._pending).tolist() if self._pending else []
+        position = Position(
+            step=step,
+            seconds=self.seconds,
+            clock=dict(self.learner.clock.seconds),
+            scaler={} if scaler is None else scaler.state_dict(),
+            pending=pending,
+            terms=self._terms,
+            ranks=self.ranks,
+        )
+        checkpoint.write(
+            self.folder,
+            position,
+            self.learner.network,
+            self.optimizer,
+            rank=self.rank,
+            wait=self.accelerator.wait_for_everyone,
+        )
+
+    def _restore(self, step: int) -> None:
+        position = checkpoint.read(self.folder, step, self.learner.network, self.optimizer, rank=self.rank)
+        self.seconds = position.seconds
+        self.learner.clock.seconds.update(position.clock)
+        if position.scaler:
+            self.accelerator.scaler.load_state_dict(position.scaler)
+        # Single precision goes through JSON and back without loss.
+        self._pending = list(torch.tensor(position.pending, device=self.accelerator.device).unbind())
+        self._terms = position.terms
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM end the run after the step that is being taken; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, _: FrameType | None) -> None:
+            if self._signal:
+                raise KeyboardInterrupt
+            self._signal = number
+            self.listener.note("Stopping after this step (again: at once)")
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _asked_to_stop(self) -> bool:
+        """Tell whether any process was asked to stop: all have to stop after the same step."""
+        if self.ranks == 1:
+            return bool(self._signal)
+        asked = torch.tensor(float(bool(self._signal)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+
+
+def schedule(progress: float, kind: str = "cosine", warmup: float = 0.05) -> float:
+    """Return the learning rate as a share of the highest one: a linear rise, and then what `kind` says.
+
+    Args:
+        progress: share of the steps that are taken, in (0, 1].
+        kind: "cosine" and "linear" fall to zero, "constant" stays.
+        warmup: share of the steps in which it rises.
+    """
+    if progress < warmup:
+        return progress / warmup
+    gone = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    if kind == "linear":
+        return 1 - gone
+    return 1.0 if kind == "constant" else 0.5 * (1 + math.cos(math.pi * gone))

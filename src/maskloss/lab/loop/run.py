@@ -1,0 +1,357 @@
+"""The training run: from a configuration to a folder with a trained model, its scores and its report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from maskloss.criterion import MaskCriterion
+from maskloss.errors import Cause, require
+from maskloss.lab import files
+from maskloss.lab.config import COMPACT, TrainConfig
+from maskloss.lab.data.digits import DigitScenes
+from maskloss.lab.data.folder import FolderScenes
+from maskloss.lab.data.scenes import Source
+from maskloss.lab.loop import checkpoint
+from maskloss.lab.loop.engine import Engine, Interrupted, Progress
+from maskloss.lab.loop.runfolder import (
+    MODEL,
+    REPORT,
+    SNAPSHOTS,
+    SUMMARY,
+    Facts,
+    claimed,
+    read_facts,
+    reopened,
+    weights_path,
+)
+from maskloss.lab.models import learners, pretrained
+from maskloss.lab.models.learners import CompactLearner, Learner
+from maskloss.lab.results import report
+from maskloss.lab.results.evaluate import Evaluation
+from maskloss.lab.results.gallery import Gallery
+from maskloss.lab.results.snapshots import hardest, read_snapshots
+from maskloss.points import PointSampling
+
+__all__ = ["Interrupted", "Listener", "Progress", "Result", "open_source", "resume", "train"]
+
+DIGIT_SIZE = 64
+# Instances with a high loss that the report shows.
+HARDEST = 6
+
+
+class Listener(NamedTuple):
+    """Whom a run tells what happens; each is called with one argument.
+
+    Attributes:
+        facts: what the data and the model are, before training starts.
+        begin: the steps that are taken already, and those of the whole run.
+        step: a step's progress.
+        evaluation: a step, and the scores after it.
+        note: what is being done.
+        skipped: a broken image that was left out.
+    """
+
+    facts: Callable[[list[tuple[str, str]]], None]
+    begin: Callable[[tuple[int, int]], None]
+    step: Callable[[Progress], None]
+    evaluation: Callable[[tuple[int, Evaluation]], None]
+    note: Callable[[str], None]
+    skipped: Callable[[str], None]
+
+    @staticmethod
+    def silent() -> Listener:
+        """Return one that does nothing."""
+        return Listener(*[lambda _: None] * 6)
+
+
+class Result(NamedTuple):
+    """What a run leaves behind."""
+
+    folder: Path
+    files: list[Path]
+    evaluation: Evaluation
+    seconds: float
+
+
+class Prepared(NamedTuple):
+    """What a run begins with."""
+
+    facts: Facts
+    source: Source
+    learner: Learner
+
+
+def open_source(config: TrainConfig, size: int | None = None) -> Source:
+    """Open the scenes that a configuration names.
+
+    Raises:
+        Cause: a folder that cannot be used; the message says why.
+    """
+    if config.data is None:
+        return DigitScenes(config.size or size or DIGIT_SIZE, config.held_out)
+    return FolderScenes(
+        config.data,
+        config.size or size,
+        crop=config.crop,
+        format=config.format,
+        normalize=config.normalize,
+        augment=config.augment,
+        on_error=config.on_error,
+    )
+
+
+def train(config: TrainConfig, folder: Path, listener: Listener, *, overwrite: bool = False) -> Result:
+    """Train, evaluate, and write everything into a new folder.
+
+    On one machine, the same configuration writes the same metrics and the same weights, bit for bit.
+
+    Args:
+        config: what to do.
+        folder: where to write; must not exist, or be empty.
+        listener: whom to tell.
+        overwrite: replace a run that is in the folder.
+
+    Raises:
+        MaskLossError: a folder in use, scenes that cannot be read, or a loss that is not finite.
+        Interrupted: a signal ended it; there is a checkpoint.
+        MissingExtraError: a package of the extra `train` is not installed.
+    """
+    with _accelerator(config) as accelerator:
+        main = accelerator.is_main_process
+        with claimed(folder, overwrite=overwrite) if main else contextlib.nullcontext():
+            prepared = _prepare(config, accelerator.num_processes)
+            if main:
+                prepared.facts.write(folder)
+                prepared.learner.save_description(folder / MODEL)
+            return _run(prepared, folder, listener, accelerator, None)
+
+
+def resume(folder: Path, listener: Listener, *, device: str | None = None) -> Result:
+    """Go on with an interrupted run, to the weights that the undisturbed run would have reached.
+
+    Args:
+        folder: of the run.
+        listener: whom to tell.
+        device: where to go on; default: as before.
+
+    Raises:
+        MaskLossError: no run, one that is finished or in use, or a checkpoint that is damaged.
+    """
+    facts = read_facts(folder)
+    if (folder / SUMMARY).is_file():
+        raise Cause(
+            "only a run that was interrupted can be resumed", f"{folder} is finished", f"open {folder / REPORT}"
+        )
+    config = facts.config if device is None else dataclasses.replace(facts.config, device=device)
+    with _accelerator(config) as accelerator:
+        if accelerator.num_processes != facts.ranks:
+            raise Cause(
+                "a run must be resumed with as many processes as it began with",
+                f"{folder} had {facts.ranks}, there are {accelerator.num_processes}",
+                "which images a process takes depends on it",
+            )
+        with reopened(folder) if accelerator.is_main_process else contextlib.nullcontext():
+            prepared = _prepare(config, facts.ranks, folder)
+            if prepared.facts.classes != facts.classes:
+                raise Cause("the data must have the classes of the run", f"{config.data} has others", "see run.json")
+            steps = checkpoint.steps_of(folder)
+            return _run(prepared, folder, listener, accelerator, steps[-1] if steps else 0)
+
+
+def _prepare(config: TrainConfig, ranks: int, folder: Path | None = None) -> Prepared:
+    """Read the data and build the model; nothing is written."""
+    if config.batch_size % (config.accumulate * ranks):
+        raise Cause(
+            "--batch-size must be a multiple of --accumulate times the number of processes",
+            f"got {config.batch_size}, {config.accumulate} and {ranks}",
+            "it counts the images of a whole step",
+        )
+    if config.model == COMPACT:
+        source = open_source(config)
+        config = learners.resolve(config, source.most_instances, ranks)
+        learner: Learner = CompactLearner(config, len(source.class_names), source.channels)
+    else:
+        model = folder / MODEL if folder is not None else None
+        card = pretrained.read_description(model) if model else pretrained.read_card(config.model)
+        source = open_source(config, card.size)
+        if source.channels != 3:
+            raise Cause(
+                "images for a pretrained model must have three channels",
+                f"these have {source.channels}",
+                "convert them",
+            )
+        config = pretrained.resolve(config, card, source.most_instances)
+        learner = pretrained.PretrainedLearner(config, card, source.class_names, pretrained=folder is None)
+    reading = source.reading if isinstance(source, FolderScenes) else None
+    size = reading.size if reading else config.size or DIGIT_SIZE
+    facts = Facts(
+        # Absolute, so that the run can be used from elsewhere.
+        config=dataclasses.replace(config, size=size, data=config.data and str(Path(config.data).absolute())),
+        classes=list(source.class_names),
+        category_ids=list(source.category_ids),
+        channels=source.channels,
+        percentile=bool(reading and reading.percentile),
+        tile=config.crop or (source.largest if isinstance(source, FolderScenes) else size),
+        one_class_maps=source.one_class_maps,
+        ranks=ranks,
+    )
+    return Prepared(facts, source, learner)
+
+
+def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any, begin: int | None) -> Result:
+    """Train from where the run is, and write what a finished run has."""
+    started = time.perf_counter()
+    facts, source, learner = prepared
+    main = accelerator.is_main_process
+    if not main:
+        listener = Listener.silent()
+    listener.facts([*source.facts, ("model", learner.describe()), ("run", _describe(facts))])
+    listener.begin((begin or 0, facts.config.steps))
+    with _threads(facts.config.threads), torch.random.fork_rng(devices=[]):
+        engine = Engine(facts, source, learner, folder, accelerator, listener)
+        history = engine.fit(begin)
+        listener.note("Looking at all held-out images")
+        gallery = Gallery()
+        evaluation = engine.evaluate(gallery.keep)
+        assert evaluation is not None
+    if main:
+        _save_model(folder, facts.config, learner)
+        listener.note("Drawing the report")
+        summary = {
+            "evaluation": evaluation.as_dict(),
+            "weights": learners.count_weights(learner),
+            "model": learner.describe(),
+            "data": dict(source.facts),
+            "skipped": engine.skipped,
+            "training_seconds": round(engine.seconds, 1),
+            "images_per_second": round(facts.config.steps * facts.config.batch_size / max(engine.seconds, 1e-9), 1),
+            "time_shares": {name: round(value, 4) for name, value in learner.clock.shares().items()},
+            "machine": _machine(facts, accelerator),
+        }
+        shots = read_snapshots(folder / SNAPSHOTS, facts.config.steps)
+        made_of = report.Material(
+            facts,
+            source.title,
+            summary,
+            evaluation,
+            history,
+            gallery.shown,
+            shots,
+            source.probe(shots[-1].scene) if shots else None,
+            hardest(learner, source, facts.config.steps, HARDEST),
+        )
+        written = report.write(folder, made_of)
+        # Last: with it the run is finished.
+        files.write_json(folder / SUMMARY, summary)
+    accelerator.wait_for_everyone()
+    paths = [*written, weights_path(folder, facts.config), folder / SUMMARY] if main else []
+    return Result(folder, paths, evaluation, time.perf_counter() - started)
+
+
+def _save_model(folder: Path, config: TrainConfig, learner: Learner) -> None:
+    path = weights_path(folder, config)
+    path.parent.mkdir(exist_ok=True)
+    checkpoint.save_tensors(path, learner.network.state_dict())
+
+
+def load_learner(folder: Path, facts: Facts, device: torch.device) -> Learner:
+    """Build the model of a run, with the weights that it has reached.
+
+    Raises:
+        Cause: no weights, or weights that are damaged.
+    """
+    path = weights_path(folder, facts.config)
+    if not path.is_file():
+        steps = checkpoint.steps_of(folder)
+        if not steps:
+            raise Cause("a run must have weights", f"{folder} has no checkpoint yet", "wait for the first one")
+        path = checkpoint.path_of(folder, steps[-1]) / "model.safetensors"
+    if facts.config.model == COMPACT:
+        learner: Learner = CompactLearner(facts.config, len(facts.classes), facts.channels)
+    else:
+        card = pretrained.read_description(folder / MODEL)
+        learner = pretrained.PretrainedLearner(facts.config, card, facts.classes, pretrained=False)
+    learners.load_weights(learner.network, checkpoint.read_tensors(path), str(path))
+    return learner.to(device)
+
+
+@contextlib.contextmanager
+def _accelerator(config: TrainConfig) -> Iterator[Any]:
+    """Set up devices and processes, and take them down again.
+
+    Accelerate does it: torchrun and its own launcher, gloo and NCCL, mixed precision and loss scaling on every kind of
+    device, in a few megabytes of plain Python that Transformers' Trainer rests on too.
+    """
+    accelerate = require("accelerate", "train")
+    state = require("accelerate.state", "train")
+    device = config.torch_device
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    handlers = [
+        accelerate.DistributedDataParallelKwargs(find_unused_parameters=config.model != COMPACT),
+    ]
+    accelerator = accelerate.Accelerator(
+        cpu=device.type == "cpu", mixed_precision=config.precision, kwargs_handlers=handlers
+    )
+    try:
+        yield accelerator
+        accelerator.end_training()
+    finally:
+        # Another run of this process may have other settings.
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _describe(facts: Facts) -> str:
+    config = facts.config
+    parts = [f"{config.steps:,} steps of {config.batch_size} images"]
+    if config.accumulate > 1:
+        parts.append(f"{config.accumulate} micro-batches")
+    if facts.ranks > 1:
+        parts.append(f"{facts.ranks} processes")
+    if config.precision != "no":
+        parts.append(config.precision)
+    return ", ".join([*parts, f"learning rate {config.lr:g}", f"seed {config.seed}"])
+
+
+def _machine(facts: Facts, accelerator: Any) -> dict[str, Any]:
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "processor": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "processes": facts.ranks,
+        "threads": facts.config.threads or torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def criterion_of(learner: Learner, num_classes: int) -> MaskCriterion:
+    """Return the criterion of a learner; for a model of Transformers one with the settings of its configuration."""
+    if isinstance(learner, CompactLearner):
+        return learner.criterion
+    config: Any = learner.network.config
+    return MaskCriterion(
+        num_classes,
+        class_weight=config.class_weight,
+        mask_weight=config.mask_weight,
+        dice_weight=config.dice_weight,
+        no_object_weight=config.no_object_weight,
+        sampling=PointSampling(config.train_num_points, config.oversample_ratio, config.importance_sample_ratio),
+    )

@@ -1,0 +1,191 @@
+"""The folder of a run: what lies in it, who may write to it, and what an interrupted run leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maskloss.errors import Cause
+from maskloss.lab import files
+from maskloss.lab.config import COMPACT, TrainConfig
+from maskloss.lab.files import read_json
+
+RUN, METRICS, SUMMARY, REPORT = "run.json", "metrics.jsonl", "summary.json", "report.html"
+WEIGHTS, MODEL = "model.safetensors", "model"
+CHECKPOINTS, SNAPSHOTS, PICTURES, TENSORBOARD = "checkpoints", "snapshots", "pictures", "tensorboard"
+_OURS = frozenset(
+    {RUN, METRICS, SUMMARY, REPORT, WEIGHTS, MODEL, CHECKPOINTS, SNAPSHOTS, PICTURES, TENSORBOARD, files.LOCK}
+)
+_RULE = "--out must be a new folder, or an empty one"
+SCHEMA = 1
+
+
+class Facts(NamedTuple):
+    """What `run.json` says: all that is needed to use a trained model, beside its weights.
+
+    Attributes:
+        config: the options, resolved.
+        classes: names, in the order of the labels.
+        category_ids: their numbers in COCO results.
+        channels: of the images.
+        percentile: whether 8-bit images are stretched between percentiles.
+        tile: side of the squares into which larger images are cut, pixels.
+        one_class_maps: whether the data are label maps of one class.
+        ranks: processes that the run began with.
+    """
+
+    config: TrainConfig
+    classes: list[str]
+    category_ids: list[int]
+    channels: int
+    percentile: bool
+    tile: int
+    one_class_maps: bool
+    ranks: int
+
+    def write(self, folder: Path) -> None:
+        """Write run.json."""
+        content = self._asdict() | {"config": self.config.as_dict(), "schema": SCHEMA}
+        files.write_json(folder / RUN, content)
+
+
+def read_facts(folder: Path) -> Facts:
+    """Read run.json.
+
+    Raises:
+        Cause: no run in this folder, or a run of another version.
+    """
+    rule = "a run must be a folder that maskloss train wrote"
+    if not (folder / RUN).is_file():
+        raise Cause(rule, f"{folder} has no {RUN}" if folder.is_dir() else f"there is no folder {folder}", "check it")
+    content = read_json(folder / RUN, rule)
+    if content.pop("schema", None) != SCHEMA:
+        raise Cause(rule, f"{folder / RUN} is of another version", "train again, or use that version")
+    try:
+        config = TrainConfig.from_dict(content.pop("config"))
+        # Where a model was trained is not where it has to be used.
+        facts = Facts(config, **content)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise Cause(rule, f"{folder / RUN}: {files.explain(error)}", "it was changed by hand") from None
+    fits = (
+        isinstance(facts.classes, list)
+        and facts.classes
+        and all(isinstance(name, str) for name in facts.classes)
+        and isinstance(facts.category_ids, list)
+        and len(facts.category_ids) == len(facts.classes)
+        and all(isinstance(number, int) and number > 0 for number in (facts.channels, facts.tile, facts.ranks))
+    )
+    if not fits:
+        raise Cause(rule, f"{folder / RUN} holds values of the wrong kind", "it was changed by hand")
+    return facts
+
+
+def weights_path(folder: Path, config: TrainConfig) -> Path:
+    """Return where a finished run keeps its weights; those of Transformers can be loaded by from_pretrained."""
+    return folder / WEIGHTS if config.model == COMPACT else folder / MODEL / WEIGHTS
+
+
+@contextmanager
+def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
+    """Hold a folder for a new run, and leave nothing of it that would be in the way if the run gets nowhere.
+
+    Raises:
+        Cause: the folder holds anything else, or a run, or is in use.
+    """
+    made = files.make_folder(folder, "--out")
+    try:
+        with files.locked(folder):
+            _make_room(folder, overwrite)
+            try:
+                yield
+            except BaseException:
+                if not holds_work(folder):
+                    clear(folder)
+                raise
+    finally:
+        files.unmake(made)
+
+
+@contextmanager
+def reopened(folder: Path) -> Iterator[None]:
+    """Hold the folder of an interrupted run.
+
+    Raises:
+        Cause: it is in use, or cannot be written to.
+    """
+    files.make_folder(folder, "--resume")
+    with files.locked(folder):
+        yield
+
+
+def holds_work(folder: Path) -> bool:
+    """Tell whether a run has come to anything worth keeping."""
+    from maskloss.lab.loop.checkpoint import steps_of
+
+    return bool(steps_of(folder)) or (folder / WEIGHTS).exists() or (folder / MODEL / WEIGHTS).exists()
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run writes, and nothing else."""
+    for name in _OURS - {files.LOCK}:
+        files.remove(folder / name)
+    for partial in folder.glob(f".*{files.PARTIAL}"):
+        files.remove(partial)
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if name not in _OURS and not name.endswith(files.PARTIAL)]
+    if foreign:
+        raise Cause(_RULE, f"{folder} is in use: it holds {foreign[0]}", "name another one with --out")
+    if holds_work(folder) and not overwrite:
+        raise Cause(
+            _RULE,
+            f"{folder} is in use: it holds a run",
+            f"go on with --resume {folder}, take another folder, or replace it with --overwrite",
+        )
+    clear(folder)
+
+
+class Metrics:
+    """The lines of metrics.jsonl.
+
+    Args:
+        folder: of the run.
+        last: the last step to keep of what is there; None: nothing is kept.
+        writes: whether this process writes the file.
+    """
+
+    def __init__(self, folder: Path, last: int | None, writes: bool) -> None:
+        self.path, self.writes = folder / METRICS, writes
+        self.lines: list[dict[str, Any]] = []
+        if last is not None and self.path.is_file():
+            self.lines = [line for line in _read_lines(self.path) if line["step"] <= last]
+        if writes:
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            files.write_whole(self.path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Add a line; the file is complete after each."""
+        self.lines.append(dict(line))
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps(line) + "\n")
+
+    def has(self, step: int, key: str) -> bool:
+        """Tell whether a step has a line with this key."""
+        return any(line["step"] == step and key in line for line in self.lines)
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the lines that are complete: the last one may have been cut off."""
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield line

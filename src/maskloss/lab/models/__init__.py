@@ -1,0 +1,1 @@
+"""Models: what a run trains, each behind one interface."""

@@ -1,0 +1,1 @@
+"""Results: predictions, scores, pictures and the report."""

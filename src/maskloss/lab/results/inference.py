@@ -1,0 +1,326 @@
+"""From logits to instances of an image, whatever its size: whole images, or tiles whose instances are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from maskloss.lab.data.scenes import fit
+from maskloss.lab.models.learners import Learner, Output
+
+# A prediction of at least this score counts as found: in pictures, label maps and mean IoU. AP needs no such threshold.
+FOUND = 0.5
+# Instances of an image that are kept, as COCO's evaluation does, unless an image can have more.
+MOST = 100
+# Tiles overlap by this share of their side; an image that is larger than a tile by less than this factor is not cut.
+OVERLAP, SLACK = 0.25, 1.5
+# In the region that two tiles share, two instances of this IoU are one.
+SAME = 0.5
+# What a tile's edge cut off gives way to whole instances of other tiles that cover this share of it.
+INSIDE = 0.75
+# An instance of which better ones leave less than this share is left out of a label map.
+VISIBLE = 0.5
+# Masks that are enlarged at once.
+_CHUNK = 16
+
+Mask = NDArray[np.bool_]
+
+
+class Instance(NamedTuple):
+    """Something that was found.
+
+    Attributes:
+        top: of the box, pixels of the image.
+        left: of the box.
+        mask: bool, the pixels of the box.
+        label: its class.
+        score: in [0, 1].
+    """
+
+    top: int
+    left: int
+    mask: Mask
+    label: int
+    score: float
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Top, left, bottom, right."""
+        return self.top, self.left, self.top + self.mask.shape[0], self.left + self.mask.shape[1]
+
+    def whole(self, height: int, width: int) -> Mask:
+        """Return the mask of the whole image."""
+        out = np.zeros((height, width), dtype=bool)
+        top, left, bottom, right = self.box
+        out[top:bottom, left:right] = self.mask
+        return out
+
+
+class Prediction(NamedTuple):
+    """What a model found in one image, best first.
+
+    Attributes:
+        height: of the image.
+        width: of the image.
+        instances: found in it.
+    """
+
+    height: int
+    width: int
+    instances: list[Instance]
+
+    def label_map(self, threshold: float = FOUND) -> NDArray[np.int32]:
+        """Number the instances that score at least `threshold`, from 1; where they overlap, the best one wins."""
+        out = np.zeros((self.height, self.width), dtype=np.int32)
+        count = 0
+        for instance in self.instances:
+            if instance.score < threshold:
+                break
+            top, left, bottom, right = instance.box
+            there = out[top:bottom, left:right]
+            free = instance.mask & (there == 0)
+            if free.sum() >= VISIBLE * instance.mask.sum():
+                count += 1
+                there[free] = count
+        return out
+
+
+class Tile(NamedTuple):
+    """A square part of an image."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+
+class Predictor:
+    """Predicts images of any size.
+
+    Args:
+        learner: the model.
+        size: side of the square that the model sees, pixels.
+        tile: side of the squares into which larger images are cut, pixels of the image.
+        cut: whether any image larger than a tile is cut, as where a model was trained on crops; else only images that
+            are much larger.
+        most: instances of an image that are kept.
+    """
+
+    def __init__(self, learner: Learner, size: int, tile: int, cut: bool, most: int = MOST) -> None:
+        self.learner, self.size, self.tile, self.cut, self.most = learner, size, tile, cut, most
+
+    def tiles(self, height: int, width: int) -> list[Tile]:
+        """Cut an image of this size; one tile if it is not to be cut."""
+        longest = max(height, width)
+        if longest <= self.tile * (1 if self.cut else SLACK):
+            return [Tile(0, 0, height, width)]
+        return [
+            Tile(top, left, min(top + self.tile, height), min(left + self.tile, width))
+            for top in _starts(height, self.tile)
+            for left in _starts(width, self.tile)
+        ]
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
+        """Predict images, each `[C, H, W]` in [0, 1], with the model as it is in evaluation."""
+        jobs = [(number, tile) for number, image in enumerate(images) for tile in self.tiles(*image.shape[1:])]
+        found: list[list[tuple[Tile, list[Instance]]]] = [[] for _ in images]
+        training = self.learner.training
+        self.learner.eval()
+        at_once = max(1, (1 << 20) // self.size**2)
+        try:
+            for start in range(0, len(jobs), at_once):
+                some = jobs[start : start + at_once]
+                for (number, tile), instances in zip(some, self._look(images, some), strict=True):
+                    found[number].append((tile, instances))
+        finally:
+            self.learner.train(training)
+        out = []
+        for image, parts in zip(images, found, strict=True):
+            instances = parts[0][1] if len(parts) == 1 else merge(parts)
+            instances.sort(key=lambda each: -each.score)
+            most = self.most * len(parts)
+            out.append(Prediction(int(image.shape[1]), int(image.shape[2]), instances[:most]))
+        return out
+
+    def _look(self, images: Sequence[Tensor], jobs: Sequence[tuple[int, Tile]]) -> list[list[Instance]]:
+        inputs, windows, frames = [], [], []
+        for number, (top, left, bottom, right) in jobs:
+            part = images[number][:, top:bottom, left:right]
+            height, width = part.shape[1:]
+            whole = len(self.tiles(*images[number].shape[1:])) == 1
+            frame = max(height, width) if whole and not self.cut else max(height, width, self.tile)
+            inputs.append(fit(part, frame, self.size))
+            windows.append([0.0, 0.0, width / frame, height / frame])
+            frames.append(frame)
+        device = next(self.learner.network.parameters()).device
+        output = self.learner.predict(torch.stack(inputs).to(device), torch.tensor(windows, device=device))
+        out = []
+        for place, (job, frame) in enumerate(zip(jobs, frames, strict=True)):
+            tile = job[1]
+            size = (tile.bottom - tile.top, tile.right - tile.left)
+            one = Output(output.class_logits[place], output.mask_logits[place])
+            out.append(decode(one, frame, size, (tile.top, tile.left), self.most))
+        return out
+
+
+def decode(
+    output: Output, frame: int, size: tuple[int, int], offset: tuple[int, int] = (0, 0), most: int = MOST
+) -> list[Instance]:
+    """Turn the logits of one image into instances, one for each query with a mask that is not empty, best first.
+
+    The score is the probability of the best class times the mean probability of the pixels inside the mask, as in
+    Mask2Former. Masks are enlarged to the frame and cut to the image.
+
+    Args:
+        output: class logits `[Q, C + 1]`, mask logits `[Q, h, w]`.
+        frame: side of the square that the logits cover, pixels of the image.
+        size: height and width of the image, in the top left corner of the frame.
+        offset: top and left of it within a larger image.
+        most: queries to look at, the most probable ones.
+    """
+    probability, labels = output.class_logits.float().softmax(-1)[:, :-1].max(-1)
+    order = probability.argsort(descending=True, stable=True)[:most]
+    instances = []
+    for start in range(0, len(order), _CHUNK):
+        chosen = order[start : start + _CHUNK]
+        logits = output.mask_logits[chosen].float()
+        sharp = interpolate(logits[None], (frame, frame), mode="bilinear")[0, :, : size[0], : size[1]]
+        masks = sharp > 0
+        area = masks.flatten(1).sum(1)
+        certainty = (sharp.sigmoid() * masks).flatten(1).sum(1) / area.clamp(min=1)
+        scores = (probability[chosen] * certainty).cpu().tolist()
+        for mask, label, score, pixels in zip(
+            masks.cpu().numpy(), labels[chosen].tolist(), scores, area.tolist(), strict=True
+        ):
+            if pixels:
+                instances.append(cropped(mask, label, score, offset))
+    instances.sort(key=lambda each: -each.score)
+    return instances
+
+
+def cropped(mask: Mask, label: int, score: float = 1.0, offset: tuple[int, int] = (0, 0)) -> Instance:
+    """Cut a mask `[H, W]` that is not empty down to its box; `offset` is where it lies in a larger image."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, left = int(rows[0]), int(columns[0])
+    inside = mask[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].copy()
+    return Instance(top + offset[0], left + offset[1], inside, label, score)
+
+
+def _starts(length: int, tile: int) -> list[int]:
+    """Place tiles along a side, evenly and with at least the usual overlap."""
+    if length <= tile:
+        return [0]
+    count = 1 + -(-(length - tile) // max(1, round(tile * (1 - OVERLAP))))
+    return [round(place * (length - tile) / (count - 1)) for place in range(count)]
+
+
+def merge(parts: Sequence[tuple[Tile, list[Instance]]]) -> list[Instance]:
+    """Merge the instances of overlapping tiles.
+
+    An instance that no edge of its tile cuts is whole: of those that agree where both tiles look, the best one stays,
+    and what was cut gives way to it. What is left was cut in every tile: pieces that agree are joined.
+
+    Args:
+        parts: each tile and what was found in it.
+    """
+    flat = [(tile, instance) for tile, instances in parts for instance in instances]
+    flat.sort(key=lambda each: -each[1].score)
+    bottom, right = (max(tile[side] for tile, _ in parts) for side in (2, 3))
+    pieces = [_is_cut(instance, tile, bottom, right) for tile, instance in flat]
+    boxes = np.array([instance.box for _, instance in flat], dtype=np.int64).reshape(-1, 4)
+    kept: list[int] = []
+    for number, piece in enumerate(pieces):
+        if not piece and not any(_agree(flat[number], flat[other]) for other in _near(boxes, number, kept)):
+            kept.append(number)
+    cut = [
+        number
+        for number, piece in enumerate(pieces)
+        if piece and not _is_covered(flat[number], [flat[other] for other in _near(boxes, number, kept)])
+    ]
+    group = {number: number for number in cut}
+
+    def root(number: int) -> int:
+        while group[number] != number:
+            number = group[number]
+        return number
+
+    for place, number in enumerate(cut):
+        for other in _near(boxes, number, cut[:place]):
+            if _agree(flat[number], flat[other]):
+                group[root(number)] = root(other)
+    members: dict[int, list[Instance]] = {}
+    for number in cut:
+        members.setdefault(root(number), []).append(flat[number][1])
+    return [flat[number][1] for number in kept] + [_union(each) for each in members.values()]
+
+
+def _near(boxes: NDArray[Any], number: int, others: Sequence[int]) -> list[int]:
+    """Return those of the others whose boxes overlap."""
+    some, (top, left, bottom, right) = boxes[list(others)].reshape(-1, 4), boxes[number]
+    inside = (some[:, 0] < bottom) & (some[:, 2] > top) & (some[:, 1] < right) & (some[:, 3] > left)
+    return [others[int(place)] for place in np.flatnonzero(inside)]
+
+
+def _overlap(one: Sequence[int], other: Sequence[int]) -> tuple[int, int, int, int] | None:
+    top, left = max(one[0], other[0]), max(one[1], other[1])
+    bottom, right = min(one[2], other[2]), min(one[3], other[3])
+    return (top, left, bottom, right) if top < bottom and left < right else None
+
+
+def _agree(one: tuple[Tile, Instance], other: tuple[Tile, Instance]) -> bool:
+    """Tell whether what two tiles saw is one instance, by the region that both of them see."""
+    (tile, instance), (its_tile, its_instance) = one, other
+    shared = None if tile == its_tile else _overlap(tile, its_tile)
+    if shared is None or instance.label != its_instance.label:
+        return False
+    mine, its = _window(instance, shared), _window(its_instance, shared)
+    both = int((mine & its).sum())
+    return both > SAME * (int(mine.sum()) + int(its.sum()) - both)
+
+
+def _is_covered(piece: tuple[Tile, Instance], wholes: Sequence[tuple[Tile, Instance]]) -> bool:
+    """Tell whether whole instances that other tiles saw cover most of what was cut off, each or together."""
+    tile, instance = piece
+    others = [each for its_tile, each in wholes if its_tile != tile and each.label == instance.label]
+    covered = np.logical_or.reduce([_window(each, instance.box) for each in others]) if others else np.False_
+    return int((instance.mask & covered).sum()) > INSIDE * int(instance.mask.sum())
+
+
+def _is_cut(instance: Instance, tile: Tile, bottom: int, right: int) -> bool:
+    """Tell whether an instance ends at an edge of its tile that is no edge of the image."""
+    inner = (tile.top > 0, tile.left > 0, tile.bottom < bottom, tile.right < right)
+    return any(there and mine == edge for there, mine, edge in zip(inner, instance.box, tile, strict=True))
+
+
+def _window(instance: Instance, region: tuple[int, int, int, int]) -> Mask:
+    """Return the part of a mask that lies in a region."""
+    top, left, bottom, right = region
+    out = np.zeros((bottom - top, right - left), dtype=bool)
+    part = _overlap(instance.box, region)
+    if part is not None:
+        y0, x0, y1, x1 = part
+        out[y0 - top : y1 - top, x0 - left : x1 - left] = instance.mask[
+            y0 - instance.top : y1 - instance.top, x0 - instance.left : x1 - instance.left
+        ]
+    return out
+
+
+def _union(members: Sequence[Instance]) -> Instance:
+    if len(members) == 1:
+        return members[0]
+    boxes = np.array([each.box for each in members])
+    top, left = (int(side) for side in boxes[:, :2].min(0))
+    bottom, right = (int(side) for side in boxes[:, 2:].max(0))
+    mask = np.zeros((bottom - top, right - left), dtype=bool)
+    for each in members:
+        y0, x0, y1, x1 = each.box
+        mask[y0 - top : y1 - top, x0 - left : x1 - left] |= each.mask
+    best = max(members, key=lambda each: each.score)
+    return Instance(top, left, mask, best.label, best.score)

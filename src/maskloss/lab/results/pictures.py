@@ -1,0 +1,335 @@
+"""The pictures of a run: predictions beside the truth, the points that the loss chose, and curves.
+
+Each is small and carries no caption: the report sets them side by side and writes its text itself, so that both can be
+read on a telephone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maskloss import plots
+from maskloss.lab.data.scenes import Probe
+from maskloss.lab.files import write_whole
+from maskloss.lab.results.evaluate import Evaluation
+from maskloss.lab.results.gallery import Shown
+from maskloss.lab.results.inference import FOUND, Instance, cropped
+from maskloss.lab.results.snapshots import Hard, Snapshot, of_one_scene
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = plots.COLORS
+FOLLOWED = 2  # instances in the pictures of points
+DPI = 120
+PANEL = 3.4  # inches
+# More names than this would cover the picture.
+_NAMED = 12
+# An overlay is enlarged until its longer side has this many pixels, so that outlines can be seen.
+_OVERLAY = 512
+# A picture of an instance shows this many times its box, and at least this share of the scene.
+_MARGIN, _LEAST = 2.2, 0.12
+
+
+def panels(shown: Shown, class_names: Sequence[str]) -> list[Figure]:
+    """Draw a scene, its truth, and what was found in it: three pictures."""
+    figures = []
+    for part in range(3):
+        figure, axes = _panel(shown.scene.height / shown.scene.width)
+        _draw_part(axes, part, shown, class_names, 8.5)
+        figures.append(figure)
+    return figures
+
+
+def points(shots: Sequence[Snapshot], probe: Probe) -> list[list[Figure]]:
+    """Draw how the points of a few instances move to the outline while the model learns.
+
+    Returns:
+        For each followed instance: a picture of it, and one for each snapshot.
+    """
+    masks = probe.masks.dense()
+    rows = []
+    for target in _largest(masks)[:FOLLOWED]:
+        figure, axes = _panel()
+        plots.draw_instances(axes, probe.picture, masks[target][None], [""], [PALETTE[1]])
+        zoom(axes, masks[target])
+        row = [figure]
+        for shot in shots:
+            figure, axes = _panel()
+            _draw_points(axes, shot, target, masks[target])
+            row.append(figure)
+        rows.append(row)
+    return rows
+
+
+def hard(found: Hard) -> list[Figure]:
+    """Draw an instance with a high loss, and the points of its loss: two pictures."""
+    mask = found.probe.masks.dense()[found.target]
+    first, axes = _panel()
+    plots.draw_instances(axes, found.probe.picture, mask[None], [""], [PALETTE[1]])
+    zoom(axes, mask)
+    second, axes = _panel()
+    _draw_points(axes, found.shot, found.target, mask)
+    return [first, second]
+
+
+def losses(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the terms of the loss."""
+    figure, axes = _chart()
+    _draw_losses(axes, history)
+    return figure
+
+
+def scores(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the scores on held-out scenes during training."""
+    figure, axes = _chart()
+    _draw_scores(axes, history)
+    return figure
+
+
+def matching(evaluation: Evaluation) -> Figure:
+    """Draw the AP of microscopy over IoU thresholds."""
+    figure, axes = _chart()
+    thresholds = [float(threshold) for threshold in evaluation.matching]
+    plots.draw_curves(
+        axes, {"AP": (thresholds, list(evaluation.matching.values()))}, title="TP / (TP + FP + FN)", markers=True
+    )
+    axes.set(ylim=(0, 1), xlabel="IoU threshold")
+    return figure
+
+
+def overview(
+    shown: Sequence[Shown],
+    class_names: Sequence[str],
+    history: Sequence[Mapping[str, Any]],
+    shots: Sequence[Snapshot],
+    probe: Probe | None,
+) -> Figure:
+    """Draw a run at a glance, wide: scenes, the truth and what was found, the points, and the scores over time."""
+    figure = plots.new_figure(14.4, 4.1)
+    grid = figure.add_gridspec(2, 9, width_ratios=[1, 1, 1, 0.04, 1, 1, 1, 1.05, 1.05])
+    for place, each in enumerate(shown[:4]):
+        row, column = divmod(place, 2)
+        for part, title in enumerate(("Scene", "Truth", "Prediction")):
+            axes = figure.add_subplot(grid[row, 4 * column + part])
+            _draw_part(axes, part, each, class_names, 6)
+            axes.set_title(title, fontsize=9, pad=4)
+    if shots and probe is not None:
+        masks = probe.masks.dense()
+        for side, target in enumerate(_largest(masks)[:2]):
+            axes = figure.add_subplot(grid[0, 7 + side])
+            _draw_points(axes, shots[-1], target, masks[target], size=4)
+            axes.set_title("Points of the loss", fontsize=9, pad=4)
+    _draw_scores(figure.add_subplot(grid[1, 7:]), history)
+    return figure
+
+
+def overlay(image: Tensor, instances: Sequence[Instance], classes: int) -> NDArray[np.uint8]:
+    """Color instances over an image, for `maskloss predict`: `[H, W, 3]`, enlarged if it is small.
+
+    Args:
+        image: `[3, H, W]` in [0, 1].
+        instances: best first; the best lie on top.
+        classes: colors are those of the classes, or of one instance after the other if there is one class.
+    """
+    times = max(1, -(-_OVERLAY // max(image.shape[1:])))
+    large = image.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    enlarged = [
+        each._replace(
+            top=times * each.top, left=times * each.left, mask=np.kron(each.mask, np.ones((times, times), dtype=bool))
+        )
+        for each in instances
+    ]
+    colored = _colored(large, enlarged, _colors([each.label for each in instances], classes), dim=0.85)
+    return np.asarray((255 * colored).round().astype(np.uint8))
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture whole."""
+    with quiet():
+        write_whole(path, lambda partial: figure.savefig(partial, dpi=DPI, format="png", metadata={"Software": None}))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Draw names in any script: a font without a glyph shows a box, which is no reason to stop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
+        yield
+
+
+def literal(name: str) -> str:
+    """Return a name as matplotlib shows it letter by letter: a dollar would begin a formula."""
+    line = " ".join(name.split())
+    return (line if len(line) <= 24 else line[:23] + "…").replace("$", r"\$")
+
+
+def zoom(axes: Axes, mask: Tensor) -> None:
+    """Show the surroundings of a mask `[H, W]` only, a square of [0, 1]^2."""
+    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+    if not len(rows):
+        return
+    height, width = mask.shape
+    y = (int(rows[0]) / height, (int(rows[-1]) + 1) / height)
+    x = (int(columns[0]) / width, (int(columns[-1]) + 1) / width)
+    side = min(1.0, max(_LEAST, _MARGIN * max(y[1] - y[0], x[1] - x[0])))
+    left = min(max(sum(x) / 2 - side / 2, 0), 1 - side)
+    top = min(max(sum(y) / 2 - side / 2, 0), 1 - side)
+    axes.set(xlim=(left, left + side), ylim=(top + side, top))
+
+
+def _panel(aspect: float = 1.0) -> tuple[Figure, Axes]:
+    figure = plots.new_figure(PANEL, PANEL * min(max(aspect, 0.5), 2.0))
+    figure.set_layout_engine("none")
+    return figure, figure.add_axes((0.005, 0.005, 0.99, 0.99))
+
+
+def _chart() -> tuple[Figure, Axes]:
+    figure = plots.new_figure(4.7, 3.3)
+    return figure, figure.subplots()
+
+
+def _draw_part(axes: Axes, part: int, shown: Shown, class_names: Sequence[str], text_size: float) -> None:
+    scene, prediction = shown
+    picture, classes = scene.picture(), len(class_names)
+    if part == 0:
+        plots.draw_image(axes, picture)
+        return
+    if part == 1:
+        labels = scene.labels.tolist()
+        listed = [cropped(mask, label) for mask, label in zip(scene.masks().numpy(), labels, strict=True) if mask.any()]
+        names = [literal(class_names[each.label]) for each in listed]
+    else:
+        # Drawn worst first, so that the best lie on top.
+        listed = [each for each in reversed(prediction.instances) if each.score >= FOUND]
+        names = [f"{literal(class_names[each.label])} · {100 * each.score:.0f}" for each in listed]
+    colors = _colors([each.label for each in listed], classes)
+    if len(listed) > _NAMED or classes == 1:
+        # Names would cover the picture, or say nothing.
+        colored = _colored(picture, listed[::-1], colors[::-1], dim=0.6)
+        plots.draw_image(axes, torch.from_numpy(colored).permute(2, 0, 1))
+        return
+    size = (scene.height, scene.width)
+    masks = np.stack([each.whole(*size) for each in listed]) if listed else np.zeros((0, *size), dtype=bool)
+    plots.draw_instances(axes, picture, torch.from_numpy(masks), names, colors, text_size=text_size)
+
+
+def _colored(image: Tensor, instances: Sequence[Instance], colors: Sequence[str], dim: float) -> NDArray[np.float32]:
+    """Color many instances over a gray picture, the first on top: `[H, W, 3]` in [0, 1].
+
+    One pass over the pixels of each instance; a layer of the whole picture for each would take minutes for a thousand.
+    """
+    gray = dim * image.mean(0).numpy().astype(np.float32)
+    out = np.repeat(gray[..., None], 3, axis=2)
+    for instance, color in zip(reversed(instances), reversed(colors), strict=True):
+        top, left, bottom, right = instance.box
+        region, mask = out[top:bottom, left:right], instance.mask
+        inside = np.pad(mask, 1)
+        inner = mask & inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+        paint = plots.rgb(color).astype(np.float32)
+        region[inner] = 0.6 * region[inner] + 0.4 * paint
+        region[mask & ~inner] = paint
+    return out
+
+
+def _draw_points(axes: Axes, shot: Snapshot, target: int, mask: Tensor, size: float = 7) -> None:
+    plots.draw_points(axes, shot.logits[target], shot.points[target], shot.num_uncertain, target=mask, size=size)
+    zoom(axes, mask)
+
+
+def _colors(labels: Sequence[int], classes: int) -> list[str]:
+    """Color by class, or one instance after the other where there is one class."""
+    keys = labels if classes > 1 else range(len(labels))
+    return [PALETTE[key % len(PALETTE)] for key in keys]
+
+
+def _largest(masks: Tensor) -> list[int]:
+    """Order the instances of a scene by area, the largest first."""
+    return masks.flatten(1).sum(1).argsort(descending=True, stable=True).tolist()
+
+
+def _draw_losses(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    lines = [entry for entry in history if "total" in entry]
+    steps = [entry["step"] for entry in lines]
+    terms = {"class": "loss_class", "mask": "loss_mask", "Dice": "loss_dice"}
+    smooth = {
+        name: (steps, _smooth([entry[key] for entry in lines]))
+        for name, key in terms.items()
+        if lines and all(entry.get(key) is not None for entry in lines)
+    }
+    if smooth:
+        plots.draw_curves(axes, smooth, title="Loss terms of the final layer, unweighted")
+        axes.set_ylim(bottom=0)
+
+
+def _draw_scores(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    # No scores without instances to find.
+    lines = [entry for entry in history if "held_out" in entry and entry["held_out"]["ap"] is not None]
+    steps = [entry["step"] for entry in lines]
+    names = {"AP50": "ap50", "mean IoU": "mean_iou", "AP": "ap"}
+    found = {name: (steps, [entry["held_out"][key] for entry in lines]) for name, key in names.items()}
+    if lines:
+        plots.draw_curves(axes, found, title="Scores on held-out scenes", markers=True)
+    axes.set_ylim(0, 1)
+
+
+def _smooth(values: Sequence[float], share: float = 0.8) -> list[float]:
+    """Smooth exponentially, with the bias towards the first value taken out."""
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean, weight = share * mean + (1 - share) * value, share * weight + 1 - share
+        out.append(mean / weight)
+    return out
+
+
+def draw_all(
+    folder: Path,
+    shown: Sequence[Shown],
+    class_names: Sequence[str],
+    history: Sequence[Mapping[str, Any]],
+    evaluation: Evaluation,
+    shots: Sequence[Snapshot],
+    probe: Probe | None,
+    hardest: Sequence[Hard],
+) -> dict[str, Path]:
+    """Write all pictures into a folder; return name to path."""
+    folder.mkdir(exist_ok=True)
+    shots = of_one_scene(shots)
+    figures: dict[str, Figure] = {"losses": losses(history), "scores": scores(history)}
+    if evaluation.matching:
+        figures["matching"] = matching(evaluation)
+    for number, each in enumerate(shown):
+        for part, figure in zip(("image", "truth", "found"), panels(each, class_names), strict=True):
+            figures[f"scene-{number}-{part}"] = figure
+    if shots and probe is not None:
+        for number, row in enumerate(points(shots, probe)):
+            for place, figure in enumerate(row):
+                figures[f"points-{number}-{place}"] = figure
+    for number, found in enumerate(hardest):
+        for part, figure in zip(("image", "points"), hard(found), strict=True):
+            figures[f"hard-{number}-{part}"] = figure
+    figures["overview"] = overview(shown, class_names, history, shots, probe)
+    paths = {}
+    for name, figure in figures.items():
+        paths[name] = folder / f"{name}.png"
+        save(figure, paths[name])
+    if shots and probe is not None:
+        paths["points"] = _animation(folder / "points.gif", shots, probe)
+    return paths
+
+
+def _animation(path: Path, shots: Sequence[Snapshot], probe: Probe) -> Path:
+    """Write how the points of the largest instances move, as an animation."""
+    masks = probe.masks.dense()
+    with quiet():
+        return plots.animate_points(shots, path, targets=masks, instances=_largest(masks)[:3])

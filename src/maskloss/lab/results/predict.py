@@ -1,0 +1,209 @@
+"""`maskloss predict` and `maskloss evaluate`: using the folder that a run leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from maskloss.errors import Cause, require
+from maskloss.lab import files
+from maskloss.lab.config import TrainConfig
+from maskloss.lab.data.images import SUFFIXES, read_image, to_channels, to_unit
+from maskloss.lab.data.problems import Problems
+from maskloss.lab.data.scenes import in_color
+from maskloss.lab.loop.run import load_learner, open_source
+from maskloss.lab.loop.runfolder import Facts, read_facts
+from maskloss.lab.results import pictures
+from maskloss.lab.results.evaluate import Evaluation, evaluate
+from maskloss.lab.results.inference import MOST, Prediction, Predictor
+
+RESULTS = "predictions.json"
+
+
+def open_run(run: Path, device: str | None, tile: int | None = None) -> tuple[Facts, Predictor]:
+    """Load the model of a run, ready to predict.
+
+    Args:
+        run: folder that `maskloss train` wrote.
+        device: "cpu" or "cuda"; None: cuda where there is a device.
+        tile: side of the tiles, pixels; None: as in training.
+
+    Raises:
+        Cause: no run, or weights that are missing or damaged.
+    """
+    facts = read_facts(run)
+    where = TrainConfig(device=device).torch_device
+    learner = load_learner(run, facts, where)
+    if tile is not None and tile < 16:
+        raise Cause("--tile must be at least 16 pixels", f"got {tile}", "leave it out to take that of the run")
+    cut = tile is not None or facts.config.crop is not None
+    predictor = Predictor(learner, facts.config.size or 0, tile or facts.tile, cut, max(MOST, learner.num_queries))
+    return facts, predictor
+
+
+def evaluate_run(
+    run: Path, data: str | None = None, *, device: str | None = None, note: Callable[[str], None] = lambda _: None
+) -> tuple[Evaluation, list[tuple[str, str]], list[str]]:
+    """Score the model of a run on held-out images.
+
+    Args:
+        run: folder that `maskloss train` wrote.
+        data: other data; None: those of the run.
+        device: "cpu" or "cuda".
+        note: is told what is being done.
+
+    Returns:
+        The scores, what the data are, and what was left out.
+
+    Raises:
+        Cause: no run, data that cannot be read, or that have other classes.
+    """
+    facts, predictor = open_run(run, device)
+    note("Reading the data")
+    # Other data may come in another format; how images are brought to the model must not change.
+    normalize = "percentile" if facts.percentile else "range"
+    config = facts.config if data is None else dataclasses.replace(facts.config, data=data, format=None)
+    source = open_source(dataclasses.replace(config, normalize=normalize))
+    if list(source.class_names) != facts.classes:
+        raise Cause(
+            "the data must have the classes of the run",
+            f"{run} knows {', '.join(facts.classes)}; the data have {', '.join(source.class_names)}",
+            "name the categories alike",
+        )
+    note("Looking at the held-out images")
+    problems = Problems(facts.config.on_error)
+    scores = evaluate(
+        predictor,
+        source.held_out,
+        facts.classes,
+        one_class_maps=source.one_class_maps,
+        problems=problems,
+    )
+    assert scores is not None
+    return scores, source.facts, problems.skipped
+
+
+def predict_images(
+    run: Path,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    threshold: float = 0.5,
+    tile: int | None = None,
+    device: str | None = None,
+    on_error: str = "stop",
+    done: Callable[[Path, int], None] = lambda *_: None,
+) -> tuple[list[Path], list[str]]:
+    """Find instances in images, and write label maps, overlays and COCO results.
+
+    Args:
+        run: folder that `maskloss train` wrote.
+        images: files, or folders of them.
+        out: where to write.
+        threshold: least score of what is shown, in [0, 1].
+        tile: side of the tiles, pixels; None: as in training.
+        device: "cpu" or "cuda".
+        on_error: "stop" or "skip", at an image that cannot be read.
+        done: is told each image and how many instances were found in it.
+
+    Returns:
+        What was written, and what was left out.
+
+    Raises:
+        Cause: no run, or images that cannot be read.
+    """
+    if not 0 <= threshold <= 1:
+        raise Cause("--threshold must be a score from 0 to 1", f"got {threshold:g}", "0.5 is usual")
+    listed = _list_images(images)
+    facts, predictor = open_run(run, device, tile)
+    made = files.make_folder(out, "--out")
+    problems = Problems(on_error)
+    written: list[Path] = []
+    results: list[dict[str, Any]] = []
+    try:
+        for number, (path, name) in enumerate(zip(listed, _names(listed), strict=True), start=1):
+            with problems.tolerated():
+                pixels = to_unit(to_channels(read_image(path), facts.channels, path), facts.percentile)
+                image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+                [prediction] = predictor([image])
+                kept = [each for each in prediction.instances if each.score >= threshold]
+                prediction = prediction._replace(instances=kept)
+                written += _write(out, name, image, prediction, facts, threshold)
+                results += _results(number, path, prediction, facts.category_ids)
+                done(path, len(kept))
+        content = json.dumps(results, indent=1) + "\n"
+        files.write_whole(out / RESULTS, lambda partial: partial.write_text(content, encoding="utf-8"))
+    finally:
+        files.unmake(made)
+    return [*written, out / RESULTS], problems.skipped
+
+
+def _write(
+    out: Path, name: str, image: torch.Tensor, prediction: Prediction, facts: Facts, threshold: float
+) -> list[Path]:
+    tifffile = require("tifffile", "train")
+    labels = prediction.label_map(threshold)
+    # Sixteen bits are what other programs read.
+    labels = labels.astype(np.uint16) if labels.max(initial=0) < 1 << 16 else labels
+    mask_path, overlay_path = out / f"{name}_masks.tif", out / f"{name}_overlay.png"
+    files.write_whole(
+        mask_path, lambda partial: tifffile.imwrite(partial, labels, compression="zlib", photometric="minisblack")
+    )
+    drawn = require("PIL.Image", "train").fromarray(
+        pictures.overlay(in_color(image), prediction.instances, len(facts.classes))
+    )
+    files.write_whole(overlay_path, lambda partial: drawn.save(partial, format="PNG"))
+    return [mask_path, overlay_path]
+
+
+def _results(number: int, path: Path, prediction: Prediction, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    codec = require("pycocotools.mask", "train")
+    out = []
+    for each in prediction.instances:
+        whole = each.whole(prediction.height, prediction.width)
+        run = codec.encode(np.asfortranarray(whole.astype(np.uint8)))
+        top, left, bottom, right = each.box
+        out.append(
+            {
+                "image_id": number,
+                "file_name": path.name,
+                "category_id": category_ids[each.label],
+                "segmentation": {"size": run["size"], "counts": run["counts"].decode("ascii")},
+                "bbox": [left, top, right - left, bottom - top],
+                "score": round(each.score, 6),
+            }
+        )
+    return out
+
+
+def _list_images(paths: Sequence[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise Cause("a folder of images must hold some", f"{path} holds none", "PNG, JPEG or TIFF")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise Cause("every image must be there", f"there is no file {path}", "check the path")
+    return found
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Name what is written after the images; images of one name are numbered."""
+    names: list[str] = []
+    for path in paths:
+        name, count = path.stem, 1
+        while name in names:
+            count += 1
+            name = f"{path.stem}-{count}"
+        names.append(name)
+    return names

@@ -1,0 +1,149 @@
+"""What the loss looks at: the points of the instances of a held-out scene, at moments of the run and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskloss.criterion import MaskCriterion
+from maskloss.distributed import StepTotals
+from maskloss.errors import MaskLossError
+from maskloss.functional import uncertain_points
+from maskloss.lab.data.scenes import Probe, Source
+from maskloss.lab.loop import checkpoint
+from maskloss.lab.models.learners import Learner
+from maskloss.points import PointSampling
+
+SEED = 1  # of the points in pictures
+# Scenes among which the one to follow is chosen, and scenes among whose instances the hardest are looked for.
+FIRST, LOOKED_AT = 16, 64
+
+
+class Snapshot(NamedTuple):
+    """What the loss looked at in one scene, at one step.
+
+    Attributes:
+        step: how many steps the model had taken.
+        scene: which held-out scene.
+        logits: of the query matched with each target, float32 `[T, h, w]`.
+        points: which the loss chose on them, `[T, P, 2]`.
+        losses: of each target, `[T, 2]`: cross-entropy and Dice.
+        num_uncertain: how many of the points are uncertain; they come first.
+    """
+
+    step: int
+    scene: int
+    logits: Tensor
+    points: Tensor
+    losses: Tensor
+    num_uncertain: int
+
+
+class Hard(NamedTuple):
+    """An instance with a high loss.
+
+    Attributes:
+        probe: the scene that it is in.
+        target: which instance of it.
+        loss: cross-entropy and Dice, with Mask2Former's weights.
+        shot: logits and points of the scene.
+    """
+
+    probe: Probe
+    target: int
+    loss: float
+    shot: Snapshot
+
+
+def take(learner: Learner, source: Source, step: int) -> Snapshot:
+    """Take a snapshot of the scene that a run follows."""
+    number = telling(source)
+    return look(learner, source.probe(number), number, step)
+
+
+@torch.no_grad()
+def look(learner: Learner, probe: Probe, number: int, step: int) -> Snapshot:
+    """Let the criterion match one held-out scene, and draw the points of its loss again.
+
+    Only the final layer of one image is given, whose points are those that `uncertain_points` draws from its seed.
+    """
+    device = next(learner.network.parameters()).device
+    training = learner.training
+    learner.eval()
+    output = learner.predict(probe.image[None].to(device), torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device))
+    learner.train(training)
+    logits = output.mask_logits.float()
+    sampling = PointSampling(learner.num_points, layout=learner.layout)
+    criterion = MaskCriterion(output.class_logits.shape[-1] - 1, sampling=sampling)
+    entry = {"masks": probe.masks.to(device), "labels": probe.labels.to(device)}
+    # Only one process looks: with totals of its own the criterion does not ask the others for theirs.
+    totals = StepTotals(float(len(probe.labels)), float(learner.num_queries))
+    out = criterion(output.class_logits.float(), logits, [entry], totals=totals, image_ids=[0], seed=SEED)
+    [(queries, targets)] = out.matches.pairs()
+    queries, targets = queries.to(device), targets.to(device)
+    count = len(probe.labels)
+    matched = torch.zeros(count, *logits.shape[2:], device=device)
+    matched[targets] = logits[0, queries]
+    losses = torch.zeros(count, 2, device=device)
+    losses[targets] = torch.stack([out.per_instance.ce, out.per_instance.dice], dim=-1).float()
+    points = uncertain_points(matched, sampling=sampling, seed=out.seed) if count else matched.new_zeros(0, 0, 2)
+    return Snapshot(step, number, matched.cpu(), points.cpu(), losses.cpu(), sampling.num_uncertain)
+
+
+def telling(source: Source) -> int:
+    """Choose the scene to follow: the most crowded one of the first few."""
+    best, most = 0, -1
+    for number in range(min(len(source.held_out), FIRST)):
+        try:
+            count = len(source.probe(number).labels)
+        except MaskLossError:
+            continue
+        if count > most:
+            best, most = number, count
+    return best
+
+
+def hardest(learner: Learner, source: Source, step: int, count: int) -> list[Hard]:
+    """Find the instances with the highest loss among the first held-out scenes, at most two of a scene."""
+    found: list[Hard] = []
+    for number in range(min(len(source.held_out), LOOKED_AT)):
+        try:
+            probe = source.probe(number)
+        except MaskLossError:
+            continue
+        if not len(probe.labels):
+            continue
+        shot = look(learner, probe, number, step)
+        losses = 5 * shot.losses.sum(1)
+        worst = losses.argsort(descending=True, stable=True)[:2].tolist()
+        found += [Hard(probe, target, float(losses[target]), shot) for target in worst]
+        found = sorted(found, key=lambda hard: -hard.loss)[:count]
+    return found
+
+
+def write_snapshot(folder: Path, shot: Snapshot) -> None:
+    """Write a snapshot, for the report."""
+    folder.mkdir(exist_ok=True)
+    facts = torch.tensor([shot.step, shot.scene, shot.num_uncertain])
+    tensors = {"logits": shot.logits.half(), "points": shot.points, "losses": shot.losses, "facts": facts}
+    checkpoint.save_tensors(folder / f"step-{shot.step:08d}.safetensors", tensors)
+
+
+def read_snapshots(folder: Path, last: int | None = None) -> list[Snapshot]:
+    """Read the snapshots of a run, in order."""
+    shots = []
+    for path in sorted(folder.glob("step-*.safetensors")):
+        held = checkpoint.read_tensors(path)
+        step, scene, uncertain = held["facts"].tolist()
+        if last is None or step <= last:
+            shots.append(Snapshot(step, scene, held["logits"].float(), held["points"], held["losses"], uncertain))
+    return shots
+
+
+def of_one_scene(shots: Sequence[Snapshot]) -> list[Snapshot]:
+    """Keep the snapshots of the scene that was followed last."""
+    return [shot for shot in shots if shot.scene == shots[-1].scene] if shots else []

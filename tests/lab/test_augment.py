@@ -1,0 +1,111 @@
+"""Augmentation: what is done to an image is done to its masks, and nothing is computed on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from maskloss.lab.data import truth
+from maskloss.lab.data.augment import LARGEST, SMALLEST, random_view, recolor
+from maskloss.lab.data.catalog import Entry
+from maskloss.lab.data.scenes import fit
+from maskloss.lab.data.truth import Loaded, View
+
+HEIGHT, WIDTH = 37, 52
+
+
+@pytest.fixture
+def loaded() -> Loaded:
+    """An image whose pixels say where they are, with its label map."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    labels = ((y // 9) * 6 + x // 9 + 1).astype(np.int32)
+    ids = [int(number) for number in np.unique(labels)]
+    entry = Entry("a.png", HEIGHT, WIDTH, ids, [number % 3 for number in ids], [], [], "a_masks.png")
+    return Loaded(np.stack([labels, y, x], axis=-1).astype(np.float32), entry, labels)
+
+
+VIEWS = [
+    View(3, 5, 20, 33, turn, flip_y, flip_x)
+    for turn in (False, True)
+    for flip_y in (False, True)
+    for flip_x in (False, True)
+]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_masks_move_with_the_image(loaded, view):
+    frame = (40, 40)
+    packed = loaded.pack(view, frame)
+    image = view.apply(loaded.image)
+    assert image.shape[:2] == view.size
+    covered = np.zeros(view.size, dtype=bool)
+    for mask, label in zip(packed.masks.dense().numpy(), packed.labels.tolist(), strict=True):
+        assert not mask[view.size[0] :].any() and not mask[:, view.size[1] :].any()
+        inside = mask[: view.size[0], : view.size[1]]
+        [number] = np.unique(image[inside][:, 0])
+        assert number % 3 == label and np.array_equal(inside, image[..., 0] == number)
+        covered |= inside
+    assert covered.all()
+    window = torch.tensor([[0, 0, view.size[1] / 40, view.size[0] / 40]])
+    torch.testing.assert_close(packed.masks.windows, window)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_run_lengths_move_as_label_maps_do(loaded, view):
+    codec = pytest.importorskip("pycocotools.mask")
+    ids = loaded.entry.segments
+    runs = [codec.encode(np.asfortranarray((loaded.map == number).astype(np.uint8))) for number in ids]
+    segments = [{"size": run["size"], "counts": run["counts"].decode()} for run in runs]
+    same = loaded._replace(entry=loaded.entry._replace(segments=segments, map=None), map=None)
+    ours, theirs = same.pack(view, (40, 40)), loaded.pack(view, (40, 40))
+    assert ours.masks.encoding == "bits" and theirs.masks.encoding == "labels"
+    assert torch.equal(ours.masks.dense(), theirs.masks.dense()) and torch.equal(ours.labels, theirs.labels)
+
+
+def test_slivers_at_the_edge_weigh_nothing(loaded):
+    view = View(0, 0, 10, 10)
+    packed = loaded.pack(view, (10, 10))
+    # The four cells: 9 x 9, 9 x 1, 1 x 9, and a single pixel, which is left out.
+    assert packed.masks.dense().sum((1, 2)).tolist() == [81, 9, 9]
+    assert packed.masks.ignore.numel() > 0
+    whole = loaded.pack(View.whole(HEIGHT, WIDTH), (HEIGHT, WIDTH))
+    assert len(whole.labels) == len(loaded.entry.segments) and not whole.masks.ignore.numel()
+
+
+@pytest.mark.parametrize("crop", [None, 24])
+@pytest.mark.parametrize("turns", [False, True])
+def test_views_stay_inside_the_image_and_the_frame(crop, turns):
+    sides = []
+    for seed in range(200):
+        view, frame = random_view(HEIGHT, WIDTH, crop, turns, torch.Generator().manual_seed(seed))
+        assert view.top >= 0 and view.top + view.height <= HEIGHT
+        assert view.left >= 0 and view.left + view.width <= WIDTH
+        assert view.size[0] <= frame[0] and view.size[1] <= frame[1] and frame[0] == frame[1]
+        assert turns or not (view.turn or view.flip_y)
+        sides.append(frame[0] / (crop or WIDTH))
+    assert SMALLEST - 0.05 < min(sides) < 0.7 and 1.2 < max(sides) < LARGEST + 0.05
+
+
+def test_colors_change_and_stay_in_range():
+    image = torch.rand(3, 9, 9)
+    one, other = (recolor(image, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert one.min() >= 0 and one.max() <= 1
+    assert not torch.equal(one, image) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("height", "width", "rows", "columns"), [(40, 60, 21, 32), (60, 40, 32, 21), (7, 7, 32, 32)])
+def test_images_are_fitted_and_padded_with_their_mean(height, width, rows, columns):
+    image = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    square = fit(image, max(height, width), 32)
+    shown = square[:, :rows, :columns]
+    mean = shown.mean((1, 2))
+    for padding in (square[:, rows:], square[:, :, columns:]):
+        torch.testing.assert_close(padding, mean[:, None, None].expand_as(padding))
+    assert abs(float(shown.mean()) - image.mean()) < 4
+
+
+def test_an_image_with_a_wrong_size_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(truth, "read_image", lambda path: np.zeros((5, 6, 3), np.uint8))
+    with pytest.raises(ValueError, match="is 5 x 6, expected are 6 x 6"):
+        truth.load(Entry("a.png", 6, 6, [], [], [], []))

@@ -1,0 +1,169 @@
+"""Checkpoints: whole or not there, and refused with a reason where they are damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from maskloss import MaskLossError
+from maskloss.lab import files
+from maskloss.lab.loop import checkpoint
+from maskloss.lab.loop.checkpoint import Position
+
+
+def model_and_optimizer():
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(
+        [{"params": [network[0].weight], "weight_decay": 0.5}, {"params": [network[2].weight]}],
+        lr=0.1,
+        betas=(0.9, 0.99),
+    )
+    return network, optimizer
+
+
+def train_a_little(network, optimizer, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        network(torch.randn(5, 3)).square().sum().backward()
+        optimizer.step()
+
+
+def position(step):
+    return Position(step, 1.5, {"data": 0.25}, {}, [[0.1, 2.0]], ["total", "loss"], 1)
+
+
+@pytest.fixture
+def written(tmp_path):
+    network, optimizer = model_and_optimizer()
+    train_a_little(network, optimizer, 3)
+    checkpoint.write(tmp_path, position(3), network, optimizer)
+    return tmp_path, network, optimizer
+
+
+def test_training_goes_on_as_if_nothing_had_happened(written):
+    folder, network, optimizer = written
+    train_a_little(network, optimizer, 4)
+    other, its_optimizer = model_and_optimizer()
+    torch.manual_seed(99)
+    assert checkpoint.read(folder, 3, other, its_optimizer) == position(3)
+    train_a_little(other, its_optimizer, 4)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    assert its_optimizer.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+def test_only_the_last_two_are_kept(written):
+    folder, network, optimizer = written
+    for step in (5, 7):
+        checkpoint.write(folder, position(step), network, optimizer)
+    assert checkpoint.steps_of(folder) == [5, 7]
+    assert checkpoint.steps_of(folder / "nowhere") == []
+
+
+def test_nothing_is_pickled(written):
+    [place] = (written[0] / "checkpoints").iterdir()
+    assert {path.suffix for path in place.iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_checkpoint_that_was_cut_off_does_not_count(written):
+    folder, network, optimizer = written
+    half = folder / "checkpoints" / f".step-00000009{files.PARTIAL}"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    assert checkpoint.steps_of(folder) == [3]
+    checkpoint.write(folder, position(4), network, optimizer)
+    assert not half.exists()
+
+
+def _rewrite_state(place, **changes):
+    state = json.loads((place / "state.json").read_text())
+    (place / "state.json").write_text(json.dumps({**state, **changes}))
+
+
+def _with_weights(place, change):
+    """Change the weights and write their sum anew, as someone would who means it."""
+    state = load_file(place / "model.safetensors")
+    change(state)
+    save_file(state, place / "model.safetensors")
+    sums = json.loads((place / "state.json").read_text())["sums"]
+    _rewrite_state(place, sums={**sums, "model.safetensors": checkpoint._sum(place / "model.safetensors")})
+
+
+DAMAGE = {
+    "cut off": (lambda place: (place / "model.safetensors").write_bytes(b"short"), "is not what was written"),
+    "one bit": (
+        lambda place: (place / "optimizer.safetensors").write_bytes(
+            (place / "optimizer.safetensors").read_bytes()[:-1] + b"\x01"
+        ),
+        "is not what was written",
+    ),
+    "a missing file": (lambda place: (place / "optimizer.safetensors").unlink(), "there is no optimizer.safetensors"),
+    "no description": (lambda place: (place / "state.json").unlink(), "state.json: no such file"),
+    "no JSON": (lambda place: (place / "state.json").write_text("{"), "must be one that maskloss train wrote"),
+    "a list": (lambda place: (place / "state.json").write_text("[]"), "holds a list"),
+    "another version": (lambda place: _rewrite_state(place, schema=99), "another version"),
+    "another step": (lambda place: _rewrite_state(place, step=8), "does not fit"),
+    "unknown keys": (lambda place: _rewrite_state(place, color="red"), "color"),
+    "no groups": (lambda place: _rewrite_state(place, groups=[]), "other weights"),
+    "wrong shapes": (
+        lambda place: _with_weights(place, lambda state: state.update({"0.bias": torch.zeros(7)})),
+        r"holds 0\.bias as \[7\], the model has \[4\]",
+    ),
+    "missing weights": (lambda place: _with_weights(place, lambda state: state.pop("0.bias")), r"lacks 0\.bias"),
+    "nan": (
+        lambda place: _with_weights(place, lambda state: state["0.bias"].fill_(float("nan"))),
+        "numbers that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(written, case):
+    folder, network, _ = written
+    damage, message = DAMAGE[case]
+    damage(checkpoint.path_of(folder, 3))
+    other, optimizer = model_and_optimizer()
+    with pytest.raises(MaskLossError, match=message):
+        checkpoint.read(folder, 3, other, optimizer)
+    assert not torch.equal(other[0].weight, network[0].weight) or case == "no groups"
+
+
+def test_a_file_is_replaced_in_one_move(tmp_path):
+    path = tmp_path / "file.json"
+    files.write_json(path, {"a": float("nan"), "b": [1, float("inf")]})
+    assert json.loads(path.read_text()) == {"a": None, "b": [1, None]}
+
+    def fails(partial):
+        partial.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        files.write_whole(path, fails)
+    assert json.loads(path.read_text())["b"] == [1, None] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_folders_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for path, message in (
+        (tmp_path / "file" / "run", "file exists"),
+        (tmp_path / "file", "file exists"),
+        (tmp_path / "dangling", "file exists"),
+        (tmp_path / ("a" * 300), "more than 255 characters"),
+        (tmp_path / "new" / ("a" * 300), "more than 255 characters"),
+    ):
+        with pytest.raises(MaskLossError, match=f"--out must be a folder that can be written to[\\s\\S]*{message}"):
+            files.make_folder(path, "--out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+def test_a_folder_without_permission():
+    """Root may write anywhere, but not into the tables of the kernel."""
+    with pytest.raises(MaskLossError, match="--out must be a folder that can be written to"):
+        files.make_folder(Path("/proc/run"), "--out")

@@ -1,0 +1,198 @@
+"""Images with label maps beside them, of every kind that people have."""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from training.conftest import write_cells
+
+from maskloss import MaskLossError
+from maskloss.lab.data.folder import FolderScenes
+from maskloss.lab.data.images import read_image, read_label_map, read_size, to_unit
+
+
+def test_images_side_by_side_with_their_maps(cells):
+    source = FolderScenes(str(cells), 32)
+    assert source.found.kind == "labels" and source.class_names == ["instance"] and source.one_class_maps
+    scene = source.held_out[0]
+    truth = read_label_map(cells / scene.name.replace(".tif", "_masks.tif"))
+    ids = [number for number in np.unique(truth) if number]
+    masks = scene.masks()
+    assert len(masks) == len(ids) == len(scene.labels) and not scene.labels.any()
+    for mask, number in zip(masks, ids, strict=True):
+        assert torch.equal(mask, torch.from_numpy(truth == number))
+
+
+@pytest.mark.parametrize(("maps", "ending"), [("masks", ""), ("labels", ""), ("masks", "_masks"), ("label", "_label")])
+def test_folders_beside_each_other(cells, tmp_path, maps, ending):
+    root = tmp_path / "data"
+    (root / "images").mkdir(parents=True)
+    (root / maps).mkdir()
+    for number in range(6):
+        (cells / f"{number}.tif").rename(root / "images" / f"{number}_img.tif")
+        Image.fromarray(tifffile.imread(cells / f"{number}_masks.tif")).save(root / maps / f"{number}{ending}.png")
+    source = FolderScenes(str(root), 32)
+    assert (len(source.found.train), len(source.held_out)) == (5, 1)
+
+
+def test_training_and_test_folders(cells, tmp_path):
+    write_cells(tmp_path / "data" / "train", 3)
+    write_cells(tmp_path / "data" / "test", 2)
+    source = FolderScenes(str(tmp_path / "data"), 32)
+    assert (len(source.found.train), len(source.held_out)) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype"),
+    [(suffix, dtype) for suffix in ("tif", "png") for dtype in (np.uint8, np.uint16)]
+    + [("tif", dtype) for dtype in (np.int32, np.uint32, np.float32)],
+)
+def test_maps_of_any_depth(tmp_path, suffix, dtype):
+    labels = np.zeros((20, 30), dtype=dtype)
+    labels[2:9, 3:9], labels[12:18, 20:29] = 200, 3
+    path = tmp_path / f"map.{suffix}"
+    tifffile.imwrite(path, labels) if suffix == "tif" else Image.fromarray(labels).save(path)
+    assert np.array_equal(read_label_map(path), labels)
+
+
+def test_a_palette_does_not_change_the_numbers(tmp_path):
+    labels = np.zeros((8, 8), dtype=np.uint8)
+    labels[:4], labels[4:] = 1, 2
+    image = Image.fromarray(labels).convert("P")
+    image.putdata(labels.ravel().tolist())
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0] + [0] * 759)
+    image.save(tmp_path / "map.png")
+    assert np.array_equal(read_label_map(tmp_path / "map.png"), labels)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((8, 9, 3), np.uint8), "shape 8 x 9 x 3"),
+        (np.full((8, 8), 0.5, np.float32), "holds fractions"),
+        (np.full((8, 8), -1, np.int32), "numbers from -1 to -1"),
+    ],
+)
+def test_what_is_no_label_map(tmp_path, array, message):
+    tifffile.imwrite(tmp_path / "map.tif", array)
+    with pytest.raises(MaskLossError, match=message):
+        read_label_map(tmp_path / "map.tif")
+
+
+def test_a_map_of_another_size_than_its_image(cells):
+    tifffile.imwrite(cells / "2_masks.tif", np.ones((64, 63), np.uint8))
+    with pytest.raises(MaskLossError, match=r"2_masks\.tif is 64 x 63, 2\.tif is 64 x 64"):
+        FolderScenes(str(cells), 32)
+    tolerant = FolderScenes(str(cells), 32, on_error="skip")
+    assert len(tolerant.found.train) + len(tolerant.held_out) == 5
+    assert "2_masks.tif" in dict(tolerant.facts)["left out"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    [((40, 30), 3), ((40, 30, 3), 3), ((2, 40, 30), 3), ((5, 40, 30), 5), ((40, 30, 4), 4)],
+)
+def test_channels(tmp_path, shape, channels):
+    write_cells(tmp_path, 2)
+    random = np.random.default_rng(0)
+    for number in range(2):
+        metadata = {"axes": "CYX"} if len(shape) == 3 and shape[0] < 10 else None
+        tifffile.imwrite(
+            tmp_path / f"{number}.tif",
+            random.integers(0, 4000, shape, dtype=np.uint16),
+            metadata=metadata,
+            photometric="minisblack",
+            **({"planarconfig": "contig"} if len(shape) == 3 and shape[-1] < 10 else {}),
+        )
+        tifffile.imwrite(tmp_path / f"{number}_masks.tif", np.ones((40, 30), np.uint8))
+    source = FolderScenes(str(tmp_path), 32)
+    assert source.channels == channels
+    assert source.batch(0, range(1), 1, 0).images.shape == (1, channels, 32, 32)
+
+
+def test_a_stack_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((7, 40, 30), np.uint16), metadata={"axes": "ZYX"})
+    with pytest.raises(MaskLossError, match="is a stack of 7"):
+        read_image(tmp_path / "stack.tif")
+    tifffile.imwrite(tmp_path / "long.tif", np.zeros((40, 40, 30), np.uint16), metadata={"axes": "TYX"})
+    with pytest.raises(MaskLossError, match="one plane"):
+        read_image(tmp_path / "long.tif")
+
+
+def test_a_compression_that_only_pillow_knows(tmp_path):
+    image = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(image).save(tmp_path / "lzw.tif", compression="tiff_lzw")
+    assert np.array_equal(read_image(tmp_path / "lzw.tif")[..., 0], image)
+
+
+def test_deep_images_are_stretched_between_percentiles(cells):
+    image = to_unit(read_image(cells / "0.tif"), percentile=False)
+    assert image.min() == 0 and image.max() == 1
+    assert 0.6 < image[read_label_map(cells / "0_masks.tif") > 0].mean() <= 1
+    hot = read_image(cells / "0.tif").copy()
+    hot[0, 0] = 65535
+    assert np.abs(to_unit(hot, percentile=False) - image)[1:].max() < 0.1
+
+
+def test_a_flat_image_is_no_division_by_zero():
+    assert np.isfinite(to_unit(np.full((5, 5, 1), 7, np.float32), percentile=True)).all()
+
+
+def test_a_photograph_keeps_its_range():
+    image = np.full((4, 4, 3), 51, np.uint8)
+    assert np.allclose(to_unit(image, percentile=False), 0.2)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_broken_file(tmp_path, suffix):
+    path = tmp_path / f"broken.{suffix}"
+    path.write_bytes(b"no image at all")
+    with pytest.raises(MaskLossError, match="every image must be readable"):
+        read_image(path)
+    with pytest.raises(MaskLossError, match="there is no file"):
+        read_image(tmp_path / f"missing.{suffix}")
+
+
+def test_an_image_that_would_fill_the_memory(tmp_path):
+    """A PNG of 100,000 x 100,000 pixels takes a few bytes on the disk."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IEND", b""))
+    with pytest.raises(MaskLossError, match="at most"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(MaskLossError, match="none was found"):
+        FolderScenes(str(tmp_path), 32)
+    with pytest.raises(MaskLossError, match="there is no folder"):
+        FolderScenes(str(tmp_path / "nowhere"), 32)
+
+
+def test_a_format_that_is_not_there(cells):
+    with pytest.raises(MaskLossError, match="a data set of the format 'coco'"):
+        FolderScenes(str(cells), 32, format="coco")
+
+
+def test_warnings_of_broken_files_on_many_threads(tmp_path):
+    """Pillow warns of each; no thread may turn the warnings of another on again, or leave them off for good."""
+    paths = [tmp_path / f"{number}.tif" for number in range(200)]
+    tifffile.imwrite(paths[0], np.zeros((8, 8), np.uint8))
+    for path in paths:
+        path.write_bytes(paths[0].read_bytes()[:200])
+    before = list(warnings.filters)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(read_size, paths)) == {(8, 8)}
+    assert list(warnings.filters) == before

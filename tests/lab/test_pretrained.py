@@ -1,0 +1,230 @@
+"""Models of Transformers: loaded from a folder, their heads resized, their own normalization, exact totals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from maskloss import MaskLossError
+from maskloss.distributed import StepTotals, step_totals
+from maskloss.lab.config import TrainConfig
+from maskloss.lab.loop import checkpoint
+from maskloss.lab.loop.run import Listener, open_source, train
+from maskloss.lab.models import pretrained
+from maskloss.lab.models.learners import CompactLearner
+from maskloss.lab.models.pretrained import PretrainedLearner, read_card
+from maskloss.lab.results.predict import evaluate_run, predict_images
+from support import tiny
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [pytest.mark.usefixtures("no_pictures"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+PROCESSOR = {
+    "image_processor_type": "Mask2FormerImageProcessor",
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.5, 0.6, 0.7],
+    "size": {"height": 64, "width": 64},
+}
+
+
+@pytest.fixture(params=["mask2former", "eomt"])
+def model_folder(request, tmp_path):
+    torch.manual_seed(0)
+    model = getattr(tiny, request.param)()
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return tmp_path / "model"
+
+
+def config_of(model, data, **options):
+    given = {"steps": 3, "batch_size": 4, "evaluations": 1, "workers": 0, "threads": 2, "device": "cpu", "lr": 1e-4}
+    return TrainConfig(model=str(model), data=str(data), **(given | options))
+
+
+def learner_of(model_folder, classes=("a", "b")):
+    return PretrainedLearner(TrainConfig(num_points=32, lr=1e-4), read_card(str(model_folder)), classes)
+
+
+def test_a_run(model_folder, folder, tmp_path):
+    finished = train(config_of(model_folder, folder.root), tmp_path / "run", Listener.silent())
+    # What a run leaves is a folder of Transformers, with the classes of the data.
+    loaded = transformers.AutoModelForUniversalSegmentation.from_pretrained(tmp_path / "run" / "model")
+    assert loaded.config.id2label == {0: "box", 1: "disc"} and loaded.class_predictor.out_features == 3
+    assert type(loaded.criterion).__module__.startswith("transformers")
+    assert json.loads((tmp_path / "run" / "model" / "preprocessor_config.json").read_text()) == PROCESSOR
+    # And all that is needed: the model that it began with may go.
+    model_folder.rename(tmp_path / "gone")
+    scores, _, _ = evaluate_run(tmp_path / "run", device="cpu")
+    assert scores.as_dict() == finished.evaluation.as_dict()
+    written, _ = predict_images(
+        tmp_path / "run", [folder.root / "images" / "0.png"], tmp_path / "out", device="cpu", threshold=0
+    )
+    assert all(path.is_file() for path in written)
+    # COCO results have the category ids of the data.
+    assert {entry["category_id"] for entry in json.loads(written[-1].read_text())} <= {3, 7}
+
+
+def test_weights_are_loaded_and_the_head_is_new(model_folder):
+    original = transformers.AutoModelForUniversalSegmentation.from_pretrained(model_folder)
+    learner = learner_of(model_folder, ["only"])
+    state, before = learner.network.state_dict(), original.state_dict()
+    changed = {name for name in state if name not in before or state[name].shape != before[name].shape}
+    assert changed == {"class_predictor.weight", "class_predictor.bias", "criterion.empty_weight"}
+    for name in set(state) - changed:
+        assert torch.equal(state[name], before[name]), name
+    no_object = original.config.no_object_weight
+    torch.testing.assert_close(learner.network.criterion.empty_weight, torch.tensor([1.0, no_object]))
+    assert type(learner.network.criterion).__name__.startswith("PointSampled")
+
+
+def test_the_processors_normalization_is_respected(model_folder):
+    learner = learner_of(model_folder)
+    pixels = learner._inputs(torch.full((1, 3, 64, 64), 0.4), torch.tensor([[0.0, 0.0, 1.0, 0.5]]))
+    expected = (0.4 - torch.tensor(PROCESSOR["image_mean"])) / torch.tensor(PROCESSOR["image_std"])
+    torch.testing.assert_close(pixels["pixel_values"][0, :, 5, 5], expected)
+    if "pixel_mask" in pixels:
+        assert pixels["pixel_mask"][0, :32].all() and not pixels["pixel_mask"][0, 32:].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "value"),
+    [({"do_normalize": False}, 0.4), ({"do_normalize": False, "do_rescale": False}, 102.0), (None, -0.37)],
+)
+def test_other_processors(model_folder, changes, value):
+    path = model_folder / "preprocessor_config.json"
+    if changes is None:
+        path.unlink()  # ImageNet's
+    else:
+        path.write_text(json.dumps(PROCESSOR | changes))
+    pixels = learner_of(model_folder)._inputs(torch.full((1, 3, 64, 64), 0.4), torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+    assert float(pixels["pixel_values"][0, 0, 0, 0]) == pytest.approx(value, abs=0.01)
+
+
+def test_micro_batches_add_up_to_the_whole_batch(model_folder, folder):
+    """The losses of two halves, each with the totals of the whole, are those of the whole: terms and gradients."""
+    source = open_source(config_of(model_folder, folder.root), 64)
+    whole = source.batch(0, range(4), 4, 0)
+    halves = [source.batch(0, range(2), 4, 0), source.batch(0, range(2, 4), 4, 0)]
+    learner = learner_of(model_folder, source.class_names).eval()
+    totals = step_totals([whole.masks.num_targets], learner.num_queries)
+    assert isinstance(totals, StepTotals)
+
+    def gradients(batches):
+        learner.zero_grad()
+        losses = [learner(batch, totals, 7) for batch in batches]
+        sum(each.total for each in losses).backward()
+        terms = {name: sum(each.terms[name] for each in losses) for name in losses[0].terms}
+        return terms, {name: each.grad for name, each in learner.named_parameters() if each.grad is not None}
+
+    terms, grads = gradients([whole])
+    summed, added = gradients(halves)
+    assert {"loss_class", "loss_mask", "loss_dice"} <= set(terms)
+    for name, value in terms.items():
+        torch.testing.assert_close(summed[name], value, rtol=1e-4, atol=1e-5)
+    largest = max(float(grad.abs().max()) for grad in grads.values())
+    for name, grad in grads.items():
+        torch.testing.assert_close(added[name], grad, rtol=1e-3, atol=1e-5 * largest, msg=name)
+
+
+def test_the_terms_are_those_of_the_criterion(model_folder, folder):
+    """The learner's losses are what MaskCriterion gives for the same logits, points and targets."""
+    source = open_source(config_of(model_folder, folder.root), 64)
+    batch = source.batch(0, range(3), 3, 0)
+    learner = learner_of(model_folder, source.class_names).eval()
+    totals = step_totals([batch.masks.num_targets], learner.num_queries)
+    terms = learner(batch, totals, 7).terms
+    output = learner.predict(batch.images, batch.masks.windows)
+    config = TrainConfig(num_points=32, grid=2, no_object_weight=float(learner.network.config.no_object_weight))
+    criterion = CompactLearner(config, 2, 3).criterion
+    out = criterion(
+        output.class_logits, output.mask_logits, batch.targets, totals=totals, image_ids=batch.image_ids, seed=7
+    )
+    for name in ("loss_class", "loss_mask", "loss_dice"):
+        # Points of this layer are numbered after the others', so the terms agree within the noise of the points.
+        torch.testing.assert_close(terms[name], getattr(out, name)[0].detach(), rtol=0.15, atol=0.05)
+
+
+def test_the_backbone_is_moved_less(tmp_path):
+    tiny.mask2former().save_pretrained(tmp_path)
+    groups = learner_of(tmp_path).groups(TrainConfig())
+    assert sorted({group.get("share", 1.0) for group in groups}) == [0.1, 1.0]
+    assert sum(len(group["params"]) for group in groups) == len(list(learner_of(tmp_path).network.parameters()))
+
+
+def test_what_cannot_be_trained(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    for name, message in (
+        ("empty", r"has no config\.json"),
+        ("bert", "cannot be trained here: it is a bert"),
+        ("broken", "--model must be"),
+    ):
+        with pytest.raises(MaskLossError, match=message):
+            train(config_of(tmp_path / name, folder.root), tmp_path / "run", Listener.silent())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_nowhere(monkeypatch, tmp_path, folder):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(MaskLossError, match=r"--model must be compact[\s\S]*nobody/nothing"):
+        train(config_of("nobody/nothing", folder.root), tmp_path / "run", Listener.silent())
+
+
+def test_options_that_do_not_go_together(model_folder, folder, tmp_path):
+    for options, message in (
+        ({"grid": 4}, "--grid is for the compact model"),
+        ({"norm": "group"}, "--norm is for the compact model"),
+        ({"size": 80}, "of 32 for this model|takes images of one size"),
+    ):
+        with pytest.raises(MaskLossError, match=message):
+            train(config_of(model_folder, folder.root, **options), tmp_path / "run", Listener.silent())
+
+
+def test_more_instances_than_queries(model_folder, folder, tmp_path):
+    box = folder.content["annotations"][1]
+    folder.content["annotations"] += [{**box, "id": 100 + number} for number in range(9)]
+    folder.save()
+    with pytest.raises(MaskLossError, match="has 6 queries"):
+        train(config_of(model_folder, folder.root), tmp_path / "run", Listener.silent())
+
+
+def test_an_interrupted_run_goes_on(tmp_path, folder, monkeypatch):
+    from maskloss.lab.loop import engine
+    from maskloss.lab.loop.run import resume
+
+    model = tiny.mask2former()
+    model.config.backbone_config.drop_path_rate = 0.3  # drawn from torch's own generator
+    model.save_pretrained(tmp_path / "model")
+    config = config_of(tmp_path / "model", folder.root, steps=4, checkpoint_every=2, size=64)
+    train(config, tmp_path / "whole", Listener.silent())
+    original = engine.Engine._step
+
+    def dies(self, step, micro):
+        if step == 4:
+            raise RuntimeError("killed")
+        return original(self, step, micro)
+
+    monkeypatch.setattr(engine.Engine, "_step", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, tmp_path / "run", Listener.silent())
+    monkeypatch.setattr(engine.Engine, "_step", original)
+    resume(tmp_path / "run", Listener.silent())
+    ours, theirs = (
+        checkpoint.read_tensors(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole")
+    )
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_the_size_is_the_processors():
+    card = pretrained.Card("m", tiny.config("mask2former", "Mask2FormerConfig"), {"size": {"shortest_edge": 380}})
+    assert card.size == 384
+    assert card._replace(processor={}).size == 512

@@ -1,0 +1,372 @@
+"""A run: the same to the bit when repeated or interrupted, complete in what it writes, stopped early where it must."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from maskloss import MaskLossError
+from maskloss.lab import files
+from maskloss.lab.config import TrainConfig
+from maskloss.lab.loop import checkpoint, engine
+from maskloss.lab.loop.engine import Interrupted, schedule
+from maskloss.lab.loop.run import Listener, Result, resume, train
+from maskloss.lab.loop.runfolder import read_facts
+from maskloss.lab.results.predict import evaluate_run
+
+SHORT = {"steps": 6, "batch_size": 4, "held_out": 6, "evaluations": 2, "num_points": 32, "threads": 2, "device": "cpu"}
+# The run of the module's fixture is drawn; the others are compared with it.
+pytestmark = pytest.mark.usefixtures("no_pictures")
+SAME = ("model.safetensors", "metrics.jsonl")
+
+
+def quiet(**told) -> Listener:
+    return Listener.silent()._replace(**told)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory) -> Result:
+    return train(TrainConfig(**SHORT), tmp_path_factory.mktemp("run") / "new", quiet())
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    for name in SAME:
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_run_repeats_itself_to_the_bit(result, tmp_path):
+    again = train(TrainConfig(**SHORT), tmp_path, quiet())
+    assert_same(again.folder, result.folder)
+    assert again.evaluation.as_dict() == result.evaluation.as_dict()
+
+
+def test_another_seed_is_another_run(result, tmp_path):
+    other = train(TrainConfig(**SHORT, seed=1), tmp_path, quiet())
+    for name in SAME:
+        assert (other.folder / name).read_bytes() != (result.folder / name).read_bytes(), name
+
+
+def test_a_run_writes_everything_that_it_names(result):
+    names = {path.name for path in result.folder.iterdir()}
+    assert names == {
+        "report.html",
+        "pictures",
+        "snapshots",
+        "checkpoints",
+        "model.safetensors",
+        "metrics.jsonl",
+        "summary.json",
+        "run.json",
+    }
+    assert result.files[0].name == "report.html" and all(path.is_file() for path in result.files)
+    for path in (result.folder / "pictures").iterdir():
+        with Image.open(path) as image:
+            assert image.width > 300 and len(image.convert("L").getcolors()) > 20
+
+
+def test_metrics_hold_the_terms_of_every_layer_and_the_scores(result):
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    [losses] = [line for line in lines if "total" in line]
+    assert losses["step"] == 6
+    assert {f"loss_{term}{layer}" for term in ("class", "mask", "dice") for layer in ("", "_0", "_1")} <= set(losses)
+    assert [line["step"] for line in lines if "held_out" in line] == [0, 3, 6]
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary["evaluation"] == result.evaluation.as_dict()
+
+
+def test_the_configuration_is_kept_with_what_was_chosen(result):
+    config = read_facts(result.folder).config
+    assert (config.grid, config.norm, config.lr, config.size) == (4, "batch", 3e-3, 64)
+    chosen = {"grid": None, "norm": None, "lr": None, "size": None, "class_weight": None, "no_object_weight": None}
+    assert dataclasses.replace(config, **chosen) == TrainConfig(**SHORT)
+
+
+def test_the_folder_is_all_that_evaluation_needs(result, tmp_path):
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for name in ("run.json", "model.safetensors"):
+        (copy / name).write_bytes((result.folder / name).read_bytes())
+    scores, _, skipped = evaluate_run(copy, device="cpu")
+    assert scores.as_dict() == result.evaluation.as_dict() and not skipped
+
+
+# --------------------------------------------------------------------------------------------------------- interrupted
+
+
+class Stop:
+    """Sends a signal, or fails, when a step is reported."""
+
+    def __init__(self, at: int, number: int = signal.SIGINT) -> None:
+        self.at, self.number = at, number
+
+    def __call__(self, progress) -> None:
+        if progress.step == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture
+def every_step_is_logged(monkeypatch):
+    monkeypatch.setattr(engine, "LOG_EVERY", 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, every_step_is_logged, number):
+    config = TrainConfig(**SHORT)
+    whole = train(config, tmp_path / "whole", quiet())
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=r"stopped at step 2 of 6; go on with: maskloss train --resume") as stopped:
+        train(config, tmp_path / "run", quiet(step=Stop(2, number)))
+    assert stopped.value.signal == number and signal.getsignal(number) is before
+    assert checkpoint.steps_of(tmp_path / "run") == [2]
+    again = resume(tmp_path / "run", quiet())
+    assert_same(again.folder, whole.folder)
+    with pytest.raises(MaskLossError, match="is finished"):
+        resume(tmp_path / "run", quiet())
+
+
+def test_terms_that_were_not_yet_logged_are_not_lost(tmp_path, result):
+    """Metrics average several steps; an interruption between two lines must not change them."""
+
+    class Killed(Exception):
+        pass
+
+    def dies(self, step, micro, original=engine.Engine._step):
+        if step == 5:
+            raise Killed
+        return original(self, step, micro)
+
+    config = dataclasses.replace(TrainConfig(**SHORT), checkpoint_every=2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine.Engine, "_step", dies)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "run", quiet())
+    assert checkpoint.steps_of(tmp_path / "run") == [2, 4]
+    again = resume(tmp_path / "run", quiet())
+    assert_same(again.folder, result.folder)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_leaves_nothing(tmp_path):
+    with pytest.raises(MaskLossError, match=r"it is nan at step 6[\s\S]*lower --lr"):
+        train(TrainConfig(**SHORT, lr=1e30), tmp_path / "deep" / "run", quiet())
+    assert not (tmp_path / "deep").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(MaskLossError, match="it is nan"):
+        train(TrainConfig(**SHORT, lr=1e30), tmp_path / "run", quiet())
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_what_a_killed_run_left_without_a_checkpoint_is_in_nobodys_way(result, tmp_path):
+    """As after SIGKILL: no cleaning up."""
+    for name in ("run.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".lock").touch()
+    (tmp_path / "checkpoints" / ".step-00000002.partial").mkdir(parents=True)
+    assert_same(train(TrainConfig(**SHORT), tmp_path, quiet()).folder, result.folder)
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path, result):
+    (tmp_path / "precious.txt").write_text("results")
+    for overwrite in (False, True):
+        with pytest.raises(MaskLossError, match=r"is in use: it holds precious\.txt"):
+            train(TrainConfig(**SHORT), tmp_path, quiet(), overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    with pytest.raises(MaskLossError, match="it holds a run"):
+        train(TrainConfig(**SHORT), result.folder, quiet())
+    assert (result.folder / "report.html").is_file()
+
+
+def test_a_folder_of_a_running_run(tmp_path):
+    with files.locked(tmp_path), pytest.raises(MaskLossError, match="can be used by one run at a time"):
+        train(TrainConfig(**SHORT), tmp_path, quiet())
+
+
+def test_a_run_can_be_replaced(tmp_path, result):
+    train(TrainConfig(**SHORT, seed=5), tmp_path, quiet())
+    assert_same(train(TrainConfig(**SHORT), tmp_path, quiet(), overwrite=True).folder, result.folder)
+
+
+def test_a_full_disk_during_a_checkpoint(tmp_path, monkeypatch):
+    original, calls = checkpoint._save, []
+
+    def full(path, tensors):
+        calls.append(path)
+        if "step-00000004" in str(path) and path.name == "optimizer.safetensors":
+            path.write_bytes(b"part")
+            raise OSError(28, "No space left on device", str(path))
+        original(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "_save", full)
+    config = dataclasses.replace(TrainConfig(**SHORT), checkpoint_every=2)
+    with pytest.raises(MaskLossError, match=r"that of step 4 was not: the disk is full[\s\S]*step 2 is whole"):
+        train(config, tmp_path / "run", quiet())
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.setattr(checkpoint, "_save", original)
+    whole = train(TrainConfig(**SHORT), tmp_path / "whole", quiet())
+    assert_same(resume(tmp_path / "run", quiet()).folder, whole.folder)
+
+
+def test_a_failure_while_the_report_is_drawn_costs_no_training(tmp_path, monkeypatch, result):
+    from maskloss.lab.results import report
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "report.html")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(report, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            train(TrainConfig(**SHORT), tmp_path / "run", quiet())
+    monkeypatch.setattr(engine.Engine, "_step", None)
+    assert_same(resume(tmp_path / "run", quiet()).folder, result.folder)
+
+
+# ----------------------------------------------------------------------------------------------------------- a folder
+
+
+def test_a_run_on_a_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.undo()  # this one is drawn
+    # A name that would begin a formula, and one in a script that the font may lack.
+    folder.content["categories"] = [{"id": 7, "name": "$a_{$"}, {"id": 3, "name": "箱 <b>"}]
+    folder.save()
+    config = TrainConfig(**SHORT | {"steps": 2, "size": 48, "data": str(folder.root), "workers": 0})
+    told = []
+    finished = train(config, tmp_path / "run", quiet(facts=told.append))
+    assert finished.evaluation.scenes == 1 and set(finished.evaluation.class_ap50) == {"$a_{$", "箱 <b>"}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "images of shapes" in page and "<b>box" not in page and "箱 &lt;b&gt;" in page
+    assert dict(told[0])["images"] == "5 for training, 1 held out"
+    folder.content["categories"][0]["name"] = "circle"
+    folder.save()
+    with pytest.raises(MaskLossError, match=r"classes of the run[\s\S]*the data have"):
+        evaluate_run(tmp_path / "run", str(folder.root), device="cpu")
+
+
+def test_a_folder_learns(folder):
+    """On discs and boxes the class is soon clear: a check that labels, masks and images of a folder belong together."""
+    from maskloss.distributed import step_totals
+    from maskloss.lab.loop.run import open_source
+    from maskloss.lab.models.learners import CompactLearner, resolve
+
+    config = TrainConfig(data=str(folder.root), size=32, batch_size=5, num_points=128, augment=False)
+    source = open_source(config)
+    learner = CompactLearner(resolve(config, source.most_instances), 2, 3)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
+    for step in range(60):
+        batch = source.batch(step, range(5), 5, 0)
+        losses = learner(batch, step_totals([batch.masks.num_targets], learner.num_queries), step)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+    assert float(losses.terms["loss_class"]) < 0.3 and float(losses.terms["loss_dice"]) < 0.3
+
+
+def test_label_maps_with_workers_accumulation_and_a_crop(cells, tmp_path):
+    config = TrainConfig(
+        **SHORT | {"steps": 4, "data": str(cells), "crop": 32, "workers": 2, "accumulate": 2, "batch_size": 4}
+    )
+    one = train(config, tmp_path / "one", quiet())
+    assert one.evaluation.matching and read_facts(one.folder).config.norm == "group"
+    other = train(dataclasses.replace(config, workers=0), tmp_path / "other", quiet())
+    assert_same(one.folder, other.folder)
+
+
+def test_a_broken_image_is_left_out_of_a_run_and_named(cells, tmp_path):
+    broken = cells / "0.tif"
+    broken.write_bytes(broken.read_bytes()[:200])
+    config = TrainConfig(**SHORT | {"steps": 1, "data": str(cells), "workers": 0})
+    with pytest.raises(MaskLossError, match=r"0\.tif"):
+        train(config, tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
+    told = []
+    train(dataclasses.replace(config, on_error="skip"), tmp_path / "run", quiet(facts=told.append))
+    assert "0.tif" in dict(told[0])["left out"]
+
+
+def test_micro_batches_add_up_to_the_step(cells, tmp_path):
+    """With groups for normalization, the gradient of two micro-batches is that of the whole step."""
+    states = []
+    for accumulate in (1, 2):
+        config = TrainConfig(
+            # AdamW divides a gradient by its own size, so where it is all but zero, its rounding counts.
+            **SHORT | {"steps": 3, "data": str(cells), "workers": 0, "norm": "group", "accumulate": accumulate},
+            lr=3e-4,
+        )
+        finished = train(config, tmp_path / str(accumulate), quiet())
+        states.append(checkpoint.read_tensors(finished.folder / "model.safetensors"))
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [schedule(step / 100) for step in range(1, 101)]
+    assert rates.index(max(rates)) == 4 and max(rates) == 1
+    assert rates[-1] == pytest.approx(0, abs=1e-9) and all(rate >= 0 for rate in rates)
+    assert schedule(0.5, "constant") == schedule(1, "constant") == 1
+    assert schedule(0.525, "linear", 0.05) == pytest.approx(0.5) and schedule(1, "linear") == 0
+    assert schedule(0.01, warmup=0) > 0.99 and schedule(1, "constant", 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 60}, "--size must be a multiple of 16"),
+        ({"size": 1000000016}, "--size must be a whole number from 16 to 4,096"),
+        ({"num_points": 10**11}, "--num-points must be a whole number from 1 to 1,000,000"),
+        ({"grid": 1000}, "--grid must be a whole number from 1 to 64"),
+        ({"threads": 5000}, "--threads must be a whole number from 1 to"),
+        ({"steps": 0}, "--steps must be a whole number"),
+        ({"batch_size": 2.5}, "--batch-size must be a whole number"),
+        ({"batch_size": 5, "accumulate": 2}, "--batch-size must be a multiple of --accumulate"),
+        ({"lr": 0.0}, "--lr must be a finite number, above 0"),
+        ({"lr": float("nan")}, "--lr must be a finite number"),
+        ({"weight_decay": -1.0}, "--weight-decay must be a finite number, at least 0"),
+        ({"warmup": 1.5}, "--warmup must be a share"),
+        ({"schedule": "steps"}, "--schedule must be one of cosine, linear, constant"),
+        ({"on_error": "ignore"}, "--on-error must be one of"),
+        ({"data": ""}, "--data must be a name"),
+        ({"seed": -1}, "--seed must be a whole number"),
+        ({"seed": 2**31}, "--seed must be a whole number from 0"),
+        ({"threads": 0}, "--threads must be a whole number"),
+        ({"device": "abacus"}, "--device must be one that torch knows"),
+        ({"device": "meta"}, "--device must be cpu or cuda"),
+    ],
+)
+def test_options_outside_their_range(options, message):
+    with pytest.raises(MaskLossError, match=message):
+        TrainConfig(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there():
+    with pytest.raises(MaskLossError, match="torch sees no CUDA device"):
+        TrainConfig(device="cuda")
+
+
+def test_an_unknown_option():
+    with pytest.raises(MaskLossError, match="unknown: color"):
+        TrainConfig.from_dict({"color": "red"})
+
+
+def test_more_instances_than_queries(tmp_path):
+    with pytest.raises(MaskLossError, match=r"5 instances, and --grid 2 makes 4 queries[\s\S]*--grid 4"):
+        train(TrainConfig(**SHORT, grid=2), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_report_says_what_the_run_was(result):
+    page = (result.folder / "report.html").read_text()
+    assert "http" not in page and "$" not in page
+    assert f"{result.evaluation.ap50:.3f}" in page and page.count('src="data:image/png;base64,') > 20
+    for heading in ("What was learned from", "Where the loss looked", "What is hardest", "AP by size"):
+        assert heading in page
+    assert re.search(r"<dt>image sizes</dt><dd>64 x 64</dd>", page)
