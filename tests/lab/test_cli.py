@@ -30,7 +30,7 @@ def words(**more) -> list[str]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A short run on label maps, not drawn."""
-    from training.conftest import write_cells
+    from lab.conftest import write_cells
 
     root = tmp_path_factory.mktemp("cli")
     write_cells(root / "cells")
@@ -74,7 +74,7 @@ def test_evaluate(run, tmp_path, capsys):
 
 
 def test_evaluate_on_other_data(run, tmp_path, capsys):
-    from training.conftest import write_cells
+    from lab.conftest import write_cells
 
     write_cells(tmp_path / "other", 11)
     assert main(["evaluate", str(run), "--data", str(tmp_path / "other"), "--device", "cpu"]) == 0
@@ -307,7 +307,7 @@ def test_a_benchmark_looks_at_its_folder_before_it_measures(capsys, places):
 
 
 def test_a_run_can_be_used_from_elsewhere(tmp_path, monkeypatch, capsys):
-    from training.conftest import write_cells
+    from lab.conftest import write_cells
 
     write_cells(tmp_path / "cells")
     monkeypatch.chdir(tmp_path)

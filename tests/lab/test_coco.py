@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training.conftest import write_panoptic
 
+from lab.conftest import write_panoptic
 from maskloss import MaskLossError
 from maskloss.lab.data.folder import FolderScenes
 

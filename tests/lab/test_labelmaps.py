@@ -10,8 +10,8 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from training.conftest import write_cells
 
+from lab.conftest import write_cells
 from maskloss import MaskLossError
 from maskloss.lab.data.folder import FolderScenes
 from maskloss.lab.data.images import read_image, read_label_map, read_size, to_unit

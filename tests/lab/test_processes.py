@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.conftest import write_cells
 
+from lab.conftest import write_cells
 from maskloss.lab.loop import checkpoint
 from maskloss.lab.loop.runfolder import read_facts
 from maskloss.lab.models.learners import CompactLearner
