@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from maskloss import MaskCriterion, PointSampling, show
+from maskloss import MaskCriterion, PointSampling
 from maskloss.lab.cli import main
+from maskloss.lab.commands import show
 
 
 def options(*arguments):
