@@ -600,7 +600,7 @@ def test_the_documentation_gets_a_row_for_every_arm(
     for arm, found in report["cases"][0]["arms"].items():
         found["stages"] = dict.fromkeys(table.STAGES, 0.001 if arm == "maskloss" else 0.002)
     (tmp_path / "bench.json").write_text(json.dumps(report))
-    script = Path(__file__).parents[1] / "scripts" / "bench_tables.py"
+    script = Path(__file__).parents[2] / "scripts" / "bench_tables.py"
     spec = importlib.util.spec_from_file_location("bench_tables", script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
