@@ -362,12 +362,12 @@ def test_workers_wait_as_users_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "ACTIVE")
     monkeypatch.setattr(runner.subprocess, "Popen", lambda *_, env, **__: seen.append(env))
     for passive in (False, True):
-        runner.Process(SETTINGS, passive=passive).log.close()
+        runner.Process(SETTINGS, TINY.worker, passive=passive).log.close()
     assert {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "MASKLOSS_BACKEND"}.isdisjoint({*seen[0], *seen[1]})
     assert [environment.get("OMP_WAIT_POLICY") for environment in seen] == [None, "PASSIVE"]
-    settings = replace(SETTINGS, arms=("maskloss", "transformers"))
-    assert list(runner._entries(settings)) == ["maskloss", "transformers", "transformers, passive"]
-    assert list(runner._entries(replace(settings, device="cuda"))) == ["maskloss", "transformers"]
+    arms = ("maskloss", "transformers")
+    assert list(runner._entries(arms, SETTINGS)) == ["maskloss", "transformers", "transformers, passive"]
+    assert list(runner._entries(arms, replace(SETTINGS, device="cuda"))) == ["maskloss", "transformers"]
 
 
 # ------------------------------------------------------------------------------------------------- workers and runner
@@ -380,24 +380,23 @@ def test_a_worker_answers_errors_and_goes_on(arm: str) -> None:
         {"do": "fly"},
         {"do": "setup", "arm": arm, **setup},
         {"do": "step", "seed": 1},
-        {"do": "count", "seed": 1},
         {"do": "stages", "seed": 1, "steps": 2},
     ]
     answers = io.StringIO()
-    worker.serve(io.StringIO("".join(json.dumps(each) + "\n" for each in commands)), answers)
-    wrong, ready, step, count, stages = map(json.loads, answers.getvalue().splitlines())
+    worker.serve(io.StringIO("".join(json.dumps(each) + "\n" for each in commands)), answers, worker.Worker())
+    wrong, ready, step, stages = map(json.loads, answers.getvalue().splitlines())
     assert wrong["error"] == "AttributeError: 'Worker' object has no attribute 'fly'"
     assert ready["result"]["backend"] == "cpu"
     assert ready["result"]["memory"]["gradient"] == 4 * (TINY.logit_count + 2 * 8 * 5)
     assert step["result"]["forward"] > 0
     assert step["result"]["packed_forward"] > 0
     assert step["result"]["packed_loss"] == step["result"]["loss"]
-    assert count["result"]["transfers"] == 1
+    assert ready["result"]["counts"]["transfers"] == 1
     assert set(table.STAGES) == set(stages["result"][0])
 
 
 def test_a_worker_that_dies_says_so() -> None:
-    with runner.Process(SETTINGS) as process:
+    with runner.Process(SETTINGS, TINY.worker) as process:
         with pytest.raises(runner.WorkerError, match="no attribute 'fly'") as wrong:
             process.ask("fly")
         assert "Traceback" in wrong.value.details
@@ -419,7 +418,7 @@ def test_no_arm_is_left_unchecked(monkeypatch: pytest.MonkeyPatch, arms: tuple[s
     """What checks a stratified arm says nothing about `maskloss`, so something else must."""
     asked = []
     monkeypatch.setattr(runner.Process, "ask", lambda _, do, **given: asked.append((do, given["others"])))
-    runner._check(TINY, replace(SETTINGS, arms=arms), lambda _: None)
+    runner._check(TINY, arms, SETTINGS, lambda _: None)
     assert asked == [("check", others)]
 
 

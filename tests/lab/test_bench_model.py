@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ pytest.importorskip("transformers")
 
 from maskloss.integrations.transformers import factors
 from maskloss.lab.bench import command, model
-from maskloss.lab.bench.model import ARMS, MODELS, ModelCase, model_lines, model_table, run_model
+from maskloss.lab.bench.model import MODEL_ARMS, MODELS, ModelCase, model_lines, model_table
 from maskloss.lab.bench.model_worker import ModelWorker
-from maskloss.lab.bench.runner import Settings
+from maskloss.lab.bench.runner import Process, Settings, run_case
 
-SETTINGS = Settings(ARMS, steps=3, seconds=10, threads=2, device="cpu", dtype="float32")
+SETTINGS = Settings(MODEL_ARMS, steps=3, seconds=10, threads=2, device="cpu", dtype="float32")
 POINTS = {"num_queries": 12, "train_num_points": 128, "num_attention_heads": 2}
 BACKBONE = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4, "drop_path_rate": 0.0}
 WIDTHS = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 16}
@@ -51,8 +52,8 @@ def test_cases_survive_json(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.usefixtures("threads")
 def test_all_arms_compute_the_same(name: str) -> None:
-    checks = ModelWorker().check(small(name).as_dict(), "cpu", 0)
-    assert [check["arm"] for check in checks] == ["patched", "factors"]
+    checks = ModelWorker().check(small(name).as_dict(), ["patched", "factors"], "cpu", "float32", 0)["checks"]
+    assert [check["other"] for check in checks] == ["patched", "factors"]
     for check in checks:
         assert check["passed"]
         assert check["loss"] < 1e-5
@@ -65,7 +66,9 @@ def test_a_wrong_arm_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention masks from the wrong sign: the loss is finite, and another one."""
     inner = factors.LayerFactors.resize
     monkeypatch.setattr(factors.LayerFactors, "resize", lambda self, **options: -inner(self, **options))
-    patched, factored = ModelWorker().check(small("mask2former").as_dict(), "cpu", 0)
+    patched, factored = ModelWorker().check(
+        small("mask2former").as_dict(), ["patched", "factors"], "cpu", "float32", 0
+    )["checks"]
     assert patched["passed"]
     assert not factored["passed"]
     assert factored["flips"] > 0
@@ -83,14 +86,14 @@ def test_arms_are_measured_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     report = json.loads((tmp_path / "bench.json").read_text())
     assert report["cases"] == []
     [found] = report["models"]
-    assert list(found["arms"]) == list(ARMS)
+    assert list(found["arms"]) == list(MODEL_ARMS)
     for results in found["arms"].values():
         assert [sample["round"] for sample in results["samples"]] == [0, 1, 2]
         assert results["memory"]["peak"] is None or results["memory"]["peak"] >= 0
         step = results["summary"]["step"]
         assert step["low"] <= step["median"] <= step["high"]
     # Patched with and without factors draw the same points; the unpatched model draws its own.
-    losses = {arm: [sample["loss"] for sample in found["arms"][arm]["samples"]] for arm in ARMS}
+    losses = {arm: [sample["loss"] for sample in found["arms"][arm]["samples"]] for arm in MODEL_ARMS}
     assert losses["patched"] == pytest.approx(losses["factors"], rel=1e-5)
     assert losses["patched"] != losses["unpatched"]
     text = capsys.readouterr().out
@@ -104,14 +107,16 @@ def test_nothing_is_timed_behind_a_failed_check(monkeypatch: pytest.MonkeyPatch)
     def ask(_: Any, do: str, **__: Any) -> Any:
         asked.append(do)
         differs = {"loss": 1.0, "gradient": 1.0, "flips": 0, "attention": 1}
-        return [{"arm": "patched", "passed": True, **differs}, {"arm": "factors", "passed": False, **differs}]
+        names = {"patched": True, "factors": False}
+        checks = [{"other": each, "base": "the unpatched model", "passed": names[each], **differs} for each in names]
+        return {"digest": "", "checks": checks}
 
-    monkeypatch.setattr(model.ModelProcess, "ask", ask)
-    report = run_model(small("eomt"), SETTINGS, lambda _: None)
+    monkeypatch.setattr(Process, "ask", ask)
+    report = run_case(small("eomt"), SETTINGS, lambda _: None)
     assert asked == ["check"]
-    assert report["failed"] == "factors and the unpatched model do not agree; nothing was timed"
+    assert report["failed"] == "the unpatched model and factors do not agree; nothing was timed"
     assert report["arms"] == {}
-    assert any("do not agree" in line for line in model_lines(report))
+    assert any("loss within 1.0e+00" in line for line in model_lines(report))
 
 
 def test_a_table_shows_failures_and_gaps() -> None:
@@ -120,6 +125,7 @@ def test_a_table_shows_failures_and_gaps() -> None:
     summary = {"forward": spread, "backward": spread, "step": {**spread, "median": 4.0}}
     half = {**summary, "step": {**spread, "median": 2.0}}
     report = {
+        "name": "eomt",
         "sizes": MODELS["eomt"].as_dict(),
         "arms": {
             "unpatched": {"summary": summary, "memory": {"peak": 5e8}},
@@ -130,8 +136,13 @@ def test_a_table_shows_failures_and_gaps() -> None:
     console.print(model_table(report))
     text = console.file.getvalue()
     assert "500 MB" in text
-    assert "2.00 │" in text.replace("┃", "│")
-    assert "factors  out of memory" in model_lines(report)
+    assert re.search(r"patched +2\.00 s .* not measured +2\.00", text)
+    assert re.search(r"factors +failed", text)
+
+
+def test_models_are_measured_in_float32() -> None:
+    with pytest.raises(ValueError, match="models are measured in float32, not in bfloat16"):
+        ModelWorker().setup(small("eomt").as_dict(), "patched", "cpu", "bfloat16", 0)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -4,12 +4,37 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from maskloss.errors import Cause, reported
 from maskloss.points import PointSampling
 
 Size = tuple[int, int]
+
+
+class Subject(Protocol):
+    """What is measured: a step of the loss (`Case`) or of a whole model (`ModelCase`).
+
+    Attributes:
+        worker: module that a measuring process runs.
+        base: arm that the others are compared with before anything is timed.
+    """
+
+    worker: ClassVar[str]
+    base: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """How the command and the tables call it."""
+
+    def arms(self, asked: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the arms to measure, given those asked for."""
+
+    def working_set(self, arm: str, item_size: int) -> int:
+        """Estimate the bytes that the process of an arm needs, for logits of `item_size` bytes."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, which JSON keeps and the worker reads."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +54,9 @@ class Case:
         extent: smallest and largest size of an instance: the square root of its area, as a share of the image's.
         channels: D of the mask head, whose product is then a part of the step; 0: the step begins with the logits.
     """
+
+    worker: ClassVar[str] = "maskloss.lab.bench.worker"
+    base: ClassVar[str] = "maskloss"
 
     name: str
     batch: int
@@ -56,6 +84,14 @@ class Case:
     def target_count(self) -> int:
         """Target pixels of all images, as dense masks have them."""
         return self.batch * self.targets * math.prod(self.target_size)
+
+    def arms(self, asked: tuple[str, ...]) -> tuple[str, ...]:
+        """Leave out masks as factors where there is no head to factor."""
+        return tuple(arm for arm in asked if self.channels or arm != "factors")
+
+    def working_set(self, arm: str, item_size: int) -> int:
+        """Count logits and their gradient, and the targets: bytes if bool, several float copies for Transformers."""
+        return 2 * item_size * self.logit_count + self.target_count * (17 if arm == "transformers" else 1)
 
     def describe(self) -> str:
         """Write the sizes in one line; of a case of a family, those that all its cases have."""

@@ -6,7 +6,7 @@ import argparse
 import json
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from maskloss.lab.bench import plots, table
 from maskloss.lab.bench.arms import ARMS
 from maskloss.lab.bench.cases import FAMILIES, PRESETS, choose
 from maskloss.lab.bench.machine import default_threads, describe_machine, describe_software
-from maskloss.lab.bench.model import MODELS, model_lines, model_table, run_model
+from maskloss.lab.bench.model import MODELS, model_lines, model_table
 from maskloss.lab.bench.runner import Say, Settings, run_case
 
 DESCRIPTION = """\
@@ -127,7 +127,10 @@ def main(arguments: argparse.Namespace) -> int:
             if report["cases"]:
                 console.print(table.LEGEND)
             _print_families(console, report, families)
-            _run_models(console, report, arguments.model or (), settings)
+            for name in arguments.model or ():
+                with _progress(console) as say:
+                    report["models"].append(run_case(MODELS[name], settings, say))
+                _print_model(console, report["models"][-1])
     finally:
         # What was measured before an interruption is not lost.
         if report["cases"] or report["models"]:
@@ -197,18 +200,7 @@ def _progress(console: Any) -> Iterator[Say]:
 
 
 def _print_case(console: Any, case: dict[str, Any]) -> None:
-    if not case["arms"]:
-        console.print(f"[bold]{case['name']}[/]")
-    else:
-        console.print(table.case_table(case))
-    for place, found in (("", case), *case["arms"].items()):
-        if "failed" in found:
-            console.print(f"{place}  {found['failed']}".strip(), style="red", markup=False)
-            if found.get("details"):
-                console.print("  the traceback is in bench.json", style="dim")
-    reasons = {found["memory"]["not_measured"] for found in case["arms"].values() if "memory" in found} - {None}
-    for reason in reasons:
-        console.print(f"[dim]{reason}[/]")
+    _print_table(console, case, table.case_table)
     for line in (table.speed_line(case), table.waiting_line(case)):
         if line:
             console.print(line)
@@ -217,21 +209,30 @@ def _print_case(console: Any, case: dict[str, Any]) -> None:
         console.print(table.stage_table(case), end="\n\n")
 
 
+def _print_model(console: Any, case: dict[str, Any]) -> None:
+    _print_table(console, case, model_table)
+    for line in model_lines(case):
+        console.print(line, style="dim", markup=False)
+
+
+def _print_table(console: Any, case: dict[str, Any], lay_out: Callable[[dict[str, Any]], Any]) -> None:
+    """Print what was measured, what failed, and what could not be measured."""
+    console.print(lay_out(case) if case["arms"] else f"[bold]{case['name']}[/]")
+    for place, found in (("", case), *case["arms"].items()):
+        if "failed" in found:
+            console.print(f"{place}  {found['failed']}".strip(), style="red", markup=False)
+            if found.get("details"):
+                console.print("  the traceback is in bench.json", style="dim")
+    reasons = {found["memory"]["not_measured"] for found in case["arms"].values() if "memory" in found} - {None}
+    for reason in reasons:
+        console.print(f"[dim]{reason}[/]")
+
+
 def _print_families(console: Any, report: dict[str, Any], families: list[str]) -> None:
     for name in families:
         cases = [case for case in report["cases"] if case["name"].startswith(f"{name}=") and case["arms"]]
         if cases:
             console.print(table.family_table(name, cases), end="\n\n")
-
-
-def _run_models(console: Any, report: dict[str, Any], names: Sequence[str], settings: Settings) -> None:
-    for name in names:
-        with _progress(console) as say:
-            report["models"].append(run_model(MODELS[name], settings, say))
-        if report["models"][-1]["arms"]:
-            console.print(model_table(report["models"][-1]))
-        for line in model_lines(report["models"][-1]):
-            console.print(line, style="dim", markup=False)
 
 
 def _failed(case: dict[str, Any]) -> bool:

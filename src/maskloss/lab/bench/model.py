@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from maskloss.errors import require
 from maskloss.lab.bench.cases import Case
 from maskloss.lab.bench.inputs import make_inputs
-from maskloss.lab.bench.runner import Process, Say, Settings, WorkerError
+from maskloss.lab.bench.table import memory, new_table, range_of, seconds, titled
 
-ARMS = ("unpatched", "patched", "factors")
-
-# Threads that spin after a step have gone to sleep by then, and leave the cores to the next arm.
-_PAUSE = 0.03
+MODEL_ARMS = ("unpatched", "patched", "factors")
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,9 @@ class ModelCase:
         config: what differs from Transformers' default configuration; "backbone" is that of Swin.
     """
 
+    worker: ClassVar[str] = "maskloss.lab.bench.model_worker"
+    base: ClassVar[str] = MODEL_ARMS[0]
+
     name: str
     title: str
     family: tuple[str, str]
@@ -46,6 +43,14 @@ class ModelCase:
     targets: int = 20
     classes: int = 80
     config: dict[str, Any] = field(default_factory=dict)
+
+    def arms(self, asked: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG002 (those of a loss)
+        """Return the arms of a model, whatever arms of the loss are asked for."""
+        return MODEL_ARMS
+
+    def working_set(self, arm: str, item_size: int) -> int:  # noqa: ARG002 (weights and activations, for all alike)
+        """Return a generous bound for the models that are listed."""
+        return 5_000_000_000
 
     def describe(self) -> str:
         """Write the sizes in one line."""
@@ -118,7 +123,7 @@ def make_batch(case: ModelCase, seed: int) -> dict[str, Any]:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Bring a batch to a device."""
+    """Copy a batch to a device."""
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else [each.to(device) for each in value]
@@ -126,107 +131,33 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: moved(value) for name, value in batch.items()}
 
 
-class ModelProcess(Process):
-    """A worker that trains a model."""
-
-    module = "maskloss.lab.bench.model_worker"
-
-
-def run_model(case: ModelCase, settings: Settings, say: Say) -> dict[str, Any]:
-    """Check and measure a model.
-
-    Args:
-        case: the model.
-        settings: steps, threads, device and seed; float32.
-        say: is told what is going on.
-
-    Returns:
-        What JSON keeps: "checks", and for each arm "samples", "summary" and "memory", or "failed". If the check
-        failed there is a "failed" for the whole model and no arm.
-    """
-    report: dict[str, Any] = {"name": case.name, "sizes": case.as_dict(), "arms": {}}
-    given = {"case": case.as_dict(), "device": settings.device, "seed": settings.seed}
-    say(f"{case.name}: checking that all arms compute the same")
-    try:
-        with ModelProcess(settings) as process:
-            report["checks"] = process.ask("check", **given)
-    except WorkerError as error:
-        return report | error.as_dict()
-    wrong = [check["arm"] for check in report["checks"] if not check["passed"]]
-    if wrong:
-        return report | {"failed": f"{' and '.join(wrong)} and the unpatched model do not agree; nothing was timed"}
-    with ExitStack() as stack:
-        processes = {arm: stack.enter_context(ModelProcess(settings)) for arm in ARMS}
-        for arm, process in processes.items():
-            say(f"{case.name}: first steps, {arm}")
-            report["arms"][arm] = _attempt(process, "setup", arm=arm, **given) | {"samples": []}
-        for turn in range(settings.steps):
-            first = turn % len(ARMS)
-            for arm in (*ARMS[first:], *ARMS[:first]):
-                found = report["arms"][arm]
-                if "failed" not in found:
-                    say(f"{case.name}: step {turn + 1} of {settings.steps}, {arm}")
-                    time.sleep(_PAUSE)
-                    sample = _attempt(processes[arm], "step", seed=settings.seed + 1 + turn)
-                    if "failed" in sample:
-                        found.update(sample)
-                    else:
-                        found["samples"].append({"round": turn, **sample})
-    for found in report["arms"].values():
-        if found["samples"]:
-            found["summary"] = _summary(found["samples"])
-    return report
-
-
-def _attempt(process: Process, do: str, **arguments: Any) -> dict[str, Any]:
-    try:
-        answer: dict[str, Any] = process.ask(do, **arguments)
-    except WorkerError as error:
-        return error.as_dict()
-    return answer
-
-
-def _summary(samples: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Reduce samples to median, 10 % and 90 % quantile of forward, backward and both, in seconds."""
-    parts = {name: np.array([sample[name] for sample in samples]) for name in ("forward", "backward")}
-    parts["step"] = parts["forward"] + parts["backward"]
-    names = ("low", "median", "high")
-    return {
-        part: dict(zip(names, np.quantile(values, [0.1, 0.5, 0.9]).tolist(), strict=True))
-        for part, values in parts.items()
-    }
-
-
 def model_table(report: Mapping[str, Any]) -> Any:
-    """Draw the table of a model that was measured."""
-    table = require("rich.table", "bench").Table(
-        title=ModelCase.from_dict(report["sizes"]).describe(), title_justify="left"
-    )
-    for name in ("arm", "forward", "backward", "step", "10-90 %", "unpatched / arm", "peak memory"):
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    """Lay out what was measured for a model; rows are arms."""
+    table = new_table()
+    for name in ("step", "10–90%", "forward", "backward", "peak", "unpatched / arm"):
+        table.add_column(name, justify="right", no_wrap=True)
     whole = report["arms"]["unpatched"].get("summary", {}).get("step", {}).get("median")
     for arm, found in report["arms"].items():
         if "summary" not in found:
-            table.add_row(arm, *["-"] * 6)
+            table.add_row(arm, "[red]failed[/]")
             continue
-        forward, backward, step = (found["summary"][part] for part in ("forward", "backward", "step"))
-        peak = found["memory"]["peak"]
+        step = found["summary"]["step"]
         table.add_row(
             arm,
-            *(f"{part['median']:.2f} s" for part in (forward, backward, step)),
-            f"{step['low']:.2f}-{step['high']:.2f} s",
-            "-" if whole is None else f"{whole / step['median']:.2f}",
-            "-" if peak is None else f"{peak / 1e6:.0f} MB",
+            seconds(step["median"]),
+            range_of(step),
+            *(seconds(found["summary"][part]["median"]) for part in ("forward", "backward")),
+            memory(found["memory"]["peak"]),
+            "" if whole is None else f"{whole / step['median']:.2f}",
         )
-    return table
+    return titled(report["name"], ModelCase.from_dict(report["sizes"]).describe(), table)
 
 
 def model_lines(report: Mapping[str, Any]) -> list[str]:
-    """Write what the table does not say: how far the arms agree, and what failed."""
-    lines = [
-        f"{check['arm']}: loss within {check['loss']:.1e}, gradient within {check['gradient']:.1e} of the unpatched "
-        f"model, on the same points; {check['flips']} of {check['attention']} attention logits on the other side of 0"
+    """Write what the table does not say: how far the arms agree."""
+    return [
+        f"{check['other']}: loss within {check['loss']:.1e}, gradient within {check['gradient']:.1e} of "
+        f"{check['base']}, on the same points; {check['flips']} of {check['attention']} attention logits on the other "
+        "side of 0"
         for check in report.get("checks", ())
     ]
-    failures = {"": report, **report["arms"]}
-    return lines + [f"{arm}  {found['failed']}".strip() for arm, found in failures.items() if "failed" in found]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,9 +15,9 @@ from maskloss.integrations._layers import Step
 from maskloss.integrations.transformers import patch
 from maskloss.lab.bench.cases import Case
 from maskloss.lab.bench.check import _Draws, _draws
-from maskloss.lab.bench.measure import Clock, PeakMemory
+from maskloss.lab.bench.measure import PeakMemory
 from maskloss.lab.bench.model import ModelCase, build, make_batch, to_device
-from maskloss.lab.bench.worker import serve_process
+from maskloss.lab.bench.worker import BaseWorker, serve_process
 from maskloss.loss import InstanceLosses, MaskLoss
 from maskloss.matches import Matches
 from maskloss.ops import Reduction
@@ -28,31 +27,30 @@ from maskloss.ops import Reduction
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-2
 
 
-class ModelWorker:
+class ModelWorker(BaseWorker):
     """The commands; each method is one, and returns what is sent back."""
 
     model: Any
     batch: dict[str, Any]
-    device: torch.device
 
-    def check(self, case: dict[str, Any], device: str, seed: int) -> list[dict[str, Any]]:
-        """Compare a step of the patched model, with and without factors, and of the unpatched one.
+    def check(self, case: dict[str, Any], others: list[str], device: str, dtype: str, seed: int) -> dict[str, Any]:
+        """Compare a step of the patched model, with and without factors, with one of the unpatched model.
 
         The unpatched model gets the points that the patched one has drawn, and does all the rest itself.
         """
-        found = self._start(case, device, seed)
+        found = self._start(case, device, dtype, seed)
         with _recorded() as calls:
-            patched = self._one_step("patched", seed)
-        factors = self._one_step("factors", seed)
+            steps = {other: self._one_step(other, seed) for other in others[:1]}
+        steps |= {other: self._one_step(other, seed) for other in others[1:]}
         points, batch = self.model.config.train_num_points, found.batch
         sizes = Case("model", batch, 1, found.targets, 1, found.classes, (1, 1), (1, 1), points=points)
         with _Draws(draw for matches, drawn in calls for draw in _draws(sizes, matches, drawn)):
             unpatched = self._one_step("unpatched", seed)
-        return [_compare(arm, mine, unpatched) for arm, mine in (("patched", patched), ("factors", factors))]
+        return {"digest": "", "checks": [_compare(other, mine, unpatched) for other, mine in steps.items()]}
 
-    def setup(self, case: dict[str, Any], arm: str, device: str, seed: int) -> dict[str, Any]:
+    def setup(self, case: dict[str, Any], arm: str, device: str, dtype: str, seed: int) -> dict[str, Any]:
         """Make the model, patch it, take a step that loads and compiles all code, and measure the memory of another."""
-        self._start(case, device, seed)
+        self._start(case, device, dtype, seed)
         if arm != "unpatched":
             patch(self.model, factors=arm == "factors")
         self.step(seed)
@@ -60,24 +58,19 @@ class ModelWorker:
         meter = PeakMemory(self.device)
         meter.start()
         self.model(**self.batch).loss.backward()
-        return {"memory": {"peak": meter.peak(), "not_measured": meter.why_not}}
+        return {"digest": "", "memory": {"peak": meter.peak(), "not_measured": meter.why_not}}
 
     def step(self, seed: int) -> dict[str, float]:
         """Time forward and backward of one step, targets packed within it; seconds."""
         self._drop_gradients()
         torch.manual_seed(seed)
-        clock = Clock(self.device)
-        clock.mark()
-        loss = self.model(**self.batch).loss
-        clock.mark()
-        loss.backward()
-        clock.mark()
-        forward, backward = clock.spans()
-        return {"forward": forward, "backward": backward, "loss": float(loss.detach())}
+        return self.timed(lambda: self.model(**self.batch).loss)
 
-    def _start(self, case: dict[str, Any], device: str, seed: int) -> ModelCase:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        found, self.device = ModelCase.from_dict(case), torch.device(device)
+    def _start(self, case: dict[str, Any], device: str, dtype: str, seed: int) -> ModelCase:
+        self.start(device)
+        found = ModelCase.from_dict(case)
+        if dtype != "float32":
+            raise ValueError(f"models are measured in float32, not in {dtype}: some layers of theirs take nothing else")
         self.model = build(found, seed).to(self.device)
         self.batch = to_device(make_batch(found, seed), self.device)
         return found
@@ -133,18 +126,19 @@ class _Resized(TorchFunctionMode):
 
 
 def _compare(
-    arm: str, mine: tuple[float, list[Tensor], list[Tensor]], other: tuple[float, list[Tensor], list[Tensor]]
+    name: str, mine: tuple[float, list[Tensor], list[Tensor]], base: tuple[float, list[Tensor], list[Tensor]]
 ) -> dict[str, Any]:
     difference = norm = 0.0
-    for a, b in zip(mine[1], other[1], strict=True):
+    for a, b in zip(mine[1], base[1], strict=True):
         difference += float((a.double() - b.double()).square().sum())
         norm += float(b.double().square().sum())
-    loss, gradient = abs(mine[0] - other[0]) / abs(other[0]), (difference / norm) ** 0.5
+    loss, gradient = abs(mine[0] - base[0]) / abs(base[0]), (difference / norm) ** 0.5
     return {
-        "arm": arm,
+        "other": name,
+        "base": "the unpatched model",
         "loss": loss,
         "gradient": gradient,
-        "flips": sum(int((a != b).sum()) for a, b in zip(mine[2], other[2], strict=True)),
+        "flips": sum(int((a != b).sum()) for a, b in zip(mine[2], base[2], strict=True)),
         "attention": sum(a.numel() for a in mine[2]),
         "passed": loss <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE,
     }

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from maskloss.errors import require
 from maskloss.lab.bench.arms import PEERS, STRATIFIED
-from maskloss.lab.bench.cases import Case
+from maskloss.lab.bench.cases import Subject
 
 # A median and its spread need more than one look.
 _FEWEST = 3
@@ -91,19 +91,18 @@ class Process:
 
     Args:
         settings: threads and environment.
+        module: what it runs, see `Subject.worker`.
         passive: let waiting OpenMP threads sleep; by default they spin for a while.
     """
 
-    module = "maskloss.lab.bench.worker"
-
-    def __init__(self, settings: Settings, *, passive: bool = False) -> None:
+    def __init__(self, settings: Settings, module: str, *, passive: bool = False) -> None:
         dropped = {"MASKLOSS_BACKEND", *_WAITING}  # the arms say which backend they are
         environment = {key: value for key, value in os.environ.items() if key not in dropped} | settings.environment
         if passive:
             environment["OMP_WAIT_POLICY"] = "PASSIVE"
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed in __exit__)
         self.child = subprocess.Popen(
-            [sys.executable, "-m", self.module],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -162,54 +161,56 @@ class Process:
         return "\n".join(lines)
 
 
-def run_case(case: Case, settings: Settings, say: Say) -> dict[str, Any]:
+def run_case(case: Subject, settings: Settings, say: Say) -> dict[str, Any]:
     """Check and measure one case.
 
     Args:
-        case: the sizes.
+        case: the sizes, or the model.
         settings: arms, steps and the rest.
         say: is told what is going on, for a progress line.
 
     Returns:
-        What JSON keeps of the case: "checks", and for each arm "samples", "summary", "memory" and "counts", or
-        "failed"; a peer has "waiting" and "other_waiting" as well, see `better_waiting`. If the check failed, or the
-        machine is too small, there is a "failed" for the whole case and no arm.
+        What JSON keeps of the case: "checks", and for each arm "samples", "summary", "memory" and what else its worker
+        found when it began, or "failed"; a peer has "waiting" and "other_waiting" as well, see `better_waiting`. If the
+        check failed, or the machine is too small, there is a "failed" for the whole case and no arm.
     """
-    report: dict[str, Any] = {"name": case.name, "sizes": case.as_dict(), "instances": case.instances, "arms": {}}
-    if not case.channels:
-        # Without a head there is nothing to factor.
-        settings = replace(settings, arms=tuple(arm for arm in settings.arms if arm != "factors"))
-    refusal = _too_large(case, settings)
+    report: dict[str, Any] = {"name": case.name, "sizes": case.as_dict(), "arms": {}}
+    arms = case.arms(settings.arms)
+    refusal = _too_large(case, arms, settings)
     if refusal is not None:
         return report | {"failed": refusal}
     try:
-        answer = _check(case, settings, say)
+        answer = _check(case, arms, settings, say)
     except WorkerError as error:
         return report | error.as_dict()
     report |= answer
     wrong = [f"{check['base']} and {check['other']}" for check in answer["checks"] if not check["passed"]]
     if wrong:
         return report | {"failed": f"{', '.join(wrong)} do not agree; nothing was timed"}
-    report["arms"] = _measure(case, settings, answer["digest"], say)
+    report["arms"] = _measure(case, arms, settings, answer["digest"], say)
     return report
 
 
-def _check(case: Case, settings: Settings, say: Say) -> dict[str, Any]:
-    others = [arm for arm in settings.arms if arm != "maskloss"]
+def _check(case: Subject, arms: Sequence[str], settings: Settings, say: Say) -> dict[str, Any]:
+    others = [arm for arm in arms if arm != case.base]
     if set(others) <= STRATIFIED.keys():
         # Those are checked against a backend, not against maskloss, which would then not be checked at all.
         others.append("reference")
     say(f"{case.name}: checking {', '.join(others)}")
-    with Process(settings) as process:
+    with Process(settings, case.worker) as process:
         answer: dict[str, Any] = process.ask("check", others=others, **_inputs(case, settings))
     return answer
 
 
-def _measure(case: Case, settings: Settings, digest: str, say: Say) -> dict[str, dict[str, Any]]:
-    names = _entries(settings)
+def _measure(
+    case: Subject, arms: Sequence[str], settings: Settings, digest: str, say: Say
+) -> dict[str, dict[str, Any]]:
+    names = _entries(arms, settings)
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
     with ExitStack() as stack:
-        processes = {name: stack.enter_context(Process(settings, passive=name.endswith(_PASSIVE))) for name in names}
+        processes = {
+            name: stack.enter_context(Process(settings, case.worker, passive=name.endswith(_PASSIVE))) for name in names
+        }
         for name, arm in names.items():
             say(f"{case.name}: first step of {name}")
             _attempt(found[name], partial(_begin, processes[name], case, arm, settings, digest))
@@ -226,10 +227,10 @@ def _measure(case: Case, settings: Settings, digest: str, say: Say) -> dict[str,
 _PASSIVE = ", passive"
 
 
-def _entries(settings: Settings) -> dict[str, str]:
+def _entries(arms: Sequence[str], settings: Settings) -> dict[str, str]:
     """Name what takes turns, and the arm that each is: a peer is there twice on a CPU, with both ways of waiting."""
     twice = PEERS if settings.device == "cpu" else ()
-    return {arm + way: arm for arm in settings.arms for way in (("", _PASSIVE) if arm in twice else ("",))}
+    return {arm + way: arm for arm in arms for way in (("", _PASSIVE) if arm in twice else ("",))}
 
 
 def better_waiting(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -267,12 +268,10 @@ def _alive(found: dict[str, dict[str, Any]]) -> list[str]:
     return [arm for arm, results in found.items() if "failed" not in results]
 
 
-def _begin(process: Process, case: Case, arm: str, settings: Settings, digest: str) -> dict[str, Any]:
+def _begin(process: Process, case: Subject, arm: str, settings: Settings, digest: str) -> dict[str, Any]:
     answer: dict[str, Any] = process.ask("setup", arm=arm, **_inputs(case, settings))
     if answer.pop("digest") != digest:
         raise WorkerError("the inputs are not those of the check")
-    answer["counts"] = process.ask("count", seed=settings.seed)
-    process.ask("step", seed=settings.seed)
     return answer | {"samples": []}
 
 
@@ -306,7 +305,7 @@ def _stages(process: Process, steps: int, settings: Settings) -> dict[str, Any]:
     return {"stages": {name: float(np.median([sample.get(name, 0.0) for sample in samples])) for name in names}}
 
 
-def _inputs(case: Case, settings: Settings) -> dict[str, Any]:
+def _inputs(case: Subject, settings: Settings) -> dict[str, Any]:
     return {"case": case.as_dict(), "device": settings.device, "dtype": settings.dtype, "seed": settings.seed}
 
 
@@ -314,16 +313,16 @@ def summarise(samples: Sequence[dict[str, float]]) -> dict[str, dict[str, float]
     """Reduce samples to median, 10 % and 90 % quantile, seconds.
 
     Args:
-        samples: with "targets", "forward" and "backward" each, and of an arm that takes bool masks "packed_forward" and
-            "packed_backward".
+        samples: with "forward" and "backward" each; of a step of the loss with "targets" as well, and of an arm that
+            takes bool masks with "packed_forward" and "packed_backward".
 
     Returns:
-        For the first three, for "step" (forward and backward) and, where it was measured, for "packed" (the step with
-        targets that were packed before): "median", "low", "high".
+        "median", "low" and "high" of the first three, of "step" (forward and backward) and of "packed" (the step with
+        targets that were packed before), as far as they were measured.
     """
-    parts = {name: np.array([sample[name] for sample in samples]) for name in _TIMES}
+    parts = {name: np.array([sample[name] for sample in samples]) for name in _TIMES if name in samples[0]}
     parts["step"] = parts["forward"] + parts["backward"]
-    if samples and "packed_forward" in samples[0]:
+    if "packed_forward" in samples[0]:
         parts["packed"] = np.array([_step(sample, packed=True) for sample in samples])
     return {name: _spread(values) for name, values in parts.items()}
 
@@ -356,16 +355,14 @@ def _spread(values: np.ndarray[Any, Any]) -> dict[str, float]:
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
-def _too_large(case: Case, settings: Settings) -> str | None:
+def _too_large(case: Subject, arms: Sequence[str], settings: Settings) -> str | None:
     """Say why a case should not be tried on this machine: running out of memory may end processes that are not ours."""
     if settings.device != "cpu":
         return None
-    logits, pixels = case.logit_count * (2 if "16" in settings.dtype else 4), case.target_count
-    needs = {
-        name: 2 * logits + pixels + (16 * pixels if arm == "transformers" else 0)
-        for name, arm in _entries(settings).items()
-    }
-    together = max(sum(needs.values()), max(needs.values()) + logits) + len(needs) * 500_000_000
+    item_size = 2 if "16" in settings.dtype else 4
+    needs = [case.working_set(arm, item_size) for arm in _entries(arms, settings).values()]
+    # All arms at once; or the check, which keeps the gradients of one arm while it runs another.
+    together = max(sum(needs), 3 * max(needs) // 2) + len(needs) * 500_000_000
     free = require("psutil", "bench").virtual_memory().available
     if together <= free:
         return None

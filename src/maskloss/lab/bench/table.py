@@ -66,6 +66,12 @@ def factor(value: float) -> str:
     return f"{value:.2f} ×" if value < 2 else f"{value:.1f} ×" if value < 10 else f"{value:.0f} ×"
 
 
+def range_of(spread: dict[str, float]) -> str:
+    """Write the 10% and 90% quantiles, in the unit of the median, with rich's markup."""
+    scale = 1 if spread["median"] >= 0.9995 else 1000
+    return f"[not bold dim]{_digits(scale * spread['low'])}–{_digits(scale * spread['high'])}[/]"
+
+
 LEGEND = """\
 [dim]step      forward and backward, median; transformers gets float masks, all others pack bool masks within it
 packed    the step with targets packed before it; for transformers, how it compares with that of maskloss
@@ -114,7 +120,7 @@ def case_table(case: dict[str, Any]) -> Any:
     Returns:
         A rich table; rows are arms.
     """
-    table = _table()
+    table = new_table()
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
     best = _fastest(case)
@@ -123,22 +129,21 @@ def case_table(case: dict[str, Any]) -> Any:
             table.add_row(arm, "[red]failed[/]")
             continue
         table.add_row(*_row(arm, found, case), style="bold" if arm == best else "")
-    return _titled(case["name"], Case.from_dict(case["sizes"]).describe(), table)
+    return titled(case["name"], Case.from_dict(case["sizes"]).describe(), table)
 
 
 _COLUMNS = (
-    "step", "10–90 %", "forward", "backward", "targets", "peak", "extra", "ops", "waits", "relative", "packed"
+    "step", "10–90%", "forward", "backward", "targets", "peak", "extra", "ops", "waits", "relative", "packed"
 )  # fmt: skip
 
 
 def _row(arm: str, found: dict[str, Any], case: dict[str, Any]) -> list[str]:
     summary, counts = found["summary"], found["counts"]
     step = summary["step"]
-    scale = 1 if step["median"] >= 0.9995 else 1000
     return [
         arm,
         seconds(step["median"]),
-        f"[not bold dim]{_digits(scale * step['low'])}–{_digits(scale * step['high'])}[/]",
+        range_of(step),
         *(seconds(summary[part]["median"]) for part in ("forward", "backward", "targets")),
         memory(found["memory"]["peak"]),
         memory(found["memory"]["extra"]),
@@ -233,7 +238,7 @@ def stage_table(case: dict[str, Any]) -> Any:
     Returns:
         A rich table; rows are stages, columns are arms.
     """
-    table = _table()
+    table = new_table()
     arms = {arm: found["stages"] for arm, found in case["arms"].items() if "stages" in found}
     for arm in arms:
         table.add_column(arm, justify="right")
@@ -242,12 +247,12 @@ def stage_table(case: dict[str, Any]) -> Any:
         cells = []
         for stages in arms.values():
             whole = sum(stages.get(name, 0.0) for name in STAGES)
-            cells += [seconds(stages.get(stage, 0.0)), f"{100 * stages.get(stage, 0.0) / whole:.0f} %"]
+            cells += [seconds(stages.get(stage, 0.0)), f"{100 * stages.get(stage, 0.0) / whole:.0f}%"]
         table.add_row(stage, *cells)
     table.add_section()
     sums = [cell for stages in arms.values() for cell in (seconds(sum(stages.get(name, 0.0) for name in STAGES)), "")]
     table.add_row("all", *sums, style="bold")
-    return _titled(f"{case['name']}: stages", "medians; each stage without the others that it calls", table)
+    return titled(f"{case['name']}: stages", "medians; each stage without the others that it calls", table)
 
 
 def family_table(name: str, cases: Sequence[dict[str, Any]]) -> Any:
@@ -261,7 +266,7 @@ def family_table(name: str, cases: Sequence[dict[str, Any]]) -> Any:
         A rich table; rows are cases, columns are arms.
     """
     base = Case.from_dict(cases[0]["sizes"])
-    table = _table()
+    table = new_table()
     arms = list(dict.fromkeys(arm for case in cases for arm in case["arms"]))
     for arm in arms:
         table.add_column(arm, justify="right")
@@ -280,17 +285,18 @@ def family_table(name: str, cases: Sequence[dict[str, Any]]) -> Any:
             if arm != "maskloss":
                 cells.append(_relative(arm, case["arms"]) if done else "")
         table.add_row(case["name"].partition("=")[2], *cells)
-    return _titled(f"scaling: {name}", f"step, and peak memory above the inputs; {base.describe()}", table)
+    return titled(f"scaling: {name}", f"step, and peak memory above the inputs; {base.describe()}", table)
 
 
-def _table() -> Any:
+def new_table() -> Any:
+    """Make a table whose first column names the rows."""
     box, tables = require("rich.box", "bench"), require("rich.table", "bench")
     table = tables.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("", no_wrap=True)
     return table
 
 
-def _titled(title: str, note: str, table: Any) -> Any:
+def titled(title: str, note: str, table: Any) -> Any:
     """Put a line above a table; its own title would be wrapped at its width."""
     return require("rich.console", "bench").Group(f"[bold]{title}[/]  [dim]{note}[/]", table)
 

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import torch
@@ -24,13 +25,34 @@ from maskloss.lab.bench.inputs import Inputs, make_inputs
 from maskloss.lab.bench.measure import Clock, PeakMemory, StageClock
 
 
-class Worker:
+class BaseWorker:
+    """What measures a step, whatever is in it."""
+
+    device: torch.device
+
+    def start(self, device: str) -> None:
+        """Set the device, and the number of threads that the environment asks for."""
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        self.device = torch.device(device)
+
+    def timed(self, forward: Callable[[], Tensor]) -> dict[str, float]:
+        """Time a forward pass, which returns the loss, and its backward pass; seconds."""
+        clock = Clock(self.device)
+        clock.mark()
+        total = forward()
+        clock.mark()
+        total.backward()
+        clock.mark()
+        spans = clock.spans()
+        return {"forward": spans[0], "backward": spans[1], "loss": float(total.detach())}
+
+
+class Worker(BaseWorker):
     """The commands; each method is one, and returns what is sent back."""
 
     case: Case
     arm: Arm
     inputs: Inputs
-    device: torch.device
     dtype: torch.dtype
 
     def check(self, case: dict[str, Any], others: list[str], device: str, dtype: str, seed: int) -> dict[str, Any]:
@@ -41,7 +63,7 @@ class Worker:
         return {"digest": inputs.digest(), "checks": found}
 
     def setup(self, case: dict[str, Any], arm: str, device: str, dtype: str, seed: int) -> dict[str, Any]:
-        """Make arm and inputs, and measure the memory of the first step at this size.
+        """Make arm and inputs, measure the memory of the first step at this size, and count the operations of another.
 
         A step of the smallest case comes before, so that code which is loaded or compiled once does not count as
         memory of the step; scratch space that an implementation keeps from one step to the next does count.
@@ -54,7 +76,10 @@ class Worker:
         del first, tiny
         self.arm = make_arm(arm, self.case, self.device)
         self.inputs = make_inputs(self.case, seed=seed, dtype=self.dtype, device=self.device)
-        return {"digest": self.inputs.digest(), "backend": self._backend(arm), "memory": self._memory(seed)}
+        found = {"digest": self.inputs.digest(), "backend": self._backend(arm), "memory": self._memory(seed)}
+        found["counts"] = self._count(seed)
+        self.step(seed)
+        return found
 
     def step(self, seed: int) -> dict[str, float]:
         """Time one step, and preparing targets; seconds.
@@ -78,20 +103,13 @@ class Worker:
 
     def _timed_step(self, targets: Any, seed: int) -> dict[str, float]:
         self.inputs.drop_gradients()
-        clock = Clock(self.device)
-        clock.mark()
-        total = self.arm.forward(self.inputs, targets, seed)
-        clock.mark()
-        total.backward()
-        clock.mark()
-        forward, backward = clock.spans()
-        return {"forward": forward, "backward": backward, "loss": float(total.detach())}
+        return self.timed(lambda: self.arm.forward(self.inputs, targets, seed))
 
     def _given(self) -> Any:
         """Return what the arm's user gives to a step: bool masks where it takes them."""
         return self.inputs.masks if self.arm.takes_masks else self.arm.prepare(self.inputs.masks)
 
-    def count(self, seed: int) -> dict[str, Any]:
+    def _count(self, seed: int) -> dict[str, Any]:
         """Count the operations and transfers of one step with prepared targets: on a CPU, packing looks at values."""
         self.inputs.drop_gradients()
         targets = self.arm.prepare(self.inputs.masks)
@@ -117,9 +135,8 @@ class Worker:
         return found
 
     def _start(self, case: dict[str, Any], device: str, dtype: str) -> None:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self.case = Case.from_dict(case)
-        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
+        self.start(device)
+        self.case, self.dtype = Case.from_dict(case), getattr(torch, dtype)
 
     def _backend(self, arm: str) -> str | None:
         if arm in PEERS:
@@ -160,9 +177,8 @@ def _target_bytes(targets: MaskTargets | list[Tensor]) -> int:
     return sum(each.numel() * each.element_size() for each in tensors)
 
 
-def serve(commands: TextIO, answers: TextIO, worker: Any = None) -> None:
+def serve(commands: TextIO, answers: TextIO, worker: BaseWorker) -> None:
     """Answer commands until there are no more; an exception is an answer too, and the worker lives on."""
-    worker = worker or Worker()
     for line in commands:
         command = json.loads(line)
         try:
@@ -173,7 +189,7 @@ def serve(commands: TextIO, answers: TextIO, worker: Any = None) -> None:
         answers.flush()
 
 
-def serve_process(worker: Any) -> None:
+def serve_process(worker: BaseWorker) -> None:
     """Serve the process that started this one; what libraries print goes to the error stream."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
