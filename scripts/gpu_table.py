@@ -30,8 +30,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from maskloss.ops import factored, gpu
-from maskloss.ops.abi import (
+from maskloss._abi import (
     IMAGE_COLUMNS,
     INDEX_COLUMNS,
     POINT_COLUMNS,
@@ -46,6 +45,7 @@ from maskloss.ops.abi import (
     Targets,
     Term,
 )
+from maskloss.ops import factored, gpu
 from maskloss.points import PointSampling
 
 TABLE = Path(__file__).parent.parent / "docs" / "gpu-kernels.csv"

@@ -271,8 +271,8 @@ def test_gradient_accumulation() -> None:
 
 def test_threads_do_not_change_the_kernels() -> None:
     """The products are BLAS's; what the kernels make of the planes is the same for any number of threads."""
+    from maskloss._abi import Draw, Gradients, Instances, Term
     from maskloss.ops import cpu
-    from maskloss.ops.abi import Draw, Gradients, Instances, Term
     from support.batches import group
 
     targets = some_targets(counts=(3, 3))

@@ -14,7 +14,7 @@ from maskloss import (
     HungarianMatcher,
     functional,
 )
-from maskloss.ops.abi import Draw
+from maskloss._abi import Draw
 from maskloss.ops.reference.sampling import match_points
 from support import oracle
 from support.steps import CLASSES, COUNTS, QUERIES, costs, criterion, entries, gradients, predictions

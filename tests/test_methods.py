@@ -264,7 +264,7 @@ def test_the_matcher_inherits_what_the_criterion_is_given():
         ("[1]", "holds list"),
         ("{", "must be JSON"),
         ('{"sampling": 5}', "sampling must be a mapping"),
-        ('{"num_points": 0}', "num_points must be a positive integer"),
+        ('{"num_points": 0}', "num_points must be an integer, at least 1"),
         ('{"matcher": {"color": 1}}', "unknown: color"),
     ],
 )

@@ -8,7 +8,7 @@ from scipy import stats
 from torch import Tensor
 
 from maskloss import MaskCriterion, MaskLoss, MaskTargets, PointSampling, functional, ops
-from maskloss.ops.abi import ALL_TARGETS, CANDIDATES, MATCHER, RANDOM
+from maskloss._abi import ALL_TARGETS, CANDIDATES, MATCHER, RANDOM
 from maskloss.points import (
     draw_seed,
     instance_keys,

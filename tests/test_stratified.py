@@ -21,9 +21,9 @@ from maskloss import (
     functional,
     ops,
 )
+from maskloss._abi import CANDIDATES, MATCHER, RANDOM
 from maskloss.lab.bench.cases import Case
 from maskloss.lab.bench.inputs import make_inputs
-from maskloss.ops.abi import CANDIDATES, MATCHER, RANDOM
 from maskloss.ops.reference.sampling import match_points
 from maskloss.points import (
     MOST_CELLS,

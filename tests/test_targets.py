@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
 from maskloss import MaskTargets
-from maskloss.ops import abi
+from maskloss import _abi as abi
 from maskloss.targets import bits, label_maps
 from support import workers
 from support.encodings_of_masks import LABEL_DTYPES, SIZES, WAYS, every_way, packed, parts_of, run_lengths, some_masks

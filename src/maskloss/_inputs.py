@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskloss import _abi
 from maskloss._numbers import check_number
 from maskloss._transforms import active
 from maskloss.errors import Cause, check_layout, describe
 from maskloss.factors import Layer, MaskFactors
-from maskloss.ops import abi, check_backend
+from maskloss.ops import check_backend
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
 from maskloss.targets.bits import on_host
@@ -24,7 +25,7 @@ CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0
 CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA = 0.25, 2.0
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PADDING_MODES, TARGET_MODES = abi.PADDING_MODES, abi.TARGET_MODES
+PADDING_MODES, TARGET_MODES = _abi.PADDING_MODES, _abi.TARGET_MODES
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ class MaskCriterion(nn.Module):
         weights = None
         if instance_weights is not None:
             each = check_instance_weights(joined_weights(instance_weights, packed), packed.num_masks, logits[0])
-            weights = each[packed.first_rows[found.index[:, 1]] + found.index[:, 3]]
+            weights = each[found.target_rows(packed.first_rows)]
         step = self._step(totals, found, weights, wanted, stacked)
         divisor = distributed.at_least_one(_given_or(step.instance_weight, step.instances))
         reduction = ops.Reduction(self.mask_weight, self.dice_weight, divisor, weights)

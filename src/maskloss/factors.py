@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from maskloss import ops
+from maskloss._abi import IMAGE, LAYER
 from maskloss._numbers import is_number
 from maskloss.errors import Cause, check_layout, describe, reported
 from maskloss.matches import Matches
 from maskloss.ops import Draw, Reduction, Targets, Term
-from maskloss.ops.abi import IMAGE, LAYER
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from maskloss import _inputs, ops
+from maskloss._abi import INDEX_COLUMNS, QUERY, TARGET
 from maskloss._numbers import check_number
 from maskloss.errors import Cause, check_layout, describe, reported
-from maskloss.ops.abi import INDEX_COLUMNS, QUERY, TARGET
 from maskloss.ops.reference import formulas
 from maskloss.points import PointSampling, draw_seed
 

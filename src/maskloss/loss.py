@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from maskloss import _inputs, distributed, factors, ops
+from maskloss._abi import accumulation_dtype
 from maskloss.errors import Cause, describe, reported
 from maskloss.factors import Layer, MaskFactors
 from maskloss.functional import check_points, pair_index
 from maskloss.matches import Matches, Pairs, check_fit
-from maskloss.ops.abi import accumulation_dtype
 from maskloss.points import PointSampling, draw_seed
 from maskloss.targets import MaskTargets
 from maskloss.targets.bits import on_host

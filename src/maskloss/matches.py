@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskloss._abi import IMAGE, INDEX_COLUMNS, LAYER, QUERY, TARGET
 from maskloss.errors import Cause, describe, reported
-from maskloss.ops.abi import IMAGE, INDEX_COLUMNS, LAYER, QUERY, TARGET
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -47,6 +47,10 @@ class Matches:
     def __len__(self) -> int:
         """Return N, the number of pairs of all layers."""
         return sum(self.layer_sizes)
+
+    def target_rows(self, first_rows: Tensor) -> Tensor:
+        """Number the matched targets over the whole batch, int64 `[N]`; `first_rows` `[B]`: where each image begins."""
+        return first_rows[self.index[:, IMAGE]] + self.index[:, TARGET]
 
     def pairs(self, layer: int = -1) -> list[tuple[Tensor, Tensor]]:
         """List the pairs of one layer as DETR does: (queries, targets) of each image, both int64."""
@@ -138,7 +142,7 @@ def matches_of_layers(
         listed = [matches] if not matches or _is_pair(matches[0]) else matches
         parts = [Matches.from_pairs(pairs, num_queries=num_queries, num_targets=num_targets) for pairs in listed]  # type: ignore[arg-type]
         matches = join_layers(parts)
-        place = matches.index[:, :3]
+        place = matches.index[:, :TARGET]
         if len(place.unique(dim=0)) < len(place):
             raise Cause(
                 "a query can have one target only",
@@ -204,9 +208,9 @@ def wanted_classes(
     """
     if matches.classes is not None and matches.num_classes == no_object:
         return matches.classes
-    layer, image, query, target = matches.index.unbind(1)
+    layer, image, query, _ = matches.index.unbind(1)
     wanted = torch.full(tuple(shape), no_object, device=matches.index.device)
-    wanted[layer, image, query] = labels[first_rows[image] + target]
+    wanted[layer, image, query] = labels[matches.target_rows(first_rows)]
     return wanted
 
 

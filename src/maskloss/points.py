@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from maskloss._abi import (
+    CELL_BITS,
+    INVERSE_BITS,
+    LAYOUTS,
+    POSITION_SHIFT,
+    STREAM_SHIFT,
+    THREEFRY_PARITY,
+    THREEFRY_ROTATIONS,
+)
+from maskloss._numbers import check_integer, check_number
 from maskloss.errors import Cause, describe, reported
 
-# The high word of a counter holds the decoder layer and, above it, the stream.
-STREAM_SHIFT = 16
-
-# How the points of a draw lie to each other.
-LAYOUTS = ("independent", "stratified")
-# Random bits of a coordinate within its cell; a word has two coordinates.
-CELL_BITS = 16
-# An inverse is floor(2^INVERSE_BITS / n): the largest power whose products with a position stay below 2^63. Shifted
-# right by POSITION_SHIFT they are coordinates of 24 bits.
-INVERSE_BITS = 47
-POSITION_SHIFT = INVERSE_BITS + CELL_BITS - 24
 # Up to here row numbers follow from 32-bit integers on every backend, and rounding moves no point by 2^-24.
 MOST_CELLS = 1 << 20
 
 _MASK = 0xFFFFFFFF
-_PARITY = 0x1BD11BDA
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -79,24 +71,12 @@ class PointSampling:
 
     @reported("PointSampling")
     def _check(self) -> None:
-        if isinstance(self.num_points, bool) or not isinstance(self.num_points, int) or self.num_points < 1:
-            raise Cause(
-                "num_points must be a positive integer",
-                f"num_points={self.num_points!r}",
-                "take at least one point per instance; 12544 is usual",
-            )
-        if not _is_number(self.oversample_ratio) or not 1 <= self.oversample_ratio < float("inf"):
-            raise Cause(
-                "oversample_ratio must be a finite number, at least 1",
-                f"oversample_ratio={self.oversample_ratio!r}",
-                "there must be enough candidates to choose from; 3.0 is usual",
-            )
-        if not _is_number(self.importance_ratio) or not 0 <= self.importance_ratio <= 1:
-            raise Cause(
-                "importance_ratio must be a number in [0, 1]",
-                f"importance_ratio={self.importance_ratio!r}",
-                "it is the share of uncertain points; 0.75 is usual, 0 draws all points uniformly",
-            )
+        hint = "take at least one point per instance; 12544 is usual"
+        object.__setattr__(self, "num_points", check_integer("num_points", self.num_points, 1, hint=hint))
+        hint = "there must be enough candidates to choose from; 3.0 is usual"
+        check_number("oversample_ratio", self.oversample_ratio, 1, hint=hint)
+        hint = "it is the share of uncertain points; 0.75 is usual, 0 draws all points uniformly"
+        check_number("importance_ratio", self.importance_ratio, 0, 1, hint=hint)
         if not isinstance(self.layout, str) or self.layout not in LAYOUTS:
             raise Cause(
                 f"layout must be one of {', '.join(LAYOUTS)}",
@@ -204,11 +184,11 @@ def threefry2x32(key0: int | Tensor, key1: int | Tensor, counter0: Tensor, count
         >>> [hex(int(word)) for word in threefry2x32(zero, zero, zero, zero)]
         ['0x6b200159', '0x99ba4efe']
     """
-    schedule = (key0, key1, key0 ^ key1 ^ _PARITY)
+    schedule = (key0, key1, key0 ^ key1 ^ THREEFRY_PARITY)
     x0 = (counter0 + key0) & _MASK
     x1 = (counter1 + key1) & _MASK
     for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
+        for rotation in THREEFRY_ROTATIONS[group % 2]:
             x0 = (x0 + x1) & _MASK
             x1 = ((x1 << rotation) | (x1 >> (32 - rotation))) & _MASK ^ x0
         x0 = (x0 + schedule[(group + 1) % 3]) & _MASK

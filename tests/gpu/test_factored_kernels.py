@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskloss._abi import IMAGE, LAYER, QUERY, Draw, Factors, Gradients, Instances, Saved
 from maskloss.ops import factored, reference
-from maskloss.ops.abi import IMAGE, LAYER, QUERY, Draw, Factors, Gradients, Instances, Saved
 from support.accuracy import assert_no_worse
 from support.batches import group
 from support.kernel_cases import DEVICE, INTERPRETED, TOLERANCE, Case, Inputs

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from maskloss import MaskLossError, MaskTargets, PointSampling, ops
+from maskloss._abi import Draw
 from maskloss.integrations import transformers as transformers_integration
 from maskloss.integrations.transformers import patch, unpatch
 from maskloss.integrations.transformers.families import FAMILIES
 from maskloss.integrations.transformers.universal import PointCriterion
-from maskloss.ops.abi import Draw
 from support import tiny
 
 transformers = pytest.importorskip("transformers")

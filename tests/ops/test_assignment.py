@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from maskloss import ops
+from maskloss._abi import IMAGE, LAYER, QUERY, TARGET
 from maskloss.ops import load
-from maskloss.ops.abi import IMAGE, LAYER, QUERY, TARGET
 from maskloss.ops.assignment import solve_with_scipy
 
 Costs = Callable[[np.random.Generator, tuple[int, ...]], Any]

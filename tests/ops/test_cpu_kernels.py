@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskloss._abi import IGNORED, INDEX_COLUMNS, Term
 from maskloss.ops import cpu, reference
-from maskloss.ops.abi import IGNORED, INDEX_COLUMNS, Term
 from maskloss.ops.cpu import arguments, positions
 from maskloss.ops.cpu.choose import threshold
 from maskloss.targets import MaskTargets

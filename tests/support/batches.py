@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskloss import MaskTargets
-from maskloss.ops.abi import Draw, Gradients, Instances, Saved, Targets, Term
+from maskloss._abi import Draw, Gradients, Instances, Saved, Targets, Term
 
 # P, K, the number of uncertain points, and the layout if it is not the default.
 Sampling = tuple[int, int, int] | tuple[int, int, int, str]

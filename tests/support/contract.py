@@ -17,7 +17,7 @@ from beartype import beartype
 from jaxtyping import Float, Float32, Int64, Shaped, UInt8, jaxtyped
 from torch import Tensor
 
-from maskloss.ops.abi import (
+from maskloss._abi import (
     ENCODINGS,
     IMAGE_COLUMNS,
     INDEX_COLUMNS,

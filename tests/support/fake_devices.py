@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from maskloss import MaskCriterion, MaskFactors, MaskTargets
+from maskloss._abi import INDEX_COLUMNS, Draw, Factors, Gradients, Instances, Saved, Targets, Term
 from maskloss.ops import choose_backend, factored, reference
-from maskloss.ops.abi import INDEX_COLUMNS, Draw, Factors, Gradients, Instances, Saved, Targets, Term
 
 # Places in c10::DeviceType.
 CUDA, XPU, MPS, META = 1, 12, 13, 14

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from maskloss import factors
+from maskloss._abi import CANDIDATES, IMAGE, LAYER, QUERY, RANDOM, TARGET, Draw
 from maskloss.integrations import _layers
 from maskloss.integrations._layers import Step
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches
-from maskloss.ops.abi import CANDIDATES, IMAGE, LAYER, QUERY, RANDOM, TARGET, Draw
 from maskloss.ops.reference.sampling import match_points
 from maskloss.points import instance_keys, uniform_points
 

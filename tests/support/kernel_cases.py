@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskloss._abi import INDEX_COLUMNS, Term
 from maskloss.ops import reference
-from maskloss.ops.abi import INDEX_COLUMNS, Term
 from maskloss.targets import MaskTargets
 from support.batches import Batch, Sampling
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from maskloss import _classification, _inputs, distributed, ops
+from maskloss._abi import IMAGE, TARGET
 from maskloss.distributed import StepTotals
 from maskloss.factors import Layer
 from maskloss.loss import InstanceLosses, MaskLoss
 from maskloss.matcher import HungarianMatcher
 from maskloss.matches import Matches, wanted_classes
-from maskloss.ops.abi import IMAGE, TARGET
 from maskloss.points import draw_seed
 from maskloss.targets import MaskTargets
 from maskloss.targets.collate import collate

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskloss._abi import COUNT, FIRST
 from maskloss.errors import Cause, describe
-from maskloss.ops.abi import COUNT, FIRST
 from maskloss.targets import MaskTargets
 from maskloss.targets.frames import Size
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from maskloss._abi import LAYOUTS
 from maskloss.errors import Cause
 from maskloss.lab.data.folder import NORMALIZE
 from maskloss.lab.data.problems import ON_ERROR
 from maskloss.lab.data.recognize import FORMATS
-from maskloss.points import LAYOUTS, PointSampling
+from maskloss.points import PointSampling
 
 COMPACT = "compact"
 # The compact model halves its input four times.

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from maskloss._abi import LAYOUTS
 from maskloss.lab.config import PRECISIONS, SCHEDULES, TrainConfig
 from maskloss.lab.data.folder import NORMALIZE
 from maskloss.lab.data.problems import ON_ERROR
 from maskloss.lab.data.recognize import FORMATS
-from maskloss.points import LAYOUTS
 
 
 class Option(NamedTuple):

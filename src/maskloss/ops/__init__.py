@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss.ops import assignment
-from maskloss.ops.abi import (
+from maskloss._abi import (
     INDEX_COLUMNS,
     Draw,
     Factors,
@@ -28,6 +27,7 @@ from maskloss.ops.abi import (
     matched_counts,
     widest,
 )
+from maskloss.ops import assignment
 from maskloss.ops.dense import mask_loss
 from maskloss.ops.dispatch import BACKENDS, check_backend, choose_backend, has_host_kernels, load
 from maskloss.ops.products import factored_mask_loss, factored_match_cost

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskloss._abi import IMAGE, INDEX_COLUMNS, LARGEST_COST, LAYER, QUERY, TARGET
 from maskloss.errors import Cause
-from maskloss.ops.abi import IMAGE, INDEX_COLUMNS, LARGEST_COST, LAYER, QUERY, TARGET
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

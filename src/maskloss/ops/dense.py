@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from maskloss._transforms import active, watched
-from maskloss.ops.abi import (
+from maskloss._abi import (
     Draw,
     Gradients,
     Instances,
@@ -22,6 +21,7 @@ from maskloss.ops.abi import (
     grouped,
     num_bytes,
 )
+from maskloss._transforms import active, watched
 from maskloss.ops.dispatch import load
 from maskloss.ops.schemas import LOSS, NOT_CAPTURED, operation
 from maskloss.ops.transformed import Derivative

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss.ops.abi import (
+from maskloss._abi import (
     IMAGE,
     LAYER,
     QUERY,

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss.ops import factored
-from maskloss.ops.abi import (
+from maskloss._abi import (
     Draw,
     Factors,
     Gradients,
@@ -21,6 +20,7 @@ from maskloss.ops.abi import (
     num_bytes,
     widest,
 )
+from maskloss.ops import factored
 from maskloss.ops.dispatch import load
 from maskloss.ops.schemas import DRAW, FACTORED_LOSS, FACTORS, NOT_CAPTURED, TARGETS, TERM, operation
 from maskloss.ops.transformed import Derivative

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss import ops
-from maskloss.ops.abi import OFFSET, PLACE_COLUMNS
+from maskloss._abi import OFFSET, PLACE_COLUMNS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

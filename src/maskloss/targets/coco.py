@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from maskloss._abi import PLACE_COLUMNS
 from maskloss._numbers import check_integer
 from maskloss.errors import Cause, describe, require
-from maskloss.ops.abi import PLACE_COLUMNS
 from maskloss.targets.bits import crop_one, join_crops
 
 if TYPE_CHECKING:

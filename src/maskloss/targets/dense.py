@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskloss._abi import OFFSET, PLACE_COLUMNS
 from maskloss.errors import Cause, check_layout, describe
-from maskloss.ops.abi import OFFSET, PLACE_COLUMNS
 from maskloss.targets import bits
 from maskloss.targets.frames import Stored
 

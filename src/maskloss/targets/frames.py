@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskloss._abi import FRAME_H, LABEL, PLACE_COLUMNS, TABLE_COLUMNS
 from maskloss._numbers import check_integer, check_number
 from maskloss.errors import Cause, describe
-from maskloss.ops.abi import FRAME_H, LABEL, PLACE_COLUMNS, TABLE_COLUMNS
 from maskloss.targets import bits
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskloss._abi import BASE, COUNT, FIRST, IGNORE_BASE, IGNORE_SIZE, PLACE_COLUMNS, SIZE, SIZES
 from maskloss.errors import Cause, describe
-from maskloss.ops.abi import BASE, COUNT, FIRST, IGNORE_BASE, IGNORE_SIZE, PLACE_COLUMNS, SIZE, SIZES
 from maskloss.targets import bits, dense
 
 if TYPE_CHECKING:

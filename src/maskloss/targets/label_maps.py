@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskloss._abi import OFFSET, PLACE_COLUMNS, TOP
 from maskloss._numbers import check_integer
 from maskloss.errors import Cause, check_layout, describe
-from maskloss.ops.abi import OFFSET, PLACE_COLUMNS, TOP
 from maskloss.targets import bits
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskloss._abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W, LABEL
 from maskloss._numbers import check_integer
 from maskloss._transforms import outside
 from maskloss.errors import Cause, describe, reported
-from maskloss.ops.abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W, LABEL
 from maskloss.targets import bits, coco, dense, joining, label_maps
 from maskloss.targets.frames import Box, Frame, Size, Stored, describe_images
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from maskloss import PointSampling
+from maskloss._abi import CANDIDATES, IMAGE, LAYER, RANDOM, TARGET, Draw
 from maskloss.lab.bench.arms import STRATIFIED, MasklossArm, TransformersArm
 from maskloss.lab.bench.cases import Case
 from maskloss.lab.bench.inputs import Inputs
 from maskloss.matches import Matches
-from maskloss.ops.abi import CANDIDATES, IMAGE, LAYER, RANDOM, TARGET, Draw
 from maskloss.ops.reference.sampling import match_points
 from maskloss.points import instance_keys, uniform_points
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss.ops.abi import (
+from maskloss._abi import (
     CROP_H,
     INDEX_COLUMNS,
     OFFSET,

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss.ops.abi import (
+from maskloss._abi import (
     BASE,
     COUNT,
     ENCODINGS,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskloss.ops.abi import CANDIDATES, RANDOM, WINDOW_H, WINDOW_W, WINDOW_X, WINDOW_Y
+from maskloss._abi import CANDIDATES, RANDOM, WINDOW_H, WINDOW_W, WINDOW_X, WINDOW_Y
 from maskloss.points import Strata
 
 from .choose import GROUP, LARGEST_KEY, make_keys, mark_chosen, threshold

@@ -11,15 +11,25 @@ from numba import types
 from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
-from maskloss.ops.abi import CELL_BITS, POSITION_SHIFT, STREAM_SHIFT, WINDOW_H, WINDOW_W, WINDOW_X, WINDOW_Y, X, Y
+from maskloss._abi import (
+    CELL_BITS,
+    POSITION_SHIFT,
+    STREAM_SHIFT,
+    THREEFRY_PARITY,
+    THREEFRY_ROTATIONS,
+    WINDOW_H,
+    WINDOW_W,
+    WINDOW_X,
+    WINDOW_Y,
+    X,
+    Y,
+)
 
 from .threads import LANES, helper, splat
 
 U32 = np.uint32
 _U64 = np.uint64
-_PARITY = 0x1BD11BDA
 _UNIT = np.float32(2.0**-24)
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def _encrypt(builder: Any, key: tuple[Any, Any], counter: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -29,10 +39,10 @@ def _encrypt(builder: Any, key: tuple[Any, Any], counter: tuple[Any, Any]) -> tu
     def number(value: int) -> Any:
         return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
-    keys = (*key, builder.xor(builder.xor(*key), number(_PARITY)))
+    keys = (*key, builder.xor(builder.xor(*key), number(THREEFRY_PARITY)))
     x0, x1 = (builder.add(word, part) for word, part in zip(counter, key, strict=True))
     for turn in range(5):
-        for left in _ROTATIONS[turn % 2]:
+        for left in THREEFRY_ROTATIONS[turn % 2]:
             x0 = builder.add(x0, x1)
             x1 = builder.xor(builder.or_(builder.shl(x1, number(left)), builder.lshr(x1, number(32 - left))), x0)
         x0 = builder.add(x0, keys[(turn + 1) % 3])

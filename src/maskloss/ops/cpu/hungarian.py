@@ -15,7 +15,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
-from maskloss.ops.abi import IMAGE, LARGEST_COST, LAYER, QUERY, TARGET
+from maskloss._abi import IMAGE, LARGEST_COST, LAYER, QUERY, TARGET
 
 from .threads import bare, helper, kernel, splat, take
 

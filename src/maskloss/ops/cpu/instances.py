@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskloss.ops.abi import F32, FIRST, IGNORED, IMAGE, LAYER, QUERY, TARGET, VALUES, X, Y
+from maskloss._abi import F32, FIRST, IGNORED, IMAGE, LAYER, QUERY, TARGET, VALUES, X, Y
 
 from .blocks import (
     GRADIENT_ROWS,

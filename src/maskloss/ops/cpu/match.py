@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloss.ops.abi import ALL_TARGETS, COUNT, FIRST, IGNORED, MATCHER, X, Y
+from maskloss._abi import ALL_TARGETS, COUNT, FIRST, IGNORED, MATCHER, X, Y
 
 from .generator import counter_of, draw_bits, instance_key, points_of_bits
 from .losses import power, sigmoid_softplus

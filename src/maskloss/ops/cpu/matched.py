@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss.ops.abi import IMAGE, LAYER, QUERY, Draw, Gradients, Instances, Kept, Saved, Targets, Term, num_bytes
+from maskloss._abi import IMAGE, LAYER, QUERY, Draw, Gradients, Instances, Kept, Saved, Targets, Term, num_bytes
 
 from . import instances as kernels
 from .arguments import (

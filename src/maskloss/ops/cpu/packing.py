@@ -14,7 +14,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
-from maskloss.ops.abi import CROP_H, CROP_W, LEFT, STRIDE, TOP
+from maskloss._abi import CROP_H, CROP_W, LEFT, STRIDE, TOP
 
 from .threads import at, helper, kernel, take
 

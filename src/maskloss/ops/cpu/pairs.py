@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss.ops.abi import POINT_COLUMNS, Draw, Targets, Term
+from maskloss._abi import POINT_COLUMNS, Draw, Targets, Term
 
 from . import match as kernels
 from .arguments import Array, absolute, array_of, describe, dtypes_of, encode, strata_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskloss.ops.abi import BF16, F32, F64
+from maskloss._abi import BF16, F32, F64
 
 from .threads import at, call_madvise, helper
 

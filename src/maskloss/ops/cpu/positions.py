@@ -11,7 +11,7 @@ from numba import types
 from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
-from maskloss.ops.abi import X, Y
+from maskloss._abi import X, Y
 
 from .planes import BORDER
 from .threads import LANES, alignment, at, helper, splat

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskloss.ops.abi import (
+from maskloss._abi import (
     ALL_CORNERS,
     BF16,
     BITS,

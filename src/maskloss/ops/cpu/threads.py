@@ -64,7 +64,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _source_digest() -> bytes:
     here = Path(__file__).parent
-    files = [here.parent / "abi.py", here.parents[1] / "points.py", *sorted(here.glob("*.py"))]
+    files = [here.parents[1] / "_abi.py", here.parents[1] / "points.py", *sorted(here.glob("*.py"))]
     return sha256(b"".join(path.read_bytes() for path in files)).digest()
 
 
@@ -72,7 +72,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     """Compile an entry point: no GIL, NumPy's division (no exceptions in loops), cached on disk where that is possible.
 
     Numba notices a change of the file of the entry point only, so the cache of each kernel is stamped with all files
-    of this room and with `abi.py` and `points.py`, whose numbers are compiled in. Without a writable cache directory
+    of this folder and with `_abi.py` and `points.py`, whose numbers are compiled in. Without a writable cache directory
     the kernel is compiled in every process.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}

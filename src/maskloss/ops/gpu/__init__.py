@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maskloss.ops.abi import (
+from maskloss._abi import (
     ENCODINGS,
     INDEX_COLUMNS,
     POINT_COLUMNS,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskloss.ops.abi import accumulation_dtype
+from maskloss._abi import accumulation_dtype
 
 from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry
 from .sampling import (

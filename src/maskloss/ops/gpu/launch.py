@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss.ops.abi import Draw, is_border, is_stratified
+from maskloss._abi import Draw, is_border, is_stratified
 from maskloss.points import Strata
 
 # Scratch memory of an operation: logits of candidates, or the planes in which half precision adds up its gradients.

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskloss.ops import abi
-from maskloss.ops.abi import ENCODINGS, Draw, Targets, Term
+from maskloss import _abi as abi
+from maskloss._abi import ENCODINGS, Draw, Targets, Term
 
 from .launch import (
     BLOCK,

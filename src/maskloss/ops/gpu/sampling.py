@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskloss.ops import abi
+from maskloss import _abi as abi
 
 # Encodings of the targets.
 _BITS: tl.constexpr = tl.constexpr(abi.BITS)
@@ -22,6 +22,9 @@ _VALUES: tl.constexpr = tl.constexpr(abi.VALUES)
 CANDIDATES: tl.constexpr = tl.constexpr(abi.CANDIDATES << abi.STREAM_SHIFT)
 RANDOM: tl.constexpr = tl.constexpr(abi.RANDOM << abi.STREAM_SHIFT)
 MATCHER: tl.constexpr = tl.constexpr(abi.MATCHER << abi.STREAM_SHIFT)
+_PARITY: tl.constexpr = tl.constexpr(abi.THREEFRY_PARITY)
+_A, _B, _C, _D = map(tl.constexpr, abi.THREEFRY_ROTATIONS[0])
+_E, _F, _G, _H = map(tl.constexpr, abi.THREEFRY_ROTATIONS[1])
 _CELL_BITS: tl.constexpr = tl.constexpr(abi.CELL_BITS)
 _CELL_MASK: tl.constexpr = tl.constexpr((1 << abi.CELL_BITS) - 1)
 _POSITION_SHIFT: tl.constexpr = tl.constexpr(abi.POSITION_SHIFT)
@@ -91,12 +94,12 @@ def _four_rounds(x0, x1, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: t
 @triton.jit
 def threefry(key0, key1, counter0, counter1):
     """Threefry-2x32 with 20 rounds, on uint32: see `points.threefry2x32`."""
-    key2 = key0 ^ key1 ^ 0x1BD11BDA
-    x0, x1 = _four_rounds(counter0 + key0, counter1 + key1, 13, 15, 26, 6)
-    x0, x1 = _four_rounds(x0 + key1, x1 + (key2 + 1), 17, 29, 16, 24)
-    x0, x1 = _four_rounds(x0 + key2, x1 + (key0 + 2), 13, 15, 26, 6)
-    x0, x1 = _four_rounds(x0 + key0, x1 + (key1 + 3), 17, 29, 16, 24)
-    x0, x1 = _four_rounds(x0 + key1, x1 + (key2 + 4), 13, 15, 26, 6)
+    key2 = key0 ^ key1 ^ _PARITY
+    x0, x1 = _four_rounds(counter0 + key0, counter1 + key1, _A, _B, _C, _D)
+    x0, x1 = _four_rounds(x0 + key1, x1 + (key2 + 1), _E, _F, _G, _H)
+    x0, x1 = _four_rounds(x0 + key2, x1 + (key0 + 2), _A, _B, _C, _D)
+    x0, x1 = _four_rounds(x0 + key0, x1 + (key1 + 3), _E, _F, _G, _H)
+    x0, x1 = _four_rounds(x0 + key1, x1 + (key2 + 4), _A, _B, _C, _D)
     return x0 + key2, x1 + (key0 + 5)
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskloss.ops.abi import (
+from maskloss._abi import (
     BITS,
     ENCODINGS,
     NO_FOCAL,

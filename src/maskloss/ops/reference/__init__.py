@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from maskloss.ops.abi import (
+from maskloss._abi import (
     COUNT,
     IMAGE,
     QUERY,

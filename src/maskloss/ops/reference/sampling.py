@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskloss.ops.abi import (
+from maskloss._abi import (
     ALL_TARGETS,
     CANDIDATES,
     IMAGE,

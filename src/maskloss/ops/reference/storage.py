@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maskloss.ops.abi import (
+from maskloss._abi import (
     BASE,
     CORNERS,
     COUNT,

@@ -1,6 +1,6 @@
 """What the backends share: columns of the tables, random streams, codes, options, and the groups of arguments.
 
-Nothing of the package is imported here, and no number of this file is written a second time elsewhere: kernels make
+This module imports nothing of the package, and no number of it is written a second time elsewhere: kernels make
 their compile-time constants from these names.
 """
 
@@ -40,9 +40,17 @@ POINT_COLUMNS = 2
 # Streams keep apart the draws of one instance; the high half of a counter holds them, the low half the decoder layer.
 CANDIDATES, RANDOM, MATCHER = range(3)
 STREAM_SHIFT = 16
-# How the points of a draw lie to each other (see `points`, which has these names and numbers too).
+# Threefry-2x32 of Salmon et al. (2011): the parity of the key schedule, and by how much each round rotates.
+THREEFRY_PARITY = 0x1BD11BDA
+THREEFRY_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+# How the points of a draw lie to each other.
 LAYOUTS = ("independent", "stratified")
-CELL_BITS, POSITION_SHIFT = 16, 39
+# Random bits of a coordinate within its cell; a word has two coordinates.
+CELL_BITS = 16
+# An inverse is floor(2^INVERSE_BITS / n): the largest power whose products with a position stay below 2^63. Shifted
+# right by POSITION_SHIFT they are coordinates of 24 bits.
+INVERSE_BITS = 47
+POSITION_SHIFT = INVERSE_BITS + CELL_BITS - 24
 # The matcher's points belong to an image, not to one of its targets.
 ALL_TARGETS = 0xFFFFFFFF
 
