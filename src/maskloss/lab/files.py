@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,12 +44,28 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def check_file(path: Path, rule: str) -> None:
+    """Check that a path is an ordinary file: a named pipe or a device would be waited for, or read, without end.
+
+    Raises:
+        Cause: `rule`, with what is there instead.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise Cause(rule, f"{path}: {explain(error)}", "check the path") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a named pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+        raise Cause(rule, f"{path} is {kind}", "name a file")
+
+
 def read_json(path: Path, rule: str) -> dict[str, Any]:
     """Read a JSON file that holds a dict.
 
     Raises:
         Cause: `rule`, with what is wrong with the file.
     """
+    check_file(path, rule)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
