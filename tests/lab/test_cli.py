@@ -15,7 +15,8 @@ from pycocotools import mask as codec
 
 from maskloss.lab.cli import main
 from maskloss.lab.config import TrainConfig
-from maskloss.lab.loop.run import Listener, train
+from maskloss.lab.loop.progress import Listener
+from maskloss.lab.loop.run import train
 from maskloss.lab.options import OPTIONS, add_train, read_config
 
 SHORT = {"--steps": 3, "--batch-size": 2, "--held-out": 4, "--evaluations": 1, "--num-points": 32, "--device": "cpu"}

@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from maskloss.errors import MaskLossError, MissingExtraError, require
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from maskloss.lab.loop.run import Listener, Progress
+    from maskloss.lab.loop.progress import Begin, Listener, Progress
     from maskloss.lab.results.evaluate import Evaluation
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -111,8 +110,8 @@ def _add_train(commands: Commands) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from maskloss.lab.loop.run import Interrupted, resume, train
-    from maskloss.lab.loop.runfolder import holds_work
+    from maskloss.lab.loop.progress import Interrupted
+    from maskloss.lab.loop.run import resume, train
     from maskloss.lab.options import read_config
 
     config, given = read_config(options)
@@ -120,28 +119,16 @@ def _train(options: argparse.Namespace) -> int:
         options.refuse("--resume takes no options but --device: a run knows how it was begun")
     # Of several processes, the first one speaks.
     console = require("rich.console", "train").Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
-    folder = options.resume or options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
-        with _progress(console) as listener, _tensorboard(options, folder, listener) as told:
+        with _progress(console) as listener, _tensorboard(options, listener) as told:
             if options.resume is None:
-                result = train(config, folder, told, overwrite=options.overwrite)
+                result = train(config, options.out, told, overwrite=options.overwrite)
             else:
-                result = resume(folder, told, device=options.device)
+                result = resume(options.resume, told, device=options.device)
     except Interrupted as stopped:
         if not console.quiet:
             _say(str(stopped))
         return 128 + stopped.signal
-    except KeyboardInterrupt:
-        if not holds_work(folder):
-            raise
-        _say(f"interrupted; go on with: maskloss train --resume {folder}")
-        return 128 + signal.SIGINT
-    except OSError as error:
-        if not holds_work(folder):
-            raise
-        raise MaskLossError(
-            f"{_explain(error)}; nothing is lost, go on with: maskloss train --resume {folder}"
-        ) from None
     if not result.files:
         return 0  # one of several processes, and not the one that reports
     console.print(f"\n{_scores(result.evaluation)}  on {result.evaluation.scenes:,} held-out images", soft_wrap=True)
@@ -162,7 +149,7 @@ def _number(value: float) -> str:
 @contextmanager
 def _progress(console: Console) -> Iterator[Listener]:
     """Show what the data are, a bar with the loss terms and the speed, and a line above it for each evaluation."""
-    from maskloss.lab.loop.run import Listener
+    from maskloss.lab.loop.progress import Listener
 
     rich = require("rich.progress", "train")
     columns = [
@@ -182,8 +169,8 @@ def _progress(console: Console) -> Iterator[Listener]:
                 bar.console.print(value, markup=False, soft_wrap=True)
             bar.update(task, description="Training", terms="[dim]starting")
 
-        def on_begin(steps: tuple[int, int]) -> None:
-            bar.update(task, completed=steps[0], total=steps[1])
+        def on_begin(at: Begin) -> None:
+            bar.update(task, completed=at.done, total=at.steps)
 
         def on_step(progress: Progress) -> None:
             names = {"class": "loss_class", "mask": "loss_mask", "dice": "loss_dice"}
@@ -210,14 +197,14 @@ def _progress(console: Console) -> Iterator[Listener]:
 
 
 @contextmanager
-def _tensorboard(options: argparse.Namespace, folder: Path, listener: Listener) -> Iterator[Listener]:
+def _tensorboard(options: argparse.Namespace, listener: Listener) -> Iterator[Listener]:
     """Write what the listener is told for TensorBoard as well, if that was asked for."""
     if not options.tensorboard:
         yield listener
         return
-    from maskloss.lab.loop.board import logging_to
+    from maskloss.lab.loop.board import logging_for
 
-    with logging_to(folder, listener) as told:
+    with logging_for(listener) as told:
         yield told
 
 

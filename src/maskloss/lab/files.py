@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from maskloss.errors import Cause
 
-LOCK = ".lock"
+LOCK = ".maskloss.lock"
 PARTIAL = ".partial"
 # A file name longer than this is refused by every common file system.
 LONGEST_NAME = 255
@@ -103,9 +104,23 @@ def flush_folder(path: Path) -> None:
         os.close(handle)
 
 
+# Locks that this process holds. A forked child shares them, and would keep them after the death of its parent.
+_HELD: set[int] = set()
+
+
+def _let_go() -> None:
+    for handle in _HELD:
+        os.close(handle)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the system lets go of it when the process ends, however it ends.
+    """Hold a folder for this process, and for none of its children, until it lets go or ends, however it ends.
 
     Raises:
         Cause: another process holds it.
@@ -116,19 +131,30 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     path = folder / LOCK
-    with path.open("a", encoding="utf-8") as opened:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The file may have been removed by whoever held it, after it was opened here.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                break
         except OSError as error:
+            os.close(handle)
             if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
                 raise
             raise Cause(
                 "a run folder can be used by one run at a time", f"{folder} is in use", "wait for it, or take another"
             ) from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        os.close(handle)
+    _HELD.add(handle)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        # Not there in a forked child that runs this code to its end.
+        if handle in _HELD:
+            _HELD.remove(handle)
+            os.close(handle)
 
 
 def make_folder(path: Path, option: str) -> list[Path]:
@@ -151,9 +177,7 @@ def make_folder(path: Path, option: str) -> list[Path]:
             folder.mkdir()
             made.append(folder)
         # Asking for permissions is not enough: a file system may be mounted read-only.
-        probe = path / ".probe"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except (OSError, ValueError) as error:
         unmake(made)
         raise Cause(rule, f"{path}: {explain(error)}", f"name another one with {option}") from None
