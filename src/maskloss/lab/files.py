@@ -30,6 +30,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         path: what is there afterwards; an older file stays until the new one is complete.
         write: called with the path of the temporary file.
     """
+    # Through a link, and never in place of a device.
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise Cause("a file must be written to a file", f"{path} is none", "name another one")
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         write(partial)
@@ -37,6 +41,28 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raise unless a file can be written there; asked before anything is computed.
+
+    Args:
+        path: of the file; one that is there will be replaced.
+        option: where the path came from.
+
+    Raises:
+        Cause: a folder, a device, a folder that is missing, or no permission.
+    """
+    try:
+        # Asking for permissions is not enough: a file system may be mounted read-only.
+        write_whole(path.with_name(f".{path.name}.probe"), lambda partial: partial.touch())
+        path.with_name(f".{path.name}.probe").unlink()
+        good = not path.exists() or path.is_file()
+        told = f"{path} is none"
+    except (OSError, ValueError) as error:
+        good, told = False, f"{path}: {explain(error)}"
+    if not good:
+        raise Cause(f"{option} must be a file that can be written", told, "its folder must be there")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
