@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-URL = "https://github.com/maskloss/maskloss/blob/main"
 
 _STAMP = re.compile(r"^<!-- translation of (\S+), sha256 ([0-9a-f]{16}) -->\n?\Z", re.MULTILINE)
 _LINK = re.compile(r"^\[(?:中文|English)\]\(\S+\)\n", re.MULTILINE)
@@ -46,9 +45,7 @@ def links(page: Path) -> dict[Path, str]:
     """Write the lines under the titles of a Chinese page and its English one: each leads to the other."""
 
     def target(start: Path, end: Path) -> str:
-        relative = Path(os.path.relpath(end, start.parent)).as_posix()
-        # The README is also shown on package indexes, where relative links lead nowhere.
-        return f"{URL}/{relative}" if start.name.startswith("README") else relative
+        return Path(os.path.relpath(end, start.parent)).as_posix()
 
     english = original(page)
     return {page: f"[English]({target(page, english)})", english: f"[中文]({target(english, page)})"}

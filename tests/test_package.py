@@ -124,6 +124,19 @@ def test_wheel_ships_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+def test_links_of_the_package_index_lead_somewhere(wheel: Path) -> None:
+    """In the repository they are relative; an index knows no files beside the README."""
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        text = archive.read(name).decode()
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)
+    assert len(links) > 30
+    assert all((link or source).startswith("https://") for link, source in links)
+    assert "raw.githubusercontent.com/maskloss/maskloss/main/docs/images/training_run.png" in text
+    assert "github.com/maskloss/maskloss/blob/main/docs/install.md#extras" in text
+
+
 def test_wheel_works_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     python(
