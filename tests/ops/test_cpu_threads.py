@@ -1,14 +1,14 @@
-"""The threads of the CPU kernels: PyTorch's own or a pool, several callers, forked children, and the cache on disk."""
+"""The threads of the CPU kernels: PyTorch's own or a pool, several callers, forked children, and signals."""
 
 from __future__ import annotations
 
 import os
-import subprocess
+import random
+import signal
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import maskloss
 from maskloss.ops import cpu
+from maskloss.ops.cpu import hungarian
 from maskloss.ops.cpu import openmp as cpu_openmp
+from maskloss.ops.cpu import pool as cpu_pool
+from maskloss.ops.cpu import scratch as scratch_spaces
 from maskloss.ops.cpu import threads as cpu_threads
 from maskloss.targets import MaskTargets
 from support.batches import Batch
 
 SAMPLING = (256, 768, 192)
-EXECUTOR = cpu_threads._executor
+RUN_ON_POOL = cpu_pool.run
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +47,7 @@ def threads_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(cpu_openmp, "available", lambda: False)
         monkeypatch.setattr(cpu_openmp, "run", refuse)
     else:
-        monkeypatch.setattr(cpu_threads, "_executor", refuse)
+        monkeypatch.setattr(cpu_pool, "run", refuse)
     return kind
 
 
@@ -84,7 +86,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads_of: str, threads
 
 def test_one_thread_needs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(cpu_threads, "_executor", refuse)
+    monkeypatch.setattr(cpu_pool, "run", refuse)
     monkeypatch.setattr(cpu_openmp, "run", refuse)
     step()
 
@@ -181,8 +183,8 @@ def test_forked_children_build_their_own_pool(lent: bool, monkeypatch: pytest.Mo
 
     def child() -> bool:
         torch.set_num_threads(2)
-        alone = not cpu_openmp.available() and cpu_threads._pool is None
-        return alone and same(step(), expected) and cpu_threads._pool is not None
+        alone = not cpu_openmp.available() and not cpu_pool._threads
+        return alone and same(step(), expected) and bool(cpu_pool._threads)
 
     assert run_in_child(child) == 0
     assert same(step(), expected)
@@ -191,7 +193,7 @@ def test_forked_children_build_their_own_pool(lent: bool, monkeypatch: pytest.Mo
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_while_another_thread_computes(threads_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_threads, "_executor", cpu_threads._executor if threads_of == "pool" else EXECUTOR)
+    monkeypatch.setattr(cpu_pool, "run", RUN_ON_POOL)  # of a child
     expected = step()
     stop = threading.Event()
 
@@ -236,6 +238,79 @@ def test_an_error_in_a_kernel_reaches_the_caller(threads_of: str) -> None:
         cpu_threads.launch(broken, 5, (np.float32, np.float32), (0, 0, 0), ())
 
 
+class Alarm(BaseException):
+    """What a signal's handler raises: nothing that a kernel's caller would catch by chance."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signal.setitimer")
+def test_no_exception_of_a_signal_is_lost(threads_of: str) -> None:
+    """Handlers run between any two steps of Python on the main thread, also where nothing can catch what they raise."""
+    raised = caught = 0
+    moments = random.Random(1)
+
+    def ring(number: int, frame: Any) -> None:
+        nonlocal raised
+        raised += 1
+        raise Alarm
+
+    def work() -> None:
+        cpu_threads.launch(hungarian.assign, 8, (np.float64, np.float32), hungarian.room(3, 3), args)
+
+    args = np.zeros((8, 1, 3, 3), np.float32), np.full(1, 3), np.arange(8) * 3, np.zeros((24, 4), np.int64)
+    work()  # compiled
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        while raised < 500:
+            told = raised
+            try:
+                signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-5, 4e-4))
+                while raised == told:
+                    work()
+            except Alarm:
+                caught += 1
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert caught == raised
+    assert args[-1][:, 0].tolist() == sorted([*range(8)] * 3)
+
+
+def test_two_exceptions_are_both_told(threads_of: str) -> None:
+    """What ends the program is raised, and an error of another thread is its context."""
+    barrier = threading.Barrier(2)
+    kinds = [KeyboardInterrupt("now"), MemoryError("no room")]
+
+    def broken(counter: Any, items: int, *scratch: Any) -> None:
+        if items:
+            barrier.wait(timeout=60)
+            raise kinds.pop()
+
+    with pytest.raises(KeyboardInterrupt, match="now") as raised:
+        cpu_threads.launch(broken, 5, (np.float32, np.float32), (0, 0, 0), ())
+    assert isinstance(raised.value.__context__, MemoryError)
+
+
+def test_other_unraisable_exceptions_go_where_they_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpu_openmp.available():
+        pytest.skip("PyTorch's threads cannot be had here")
+    told: list[str] = []
+
+    def hook(lost: Any) -> None:
+        told.append(repr(lost.exc_value))
+
+    class Fragile:
+        def __del__(self) -> None:
+            raise ValueError("on the way out")
+
+    def drop(counter: Any, items: int, *scratch: Any) -> None:
+        if items:
+            Fragile()
+
+    monkeypatch.setattr(sys, "unraisablehook", hook)
+    cpu_threads.launch(drop, 2, (np.float32, np.float32), (0, 0, 0), ())
+    assert set(told) == {"ValueError('on the way out')"}
+    assert sys.unraisablehook is hook
+
+
 def test_no_work_compiles_nothing() -> None:
     def never(*args: Any) -> None:
         raise AssertionError
@@ -244,69 +319,13 @@ def test_no_work_compiles_nothing() -> None:
 
 
 def test_large_scratch_arrays_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_threads, "_KEEP_BYTES", 1000)
+    monkeypatch.setattr(scratch_spaces, "_KEEP_BYTES", 1000)
     halves = (np.float16, np.float16)
-    with cpu_threads._scratch(halves, (10_000, 0, 0)) as [large, *_]:
+    with scratch_spaces.scratch(halves, (10_000, 0, 0)) as [large, *_]:
         assert large.shape == (10_000,)
-    with cpu_threads._scratch(halves, (300, 0, 0)) as [small, *_]:
+    with scratch_spaces.scratch(halves, (300, 0, 0)) as [small, *_]:
         assert small.base is not large.base
-    with cpu_threads._scratch(halves, (200, 0, 0)) as [again, *_]:
+    with scratch_spaces.scratch(halves, (200, 0, 0)) as [again, *_]:
         assert again.base is small.base
-        with cpu_threads._scratch(halves, (200, 0, 0)) as [other, *_]:
+        with scratch_spaces.scratch(halves, (200, 0, 0)) as [other, *_]:
             assert other.base is not small.base
-
-
-SCRIPT = """
-import numpy as np
-from maskloss.ops.cpu import threads
-
-@threads.kernel
-def fill(counter, items, values, coordinates, integers, out):
-    while True:
-        item = threads.take(counter)
-        if item >= items:
-            break
-        out[item] = item
-
-out = np.empty(1000, np.int64)
-threads.launch(fill, 1000, (np.float32, np.float32), (0, 0, 0), (out,))
-assert (out == np.arange(1000)).all()
-print(fill.stats.cache_hits and "from the cache" or "compiled", fill._cache.__class__.__name__)
-"""
-
-
-def run_script(script: Path, **environment: str) -> tuple[str, str]:
-    env = {**os.environ, "PYTHONPATH": str(Path(maskloss.__file__).parents[1]), **environment}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=env, check=True, capture_output=True, text=True, timeout=300
-    )
-    return done.stdout.strip(), done.stderr
-
-
-def test_compiled_once_per_machine_and_said_so(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    out, err = run_script(script, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
-    assert out.startswith("compiled")
-    assert err.count("maskloss: compiling CPU kernels, once per machine") == 1
-    out, err = run_script(script, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
-    assert out.startswith("from the cache")
-    assert err == ""
-
-
-def test_works_without_a_directory_for_the_cache(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    # A locator that finds no directory is what Numba meets in a read-only installation without a home.
-    deny = "from numba.core import caching\ncaching.CacheImpl._locator_classes = []\n"
-    script.write_text(deny + SCRIPT)
-    out, err = run_script(script)
-    assert out == "compiled NullCache"
-    assert "compiling CPU kernels" in err
-
-
-def test_a_change_in_any_kernel_file_invalidates_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    stamp = cpu_threads._source_digest()
-    assert stamp == cpu_threads._source_digest()
-    read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + b"# changed")
-    assert stamp != cpu_threads._source_digest()

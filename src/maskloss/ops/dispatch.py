@@ -17,6 +17,7 @@ VARIABLE = "MASKLOSS_BACKEND"
 _NEEDS = {"cpu": "numba", "gpu": "triton"}
 # Tuples of tensors as arguments of a kernel came with Triton 3.3, and that with PyTorch 2.7.
 _OLDEST_TRITON = (3, 3)
+_DISABLED = "Numba compiles nothing while NUMBA_DISABLE_JIT is set"
 
 
 def choose_backend(device: torch.device, requested: str | None = None) -> str:
@@ -51,7 +52,8 @@ def choose_backend(device: torch.device, requested: str | None = None) -> str:
         raise Cause(
             f"backend {wanted!r} needs the package {_NEEDS[wanted]}",
             obstacle,
-            f"pip install {_NEEDS[wanted]}, or use backend='reference'",
+            f"{'unset NUMBA_DISABLE_JIT' if obstacle == _DISABLED else f'pip install {_NEEDS[wanted]}'}, "
+            "or use backend='reference'",
         )
     return wanted
 
@@ -90,6 +92,8 @@ def _obstacle(backend: str) -> str | None:
         package = importlib.import_module(_NEEDS[backend])
     except ImportError:
         return f"{_NEEDS[backend]} cannot be imported"
+    if backend == "cpu" and package.config.DISABLE_JIT:
+        return _DISABLED
     if backend == "gpu" and tuple(int(part) for part in package.__version__.split(".")[:2]) < _OLDEST_TRITON:
         return f"Triton {package.__version__} is too old, the kernels need 3.3, which comes with PyTorch 2.7"
     return None

@@ -50,7 +50,8 @@ from .matched import (
 from .pairs import match_cost, match_plan, row_costs, sample_features
 from .planes import buffer_size
 from .sampling import BLOCK
-from .threads import Dtypes, Sizes, launch
+from .scratch import Dtypes, Sizes
+from .threads import launch
 
 __all__ = [
     "assign",

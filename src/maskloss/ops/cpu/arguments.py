@@ -37,7 +37,7 @@ from .blocks import GRADIENT_ROWS, INTEGER_ROWS, POINT_ROWS, ROW, SPARE, VALUE_R
 from .planes import SOURCE_COLUMNS, buffer_size
 from .positions import Given
 from .sampling import BLOCK
-from .threads import Dtypes
+from .scratch import Dtypes
 
 Array = NDArray[Any]
 

@@ -11,11 +11,11 @@ from maskloss._abi import CANDIDATES, RANDOM, WINDOW_H, WINDOW_W, WINDOW_X, WIND
 from maskloss.points import Strata
 
 from .choose import GROUP, LARGEST_KEY, make_keys, mark_chosen, threshold
+from .compile import helper
 from .generator import counter_of, draw_bits, points_of_bits
 from .planes import BORDER, HEIGHT, WIDTH
 from .positions import BITS_LIMIT, Given, given_points, locate, locate_bits
 from .sampling import BLOCK, gather
-from .threads import helper
 
 _I32 = np.int32
 NOT_GIVEN = Given(0, False, 0, 0, 0)

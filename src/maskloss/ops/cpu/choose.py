@@ -10,7 +10,8 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
-from .threads import helper, splat
+from .compile import helper
+from .lanes import splat
 
 _I32 = np.int32
 _SMALL = 4096

@@ -25,7 +25,8 @@ from maskloss._abi import (
     Y,
 )
 
-from .threads import LANES, helper, splat
+from .compile import helper
+from .lanes import LANES, splat
 
 U32 = np.uint32
 _U64 = np.uint64

@@ -17,7 +17,10 @@ from numba.extending import intrinsic
 
 from maskloss._abi import IMAGE, LARGEST_COST, LAYER, QUERY, TARGET
 
-from .threads import bare, helper, kernel, splat, take
+from .compile import helper, kernel
+from .lanes import splat
+from .memory import bare
+from .threads import take
 
 # Columns are taken so many at a time, and filled up with some that are never the nearest.
 WIDE = 16

@@ -21,12 +21,14 @@ from .blocks import (
     points_of_block,
 )
 from .choose import list_marked, pick
+from .compile import helper, kernel
 from .generator import instance_key
 from .losses import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses
+from .memory import at, bare
 from .planes import ADDRESS, BORDER, DTYPE, HEIGHT, STRIDE_B, STRIDE_Q, WIDTH, read_plane, write_plane
 from .sampling import BLOCK, gather, scatter, scatter_apart
 from .targets import mark_ignored, read_targets, values_of_codes
-from .threads import at, bare, helper, kernel, take
+from .threads import take
 
 
 @helper()

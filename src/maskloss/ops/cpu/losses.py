@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .threads import helper
+from .compile import helper
 
 _F32 = np.float32
 _I32 = np.int32

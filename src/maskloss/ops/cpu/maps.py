@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+from .compile import kernel
 from .planes import BORDER, HEIGHT, WIDTH, read_plane, write_plane
 from .positions import given_points, locate, round_nearest
 from .sampling import BLOCK, gather, gather_nearest, scatter, scatter_nearest
-from .threads import kernel, take
+from .threads import take
 
 
 @kernel

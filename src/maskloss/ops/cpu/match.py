@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from maskloss._abi import ALL_TARGETS, COUNT, FIRST, IGNORED, MATCHER, X, Y
 
+from .compile import helper, kernel
 from .generator import counter_of, draw_bits, instance_key, points_of_bits
 from .losses import power, sigmoid_softplus
+from .memory import bare
 from .planes import ADDRESS, BORDER, DTYPE, HEIGHT, STRIDE_B, STRIDE_Q, STRIDE_X, STRIDE_Y, WIDTH, item_bytes, read_rows
 from .positions import locate
 from .sampling import gather_ahead
 from .targets import list_inside, mark_ignored, read_targets
-from .threads import bare, helper, kernel, take, take_early
+from .threads import take, take_early
 
 _I32 = np.int32
 # For each image, plane size and band: the first row of the plane, and how many.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Callable
 from functools import cache
 from itertools import count
@@ -24,7 +25,7 @@ _REGION = "GOMP_parallel"
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 _numbers = count(1)
-_tasks: dict[int, Callable[[], None]] = {}
+_tasks: dict[int, tuple[Callable[[], None], list[BaseException]]] = {}
 _forked = False
 
 
@@ -46,27 +47,57 @@ def available() -> bool:
     return not _forked and _region() is not None
 
 
-def run(function: Callable[[], None], threads: int) -> None:
-    """Call `function` once on each thread of a team, of which the calling thread is one; it must not raise.
+def run(function: Callable[[], None], threads: int) -> list[BaseException]:
+    """Call `function` once on each thread of a team, of which the calling thread is one.
 
     Args:
         function: called without arguments. A team may turn out smaller than asked for, down to the calling thread, so
             the work must not depend on its size.
         threads: size of the team. A size that changes from call to call makes OpenMP end and start threads.
+
+    Returns:
+        Every exception that was raised in the team, also by the handler of a signal. (The main thread runs handlers
+        between any two steps of Python, those of `_enter` among them. Nothing could catch an exception there, and
+        ctypes would only print it; this is done by a hook, which is replaced here.)
     """
     region = _region()
     assert region is not None
     number = next(_numbers)
-    _tasks[number] = function
+    errors: list[BaseException] = []
+    hook = sys.unraisablehook
+
+    def keep(lost: sys.UnraisableHookArgs) -> None:
+        ours = lost.object is _call or repr(_call) in (lost.err_msg or "")
+        if ours and lost.exc_value is not None:
+            errors.append(lost.exc_value)
+        else:
+            hook(lost)
+
+    # Handlers run on the main thread alone, and hooks that several threads replace could outlive their regions.
+    main = threading.current_thread() is threading.main_thread()
+    _tasks[number] = function, errors
     try:
+        if main:
+            sys.unraisablehook = keep
         region(_enter, number, threads, 0)
+    except BaseException as error:  # noqa: BLE001 (returned)
+        errors.append(error)
     finally:
+        if main:
+            sys.unraisablehook = hook
         del _tasks[number]
+    return errors
 
 
-@_BODY
-def _enter(number: int) -> None:
-    _tasks[number]()
+def _call(number: int) -> None:
+    function, errors = _tasks[number]
+    try:
+        function()
+    except BaseException as error:  # noqa: BLE001 (returned by `run`)
+        errors.append(error)
+
+
+_enter = _BODY(_call)
 
 
 @cache

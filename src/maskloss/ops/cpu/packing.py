@@ -16,7 +16,9 @@ from numba.extending import intrinsic
 
 from maskloss._abi import CROP_H, CROP_W, LEFT, STRIDE, TOP
 
-from .threads import at, helper, kernel, take
+from .compile import helper, kernel
+from .memory import at
+from .threads import take
 
 # Columns of the table that describes the masks `[T, H, W]` of an image: address, H, W, bytes from one mask and from one
 # row to the next (pixels of a row lie side by side), and the number of its first mask.

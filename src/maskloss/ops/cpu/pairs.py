@@ -16,7 +16,8 @@ from . import match as kernels
 from .arguments import Array, absolute, array_of, describe, dtypes_of, encode, strata_of
 from .choose import GROUP
 from .planes import BORDER
-from .threads import Dtypes, launch
+from .scratch import Dtypes
+from .threads import launch
 
 # So many points are drawn and sorted, or looked at for a target, in a fraction of a millisecond. Waking other threads
 # and awaiting them can take longer.

@@ -7,7 +7,8 @@ import numpy as np
 
 from maskloss._abi import BF16, F32, F64
 
-from .threads import at, call_madvise, helper
+from .compile import helper
+from .memory import at, call_madvise
 
 # Columns of the table that describes a tensor `[B, Q, h, w]`: address, element type, h, w, and strides in elements.
 ADDRESS, DTYPE, HEIGHT, WIDTH, STRIDE_B, STRIDE_Q, STRIDE_Y, STRIDE_X = range(8)

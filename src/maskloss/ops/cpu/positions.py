@@ -13,8 +13,10 @@ from numba.extending import intrinsic
 
 from maskloss._abi import X, Y
 
+from .compile import helper
+from .lanes import LANES, alignment, splat
+from .memory import at
 from .planes import BORDER
-from .threads import LANES, alignment, at, helper, splat
 
 _I32 = np.int32
 # Larger maps than this overflow the integers of `locate_bits`.

@@ -11,7 +11,9 @@ from numba import types
 from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
-from .threads import alignment, helper, prefetch
+from .compile import helper
+from .lanes import alignment
+from .memory import prefetch
 
 BLOCK = 512
 # Points of a stratified layout that are written one after another lie this many parts of their order apart.

@@ -40,9 +40,10 @@ from maskloss._abi import (
 )
 
 from .choose import GROUP, list_marked, mark, pick, put_back
+from .compile import helper
+from .memory import at
 from .planes import BORDER, from_bf16, from_f16
 from .positions import locate, round_nearest
-from .threads import at, helper
 
 _I32 = np.int32
 # What each corner adds to a code.

@@ -1,4 +1,4 @@
-"""`maskloss bench`: time and memory of a training step, in tables, pictures and a file."""
+"""The arguments of `maskloss bench`, and what it does with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from maskloss.errors import require
-from maskloss.lab import files
 from maskloss.lab.bench import plots, table
 from maskloss.lab.bench.arms import ARMS
 from maskloss.lab.bench.cases import FAMILIES, PRESETS, choose
@@ -25,7 +24,6 @@ from maskloss.lab.bench.machine import default_threads, describe_machine, descri
 from maskloss.lab.bench.model import MODELS, model_lines, model_table
 from maskloss.lab.bench.runner import Say, Settings, run_case
 
-LESS_MEMORY = "take a smaller --preset"
 DESCRIPTION = """\
 Measure a training step (matching, classification and mask loss over all decoder layers, forward and backward).
 Every arm runs in an ordinary process of its own, and the arms take turns. maskloss is given dense bool masks
@@ -43,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: gets them.
     """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = DESCRIPTION
     listed = {"presets": PRESETS, "models": MODELS}
     parser.epilog = "\n\n".join(
         f"{kind}:\n" + "\n".join(f"  {name:<11} {case.describe()}" for name, case in cases.items())  # type: ignore[attr-defined]
@@ -102,8 +99,6 @@ def main(arguments: argparse.Namespace) -> int:
     Returns:
         The exit status: 0, or 1 if a check or a measurement failed.
     """
-    # Before anything is measured, which takes minutes.
-    files.unmake(files.make_folder(arguments.out, "--out"))
     console = require("rich.console", "bench").Console(highlight=False)
     console.width = max(console.width, 124)  # narrower, the table would lose digits
     for module in ("matplotlib", "psutil"):
@@ -156,8 +151,7 @@ def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     results, presets, families = (folder / name for name in ("bench.json", "bench.png", "scaling.png"))
-    text = json.dumps(report, indent=1) + "\n"
-    files.write_whole(results, lambda partial: partial.write_text(text, encoding="utf-8"))
+    results.write_text(json.dumps(report, indent=1) + "\n")
     written = [results]
     if plots.plot_presets(report, presets):
         written.append(presets)
