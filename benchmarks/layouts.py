@@ -27,7 +27,8 @@ from maskloss.lab.bench.inputs import make_inputs
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.data.scenes import Plan, Scene, batches
 from maskloss.lab.loop.engine import schedule
-from maskloss.lab.loop.run import Listener, open_source, train
+from maskloss.lab.loop.progress import Listener
+from maskloss.lab.loop.run import open_source, train
 from maskloss.lab.models import learners
 from maskloss.lab.models.learners import CompactLearner, Output
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskloss import MaskCriterion, MaskFactors, MaskLoss, MaskTargets, Matches, PointSampling, ops
-from maskloss.factors import match_cost
+from maskloss.layers import match_cost
 from maskloss.matches import join_layers
 from support.accuracy import assert_no_worse
 from support.batches import group
@@ -107,6 +107,20 @@ def test_any_number_of_planes_at_a_time(scratch_mb: float, dtype: torch.dtype, b
 @pytest.mark.parametrize("shared", [True, False])
 def test_layers_with_features_of_their_own(shared: bool) -> None:
     assert_as_dense(step([LARGE, SMALL, LARGE, (1, 1), SMALL], shared=shared))
+
+
+def test_layers_of_different_widths() -> None:
+    """Narrower ones get channels of zeros, from which no gradient comes back."""
+    narrow = some_factors([LARGE, SMALL])
+    wide = MaskFactors(
+        leaf(BATCH, QUERIES, CHANNELS + 3, dtype=torch.float32),
+        leaf(BATCH, CHANNELS + 3, *LARGE, dtype=torch.float32),
+    )
+    work = step([LARGE] * 3)
+    work.layers = [narrow[0], wide, narrow[1]]
+    assert_as_dense(work)
+    for mine, theirs in zip(costs(work), costs(work, dense=True), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_more_targets_than_queries_and_images_without_any() -> None:

@@ -284,7 +284,8 @@ def test_input_that_does_not_work(capsys, tmp_path):
 
 def test_a_training_run(capsys, tmp_path):
     from maskloss.lab.config import TrainConfig
-    from maskloss.lab.loop.run import Listener, train
+    from maskloss.lab.loop.progress import Listener
+    from maskloss.lab.loop.run import train
 
     config = TrainConfig(steps=2, batch_size=2, held_out=4, evaluations=1, num_points=32, workers=0)
     train(config, tmp_path / "run", Listener.silent())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-from maskloss import MaskTargets
+from maskloss import MaskLossError, MaskTargets
 from maskloss import _abi as abi
 from maskloss.targets import bits, label_maps
 from support import workers
@@ -192,6 +193,38 @@ class TestCoco:
             decoded = self.api().decode(self.api().merge(self.api().frPyObjects(floats, height, width)))
             assert torch.equal(mask, torch.from_numpy(decoded).bool())
         assert targets.dense().flatten(1).sum(1).tolist()[2] == height * width, "clipped at the border"
+
+    @pytest.mark.parametrize(
+        ("segmentation", "message"),
+        [
+            ({"size": [2, 2], "counts": [0.9, 4.9]}, r"a count of segmentation 0 must be an integer.*\n.*\n.*=0\.9"),
+            ({"size": [2, 2], "counts": [0, 4.0]}, "must be an integer"),
+            ({"size": [2, 2], "counts": ["0", "4"]}, "must be an integer"),
+            ({"size": [2, 2], "counts": [None, 4]}, "must be an integer"),
+            ({"size": [2, 2], "counts": [float("nan"), 4]}, "must be an integer"),
+            ({"size": [2, 2], "counts": [[0, 4]]}, "must be an integer"),
+            ({"size": [2, 2], "counts": [True, 3]}, "must be an integer"),
+            ({"size": [2, 2], "counts": "\u00e9"}, "compressed counts must be"),
+            ({"size": [2, 2], "counts": "04 "}, "compressed counts must be"),
+            ([[0, 0, 1, 0, True, 1]], "coordinates of a polygon must be numbers"),
+            ([[0, 0, 1, 0, 10**400, 1]], "coordinates of a polygon must be numbers"),
+        ],
+    )
+    def test_numbers_that_are_none(self, segmentation: Any, message: str) -> None:
+        with pytest.raises(MaskLossError, match=message):
+            MaskTargets.from_coco([segmentation], 2, 2)
+
+    def test_counts_of_numpy(self) -> None:
+        counts = [np.int64(1), np.uint8(3)]
+        targets = MaskTargets.from_coco([{"size": [2, 2], "counts": counts}], 2, 2)
+        assert targets.dense().tolist() == [[[False, True], [True, True]]]
+
+    def test_counts_without_an_end(self) -> None:
+        """Half a million characters of one number: quadratic time for whoever adds them up."""
+        begin = time.perf_counter()
+        with pytest.raises(MaskLossError, match="compressed counts must be"):
+            MaskTargets.from_coco([{"size": [2, 2], "counts": "o" * 500_000}], 2, 2)
+        assert time.perf_counter() - begin < 1
 
     @staticmethod
     def api() -> Any:

@@ -218,7 +218,7 @@ class Factors(NamedTuple):
     """The mask logits of all layers as products (see `MaskFactors`), in the dtype of the products.
 
     Attributes:
-        embeddings: one `[B, Q, D]` per decoder layer; an empty tensor for one that is not factored and has no rows.
+        embeddings: one `[B, Q, D]` per decoder layer.
         biases: one `[B, Q]` per decoder layer, or none at all.
         features: the distinct `[B, D, h, w]`.
         features_of: for each decoder layer, which of the features it has.

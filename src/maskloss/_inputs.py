@@ -13,7 +13,8 @@ from maskloss import _abi
 from maskloss._numbers import check_number
 from maskloss._transforms import active
 from maskloss.errors import Cause, check_layout, describe
-from maskloss.factors import Layer, MaskFactors
+from maskloss.factors import MaskFactors
+from maskloss.layers import Layer
 from maskloss.ops import check_backend
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets

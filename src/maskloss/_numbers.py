@@ -12,7 +12,10 @@ from maskloss.errors import Cause
 
 def is_number(value: Any) -> bool:
     """Tell whether something is a finite real number, and not a truth value."""
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    try:
+        return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, hint: str) -> float:

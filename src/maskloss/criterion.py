@@ -13,7 +13,7 @@ from maskloss import _classification, _inputs, distributed, ops
 from maskloss._numbers import check_integer
 from maskloss.distributed import StepTotals
 from maskloss.errors import Cause, describe, reported
-from maskloss.factors import Layer
+from maskloss.layers import Layer
 from maskloss.loss import InstanceLosses, MaskLoss, check_instance_weights, weighted
 from maskloss.matcher import HungarianMatcher, check_predictions, stack_costs
 from maskloss.matches import Matches, Pairs, matches_of_layers, wanted_classes
@@ -197,8 +197,8 @@ class MaskCriterion(nn.Module):
         Args:
             class_logits: `[B, Q, C + 1]` (`[B, Q, C]` for classification "focal"), or a sequence over decoder layers,
                 the final one last.
-            mask_logits: `[B, Q, h, w]`, dense or as `MaskFactors`, or a sequence over decoder layers, which may mix
-                both; h and w may differ by layer.
+            mask_logits: `[B, Q, h, w]`, dense or as `MaskFactors`, or a sequence over decoder layers; h and w may
+                differ by layer. Where some layers are dense, factors of the others are formed.
             targets: one dict per image: "labels" int64 `[T]` in [0, C), and "masks": a `MaskTargets` of the image,
                 dense `[T, H, W]`, or a label map `[H, W]` along with "ids". Or, already collated, one dict with
                 "masks": the `MaskTargets` of the batch, and "labels": a list of `[T]`.

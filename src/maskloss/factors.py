@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from maskloss import ops
-from maskloss._abi import IMAGE, LAYER
+from maskloss._abi import Factors
 from maskloss._numbers import is_number
 from maskloss.errors import Cause, check_layout, describe, reported
-from maskloss.matches import Matches
-from maskloss.ops import Draw, Reduction, Targets, Term
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,7 +26,8 @@ class MaskFactors:
     Pass it wherever `mask_logits` are taken. The loss then samples the *features* at the matcher's points (bilinear
     sampling and the product commute), forms the planes of matched queries only, a few at a time, and drops each when
     its loss is known. Values and gradients are those of `dense()`, up to the rounding of a matrix product; no tensor of
-    B * Q * h * w elements is made, forward or backward, but by the backend "reference", which goes through `dense()`.
+    B * Q * h * w elements is made, forward or backward. Two cases form it with `dense()`: the backend "reference", and
+    a call in which other layers are dense.
 
     Decoder layers that pass the *same* features object share its sampling and its gradient.
 
@@ -105,11 +104,11 @@ class MaskFactors:
         Raises:
             MaskLossError: a missing entry, or as in `MaskFactors`.
         """
-        missing = [name for name in ("spatial_features", "query_features") if name not in factors]
-        if missing:
+        names = ("spatial_features", "query_features")
+        if not isinstance(factors, Mapping) or any(name not in factors for name in names):
             raise Cause(
-                'factors must have "spatial_features" and "query_features"',
-                f"{', '.join(missing)} missing, there are {', '.join(map(str, factors))}",
+                'factors must be a dict with "spatial_features" and "query_features"',
+                f"got {describe(factors)}",
                 "MaskFactors(embeddings, features, bias) takes them under any name",
             )
         return MaskFactors(factors["query_features"], factors["spatial_features"], factors.get("bias"))
@@ -184,7 +183,7 @@ class MaskFactors:
 
 
 def _autocasts(device: torch.device) -> bool:
-    """Tell whether autocast is on; PyTorch refuses the question for tensors without data."""
+    """Whether autocast is on. PyTorch raises if asked about tensors without data."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
@@ -207,150 +206,31 @@ def _check_bias(bias: object, embeddings: Tensor) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------ layers that are dense or factored
+def joined(layers: Sequence[MaskFactors]) -> Factors:
+    """Convert the factors of all layers to what the operations take; layers with the same features object share them.
 
-Layer = Tensor | MaskFactors
-
-
-def match_cost(
-    layers: Sequence[Layer], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Compute both mask terms of the matching cost, `[L, B, Q, T_max]` each; some layers may be factored."""
-    layers = _as_needed(layers, backend)
-    shared = (num_targets, targets, draw, term, backend)
-    whole = [layer for layer in layers if isinstance(layer, Tensor)]
-    if len(whole) == len(layers):
-        return ops.match_cost(whole, *shared)
-    by_product = ops.factored_match_cost(_operands(layers), *shared)
-    if not whole:
-        return by_product
-    dense = ops.match_cost(whole, *shared)
-    place = _places(layers)
-    ce, dice = (torch.cat(pair)[place] for pair in zip(dense, by_product, strict=True))
-    return ce, dice
-
-
-def mask_loss(
-    layers: Sequence[Layer],
-    matches: Matches,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    backend: str,
-    reduction: Reduction | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compute cross-entropy and Dice `[N]` of instances; some layers may be factored.
-
-    Args:
-        layers: of all decoder layers.
-        matches: the instances.
-        targets: of the batch.
-        draw: how points are drawn; likewise the others (see `maskloss.ops`).
-        term: how logits and targets are read.
-        points: the caller's, or None.
-        backend: which one.
-        reduction: how the losses will be summed, if that is known.
+    Layers may differ in D: the operations take one D for all, so narrower ones get channels of zeros.
     """
-    layers = _as_needed(layers, backend)
-    index, sizes = matches.index, matches.layer_sizes
-    whole = [layer for layer in layers if isinstance(layer, Tensor)]
-    if len(whole) == len(layers):
-        return ops.mask_loss(ops.Instances(whole, index, sizes), targets, draw, term, points, backend, reduction)
-    if matches.counts is not None:
-        return _mixed(layers, index, sizes, matches.counts, targets, draw, term, points, backend)
-    block = index[:, LAYER] * matches.batch_size + index[:, IMAGE]
-    counts = block.bincount(minlength=len(layers) * matches.batch_size).tolist()
-    order = block.argsort(stable=True)
-    given = None if points is None else points[order]
-    ce, dice = _mixed(layers, index[order], sizes, counts, targets, draw, term, given, backend)
-    back = order.argsort()
-    return ce[back], dice[back]
-
-
-def _mixed(
-    layers: Sequence[Layer],
-    index: Tensor,
-    sizes: Sequence[int],
-    counts: Sequence[int],
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """As `mask_loss`, for rows that are sorted by layer and image, `counts` of each."""
-    whole = [layer for layer in layers if isinstance(layer, Tensor)]
-    batch, shared = layers[0].shape[0], (targets, draw, term)
-    if not whole:
-        return ops.factored_mask_loss(_operands(layers), index, counts, *shared, points, backend)
-    # Rows of both kinds, each sorted as before. A layer of the other kind has no rows, and a stand-in that is not read.
-    is_whole = [isinstance(layer, Tensor) for layer in layers]
-    rows = [_of_kind(index, sizes, is_whole, kind) for kind in (True, False)]
-    given = [None if points is None else _of_kind(points, sizes, is_whole, kind) for kind in (True, False)]
-    stand_in = whole[0].detach()
-    filled = [layer if isinstance(layer, Tensor) else stand_in for layer in layers]
-    filled_sizes = [size if kind else 0 for size, kind in zip(sizes, is_whole, strict=True)]
-    dense = ops.mask_loss(ops.Instances(filled, rows[0], filled_sizes), *shared, given[0], backend)
-    others = [0 if is_whole[block // batch] else count for block, count in enumerate(counts)]
-    by_product = ops.factored_mask_loss(_operands(layers), rows[1], others, *shared, given[1], backend)
-    by_kind = [sizes[layer] for layer in _order(layers)]
-    place = _places(layers)
-    ce, dice = (
-        torch.cat([torch.cat(pair).split(by_kind)[where] for where in place])
-        for pair in zip(dense, by_product, strict=True)
-    )
-    return ce, dice
-
-
-def _as_needed(layers: Sequence[Layer], backend: str) -> list[Layer]:
-    """Form every plane where the definition is asked for."""
-    return [layer.dense() if isinstance(layer, MaskFactors) and backend == "reference" else layer for layer in layers]
-
-
-def _order(layers: Sequence[Layer]) -> list[int]:
-    """List the dense layers, then the factored ones."""
-    return sorted(range(len(layers)), key=lambda layer: isinstance(layers[layer], MaskFactors))
-
-
-def _places(layers: Sequence[Layer]) -> list[int]:
-    """Where each layer is in that list."""
-    order = _order(layers)
-    return [order.index(layer) for layer in range(len(layers))]
-
-
-def _of_kind(rows: Tensor, sizes: Sequence[int], is_whole: Sequence[bool], kind: bool) -> Tensor:
-    pieces = rows.split(list(sizes))
-    return torch.cat([piece for piece, whole in zip(pieces, is_whole, strict=True) if whole is kind])
-
-
-def _operands(layers: Sequence[Layer]) -> ops.Factors:
-    """Bring the factored layers into what the operations take; layers with the same features object share them."""
-    embeddings: list[Tensor] = []
-    biases: list[Tensor | None] = []
-    seen: dict[int, int] = {}
+    parts = [layer.operands() for layer in layers]
+    width = max(embeddings.shape[2] for embeddings, _, _ in parts)
+    embeddings, biases = [], []
     features: list[Tensor] = []
     features_of: list[int] = []
-    scratch = float("inf")
-    for layer in layers:
-        if isinstance(layer, Tensor):
-            embeddings.append(layer.new_empty(0))
-            biases.append(None)
-            features_of.append(-1)
-            continue
-        queries, pixels, bias = layer.operands()
+    seen: dict[int, int] = {}
+    for layer, (queries, pixels, bias) in zip(layers, parts, strict=True):
+        missing = width - queries.shape[2]
         # By the object that was given: what autocast makes of it is another one each time.
         number = seen.setdefault(id(layer.features), len(features))
         if number == len(features):
-            features.append(pixels)
-        embeddings.append(queries)
+            features.append(pad(pixels, (0, 0, 0, 0, 0, missing)) if missing else pixels)
+        embeddings.append(pad(queries, (0, missing)) if missing else queries)
         biases.append(bias)
         features_of.append(number)
-        scratch = min(scratch, float(layer.scratch_mb))
-    given: list[Tensor] = []
+    given = []
     if any(bias is not None for bias in biases):
         given = [
             each.new_zeros(each.shape[:2]) if bias is None else bias
             for bias, each in zip(biases, embeddings, strict=True)
         ]
-    return ops.Factors(embeddings, given, features, features_of, int(scratch * 2**20))
+    scratch_bytes = int(min(layer.scratch_mb for layer in layers) * 2**20)
+    return Factors(embeddings, given, features, features_of, scratch_bytes)

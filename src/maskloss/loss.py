@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maskloss import _inputs, distributed, factors, ops
+from maskloss import _inputs, distributed, layers, ops
 from maskloss._abi import accumulation_dtype
 from maskloss.errors import Cause, describe, reported
-from maskloss.factors import Layer, MaskFactors
+from maskloss.factors import MaskFactors
 from maskloss.functional import check_points, pair_index
+from maskloss.layers import Layer
 from maskloss.matches import Matches, Pairs, check_fit
 from maskloss.points import PointSampling, draw_seed
 from maskloss.targets import MaskTargets
@@ -192,7 +193,7 @@ class MaskLoss(nn.Module):
         """
         options, sampling = self.options, self.sampling
         num_points = sampling.num_points if points is None else points.shape[1]
-        ce, dice = factors.mask_loss(
+        ce, dice = layers.mask_loss(
             logits,
             matches,
             ops.Targets(targets.encoding, *targets.tensors),

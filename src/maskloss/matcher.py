@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from maskloss import _inputs, distributed, factors, ops
+from maskloss import _inputs, distributed, layers, ops
 from maskloss._classification import KINDS
 from maskloss.errors import Cause, check_layout, describe, reported
-from maskloss.factors import Layer
 from maskloss.functional import class_cost, focal_class_cost
+from maskloss.layers import Layer
 from maskloss.matches import Matches
 from maskloss.points import PointSampling, draw_seed
 from maskloss.targets import MaskTargets
@@ -161,7 +161,7 @@ class HungarianMatcher(nn.Module):
     ) -> Tensor:
         """Compute the matching costs `[L, B, Q, T_max]` of checked inputs; meaningless beyond an image's targets."""
         options = self.options
-        ce, dice = factors.match_cost(
+        ce, dice = layers.match_cost(
             mask_logits,
             targets.num_targets,
             ops.Targets(targets.encoding, *targets.tensors),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,18 @@ class CocoFolder:
     def save(self, content: dict[str, Any] | None = None, name: str = "instances.json") -> None:
         (self.root / name).parent.mkdir(exist_ok=True)
         (self.root / name).write_text(json.dumps(content or self.content))
+
+
+@contextmanager
+def reads_little(bytes_: int = 20_000_000) -> Iterator[None]:
+    """Fail if Python or NumPy takes more memory than this at any moment."""
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < bytes_, f"{peak:,} bytes"
 
 
 @pytest.fixture

@@ -19,13 +19,14 @@ import pytest
 import torch
 
 from maskloss import MaskLossError, PointSampling
-from maskloss.lab.bench import command, measure, plots, runner, table, worker
+from maskloss.lab.bench import measure, plots, runner, table, worker
 from maskloss.lab.bench.arms import ARMS, STRATIFIED, MasklossArm, make_arm
 from maskloss.lab.bench.cases import FAMILIES, PRESETS, Case, choose, family
 from maskloss.lab.bench.check import compare
 from maskloss.lab.bench.counting import StepCounter, _copies_to_host
 from maskloss.lab.bench.inputs import Inputs, make_inputs
 from maskloss.lab.bench.measure import Clock, PeakMemory, StageClock
+from maskloss.lab.commands import bench as bench_command
 
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
@@ -469,8 +470,8 @@ def test_a_slow_arm_takes_fewer_turns_but_never_less_than_three(monkeypatch: pyt
 
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.main(parser.parse_args(arguments))
+    bench_command.add_arguments(parser)
+    return bench_command.main(parser.parse_args(arguments))
 
 
 def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -542,7 +543,7 @@ def test_what_was_measured_outlives_sigterm(tmp_path: Path, monkeypatch: pytest.
             os.kill(os.getpid(), signal.SIGTERM)
         return done.pop()
 
-    monkeypatch.setattr(command, "run_case", measure_case)
+    monkeypatch.setattr(bench_command, "run_case", measure_case)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         run("--preset", "tiny", "small", "--arms", "maskloss", "--out", str(tmp_path))
@@ -643,7 +644,7 @@ def test_labels_move_apart(heights: list[float], expected: list[float]) -> None:
 
 def test_pictures_are_drawn_from_what_there_is(tmp_path: Path) -> None:
     report = synthetic_report()
-    written = command.write_results(report, tmp_path)
+    written = bench_command.write_results(report, tmp_path)
     assert [path.name for path in written] == ["bench.json", "bench.png", "scaling.png"]
     assert all(path.stat().st_size > 1000 for path in written)
     report["cases"] = []

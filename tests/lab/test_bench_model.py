@@ -17,10 +17,11 @@ pytest.importorskip("psutil")
 pytest.importorskip("transformers")
 
 from maskloss.integrations.transformers import factors
-from maskloss.lab.bench import command, model
+from maskloss.lab.bench import model
 from maskloss.lab.bench.model import MODEL_ARMS, MODELS, ModelCase, model_lines, model_table
 from maskloss.lab.bench.model_worker import ModelWorker
 from maskloss.lab.bench.runner import Process, Settings, run_case
+from maskloss.lab.commands import bench as bench_command
 
 SETTINGS = Settings(MODEL_ARMS, steps=3, seconds=10, threads=2, device="cpu", dtype="float32")
 POINTS = {"num_queries": 12, "train_num_points": 128, "num_attention_heads": 2}
@@ -78,11 +79,11 @@ def test_a_wrong_arm_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_arms_are_measured_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(command, "MODELS", {"eomt": small("eomt"), "mask2former": small("mask2former")})
+    monkeypatch.setattr(bench_command, "MODELS", {"eomt": small("eomt"), "mask2former": small("mask2former")})
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    bench_command.add_arguments(parser)
     given = parser.parse_args(["--model", "eomt", "--quick", "--threads", "2", "--out", str(tmp_path)])
-    assert command.main(given) == 0
+    assert bench_command.main(given) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
     assert report["cases"] == []
     [found] = report["models"]

@@ -14,6 +14,7 @@ from maskloss import MaskLossError
 from maskloss.lab import files
 from maskloss.lab.loop import checkpoint
 from maskloss.lab.loop.checkpoint import Position
+from maskloss.lab.loop.runfolder import steps_of
 
 
 def model_and_optimizer():
@@ -62,8 +63,8 @@ def test_only_the_last_two_are_kept(written):
     folder, network, optimizer = written
     for step in (5, 7):
         checkpoint.write(folder, position(step), network, optimizer)
-    assert checkpoint.steps_of(folder) == [5, 7]
-    assert checkpoint.steps_of(folder / "nowhere") == []
+    assert steps_of(folder) == [5, 7]
+    assert steps_of(folder / "nowhere") == []
 
 
 def test_nothing_is_pickled(written):
@@ -76,7 +77,7 @@ def test_a_checkpoint_that_was_cut_off_does_not_count(written):
     half = folder / "checkpoints" / f".step-00000009{files.PARTIAL}"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    assert checkpoint.steps_of(folder) == [3]
+    assert steps_of(folder) == [3]
     checkpoint.write(folder, position(4), network, optimizer)
     assert not half.exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lab.conftest import write_panoptic
+from lab.conftest import reads_little, write_panoptic
 from maskloss import MaskLossError
+from maskloss.lab.data import recognize
 from maskloss.lab.data.folder import FolderScenes
 
 DISC_AND_BOX = [1, 0]
@@ -180,6 +182,15 @@ def _counts(value):
     return _set("annotations", 0, "segmentation", "counts", value)
 
 
+def test_sizes_are_compared_before_pixels_are_read(folder, monkeypatch):
+    """Beyond the first thousands of images, the worker that takes an image is the first to look at its file."""
+    monkeypatch.setattr(recognize, "_HEADS", 0)
+    Image.fromarray(np.zeros((7000, 9000), np.uint8)).save(folder.root / "images" / "2.png")
+    source = open_folder(folder)
+    with pytest.raises(MaskLossError, match=r"2\.png is 7000 x 9000, expected are 48 x 48"), reads_little():
+        source.batch(0, range(5), 5, 0)
+
+
 def _another_size(content):
     """Of the image and of its RLE alike, so that only the file itself can tell."""
     content["images"][2]["height"] = 49
@@ -258,7 +269,25 @@ def test_files_that_are_no_annotations(folder, text, message):
 def test_a_folder_in_place_of_the_annotations(folder):
     (folder.root / "instances.json").unlink()
     (folder.root / "instances.json").mkdir()
-    with pytest.raises(MaskLossError, match=r"instances\.json: is a directory"):
+    with pytest.raises(MaskLossError, match=r"instances\.json is a folder"):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["instances.json", "images/2.png"])
+@pytest.mark.parametrize("kind", ["a named pipe", "a device", "a link to itself"])
+def test_what_would_be_waited_for(folder, name, kind):
+    path = folder.root / name
+    path.unlink()
+    if kind == "a named pipe":
+        os.mkfifo(path)
+        message = rf"{name} is a named pipe"
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+        message = "is a device|leads out of the folder"
+    else:
+        path.symlink_to(path.name)
+        message = "too many levels of symbolic links|[Ss]ymlink loop|there is no file"
+    with pytest.raises(MaskLossError, match=message):
         open_folder(folder)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +14,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from lab.conftest import write_cells
+from lab.conftest import reads_little, write_cells
 from maskloss import MaskLossError
 from maskloss.lab.data.folder import FolderScenes
 from maskloss.lab.data.images import read_image, read_label_map, read_size, to_unit
@@ -76,6 +79,10 @@ def test_a_palette_does_not_change_the_numbers(tmp_path):
     [
         (np.zeros((8, 9, 3), np.uint8), "shape 8 x 9 x 3"),
         (np.full((8, 8), 0.5, np.float32), "holds fractions"),
+        (np.full((8, 8), np.nan, np.float32), "holds fractions"),
+        (np.full((8, 8), np.inf, np.float32), "holds fractions"),
+        (np.full((8, 8), 3e9, np.float32), "numbers from 3000000000.0 to"),
+        (np.ones((8, 8), np.complex64), "values of type complex64"),
         (np.full((8, 8), -1, np.int32), "numbers from -1 to -1"),
     ],
 )
@@ -155,22 +162,86 @@ def test_a_broken_file(tmp_path, suffix):
     path.write_bytes(b"no image at all")
     with pytest.raises(MaskLossError, match="every image must be readable"):
         read_image(path)
-    with pytest.raises(MaskLossError, match="there is no file"):
+    with pytest.raises(MaskLossError, match="no such file"):
         read_image(tmp_path / f"missing.{suffix}")
 
 
 def test_an_image_that_would_fill_the_memory(tmp_path):
     """A PNG of 100,000 x 100,000 pixels takes a few bytes on the disk."""
-    import struct
-    import zlib
+    write_png_head(tmp_path / "bomb.png", 100_000, 100_000)
+    with pytest.raises(MaskLossError, match=r"at most 268,435,456 pixels.*\n.*10,?000,?000,?000"):
+        read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("read", [read_image, read_label_map, read_size])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_one_limit_of_pixels(tmp_path, suffix, read):
+    """Pixels count, not channels, and it is this limit that is told, not Pillow's."""
+    path = tmp_path / f"wide.{suffix}"
+    for side in (16_000, 17_000):
+        if suffix == "png":
+            write_png_head(path, side, side)
+        else:
+            write_zeros(path, side)
+        if side == 16_000 and read is read_size:
+            assert read(path) == (side, side)
+        elif side == 17_000:
+            with pytest.raises(MaskLossError, match=r"at most 268,435,456 pixels.*\n.* 17,000 x 17,000 = 289,000,000"):
+                read(path)
+
+
+def write_png_head(path, height, width):
+    """Write a PNG that ends after its head."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IEND", b""))
-    with pytest.raises(MaskLossError, match="at most"):
-        read_image(tmp_path / "bomb.png")
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
+def write_zeros(path, side):
+    """Write a square TIFF of zeros, as few bytes."""
+    rows = 1000
+    strip = np.zeros((rows, side), np.uint8)
+    tifffile.imwrite(
+        path,
+        (zlib.compress(strip) for _ in range(side // rows)),
+        shape=(side, side),
+        dtype=np.uint8,
+        rowsperstrip=rows,
+        compression="zlib",
+    )
+
+
+def test_a_strip_that_unpacks_into_more_than_the_image(tmp_path):
+    packer = zlib.compressobj(9)
+    strip = b"".join(packer.compress(bytes(1 << 20)) for _ in range(80)) + packer.flush()
+    options = {"shape": (8, 8), "dtype": np.uint8, "rowsperstrip": 8, "compression": "zlib"}
+    tifffile.imwrite(tmp_path / "bomb.tif", iter([strip]), **options)
+    with pytest.raises(MaskLossError, match=r"bomb\.tif has 8\d,\d* bytes for 64"), reads_little():
+        read_image(tmp_path / "bomb.tif")
+
+
+@pytest.mark.parametrize("large", ["0.tif", "0_masks.tif"])
+def test_a_large_file_beside_a_small_one_is_not_read(cells, large):
+    write_zeros(cells / large, 12_000)
+    with pytest.raises(MaskLossError, match="12000 x 12000"), reads_little():
+        FolderScenes(str(cells), 32)
+
+
+@pytest.mark.parametrize("name", ["0.tif", "0_masks.tif", "0.png"])
+def test_what_would_be_waited_for(cells, name):
+    if name == "0.png":
+        (cells / "0.tif").unlink()
+    (cells / name).unlink(missing_ok=True)
+    os.mkfifo(cells / name)
+    with pytest.raises(MaskLossError, match=f"{name} is a named pipe"):
+        FolderScenes(str(cells), 32)
+    (cells / name).unlink()
+    (cells / name).symlink_to(name)
+    with pytest.raises(MaskLossError, match=f"{name}: too many levels of symbolic links"):
+        FolderScenes(str(cells), 32)
 
 
 def test_an_empty_folder(tmp_path):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from maskloss.lab.config import TrainConfig
-from maskloss.lab.loop.run import Listener, train
+from maskloss.lab.loop.progress import Listener
+from maskloss.lab.loop.run import train
 
 SEEDS = range(5)
 POINTS = 1024

@@ -11,7 +11,8 @@ from maskloss import MaskLossError
 from maskloss.distributed import StepTotals, step_totals
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.loop import checkpoint
-from maskloss.lab.loop.run import Listener, open_source, train
+from maskloss.lab.loop.progress import Listener
+from maskloss.lab.loop.run import open_source, train
 from maskloss.lab.models import pretrained
 from maskloss.lab.models.learners import CompactLearner
 from maskloss.lab.models.pretrained import PretrainedLearner, read_card

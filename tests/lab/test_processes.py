@@ -15,7 +15,7 @@ import torch
 
 from lab.conftest import write_cells
 from maskloss.lab.loop import checkpoint
-from maskloss.lab.loop.runfolder import read_facts
+from maskloss.lab.loop.runfolder import read_facts, steps_of
 from maskloss.lab.models.learners import CompactLearner
 
 SOURCES = Path(__file__).parents[2] / "src"
@@ -83,11 +83,41 @@ def test_two_processes_are_one(tmp_path, accumulate):
     assert apart < 2e-3 * moved, (apart, moved)
 
 
+@pytest.mark.slow
+def test_processes_that_read_different_clocks_write_one_folder(tmp_path):
+    cells = write_cells(tmp_path / "cells", 6, 32, 3)
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import datetime, os, sys\n"
+        "from maskloss.lab.cli import main\n"
+        "from maskloss.lab.loop import claim\n"
+        "class Clock:\n"
+        "    def now():\n"
+        "        return datetime.datetime.now() + datetime.timedelta(hours=int(os.environ['RANK']))\n"
+        "claim.datetime = Clock\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = arguments(data=cells, steps=4, checkpoint_every=2)
+    process = subprocess.Popen(
+        [*torchrun, str(script), *words],
+        cwd=tmp_path,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    finished(process)
+    [run] = (tmp_path / "runs").iterdir()
+    assert (run / "report.html").is_file() and steps_of(run) == [2, 4]
+
+
 def kill(process: subprocess.Popen[str], run: Path, inside_a_checkpoint: bool, moments: random.Random) -> None:
     """Kill a run when it has come further: at a random moment, or as soon as it is writing a checkpoint."""
-    begun = (checkpoint.steps_of(run) or [0])[-1]
+    begun = (steps_of(run) or [0])[-1]
     deadline = time.monotonic() + 120
-    while (checkpoint.steps_of(run) or [0])[-1] <= begun:
+    while (steps_of(run) or [0])[-1] <= begun:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.01)
     if inside_a_checkpoint:
@@ -111,7 +141,7 @@ def test_a_run_survives_being_killed_at_any_moment(tmp_path):
         kill(command(words), run, number % 2 == 0, moments)
         left_behind += bool(list((run / "checkpoints").glob(".*")))
         words = ["train", "--resume", str(run)]
-    assert left_behind >= 1 and checkpoint.steps_of(run)[-1] < 200
+    assert left_behind >= 1 and steps_of(run)[-1] < 200
     finished(command(words))
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -134,7 +164,7 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in printed
     assert f"go on with: maskloss train --resume {run}" in printed.replace("\n", " ").replace("  ", " ")
-    assert len(checkpoint.steps_of(run)) == 1
+    assert len(steps_of(run)) == 1
 
 
 @pytest.mark.slow

@@ -17,9 +17,10 @@ from maskloss import MaskLossError
 from maskloss.lab import files
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.loop import checkpoint, engine
-from maskloss.lab.loop.engine import Interrupted, schedule
-from maskloss.lab.loop.run import Listener, Result, resume, train
-from maskloss.lab.loop.runfolder import read_facts
+from maskloss.lab.loop.engine import schedule
+from maskloss.lab.loop.progress import Interrupted, Listener
+from maskloss.lab.loop.run import Result, resume, train
+from maskloss.lab.loop.runfolder import read_facts, steps_of
 from maskloss.lab.results.predict import evaluate_run
 
 SHORT = {"steps": 6, "batch_size": 4, "held_out": 6, "evaluations": 2, "num_points": 32, "threads": 2, "device": "cpu"}
@@ -125,7 +126,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, ever
     with pytest.raises(Interrupted, match=r"stopped at step 2 of 6; go on with: maskloss train --resume") as stopped:
         train(config, tmp_path / "run", quiet(step=Stop(2, number)))
     assert stopped.value.signal == number and signal.getsignal(number) is before
-    assert checkpoint.steps_of(tmp_path / "run") == [2]
+    assert steps_of(tmp_path / "run") == [2]
     again = resume(tmp_path / "run", quiet())
     assert_same(again.folder, whole.folder)
     with pytest.raises(MaskLossError, match="is finished"):
@@ -148,7 +149,7 @@ def test_terms_that_were_not_yet_logged_are_not_lost(tmp_path, result):
         patched.setattr(engine.Engine, "_step", dies)
         with pytest.raises(Killed):
             train(config, tmp_path / "run", quiet())
-    assert checkpoint.steps_of(tmp_path / "run") == [2, 4]
+    assert steps_of(tmp_path / "run") == [2, 4]
     again = resume(tmp_path / "run", quiet())
     assert_same(again.folder, result.folder)
 
@@ -165,9 +166,10 @@ def test_a_run_that_failed_before_its_first_checkpoint_leaves_nothing(tmp_path):
 
 def test_what_a_killed_run_left_without_a_checkpoint_is_in_nobodys_way(result, tmp_path):
     """As after SIGKILL: no cleaning up."""
-    for name in ("run.json", "metrics.jsonl"):
+    (tmp_path / "run.json").write_bytes((result.folder / "run.json").read_bytes())
+    for name in ("metrics.jsonl", ".report.html.partial"):
         (tmp_path / name).write_text("half")
-    (tmp_path / ".lock").touch()
+    (tmp_path / files.LOCK).touch()
     (tmp_path / "checkpoints" / ".step-00000002.partial").mkdir(parents=True)
     assert_same(train(TrainConfig(**SHORT), tmp_path, quiet()).folder, result.folder)
 
@@ -191,6 +193,14 @@ def test_a_folder_of_a_running_run(tmp_path):
 def test_a_run_can_be_replaced(tmp_path, result):
     train(TrainConfig(**SHORT, seed=5), tmp_path, quiet())
     assert_same(train(TrainConfig(**SHORT), tmp_path, quiet(), overwrite=True).folder, result.folder)
+
+
+def test_a_run_that_is_replaced_by_one_that_fails_comes_back(tmp_path, result):
+    first = train(TrainConfig(**SHORT), tmp_path, quiet())
+    with pytest.raises(MaskLossError, match="it is nan"):
+        train(TrainConfig(**SHORT, lr=1e30), tmp_path, quiet(), overwrite=True)
+    assert_same(first.folder, result.folder)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in result.folder.iterdir()} - {"pictures"}
 
 
 def test_a_full_disk_during_a_checkpoint(tmp_path, monkeypatch):
@@ -221,7 +231,7 @@ def test_a_failure_while_the_report_is_drawn_costs_no_training(tmp_path, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(report, "write", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(MaskLossError, match=r"the disk is full: report.html[\s\S]*nothing is lost, go on with"):
             train(TrainConfig(**SHORT), tmp_path / "run", quiet())
     monkeypatch.setattr(engine.Engine, "_step", None)
     assert_same(resume(tmp_path / "run", quiet()).folder, result.folder)

@@ -52,7 +52,8 @@ def scene():
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     from maskloss.lab.config import TrainConfig
-    from maskloss.lab.loop.run import Listener, train
+    from maskloss.lab.loop.progress import Listener
+    from maskloss.lab.loop.run import train
 
     folder = tmp_path_factory.mktemp("show") / "digits"
     config = TrainConfig(steps=2, batch_size=2, held_out=6, evaluations=1, num_points=64, workers=0)
@@ -165,7 +166,8 @@ def test_an_image_of_a_folder(capsys, folder, scene):
 def test_a_run_on_a_folder(folder, tmp_path):
     """What is drawn is the square that the model saw, with the loss of the run."""
     from maskloss.lab.config import TrainConfig
-    from maskloss.lab.loop.run import Listener, train
+    from maskloss.lab.loop.progress import Listener
+    from maskloss.lab.loop.run import train
 
     content = json.loads((folder / "data" / "instances.json").read_text())
     content["images"].append({"id": 8, "file_name": "b.png", "height": 40, "width": 60})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloss import factors
+from maskloss import layers
 from maskloss._abi import CANDIDATES, IMAGE, LAYER, QUERY, RANDOM, TARGET, Draw
 from maskloss.integrations import _layers
 from maskloss.integrations._layers import Step
@@ -65,7 +65,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, *, one_image: bool = False) -> Ite
     """
     recorder = Recorder()
     matched: list[int] = []
-    terms, cost = Step.mask_terms, factors.match_cost
+    terms, cost = Step.mask_terms, layers.match_cost
 
     def spy_terms(step: Step, loss: MaskLoss, logits: Any, matches: Matches, reduction: Any) -> Any:
         recorder.calls.append(Call(step, loss, matches, matched[-1]))
@@ -77,7 +77,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, *, one_image: bool = False) -> Ite
 
     with monkeypatch.context() as patch:
         patch.setattr(Step, "mask_terms", spy_terms)
-        patch.setattr(factors, "match_cost", spy_cost)
+        patch.setattr(layers, "match_cost", spy_cost)
         patch.setattr(_layers, "draw_seed", lambda: torch.tensor(SEED))
         if one_image:
             numbers = lambda ids, batch, device: torch.zeros(batch, dtype=torch.int64, device=device)  # noqa: E731

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss import MaskFactors, MaskLoss, MaskTargets, Matches, PointSampling, ops
-from maskloss.factors import Layer
+from maskloss.layers import Layer
 from maskloss.matches import join_layers
 from support.accuracy import assert_no_worse
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from maskloss import _classification, _inputs, distributed, ops
 from maskloss._abi import IMAGE, TARGET
 from maskloss.distributed import StepTotals
-from maskloss.factors import Layer
+from maskloss.layers import Layer
 from maskloss.loss import InstanceLosses, MaskLoss
 from maskloss.matcher import HungarianMatcher
 from maskloss.matches import Matches, wanted_classes

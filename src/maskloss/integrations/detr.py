@@ -17,7 +17,7 @@ from maskloss import _inputs
 from maskloss import matcher as core
 from maskloss._classification import KINDS, focal_sums
 from maskloss.errors import Cause, describe, reported
-from maskloss.factors import Layer, MaskFactors
+from maskloss.factors import MaskFactors
 from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.integrations._layers import (
     Step,
@@ -28,6 +28,7 @@ from maskloss.integrations._layers import (
     weighted_cross_entropy,
 )
 from maskloss.integrations._targets import pack_masks
+from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches, join_layers
 from maskloss.points import PointSampling

@@ -1,17 +1,19 @@
-"""The options of a training run: their defaults, their ranges, and nothing else."""
+"""The options of a training run, each written once: arguments, checks and the table in the docs are read off here."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 
 from maskloss._abi import LAYOUTS
+from maskloss._numbers import is_number
 from maskloss.errors import Cause
 from maskloss.lab.data.folder import NORMALIZE
 from maskloss.lab.data.problems import ON_ERROR
@@ -21,126 +23,211 @@ from maskloss.points import PointSampling
 COMPACT = "compact"
 # The compact model halves its input four times.
 STRIDE = 16
-SCHEDULES = ("cosine", "linear", "constant")
-PRECISIONS = ("no", "bf16", "fp16")
-NORMS = ("batch", "group")
-# Least and most of each whole number. Beyond the most, a machine would run out of memory or threads before it said so.
-_INTEGERS = {
-    "size": (16, 4096),
-    "crop": (16, 1 << 16),
-    "grid": (1, 64),
-    "num_points": (1, 1_000_000),
-    "steps": (1, 100_000_000),
-    "batch_size": (1, 65_536),
-    "accumulate": (1, 65_536),
-    "checkpoint_every": (1, 100_000_000),
-    "evaluations": (1, 10_000),
-    "held_out": (1, 100_000),
-    "seed": (0, 2**31 - 1),
-    "workers": (0, 256),
-    "threads": (1, max(64, os.cpu_count() or 1)),
-}
-_POSITIVE = ("lr", "class_weight")
-_NOT_NEGATIVE = ("weight_decay", "no_object_weight", "clip")
-_CHOICES = {
-    "layout": LAYOUTS,
-    "format": FORMATS,
-    "normalize": NORMALIZE,
-    "on_error": ON_ERROR,
-    "schedule": SCHEDULES,
-    "precision": PRECISIONS,
-    "norm": NORMS,
-}
-_MAY_BE_NONE = frozenset(
-    {"size", "crop", "grid", "num_points", "workers", "threads", "lr", "class_weight", "no_object_weight", "format"}
-    | {"norm"}
-)
+HELP = "see maskloss train --help"
+
+
+class Option(NamedTuple):
+    """What is known of an option beside its type and its default.
+
+    Attributes:
+        group: under which the help lists it.
+        metavar: what stands for its value.
+        text: what it does, and what None stands for.
+        least: the smallest value.
+        most: the largest. Beyond it, a machine would run out of memory or threads before it said so.
+        above: the value must be larger than this.
+        choices: all that it may be.
+    """
+
+    group: str
+    metavar: str
+    text: str
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    choices: tuple[str, ...] | None = None
+
+    def check(self, name: str, kind: type, value: Any) -> None:
+        """Raise if a value is not of this kind or not within these bounds.
+
+        Args:
+            name: as it is typed, with dashes.
+            kind: bool, int, float or str.
+            value: that was given.
+        """
+        if self.choices is not None:
+            good, must = value in self.choices, f"one of {', '.join(self.choices)}"
+        elif kind is str:
+            good, must = isinstance(value, str) and bool(value) and "\0" not in value, "a name"
+        elif kind is bool:
+            good, must = isinstance(value, bool), "true or false"
+        else:
+            fits = (int, float) if kind is float else int
+            good = isinstance(value, fits) and is_number(value) and self._holds(value)
+            must = f"a {'finite' if kind is float else 'whole'} number{self._bounds()}"
+        if not good:
+            raise Cause(f"{name} must be {must}", f"got {value!r}", HELP)
+
+    def _holds(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+        )
+
+    def _bounds(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f" from {self.least:,} to {self.most:,}"
+        return f", above {self.above:g}" if self.above is not None else f", at least {self.least:g}"
+
+
+class Field(NamedTuple):
+    """An option of a run, read off `TrainConfig`: its name there, its type, whether None is a value, its default."""
+
+    name: str
+    kind: type
+    optional: bool
+    default: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """How the option is typed."""
+        return ("--no-" if self.default is True else "--") + self.name.replace("_", "-")
+
+
+_STEPS = 100_000_000
+_IMAGES = 65_536
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Options of a training run. The defaults find handwritten digits within three minutes on two CPU cores.
 
-    Args:
-        data: a folder with images and annotations; None: scenes of handwritten digits.
-        format: "coco", "panoptic" or "labels"; None: recognized.
-        normalize: "auto" (percentiles for label maps and deep images), "percentile" or "range".
-        augment: whether training images are cropped, flipped and recolored at random.
-        on_error: "stop" or "skip", at a broken image or annotation.
-        crop: train on squares of this many pixels cut out of the images; None: whole images.
-        size: side of the square that the model sees, pixels; None: 64 for digits, that of the processor of a
-            pretrained model, else the usual side of the images, at most 256.
-        held_out: number of held-out scenes of digits; a folder says itself which of its images are held out.
-        model: "compact", or the name or the folder of a universal-segmentation model of Transformers.
-        grid: the compact model has grid x grid queries; None: by the most instances of an image.
-        norm: normalization in the compact model, "batch" or "group"; None: "batch" on one process without
-            accumulation, else "group", whose result does not depend on how a batch is divided.
-        num_points: points per instance, for the loss and for matching; None: 256, or what a pretrained model has.
-        layout: how these points lie to each other, "independent" or "stratified" (see `PointSampling`).
-        class_weight: weight of the classification in the loss; None: 10, or what a pretrained model has.
-        no_object_weight: weight of "no object" in the classification; None: 0.4, or what a pretrained model has.
-        steps: optimizer steps.
-        batch_size: images of a step, over all processes and micro-batches.
-        accumulate: micro-batches of a step in each process.
-        lr: highest learning rate of AdamW; None: 3e-3, or 1e-4 for a pretrained model.
-        weight_decay: weight decay of AdamW, on matrices and kernels.
-        clip: the gradient's norm is brought to this much at most; 0: never.
-        schedule: how the learning rate falls, "cosine", "linear" or "constant".
-        warmup: share of the steps in which it rises.
-        precision: "no", "bf16" or "fp16".
-        seed: decides initial weights, training scenes and points.
-        checkpoint_every: steps between two checkpoints.
-        evaluations: how often held-out scenes are looked at during training.
-        workers: processes that read images; None: none for digits, else one for each core, at most 4.
-        threads: CPU threads; None: as many as torch takes by itself.
-        device: "cpu" or "cuda"; None: cuda where there is a device.
+    `maskloss train --help` says what each does: the text is that of the annotations below.
 
     Raises:
         MaskLossError: an option outside its range, or a device that is not there.
     """
 
-    data: str | None = None
-    format: str | None = None
-    normalize: str = "auto"
-    augment: bool = True
-    on_error: str = "stop"
-    crop: int | None = None
-    size: int | None = None
-    held_out: int = 400
-    model: str = COMPACT
-    grid: int | None = None
-    norm: str | None = None
-    num_points: int | None = None
-    layout: str = PointSampling.layout
-    class_weight: float | None = None
-    no_object_weight: float | None = None
-    steps: int = 1000
-    batch_size: int = 16
-    accumulate: int = 1
-    lr: float | None = None
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    precision: str = "no"
-    seed: int = 0
-    checkpoint_every: int = 250
-    evaluations: int = 8
-    workers: int | None = None
-    threads: int | None = None
-    device: str | None = None
+    data: Annotated[str | None, Option("data", "FOLDER", "images with annotations; default: handwritten digits")] = None
+    format: Annotated[
+        str | None, Option("data", "FORMAT", "coco, panoptic or labels; default: recognized", choices=FORMATS)
+    ] = None
+    normalize: Annotated[
+        str,
+        Option(
+            "data",
+            "HOW",
+            "auto, percentile or range: what is black and what is white; auto takes percentiles for label maps and for "
+            "images of more than 8 bits",
+            choices=NORMALIZE,
+        ),
+    ] = "auto"
+    augment: Annotated[
+        bool, Option("data", "", "show training images as they are, not cropped, flipped, recolored")
+    ] = True
+    on_error: Annotated[
+        str, Option("data", "WHAT", "stop or skip, at a broken image or annotation", choices=ON_ERROR)
+    ] = "stop"
+    crop: Annotated[
+        int | None,
+        Option("data", "PIXELS", "train on squares cut out of the images; default: whole images", 16, 1 << 16),
+    ] = None
+    size: Annotated[
+        int | None,
+        Option(
+            "data",
+            "PIXELS",
+            "side of the square that the model sees; default: 64 for digits, what a pretrained model has, or the usual "
+            "side of the images, at most 256",
+            16,
+            4096,
+        ),
+    ] = None
+    held_out: Annotated[int, Option("data", "N", "held-out scenes of digits", 1, 100_000)] = 400
+    workers: Annotated[
+        int | None,
+        Option("data", "N", "processes that read images; default: none for digits, else a core each, up to 4", 0, 256),
+    ] = None
+    model: Annotated[
+        str,
+        Option("model", "NAME", "compact, or the name or the folder of a universal-segmentation model of Transformers"),
+    ] = COMPACT
+    grid: Annotated[
+        int | None, Option("model", "N", "the compact model has N x N queries; default: by the fullest image", 1, 64)
+    ] = None
+    norm: Annotated[
+        str | None,
+        Option(
+            "model",
+            "KIND",
+            "batch or group, of the compact model; default: batch where a batch is not divided, else group",
+            choices=("batch", "group"),
+        ),
+    ] = None
+    num_points: Annotated[
+        int | None,
+        Option("loss", "N", "points per instance; default: 256, or what a pretrained model has", 1, 1_000_000),
+    ] = None
+    layout: Annotated[
+        str,
+        Option(
+            "loss",
+            "LAYOUT",
+            "of these points: independent, or stratified: as little noise with a quarter of the points",
+            choices=LAYOUTS,
+        ),
+    ] = PointSampling.layout
+    class_weight: Annotated[
+        float | None,
+        Option("loss", "WEIGHT", "of the classification; default: 10, or what a pretrained model has", above=0),
+    ] = None
+    no_object_weight: Annotated[
+        float | None,
+        Option("loss", "WEIGHT", "of 'no object' in it; default: 0.4, or what a pretrained model has", 0),
+    ] = None
+    steps: Annotated[int, Option("training", "N", "optimizer steps", 1, _STEPS)] = 1000
+    batch_size: Annotated[
+        int, Option("training", "N", "images of a step, over all processes and micro-batches", 1, _IMAGES)
+    ] = 16
+    accumulate: Annotated[int, Option("training", "N", "micro-batches of a step", 1, _IMAGES)] = 1
+    lr: Annotated[
+        float | None,
+        Option("training", "RATE", "highest learning rate; default: 0.003, or 0.0001 for a pretrained model", above=0),
+    ] = None
+    weight_decay: Annotated[float, Option("training", "DECAY", "of AdamW, on matrices and kernels", 0)] = 0.05
+    clip: Annotated[float, Option("training", "NORM", "the most that the gradient's norm may be; 0: any", 0)] = 1.0
+    schedule: Annotated[
+        str,
+        Option(
+            "training",
+            "KIND",
+            "of the learning rate: cosine, linear or constant",
+            choices=("cosine", "linear", "constant"),
+        ),
+    ] = "cosine"
+    warmup: Annotated[
+        float, Option("training", "SHARE", "share of the steps in which the learning rate rises", 0, 1)
+    ] = 0.05
+    precision: Annotated[
+        str, Option("training", "KIND", "no, bf16 or fp16: mixed precision", choices=("no", "bf16", "fp16"))
+    ] = "no"
+    seed: Annotated[
+        int, Option("training", "N", "the same seed gives the same run, bit for bit on one machine", 0, 2**31 - 1)
+    ] = 0
+    checkpoint_every: Annotated[int, Option("run", "STEPS", "steps between two checkpoints", 1, _STEPS)] = 250
+    evaluations: Annotated[int, Option("run", "N", "evaluations during training", 1, 10_000)] = 8
+    threads: Annotated[
+        int | None, Option("run", "N", "CPU threads; default: torch's choice", 1, max(64, os.cpu_count() or 1))
+    ] = None
+    device: Annotated[str | None, Option("run", "DEVICE", "cpu or cuda; default: cuda where there is a device")] = None
 
     def __post_init__(self) -> None:
-        for name, limits in _INTEGERS.items():
-            self._check_integer(name, *limits)
-        for name in (*_POSITIVE, *_NOT_NEGATIVE):
-            self._check_number(name, positive=name in _POSITIVE)
-        for name, choices in _CHOICES.items():
+        for name, kind, optional, _, option in fields():
             value = getattr(self, name)
-            if value not in choices and not (value is None and name in _MAY_BE_NONE):
-                raise Cause(f"{_option(name)} must be one of {', '.join(choices)}", f"got {value!r}", _HELP)
-        if not _is_number(self.warmup) or not 0 <= self.warmup <= 1:
-            raise Cause("--warmup must be a share of the steps, from 0 to 1", f"got {self.warmup!r}", _HELP)
+            if value is not None or not optional:
+                option.check("--" + name.replace("_", "-"), kind, value)
         if self.model == COMPACT and self.size is not None and self.size % STRIDE:
             raise Cause(
                 f"--size must be a multiple of {STRIDE}",
@@ -153,27 +240,8 @@ class TrainConfig:
                 f"got {self.batch_size} and {self.accumulate}",
                 "--batch-size counts the images of a whole step",
             )
-        for name in ("data", "model"):
-            text = getattr(self, name)
-            if text is not None and (not isinstance(text, str) or not text or "\0" in text):
-                raise Cause(f"{_option(name)} must be a name", f"got {text!r}", _HELP)
         if self.device is not None:
             _check_device(self.device)
-
-    def _check_integer(self, name: str, least: int, most: int) -> None:
-        value = getattr(self, name)
-        if value is None and name in _MAY_BE_NONE:
-            return
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise Cause(f"{_option(name)} must be a whole number from {least:,} to {most:,}", f"got {value!r}", _HELP)
-
-    def _check_number(self, name: str, *, positive: bool) -> None:
-        value = getattr(self, name)
-        if value is None and name in _MAY_BE_NONE:
-            return
-        if not _is_number(value) or not 0 <= value < math.inf or (positive and value == 0):
-            least = "above 0" if positive else "at least 0"
-            raise Cause(f"{_option(name)} must be a finite number, {least}", f"got {value!r}", _HELP)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON can hold them."""
@@ -186,8 +254,7 @@ class TrainConfig:
         Raises:
             MaskLossError: an option that does not exist, or one outside its range.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(options) - known)
+        unknown = sorted(set(options) - {field.name for field in fields()})
         if unknown:
             raise Cause(
                 "every option of a configuration must be known",
@@ -209,15 +276,16 @@ class TrainConfig:
         return 0 if self.data is None else min(4, os.cpu_count() or 1)
 
 
-_HELP = "see maskloss train --help"
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+@functools.cache
+def fields() -> tuple[Field, ...]:
+    """List the options of a run, in order."""
+    hints = get_type_hints(TrainConfig, include_extras=True)
+    found = []
+    for each in dataclasses.fields(TrainConfig):
+        hint, option = get_args(hints[each.name])
+        optional = get_origin(hint) is UnionType
+        found.append(Field(each.name, get_args(hint)[0] if optional else hint, optional, each.default, option))
+    return tuple(found)
 
 
 def _check_device(name: str) -> None:

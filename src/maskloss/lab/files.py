@@ -8,6 +8,8 @@ import json
 import math
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 from maskloss.errors import Cause
 
-LOCK = ".lock"
+LOCK = ".maskloss.lock"
 PARTIAL = ".partial"
 # A file name longer than this is refused by every common file system.
 LONGEST_NAME = 255
@@ -28,6 +30,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         path: what is there afterwards; an older file stays until the new one is complete.
         write: called with the path of the temporary file.
     """
+    # Through a link, and never in place of a device.
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise Cause("a file must be written to a file", f"{path} is none", "name another one")
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         write(partial)
@@ -37,10 +43,47 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def check_writable(path: Path, option: str) -> None:
+    """Raise unless a file can be written there; asked before anything is computed.
+
+    Args:
+        path: of the file; one that is there will be replaced.
+        option: where the path came from.
+
+    Raises:
+        Cause: a folder, a device, a folder that is missing, or no permission.
+    """
+    try:
+        # Asking for permissions is not enough: a file system may be mounted read-only.
+        write_whole(path.with_name(f".{path.name}.probe"), lambda partial: partial.touch())
+        path.with_name(f".{path.name}.probe").unlink()
+        good = not path.exists() or path.is_file()
+        told = f"{path} is none"
+    except (OSError, ValueError) as error:
+        good, told = False, f"{path}: {explain(error)}"
+    if not good:
+        raise Cause(f"{option} must be a file that can be written", told, "its folder must be there")
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole; a number that JSON cannot hold becomes null."""
     text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def check_file(path: Path, rule: str) -> None:
+    """Check that a path is an ordinary file: a named pipe or a device would be waited for, or read, without end.
+
+    Raises:
+        Cause: `rule`, with what is there instead.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise Cause(rule, f"{path}: {explain(error)}", "check the path") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a named pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+        raise Cause(rule, f"{path} is {kind}", "name a file")
 
 
 def read_json(path: Path, rule: str) -> dict[str, Any]:
@@ -49,6 +92,7 @@ def read_json(path: Path, rule: str) -> dict[str, Any]:
     Raises:
         Cause: `rule`, with what is wrong with the file.
     """
+    check_file(path, rule)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -86,9 +130,23 @@ def flush_folder(path: Path) -> None:
         os.close(handle)
 
 
+# Locks that this process holds. A forked child shares them, and would keep them after the death of its parent.
+_HELD: set[int] = set()
+
+
+def _let_go() -> None:
+    for handle in _HELD:
+        os.close(handle)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the system lets go of it when the process ends, however it ends.
+    """Hold a folder for this process, and for none of its children, until it lets go or ends, however it ends.
 
     Raises:
         Cause: another process holds it.
@@ -99,19 +157,30 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     path = folder / LOCK
-    with path.open("a", encoding="utf-8") as opened:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The file may have been removed by whoever held it, after it was opened here.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                break
         except OSError as error:
+            os.close(handle)
             if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
                 raise
             raise Cause(
                 "a run folder can be used by one run at a time", f"{folder} is in use", "wait for it, or take another"
             ) from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        os.close(handle)
+    _HELD.add(handle)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        # Not there in a forked child that runs this code to its end.
+        if handle in _HELD:
+            _HELD.remove(handle)
+            os.close(handle)
 
 
 def make_folder(path: Path, option: str) -> list[Path]:
@@ -134,9 +203,7 @@ def make_folder(path: Path, option: str) -> list[Path]:
             folder.mkdir()
             made.append(folder)
         # Asking for permissions is not enough: a file system may be mounted read-only.
-        probe = path / ".probe"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except (OSError, ValueError) as error:
         unmake(made)
         raise Cause(rule, f"{path}: {explain(error)}", f"name another one with {option}") from None

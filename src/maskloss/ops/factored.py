@@ -38,7 +38,7 @@ from maskloss._abi import (
 def match_cost(
     backend: Any, factors: Factors, num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
 ) -> tuple[Tensor, Tensor]:
-    """Both mask terms of the matching cost of the factored layers, `[L', B, Q, T_max]`, in the order of the layers."""
+    """Both mask terms of the matching cost, `[L, B, Q, T_max]` each."""
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     for number, features in enumerate(factors.features):
         layers = [layer for layer, which in enumerate(factors.features_of) if which == number]
@@ -161,16 +161,12 @@ class Blocks:
         """Invert `sorted`."""
         sizes = [self.counts[block] for block in self.order]
         place = {block: position for position, block in enumerate(self.order)}
-        # Layers that are not factored have no rows.
-        wanted = [place[block] for block in range(len(self.counts)) if block in place]
-        return _reorder(values, sizes, wanted)
+        return _reorder(values, sizes, [place[block] for block in range(len(self.counts))])
 
     def gathered(self, layers: Sequence[Tensor]) -> Tensor:
         """Pick the rows `[N, ...]` of the instances from `[B, Q, ...]` of each layer, in the order of the parts."""
-        shape = next(layer.shape for layer in layers if layer.ndim > 1)
-        filled = [layer if layer.ndim > 1 else layer.new_zeros(shape) for layer in layers]
         rows = self.sorted(self.index)
-        return torch.stack(filled)[rows[:, LAYER], rows[:, IMAGE], rows[:, QUERY]]
+        return torch.stack(list(layers))[rows[:, LAYER], rows[:, IMAGE], rows[:, QUERY]]
 
     def _sizes(self, number: int, image: int) -> list[int]:
         """How many instances each layer has in an image; none if it has other features."""
@@ -363,7 +359,6 @@ def _spread(rows: Tensor, where: Tensor, layers: Sequence[Tensor], needed: bool)
     """Add rows `[N, ...]` up in the gradients of all layers `[L, B, Q, ...]`; a query may have several instances."""
     if not needed:
         return rows.new_empty(0)
-    shape = next(layer.shape for layer in layers if layer.ndim > 1)
-    total = rows.new_zeros((len(layers), *shape), dtype=accumulation_dtype(rows.dtype))
+    total = rows.new_zeros((len(layers), *layers[0].shape), dtype=accumulation_dtype(rows.dtype))
     total.index_put_((where[:, LAYER], where[:, IMAGE], where[:, QUERY]), rows.to(total.dtype), accumulate=True)
     return total.to(rows.dtype)

@@ -48,8 +48,7 @@ def _factored_match_cost(*args: Any) -> tuple[Tensor, Tensor]:
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     factors, num_targets, *_ = grouped(args, Factors)
     like = factors.features[0]
-    layers = [each for each, which in zip(factors.embeddings, factors.features_of, strict=True) if which >= 0]
-    shape = (len(layers), *layers[0].shape[:2], widest(num_targets))
+    shape = (len(factors.embeddings), *factors.embeddings[0].shape[:2], widest(num_targets))
     dtype = accumulation_dtype(like.dtype)
     return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
 
@@ -57,7 +56,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 def factored_match_cost(
     factors: Factors, num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `match_cost` does, for the layers that are factored, in their order. No gradient."""
+    """Compute what `match_cost` does, for logits as factors. No gradient."""
     ce, dice = _factored_match_cost(*factors, num_targets, *targets, *draw, *term, backend)
     return ce, dice
 
@@ -108,8 +107,7 @@ def _(*args: Any) -> list[Tensor]:
     _, _, factors, *_ = grouped(args, Gradients, Kept, Factors)
     like, needs_grad = factors.features[0], args[-2]
     shapes = [
-        (len(layers), *next((layer.shape for layer in layers if layer.ndim > 1), ()))
-        for layers in (factors.embeddings, factors.biases)
+        (len(layers), *layers[0].shape) if layers else (0,) for layers in (factors.embeddings, factors.biases)
     ] + [tuple(each.shape) for each in factors.features]
     return [like.new_empty(shape if need else 0) for shape, need in zip(shapes, needs_grad, strict=True)]
 
@@ -138,10 +136,9 @@ def _factored_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | N
     by_row, by_bias, *by_pixel = _factored_mask_loss_backward(
         *given, *kept, *lists, *ctx.facts, *rest, wanted, ctx.backend
     )
-    filled = [[layer.ndim > 1 for layer in layers] for layers in lists[:2]]
     found = [
-        [grad[layer] if need and real else None for layer, (need, real) in enumerate(zip(each, there, strict=True))]
-        for grad, each, there in zip((by_row, by_bias), needs[:2], filled, strict=True)
+        [grad[layer] if need else None for layer, need in enumerate(each)]
+        for grad, each in zip((by_row, by_bias), needs[:2], strict=True)
     ]
     found.append([grad if need else None for grad, need in zip(by_pixel, needs[2], strict=True)])
     return *found, None, None, *[None] * len(rest), None
@@ -161,14 +158,14 @@ def factored_mask_loss(
     points: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `mask_loss` does, for rows of the index whose layers are factored; gradients to all factors.
+    """Compute what `mask_loss` does, for logits as factors; gradients to all of them.
 
     Args:
         factors: of all layers.
         index: int64 `[N, INDEX_COLUMNS]`, sorted by layer and image.
         counts: how many rows each layer and image has, `[L * B]`.
         targets: of the batch.
-        draw: see `mask_loss`; likewise the others.
+        draw: see `mask_loss`, as for the others.
         term: how logits and targets are read.
         points: the caller's, or None.
         backend: one that has kernels.

@@ -73,13 +73,18 @@ def _run_length(api: Any, segmentation: Any, target: int, height: int, width: in
                 "list x and y of at least three corners in turn",
             )
         # Farther off, the coordinates overflow inside pycocotools.
-        if not all(isinstance(value, Real) and -_FAR < float(value) < _FAR for value in polygon):
+        if not all(_is_coordinate(value) for value in polygon):
             raise Cause(
                 f"the coordinates of a polygon must be numbers below {_FAR} in size",
                 f"segmentation {target} has {describe(polygon)}",
                 "drop the instance, or mend the annotation",
             )
     return api.merge(api.frPyObjects([[float(c) for c in p] for p in segmentation], height, width))
+
+
+def _is_coordinate(value: Any) -> bool:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and bool(abs(value) < _FAR)
 
 
 def _checked_rle(api: Any, rle: Mapping[str, Any], target: int, height: int, width: int) -> Any:
@@ -102,7 +107,7 @@ def _checked_rle(api: Any, rle: Mapping[str, Any], target: int, height: int, wid
             f"those of segmentation {target} are {describe(counts)}",
             "COCO's annotation files have a list, pycocotools has bytes",
         )
-    runs = _runs(counts) if isinstance(counts, (str, bytes)) else [int(run) for run in counts]
+    runs = _runs(counts, height * width) if isinstance(counts, (str, bytes)) else _whole(counts, target)
     if min(runs, default=0) < 0 or sum(runs) != height * width:
         raise Cause(
             "the counts of an RLE must fill its size",
@@ -114,13 +119,27 @@ def _checked_rle(api: Any, rle: Mapping[str, Any], target: int, height: int, wid
     return api.frPyObjects({"size": [height, width], "counts": runs}, height, width)
 
 
-def _runs(counts: str | bytes) -> list[int]:
+def _whole(counts: Sequence[Any], target: int) -> list[int]:
+    """Check that counts are whole numbers; those of a file are plain integers, which is quick to see."""
+    if all(type(run) is int for run in counts):
+        return list(counts)
+    name, hint = f"a count of segmentation {target}", "each is the length of a run, in pixels"
+    return [check_integer(name, run, 0, hint=hint) for run in counts]
+
+
+def _runs(counts: str | bytes, most: int) -> list[int]:
     """Decode compressed counts: 5 bits a character, lowest first; from the third run on, the change to two runs ago."""
     text = counts.encode() if isinstance(counts, str) else counts
     runs: list[int] = []
     value = shift = 0
+    # A number of more bits than the pixels need is damage, and many characters of it would take a long time to add up.
+    longest = most.bit_length() + 10
     for byte in text:
         digit = byte - 48
+        if not 0 <= digit < 64 or shift > longest:
+            raise Cause(
+                "compressed counts must be what COCO writes", f"they hold {describe(text)}", "the string is damaged"
+            )
         value |= (digit & 31) << shift
         shift += 5
         if digit & 32:

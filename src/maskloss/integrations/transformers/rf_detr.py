@@ -11,10 +11,10 @@ from torch.nn.functional import l1_loss, logsigmoid
 
 from maskloss import ops
 from maskloss.errors import Cause, reported
-from maskloss.factors import Layer
 from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.integrations._layers import Step, accumulated, mean_count
 from maskloss.integrations._targets import pack_masks, repeat_targets
+from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.matches import Matches

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from maskloss.factors import Layer, MaskFactors
+from maskloss.factors import MaskFactors
 from maskloss.lab.bench.cases import Case, Size
+from maskloss.layers import Layer
 
 
 @dataclass

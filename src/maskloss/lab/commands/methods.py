@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskloss.errors import Cause
+from maskloss.lab.files import write_whole
 from maskloss.methods import FORMATS, LANGUAGES, MethodSettings, bibtex, describe, document
 from maskloss.methods.settings import settings_of
 from maskloss.methods.sources import (
@@ -21,6 +22,7 @@ from maskloss.methods.sources import (
     settings_of_options,
 )
 
+LESS_MEMORY = "close other programs"
 DESCRIPTION = (
     "Write the paragraph that describes the loss in a paper, with its formulas and references, from the defaults, a "
     "training run, a file of options, or the configuration of a Transformers model."
@@ -29,6 +31,7 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `maskloss methods`."""
+    parser.description = DESCRIPTION
     parser.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="folder of a run of maskloss train")
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON or YAML file with options by name")
     parser.add_argument("--model", metavar="…", help="Transformers model: a folder, or a name on the Hub")
@@ -64,7 +67,7 @@ def main(options: argparse.Namespace) -> int:
     print(describe(settings, lang=options.lang, format=form))
     entries = bibtex(settings)
     if options.bib is not None:
-        options.bib.write_text(entries + "\n", encoding="utf-8")
+        write_whole(options.bib, lambda partial: partial.write_text(entries + "\n", encoding="utf-8"))
     elif form == "markdown":
         print(f"\n```bibtex\n{entries}\n```")
     elif form == "latex":

@@ -17,6 +17,8 @@ from torch.nn.functional import avg_pool2d, interpolate, one_hot
 
 from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, describe, reported, require
+from maskloss.lab.files import write_whole
+from maskloss.lab.terminal import tell
 from maskloss.plots import Costs, Inspection, inspect_points, instance_figure
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
@@ -24,6 +26,7 @@ from maskloss.targets import MaskTargets
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LESS_MEMORY = "take a smaller --num-points"
 DESCRIPTION = (
     "Draw what the loss looks at in one instance: candidates, chosen and uniform points, the loss at each of them, how "
     "they were chosen, the terms, and the matching. From a training run and one of its held-out scenes; from a "
@@ -65,6 +68,7 @@ class Subject:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `maskloss show`."""
+    parser.description = DESCRIPTION
     parser.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="folder of a run of maskloss train")
     parser.add_argument(
         "--image",
@@ -100,7 +104,8 @@ def main(options: argparse.Namespace) -> int:
     figure, found, text = draw(subject, options.instance, options.seed)
     write(figure, options.out, options.dpi)
     terms = f"cross-entropy {found.ce:.4f}, Dice {found.dice:.4f}, total {found.total:.4f}"
-    print(f"{text}: {terms}\n{options.out}")
+    tell(f"{text}: {terms}")
+    tell(options.out)
     return 0
 
 
@@ -166,7 +171,7 @@ def write(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure; the same figure gives the same bytes."""
     metadata = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix]
     with require("matplotlib", "plots").rc_context({"svg.hashsalt": "maskloss"}):
-        figure.savefig(path, dpi=dpi, metadata=metadata)
+        write_whole(path, lambda to: figure.savefig(to, dpi=dpi, format=path.suffix[1:], metadata=metadata))
 
 
 def _match(subject: Subject, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -10,7 +10,7 @@ from typing import Any
 from maskloss.errors import Cause, describe
 from maskloss.lab.data.catalog import Entry
 from maskloss.lab.data.problems import Problems
-from maskloss.lab.files import explain, read_json
+from maskloss.lab.files import check_file, explain, read_json
 
 INSTANCES = "annotations must be COCO instances"
 PANOPTIC = "annotations must be COCO panoptic"
@@ -219,9 +219,10 @@ def _finder(folders: Sequence[Path]) -> Callable[[str], Path]:
             path = folder / name
             try:
                 inside = path.resolve().is_relative_to(folder.resolve())
-                if inside and path.is_file():
+                if inside and path.exists():
+                    check_file(path, rule)
                     return path
-            except (OSError, ValueError) as error:
+            except (OSError, RuntimeError) as error:  # of a link that leads to itself, the latter
                 raise Cause(rule, f"{describe(name)}: {explain(error)}", "name a file") from None
             if not inside:
                 raise Cause(rule, f"{name!r} leads out of the folder {folder}", "name files inside of it")

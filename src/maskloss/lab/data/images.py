@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloss.errors import Cause, require
-from maskloss.lab.files import explain
+from maskloss.lab.files import check_file, explain
 
 Array = NDArray[Any]
 
@@ -25,39 +27,47 @@ TIFF = frozenset({".tif", ".tiff"})
 BLACK, WHITE = 1.0, 99.8
 # Beyond this an image does not fit into memory several times over.
 MOST_PIXELS = 1 << 28
+# What a compressed TIFF may have beyond its pixels; much more of it would unpack into more memory than the image.
+_OVERHEAD = 1 << 16
 # More planes than this are a stack, not channels.
 MOST_CHANNELS = 16
 
 _READABLE = "every image must be readable"
+_SMALL_ENOUGH, _CUT = f"an image must have at most {MOST_PIXELS:,} pixels", "cut it into smaller images"
 
 
-class _WithoutWarnings:
-    """Ignores warnings while any thread is inside.
+class _OwnRules:
+    """While any thread is inside: no warnings, and this module's limit of pixels in place of Pillow's.
 
-    Filters belong to the process: of two threads in `warnings.catch_warnings`, the first to leave turns warnings on
-    again for the other, and the last may leave them off for good.
+    Both belong to the process. Of two threads in `warnings.catch_warnings`, the first to leave turns warnings on again
+    for the other, and the last may leave them off for good.
     """
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
         self._filters = warnings.catch_warnings()
+        self._limit: int | None = None
 
     def __enter__(self) -> None:
+        pillow: Any = require("PIL.Image", "train")
         with self._lock:
             self._inside += 1
             if self._inside == 1:
                 self._filters = warnings.catch_warnings()
                 self._filters.__enter__()
                 warnings.simplefilter("ignore")
+                self._limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, MOST_PIXELS
 
     def __exit__(self, *_: object) -> None:
+        pillow: Any = require("PIL.Image", "train")
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
                 self._filters.__exit__(None, None, None)
+                pillow.MAX_IMAGE_PIXELS = self._limit
 
 
-_without_warnings = _WithoutWarnings()
+_own_rules = _OwnRules()
 
 
 def read_image(path: Path) -> Array:
@@ -70,11 +80,7 @@ def read_image(path: Path) -> Array:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] > MOST_CHANNELS:
-        raise Cause(
-            "an image must have one plane",
-            f"{path} has the shape {' x '.join(map(str, array.shape))}",
-            "cut a stack into its planes; channels come first or last",
-        )
+        raise _not_a_plane(path, array.shape)
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
@@ -101,13 +107,13 @@ def read_label_map(path: Path) -> NDArray[np.int32]:
             f"{path} has the shape {' x '.join(map(str, array.shape))}",
             "store one channel: 0 is background, every instance has a number",
         )
-    if np.issubdtype(array.dtype, np.floating):
-        whole = array.astype(np.int64)
-        if not np.array_equal(whole, array):
-            raise Cause(rule, f"{path} holds fractions", "store integers")
-        array = whole
-    if array.size and (int(array.min()) < 0 or int(array.max()) >= 2**31):
-        raise Cause(rule, f"{path} holds numbers from {array.min()} to {array.max()}", "number instances from 1")
+    if array.dtype.kind not in "buif":
+        raise Cause(rule, f"{path} holds values of type {array.dtype}", "store integers")
+    low, high = (array.min(), array.max()) if array.size else (0, 0)
+    if array.dtype.kind == "f" and not (np.isfinite([low, high]).all() and np.array_equal(np.rint(array), array)):
+        raise Cause(rule, f"{path} holds fractions", "store integers")
+    if low < 0 or high >= 2**31:
+        raise Cause(rule, f"{path} holds numbers from {low} to {high}", "number instances from 1")
     return array.astype(np.int32)
 
 
@@ -117,19 +123,16 @@ def read_size(path: Path) -> tuple[int, int]:
     Raises:
         Cause: as in `read_image`.
     """
-    pillow = require("PIL.Image", "train")
     try:
-        with _without_warnings, pillow.open(path) as opened:
+        with _pillow(path) as opened:
             width, height = opened.size
             return int(height), int(width)
-    except pillow.DecompressionBombError:
-        raise _too_large(path) from None
-    except (OSError, ValueError, SyntaxError) as error:
-        if path.suffix.lower() in TIFF and path.is_file():
-            # Pillow does not know every TIFF that tifffile does.
-            height, width = read_image(path).shape[:2]
-            return height, width
-        raise _broken(path, error) from None
+    except Cause:
+        if path.suffix.lower() not in TIFF or not path.is_file():
+            raise
+    # Pillow does not know every TIFF that tifffile does.
+    with _tiff(path) as (_, size):
+        return size
 
 
 def to_unit(image: Array, percentile: bool) -> NDArray[np.float32]:
@@ -179,8 +182,6 @@ def common_channels(image: Array) -> int:
 
 
 def _read(path: Path, labels: bool = False) -> Array:
-    if path.is_dir():
-        raise Cause(_READABLE, f"{path} is a folder", "name a file")
     if path.suffix.lower() in TIFF:
         array = _read_tiff(path)
         if array is not None:
@@ -188,62 +189,103 @@ def _read(path: Path, labels: bool = False) -> Array:
     return _read_pillow(path, labels)
 
 
-def _read_tiff(path: Path) -> Array | None:
-    """Read by tifffile; None where it lacks the codec, which Pillow may have."""
+@contextmanager
+def _tiff(path: Path) -> Iterator[tuple[Any, tuple[int, int]]]:
+    """Open the first series of a TIFF, and say height and width of its plane before any pixel is read."""
     tifffile = require("tifffile", "train")
+    check_file(path, _READABLE)
     try:
         with tifffile.TiffFile(path) as opened:
             series = opened.series[0]
-            if series.size > MOST_PIXELS * MOST_CHANNELS:
-                raise _too_large(path)
-            axes, array = series.axes, series.asarray()
-    except FileNotFoundError:
-        raise Cause("every image must be there", f"there is no file {path}", "check the path") from None
-    except (ValueError, KeyError, NotImplementedError) as error:
-        if "imagecodecs" in str(error) or "codec" in str(error).lower():
-            return None
-        raise _broken(path, error) from None
+            yield series, _plane(path, series.axes, series.shape)
+    except Cause:
+        raise
     except Exception as error:  # noqa: BLE001 (a broken file can make a parser fail in any way)
         raise _broken(path, error) from None
-    squeezed = [axis for axis, length in zip(axes, array.shape, strict=True) if length > 1]
+
+
+def _plane(path: Path, axes: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return height and width.
+
+    Raises:
+        Cause: several planes, or more pixels than can be read.
+    """
+    sides = [(axis, length) for axis, length in zip(axes, shape, strict=True) if length > 1]
+    lengths = [length for _, length in sides]
+    if len(sides) == 3 and sides[0][0] in "ZT" and sides[-1][0] not in "SC":
+        raise Cause("an image must have one plane", f"{path} is a stack of {lengths[0]}", "cut it into its planes")
+    channels = [length for length in lengths if length <= MOST_CHANNELS]
+    if len(sides) > 3 or (len(sides) == 3 and not channels):
+        raise _not_a_plane(path, shape)
+    if len(sides) == 3:
+        lengths = lengths[1:] if _channels_first(sides) else lengths[:2]
+    # What is one pixel high or wide was dropped above.
+    height, width = lengths if len(lengths) == 2 else (shape[axes.find("Y")], shape[axes.find("X")])
+    _check_pixels(path, height, width)
+    return height, width
+
+
+def _channels_first(sides: Sequence[tuple[str, int]]) -> bool:
+    return len(sides) == 3 and sides[-1][0] not in "SC" and sides[0][1] <= MOST_CHANNELS
+
+
+def _read_tiff(path: Path) -> Array | None:
+    """Read by tifffile; None where it lacks the codec, which Pillow may have."""
+    with _tiff(path) as (series, _):
+        stored = sum(sum(page.databytecounts) for page in series.pages if page is not None)
+        if stored > 2 * series.nbytes + _OVERHEAD:
+            raise Cause(_READABLE, f"{path} has {stored:,} bytes for {series.nbytes:,}", "it may be damaged")
+        try:
+            array = series.asarray()
+        except (ValueError, KeyError, NotImplementedError) as error:
+            if "imagecodecs" in str(error) or "codec" in str(error).lower():
+                return None
+            raise
+        sides = [(axis, length) for axis, length in zip(series.axes, series.shape, strict=True) if length > 1]
     array = np.squeeze(array)
-    if array.ndim == 3 and squeezed[-1] not in "SC" and array.shape[0] <= MOST_CHANNELS:
-        if squeezed[0] in "ZT":
-            raise Cause(
-                "an image must have one plane",
-                f"{path} is a stack of {array.shape[0]}",
-                "cut it into its planes",
-            )
-        array = np.moveaxis(array, 0, -1)
-    return np.asarray(array)
+    return np.asarray(np.moveaxis(array, 0, -1) if _channels_first(sides) else array)
 
 
-def _read_pillow(path: Path, labels: bool) -> Array:
+@contextmanager
+def _pillow(path: Path) -> Iterator[Any]:
+    """Open an image by its head, and check how many pixels it says it has."""
     pillow = require("PIL.Image", "train")
+    check_file(path, _READABLE)
     try:
-        with _without_warnings, pillow.open(path) as opened:
-            if opened.size[0] * opened.size[1] > MOST_PIXELS:
-                raise _too_large(path)
-            # A palette in a label map is decoration: the indices are the instances.
-            if labels and opened.mode == "P":
-                return np.array(opened)
-            if opened.mode in {"1", "L", "RGB", "F", "I"} or opened.mode.startswith("I;16"):
-                array = np.array(opened)
-                return array.astype(np.uint16) if opened.mode == "I;16B" else array
-            return np.array(opened.convert("L" if opened.mode == "LA" else "RGB"))
-    except pillow.DecompressionBombError:
-        raise _too_large(path) from None
-    except FileNotFoundError:
-        raise Cause("every image must be there", f"there is no file {path}", "check the path") from None
+        with _own_rules, pillow.open(path) as opened:
+            _check_pixels(path, opened.size[1], opened.size[0])
+            yield opened
+    except Cause:
+        raise
+    except pillow.DecompressionBombError as error:
+        raise Cause(_SMALL_ENOUGH, f"{path}: {explain(error)}", _CUT) from None
     except (OSError, ValueError, SyntaxError, MemoryError) as error:
         raise _broken(path, error) from None
 
 
+def _read_pillow(path: Path, labels: bool) -> Array:
+    with _pillow(path) as opened:
+        # A palette in a label map is decoration: the indices are the instances.
+        if labels and opened.mode == "P":
+            return np.array(opened)
+        if opened.mode in {"1", "L", "RGB", "F", "I"} or opened.mode.startswith("I;16"):
+            array = np.array(opened)
+            return array.astype(np.uint16) if opened.mode == "I;16B" else array
+        return np.array(opened.convert("L" if opened.mode == "LA" else "RGB"))
+
+
+def _check_pixels(path: Path, height: int, width: int) -> None:
+    if height * width > MOST_PIXELS:
+        raise Cause(_SMALL_ENOUGH, f"{path} has {height:,} x {width:,} = {height * width:,}", _CUT)
+
+
+def _not_a_plane(path: Path, shape: Sequence[int]) -> Cause:
+    return Cause(
+        "an image must have one plane",
+        f"{path} has the shape {' x '.join(map(str, shape))}",
+        "cut a stack into its planes; channels come first or last",
+    )
+
+
 def _broken(path: Path, error: BaseException) -> Cause:
-    if isinstance(error, FileNotFoundError):
-        return Cause("every image must be there", f"there is no file {path}", "check the path")
     return Cause(_READABLE, f"{path}: {explain(error)}", "open it in a viewer: it may be damaged")
-
-
-def _too_large(path: Path) -> Cause:
-    return Cause(f"an image must have at most {MOST_PIXELS:,} pixels", f"{path} has more", "cut it into smaller images")

@@ -69,16 +69,17 @@ def _bounded(pool: ThreadPoolExecutor, pairs: Sequence[Pair], ahead: int = 64) -
 
 def _read(pair: Pair) -> Entry | MaskLossError:
     try:
+        # Before any pixel is read: a small file may hold a large map.
+        (height, width), mapped = read_size(pair.image), read_size(pair.map)
+        if mapped != (height, width):
+            raise Cause(
+                "a label map must have the size of its image",
+                f"{pair.map.name} is {mapped[0]} x {mapped[1]}, {pair.image.name} is {height} x {width}",
+                "store both at the same resolution",
+            )
         labels = read_label_map(pair.map)
-        height, width = read_size(pair.image)
     except MaskLossError as error:
         return error
-    if labels.shape != (height, width):
-        return Cause(
-            "a label map must have the size of its image",
-            f"{pair.map.name} is {labels.shape[0]} x {labels.shape[1]}, {pair.image.name} is {height} x {width}",
-            "store both at the same resolution",
-        )
     ids = [int(number) for number in np.unique(labels) if number]
     return Entry(str(pair.image), height, width, ids, [0] * len(ids), [], [], str(pair.map))
 

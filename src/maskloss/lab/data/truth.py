@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskloss.errors import Cause, MaskLossError, require
 from maskloss.lab.data.catalog import Entry
-from maskloss.lab.data.images import Array, read_image, read_label_map
+from maskloss.lab.data.images import Array, read_image, read_label_map, read_size
 from maskloss.targets import MaskTargets
 
 # An instance of which a crop shows less than this many pixels is not asked for; its pixels weigh nothing.
@@ -121,17 +121,18 @@ def load(entry: Entry) -> Loaded:
     Raises:
         Cause: a file that cannot be read, or sizes that differ.
     """
+    # Before any pixel is read: a small file may hold a large map.
+    for file in (entry.file, entry.map):
+        if file is not None and (found := read_size(Path(file))) != (entry.height, entry.width):
+            raise Cause(
+                "annotations must have the size of the image",
+                f"{file} is {found[0]} x {found[1]}, expected are {entry.height} x {entry.width}",
+                "store images and annotations at the same resolution",
+            )
     image = read_image(Path(entry.file))
     labels = None
     if entry.map is not None:
         labels = _read_colored(Path(entry.map)) if entry.colored else read_label_map(Path(entry.map))
-    for found, what in ((image, entry.file), (labels, entry.map)):
-        if found is not None and found.shape[:2] != (entry.height, entry.width):
-            raise Cause(
-                "annotations must have the size of the image",
-                f"{what} is {found.shape[0]} x {found.shape[1]}, expected are {entry.height} x {entry.width}",
-                "store images and annotations at the same resolution",
-            )
     return Loaded(image, entry, labels)
 
 

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 from maskloss.errors import require
-from maskloss.lab.loop.engine import Progress
-from maskloss.lab.loop.run import Listener
+from maskloss.lab.loop.progress import Begin, Listener, Progress
 from maskloss.lab.loop.runfolder import TENSORBOARD
 from maskloss.lab.results.evaluate import Evaluation
 
 
 @contextmanager
-def logging_to(folder: Path, listener: Listener) -> Iterator[Listener]:
-    """Log loss terms, speed and scores into a folder of a run.
+def logging_for(listener: Listener) -> Iterator[Listener]:
+    """Log loss terms, speed and scores into the folder of a run.
 
     Args:
-        folder: of the run.
         listener: whom to tell too.
 
     Raises:
         MissingExtraError: tensorboardX is not installed (extra `train`).
     """
     made = require("tensorboardX", "train").SummaryWriter
-    writers = []
+    writers: list[Any] = []
 
-    def begin(steps: tuple[int, int]) -> None:
+    def begin(at: Begin) -> None:
         # Not before the run holds its folder. What an interrupted run logged after its checkpoint is taken back.
-        writers.append(made(str(folder / TENSORBOARD), purge_step=steps[0] + 1 if steps[0] else None))
-        listener.begin(steps)
+        writers.append(made(str(at.folder / TENSORBOARD), purge_step=at.done + 1 if at.done else None))
+        listener.begin(at)
 
     def step(progress: Progress) -> None:
         for name, value in progress.terms.items():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from maskloss.errors import Cause, require
 from maskloss.lab import files
-from maskloss.lab.loop.runfolder import CHECKPOINTS, WEIGHTS
+from maskloss.lab.loop.runfolder import CHECKPOINTS, WEIGHTS, steps_of
 from maskloss.lab.models.learners import load_weights
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -51,16 +51,6 @@ class Position(NamedTuple):
     pending: list[list[float]]
     terms: list[str]
     ranks: int
-
-
-def steps_of(folder: Path) -> list[int]:
-    """List the steps of a run that have a checkpoint, oldest first."""
-    found = []
-    for path in (folder / CHECKPOINTS).glob("step-*"):
-        digits = path.name.removeprefix("step-")
-        if digits.isdigit() and path.is_dir():
-            found.append(int(digits))
-    return sorted(found)
 
 
 def path_of(folder: Path, step: int) -> Path:

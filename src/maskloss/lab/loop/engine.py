@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,13 @@ from maskloss.lab.data.problems import Problems
 from maskloss.lab.data.scenes import Batch, Plan, Scene, Source, batches, hashed
 from maskloss.lab.loop import checkpoint
 from maskloss.lab.loop.checkpoint import Position
+from maskloss.lab.loop.claim import drop_replaced
+from maskloss.lab.loop.progress import Interrupted, Listener, Progress
 from maskloss.lab.loop.runfolder import SNAPSHOTS, Facts, Metrics
 from maskloss.lab.models.learners import Learner
 from maskloss.lab.results.evaluate import Evaluation, Judged, evaluate
 from maskloss.lab.results.inference import MOST, Prediction, Predictor
 from maskloss.lab.results.snapshots import take, write_snapshot
-
-if TYPE_CHECKING:
-    from maskloss.lab.loop.run import Listener
 
 # Steps that one line of metrics averages, and scenes that an evaluation during training looks at.
 LOG_EVERY, GLANCE = 10, 100
@@ -38,27 +37,6 @@ LOG_EVERY, GLANCE = 10, 100
 MEASURE_EVERY = 10
 # Snapshots of the points, as shares of the run.
 SNAPSHOT_AT = (0.02, 0.1, 0.3, 1.0)
-
-
-class Progress(NamedTuple):
-    """What a step reports: its number from 1, its loss terms, and images a second since the last report."""
-
-    step: int
-    terms: dict[str, float]
-    speed: float
-
-
-class Interrupted(Exception):
-    """A signal ended a run after a checkpoint.
-
-    Attributes:
-        step: of the checkpoint.
-        signal: its number.
-    """
-
-    def __init__(self, folder: Path, step: int, steps: int, number: int) -> None:
-        super().__init__(f"stopped at step {step:,} of {steps:,}; go on with: maskloss train --resume {folder}")
-        self.step, self.signal = step, number
 
 
 class Engine:
@@ -280,6 +258,8 @@ class Engine:
             rank=self.rank,
             wait=self.accelerator.wait_for_everyone,
         )
+        if self.main:
+            drop_replaced(self.folder)
 
     def _restore(self, step: int) -> None:
         position = checkpoint.read(self.folder, step, self.learner.network, self.optimizer, rank=self.rank)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +21,17 @@ from maskloss.lab.data.digits import DigitScenes
 from maskloss.lab.data.folder import FolderScenes
 from maskloss.lab.data.scenes import Source
 from maskloss.lab.loop import checkpoint
-from maskloss.lab.loop.engine import Engine, Interrupted, Progress
+from maskloss.lab.loop.claim import claimed, reopened
+from maskloss.lab.loop.engine import Engine
+from maskloss.lab.loop.progress import Begin, Interrupted, Listener
 from maskloss.lab.loop.runfolder import (
     MODEL,
     REPORT,
     SNAPSHOTS,
     SUMMARY,
     Facts,
-    claimed,
     read_facts,
-    reopened,
+    steps_of,
     weights_path,
 )
 from maskloss.lab.models import learners, pretrained
@@ -40,36 +42,9 @@ from maskloss.lab.results.gallery import Gallery
 from maskloss.lab.results.snapshots import hardest, read_snapshots
 from maskloss.points import PointSampling
 
-__all__ = ["Interrupted", "Listener", "Progress", "Result", "open_source", "resume", "train"]
-
 DIGIT_SIZE = 64
 # Instances with a high loss that the report shows.
 HARDEST = 6
-
-
-class Listener(NamedTuple):
-    """Whom a run tells what happens; each is called with one argument.
-
-    Attributes:
-        facts: what the data and the model are, before training starts.
-        begin: the steps that are taken already, and those of the whole run.
-        step: a step's progress.
-        evaluation: a step, and the scores after it.
-        note: what is being done.
-        skipped: a broken image that was left out.
-    """
-
-    facts: Callable[[list[tuple[str, str]]], None]
-    begin: Callable[[tuple[int, int]], None]
-    step: Callable[[Progress], None]
-    evaluation: Callable[[tuple[int, Evaluation]], None]
-    note: Callable[[str], None]
-    skipped: Callable[[str], None]
-
-    @staticmethod
-    def silent() -> Listener:
-        """Return one that does nothing."""
-        return Listener(*[lambda _: None] * 6)
 
 
 class Result(NamedTuple):
@@ -108,29 +83,34 @@ def open_source(config: TrainConfig, size: int | None = None) -> Source:
     )
 
 
-def train(config: TrainConfig, folder: Path, listener: Listener, *, overwrite: bool = False) -> Result:
+def train(config: TrainConfig, folder: Path | None, listener: Listener, *, overwrite: bool = False) -> Result:
     """Train, evaluate, and write everything into a new folder.
 
     On one machine, the same configuration writes the same metrics and the same weights, bit for bit.
 
     Args:
         config: what to do.
-        folder: where to write; must not exist, or be empty.
+        folder: where to write; must not exist, or be empty; None: `runs/<time>`.
         listener: whom to tell.
-        overwrite: replace a run that is in the folder.
+        overwrite: replace a run that is in the folder; it is removed when the new one has a checkpoint.
 
     Raises:
         MaskLossError: a folder in use, scenes that cannot be read, or a loss that is not finite.
         Interrupted: a signal ended it; there is a checkpoint.
         MissingExtraError: a package of the extra `train` is not installed.
     """
-    with _accelerator(config) as accelerator:
+    with _accelerator(config) as accelerator, contextlib.ExitStack() as held:
         main = accelerator.is_main_process
-        with claimed(folder, overwrite=overwrite) if main else contextlib.nullcontext():
-            prepared = _prepare(config, accelerator.num_processes)
-            if main:
-                prepared.facts.write(folder)
-                prepared.learner.save_description(folder / MODEL)
+        claim = held.enter_context(claimed(folder, overwrite=overwrite)) if main else None
+        if folder is None:
+            # By one clock: other processes may read theirs a second later.
+            folder = _told_by_first(claim.folder if claim else None, accelerator)
+        prepared = _prepare(config, accelerator.num_processes)
+        if claim:
+            claim.make_room()
+            prepared.facts.write(folder)
+            prepared.learner.save_description(folder / MODEL)
+        with _explained(folder, config.steps):
             return _run(prepared, folder, listener, accelerator, None)
 
 
@@ -162,8 +142,9 @@ def resume(folder: Path, listener: Listener, *, device: str | None = None) -> Re
             prepared = _prepare(config, facts.ranks, folder)
             if prepared.facts.classes != facts.classes:
                 raise Cause("the data must have the classes of the run", f"{config.data} has others", "see run.json")
-            steps = checkpoint.steps_of(folder)
-            return _run(prepared, folder, listener, accelerator, steps[-1] if steps else 0)
+            steps = steps_of(folder)
+            with _explained(folder, config.steps):
+                return _run(prepared, folder, listener, accelerator, steps[-1] if steps else 0)
 
 
 def _prepare(config: TrainConfig, ranks: int, folder: Path | None = None) -> Prepared:
@@ -214,7 +195,7 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
     if not main:
         listener = Listener.silent()
     listener.facts([*source.facts, ("model", learner.describe()), ("run", _describe(facts))])
-    listener.begin((begin or 0, facts.config.steps))
+    listener.begin(Begin(folder, begin or 0, facts.config.steps))
     with _threads(facts.config.threads), torch.random.fork_rng(devices=[]):
         engine = Engine(facts, source, learner, folder, accelerator, listener)
         history = engine.fit(begin)
@@ -270,7 +251,7 @@ def load_learner(folder: Path, facts: Facts, device: torch.device) -> Learner:
     """
     path = weights_path(folder, facts.config)
     if not path.is_file():
-        steps = checkpoint.steps_of(folder)
+        steps = steps_of(folder)
         if not steps:
             raise Cause("a run must have weights", f"{folder} has no checkpoint yet", "wait for the first one")
         path = checkpoint.path_of(folder, steps[-1]) / "model.safetensors"
@@ -307,6 +288,35 @@ def _accelerator(config: TrainConfig) -> Iterator[Any]:
     finally:
         # Another run of this process may have other settings.
         state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path, steps: int) -> Iterator[None]:
+    """Say in one sentence what ended a run, and how it goes on from its last checkpoint."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not steps_of(folder):
+            raise
+        raise Interrupted(folder, steps_of(folder)[-1], steps, signal.SIGINT) from None
+    except OSError as error:
+        if not steps_of(folder):
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        raise Cause(
+            "a run must be able to read and write its files",
+            f"{files.explain(error)}{where}",
+            f"nothing is lost, go on with: maskloss train --resume {folder}",
+        ) from None
+
+
+def _told_by_first(path: Path | None, accelerator: Any) -> Path:
+    """Return the first process's path in all of them."""
+    told = [path]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(told, src=0, device=accelerator.device)
+    assert told[0] is not None
+    return told[0]
 
 
 @contextlib.contextmanager

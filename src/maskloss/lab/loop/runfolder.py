@@ -1,10 +1,10 @@
-"""The folder of a run: what lies in it, who may write to it, and what an interrupted run leaves."""
+"""The folder of a run: what lies in it."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,8 @@ from maskloss.lab.files import read_json
 RUN, METRICS, SUMMARY, REPORT = "run.json", "metrics.jsonl", "summary.json", "report.html"
 WEIGHTS, MODEL = "model.safetensors", "model"
 CHECKPOINTS, SNAPSHOTS, PICTURES, TENSORBOARD = "checkpoints", "snapshots", "pictures", "tensorboard"
-_OURS = frozenset(
-    {RUN, METRICS, SUMMARY, REPORT, WEIGHTS, MODEL, CHECKPOINTS, SNAPSHOTS, PICTURES, TENSORBOARD, files.LOCK}
-)
-_RULE = "--out must be a new folder, or an empty one"
+# The name of a checkpoint and of a snapshot.
+STEP = r"step-[0-9]{8,}"
 SCHEMA = 1
 
 
@@ -88,66 +86,15 @@ def weights_path(folder: Path, config: TrainConfig) -> Path:
     return folder / WEIGHTS if config.model == COMPACT else folder / MODEL / WEIGHTS
 
 
-@contextmanager
-def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
-    """Hold a folder for a new run, and leave nothing of it that would be in the way if the run gets nowhere.
-
-    Raises:
-        Cause: the folder holds anything else, or a run, or is in use.
-    """
-    made = files.make_folder(folder, "--out")
-    try:
-        with files.locked(folder):
-            _make_room(folder, overwrite)
-            try:
-                yield
-            except BaseException:
-                if not holds_work(folder):
-                    clear(folder)
-                raise
-    finally:
-        files.unmake(made)
-
-
-@contextmanager
-def reopened(folder: Path) -> Iterator[None]:
-    """Hold the folder of an interrupted run.
-
-    Raises:
-        Cause: it is in use, or cannot be written to.
-    """
-    files.make_folder(folder, "--resume")
-    with files.locked(folder):
-        yield
+def steps_of(folder: Path) -> list[int]:
+    """List the steps of a run that have a checkpoint, oldest first."""
+    names = [path.name for path in (folder / CHECKPOINTS).glob("step-*") if path.is_dir()]
+    return sorted(int(name[5:]) for name in names if re.fullmatch(STEP, name))
 
 
 def holds_work(folder: Path) -> bool:
-    """Tell whether a run has come to anything worth keeping."""
-    from maskloss.lab.loop.checkpoint import steps_of
-
+    """Whether a run has come to anything worth keeping."""
     return bool(steps_of(folder)) or (folder / WEIGHTS).exists() or (folder / MODEL / WEIGHTS).exists()
-
-
-def clear(folder: Path) -> None:
-    """Remove what a run writes, and nothing else."""
-    for name in _OURS - {files.LOCK}:
-        files.remove(folder / name)
-    for partial in folder.glob(f".*{files.PARTIAL}"):
-        files.remove(partial)
-
-
-def _make_room(folder: Path, overwrite: bool) -> None:
-    names = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in names if name not in _OURS and not name.endswith(files.PARTIAL)]
-    if foreign:
-        raise Cause(_RULE, f"{folder} is in use: it holds {foreign[0]}", "name another one with --out")
-    if holds_work(folder) and not overwrite:
-        raise Cause(
-            _RULE,
-            f"{folder} is in use: it holds a run",
-            f"go on with --resume {folder}, take another folder, or replace it with --overwrite",
-        )
-    clear(folder)
 
 
 class Metrics:
@@ -176,7 +123,7 @@ class Metrics:
                 opened.write(json.dumps(line) + "\n")
 
     def has(self, step: int, key: str) -> bool:
-        """Tell whether a step has a line with this key."""
+        """Whether a step has a line with this key."""
         return any(line["step"] == step and key in line for line in self.lines)
 
 

@@ -48,7 +48,12 @@ def open_run(run: Path, device: str | None, tile: int | None = None) -> tuple[Fa
 
 
 def evaluate_run(
-    run: Path, data: str | None = None, *, device: str | None = None, note: Callable[[str], None] = lambda _: None
+    run: Path,
+    data: str | None = None,
+    *,
+    device: str | None = None,
+    note: Callable[[str], None] = lambda _: None,
+    advance: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[Evaluation, list[tuple[str, str]], list[str]]:
     """Score the model of a run on held-out images.
 
@@ -57,6 +62,7 @@ def evaluate_run(
         data: other data; None: those of the run.
         device: "cpu" or "cuda".
         note: is told what is being done.
+        advance: is told how many images were looked at, and how many there are.
 
     Returns:
         The scores, what the data are, and what was left out.
@@ -78,12 +84,14 @@ def evaluate_run(
         )
     note("Looking at the held-out images")
     problems = Problems(facts.config.on_error)
+    scenes = source.held_out
     scores = evaluate(
         predictor,
-        source.held_out,
+        scenes,
         facts.classes,
         one_class_maps=source.one_class_maps,
         problems=problems,
+        each=lambda number, *_: advance(number + 1, len(scenes)),
     )
     assert scores is not None
     return scores, source.facts, problems.skipped

@@ -1,4 +1,4 @@
-"""The arguments of `maskloss bench`, and what it does with them."""
+"""`maskloss bench`: time and memory of a training step, in tables, pictures and a file."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from maskloss.errors import require
+from maskloss.lab import files
 from maskloss.lab.bench import plots, table
 from maskloss.lab.bench.arms import ARMS
 from maskloss.lab.bench.cases import FAMILIES, PRESETS, choose
@@ -24,6 +25,7 @@ from maskloss.lab.bench.machine import default_threads, describe_machine, descri
 from maskloss.lab.bench.model import MODELS, model_lines, model_table
 from maskloss.lab.bench.runner import Say, Settings, run_case
 
+LESS_MEMORY = "take a smaller --preset"
 DESCRIPTION = """\
 Measure a training step (matching, classification and mask loss over all decoder layers, forward and backward).
 Every arm runs in an ordinary process of its own, and the arms take turns. maskloss is given dense bool masks
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: gets them.
     """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = DESCRIPTION
     listed = {"presets": PRESETS, "models": MODELS}
     parser.epilog = "\n\n".join(
         f"{kind}:\n" + "\n".join(f"  {name:<11} {case.describe()}" for name, case in cases.items())  # type: ignore[attr-defined]
@@ -99,6 +102,8 @@ def main(arguments: argparse.Namespace) -> int:
     Returns:
         The exit status: 0, or 1 if a check or a measurement failed.
     """
+    # Before anything is measured, which takes minutes.
+    files.unmake(files.make_folder(arguments.out, "--out"))
     console = require("rich.console", "bench").Console(highlight=False)
     console.width = max(console.width, 124)  # narrower, the table would lose digits
     for module in ("matplotlib", "psutil"):
@@ -151,7 +156,8 @@ def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     results, presets, families = (folder / name for name in ("bench.json", "bench.png", "scaling.png"))
-    results.write_text(json.dumps(report, indent=1) + "\n")
+    text = json.dumps(report, indent=1) + "\n"
+    files.write_whole(results, lambda partial: partial.write_text(text, encoding="utf-8"))
     written = [results]
     if plots.plot_presets(report, presets):
         written.append(presets)

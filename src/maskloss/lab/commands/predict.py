@@ -1,0 +1,67 @@
+"""`maskloss predict`: what a trained model finds in images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from maskloss.lab.data.problems import ON_ERROR
+from maskloss.lab.results.predict import predict_images
+from maskloss.lab.terminal import count, tell
+
+LESS_MEMORY = "take a smaller --tile"
+EPILOG = """\
+writes, into the folder --out:
+  NAME_found.tif     a label map: 0 is background, every instance has a number
+  NAME_overlay.png   the image with the instances
+  predictions.json   COCO results with the category ids of the data; image_id counts the images from 1
+  images.json        these images and categories as COCO lists them, and the files that were written
+
+Images that are larger than those trained on are cut into overlapping tiles, and the instances of neighboring
+tiles are merged.
+
+examples:
+  maskloss predict runs/cells plate1.tif plate2.tif
+  maskloss predict runs/coco photos --threshold 0.7 --out found
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `maskloss predict`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Find instances in images: label maps, COCO results, and the image with what was found drawn over it."
+    )
+    parser.epilog = EPILOG
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder that maskloss train wrote")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="images, or folders of images")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("predictions"), help="default: predictions")
+    parser.add_argument(
+        "--threshold", type=float, metavar="SCORE", default=0.5, help="least score of what is shown (default: 0.5)"
+    )
+    parser.add_argument("--tile", type=int, metavar="PIXELS", help="side of the tiles; default: as in training")
+    parser.add_argument(
+        "--on-error",
+        choices=ON_ERROR,
+        default="stop",
+        help="what to do at an image that cannot be read (default: stop)",
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda; default: cuda where there is a device")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Find instances, and say how many in each image."""
+    _, skipped = predict_images(
+        options.run,
+        options.images,
+        options.out,
+        threshold=options.threshold,
+        tile=options.tile,
+        device=options.device,
+        on_error=options.on_error,
+        done=lambda path, found: tell(f"{path}: {count(found, 'instance')}"),
+    )
+    for text in skipped:
+        tell(f"left out: {text}")
+    tell(f"written to {options.out}")
+    return 0

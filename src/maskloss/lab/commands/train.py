@@ -1,0 +1,126 @@
+"""`maskloss train`: a run, its progress, and where it is found."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from maskloss.lab.config import TrainConfig, fields
+from maskloss.lab.loop import run
+from maskloss.lab.loop.progress import Begin, Interrupted, Listener, Progress
+from maskloss.lab.results.evaluate import Evaluation
+from maskloss.lab.terminal import Display, count, display, number, open_console, say
+
+LESS_MEMORY = "take a smaller --size, --batch-size, --grid or --num-points"
+EPILOG = """\
+data:
+  A folder is recognized by what lies in it:
+    images/ and instances.json                       COCO instances; held out: instances_val.json
+    annotations/instances_train2017.json, train2017/ COCO as it is distributed, with val2017/
+    annotations/panoptic_train2017.json, ...         COCO panoptic, with its folder of PNG files
+    images/ and masks/ (or labels/)                  label maps, PNG or TIFF, one number for each instance
+    x.tif and x_masks.tif                            the same, side by side
+  A folder val/ or test/ beside them is held out; without one, one image in five is.
+
+examples:
+  maskloss train                                         handwritten digits, two minutes on two cores
+  maskloss train --data cells --crop 256                 label maps of large images
+  maskloss train --data coco --model facebook/mask2former-swin-tiny-coco-instance --size 512
+  torchrun --nproc-per-node 4 -m maskloss train --data coco --batch-size 64
+  maskloss train --resume runs/2026-01-31_12-00-00       go on after Ctrl-C, or after a power cut
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `maskloss train`: the options of a run, and where it is written."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "maskloss train [--data FOLDER] [--model NAME] [--out FOLDER] [options]"
+    parser.description = "Train a query model on images with masks, score it on held-out images, and write a report."
+    parser.epilog = EPILOG
+    groups = {field.option.group: parser.add_argument_group(field.option.group) for field in fields()}
+    for field in fields():
+        add, option = groups[field.option.group].add_argument, field.option
+        # Not given is not the same as the default: a run that is resumed has its own options.
+        if field.kind is bool:
+            add(field.flag, action="store_const", const=not field.default, dest=field.name, help=option.text)
+        else:
+            shown = option.text if field.default is None else f"{option.text} (default: {field.default})"
+            add(field.flag, type=field.kind, dest=field.name, metavar=option.metavar, help=shown)
+    where = parser.add_argument_group("folder")
+    where.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: runs/<time>")
+    where.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder")
+    where.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with an interrupted run; takes no options but --device"
+    )
+    where.add_argument("--tensorboard", action="store_true", help="write logs for TensorBoard into the folder as well")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Begin a run or go on with one."""
+    given = {field.name: getattr(options, field.name) for field in fields()}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = TrainConfig(**given)
+    if options.resume is not None and (options.out or options.overwrite or set(given) - {"device"}):
+        options.refuse("--resume takes no options but --device: a run knows how it was begun")
+    console = open_console()
+    try:
+        with display(console, "Reading the data") as shown, _listening(shown, options.tensorboard) as listener:
+            if options.resume is None:
+                result = run.train(config, options.out, listener, overwrite=options.overwrite)
+            else:
+                result = run.resume(options.resume, listener, device=options.device)
+    except Interrupted as stopped:
+        if not console.quiet:
+            say(stopped)
+        return 128 + stopped.signal
+    if result.files:  # else one of several processes, and not the one that reports
+        last = Display(console, None)
+        last.print()
+        last.print(*scores(result.evaluation), f"  on {count(result.evaluation.scenes, 'held-out image')}")
+        last.print((f"{result.seconds:.0f} s in all; open ", "dim"), str(result.files[0]))
+    return 0
+
+
+def scores(evaluation: Evaluation) -> list[str | tuple[str, str]]:
+    """Show the scores in one line: texts and their styles."""
+    more = {"AP": evaluation.ap, "AP75": evaluation.ap75, "mean IoU": evaluation.mean_iou}
+    others = "".join(f"  {name} {number(value)}" for name, value in more.items())
+    return [(f"AP50 {number(evaluation.ap50)}", "bold"), others]
+
+
+@contextlib.contextmanager
+def _listening(shown: Display, tensorboard: bool) -> Iterator[Listener]:
+    """Show what the data are, the loss terms and the speed, and a line for each evaluation."""
+    steps = [0]
+
+    def on_facts(facts: list[tuple[str, str]]) -> None:
+        width = max(len(name) for name, _ in facts)
+        for name, value in facts:
+            shown.print((f"{name:>{width}}  ", "dim"), value)
+        shown.note("Training")
+
+    def on_begin(at: Begin) -> None:
+        steps[0] = at.steps
+        shown.advance(at.done, at.steps)
+
+    def on_step(progress: Progress) -> None:
+        names = {"class": "loss_class", "mask": "loss_mask", "dice": "loss_dice"}
+        terms = [f"{name} {progress.terms[key]:.3f}" for name, key in names.items() if key in progress.terms]
+        shown.advance(progress.step, steps[0], "  ".join([*terms, f"{progress.speed:.3g} images/s"]))
+
+    def on_evaluation(at: tuple[int, Evaluation]) -> None:
+        shown.print(f"step {at[0]:>5}  ", *scores(at[1]))
+
+    def on_skipped(text: str) -> None:
+        shown.print(f"left out: {text}")
+
+    listener = Listener(on_facts, on_begin, on_step, on_evaluation, shown.note, on_skipped)
+    if not tensorboard:
+        yield listener
+        return
+    from maskloss.lab.loop.board import logging_for
+
+    with logging_for(listener) as both:
+        yield both

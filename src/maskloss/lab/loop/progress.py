@@ -1,0 +1,63 @@
+"""What a run tells while it goes on, and whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from maskloss.lab.results.evaluate import Evaluation
+
+
+class Begin(NamedTuple):
+    """Where a run begins: its folder, the steps that are taken already, and those of the whole run."""
+
+    folder: Path
+    done: int
+    steps: int
+
+
+class Progress(NamedTuple):
+    """What a step reports: its number from 1, its loss terms, and images a second since the last report."""
+
+    step: int
+    terms: dict[str, float]
+    speed: float
+
+
+class Listener(NamedTuple):
+    """Whom a run tells what happens; each is called with one argument.
+
+    Attributes:
+        facts: what the data and the model are, before training starts.
+        begin: where the run begins.
+        step: a step's progress.
+        evaluation: a step, and the scores after it.
+        note: what is being done.
+        skipped: a broken image or picture that was left out.
+    """
+
+    facts: Callable[[list[tuple[str, str]]], None]
+    begin: Callable[[Begin], None]
+    step: Callable[[Progress], None]
+    evaluation: Callable[[tuple[int, Evaluation]], None]
+    note: Callable[[str], None]
+    skipped: Callable[[str], None]
+
+    @staticmethod
+    def silent() -> Listener:
+        """Return one that does nothing."""
+        return Listener(*[lambda _: None] * 6)
+
+
+class Interrupted(Exception):
+    """A signal ended a run that has a checkpoint.
+
+    Attributes:
+        step: of the checkpoint.
+        signal: its number.
+    """
+
+    def __init__(self, folder: Path, step: int, steps: int, number: int) -> None:
+        super().__init__(f"stopped at step {step:,} of {steps:,}; go on with: maskloss train --resume {folder}")
+        self.step, self.signal = step, number

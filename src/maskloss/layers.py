@@ -1,0 +1,71 @@
+"""The logits of all decoder layers, dense or as factors: which operations compute their costs and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from maskloss import ops
+from maskloss._abi import IMAGE, LAYER
+from maskloss.factors import MaskFactors, joined
+from maskloss.matches import Matches
+from maskloss.ops import Draw, Reduction, Targets, Term
+
+Layer = Tensor | MaskFactors
+
+
+def match_cost(
+    layers: Sequence[Layer], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Compute both mask terms of the matching cost, `[L, B, Q, T_max]` each."""
+    dense, factored = _alike(layers, backend)
+    if factored:
+        return ops.factored_match_cost(joined(factored), num_targets, targets, draw, term, backend)
+    return ops.match_cost(dense, num_targets, targets, draw, term, backend)
+
+
+def mask_loss(
+    layers: Sequence[Layer],
+    matches: Matches,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+    backend: str,
+    reduction: Reduction | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute cross-entropy and Dice `[N]` of instances.
+
+    Args:
+        layers: of all decoder layers.
+        matches: the instances.
+        targets: of the batch.
+        draw: how points are drawn (for this and the others see `maskloss.ops`).
+        term: how logits and targets are read.
+        points: the caller's, or None.
+        backend: which one.
+        reduction: how the losses will be summed, if that is known.
+    """
+    dense, factored = _alike(layers, backend)
+    index, sizes = matches.index, matches.layer_sizes
+    if not factored:
+        return ops.mask_loss(ops.Instances(dense, index, sizes), targets, draw, term, points, backend, reduction)
+    factors, shared = joined(factored), (targets, draw, term)
+    if matches.counts is not None:
+        return ops.factored_mask_loss(factors, index, matches.counts, *shared, points, backend)
+    block = index[:, LAYER] * matches.batch_size + index[:, IMAGE]
+    counts = block.bincount(minlength=len(layers) * matches.batch_size).tolist()
+    order = block.argsort(stable=True)
+    given = None if points is None else points[order]
+    ce, dice = ops.factored_mask_loss(factors, index[order], counts, *shared, given, backend)
+    back = order.argsort()
+    return ce[back], dice[back]
+
+
+def _alike(layers: Sequence[Layer], backend: str) -> tuple[list[Tensor], list[MaskFactors]]:
+    """List the layers as dense or as factored ones: all are formed if some are dense, and in the reference backend."""
+    factored = [layer for layer in layers if isinstance(layer, MaskFactors)]
+    if len(factored) == len(layers) and backend != "reference":
+        return [], factored
+    return [layer.dense() if isinstance(layer, MaskFactors) else layer for layer in layers], []
