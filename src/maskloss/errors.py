@@ -15,12 +15,17 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+
+# Values that come from a file may be deep, and hold the same list many times.
+_NESTED = reprlib.Repr()
+_NESTED.maxlevel, _NESTED.maxlist, _NESTED.maxtuple, _NESTED.maxset = 3, 30, 30, 30
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,8 +55,11 @@ class MissingExtraError(ImportError):
     """A package of an optional extra is not installed; the message names the extra."""
 
 
-def describe(value: object) -> str:
-    """Name shape, dtype and, off the CPU, device of a tensor or an array; shorten everything else to one line."""
+def describe(value: object, depth: int = 3) -> str:
+    """Name shape, dtype and, off the CPU, device of a tensor or an array; shorten everything else to one line.
+
+    Mappings and sequences are looked into `depth` levels deep: one may contain itself.
+    """
     if isinstance(value, torch.Tensor):
         if value.is_nested:
             return f"nested tensor {str(value.dtype).removeprefix('torch.')}"
@@ -61,14 +69,23 @@ def describe(value: object) -> str:
     if isinstance(value, np.ndarray):
         return f"numpy {list(value.shape)} {value.dtype}"
     if isinstance(value, Mapping):
-        inner = ", ".join(f"{key!r}: {describe(item)}" for key, item in list(value.items())[:4])
-        return "{" + inner + "}"
+        shown = list(value.items())[:4] if depth else ()
+        return "{" + ", ".join(f"{_shown(key)}: {describe(item, depth - 1)}" for key, item in shown) + "}"
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         if not value:
             return "empty"
         if not isinstance(value[0], (int, float)):
-            return f"{len(value)} x {describe(value[0])}"
-    text = " ".join(repr(value).split())
+            return f"{len(value)} x {describe(value[0], depth - 1) if depth else '...'}"
+    return _shown(value)
+
+
+def _shown(value: object) -> str:
+    """Return the `repr` of a value on one line; of what can be nested, only so much as is shown."""
+    try:
+        text = " ".join((_NESTED.repr(value) if isinstance(value, (list, tuple, set)) else repr(value)).split())
+    except ValueError:
+        # Python writes no integer of more than 4,300 digits.
+        text = f"{type(value).__name__} of many digits"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

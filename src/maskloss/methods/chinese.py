@@ -1,186 +1,132 @@
-"""The paragraph in Chinese, sentence by sentence."""
+"""The sentences in Chinese; `facts` decides which of them are said, and what fills their slots."""
 
 from __future__ import annotations
 
-from maskloss.methods import formulas
-from maskloss.methods.markup import Markup, amount, tex
-from maskloss.methods.settings import Classification, MaskTerm, Matching, MethodSettings, Points
+JOINER = ""
 
+SENTENCES = {
+    "title.loss": "基于采样点的掩码损失。",
+    "title.matching": "基于采样点的匹配。",
+    "title.training": "训练。",
+    # What is supervised, and where.
+    "points.following": "遵循 PointRend{pointrend}与 Mask2Former{mask2former}的做法，我们在采样点上监督{what}。",
+    "points.without_importance": "与 Mask2Former{mask2former}相同，但不使用重要性采样，我们在采样点上监督{what}。",
+    "what.layers": "解码器各层的掩码预测",
+    "what.masks": "掩码预测",
+    "points.mixed": "每个匹配实例取 {number} 个点，其中 {uncertain}按预测的不确定性选取（{uncertainty}），其余 "
+    "{uniform}均匀随机采样。",
+    "points.uncertain": "每个匹配实例取 {number} 个点，全部按预测的不确定性选取（{uncertainty}）。",
+    "points.uniform": "每个匹配实例取 {number} 个均匀随机点。",
+    "uncertainty": "{u}{equation}",
+    "share": "{share} ",
+    "share.counted": "{share}（{count} 个）",
+    "points.candidates": "前者是 {candidates} 个均匀随机候选点中不确定性最高者，{z} 为该点处预测的 logit。",
+    "points.candidates.all": "它们是 {candidates} 个均匀随机候选点中不确定性最高者，{z} 为该点处预测的 logit。",
+    "points.size": "这里 {size} 为预测掩码的尺寸。",
+    "points.stratified": "均匀采样采用分层方式：要取多少个点，就把图像划分为多少个面积相等的单元，并在每个单元内均匀"
+    "取一个点。",
+    "points.windows": "采样点仅取自图像内部，不落在批次的填充区域。",
+    "logits.loss": "预测的 logit",
+    "logits.cost": "计算匹配代价时，预测的 logit",
+    "reading.bilinear.zeros": "{logits} {z} 与目标掩码 {t} 均在各自的原始分辨率上以双线性插值取值。",
+    "reading.bilinear.border": "{logits} {z} 与目标掩码 {t} 均在各自的原始分辨率上以双线性插值取值，图像之外取最近的"
+    "像素（Mask2Former 取 0）。",
+    "reading.nearest.zeros": "{logits} {z} 以双线性插值取值，目标掩码 {t} 则与 Mask2Former 不同，取最近的像素；二者均"
+    "在各自的原始分辨率上进行。",
+    "reading.nearest.border": "{logits} {z} 以双线性插值取值，目标掩码 {t} 则与 Mask2Former 不同，取最近的像素；二者"
+    "均在各自的原始分辨率上进行，图像之外取最近的像素（Mask2Former 取 0）。",
+    "coordinates": "对高 {h}、宽 {w} 的掩码，点 {point} 的像素坐标见式~{number0}，其 logit 见式~{number1}。",
+    # The loss and its weights.
+    "loss": "掩码损失是{entropy}与 Dice 损失{vnet}{dice}的加权和{total}，权重为 {ce_weight} 和 {dice_weight}。",
+    "name.ce": "二元交叉熵{equation}",
+    "name.focal": " Focal 损失{lin}（{parameters}）{equation}",
+    "equation": "（式~{number0}）",
+    "of_equation": "，见式~{number0}",
+    "equations": "（式~{number0} 和式~{number1}）",
+    "loss.divided": "前者先在每个实例的采样点上取平均；两项均对实例求和，再除以所有设备上整个批次的{counted}。",
+    "counted.matches": "匹配实例总数 {n}（Mask2Former 采用目标总数）",
+    "counted.targets": "目标实例总数 {n}",
+    "ignored": "每个采样点有一个权重 {w}：在忽略区域内为 0，在其余位置为 1。",
+    "classes.softmax": "查询的分类采用{over}外加“无目标”类（权重 {no_object}）的 softmax 交叉熵，在总损失中的权重为 "
+    "{weight}{normalized}。",
+    "classes.normalized": "；与 Mask2Former 不同，它在所有设备上统一归一化",
+    "classes.focal": "查询的分类采用覆盖{over}的 sigmoid Focal 损失{lin}（{parameters}），在总损失中的权重为 "
+    "{weight}，同样除以 {n}。",
+    "classes.quality": "查询的分类采用覆盖{over}的 sigmoid 交叉熵，在总损失中的权重为 {weight}；其目标值是由得分 {s} "
+    "与边界框共同决定的质量 {quality}。",
+    "over": " {count} 个类别",
+    "over.all": "全部类别",
+    "class_weights.few": "各类别的权重依次为 {weights}。",
+    "class_weights.many": "各类别单独加权，权重介于 {least} 与 {most} 之间。",
+    "boxes": "边界框另有 L1 损失与 GIoU 损失，权重分别为 {l1} 和 {giou}。",
+    "contrastive": "查询与文本之间另有对比损失，权重为 {weight}。",
+    # The matching.
+    "matching": "预测与目标之间的二部图匹配{groups}由匈牙利算法求解{papers}，匹配代价为 {cost}{symbol}。",
+    "matching.groups": "在 {groups} 组查询中分别",
+    "symbol.softmax": "，其中 {p} 为目标类别的预测概率",
+    "symbol.focal": "，其中 {f} 为目标类别的 Focal 代价{lin}",
+    "matching.focal": "Focal 指 Focal 损失{lin}，{parameters}。",
+    "matching.points": "代价中的掩码项在每幅图像的 {number} 个{drawn}上计算，这些点由{shared}。",
+    "drawn.independent": "均匀随机点",
+    "drawn.stratified": "分层采样点",
+    "shared.queries": "所有查询共用",
+    "shared.layers": "所有查询共用；与 Mask2Former 不同，解码器各层也共用这些点",
+    "matching.independent": "匹配所用的采样点不分层。",
+    "maskloss": "我们使用 maskloss{maskloss}。",
+    "maskloss.version": "我们使用 maskloss {version}{maskloss}。",
+    # The training run.
+    "training": "我们{start}训练{model}（{queries} 个查询，{parameters} 个参数）{data}，输入尺寸为 {size} 像素，批大"
+    "小为 {batch}，共训练 {steps} 步{precision}。",
+    "model.compact": " maskloss 的紧凑模型",
+    "model.named": " {name}",
+    "start.scratch": "从随机初始化开始",
+    "start.pretrained": "从 {name} 的权重开始",
+    "data.digits": "，数据为合成的手写数字场景",
+    "precision.bf16": "，采用 bfloat16 混合精度",
+    "precision.fp16": "，采用 float16 混合精度",
+    "optimizer": "优化器为 AdamW{adamw}，最高学习率为 {lr}{backbone}，权重衰减为 {decay}{clip}。",
+    "backbone": "（骨干网络为其 {share} 倍）",
+    "clip": "，梯度范数裁剪至 {norm}",
+    "schedule.cosine": "学习率{rise}按余弦曲线降至 0。",
+    "schedule.linear": "学习率{rise}线性降至 0。",
+    "schedule.constant": "学习率{rise}保持不变。",
+    "rise": "在前 {share} 的训练步内线性上升，随后",
+    "augmentation": "训练图像的数据增强包括{side}的随机正方形裁剪、{flips}，以及亮度、对比度与色彩平衡的随机变化。",
+    "side.image": "边长为图像长边 {least} 至 {most} 倍",
+    "side.crop": "边长为 {least} 至 {most} 像素",
+    "flips": "水平翻转",
+    "flips.turns": "水平与垂直翻转、直角旋转",
+    "crops": "训练图像为 {size} 像素的随机裁剪，不作其他增强。",
+    "augmentation.none": "训练图像不作数据增强。",
+}
 
-def paragraph(settings: MethodSettings, m: Markup) -> list[str]:
-    """Write the title and the sentences that apply."""
-    if settings.points is None:
-        sentences = [m.title("基于采样点的匹配。"), *_matching(settings, m)]
-    else:
-        title = m.title("基于点采样的掩码损失。")
-        sentences = [title, *_points(settings, settings.points, m), *_loss(settings, m), *_matching(settings, m)]
-    return [*sentences, *_classes(settings, m), *_others(settings), *_differences(settings)]
-
-
-def _points(settings: MethodSettings, points: Points, m: Markup) -> list[str]:
-    papers = (
-        f"遵循 PointRend{m.cite('kirillov2020pointrend')}与 Mask2Former{m.cite('cheng2022mask2former')}的做法"
-        if points.importance_ratio
-        else f"与 Mask2Former{m.cite('cheng2022mask2former')}相同，但不使用重要性采样"
-    )
-    whose = "解码器各层预测的掩码" if settings.layers_share else "预测掩码"
-    size = "" if points.count is not None else f"（{m.math(formulas.SIZE)} 为预测掩码的尺寸）"
-    start = f"{papers}，{whose}均在采样点上进行监督，每个匹配实例取 {m.math(formulas.number_of_points(points))} 个点"
-    said = [f"{start}{size}{_chosen(points, m)}。"]
-    if points.layout == "stratified":
-        said.append(
-            "均匀采样采用分层方式：要取多少个点，就把采样区域划分为多少个面积相等的单元，并在每个单元内均匀取一个点。"
-        )
-    if settings.valid_windows:
-        said.append("采样点仅取自图像内部，不落在批次的填充区域。")
-    return said
-
-
-def _chosen(points: Points, m: Markup) -> str:
-    if points.importance_ratio == 0:
-        return "，全部为均匀随机点"
-    uncertain, uniform = formulas.shares(points)
-    most = f"{m.math(formulas.candidates(points))} 个均匀随机候选点中不确定性 {m.math('U(z) = -|z|')} 最高者"
-    if points.importance_ratio == 1:
-        return f"，均为 {most}"
-    first, second = m.percent(points.importance_ratio), m.percent(round(1 - points.importance_ratio, 9))
-    if not uncertain:
-        return f"：其中 {first} 是 {most}，其余 {second} 为均匀随机点"
-    return f"：其中 {uncertain} 个（{first}）是 {most}，其余 {uniform} 个（{second}）为均匀随机点"
-
-
-def _loss(settings: MethodSettings, m: Markup) -> list[str]:
-    said = [_reading(settings.term, m)]
-    focal = settings.term.focal_gamma is not None
-    name = (
-        f"Focal 损失{m.cite('lin2017focal')}（{m.math(formulas.focal(settings.term))}；对采样点取平均）"
-        if focal
-        else "二元交叉熵（对采样点取平均）"
-    )
-    ce, dice = (
-        m.math(f"{symbol} = {tex(weight)}")
-        for symbol, weight in (
-            (formulas.WEIGHT_CE, settings.ce_weight),
-            (formulas.WEIGHT_DICE, settings.dice_weight),
-        )
-    )
-    counted = "匹配实例" if settings.divisor == "matches" else "目标实例"
-    said.append(
-        f"掩码损失由{' ' if focal else ''}{name}与 Dice 损失{m.cite('milletari2016vnet')}组成，"
-        f"权重分别为 {ce} 和 {dice}；"
-        f"两项均对实例求和，再除以所有设备上整个批次的{counted}总数 {m.math('N')}。"
-    )
-    if settings.ignore_regions:
-        said.append("落在忽略区域内的采样点权重为 0。")
-    return said
-
-
-def _reading(term: MaskTerm, m: Markup) -> str:
-    z, t = m.math("z"), m.math("t")
-    beyond = "" if term.padding_mode == "zeros" else "；边界之外取最近的像素，而 Mask2Former 以 0 填充"
-    if term.target_mode == "bilinear":
-        return f"预测的 logit {z} 与目标掩码 {t} 均以双线性插值在各自的原始分辨率上取值{beyond}。"
-    return (
-        f"预测的 logit {z} 以双线性插值取值；与 Mask2Former 不同，目标掩码 {t} 取最近的像素；"
-        f"二者均在各自的原始分辨率上进行{beyond}。"
-    )
-
-
-def _matching(settings: MethodSettings, m: Markup) -> list[str]:
-    matching = settings.matching
-    if matching is None:
-        return []
-    papers = m.cite("carion2020detr", "kuhn1955hungarian")
-    number = (
-        amount(matching.points.count)
-        if matching.points.count is not None
-        else m.math(formulas.per_area(matching.points))
-    )
-    drawn = "分层采样点" if matching.points.layout == "stratified" else "均匀随机点"
-    shared = "" if settings.layers_share else "（所有查询共用）"
-    groups = f"在 {matching.groups} 组查询中分别" if matching.groups > 1 else ""
-    said = [
-        f"查询与目标的二部图匹配{groups}由匈牙利算法求解{papers}，匹配代价为 {m.math(formulas.cost(matching))}"
-        f"{_class_symbol(matching, m)}；掩码项在每幅图像的 {number} 个{drawn}上计算{shared}。"
-    ]
-    own = settings.points is None or matching.term != settings.term
-    if own:
-        said.append(f"计算匹配代价时，{_reading(matching.term, m)}")
-        if matching.term.focal_gamma is not None:
-            said.append(f"其中 Focal 指 Focal 损失{m.cite('lin2017focal')}，{m.math(formulas.focal(matching.term))}。")
-    if settings.points is None and settings.valid_windows:
-        said.append("采样点仅取自图像内部，不落在批次的填充区域。")
-    if settings.points is None and settings.ignore_regions:
-        said.append("落在忽略区域内的采样点权重为 0。")
-    if settings.points is not None and matching.points.layout != settings.points.layout and drawn == "均匀随机点":
-        said.append("匹配所用的采样点相互独立。")
-    return said
-
-
-def _class_symbol(matching: Matching, m: Markup) -> str:
-    if not matching.class_weight:
-        return ""
-    if matching.classification == "softmax":
-        return f"，其中 {m.math('p(c)')} 为目标类别的 softmax 概率"
-    return f"，其中 {m.math(formulas.FOCAL_COST)} 为目标类别的 Focal 代价{m.cite('lin2017focal')}"
-
-
-def _classes(settings: MethodSettings, m: Markup) -> list[str]:
-    classes = settings.classification
-    if classes is None:
-        return []
-    count = f" {amount(classes.num_classes)} 个类别" if classes.num_classes is not None else ""
-    weight = amount(classes.weight)
-    if classes.kind == "softmax":
-        no_object = f"{m.quote('无目标')}类（权重 {amount(classes.no_object_weight)}）"
-        joined = f"{count.lstrip()}外加{no_object}" if count else f"包含{no_object}"
-        said = [f"分类采用{' ' if count else ''}{joined}的 softmax 交叉熵，损失权重为 {weight}。"]
-    elif classes.kind == "focal":
-        focal = m.math(formulas.FOCAL_CLASSES)
-        covers = f"，覆盖{count}" if count else ""
-        said = [
-            f"分类损失为 sigmoid Focal 损失{m.cite('lin2017focal')}{covers}（{focal}），权重为 {weight}，"
-            f"同样除以 {m.math('N')}。"
-        ]
-    else:
-        quality = m.math(formulas.quality(classes.focal_alpha))
-        covers = f"，覆盖{count}" if count else ""
-        said = [
-            f"分类损失为 sigmoid 交叉熵{covers}，权重为 {weight}，其目标值为由得分 {m.math('s')} "
-            f"与边界框共同决定的质量 {quality}。"
-        ]
-    return said + _class_weights(classes)
-
-
-def _class_weights(classes: Classification) -> list[str]:
-    weights = classes.class_weights
-    if weights is None:
-        return []
-    if len(weights) <= 10:
-        return [f"各类别的权重依次为 {'、'.join(map(amount, weights))}。"]
-    return [f"各类别单独加权，权重介于 {amount(min(weights))} 与 {amount(max(weights))} 之间。"]
-
-
-def _others(settings: MethodSettings) -> list[str]:
-    said = []
-    if settings.box_weight or settings.giou_weight:
-        said.append(
-            f"边界框另有 L1 损失与 GIoU 损失，权重分别为 {amount(settings.box_weight)} 和 "
-            f"{amount(settings.giou_weight)}。"
-        )
-    if settings.contrastive_weight:
-        said.append(f"查询与文本之间另有对比损失，权重为 {amount(settings.contrastive_weight)}。")
-    return said
-
-
-def _differences(settings: MethodSettings) -> list[str]:
-    """Say what is not as in Mask2Former although no option asks for it."""
-    said = []
-    if settings.layers_share:
-        said.append("与 Mask2Former 不同，解码器各层在匹配时共用同一组采样点。")
-        if settings.divisor == "matches":
-            said.append("归一化所用的是匹配数，而非目标数。")
-    classes = settings.classification
-    if classes is not None and (classes.kind, classes.normalized) == ("softmax", "devices"):
-        said.append("分类损失在所有设备上统一归一化。")
-    return said
+# What the shortest version says otherwise; an empty sentence is left out.
+SHORT = SENTENCES | {
+    "points.following": "",
+    "points.without_importance": "",
+    "points.mixed": "我们在每个匹配实例的 {number} 个点上监督{what}{papers}：{uncertain}是 {candidates} 个均匀随机候"
+    "选点中不确定性（{uncertainty}）最高者，其余 {uniform}为均匀随机点。",
+    "points.uncertain": "我们在每个匹配实例的 {number} 个点上监督{what}{papers}，它们是 {candidates} 个均匀随机候选点"
+    "中不确定性（{uncertainty}）最高者。",
+    "points.uniform": "我们在每个匹配实例的 {number} 个均匀随机点上监督{what}{papers}。",
+    "what.layers": "掩码",
+    "what.masks": "掩码",
+    "share.counted": "{share} ",
+    "points.candidates": "",
+    "points.candidates.all": "",
+    "points.stratified": "均匀采样采用分层方式。",
+    "points.windows": "采样点均在图像内部。",
+    "reading.bilinear.zeros": "",
+    "loss": "损失是{entropy}（{ce_weight}）与 Dice{vnet}{dice}（{dice_weight}）的加权和{total}，对实例求和并除以"
+    "{counted}。",
+    "loss.divided": "",
+    "counted.matches": "匹配实例总数 {n}",
+    "ignored": "忽略区域内的点权重 {w} 为 0。",
+    "classes.softmax": "分类采用{over}外加“无目标”类（权重 {no_object}）的 softmax 交叉熵，权重为 {weight}。",
+    "classes.focal": "分类采用覆盖{over}的 sigmoid Focal 损失{lin}（{parameters}），权重为 {weight}。",
+    "classes.quality": "分类采用覆盖{over}的 sigmoid 交叉熵，目标值是得分 {s} 与边界框的质量 {quality}，权重为 "
+    "{weight}。",
+    "matching": "匈牙利匹配{papers}{groups}在每幅图像的 {number} 个{drawn}上最小化 {cost}{symbol}。",
+    "symbol.softmax": "",
+    "matching.points": "",
+}

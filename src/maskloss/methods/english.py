@@ -1,188 +1,146 @@
-"""The paragraph in English, sentence by sentence."""
+"""The sentences in English; `facts` decides which of them are said, and what fills their slots."""
 
 from __future__ import annotations
 
-from maskloss.methods import formulas
-from maskloss.methods.markup import Markup, amount, tex
-from maskloss.methods.settings import Classification, MaskTerm, Matching, MethodSettings, Points
+JOINER = " "
 
+SENTENCES = {
+    "title.loss": "Point-sampled mask loss.",
+    "title.matching": "Point-sampled matching.",
+    "title.training": "Training.",
+    # What is supervised, and where.
+    "points.following": "Following PointRend~{pointrend} and Mask2Former~{mask2former}, we supervise {what} at "
+    "sampled points.",
+    "points.without_importance": "As in Mask2Former~{mask2former}, but without importance sampling, we supervise "
+    "{what} at sampled points.",
+    "what.layers": "every decoder layer's mask predictions",
+    "what.masks": "mask predictions",
+    "points.mixed": "For each matched instance we draw {number} points, of which {uncertain} are selected by "
+    "prediction uncertainty {uncertainty} and {uniform} uniformly at random.",
+    "points.uncertain": "For each matched instance we take {number} points, all of them selected by prediction "
+    "uncertainty {uncertainty}.",
+    "points.uniform": "For each matched instance we draw {number} points uniformly at random.",
+    "uncertainty": "{u}{equation}",
+    "share": "{share}",
+    "share.counted": "{share} ({count})",
+    "points.candidates": "The former are the most uncertain of {candidates} uniform candidates, where {z} is the "
+    "predicted logit.",
+    "points.candidates.all": "They are the most uncertain of {candidates} uniform candidates, where {z} is the "
+    "predicted logit.",
+    "points.size": "Here, {size} is the size of a predicted mask.",
+    "points.stratified": "Uniform draws are stratified: the image is divided into cells of equal area, one for each "
+    "point to be drawn, and each cell receives one uniform point.",
+    "points.windows": "Points are drawn inside the image only, never in the padding of the batch.",
+    "logits.loss": "Logits",
+    "logits.cost": "In the matching cost, logits",
+    "reading.bilinear.zeros": "{logits} {z} and targets {t} are interpolated bilinearly, each at its own resolution.",
+    "reading.bilinear.border": "{logits} {z} and targets {t} are interpolated bilinearly, each at its own resolution, "
+    "using the nearest pixel outside the image (Mask2Former uses 0).",
+    "reading.nearest.zeros": "{logits} {z} are interpolated bilinearly, while targets {t}, unlike in Mask2Former, are "
+    "taken from the nearest pixel, each at its own resolution.",
+    "reading.nearest.border": "{logits} {z} are interpolated bilinearly, while targets {t}, unlike in Mask2Former, "
+    "are taken from the nearest pixel, each at its own resolution, using the nearest pixel outside the image "
+    "(Mask2Former uses 0).",
+    "coordinates": "A point {point} of a mask of height {h} and width {w} has the pixel coordinates of Eq.~{number0} "
+    "and the logit of Eq.~{number1}.",
+    # The loss and its weights.
+    "loss": "The mask loss{total} is the weighted sum of {entropy} and Dice loss~{vnet}{dice}, with {ce_weight} and "
+    "{dice_weight}.",
+    "name.ce": "binary cross-entropy{equation}",
+    "name.focal": "focal loss~{lin} with {parameters}{equation}",
+    "equation": " (Eq.~{number0})",
+    "of_equation": " (Eq.~{number0})",
+    "equations": " (Eqs.~{number0} and~{number1})",
+    "loss.divided": "The former is averaged over points; both are summed over instances and divided by {n}, the "
+    "number of {counted}.",
+    "counted.matches": "matched instances in the batch over all devices (Mask2Former counts targets)",
+    "counted.targets": "target instances in the batch over all devices",
+    "ignored": "Each point has a weight {w}, which is 0 in ignored regions and 1 elsewhere.",
+    "classes.softmax": "Classification is softmax cross-entropy over {over} and “no object” (weight {no_object}); it "
+    "has weight {weight}{normalized}.",
+    "classes.normalized": " and, unlike in Mask2Former, is normalized over all devices",
+    "classes.focal": "Classification is sigmoid focal loss~{lin} over {over} with {parameters}; it has weight "
+    "{weight} and is divided by {n} as well.",
+    "classes.quality": "Classification is sigmoid cross-entropy over {over}, whose target is the quality {quality} of "
+    "score {s} and box; it has weight {weight}.",
+    "over": "{count} classes",
+    "over.all": "all classes",
+    "class_weights.few": "The classes are weighted by {weights}.",
+    "class_weights.many": "The classes are weighted individually, from {least} to {most}.",
+    "boxes": "Boxes add an L1 loss of weight {l1} and a GIoU loss of weight {giou}.",
+    "contrastive": "A contrastive loss between queries and texts has weight {weight}.",
+    # The matching.
+    "matching": "Predictions are assigned to targets by Hungarian matching~{papers}{groups} with the cost "
+    "{cost}{symbol}.",
+    "matching.groups": ", separately in each of {groups} groups of queries,",
+    "symbol.softmax": ", where {p} is the predicted probability of the target class",
+    "symbol.focal": ", where {f} is the focal cost~{lin} of the target class",
+    "matching.focal": "Focal is the focal loss~{lin} with {parameters}.",
+    "matching.points": "Its mask terms use {number} {drawn} points per image, shared by {shared}.",
+    "drawn.independent": "uniform",
+    "drawn.stratified": "stratified",
+    "shared.queries": "all queries",
+    "shared.layers": "all queries and, unlike in Mask2Former, by all decoder layers",
+    "matching.independent": "The points of the matching are not stratified.",
+    "maskloss": "We use maskloss~{maskloss}.",
+    "maskloss.version": "We use maskloss {version}~{maskloss}.",
+    # The training run.
+    "training": "We train {model} ({queries} queries, {parameters} parameters){start}{data} on inputs of {size} "
+    "pixels for {steps} steps with a batch size of {batch}{precision}.",
+    "model.compact": "the compact model of maskloss",
+    "model.named": "{name}",
+    "start.scratch": " from scratch",
+    "start.pretrained": ", initialized from {name},",
+    "data.digits": " on synthetic scenes of handwritten digits,",
+    "precision.bf16": " in bfloat16 mixed precision",
+    "precision.fp16": " in float16 mixed precision",
+    "optimizer": "The optimizer is AdamW~{adamw} with a peak learning rate of {lr}{backbone} and a weight decay of "
+    "{decay}{clip}.",
+    "backbone": " ({share} times that for the backbone)",
+    "clip": "; gradients are clipped to a norm of {norm}",
+    "schedule.cosine": "The learning rate {rise}decays to zero along a cosine.",
+    "schedule.linear": "The learning rate {rise}decays linearly to zero.",
+    "schedule.constant": "The learning rate {rise}stays constant.",
+    "rise": "rises linearly over the first {share} of the steps, then ",
+    "augmentation": "Training images are augmented by random square crops of {side}, {flips}, and random changes of "
+    "brightness, contrast, and color balance.",
+    "side.image": "{least} to {most} times their longer side",
+    "side.crop": "{least} to {most} pixels",
+    "flips": "horizontal flips",
+    "flips.turns": "horizontal and vertical flips, quarter turns",
+    "crops": "Training images are random crops of {size} pixels, without further augmentation.",
+    "augmentation.none": "Training images are not augmented.",
+}
 
-def paragraph(settings: MethodSettings, m: Markup) -> list[str]:
-    """Write the title and the sentences that apply."""
-    if settings.points is None:
-        sentences = [m.title("Matching at sampled points."), *_matching(settings, m)]
-    else:
-        title = m.title("Mask loss with point sampling.")
-        sentences = [title, *_points(settings, settings.points, m), *_loss(settings, m), *_matching(settings, m)]
-    return [*sentences, *_classes(settings, m), *_others(settings), *_differences(settings, m)]
-
-
-def _points(settings: MethodSettings, points: Points, m: Markup) -> list[str]:
-    papers = (
-        f"Following PointRend{m.cite('kirillov2020pointrend')} and Mask2Former{m.cite('cheng2022mask2former')}"
-        if points.importance_ratio
-        else f"As in Mask2Former{m.cite('cheng2022mask2former')}, but without importance sampling"
-    )
-    whose = "each decoder layer's masks" if settings.layers_share else "masks"
-    size = "" if points.count is not None else f" ({m.math(formulas.SIZE)} is the size of a prediction)"
-    start = f"{papers}, {whose} are compared at {m.math(formulas.number_of_points(points))} points per matched instance"
-    said = [f"{start}{size}{_chosen(points, m)}."]
-    if points.layout == "stratified":
-        said.append(
-            "Uniform draws are stratified: the sampling domain is cut into as many cells of equal area as points are "
-            "drawn, with one uniform point in each."
-        )
-    if settings.valid_windows:
-        said.append("Points are drawn inside the image only, not in the padding of the batch.")
-    return said
-
-
-def _chosen(points: Points, m: Markup) -> str:
-    if points.importance_ratio == 0:
-        return ", all of them uniform"
-    uncertain, uniform = formulas.shares(points)
-    most = f"{m.math(formulas.candidates(points))} uniform candidates most uncertain by {m.math('U(z) = -|z|')}"
-    if points.importance_ratio == 1:
-        return f": those of {most}"
-    first, second = m.percent(points.importance_ratio), m.percent(round(1 - points.importance_ratio, 9))
-    if not uncertain:
-        return f": {first} are those of {most}, and {second} are uniform"
-    return f": the {uncertain} ({first}) of {most}, and {uniform} ({second}) uniform points"
-
-
-def _loss(settings: MethodSettings, m: Markup) -> list[str]:
-    said = [_reading(settings.term, m)]
-    focal = settings.term.focal_gamma is not None
-    name = (
-        f"The focal loss{m.cite('lin2017focal')} with {m.math(formulas.focal(settings.term))}"
-        if focal
-        else "Binary cross-entropy"
-    )
-    ce, dice = (
-        m.math(f"{symbol} = {tex(weight)}")
-        for symbol, weight in (
-            (formulas.WEIGHT_CE, settings.ce_weight),
-            (formulas.WEIGHT_DICE, settings.dice_weight),
-        )
-    )
-    counted = "matched instances" if settings.divisor == "matches" else "target instances"
-    said.append(
-        f"{name} (mean over points) and Dice{m.cite('milletari2016vnet')}, weighted {ce} and {dice}, are "
-        f"divided by {m.math('N')}, the number of {counted} in the batch over all devices."
-    )
-    if settings.ignore_regions:
-        said.append("Points in ignored regions have weight 0.")
-    return said
-
-
-def _reading(term: MaskTerm, m: Markup, logits: str = "Logits") -> str:
-    z, t = m.math("z"), m.math("t")
-    beyond = (
-        "" if term.padding_mode == "zeros" else ", with the nearest pixel beyond the border where Mask2Former has 0"
-    )
-    if term.target_mode == "bilinear":
-        return f"{logits} {z} and targets {t} are read bilinearly, each at its own resolution{beyond}."
-    return (
-        f"{logits} {z} are read bilinearly and targets {t}, unlike in Mask2Former, at the nearest pixel, "
-        f"each at its own resolution{beyond}."
-    )
-
-
-def _matching(settings: MethodSettings, m: Markup) -> list[str]:
-    matching = settings.matching
-    if matching is None:
-        return []
-    papers = m.cite("carion2020detr", "kuhn1955hungarian")
-    number = (
-        amount(matching.points.count)
-        if matching.points.count is not None
-        else m.math(formulas.per_area(matching.points))
-    )
-    drawn = "stratified" if matching.points.layout == "stratified" else "uniform"
-    shared = "" if settings.layers_share else ", shared by all queries"
-    groups = f" within each of {matching.groups} groups of queries" if matching.groups > 1 else ""
-    said = [
-        f"Hungarian matching{papers}{groups} minimizes {m.math(formulas.cost(matching))} at {number} {drawn} points "
-        f"per image{shared}{_class_symbol(matching, m)}."
-    ]
-    own = settings.points is None or matching.term != settings.term
-    if own:
-        said.append(_reading(matching.term, m, "In the cost, logits"))
-        if matching.term.focal_gamma is not None:
-            said.append(
-                f"Focal is the focal loss{m.cite('lin2017focal')} with {m.math(formulas.focal(matching.term))}."
-            )
-    if settings.points is None and settings.valid_windows:
-        said.append("Points are drawn inside the image only, not in the padding of the batch.")
-    if settings.points is None and settings.ignore_regions:
-        said.append("Points in ignored regions have weight 0.")
-    if settings.points is not None and matching.points.layout != settings.points.layout and drawn == "uniform":
-        said.append("The matcher's points are independent.")
-    return said
-
-
-def _class_symbol(matching: Matching, m: Markup) -> str:
-    if not matching.class_weight:
-        return ""
-    if matching.classification == "softmax":
-        return f", where {m.math('p(c)')} is the class probability"
-    return f", where {m.math(formulas.FOCAL_COST)} is the focal cost{m.cite('lin2017focal')} of the class"
-
-
-def _classes(settings: MethodSettings, m: Markup) -> list[str]:
-    classes = settings.classification
-    if classes is None:
-        return []
-    count = f" over {amount(classes.num_classes)} classes" if classes.num_classes is not None else ""
-    weight = amount(classes.weight)
-    if classes.kind == "softmax":
-        no_object = f"{m.quote('no object')} (weight {amount(classes.no_object_weight)})"
-        joined = f"{count} and {no_object}" if count else f" including {no_object}"
-        said = [f"Classification is softmax cross-entropy{joined}, weighted {weight}."]
-    elif classes.kind == "focal":
-        focal = m.math(formulas.FOCAL_CLASSES)
-        said = [
-            f"Classification is a sigmoid focal loss{m.cite('lin2017focal')}{count} with {focal} and weight {weight}, "
-            f"divided by {m.math('N')} as well."
-        ]
-    else:
-        quality = m.math(formulas.quality(classes.focal_alpha))
-        said = [
-            f"Classification is a sigmoid cross-entropy{count} of weight {weight}, whose target is the quality "
-            f"{quality} of score {m.math('s')} and box."
-        ]
-    return said + _class_weights(classes)
-
-
-def _class_weights(classes: Classification) -> list[str]:
-    weights = classes.class_weights
-    if weights is None:
-        return []
-    if len(weights) <= 10:
-        return [f"Classes are weighted by {', '.join(map(amount, weights))}."]
-    return [f"Classes are weighted individually, by {amount(min(weights))} to {amount(max(weights))}."]
-
-
-def _others(settings: MethodSettings) -> list[str]:
-    said = []
-    if settings.box_weight or settings.giou_weight:
-        said.append(
-            f"Boxes add an L1 loss of weight {amount(settings.box_weight)} and a GIoU loss of weight "
-            f"{amount(settings.giou_weight)}."
-        )
-    if settings.contrastive_weight:
-        said.append(f"A contrastive loss of queries and texts has weight {amount(settings.contrastive_weight)}.")
-    return said
-
-
-def _differences(settings: MethodSettings, m: Markup) -> list[str]:
-    """Say what is not as in Mask2Former although no option asks for it."""
-    said = []
-    if settings.layers_share:
-        said.append("Unlike in Mask2Former, layers share the matcher's points.")
-        if settings.divisor == "matches":
-            said.append(f"{m.math('N')} counts matches, not targets.")
-    classes = settings.classification
-    if classes is not None and (classes.kind, classes.normalized) == ("softmax", "devices"):
-        said.append("Classification is normalized over all devices.")
-    return said
+# What the shortest version says otherwise; an empty sentence is left out.
+SHORT = SENTENCES | {
+    "points.following": "",
+    "points.without_importance": "",
+    "points.mixed": "We supervise {what} at {number} points per matched instance~{papers}: {uncertain} of highest "
+    "uncertainty {uncertainty} among {candidates} uniform candidates, {uniform} uniform.",
+    "points.uncertain": "We supervise {what} at {number} points per matched instance~{papers}: those of highest "
+    "uncertainty {uncertainty} among {candidates} uniform candidates.",
+    "points.uniform": "We supervise {what} at {number} uniform points per matched instance~{papers}.",
+    "what.layers": "masks",
+    "what.masks": "masks",
+    "share.counted": "{share}",
+    "points.candidates": "",
+    "points.candidates.all": "",
+    "points.stratified": "Uniform points are stratified.",
+    "points.windows": "Points lie inside the image.",
+    "reading.bilinear.zeros": "",
+    "loss": "The loss{total} is {entropy} ({ce_weight}) plus Dice~{vnet}{dice} ({dice_weight}), summed over instances "
+    "and divided by the number {n} of {counted}.",
+    "loss.divided": "",
+    "counted.matches": "matched instances",
+    "counted.targets": "target instances",
+    "ignored": "Points in ignored regions have weight {w} = 0.",
+    "classes.softmax": "Classification is softmax cross-entropy over {over} and “no object” (weight {no_object}), "
+    "weighted {weight}.",
+    "classes.focal": "Classification is sigmoid focal loss~{lin} over {over} with {parameters}, weighted {weight}.",
+    "classes.quality": "Classification is sigmoid cross-entropy over {over} with the quality {quality} of score {s} "
+    "and box as its target, weighted {weight}.",
+    "matching": "Hungarian matching~{papers}{groups} minimizes {cost} at {number} {drawn} points per image{symbol}.",
+    "symbol.softmax": "",
+    "matching.points": "",
+}

@@ -1,13 +1,17 @@
-"""The formulas that both languages share, in LaTeX; `Markup` turns them into plain text."""
+"""The formulas that all languages share: inline ones in LaTeX, displayed ones in LaTeX and in plain text."""
 
 from __future__ import annotations
 
-from maskloss.methods.markup import Markup, amount, tex
-from maskloss.methods.settings import MaskTerm, Matching, MethodSettings, Points
+from maskloss._inputs import MaskOptions
+from maskloss.methods.markup import amount, tex
+from maskloss.methods.settings import Matching, MethodSettings, Points
 
-CE, DICE = r"\mathcal{L}_{\mathrm{ce}}", r"\mathcal{L}_{\mathrm{dice}}"
+MASK, CE, DICE = (rf"\mathcal{{L}}_{{\mathrm{{{name}}}}}" for name in ("mask", "ce", "dice"))
 SIZE, FOCAL_COST, FOCAL_CLASSES = r"h \times w", r"\mathcal{F}(c)", r"\alpha = 0.25, \; \gamma = 2"
 WEIGHT_CE, WEIGHT_DICE = r"\lambda_{\mathrm{ce}}", r"\lambda_{\mathrm{dice}}"
+UNCERTAINTY = "U(z) = -|z|"
+# Displayed equations in the order of the text.
+READING, LOSS = ("uncertainty", "coordinates", "interpolation"), ("total", "ce", "focal", "dice")
 
 
 def number_of_points(points: Points) -> str:
@@ -38,14 +42,6 @@ def candidates(points: Points) -> str:
     return f"{share} = {count}" if exact else rf"\lfloor {share} \rfloor = {count}"
 
 
-def shares(points: Points) -> tuple[str, str]:
-    """Count the uncertain and the uniform points; empty where P is not known."""
-    if points.count is None:
-        return "", ""
-    uncertain = int(points.importance_ratio * points.count)
-    return amount(uncertain), amount(points.count - uncertain)
-
-
 def cost(matching: Matching) -> str:
     """Write the matching cost, without terms of weight 0."""
     name = "Focal" if matching.term.focal_gamma is not None else "BCE"
@@ -57,55 +53,61 @@ def cost(matching: Matching) -> str:
         (matching.box_weight, r"{}\mathrm{{L1}}"),
         (matching.giou_weight, r"-{}\mathrm{{GIoU}}"),
     )
-    written = [form.format("" if weight == 1 else tex(weight) + r"\,") for weight, form in terms if weight]
-    return written[0] + "".join(f" - {each[1:]}" if each.startswith("-") else f" + {each}" for each in written[1:])
+    first, *others = [form.format("" if weight == 1 else tex(weight) + r"\,") for weight, form in terms if weight]
+    return first + "".join(f" - {each[1:]}" if each.startswith("-") else f" + {each}" for each in others)
 
 
-def focal(term: MaskTerm) -> str:
+def focal(term: MaskOptions) -> str:
     """Write the parameters of the focal loss."""
     alpha = "" if term.focal_alpha is None else rf"\alpha = {tex(term.focal_alpha)}, \; "
     return rf"{alpha}\gamma = {tex(term.focal_gamma or 0)}"
 
 
-def displays(settings: MethodSettings, markup: Markup) -> list[str]:
-    """Write the formulas of the mask loss in full."""
+def display(name: str, settings: MethodSettings) -> tuple[str, str]:
+    """Write a displayed equation in plain text and in LaTeX."""
     weighted = settings.ignore_regions
-    w, w_plain = (r"w_{np}\,", "w ") if weighted else ("", "")
+    w, w_plain = (r"w_{np}\,", "w_np ") if weighted else ("", "")
     mean = r"\frac{1}{\max(\sum_p w_{np}, 1)}" if weighted else r"\frac{1}{P}"
-    mean_plain = "1/max(Σ_p w, 1)" if weighted else "1/P"
+    mean_plain = "1/max(Σ_p w_np, 1)" if weighted else "1/P"
     area, area_plain = rf"\sum_p {w}\sigma(z)", f"Σ_p {w_plain}σ(z)"
-    cross_entropy = [
-        markup.display(
+    mean_of = rf"\frac{{1}}{{N}} \sum_{{n=1}}^{{N}} {mean} \sum_{{p=1}}^{{P}} {w}"
+    written = {
+        "uncertainty": ("U(z) = −|z|", UNCERTAINTY),
+        "coordinates": (
+            "u = x w − 1/2,  v = y h − 1/2",
+            r"u = x w - \frac{1}{2}, \qquad v = y h - \frac{1}{2}",
+        ),
+        "interpolation": (
+            "z(x, y) = Σ_ij z_ij max(0, 1 − |v − i|) max(0, 1 − |u − j|)",
+            r"z(x, y) = \sum_{i, j} z_{ij} \max(0, 1 - |v - i|) \max(0, 1 - |u - j|)",
+        ),
+        "total": (
+            "L_mask = λ_ce L_ce + λ_dice L_dice",
+            rf"{MASK} = {WEIGHT_CE} {CE} + {WEIGHT_DICE} {DICE}",
+        ),
+        "ce": (
             f"L_ce = −1/N Σ_n {mean_plain} Σ_p {w_plain}[t log σ(z) + (1 − t) log(1 − σ(z))]",
-            rf"{CE} = -\frac{{1}}{{N}} \sum_{{n=1}}^{{N}} {mean} \sum_{{p=1}}^{{P}} {w}"
-            r"\left[ t \log \sigma(z) + (1 - t) \log (1 - \sigma(z)) \right]",
-        )
-    ]
-    if settings.term.focal_gamma is not None:
-        # On a line of its own, which fits into a column.
-        cross_entropy = [
-            markup.display(
-                f"L_ce = 1/N Σ_n {mean_plain} Σ_p {w_plain}f(z, t)",
-                rf"{CE} = \frac{{1}}{{N}} \sum_{{n=1}}^{{N}} {mean} \sum_{{p=1}}^{{P}} {w}f(z, t)",
-            ),
-            _focal_display(settings.term.focal_alpha, settings.term.focal_gamma, markup),
-        ]
-    return [
-        *cross_entropy,
-        markup.display(
+            rf"{CE} = -{mean_of}\left[ t \log \sigma(z) + (1 - t) \log (1 - \sigma(z)) \right]",
+        ),
+        "dice": (
             f"L_dice = 1/N Σ_n [1 − (2 {area_plain} t + 1) / ({area_plain} + Σ_p {w_plain}t + 1)]",
             rf"{DICE} = \frac{{1}}{{N}} \sum_{{n=1}}^{{N}} \left[ 1 - "
             rf"\frac{{2 {area}\, t + 1}}{{{area} + \sum_p {w}t + 1}} \right]",
         ),
-    ]
+    }
+    if settings.term.focal_gamma is not None:
+        # On two lines, which fit into a column.
+        written["ce"] = f"L_ce = 1/N Σ_n {mean_plain} Σ_p {w_plain}f(z, t)", f"{CE} = {mean_of}f(z, t)"
+        written["focal"] = _focal_at_a_point(settings.term.focal_alpha, settings.term.focal_gamma)
+    return written[name]
 
 
-def _focal_display(alpha: float | None, gamma: float, markup: Markup) -> str:
-    """Write what the focal loss takes at one point."""
-    on, off = ("", "") if alpha is None else (amount(alpha) + " ", amount(round(1 - alpha, 9)) + " ")
+def _focal_at_a_point(alpha: float | None, gamma: float) -> tuple[str, str]:
+    on, off = ("", "") if alpha is None else (amount(alpha), amount(round(1 - alpha, 9)))
     g = amount(gamma)
-    return markup.display(
-        f"f(z, t) = −{on}(1 − σ(z))^{g} t log σ(z) − {off}σ(z)^{g} (1 − t) log(1 − σ(z))",
-        rf"f(z, t) = -{on.rstrip()}(1 - \sigma(z))^{{{g}}}\, t \log \sigma(z)"
-        rf" - {off.rstrip()}\,\sigma(z)^{{{g}}} (1 - t) \log (1 - \sigma(z))",
+    plain = f"f(z, t) = −{on} (1 − σ(z))^{g} t log σ(z) − {off} σ(z)^{g} (1 − t) log(1 − σ(z))"
+    return (
+        plain.replace("− (", "−(").replace("−  σ", "− σ"),
+        rf"f(z, t) = -{on}(1 - \sigma(z))^{{{g}}}\, t \log \sigma(z)"
+        rf" - {off}\,\sigma(z)^{{{g}}} (1 - t) \log (1 - \sigma(z))",
     )

@@ -1,4 +1,4 @@
-"""The works that a paragraph can cite."""
+"""The works that a text on the method can cite."""
 
 from __future__ import annotations
 
@@ -79,4 +79,34 @@ REFERENCES = {
   year      = {2017}
 }""",
     ),
+    "loshchilov2019adamw": Reference(
+        "I. Loshchilov, F. Hutter. Decoupled Weight Decay Regularization. ICLR 2019.",
+        r"""@inproceedings{loshchilov2019adamw,
+  author    = {Loshchilov, Ilya and Hutter, Frank},
+  title     = {Decoupled Weight Decay Regularization},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2019}
+}""",
+    ),
+    "maskloss": Reference(
+        "The maskloss authors. maskloss: point-sampled mask losses for PyTorch. VERSION. "
+        "https://github.com/maskloss/maskloss.",
+        r"""@misc{maskloss,
+  author       = {{The maskloss authors}},
+  title        = {maskloss: point-sampled mask losses for {PyTorch}},
+  howpublished = {https://github.com/maskloss/maskloss},
+  note         = {VERSION}
+}""",
+    ),
 }
+
+
+def reference_line(key: str, version: str | None) -> str:
+    """Return a work's line in a list of references; `version` is that of maskloss, None if it is not known."""
+    return REFERENCES[key].line.replace("VERSION. ", f"Version {version}. " if version else "")
+
+
+def reference_entry(key: str, version: str | None) -> str:
+    """Return a work's BibTeX entry; `version` is that of maskloss, None if it is not known."""
+    written = f",\n  note         = {{Version {version}}}" if version else ""
+    return REFERENCES[key].bibtex.replace(",\n  note         = {VERSION}", written)

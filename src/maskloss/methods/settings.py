@@ -1,12 +1,14 @@
-"""What a paragraph on the method has to know: the settings of a loss, brought into one form."""
+"""What the text on the method has to know: the settings of a loss and of a training run, in one form."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 from torch import nn
 
+from maskloss import __version__
+from maskloss._inputs import MaskOptions
 from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, reported
 from maskloss.loss import MaskLoss
@@ -15,6 +17,7 @@ from maskloss.points import PointSampling
 
 # Options of the constructors that a paragraph leaves out: every backend computes the same formulas.
 NOT_DESCRIBED = frozenset({"backend"})
+_DEFAULT_TERM = MaskOptions()
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,6 @@ class Points:
     oversample_ratio: float = PointSampling.oversample_ratio
     importance_ratio: float = PointSampling.importance_ratio
     layout: str = "independent"
-
-
-@dataclass(frozen=True)
-class MaskTerm:
-    """How the mask terms read their points, and which cross-entropy they take; see `MaskLoss`."""
-
-    padding_mode: str = "zeros"
-    target_mode: str = "bilinear"
-    focal_alpha: float | None = None
-    focal_gamma: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,15 +83,72 @@ class Matching:
     dice_weight: float
     points: Points
     classification: str = "softmax"
-    term: MaskTerm = MaskTerm()
+    term: MaskOptions = _DEFAULT_TERM
     box_weight: float = 0.0
     giou_weight: float = 0.0
     groups: int = 1
 
 
+class Augmentation(NamedTuple):
+    """How training images are changed.
+
+    Attributes:
+        smallest: side of the smallest square crop, as a share of the image's longer side or of `Training.crop`.
+        largest: side of the largest one, alike.
+        turns: whether images are also flipped vertically and turned by 90 degrees.
+    """
+
+    smallest: float
+    largest: float
+    turns: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a run trained its model.
+
+    Attributes:
+        model: its name; None: the compact model of `maskloss train`.
+        pretrained: whose weights it began with; None: its own.
+        queries: their number.
+        parameters: their number.
+        size: side of the square that the model sees, pixels.
+        crop: side of the crops of the images, pixels; None: whole images.
+        augmentation: None: there is none.
+        digits: whether it trained on the scenes of handwritten digits that maskloss makes.
+        steps: optimizer steps.
+        batch_size: images of a step.
+        lr: highest learning rate of AdamW.
+        backbone_share: the backbone's learning rate as a share of it.
+        weight_decay: of AdamW, on matrices and kernels.
+        clip: largest norm of the gradient; 0: any.
+        schedule: how the learning rate falls, "cosine", "linear" or "constant".
+        warmup: share of the steps in which it rises.
+        precision: "no", "bf16" or "fp16".
+    """
+
+    model: str | None
+    pretrained: str | None
+    queries: int
+    parameters: int
+    size: int
+    crop: int | None
+    augmentation: Augmentation | None
+    digits: bool
+    steps: int
+    batch_size: int
+    lr: float
+    backbone_share: float
+    weight_decay: float
+    clip: float
+    schedule: str
+    warmup: float
+    precision: str
+
+
 @dataclass(frozen=True)
 class MethodSettings:
-    """Everything that the paragraph says.
+    """Everything that the text says.
 
     Attributes:
         points: of the mask loss; None: there is no mask loss, only a matching.
@@ -113,12 +163,14 @@ class MethodSettings:
         contrastive_weight: of OneFormer's contrastive loss of queries and texts, 0 for none.
         box_weight: of the boxes' L1 distance in the loss, 0 for none.
         giou_weight: of the boxes' GIoU in the loss, 0 for none.
+        version: of maskloss; None where it is not known.
+        training: the run; None where there is none.
     """
 
     points: Points | None
     ce_weight: float = 5.0
     dice_weight: float = 5.0
-    term: MaskTerm = MaskTerm()
+    term: MaskOptions = _DEFAULT_TERM
     classification: Classification | None = None
     matching: Matching | None = None
     divisor: str = "matches"
@@ -127,6 +179,8 @@ class MethodSettings:
     contrastive_weight: float = 0.0
     box_weight: float = 0.0
     giou_weight: float = 0.0
+    version: str | None = __version__
+    training: Training | None = None
 
     @property
     def layers_share(self) -> bool:
@@ -177,15 +231,16 @@ def settings_of(module: nn.Module | MethodSettings) -> MethodSettings:
 
 
 def _of_loss(loss: MaskLoss) -> MethodSettings:
-    return MethodSettings(_of_sampling(loss.sampling), loss.ce_weight, loss.dice_weight, _of_options(loss.options))
+    return MethodSettings(_of_sampling(loss.sampling), loss.ce_weight, loss.dice_weight, _without_backend(loss.options))
 
 
 def _of_sampling(sampling: PointSampling) -> Points:
     return Points(sampling.num_points, None, sampling.oversample_ratio, sampling.importance_ratio, sampling.layout)
 
 
-def _of_options(options: Any) -> MaskTerm:
-    return MaskTerm(options.padding_mode, options.target_mode, options.focal_alpha, options.focal_gamma)
+def _without_backend(options: MaskOptions) -> MaskOptions:
+    # Two terms that differ in nothing else are the same to a reader.
+    return replace(options, backend=None)
 
 
 def _of_matcher(matcher: HungarianMatcher) -> Matching:
@@ -195,7 +250,7 @@ def _of_matcher(matcher: HungarianMatcher) -> Matching:
         dice_weight=matcher.dice_weight,
         points=Points(matcher.num_points, layout=matcher.layout),
         classification=matcher.classification,
-        term=_of_options(matcher.options),
+        term=_without_backend(matcher.options),
     )
 
 

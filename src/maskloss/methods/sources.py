@@ -1,32 +1,28 @@
-"""Where settings come from: options by name, a file, a training run, a Transformers configuration."""
+"""Where settings come from: options by name, or the configuration of a Transformers model."""
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
+from maskloss._inputs import MaskOptions
+from maskloss._numbers import check_number
 from maskloss.criterion import MaskCriterion
-from maskloss.errors import Cause, reported, require
+from maskloss.errors import Cause, describe, reported
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher
-from maskloss.methods.settings import (
-    NOT_DESCRIBED,
-    Classification,
-    MaskTerm,
-    Matching,
-    MethodSettings,
-    Points,
-    settings_of,
-)
+from maskloss.methods.settings import NOT_DESCRIBED, Classification, Matching, MethodSettings, Points, settings_of
 from maskloss.points import PointSampling
 
-# What a paragraph can be about.
+# What a text can be about.
 SUBJECTS = {"criterion": MaskCriterion, "loss": MaskLoss, "matcher": HungarianMatcher}
 TARGETS = ("valid_windows", "ignore_regions")
+# Options whose value is a list of numbers; it may have this many.
+_LISTS, _LONGEST_LIST = frozenset({"class_weights"}), 100_000
+# No option makes sense beyond it, and some would ask for memory.
+_LARGEST = 10_000_000
 
 
 def option_names(subject: str = "criterion") -> dict[str, Any]:
@@ -50,36 +46,74 @@ def settings_from(options: Mapping[str, Any], subject: str = "criterion") -> Met
     Args:
         options: names and values of the options of `MaskCriterion` (or `MaskLoss`, `HungarianMatcher`), those of
             `PointSampling` among them or under "sampling", "matcher" with a mapping of its options, and "valid_windows"
-            and "ignore_regions".
-        subject: what the paragraph is about: "criterion" (default), "loss" or "matcher".
+            and "ignore_regions". None stands for the default.
+        subject: what the text is about: "criterion" (default), "loss" or "matcher".
 
     Returns:
-        The settings; what is not given has its default. Without "num_classes" the paragraph does not name their number.
+        The settings; what is not given has its default. Without "num_classes" the text does not name their number.
 
     Raises:
-        MaskLossError: an unknown option, or a value outside its range.
+        MaskLossError: an unknown option, one that is given twice, or a value outside its range.
 
     Example:
         >>> settings_from({"num_points": 4096, "mask_weight": 2.0}).points.count
         4096
     """
     given = dict(options)
-    targets = {name: bool(given.pop(name)) for name in TARGETS if name in given}
     known = option_names(subject)
-    own_matcher = given.pop("matcher", {}) if subject == "criterion" else {}
-    nested = given.pop("sampling", {}) if subject != "matcher" else {}
-    for name, value in (("matcher", own_matcher), ("sampling", nested)):
-        if not isinstance(value, Mapping):
-            raise Cause(f"{name} must be a mapping of options", f"got {value!r}", f"{name}: {{num_points: 4096}}")
-    given |= nested
-    _refuse_unknown(given, known, subject)
-    _refuse_unknown(own_matcher, matcher_options(), "matcher")
+    nested = {"sampling": known, "matcher": matcher_options()} if subject == "criterion" else {"sampling": known}
+    inner = {name: _mapping(name, given.pop(name, {})) for name in nested} if subject != "matcher" else {}
+    twice = [name for name in inner.get("sampling", {}) if name in given]
+    if twice:
+        raise Cause("every option must be given once", f"{twice[0]} is also in sampling", "leave one of them out")
+    given |= inner.get("sampling", {})
+    given = _checked(given, known, subject)
+    own_matcher = _checked(inner.get("matcher", {}), matcher_options(), "matcher")
+    targets = {name: given.pop(name, False) for name in TARGETS}
     if subject == "matcher":
         settings = settings_of(HungarianMatcher(**given))
     else:
         drawn = {each.name: given.pop(each.name) for each in fields(PointSampling) if each.name in given}
         settings = _of_module(given, PointSampling(**drawn), own_matcher, subject)
-    return settings.with_targets(targets.get("valid_windows", False), targets.get("ignore_regions", False))
+    return settings.with_targets(**targets)
+
+
+def _mapping(name: str, value: object) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise Cause(f"{name} must be a mapping of options", f"got {describe(value)}", f"{name}: {{num_points: 4096}}")
+    return value
+
+
+def _checked(given: Mapping[Any, Any], known: Mapping[str, Any], subject: str) -> dict[str, Any]:
+    """Check names, and values as far as their kind; the constructors check the rest.
+
+    Values come from files, where anything may stand for a number.
+    """
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise Cause(
+            f"every option must be one of the {subject}",
+            f"unknown: {describe(unknown[0])}",
+            f"known: {', '.join(known)}",
+        )
+    for name, value in given.items():
+        wanted = "true or false" if name in TARGETS else "a list of numbers" if name in _LISTS else "a number or a word"
+        if value is not None and not _is_of_kind(name, value):
+            raise Cause(f"{name} must be {wanted}", f"got {describe(value)}", f"numbers reach up to {_LARGEST:,}")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _is_of_kind(name: str, value: object) -> bool:
+    if name in TARGETS:
+        return isinstance(value, bool)
+    if name in _LISTS:
+        return isinstance(value, list) and 0 < len(value) <= _LONGEST_LIST and all(map(_is_usable, value))
+    return _is_usable(value) or (isinstance(value, str) and len(value) <= 40)
+
+
+def _is_usable(value: object) -> bool:
+    # The comparison first: it holds for integers that no float can hold.
+    return type(value) in {int, float} and -_LARGEST <= value <= _LARGEST  # type: ignore[operator]
 
 
 def _of_module(
@@ -88,52 +122,16 @@ def _of_module(
     if subject == "loss":
         return settings_of(MaskLoss(sampling=sampling, **given))
     counted = "num_classes" in given
-    classes = given.pop("num_classes", None) or len(given.get("class_weights") or (0,))
-    criterion = MaskCriterion(classes, sampling=sampling, **given)
+    classes = given.pop("num_classes") if counted else len(given.get("class_weights", (0,)))
+    matcher = None
     if own_matcher:
         inherited = {name: given[name] for name in matcher_options() if name in given}
         inherited["num_points"] = sampling.num_points
-        criterion = MaskCriterion(
-            classes, sampling=sampling, **given, matcher=HungarianMatcher(**(inherited | dict(own_matcher)))
-        )
-    settings = settings_of(criterion)
+        matcher = HungarianMatcher(**(inherited | dict(own_matcher)))
+    settings = settings_of(MaskCriterion(classes, sampling=sampling, matcher=matcher, **given))
     if not counted and settings.classification is not None:
         settings = replace(settings, classification=replace(settings.classification, num_classes=None))
     return settings
-
-
-def options_of_file(path: Path) -> dict[str, Any]:
-    """Read options by name from a JSON or YAML file.
-
-    Raises:
-        MaskLossError: a file that is not there, or does not hold a mapping.
-        MissingExtraError: a YAML file, and PyYAML is not installed (extra `methods`).
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise Cause("the configuration must be readable", f"{path}: {error.strerror}", "name a file") from None
-    content = _parsed(path, text)
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise Cause(
-            "the configuration must be a mapping of option names",
-            f"{path} holds {type(content).__name__}",
-            "num_points: 12544",
-        )
-    return content
-
-
-def _parsed(path: Path, text: str) -> Any:
-    if path.suffix in {".yaml", ".yml"}:
-        yaml = require("yaml", "methods")
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise Cause("the configuration must be YAML", f"{path}: {error}", "indent with spaces") from None
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise Cause("the configuration must be JSON", f"{path}: {error}", "YAML files end in .yaml") from None
 
 
 @reported("methods")
@@ -147,46 +145,100 @@ def settings_of_model(model: str) -> MethodSettings:
         The settings.
 
     Raises:
-        MaskLossError: a model of another family, or one that cannot be found.
+        MaskLossError: a model of another family, one that cannot be found, or values that are no numbers.
         MissingExtraError: Transformers is not installed (extra `transformers`).
     """
-    from maskloss.integrations.transformers.options import method_options, read_config
+    from maskloss.integrations.transformers.config import read_config
 
-    return settings_of_options(method_options(read_config(model)))
+    return settings_of_config(read_config(model))
 
 
-def settings_of_options(options: Mapping[str, Any]) -> MethodSettings:
-    """Bring what the integration reads from a model's configuration into the form of the paragraph."""
-    term = MaskTerm(target_mode=options["target_mode"])
-    area, count = options["area_per_point"], options["num_points"]
+# Types of configurations of the families that share one criterion; OneFormer adds a contrastive term.
+_UNIVERSAL = ("mask2former", "oneformer", "eomt", "eomt_dinov3", "videomt")
+
+
+def settings_of_config(config: Any) -> MethodSettings:
+    """Read the settings from a configuration of Transformers.
+
+    Raises:
+        MaskLossError: a configuration of a model whose loss maskloss does not compute, or values that are no numbers.
+    """
+    kind = getattr(config, "model_type", type(config).__name__)
+    if kind in _UNIVERSAL:
+        return _of_universal(config)
+    if kind == "rf_detr":
+        return _of_rf_detr(config)
+    from maskloss.integrations.transformers.families import supported
+
+    raise Cause("the model must be of a supported family", f"it is {describe(kind)}", f"supported: {supported()}")
+
+
+def _number(config: Any, name: str, least: float = 0.0) -> float:
+    return check_number(name, getattr(config, name, None), least, _LARGEST, hint="see the config.json of the model")
+
+
+def _count(config: Any, name: str) -> int:
+    return int(_number(config, name, 1))
+
+
+def _of_universal(config: Any) -> MethodSettings:
+    sampling = PointSampling(
+        _count(config, "train_num_points"),
+        _number(config, "oversample_ratio"),
+        _number(config, "importance_sample_ratio"),
+    )
+    class_weight, mask_weight, dice_weight = (_number(config, f"{name}_weight") for name in ("class", "mask", "dice"))
+    criterion = MaskCriterion(
+        _count(config, "num_labels"),
+        class_weight=class_weight,
+        mask_weight=mask_weight,
+        dice_weight=dice_weight,
+        no_object_weight=_number(config, "no_object_weight"),
+        sampling=sampling,
+    )
+    found = settings_of(criterion)
+    assert found.classification is not None
+    return replace(
+        found,
+        classification=replace(found.classification, normalized="device"),
+        divisor="targets",
+        contrastive_weight=_number(config, "contrastive_weight") if hasattr(config, "contrastive_weight") else 0.0,
+    )
+
+
+def _of_rf_detr(config: Any) -> MethodSettings:
+    from maskloss.integrations.transformers import rf_detr
+
+    area = _count(config, "mask_point_sample_ratio")
+    mask_weight = _number(config, "mask_class_loss_coefficient")
+    dice_weight = _number(config, "mask_dice_loss_coefficient")
+    term = MaskOptions(target_mode="nearest")
     return MethodSettings(
-        points=Points(count, area, options["oversample_ratio"], options["importance_ratio"]),
-        ce_weight=options["mask_weight"],
-        dice_weight=options["dice_weight"],
+        points=Points(None, area, rf_detr.OVERSAMPLE_RATIO, rf_detr.IMPORTANCE_RATIO),
+        ce_weight=mask_weight,
+        dice_weight=dice_weight,
         term=term,
         classification=Classification(
-            kind=options["classification"],
-            weight=options["class_weight"],
-            no_object_weight=options["no_object_weight"],
-            num_classes=options["num_classes"],
+            kind="quality",
+            weight=_number(config, "class_loss_coefficient"),
+            num_classes=_count(config, "num_labels"),
             normalized="device",
-            focal_alpha=options["focal_alpha"],
+            focal_alpha=_number(config, "focal_alpha"),
         ),
         matching=Matching(
-            class_weight=options["class_cost"],
-            mask_weight=options["mask_weight"],
-            dice_weight=options["dice_weight"],
-            points=Points(options["matcher_points"], area),
-            classification="softmax" if options["classification"] == "softmax" else "focal",
+            class_weight=_number(config, "class_cost"),
+            mask_weight=mask_weight,
+            dice_weight=dice_weight,
+            points=Points(None, area),
+            classification="focal",
             term=term,
-            box_weight=options["box_cost"],
-            giou_weight=options["giou_cost"],
-            groups=options["groups"],
+            box_weight=_number(config, "bbox_cost"),
+            giou_weight=_number(config, "giou_cost"),
+            groups=_count(config, "group_detr"),
         ),
         divisor="targets",
-        contrastive_weight=options["contrastive_weight"],
-        box_weight=options["box_weight"],
-        giou_weight=options["giou_weight"],
+        box_weight=_number(config, "bbox_loss_coefficient"),
+        giou_weight=_number(config, "giou_loss_coefficient"),
     )
 
 
@@ -194,11 +246,3 @@ def _defaults(kind: type[Any]) -> dict[str, Any]:
     """List the options of a constructor and their defaults; None where there is none."""
     listed = inspect.signature(kind).parameters.values()
     return {each.name: None if each.default is each.empty else each.default for each in listed}
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], subject: str) -> None:
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise Cause(
-            f"every option must be one of the {subject}", f"unknown: {', '.join(unknown)}", f"known: {', '.join(known)}"
-        )

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from maskloss.errors import Cause
-from maskloss.lab.files import write_whole
-from maskloss.methods import FORMATS, LANGUAGES, MethodSettings, bibtex, describe, document
-from maskloss.methods.settings import settings_of
+from maskloss.errors import Cause, require
+from maskloss.lab import files
+from maskloss.methods import FORMATS, FORMULAS, LANGUAGES, STYLES, MethodSettings, bibtex, describe, document
+from maskloss.methods.settings import Augmentation, Training, settings_of
 from maskloss.methods.sources import (
     SUBJECTS,
     TARGETS,
     matcher_options,
     option_names,
-    options_of_file,
     settings_from,
+    settings_of_config,
     settings_of_model,
-    settings_of_options,
 )
 
 LESS_MEMORY = "close other programs"
 DESCRIPTION = (
-    "Write the paragraph that describes the loss in a paper, with its formulas and references, from the defaults, a "
+    "Write the paragraphs that describe the loss in a paper, with equations and references, from the defaults, a "
     "training run, a file of options, or the configuration of a Transformers model."
 )
+_RULE = "--config must be a JSON or YAML file with options by name"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language; default: en")
     parser.add_argument("--format", choices=FORMATS, help="default: text")
+    parser.add_argument("--style", choices=STYLES, default="full", help="short: one paragraph of about 80 words")
+    parser.add_argument(
+        "--formulas",
+        choices=FORMULAS,
+        help="equations to print; default: those of the loss for the full style, none for the short one",
+    )
     parser.add_argument("--standalone", action="store_true", help="print a LaTeX document that compiles as it is")
     parser.add_argument("--bib", type=Path, metavar="FILE", help="write the BibTeX entries there; default: print them")
     facts = parser.add_argument_group("facts about the targets")
@@ -52,8 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the paragraph."""
+    """Print the text."""
     settings = _settings(options).with_targets(options.valid_windows, options.ignore_regions)
+    chosen = {"lang": options.lang, "style": options.style, "formulas": options.formulas}
     if options.standalone:
         if options.format not in {None, "latex"} or options.bib is not None:
             raise Cause(
@@ -61,14 +69,17 @@ def main(options: argparse.Namespace) -> int:
                 "--format or --bib asks for something else",
                 "leave it out",
             )
-        print(document(settings, lang=options.lang), end="")
+        print(document(settings, **chosen), end="")
         return 0
     form = options.format or "text"
-    print(describe(settings, lang=options.lang, format=form))
-    entries = bibtex(settings)
+    text, entries = describe(settings, format=form, **chosen), bibtex(settings, **chosen)
     if options.bib is not None:
-        write_whole(options.bib, lambda partial: partial.write_text(entries + "\n", encoding="utf-8"))
-    elif form == "markdown":
+        files.check_writable(options.bib, "--bib")
+        files.write_whole(options.bib, lambda partial: partial.write_text(entries + "\n", encoding="utf-8"))
+    print(text)
+    if options.bib is not None:
+        return 0
+    if form == "markdown":
         print(f"\n```bibtex\n{entries}\n```")
     elif form == "latex":
         # As a comment: the output can be read with \input as it is.
@@ -87,19 +98,75 @@ def settings_of_run(folder: Path) -> MethodSettings:
     """
     import torch
 
-    from maskloss.integrations.transformers.options import method_options
-    from maskloss.lab.config import COMPACT
+    from maskloss.lab.data import augment
     from maskloss.lab.loop.run import load_learner
     from maskloss.lab.loop.runfolder import read_facts
+    from maskloss.lab.models.learners import CompactLearner, count_weights
+    from maskloss.lab.models.pretrained import BACKBONE_SHARE
 
     facts = read_facts(folder)
-    learner: Any = load_learner(folder, facts, torch.device("cpu"))
-    padded = facts.config.data is not None
-    if facts.config.model == COMPACT:
+    config = facts.config
+    learner = load_learner(folder, facts, torch.device("cpu"))
+    model, pretrained, share = None, None, 1.0
+    if isinstance(learner, CompactLearner):
         found = settings_of(learner.criterion)
     else:
-        found = settings_of_options(method_options(learner.network.config))
-    return found.with_targets(padded, padded)
+        model, share = type(learner.network).__name__.removesuffix("ForUniversalSegmentation"), BACKBONE_SHARE
+        # The path of a folder says nothing to a reader.
+        pretrained = Path(config.model).name if Path(config.model).exists() else config.model
+        found = settings_of_config(learner.network.config)
+        # A run says itself how points lie to each other; a configuration of Transformers knows one way only.
+        assert found.points is not None and found.matching is not None
+        matching = replace(found.matching, points=replace(found.matching.points, layout=config.layout))
+        found = replace(found, points=replace(found.points, layout=config.layout), matching=matching)
+    folder_of_images = config.data is not None
+    training = Training(
+        model=model,
+        pretrained=pretrained,
+        queries=learner.num_queries,
+        parameters=count_weights(learner),
+        size=config.size or 0,
+        crop=config.crop,
+        augmentation=Augmentation(augment.SMALLEST, augment.LARGEST, facts.one_class_maps) if config.augment else None,
+        digits=not folder_of_images,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        lr=config.lr or 0.0,
+        backbone_share=share,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        schedule=config.schedule,
+        warmup=config.warmup,
+        precision=config.precision,
+    )
+    version = facts.version if re.fullmatch(r"[\w.+-]{1,40}", facts.version or "") else None
+    return replace(found, training=training, version=version).with_targets(folder_of_images, folder_of_images)
+
+
+def _options_of_file(path: Path) -> dict[str, Any]:
+    """Read options by name from a JSON or YAML file.
+
+    Raises:
+        MaskLossError: a file that cannot be read, or does not hold a mapping.
+        MissingExtraError: a YAML file, and PyYAML is not installed (extra `methods`).
+    """
+    if path.suffix not in {".yaml", ".yml"}:
+        return files.read_json(path, _RULE)
+    yaml = require("yaml", "methods")
+    files.check_file(path, _RULE)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise Cause(_RULE, f"{path}: {line}{error.problem}", "indent with spaces") from None
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise Cause(_RULE, f"{path}: {files.explain(error)}", "is it the right file?") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError):
+        # PyYAML raises these for values that do not fit their tag, such as `!!int x`.
+        raise Cause(_RULE, f"{path}: a value does not fit its tag", "leave tags out") from None
+    if not isinstance(content, dict):
+        raise Cause(_RULE, f"{path} holds a {type(content).__name__}", "num_points: 12544")
+    return content
 
 
 def _options() -> dict[str, Any]:
@@ -125,25 +192,25 @@ def _settings(options: argparse.Namespace) -> MethodSettings:
             raise Cause(
                 "a run and a model say themselves what their settings are",
                 f"given as well: {', '.join([*given] or ['subject'])}",
-                "single options go with --config, or alone",
+                "use single options with --config, or alone",
             )
         return settings_of_run(options.run_folder) if options.model is None else settings_of_model(options.model)
     own = {name.removeprefix("matcher_"): given.pop(name) for name in [*given] if name.startswith("matcher_")}
-    content = options_of_file(options.config) if options.config is not None else {}
+    content = _options_of_file(options.config) if options.config is not None else {}
     # Single options win over the file's.
     for name, values in (("sampling", given), ("matcher", own)):
         if isinstance(content.get(name), dict):
             content[name] = {key: value for key, value in content[name].items() if key not in values}
-    if own:
-        content["matcher"] = {**content.get("matcher", {}), **own}
+    if own and isinstance(content.setdefault("matcher", {}), dict):
+        content["matcher"] |= own
     return settings_from({**content, **given}, options.subject)
 
 
 def _value(text: str) -> Any:
-    """Read a number, numbers separated by commas, or a word."""
-    if "," in text:
-        return [float(part) for part in text.split(",")]
-    number = text.removeprefix("-")
-    if number.isdigit():
-        return int(text)
-    return float(text) if re.fullmatch(r"[0-9.]+(e[+-]?[0-9]+)?", number) else text
+    """Read a number, numbers separated by commas, or a word; nonsense stays text, and is rejected as such."""
+    try:
+        if "," in text:
+            return [float(part) for part in text.split(",")]
+        return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else float(text)
+    except ValueError:
+        return text

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from maskloss import __version__
 from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, require
 from maskloss.lab import files
@@ -183,6 +184,7 @@ def _prepare(config: TrainConfig, ranks: int, folder: Path | None = None) -> Pre
         tile=config.crop or (source.largest if isinstance(source, FolderScenes) else size),
         one_class_maps=source.one_class_maps,
         ranks=ranks,
+        version=__version__,
     )
     return Prepared(facts, source, learner)
 

@@ -33,6 +33,7 @@ class Facts(NamedTuple):
         tile: side of the squares into which larger images are cut, pixels.
         one_class_maps: whether the data are label maps of one class.
         ranks: processes that the run began with.
+        version: of maskloss, that the run began with; None in older runs.
     """
 
     config: TrainConfig
@@ -43,6 +44,7 @@ class Facts(NamedTuple):
     tile: int
     one_class_maps: bool
     ranks: int
+    version: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write run.json."""
@@ -75,6 +77,7 @@ def read_facts(folder: Path) -> Facts:
         and isinstance(facts.category_ids, list)
         and len(facts.category_ids) == len(facts.classes)
         and all(isinstance(number, int) and number > 0 for number in (facts.channels, facts.tile, facts.ranks))
+        and isinstance(facts.version, (str, type(None)))
     )
     if not fits:
         raise Cause(rule, f"{folder / RUN} holds values of the wrong kind", "it was changed by hand")
