@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from maskloss import MaskLossError, MaskTargets
 from maskloss import _abi as abi
-from maskloss.targets import bits, label_maps
+from maskloss.targets import bits, label_maps, mask_targets
 from support import workers
 from support.encodings_of_masks import LABEL_DTYPES, SIZES, WAYS, every_way, packed, parts_of, run_lengths, some_masks
 
@@ -132,7 +132,8 @@ def test_ids_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device ids are copied, not listed; without looking at the map, a mask may lie anywhere in it."""
     maps, ids = [torch.tensor([[1, 3], [3, 0]]), torch.tensor([[5, 6, 5]])], [torch.tensor([3, 1]), torch.tensor([5])]
     seen = MaskTargets.from_label_map(maps, ids)
-    monkeypatch.setattr(bits, "on_host", lambda _: False)
+    for module in (mask_targets, label_maps):
+        monkeypatch.setattr(module, "on_host", lambda _: False)
     monkeypatch.setattr(label_maps, "listed_ids", None)
     unseen = MaskTargets.from_label_map(maps, ids)
     for image in range(2):

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from maskloss import _abi
 from maskloss._numbers import check_number
-from maskloss._transforms import active
-from maskloss.errors import Cause, check_layout, describe
+from maskloss._tracing import active, on_host
+from maskloss.errors import Cause, check_device, check_layout, describe
 from maskloss.factors import MaskFactors
 from maskloss.layers import Layer
 from maskloss.ops import check_backend
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
-from maskloss.targets.bits import on_host
 
 # Mask2Former's weights, for the loss and for the matching alike.
 CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0
@@ -183,13 +182,3 @@ def check_targets(targets: MaskTargets, logits: Layer) -> None:
             "give an entry for every image; an image without instances has masks [0, H, W]",
         )
     check_device("targets", targets.device, logits.device)
-
-
-def check_device(name: str, device: torch.device, wanted: torch.device) -> None:
-    """Refuse a tensor that is not where the logits are."""
-    if device != wanted:
-        raise Cause(
-            f"{name} must be on the device of the logits",
-            f"{name} on {device}, logits on {wanted}",
-            f"{name}.to({str(wanted)!r}, non_blocking=True), before the step",
-        )

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from maskloss import _classification, _inputs, distributed, ops
 from maskloss._numbers import check_integer
+from maskloss._tracing import as_tensor
 from maskloss.distributed import StepTotals
 from maskloss.errors import Cause, describe, reported
 from maskloss.layers import Layer
@@ -367,7 +368,7 @@ def _checked_class_weights(weights: Tensor | Sequence[float] | None, num_classes
     if weights is None:
         return None
     try:
-        found = torch.as_tensor(weights).detach().to(torch.float32, copy=True)
+        found = as_tensor(weights).detach().to(torch.float32, copy=True)
     except (TypeError, ValueError, RuntimeError):
         found = torch.empty(0)
     if found.shape != (num_classes,) or not bool((found.isfinite() & (found >= 0)).all()):

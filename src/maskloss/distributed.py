@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maskloss._numbers import check_integer
+from maskloss._tracing import as_tensor, on_host
 from maskloss.errors import Cause, describe, reported
-from maskloss.targets.bits import on_host
 
 
 class StepTotals(NamedTuple):
@@ -137,7 +137,7 @@ def step_totals(
         parts = _by_image("instance_weights", instance_weights, num_targets)
         found.append(_total([part.to(torch.float32) for part in parts], target))
     if class_weights is not None and labels is not None:
-        weight = torch.as_tensor(class_weights, dtype=torch.float32)
+        weight = as_tensor(class_weights, torch.float32)
         parts = _by_image("labels", labels, num_targets)
         found.append(_total([weight.to(part.device)[part.long()] for part in parts], target))
     means = mean_over_ranks(found, target)
@@ -148,8 +148,8 @@ def step_totals(
 def _by_image(name: str, given: Sequence[Sequence[Tensor]], num_targets: Sequence[Sequence[int]]) -> list[Tensor]:
     """List what is given for each image of each micro-batch, and check that there is one entry for each target."""
     try:
-        listed = [torch.as_tensor(part) for micro_batch in given for part in micro_batch]
-        fits = [[len(torch.as_tensor(part)) for part in micro_batch] for micro_batch in given] == [
+        listed = [as_tensor(part) for micro_batch in given for part in micro_batch]
+        fits = [[len(as_tensor(part)) for part in micro_batch] for micro_batch in given] == [
             list(counts) for counts in num_targets
         ]
     except (TypeError, ValueError):
@@ -173,7 +173,7 @@ def image_numbers(image_ids: Tensor | Sequence[int] | None, batch: int, device: 
         first = rank() * batch
         return torch.arange(first, first + batch, device=device)
     try:
-        ids = torch.as_tensor(image_ids)
+        ids = as_tensor(image_ids)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         ids = torch.empty(0)  # no integers at any rate
     if ids.shape != (batch,) or ids.dtype not in (torch.int64, torch.int32):

@@ -90,7 +90,7 @@ def _shown(value: object) -> str:
 
 
 def check_layout(name: str, value: object) -> None:
-    """Refuse a tensor that has no strides: a sparse or nested one. Anything else passes."""
+    """Raise if a tensor has no strides, as sparse and nested ones. Anything else passes."""
     if isinstance(value, torch.Tensor) and (value.is_nested or value.layout is not torch.strided):
         raise Cause(
             f"{name} must be an ordinary tensor with strides",
@@ -99,10 +99,21 @@ def check_layout(name: str, value: object) -> None:
         )
 
 
+def check_device(name: str, device: torch.device, wanted: torch.device) -> None:
+    """Raise if a tensor is not where the logits are."""
+    if device != wanted:
+        raise Cause(
+            f"{name} must be on the device of the logits",
+            f"{name} on {device}, logits on {wanted}",
+            f"{name}.to({str(wanted)!r}, non_blocking=True), before the step",
+        )
+
+
 def reported(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Mark a public call: a `Cause` raised inside it becomes an error that names `operation` and its inputs.
 
-    An error of a marked call inside this one is told again as this one's: the user knows nothing of the inner call.
+    If a marked call inside this one fails, report the error under the outer name: users never called
+    the inner one.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from maskloss import _inputs, ops
-from maskloss._abi import INDEX_COLUMNS, QUERY, TARGET
-from maskloss._numbers import check_number
-from maskloss.errors import Cause, check_layout, describe, reported
+from maskloss._numbers import check_number, is_number
+from maskloss.errors import Cause, check_device, check_layout, describe, reported
+from maskloss.matches import Matches
 from maskloss.ops.reference import formulas
-from maskloss.points import PointSampling, draw_seed
+from maskloss.points import PointSampling, check_coordinates, draw_seed
 
 __all__ = [
     "PairwiseCost",
@@ -74,7 +74,7 @@ def point_sample(
     _inputs.check_maps("maps", maps, "[..., h, w]")
     _inputs.check_choice("mode", mode, _inputs.TARGET_MODES)
     _inputs.check_choice("padding_mode", padding_mode, _inputs.PADDING_MODES)
-    _check_coordinates(points, "[..., P, 2]", maps.device)
+    check_coordinates(points, "[..., P, 2]", maps.device)
     lead = _broadcast(maps.shape[:-2], points.shape[:-2])
     flat = maps.reshape(-1, *maps.shape[-2:])
     index = torch.arange(len(flat), device=maps.device).view(_aligned(maps.shape[:-2], len(lead)))
@@ -85,6 +85,7 @@ def point_sample(
     return values.view(*lead, points.shape[-2])
 
 
+@reported("uncertainty")
 def uncertainty(z: Tensor) -> Tensor:
     """Compute how uncertain predictions are: U(z) = -|z|, highest where s(z) is near 1/2.
 
@@ -94,6 +95,9 @@ def uncertainty(z: Tensor) -> Tensor:
     Returns:
         The shape and dtype of `z`. Differentiable, though the choice of points passes no gradient.
 
+    Raises:
+        MaskLossError: anything but a float tensor.
+
     Source:
         PointRend (Kirillov et al., 2020), section 3.1, for one class.
 
@@ -101,6 +105,9 @@ def uncertainty(z: Tensor) -> Tensor:
         >>> uncertainty(torch.tensor([-2.0, 0.5]))
         tensor([-2.0000, -0.5000])
     """
+    check_layout("z", z)
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        raise Cause("z must be float", f"got {describe(z)}", "z are logits, before any sigmoid")
     return formulas.uncertainty(z)
 
 
@@ -152,7 +159,7 @@ def uncertain_points(
     sampling = _inputs.check_sampling(sampling)
     backend = ops.choose_backend(logits.device, backend)
     count, device = len(logits), logits.device
-    index = pair_index(count, device)
+    index = Matches.one_to_one(count, device).index
     everywhere = torch.arange(4, device=device).ge(2).float()[None]  # 0, 0, 1, 1, made there
     image = torch.zeros(1, dtype=torch.int64, device=device)
     with torch.no_grad():
@@ -367,7 +374,7 @@ def focal_class_cost(
         p = s(class_logits)[label]
         a (1 - p)^gamma (-log(p + 1e-8)) - (1 - a) p^gamma (-log(1 - p + 1e-8))
 
-    what it costs to call a query its target's class, less what it costs not to. The 1e-8 bounds the term.
+    the cost of predicting the target's class minus the cost of not predicting it. The 1e-8 bounds the term.
 
     Args:
         class_logits: `[..., Q, C]`, float; there is no "no object".
@@ -395,28 +402,6 @@ def focal_class_cost(
     return on * (1 - p) ** exponent * -(p + 1e-8).log() - off * p**exponent * -(1 - p + 1e-8).log()
 
 
-def check_points(points: Tensor, count: int, device: torch.device) -> None:
-    """Refuse points that are not float `[count, P, 2]` on the given device."""
-    _check_coordinates(points, "[N, P, 2]", device)
-    if points.shape[0] != count:
-        raise Cause(
-            "there must be points for every instance",
-            f"{count} instances but points {list(points.shape)}",
-            "give [N, P, 2] with P at least 1",
-        )
-
-
-def _check_coordinates(points: Tensor, shape: str, device: torch.device) -> None:
-    """Refuse anything but float points of the shape, `[N, P, 2]` or `[..., P, 2]`, with P at least 1."""
-    check_layout("points", points)
-    fits = isinstance(points, Tensor) and points.ndim >= 2 and (points.ndim == 3 or "..." in shape)
-    if not fits or points.shape[-1] != 2 or not points.is_floating_point():
-        raise Cause(f"points must be float {shape}", f"got {describe(points)}", "the last dimension holds (x, y)")
-    if points.shape[-2] < 1:
-        raise Cause("there must be points for every instance", f"got points {list(points.shape)}", f"give {shape}")
-    _inputs.check_device("points", points.device, device)
-
-
 def _aligned(shape: Sequence[int], rank: int) -> list[int]:
     """Align leading dimensions from the left: missing ones count as 1."""
     return [*shape, *[1] * (rank - len(shape))]
@@ -435,34 +420,38 @@ def _broadcast(maps: Sequence[int], points: Sequence[int]) -> list[int]:
     return [right if left == 1 else left for left, right in pairs]
 
 
-def pair_index(count: int, device: torch.device) -> Tensor:
-    """Index prediction n and target n of one image: int64 `[N, 4]`, rows (0, 0, n, n)."""
-    index = torch.zeros(count, INDEX_COLUMNS, dtype=torch.int64, device=device)
-    index[:, QUERY] = index[:, TARGET] = torch.arange(count, device=device)
-    return index
-
-
-def _window_row(window: tuple[float, float, float, float], device: torch.device) -> Tensor:
-    """Bring a window into the form of the operations, float32 `[1, 4]`, and refuse one that leaves the image."""
-    left, top, width, height = window
-    if not all(0 <= low < low + size <= 1 + 1e-6 for low, size in ((left, width), (top, height))):
+def _window_row(window: Sequence[float], device: torch.device) -> Tensor:
+    """Check a window, and convert it to what the operations take, float32 `[1, 4]`."""
+    fits = isinstance(window, Sequence) and len(window) == 4 and all(map(is_number, window))
+    if not fits or not all(0 <= low < low + size <= 1 + 1e-6 for low, size in zip(window[:2], window[2:], strict=True)):
         raise Cause(
             "window must be (left, top, width, height) within [0, 1]^2",
-            f"got {tuple(window)}",
+            f"got {describe(window)}",
             "give fractions of the image, (0, 0, 1, 1) is all of it",
         )
-    return torch.tensor([window], dtype=torch.float32, device=device)
+    return torch.tensor([tuple(window)], dtype=torch.float32, device=device)
 
 
 def _check_classes(class_logits: Tensor, labels: Tensor) -> None:
-    if class_logits.ndim < 2 or not class_logits.is_floating_point():
+    for name, value in (("class_logits", class_logits), ("labels", labels)):
+        check_layout(name, value)
+    if not isinstance(class_logits, Tensor) or class_logits.ndim < 2 or not class_logits.is_floating_point():
         raise Cause(
             "class_logits must be float [..., Q, number of classes]",
             f"got {describe(class_logits)}",
             "the last dimension holds the classes, and 'no object' where there is one",
         )
-    if labels.ndim < 1 or labels.is_floating_point():
+    integers = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
+    if not integers or labels.ndim < 1:
         raise Cause("labels must be integers [..., T]", f"got {describe(labels)}", "labels.long()")
+    check_device("labels", labels.device, class_logits.device)
+    have, want = labels.shape[-2::-1], class_logits.shape[-3::-1]
+    if len(have) > len(want) or any(one not in (1, other) for one, other in zip(have, want, strict=False)):
+        raise Cause(
+            "the leading dimensions of labels [..., T] must broadcast to those of class_logits [..., Q, C]",
+            f"got {list(class_logits.shape)} and {list(labels.shape)}",
+            "labels [T] serve all of them",
+        )
 
 
 def _at_labels(probability: Tensor, labels: Tensor) -> Tensor:
@@ -482,7 +471,7 @@ def _check_floats(z: Tensor, t: Tensor) -> None:
             raise Cause(
                 "z and t must be float", f"got {describe(z)} and {describe(t)}", "t.to(z.dtype) converts a bool mask"
             )
-    _inputs.check_device("t", t.device, z.device)
+    check_device("t", t.device, z.device)
 
 
 def _weights(w: Tensor | None, shape: Sequence[int], z: Tensor) -> Tensor:
@@ -496,7 +485,7 @@ def _weights(w: Tensor | None, shape: Sequence[int], z: Tensor) -> Tensor:
             f"got {describe(w)} for {list(shape)}",
             "give one weight for each point",
         )
-    _inputs.check_device("w", w.device, z.device)
+    check_device("w", w.device, z.device)
     return w.to(z.dtype).expand(*shape)
 
 

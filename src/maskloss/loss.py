@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from maskloss import _inputs, distributed, layers, ops
 from maskloss._abi import accumulation_dtype
-from maskloss.errors import Cause, describe, reported
+from maskloss._tracing import on_host
+from maskloss.errors import Cause, check_device, describe, reported
 from maskloss.factors import MaskFactors
-from maskloss.functional import check_points, pair_index
 from maskloss.layers import Layer
 from maskloss.matches import Matches, Pairs, check_fit
-from maskloss.points import PointSampling, draw_seed
+from maskloss.points import PointSampling, check_points, draw_seed
 from maskloss.targets import MaskTargets
-from maskloss.targets.bits import on_host
 
 
 class InstanceLosses(NamedTuple):
@@ -232,8 +231,8 @@ class MaskLoss(nn.Module):
                     f"{count} predictions but {targets.num_masks} targets in {len(targets)} image(s)",
                     "give one target mask for each prediction, or matches along with [B, Q, h, w] logits",
                 )
-            _inputs.check_device("masks", targets.device, mask_logits.device)
-            return mask_logits[None], targets, Matches(pair_index(count, mask_logits.device), (count,), count, (count,))
+            check_device("masks", targets.device, mask_logits.device)
+            return mask_logits[None], targets, Matches.one_to_one(count, mask_logits.device)
         _inputs.check_layers("mask_logits", [mask_logits], "[B, Q, h, w]")
         _inputs.check_targets(targets, mask_logits)
         if not isinstance(matches, Matches):
@@ -257,7 +256,7 @@ def check_instance_weights(weights: Tensor, count: int, logits: Layer) -> Tensor
             f"got {describe(weights)} for {count} instances",
             "False or 0 leaves an instance out",
         )
-    _inputs.check_device("instance_weights", weights.device, logits.device)
+    check_device("instance_weights", weights.device, logits.device)
     weights = weights.detach().to(accumulation_dtype(logits.dtype))
     if on_host(weights) and not bool((weights >= 0).all() & weights.isfinite().all()):
         raise Cause(

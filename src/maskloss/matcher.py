@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from maskloss import _inputs, distributed, layers, ops
 from maskloss._classification import KINDS
-from maskloss.errors import Cause, check_layout, describe, reported
+from maskloss.errors import Cause, check_device, check_layout, describe, reported
 from maskloss.functional import class_cost, focal_class_cost
 from maskloss.layers import Layer
 from maskloss.matches import Matches
@@ -245,5 +245,5 @@ def check_predictions(
                 f"those of layer {layer} are {list(logits.shape)}, B and Q are {list(wanted)}",
                 "both heads must read the same queries",
             )
-        _inputs.check_device("class_logits", logits.device, masks[0].device)
+        check_device("class_logits", logits.device, masks[0].device)
     return classes, masks

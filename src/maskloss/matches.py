@@ -1,4 +1,4 @@
-"""Which prediction goes with which target."""
+"""Which prediction belongs to which target."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from maskloss._abi import IMAGE, INDEX_COLUMNS, LAYER, QUERY, TARGET
+from maskloss._numbers import check_integer
+from maskloss._tracing import as_device, as_tensor
 from maskloss.errors import Cause, describe, reported
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -52,13 +54,23 @@ class Matches:
         """Number the matched targets over the whole batch, int64 `[N]`; `first_rows` `[B]`: where each image begins."""
         return first_rows[self.index[:, IMAGE]] + self.index[:, TARGET]
 
+    @reported("Matches.pairs")
     def pairs(self, layer: int = -1) -> list[tuple[Tensor, Tensor]]:
         """List the pairs of one layer as DETR does: (queries, targets) of each image, both int64."""
-        rows = self.index.split(list(self.layer_sizes))[layer]
+        count = len(self.layer_sizes)
+        number = check_integer("layer", layer, -count, count - 1, hint="-1 is the final layer")
+        rows = self.index.split(list(self.layer_sizes))[number]
         return [
             (mine[:, QUERY], mine[:, TARGET])
             for mine in (rows[rows[:, IMAGE] == image] for image in range(self.batch_size))
         ]
+
+    @staticmethod
+    def one_to_one(count: int, device: torch.device) -> Matches:
+        """Match prediction n with target n of a single image."""
+        index = torch.zeros(count, INDEX_COLUMNS, dtype=torch.int64, device=device)
+        index[:, QUERY] = index[:, TARGET] = torch.arange(count, device=device)
+        return Matches(index, (count,), count, (count,))
 
     @staticmethod
     @reported("Matches.from_pairs")
@@ -78,10 +90,16 @@ class Matches:
             MaskLossError: a list of another length than `num_targets`, queries and targets that do not pair up, or an
                 index out of range.
         """
-        if len(pairs) != len(num_targets):
+        check_integer("num_queries", num_queries, 0, hint="it is Q of the logits")
+        if not isinstance(num_targets, Sequence):
+            raise Cause("num_targets must be a list", f"got {describe(num_targets)}", "list the targets of each image")
+        for count in num_targets:
+            check_integer("a number of targets", count, 0, hint="num_targets lists the targets of each image")
+        if not isinstance(pairs, Sequence) or len(pairs) != len(num_targets):
+            given = f"{len(pairs)} entries" if isinstance(pairs, Sequence) else describe(pairs)
             raise Cause(
                 "there must be matches for every image",
-                f"{len(pairs)} entries for {len(num_targets)} images",
+                f"{given} for {len(num_targets)} images",
                 "an image without targets has two empty tensors",
             )
         rows = []
@@ -100,14 +118,16 @@ class Matches:
         counts = tuple(len(part) for part in rows)
         return Matches(index, (len(index),), num_queries, tuple(num_targets), counts=counts)
 
+    @reported("Matches.to")
     def to(self, device: torch.device | str) -> Matches:
         """Move the tensors to a device."""
+        device = as_device(device)
         classes = None if self.classes is None else self.classes.to(device, non_blocking=True)
         return replace(self, index=self.index.to(device, non_blocking=True), classes=classes)
 
 
 def check_fit(matches: Matches, num_queries: int, num_targets: Sequence[int]) -> None:
-    """Refuse matches of other numbers of queries or targets."""
+    """Raise if matches have other numbers of queries or targets."""
     if (matches.num_queries, matches.num_targets) != (num_queries, tuple(num_targets)):
         raise Cause(
             "matches must be those of these predictions and targets",
@@ -120,7 +140,7 @@ def check_fit(matches: Matches, num_queries: int, num_targets: Sequence[int]) ->
 def matches_of_layers(
     matches: Matches | Pairs | Sequence[Pairs], layers: int, num_queries: int, num_targets: Sequence[int]
 ) -> Matches:
-    """Bring given matches into those of all layers: one layer's matches hold for every layer.
+    """Normalize the given matches to those of all layers; matches for a single layer are used for all.
 
     Args:
         matches: `Matches` of one layer or of all; a pair (queries, targets) for each image, as DETR's matchers return
@@ -181,7 +201,7 @@ def _repeated(matches: Matches, layers: int) -> Matches:
 
 
 def _is_pair(entry: Any) -> bool:
-    """Tell a pair (queries, targets) of one image from the list of the pairs of a layer."""
+    """Whether an entry is the pair (queries, targets) of an image, and not the list of the pairs of a layer."""
     if not isinstance(entry, Sequence) or len(entry) != 2:
         return False
     return not any(isinstance(side, Sequence) and any(_is_list(each) for each in side) for side in entry)
@@ -197,7 +217,7 @@ def wanted_classes(
     """Write down the class that each query should have, `no_object` for one without a target.
 
     Args:
-        matches: if the classes are in there, and are as many, they are the answer.
+        matches: their classes are reused if they have them for the same number of classes.
         labels: int64 `[T_all]`.
         first_rows: int64 `[B]`, where the labels of each image begin.
         shape: (L, B, Q).
@@ -215,14 +235,21 @@ def wanted_classes(
 
 
 def _check_pair(pair: Any, image: int) -> tuple[Tensor, Tensor]:
-    """Bring (queries, targets) of one image to int64 on the CPU, and check that they pair up."""
+    """Convert (queries, targets) of one image to int64 on the CPU, and check that they pair up."""
     if not isinstance(pair, Sequence) or len(pair) != 2:
         raise Cause(
             "the matches of an image must be a pair (queries, targets)",
             f"those of image {image} are {describe(pair)}",
             "give one pair of 1-D tensors for each image",
         )
-    queries, targets = (torch.as_tensor(side).cpu() for side in pair)
+    try:
+        queries, targets = (as_tensor(side).cpu() for side in pair)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        raise Cause(
+            "the matches of an image must be two 1-D tensors (queries, targets)",
+            f"those of image {image} are {describe(pair)}",
+            "give indices on the host",
+        ) from None
     if queries.ndim != 1 or queries.shape != targets.shape:
         raise Cause(
             "queries and targets of an image must pair up",
@@ -230,6 +257,6 @@ def _check_pair(pair: Any, image: int) -> tuple[Tensor, Tensor]:
             "give two 1-D tensors of the same length",
         )
     for side in (queries, targets):
-        if len(side) and (side.is_floating_point() or side.dtype == torch.bool):
+        if len(side) and (side.is_floating_point() or side.is_complex() or side.dtype == torch.bool):
             raise Cause("matches must be integers", f"those of image {image} are {describe(side)}", "they are indices")
     return queries.long(), targets.long()

@@ -19,7 +19,7 @@ from maskloss._abi import (
     THREEFRY_ROTATIONS,
 )
 from maskloss._numbers import check_integer, check_number
-from maskloss.errors import Cause, describe, reported
+from maskloss.errors import Cause, check_device, check_layout, describe, reported
 
 # Up to here row numbers follow from 32-bit integers on every backend, and rounding moves no point by 2^-24.
 MOST_CELLS = 1 << 20
@@ -38,9 +38,9 @@ class PointSampling:
     `num_candidates` points are drawn uniformly in [0, 1]^2 and the logits are sampled there; the `num_uncertain` with
     the smallest |logit| are kept, and `num_random` fresh uniform points are added.
 
-    In the layout "independent" each uniform point is drawn on its own. In "stratified" the square is cut into as many
-    cells of equal area as there are points to draw, for candidates and uniform points alike, and one is drawn in each
-    cell: every mean stays what it was, and a quarter of the points is about as quiet. See `Strata` for the cells.
+    In the layout "independent" each uniform point is drawn on its own. "stratified" divides the square into one
+    equal-area cell per point and draws one point in each, for candidates and uniform points alike. Expectations are
+    unchanged, and a quarter of the points gives about the same variance. See `Strata` for the cells.
 
     Args:
         num_points: P, points per instance, at least 1. Default 12544 = 112^2.
@@ -133,6 +133,8 @@ def draw_seed(
     """
     if seed is not None and generator is not None:
         raise Cause("give seed or generator, not both", "both were given", "leave one of them out")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise Cause("generator must be a torch.Generator", f"got {describe(generator)}", "seed= takes a number")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise Cause(
@@ -158,6 +160,28 @@ def _reachable(seed: Tensor, device: torch.device | None) -> Tensor:
             "leave it on the CPU, unless a captured graph is to read it",
         )
     return seed
+
+
+def check_points(points: Tensor, count: int, device: torch.device) -> None:
+    """Raise if points are not float `[count, P, 2]` on the given device."""
+    check_coordinates(points, "[N, P, 2]", device)
+    if points.shape[0] != count:
+        raise Cause(
+            "there must be points for every instance",
+            f"{count} instances but points {list(points.shape)}",
+            "give [N, P, 2] with P at least 1",
+        )
+
+
+def check_coordinates(points: Tensor, shape: str, device: torch.device) -> None:
+    """Raise unless points are float of the shape, `[N, P, 2]` or `[..., P, 2]`, with P at least 1."""
+    check_layout("points", points)
+    fits = isinstance(points, Tensor) and points.ndim >= 2 and (points.ndim == 3 or "..." in shape)
+    if not fits or points.shape[-1] != 2 or not points.is_floating_point():
+        raise Cause(f"points must be float {shape}", f"got {describe(points)}", "the last dimension holds (x, y)")
+    if points.shape[-2] < 1:
+        raise Cause("there must be points for every instance", f"got points {list(points.shape)}", f"give {shape}")
+    check_device("points", points.device, device)
 
 
 def threefry2x32(key0: int | Tensor, key1: int | Tensor, counter0: Tensor, counter1: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,7 +294,7 @@ class Strata(NamedTuple):
 
     @staticmethod
     def of(count: int) -> Strata:
-        """Describe the cells of so many points; no points have one cell, in which nothing is drawn."""
+        """Describe the cells of this many points. Zero points have one cell, in which nothing is drawn."""
         cells = max(count, 1)
         rows = math.isqrt(cells)
         narrow = cells // rows
@@ -285,7 +309,7 @@ def stratified_points(keys: tuple[Tensor, Tensor], num_points: int, layers: Tens
 
     Args:
         keys: two int64 `[N]` tensors, from `instance_keys`.
-        num_points: points per instance, as many as cells; at most 2^20.
+        num_points: points per instance, one for each cell; at most 2^20.
         layers: int64 `[N]`, decoder layer of each instance, in [0, 2^16).
         stream: which of an instance's draws, in [0, 2^16).
 

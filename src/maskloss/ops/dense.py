@@ -21,7 +21,7 @@ from maskloss._abi import (
     grouped,
     num_bytes,
 )
-from maskloss._transforms import active, watched
+from maskloss._tracing import active, is_lazy, materialized, watched
 from maskloss.ops.dispatch import load
 from maskloss.ops.schemas import LOSS, NOT_CAPTURED, operation
 from maskloss.ops.transformed import Derivative
@@ -102,7 +102,7 @@ def _saved_inputs(ctx: Any) -> tuple[Any, ...]:
 def _whole(logits: Sequence[Tensor], rows: Tensor, *grads: Tensor | None) -> list[Tensor]:
     """Gradients of both losses in one piece, zeros for one that was not used."""
     zero = torch.zeros(rows.shape[0], dtype=accumulation_dtype(logits[0].dtype), device=rows.device)
-    return [zero if grad is None else grad.contiguous() for grad in grads]
+    return [zero if grad is None else materialized(grad).contiguous() for grad in grads]
 
 
 def _mask_loss_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -179,7 +179,7 @@ def mask_loss(
         reduction: how the losses will be summed, if that is known: a hint that saves time, whatever comes of it.
     """
     flat = (*instances, *targets, *draw, *term, points)
-    if reduction is not None and _pays_ahead(instances, backend):
+    if reduction is not None and _pays_ahead(instances, flat, backend):
         logits, *inputs = flat
         ce, dice = _Ahead.apply(reduction.gradients(instances), tuple(inputs), backend, *logits)  # type: ignore[no-untyped-call]
     else:
@@ -187,11 +187,11 @@ def mask_loss(
     return ce, dice
 
 
-def _pays_ahead(instances: Instances, backend: str) -> bool:
-    """Tell whether the forward pass should compute the gradient.
+def _pays_ahead(instances: Instances, arguments: Sequence[Any], backend: str) -> bool:
+    """Whether the forward pass should compute the gradient.
 
     Half precision would be rounded before it is scaled, and the scaling of mixed precision is there to prevent that.
-    Tensors of other classes, and modes that watch or replace operations, need the one of the dispatcher.
+    Tensors of other classes, lazy ones, and modes that watch or replace operations need the dispatcher.
     """
     logits = instances.logits
     return (
@@ -199,6 +199,7 @@ def _pays_ahead(instances: Instances, backend: str) -> bool:
         and torch.is_grad_enabled()
         and any(layer.requires_grad for layer in logits)
         and all(type(layer) in (Tensor, Parameter) for layer in logits)
+        and not any(is_lazy(each) for each in (*logits, *arguments[1:]) if isinstance(each, Tensor))
         and logits[0].dtype == instances.accumulation_dtype
         and not torch.compiler.is_compiling()
         and not active()

@@ -30,7 +30,7 @@ def choose_backend(device: torch.device, requested: str | None = None) -> str:
             "reference" elsewhere.
 
     Returns:
-        The backend's name. A request is met or refused, never replaced by another backend.
+        The backend's name. A request is met or raises, and is never replaced by another backend.
 
     Raises:
         Cause: the name is unknown, the backend does not run on that device, or its package is not installed.
@@ -63,8 +63,8 @@ choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_backend(name: object) -> None:
-    """Refuse a name that is no backend's."""
-    if name not in BACKENDS:
+    """Raise if a name is no backend's."""
+    if not isinstance(name, str) or name not in BACKENDS:
         raise Cause(
             f"backend must be one of {', '.join(BACKENDS)}",
             f"backend={name!r}",
@@ -73,10 +73,7 @@ def check_backend(name: object) -> None:
 
 
 def has_host_kernels() -> bool:
-    """Tell whether Numba may do what happens on the host for every backend, such as packing.
-
-    There the results are the same without it, so that nothing needs to be refused or said.
-    """
+    """Whether host-side work, such as packing, may use Numba. Without it results are the same, so nothing is said."""
     return os.environ.get(VARIABLE) != "reference" and _obstacle("cpu") is None
 
 
@@ -87,7 +84,7 @@ def load(backend: str) -> ModuleType:
 
 @cache
 def _obstacle(backend: str) -> str | None:
-    """Say why a backend cannot run, or return None."""
+    """Return why a backend cannot run, or None."""
     try:
         package = importlib.import_module(_NEEDS[backend])
     except ImportError:

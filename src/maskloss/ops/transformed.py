@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._transforms import active, is_mapped, mapped, nested
+from maskloss._tracing import active, is_mapped, mapped, nested
 from maskloss.errors import MaskLossError
 
 

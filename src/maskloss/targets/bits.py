@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskloss import ops
 from maskloss._abi import OFFSET, PLACE_COLUMNS
+from maskloss._tracing import materialized, on_host
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,11 +20,6 @@ if TYPE_CHECKING:
 
 # Gathers the lowest bits of eight bytes in the highest byte, the first of them lowest.
 _GATHER = 0x0102040810204080
-
-
-def on_host(tensor: Tensor) -> bool:
-    """Tell whether values may be looked at: elsewhere that stalls a device, or breaks the graph of `torch.compile`."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def pack(masks: Tensor) -> Tensor:
@@ -35,7 +31,7 @@ def pack(masks: Tensor) -> Tensor:
 
 def _bytes(masks: Tensor) -> Tensor:
     """Masks as one byte per pixel, non-zero inside."""
-    return masks if masks.dtype in (torch.bool, torch.uint8) else masks != 0
+    return materialized(masks) if masks.dtype in (torch.bool, torch.uint8) else masks != 0
 
 
 def pack_elsewhere(images: Sequence[Tensor]) -> Tensor:

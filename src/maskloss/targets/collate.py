@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskloss._tracing import on_host
 from maskloss.errors import Cause, check_layout, describe
-from maskloss.targets.bits import on_host
 from maskloss.targets.mask_targets import MaskTargets
 
 _CONVENTION = 'give [{"masks": [T, H, W], "labels": [T]}, ...]'

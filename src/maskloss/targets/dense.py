@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from maskloss._abi import OFFSET, PLACE_COLUMNS
+from maskloss._tracing import on_host
 from maskloss.errors import Cause, check_layout, describe
-from maskloss.targets import bits
 from maskloss.targets.frames import Stored
 
 
@@ -56,7 +56,7 @@ def are_soft(images: Sequence[Tensor], soft: bool | None) -> bool:
     floats = [image for image in images if image.is_floating_point()]
     if soft is False or not floats:
         return False
-    on_cpu = [image for image in floats if bits.on_host(image)]
+    on_cpu = [image for image in floats if on_host(image)]
     if soft is None and len(on_cpu) == len(floats) and all(bool(((i == 0) | (i == 1)).all()) for i in floats):
         return False
     for image in on_cpu:

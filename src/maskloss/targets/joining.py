@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maskloss._abi import BASE, COUNT, FIRST, IGNORE_BASE, IGNORE_SIZE, PLACE_COLUMNS, SIZE, SIZES
+from maskloss._tracing import as_tensor, on_host
 from maskloss.errors import Cause, describe
 from maskloss.targets import bits, dense
 
@@ -72,7 +73,7 @@ def _converted(part: MaskTargets, encoding: str, dtype: torch.dtype) -> MaskTarg
         sizes.append(len(data))
     table, images = part.table.clone(), part.images.clone()
     table[:, :PLACE_COLUMNS] = torch.from_numpy(np.concatenate(places)).to(table.device)
-    images[:, SIZE] = torch.tensor(sizes).to(table.device)
+    images[:, SIZE] = torch.tensor(sizes, device="cpu").to(table.device)
     return replace(part, encoding=encoding, data=bits.joined(pieces), table=table, images=_add_up(images))
 
 
@@ -114,9 +115,9 @@ def select(targets: MaskTargets, keep: Tensor | Sequence[Any]) -> MaskTargets:
     kept = [_numbers(entry, count, image) for image, (entry, count) in pairs]
     counts = tuple(map(len, kept))
     device = targets.device
-    first = targets.first_rows.repeat_interleave(torch.tensor(counts).to(device), output_size=sum(counts))
+    first = targets.first_rows.repeat_interleave(torch.tensor(counts, device="cpu").to(device), output_size=sum(counts))
     images = targets.images.clone()
-    images[:, COUNT] = torch.tensor(counts).to(device, non_blocking=True)
+    images[:, COUNT] = torch.tensor(counts, device="cpu").to(device, non_blocking=True)
     rows = first + torch.cat([numbers.to(device, non_blocking=True) for numbers in kept])
     return replace(targets, table=targets.table[rows], images=_add_up(images), num_targets=counts)
 
@@ -124,20 +125,20 @@ def select(targets: MaskTargets, keep: Tensor | Sequence[Any]) -> MaskTargets:
 def _numbers(entry: Any, count: int, image: int) -> Tensor:
     """Turn what is kept of an image into the numbers of its masks, int64 `[n]`."""
     try:
-        numbers = torch.as_tensor(entry)
+        numbers = as_tensor(entry)
     except (TypeError, ValueError, RuntimeError):
-        numbers = torch.empty(())
+        numbers = torch.empty((), device="cpu")
     if not numbers.numel() and numbers.ndim == 1 and numbers.dtype != torch.bool:
         return torch.empty(0, dtype=torch.int64, device=numbers.device)
     if numbers.dtype == torch.bool and tuple(numbers.shape) == (count,):
         return numbers.nonzero()[:, 0]
-    if numbers.ndim != 1 or numbers.dtype == torch.bool or numbers.is_floating_point():
+    if numbers.ndim != 1 or numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.is_complex():
         raise Cause(
             "what is kept of an image must be bool [T], or numbers of masks",
             f"that of image {image} is {describe(entry)} for {count} masks",
             "True marks the masks to keep",
         )
-    if bits.on_host(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
+    if on_host(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
         raise Cause(
             f"numbers of masks must lie in [0, {count})",
             f"those of image {image} reach from {int(numbers.min())} to {int(numbers.max())}",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from maskloss._abi import OFFSET, PLACE_COLUMNS, TOP
 from maskloss._numbers import check_integer
+from maskloss._tracing import materialized, on_host
 from maskloss.errors import Cause, check_layout, describe
-from maskloss.targets import bits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,7 +30,7 @@ def label_boxes(labels: Tensor, ids: Sequence[int]) -> NDArray[np.int64]:
 
     An id that is not in the map has height and width 0.
     """
-    values = labels.numpy()
+    values = materialized(labels).numpy()
     wanted, which = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
     boxes = np.zeros((len(ids), 4), dtype=np.int64)
     if not wanted.size:
@@ -50,7 +50,7 @@ def label_places(labels: Tensor, ids: Sequence[int], allow_missing: bool) -> NDA
     height, width = labels.shape
     place = np.zeros((len(ids), PLACE_COLUMNS), dtype=np.int64)
     place[:] = (0, width, 0, 0, height, width)
-    if bits.on_host(labels):
+    if on_host(labels):
         boxes = label_boxes(labels, ids)
         missing = [number for number, box in zip(ids, boxes, strict=True) if not box[2]]
         if missing and not allow_missing:
@@ -92,7 +92,7 @@ def check_label_map(labels: Any) -> Tensor:
 
 
 def check_ids(ids: Tensor) -> Tensor:
-    """Refuse ids that are not integers `[T]`; their values stay on the device."""
+    """Raise if ids are not integers `[T]`; their values stay on the device."""
     check_layout("ids", ids)
     if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise Cause("ids must be 64-bit integers, one per target", f"got {describe(ids)}", "give a list [T]")
@@ -101,10 +101,11 @@ def check_ids(ids: Tensor) -> Tensor:
 
 def listed_ids(ids: Any) -> list[int]:
     """List ids on the host, and check that each is a 64-bit integer."""
-    if ids is None:
+    check_layout("ids", ids)
+    if ids is None or (isinstance(ids, Tensor) and ids.device.type == "meta"):
         raise Cause(
             "a label map needs the ids of its targets",
-            "no ids were given",
+            "no ids were given" if ids is None else f"got {describe(ids)}",
             "list the ids to use, in the order of the labels; the background's is usually left out",
         )
     try:

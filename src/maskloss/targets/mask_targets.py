@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskloss._abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W, LABEL
 from maskloss._numbers import check_integer
-from maskloss._transforms import outside
+from maskloss._tracing import as_device, on_host, outside
 from maskloss.errors import Cause, describe, reported
 from maskloss.targets import bits, coco, dense, joining, label_maps
 from maskloss.targets.frames import Box, Frame, Size, Stored, describe_images
@@ -232,7 +232,8 @@ class MaskTargets:
         Raises:
             MaskLossError: nothing to join, or devices that differ.
         """
-        if not parts or not all(isinstance(part, MaskTargets) for part in parts):
+        fits = isinstance(parts, Sequence) and len(parts) > 0
+        if not fits or not all(isinstance(part, MaskTargets) for part in parts):
             raise Cause("parts must be the MaskTargets to join", f"got {describe(parts)}", "give one per image")
         if len(parts) == 1:
             return parts[0]
@@ -248,17 +249,23 @@ class MaskTargets:
     @reported("MaskTargets.__getitem__")
     def __getitem__(self, image: int) -> MaskTargets:
         """Return the targets of one image; on a device this waits for it."""
+        if isinstance(image, int) and not -len(self) <= image < len(self):
+            raise IndexError(f"there is no image {image}, targets of {len(self)} images end here")
+        return joining.single_image(self, self._number(image))
+
+    def _number(self, image: int) -> int:
+        """Check the number of an image; negative ones count from the end."""
         try:
             number = range(len(self))[image]
-        except TypeError:
+        except (TypeError, IndexError):
             number = None
         if not isinstance(number, int):
             raise Cause(
-                "targets[i] is the image with that number",
-                f"i is {describe(image)}",
+                "an image is chosen by its number",
+                f"got {describe(image)} for {len(self)} images",
                 "MaskTargets.cat([targets[i] for i in ...]) picks images, targets.select picks masks",
             )
-        return joining.single_image(self, number)
+        return number
 
     def __iter__(self) -> Iterator[MaskTargets]:
         """Iterate over the images."""
@@ -342,29 +349,20 @@ class MaskTargets:
         Raises:
             MaskLossError: anything but a device, such as a dtype.
         """
-        if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
-            raise Cause(
-                "targets can be moved to a device only",
-                f"got {describe(device)}",
-                "they have no dtype to change: kernels read bits, label maps and soft values as they are",
-            )
-        try:
-            device = torch.device(device)
-        except RuntimeError as error:
-            raise Cause("there must be such a device", str(error).partition("\n")[0], '"cuda" or "cpu", say') from None
-        moved = [tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors]
+        moved = [tensor.to(as_device(device), non_blocking=non_blocking) for tensor in self.tensors]
         return self if moved[0] is self.data else self._with(moved)
 
     def pin_memory(self, device: torch.device | str | None = None) -> MaskTargets:
         """Copy into page-locked memory, for a faster transfer; `DataLoader(pin_memory=True)` calls this."""
         return self._with([tensor.pin_memory() for tensor in self.tensors])
 
+    @reported("MaskTargets.dense")
     def dense(self, image: int = 0) -> Tensor:
         """Unpack the masks of image number `image`, to look at: `[T, frame height, frame width]`, bool, float if soft.
 
         On a device this waits for it.
         """
-        row = self.images[image].tolist()
+        row = self.images[self._number(image)].tolist()
         first, count, height, width = row[FIRST], row[COUNT], row[IMAGE_H], row[IMAGE_W]
         base = row[BASE]
         dtype = self.data.dtype if self.encoding == "values" else torch.bool
@@ -394,7 +392,7 @@ class MaskTargets:
 
 
 def _from_binary(images: Sequence[Tensor], frame: Frame) -> MaskTargets:
-    if not all(map(bits.on_host, images)):
+    if not all(map(on_host, images)):
         stored = [dense.whole(masks, (masks.shape[2] + 7) // 8) for masks in images]
         return _build("bits", bits.pack_elsewhere(images), stored, frame)
     data, parts = bits.pack_and_crop(images)
@@ -418,7 +416,7 @@ def _from_labels(maps: Sequence[Tensor], ids: Sequence[Any], allow_missing: bool
     unread: list[tuple[int, Tensor]] = []
     first = 0
     for labels, numbers in zip(maps, ids, strict=True):
-        known = not isinstance(numbers, Tensor) or bits.on_host(labels) or bits.on_host(numbers)
+        known = not isinstance(numbers, Tensor) or on_host(labels) or on_host(numbers)
         listed = label_maps.listed_ids(numbers) if known else [0] * len(label_maps.check_ids(numbers))
         if not known:
             unread.append((first, numbers))
