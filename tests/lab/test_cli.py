@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import tifffile
 from PIL import Image
 from pycocotools import mask as codec
+from pycocotools.coco import COCO
 
 from maskloss.lab.cli import main
 from maskloss.lab.commands import train as train_command
@@ -92,13 +94,14 @@ def test_predict(run, tmp_path, capsys):
     paths = [str(tmp_path / "large.tif"), str(tmp_path / "photos")]
     assert main(["predict", str(run), *paths, "--out", str(out), "--threshold", "0", "--device", "cpu"]) == 0
     assert {path.name for path in out.iterdir()} == {
-        "large_masks.tif",
+        "large_found.tif",
         "large_overlay.png",
-        "large-2_masks.tif",
+        "large-2_found.tif",
         "large-2_overlay.png",
         "predictions.json",
+        "images.json",
     }
-    labels = tifffile.imread(out / "large_masks.tif")
+    labels = tifffile.imread(out / "large_found.tif")
     assert labels.shape == (150, 110) and labels.dtype == np.uint16
     with Image.open(out / "large_overlay.png") as overlay:
         assert overlay.height / overlay.width == pytest.approx(150 / 110, abs=0.01)
@@ -110,6 +113,87 @@ def test_predict(run, tmp_path, capsys):
         assert mask.sum() == mask[top : top + height, left : left + width].sum() > 0
         assert entry["category_id"] == 1 and 0 <= entry["score"] <= 1
     assert "large.tif: " in capsys.readouterr().out
+    # COCO's own reader takes both files together.
+    truth = COCO(str(out / "images.json"))
+    assert len(truth.loadRes(str(out / "predictions.json")).getAnnIds()) == len(results)
+    assert [each["label_map"] for each in truth.loadImgs([1, 2])] == ["large_found.tif", "large-2_found.tif"]
+
+
+@pytest.fixture
+def data(tmp_path, capsys):
+    """Images with the truth beside them, and a function that predicts and says what it did to a folder."""
+    from lab.conftest import write_cells
+
+    return write_cells(tmp_path / "data", 3)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+
+
+def predicted(run, out, *images) -> int:
+    return main(["predict", str(run), *map(str, images), "--out", str(out), "--device", "cpu"])
+
+
+def test_predict_writes_into_no_folder_of_data(run, data, capsys):
+    """`x_masks.tif` beside `x.tif` is the truth, and a picture beside images is taken for one of them."""
+    before = contents(data)
+    assert predicted(run, data, data / "0.tif") == 2
+    assert "--out must be a folder apart from images" in one_sentence(capsys)
+    assert contents(data) == before
+    learned_from = json.loads((run / "run.json").read_text())["config"]["data"]
+    assert predicted(run, learned_from, data / "0.tif") == 2
+    assert "--out must be a folder apart from data" in one_sentence(capsys)
+
+
+@pytest.mark.parametrize("name", ["0_found.tif", "0_overlay.png", "predictions.json", "images.json"])
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_predict_writes_over_nothing_but_its_own_files(run, data, tmp_path, capsys, name, kind):
+    out = tmp_path / "out"
+    out.mkdir()
+    if kind == "file":
+        (out / name).write_text("precious")
+    else:
+        (tmp_path / "precious").write_text("precious")
+        (out / name).symlink_to(tmp_path / "precious")
+    assert predicted(run, out, data / "0.tif") == 2
+    assert f"{out / name} is not one of them" in one_sentence(capsys)
+    assert (out / name).read_text() == "precious" and len(contents(out)) == 1
+
+
+def test_predict_knows_its_own_files(run, data, tmp_path, capsys, monkeypatch):
+    """Of this call, of an earlier one, and of one that came to no end."""
+    from maskloss.lab.results import predict as module
+
+    out = tmp_path / "out"
+    assert predicted(run, out, data / "0.tif") == 0
+    assert predicted(run, out, data / "1.tif", data / "0.tif") == 0
+    assert [each["file_name"] for each in json.loads((out / "images.json").read_text())["images"]] == ["1.tif", "0.tif"]
+
+    def full(path, *_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_results", full)
+        assert predicted(run, out, data / "2.tif") == 2
+    assert (out / "2_found.tif").is_file()
+    assert predicted(run, out, data / "2.tif", data / "1.tif") == 0
+
+
+def test_predict_takes_no_truth_for_an_image(run, data, tmp_path, capsys):
+    assert predicted(run, tmp_path / "out", data) == 0
+    printed = capsys.readouterr().out
+    assert "left out: 3 label maps such as " in printed and len(contents(tmp_path / "out")) == 2 * 3 + 2
+
+
+def test_evaluate_looks_at_its_file_before_it_scores(run, tmp_path, capsys, monkeypatch):
+    from maskloss.lab.commands import evaluate as command
+
+    monkeypatch.setattr(command, "evaluate_run", lambda *_, **__: pytest.fail("scored first"))
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("nowhere/a.json", "no such file"), ("", "is a folder"), ("pipe", "is a named pipe")):
+        assert main(["evaluate", str(run), "--json", str(tmp_path / name)]) == 2
+        assert message in one_sentence(capsys)
 
 
 def test_predict_leaves_out_what_it_cannot_read(run, tmp_path, capsys):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -160,7 +162,7 @@ def test_an_image_of_a_folder(capsys, folder, scene):
     _, found, _ = show.draw(subject, None, seed=0)
     assert 0 < float((found.weight == 0).sum()) < 12544
     assert shown(capsys, *given, "a.png", "--out", folder / "a.png", "--dpi", 50).startswith("dog (instance 1")
-    assert "has no annotations of b.png" in refused(capsys, *given, "b.png")
+    assert "has no annotated images of the name b.png" in refused(capsys, *given, "b.png")
 
 
 def test_a_run_on_a_folder(folder, tmp_path):
@@ -200,3 +202,143 @@ def test_a_target_without_a_query_is_named(scene, tmp_path):
     left = {0, 1, 2} - set(show._match(subject, 0)[1][1].tolist())
     with pytest.raises(show.Cause, match="was not matched"):
         show.draw(subject, left.pop(), seed=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["mask_logits", "class_logits"])
+def test_a_prediction_that_is_not_finite_is_described(capsys, scene, tmp_path, name, value):
+    """People whose loss is NaN come here."""
+    logits = scene[name].clone()
+    logits[3].flatten()[:2] = value
+    torch.save({**scene, name: logits}, tmp_path / "nan.pt")
+    told = refused(capsys, "--prediction", tmp_path / "nan.pt", "--out", tmp_path / "nan.png")
+    assert f"{name} must be finite: the loss of anything else is NaN: 1 of 5 queries hold other values" in told
+    assert f"query 3 has {value} in 2 of" in told and "The loss is NaN" in told
+    assert not (tmp_path / "nan.png").exists()
+
+
+ODD = {
+    "a word": {"mask_logits": "logits"},
+    "a list": {"mask_logits": [[1.0]]},
+    "complex": {"mask_logits": torch.zeros(2, 4, 4, dtype=torch.complex64)},
+    "sparse": {"mask_logits": torch.zeros(2, 4, 4).to_sparse()},
+    "on no device": {"mask_logits": torch.zeros(2, 4, 4, device="meta")},
+    "other names": {3: torch.zeros(2, 4, 4)},
+    "nothing": {},
+    "a plane": {"mask_logits": torch.zeros(4, 4)},
+    "no query": {"mask_logits": torch.zeros(0, 4, 4)},
+    "no pixel": {"mask_logits": torch.zeros(2, 0, 4)},
+    "masks of words": {"mask_logits": torch.zeros(2, 4, 4), "masks": ["a"]},
+    "masks with NaN": {"mask_logits": torch.zeros(2, 4, 4), "masks": torch.full((1, 4, 4), float("nan"))},
+    "masks of no pixel": {"mask_logits": torch.zeros(2, 4, 4), "masks": torch.zeros(1, 0, 0)},
+    "no mask": {"mask_logits": torch.zeros(2, 4, 4), "masks": torch.zeros(0, 4, 4)},
+    "labels beyond": {
+        "mask_logits": torch.zeros(2, 4, 4),
+        "masks": torch.ones(1, 4, 4),
+        "labels": torch.tensor([7]),
+        "class_logits": torch.zeros(2, 3),
+    },
+    "many labels": {
+        "mask_logits": torch.zeros(2, 4, 4),
+        "masks": torch.ones(1, 4, 4),
+        "labels": torch.tensor([0, 1]),
+        "class_logits": torch.zeros(2, 3),
+    },
+    "few classes": {
+        "mask_logits": torch.zeros(2, 4, 4),
+        "masks": torch.ones(1, 4, 4),
+        "labels": torch.tensor([0]),
+        "class_logits": torch.zeros(1, 3),
+    },
+    "ignore of another size": {
+        "mask_logits": torch.zeros(2, 4, 4),
+        "masks": torch.ones(1, 4, 4),
+        "ignore": torch.zeros(5, 5),
+    },
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_files_get_one_sentence(capsys, tmp_path, case):
+    torch.save(ODD[case], tmp_path / "odd.pt")
+    np.save(tmp_path / "truth.npy", np.ones((1, 4, 4), np.uint8))
+    truth = [] if "masks" in ODD[case] else ["--target", tmp_path / "truth.npy"]
+    lines = refused(capsys, "--prediction", tmp_path / "odd.pt", *truth, "--out", tmp_path / "o.png").splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+
+
+def test_pipes_devices_and_damage_are_not_waited_for(capsys, tmp_path, scene, folder):
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "torn.npy").write_bytes((folder / "prediction.npy").read_bytes()[:200])
+    (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04 and no more")
+    for name in (tmp_path / "pipe.pt", "/dev/zero", tmp_path / "torn.npy", tmp_path / "torn.pt", tmp_path):
+        assert len(refused(capsys, "--prediction", name).splitlines()) == 1
+        assert len(refused(capsys, "--prediction", folder / "prediction.npy", "--target", name).splitlines()) == 1
+    given = ("--prediction", folder / "prediction.npy", "--data", folder / "data", "--image", "a.png")
+    (folder / "data" / "instances.json").unlink()
+    os.mkfifo(folder / "data" / "instances.json")
+    assert "is a named pipe" in refused(capsys, *given)
+
+
+def test_any_data_that_training_reads(capsys, tmp_path):
+    """Label maps beside deep images."""
+    from lab.conftest import write_cells
+
+    cells = write_cells(tmp_path / "cells", 3)
+    truth = tifffile.imread(cells / "1_masks.tif")
+    np.save(tmp_path / "p.npy", np.where(truth > 0, 4.0, -4.0)[None].astype(np.float32))
+    subject = show.gather(options("--prediction", tmp_path / "p.npy", "--data", cells, "--image", "1.tif"))
+    expected = [truth == number for number in np.unique(truth) if number]
+    assert np.array_equal(subject.masks.numpy(), np.stack(expected))
+    assert subject.image.shape == (3, 64, 64) and 0 <= subject.image.min() < subject.image.max() <= 1
+
+
+def test_the_criterion_of_the_caller_stays_as_it_is(run_folder, monkeypatch):
+    from maskloss.lab.loop import run
+
+    held = []
+    original = run.criterion_of
+
+    def kept(*given):
+        held.append(original(*given))
+        return held[0]
+
+    monkeypatch.setattr(run, "criterion_of", kept)
+    subject = show.gather(options(run_folder, "--num-points", 50))
+    subject.class_logits = None
+    show.draw(subject, None, seed=0)
+    assert held[0].mask_loss.sampling.num_points == 64 == held[0].matcher.num_points
+    assert held[0].matcher.class_weight == MaskCriterion(2).matcher.class_weight
+    assert {held[0].mask_loss.options.backend, held[0].matcher.options.backend} == {None}
+    assert subject.criterion.mask_loss.sampling.num_points == 50
+
+
+def test_a_picture_is_there_whole_or_not_at_all(capsys, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def full(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "show.png").write_bytes(b"the picture of yesterday")
+    monkeypatch.setattr(Figure, "savefig", full)
+    assert refused(capsys, "--out", tmp_path / "show.png") == f"error: the disk is full: {tmp_path / 'show.png'}\n"
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the picture of yesterday"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dpi", 0), "--dpi must be an integer in"),
+        (("--dpi", 10**9), "--dpi must be an integer in"),
+        (("--seed", -1), "--seed must be an integer in"),
+        (("--seed", 2**70), "--seed must be an integer in"),
+        (("--num-points", 0), "num_points must be"),
+        (("--instance", 99), "instance must be in 0"),
+        (("--out", "nowhere/a.png"), "--out must be a file that can be written"),
+        (("--out", "a.gif"), "--out must end in"),
+    ],
+)
+def test_options_out_of_range(capsys, arguments, message):
+    told = refused(capsys, *arguments)
+    assert message in told and len(told.splitlines()) == 1

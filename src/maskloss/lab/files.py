@@ -32,13 +32,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """
     # Through a link, and never in place of a device.
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise Cause("a file must be written to a file", f"{path} is none", "name another one")
+    if path.exists():
+        check_file(path, "what is written must be a file")
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         write(partial)
         flush_file(partial)
         os.replace(partial, path)
+    except OSError as error:
+        # The one that is meant, and also where the system names none, as for a full disk.
+        error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -53,16 +57,14 @@ def check_writable(path: Path, option: str) -> None:
     Raises:
         Cause: a folder, a device, a folder that is missing, or no permission.
     """
+    rule = f"{option} must be a file that can be written"
     try:
+        if path.exists():
+            check_file(path, rule)
         # Asking for permissions is not enough: a file system may be mounted read-only.
-        write_whole(path.with_name(f".{path.name}.probe"), lambda partial: partial.touch())
-        path.with_name(f".{path.name}.probe").unlink()
-        good = not path.exists() or path.is_file()
-        told = f"{path} is none"
-    except (OSError, ValueError) as error:
-        good, told = False, f"{path}: {explain(error)}"
-    if not good:
-        raise Cause(f"{option} must be a file that can be written", told, "its folder must be there")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise Cause(rule, f"{path.parent}: {explain(error)}", "its folder must be there") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

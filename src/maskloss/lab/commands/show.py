@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import copy
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, one_hot
 
+from maskloss._numbers import check_integer
 from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, describe, reported, require
-from maskloss.lab.files import write_whole
+from maskloss.lab.data import recognize
+from maskloss.lab.data.images import read_image, read_label_map, to_unit
+from maskloss.lab.data.problems import Problems
+from maskloss.lab.data.scenes import in_color
+from maskloss.lab.data.truth import View, load
+from maskloss.lab.files import check_file, check_writable, explain, write_whole
 from maskloss.lab.terminal import tell
 from maskloss.plots import Costs, Inspection, inspect_points, instance_figure
 from maskloss.points import PointSampling
@@ -35,6 +41,10 @@ DESCRIPTION = (
 # Of the made-up prediction: few enough to tell them apart.
 SHOWN_POINTS = 2048
 ENDINGS = (".png", ".svg", ".pdf")
+# What a prediction file may hold.
+HELD = ("mask_logits", "class_logits", "masks", "labels", "ignore")
+# Fewer pixels per inch cannot be read; more would take gigabytes.
+DPI = (10, 1200)
 
 
 @dataclass
@@ -78,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prediction", type=Path, metavar="FILE", help=".npy or .pt with mask logits [Q, h, w], or a dict of tensors"
     )
-    parser.add_argument("--data", type=Path, metavar="…", help="folder with images/ and COCO instances.json: the truth")
+    parser.add_argument("--data", type=Path, metavar="…", help="folder of data, as maskloss train reads it: the truth")
     parser.add_argument(
         "--target", type=Path, metavar="FILE", help="the truth: .npy, .pt or an image, masks [T, H, W] or a label map"
     )
@@ -98,8 +108,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Draw the picture, write it, and print what is on it."""
-    if options.out.suffix not in ENDINGS:
+    if options.out.suffix.lower() not in ENDINGS:
         raise Cause(f"--out must end in {', '.join(ENDINGS)}", f"got {options.out.name}", "--out show.svg")
+    check_integer("--dpi", options.dpi, *DPI, hint="130 is usual")
+    check_integer("--seed", options.seed, 0, 2**63 - 1, hint="take another")
+    check_writable(options.out, "--out")
     subject = gather(options)
     figure, found, text = draw(subject, options.instance, options.seed)
     write(figure, options.out, options.dpi)
@@ -128,11 +141,7 @@ def gather(options: argparse.Namespace) -> Subject:
         raise Cause("an image needs a prediction", "there is only --image", "add RUN, or --prediction and --target")
     else:
         subject = from_digits(options.seed)
-    if options.num_points is not None:
-        loss = subject.criterion.mask_loss
-        loss.sampling = replace(loss.sampling, num_points=options.num_points)
-        subject.criterion.matcher.num_points = loss.sampling.num_points
-    return subject
+    return replace(subject, criterion=_for_drawing(subject.criterion, options.num_points))
 
 
 @torch.no_grad()
@@ -140,9 +149,11 @@ def draw(subject: Subject, instance: int | None, seed: int) -> tuple[Figure, Ins
     """Match, inspect one instance, and draw it; the last result names it.
 
     Raises:
-        MaskLossError: no target, an instance that does not exist, or one that was not matched.
+        MaskLossError: a prediction that is not finite, no target, an instance that does not exist, or one that was not
+            matched.
     """
     criterion, count = subject.criterion, len(subject.masks)
+    _check_finite(subject)
     if count == 0:
         raise Cause("there must be a target", "the truth is empty", "take another image")
     if instance is None:
@@ -169,14 +180,15 @@ def draw(subject: Subject, instance: int | None, seed: int) -> tuple[Figure, Ins
 
 def write(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure; the same figure gives the same bytes."""
-    metadata = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix]
+    kind = path.suffix.lower()
+    metadata = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[kind]
     with require("matplotlib", "plots").rc_context({"svg.hashsalt": "maskloss"}):
-        write_whole(path, lambda to: figure.savefig(to, dpi=dpi, format=path.suffix[1:], metadata=metadata))
+        write_whole(path, lambda to: figure.savefig(to, dpi=dpi, format=kind[1:], metadata=metadata))
 
 
 def _match(subject: Subject, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Compute the costs `[Q, T]` and the pairs of the one image."""
-    matcher = subject.criterion.matcher
+    matcher = copy.copy(subject.criterion.matcher)
     targets = _targets(subject)
     labels = subject.labels
     classes = subject.class_logits
@@ -198,11 +210,37 @@ def _targets(subject: Subject) -> MaskTargets:
     return MaskTargets.from_masks(subject.masks, ignore=subject.ignore, valid=valid)
 
 
-def _plain(criterion: MaskCriterion) -> MaskCriterion:
-    """Compute without kernels, which would have to be compiled for a single picture."""
-    for part in (criterion.mask_loss, criterion.matcher):
+def _for_drawing(criterion: MaskCriterion, num_points: int | None) -> MaskCriterion:
+    """Copy a criterion, which may be that of a model, to one without kernels and with as many points as wanted.
+
+    Kernels would have to be compiled for a single picture.
+    """
+    copied = copy.deepcopy(criterion)
+    for part in (copied.mask_loss, copied.matcher):
         part.options = replace(part.options, backend="reference")
-    return criterion
+    if num_points is not None:
+        copied.mask_loss.sampling = replace(copied.mask_loss.sampling, num_points=num_points)
+        copied.matcher.num_points = num_points
+    return copied
+
+
+def _check_finite(subject: Subject) -> None:
+    """Raise if there is nothing to draw because the loss is NaN; say where that comes from."""
+    named = {"mask_logits": subject.mask_logits, "class_logits": subject.class_logits}
+    for name, logits in named.items():
+        if logits is None or logits.isfinite().all():
+            continue
+        bad = (~logits.isfinite()).flatten(1)
+        queries = bad.any(1).nonzero().flatten().tolist()
+        first = logits[queries[0]].flatten()
+        values = first[bad[queries[0]]]
+        raise Cause(
+            f"{name} must be finite: the loss of anything else is NaN",
+            f"{len(queries)} of {len(logits)} queries hold other values; query {queries[0]} has {float(values[0])} in "
+            f"{len(values):,} of {len(first):,} places",
+            'the picture would be empty; "The loss is NaN" in the troubleshooting page lists where such values come '
+            "from",
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -225,7 +263,7 @@ def from_run(folder: Path, image: str | None) -> Subject:
     return Subject(
         mask_logits=output.mask_logits[0].detach(),
         masks=probe.masks.dense(),
-        criterion=_plain(criterion_of(learner, len(facts.classes))),
+        criterion=criterion_of(learner, len(facts.classes)),
         class_logits=output.class_logits[0].detach(),
         labels=probe.labels,
         names=_numbered([facts.classes[label] for label in probe.labels.tolist()]),
@@ -268,7 +306,7 @@ def from_digits(seed: int) -> Subject:
     return Subject(
         mask_logits=torch.cat([good, idle])[order],
         masks=masks,
-        criterion=_plain(MaskCriterion(10, sampling=PointSampling(num_points=SHOWN_POINTS))),
+        criterion=MaskCriterion(10, sampling=PointSampling(num_points=SHOWN_POINTS)),
         class_logits=classes[order],
         labels=labels,
         names=_numbered([source.class_names[label] for label in labels.tolist()]),
@@ -288,22 +326,22 @@ def from_prediction(path: Path, target: Path | None, data: Path | None, image: s
             f"{path} holds {', '.join(map(str, content)) or 'nothing'}",
             'save a tensor [Q, h, w], or a dict with "mask_logits"',
         )
-    held = {name: torch.as_tensor(value) for name, value in content.items()}
+    held = {name: _tensor(content[name], name, path) for name in HELD if name in content}
     logits = _without_batch(held["mask_logits"], 3, "mask_logits", "[Q, h, w]").float()
     labels, ignore = held.get("labels"), held.get("ignore")
     names: list[str] = []
     picture = None
     if data is not None:
         if image is None:
-            raise Cause("--data goes with --image", "there is no --image", "name a file in images/")
-        masks, labels, names, ignore = _annotated(data, image)
-        picture = _picture(data / "images" / image)
+            raise Cause("--data needs --image", "there is no --image", "name an image of the folder")
+        masks, labels, names, ignore, picture = _annotated(data, image)
     else:
         truth = held.get("masks") if target is None else _read(target)
         if truth is None:
             raise Cause("a prediction needs its truth", "there is none", '--target FILE, or "masks" in the file')
-        masks = _masks(truth, target or path)
-        picture = None if image is None else _picture(Path(image))
+        masks = _masks(_tensor(truth, "the truth", target or path), target or path)
+        picture = None if image is None else in_color(_pixels(to_unit(read_image(Path(image)), percentile=False)))
+    ignore = None if ignore is None else ignore.bool()
     classes = held.get("class_logits")
     count = 1
     if classes is not None and labels is not None:
@@ -313,7 +351,7 @@ def from_prediction(path: Path, target: Path | None, data: Path | None, image: s
     return Subject(
         mask_logits=logits,
         masks=masks,
-        criterion=_plain(MaskCriterion(count, sampling=sampling)),
+        criterion=MaskCriterion(count, sampling=sampling),
         class_logits=classes if labels is not None else None,
         labels=labels,
         names=_numbered(names),
@@ -324,25 +362,37 @@ def from_prediction(path: Path, target: Path | None, data: Path | None, image: s
 
 
 def _read(path: Path) -> Any:
-    """Read an array, tensors, or the pixels of an image; nothing in a file is ever run."""
-    if not path.is_file():
-        raise Cause("every file must be there", f"there is no file {path}", "check the name")
+    """Read an array, tensors, or a label map; nothing in a file is ever run."""
+    rule = "every file must hold an array, tensors or an image"
+    check_file(path, rule)
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False))
+            return np.load(path, allow_pickle=False)
         if path.suffix in {".pt", ".pth"}:
             return torch.load(path, map_location="cpu", weights_only=True)
-        return torch.from_numpy(np.array(require("PIL.Image", "plots").open(path)))
     except pickle.UnpicklingError:
         raise Cause(
             "a file must hold nothing but tensors",
-            f"{path} holds other objects",
+            f"{path} holds other objects, or is damaged",
             "torch.save a tensor, or a dict of them",
         ) from None
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError) as error:
-        raise Cause(
-            "every file must hold an array, tensors or an image", f"{path}: {error}", ".npy, .pt or .png"
-        ) from None
+    except Exception as error:  # noqa: BLE001 (a broken file can make a parser fail in any way)
+        raise Cause(rule, f"{path}: {explain(error)}", ".npy, .pt or .png") from None
+    return read_label_map(path)
+
+
+def _tensor(value: Any, name: str, path: Path) -> Tensor:
+    """Return an ordinary tensor of numbers: float32 or float64, int64 or bool."""
+    wrong = Cause(f"{name} must be a tensor of numbers", f"{path} holds {describe(value)}", "save it with torch.save")
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        # In the order of bytes and of the types that torch computes with.
+        kind = {"f": np.float64 if value.dtype.itemsize > 4 else np.float32, "b": np.bool_}
+        value = torch.from_numpy(value.astype(kind.get(value.dtype.kind, np.int64)))
+    if not isinstance(value, Tensor) or value.is_nested or value.layout is not torch.strided:
+        raise wrong
+    if value.is_quantized or value.is_complex() or value.device.type == "meta":
+        raise wrong
+    return value if value.is_floating_point() or value.dtype == torch.bool else value.to(torch.int64)
 
 
 def _without_batch(value: Tensor, rank: int, name: str, shape: str) -> Tensor:
@@ -353,9 +403,10 @@ def _without_batch(value: Tensor, rank: int, name: str, shape: str) -> Tensor:
     return value
 
 
-def _masks(content: Any, path: Path) -> Tensor:
-    """Bring masks `[T, H, W]`, or a label map `[H, W]` with 0 for the background, into bool `[T, H, W]`."""
-    truth: Tensor = torch.as_tensor(content)
+def _masks(truth: Tensor, path: Path) -> Tensor:
+    """Convert masks `[T, H, W]`, or a label map `[H, W]` with 0 for the background, to bool `[T, H, W]`."""
+    if truth.is_floating_point() and not truth.isfinite().all():
+        raise Cause("the truth must be finite", f"{path} holds nan or infinite values", "they make the loss NaN")
     if truth.ndim == 2 and not truth.is_floating_point():
         ids = truth.unique()
         found: Tensor = truth == ids[ids != 0][:, None, None]
@@ -368,40 +419,38 @@ def _masks(content: Any, path: Path) -> Tensor:
     return masks
 
 
-def _annotated(folder: Path, image: str) -> tuple[Tensor, Tensor, list[str], Tensor | None]:
-    """Read the masks, labels and names of one image of a folder with COCO annotations, and its crowds."""
-    for name in ("instances.json", "instances_val.json"):
-        path = folder / name
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"images": []}
-        entry = next((each for each in content["images"] if each["file_name"] == image), None)
-        if entry is not None:
-            break
-    else:
-        raise Cause("the image must be annotated", f"{folder} has no annotations of {image}", "see --data")
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    order = {category["id"]: number for number, category in enumerate(categories)}
-    annotations = [each for each in content["annotations"] if each["image_id"] == entry["id"]]
-    single = [each for each in annotations if not each.get("iscrowd", 0)]
-    crowds = [each for each in annotations if each.get("iscrowd", 0)]
-    masks, crowd = (
-        MaskTargets.from_coco([each["segmentation"] for each in part], entry["height"], entry["width"]).dense()
-        for part in (single, crowds)
+def _annotated(folder: Path, image: str) -> tuple[Tensor, Tensor, list[str], Tensor | None, Tensor]:
+    """Read masks, labels, names, the ignore region and the picture of an image, as training reads them."""
+    kind, *parts = recognize.find(folder, None, Problems())
+    found = [
+        (categories, entry)
+        for categories, entries, _ in filter(None, parts)
+        for entry in entries
+        if f"/{Path(entry.file).as_posix()}".endswith(f"/{image}")
+    ]
+    if len(found) != 1:
+        told = f"{folder} has {len(found) or 'no annotated'} images of the name {image}"
+        raise Cause("--image must name an annotated image", told, "name it with its folder, as a/b.png")
+    [(categories, entry)] = found
+    loaded = load(entry)
+    view = View.whole(entry.height, entry.width)
+    packed, ignored = loaded.pack(view, view.size), loaded.ignored()
+    names = list(categories.values())
+    return (
+        packed.masks.dense(),
+        packed.labels,
+        [names[label] for label in packed.labels.tolist()],
+        None if ignored is None else torch.from_numpy(ignored),
+        in_color(_pixels(to_unit(loaded.image, percentile=kind == "labels"))),
     )
-    labels = torch.tensor([order[each["category_id"]] for each in single], dtype=torch.int64)
-    return masks, labels, [str(categories[label]["name"]) for label in labels], crowd.any(0) if crowds else None
 
 
-def _picture(path: Path) -> Tensor:
-    """Read an image: float32 `[3, h, w]` in [0, 1]."""
-    if not path.is_file():
-        raise Cause("the image must be there", f"there is no file {path}", "check the name")
-    with require("PIL.Image", "plots").open(path) as opened:
-        pixels = np.asarray(opened.convert("RGB")).copy()
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+def _pixels(array: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
-    """Tell apart instances of one name: "3", "3 (2)"."""
+    """Number instances of one name: "3", "3 (2)"."""
     seen: dict[str, int] = {}
     numbered = []
     for name in names:

@@ -44,7 +44,7 @@ def recognize(folder: Path, format: str | None, problems: Problems) -> Found:  #
     try:
         if not folder.is_dir():
             raise Cause("data must be a folder", f"there is no folder {folder}", LAYOUT)
-        parts = _find(folder, format, problems)
+        parts = find(folder, format, problems)
     except OSError as error:
         raise Cause("data must be a folder that can be read", f"{folder}: {explain(error)}", LAYOUT) from None
     kind, train, held_out = parts
@@ -70,7 +70,8 @@ def recognize(folder: Path, format: str | None, problems: Problems) -> Found:  #
     )
 
 
-def _find(folder: Path, format: str | None, problems: Problems) -> tuple[str, Part, Part | None]:  # noqa: A002
+def find(folder: Path, format: str | None, problems: Problems) -> tuple[str, Part, Part | None]:  # noqa: A002
+    """Read a data set as it lies in a folder, before it is split: its kind, the images for training, those held out."""
     for kind in FORMATS if format is None else (format,):
         search = {"coco": _find_instances, "panoptic": _find_panoptic, "labels": _find_labels}[kind]
         found = search(folder, problems)

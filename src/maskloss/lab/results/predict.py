@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from maskloss.errors import Cause, require
+from maskloss.errors import Cause, MaskLossError, require
 from maskloss.lab import files
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.data.images import SUFFIXES, read_image, to_channels, to_unit
+from maskloss.lab.data.labelmaps import MAP_ENDINGS
 from maskloss.lab.data.problems import Problems
 from maskloss.lab.data.scenes import in_color
 from maskloss.lab.loop.run import load_learner, open_source
@@ -23,7 +25,10 @@ from maskloss.lab.results import pictures
 from maskloss.lab.results.evaluate import Evaluation, evaluate
 from maskloss.lab.results.inference import MOST, Prediction, Predictor
 
-RESULTS = "predictions.json"
+RESULTS, IMAGES = "predictions.json", "images.json"
+# Not `_masks`, by which training knows the truth beside an image.
+LABEL_MAP, OVERLAY = "_found.tif", "_overlay.png"
+_WRITTEN_BY = "maskloss predict"
 
 
 def open_run(run: Path, device: str | None, tile: int | None = None) -> tuple[Facts, Predictor]:
@@ -124,32 +129,91 @@ def predict_images(
         What was written, and what was left out.
 
     Raises:
-        Cause: no run, or images that cannot be read.
+        Cause: no run, images that cannot be read, or a file in the way that an earlier call did not write.
     """
     if not 0 <= threshold <= 1:
         raise Cause("--threshold must be a score from 0 to 1", f"got {threshold:g}", "0.5 is usual")
-    listed = _list_images(images)
-    facts, predictor = open_run(run, device, tile)
-    made = files.make_folder(out, "--out")
     problems = Problems(on_error)
+    listed = _list_images(images, problems)
+    names = _names(listed)
+    facts, predictor = open_run(run, device, tile)
+    earlier = _own_files(out)
+    planned = [RESULTS, IMAGES, *(name + ending for name in names for ending in (LABEL_MAP, OVERLAY))]
+    _check_free(out, planned, earlier, facts.config.data)
+    made = files.make_folder(out, "--out")
+    content: dict[str, Any] = {
+        "written_by": _WRITTEN_BY,
+        "run": str(run.absolute()),
+        "images": [],
+        "categories": [
+            {"id": number, "name": name} for number, name in zip(facts.category_ids, facts.classes, strict=True)
+        ],
+        "files": sorted({*planned, *earlier}),
+    }
     written: list[Path] = []
     results: list[dict[str, Any]] = []
     try:
-        for number, (path, name) in enumerate(zip(listed, _names(listed), strict=True), start=1):
+        for number, (path, name) in enumerate(zip(listed, names, strict=True), start=1):
             with problems.tolerated():
                 pixels = to_unit(to_channels(read_image(path), facts.channels, path), facts.percentile)
                 image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
                 [prediction] = predictor([image])
                 kept = [each for each in prediction.instances if each.score >= threshold]
                 prediction = prediction._replace(instances=kept)
+                if not written:
+                    # Before the first of them: whatever happens, the next call knows what is its own.
+                    files.write_json(out / IMAGES, content)
                 written += _write(out, name, image, prediction, facts, threshold)
                 results += _results(number, path, prediction, facts.category_ids)
+                content["images"].append(
+                    {
+                        "id": number,
+                        "file_name": path.name,
+                        "height": prediction.height,
+                        "width": prediction.width,
+                        "label_map": name + LABEL_MAP,
+                        "overlay": name + OVERLAY,
+                    }
+                )
                 done(path, len(kept))
-        content = json.dumps(results, indent=1) + "\n"
-        files.write_whole(out / RESULTS, lambda partial: partial.write_text(content, encoding="utf-8"))
+        files.write_json(out / IMAGES, content)
+        text = json.dumps(results, indent=1) + "\n"
+        files.write_whole(out / RESULTS, lambda partial: partial.write_text(text, encoding="utf-8"))
     finally:
         files.unmake(made)
-    return [*written, out / RESULTS], problems.skipped
+    return [*written, out / RESULTS, out / IMAGES], problems.skipped
+
+
+def _own_files(out: Path) -> set[str]:
+    """Return the names of the files in a folder that earlier calls wrote."""
+    try:
+        content = files.read_json(out / IMAGES, "")
+    except MaskLossError:
+        return set()  # there is none, or not one of ours: then nothing in the folder is
+    names = content.get("files")
+    if content.get("written_by") != _WRITTEN_BY or not isinstance(names, list):
+        return set()
+    return {str(name) for name in names}
+
+
+def _check_free(out: Path, planned: Iterable[str], own: set[str], data: str | None) -> None:
+    """Raise if a file would be written over that is not ours, or beside images that are somebody's data.
+
+    Args:
+        out: the folder; need not be there.
+        planned: names of the files to write.
+        own: names of those that earlier calls wrote.
+        data: folder of the data that the run learned from.
+    """
+    hint = "name another folder with --out"
+    for name in planned:
+        if name not in own and os.path.lexists(out / name):
+            raise Cause("predict writes over nothing but its own files", f"{out / name} is not one of them", hint)
+    if data is not None and os.path.realpath(out) == os.path.realpath(data):
+        raise Cause("--out must be a folder apart from data", f"the run learned from {out}", hint)
+    for path in sorted(out.iterdir()) if out.is_dir() else ():
+        if path.suffix.lower() in SUFFIXES and path.name not in own:
+            raise Cause("--out must be a folder apart from images", f"{path} lies in it", hint)
 
 
 def _write(
@@ -159,15 +223,15 @@ def _write(
     labels = prediction.label_map(threshold)
     # Sixteen bits are what other programs read.
     labels = labels.astype(np.uint16) if labels.max(initial=0) < 1 << 16 else labels
-    mask_path, overlay_path = out / f"{name}_masks.tif", out / f"{name}_overlay.png"
+    map_path, overlay_path = out / (name + LABEL_MAP), out / (name + OVERLAY)
     files.write_whole(
-        mask_path, lambda partial: tifffile.imwrite(partial, labels, compression="zlib", photometric="minisblack")
+        map_path, lambda partial: tifffile.imwrite(partial, labels, compression="zlib", photometric="minisblack")
     )
     drawn = require("PIL.Image", "train").fromarray(
         pictures.overlay(in_color(image), prediction.instances, len(facts.classes))
     )
     files.write_whole(overlay_path, lambda partial: drawn.save(partial, format="PNG"))
-    return [mask_path, overlay_path]
+    return [map_path, overlay_path]
 
 
 def _results(number: int, path: Path, prediction: Prediction, category_ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -190,11 +254,17 @@ def _results(number: int, path: Path, prediction: Prediction, category_ids: Sequ
     return out
 
 
-def _list_images(paths: Sequence[Path]) -> list[Path]:
+def _list_images(paths: Sequence[Path], problems: Problems) -> list[Path]:
+    """List the images that are named, and those of the folders that are, without the truth that lies beside them."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
+            stems = {each.stem for each in inside}
+            maps = [each for each in inside if _is_map(each.stem, stems)]
+            if maps:
+                problems.skipped.append(f"{len(maps)} label maps such as {maps[0]}, which lie beside their images")
+            inside = [each for each in inside if each not in maps]
             if not inside:
                 raise Cause("a folder of images must hold some", f"{path} holds none", "PNG, JPEG or TIFF")
             found += inside
@@ -205,13 +275,17 @@ def _list_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def _is_map(stem: str, stems: set[str]) -> bool:
+    return any(stem.endswith(ending) and stem.removesuffix(ending) in stems for ending in MAP_ENDINGS)
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Name what is written after the images; images of one name are numbered."""
-    names: list[str] = []
+    """Name what is written after the images; images of one name are numbered. Letter case makes no difference."""
+    names: dict[str, str] = {}
     for path in paths:
         name, count = path.stem, 1
-        while name in names:
+        while name.casefold() in names:
             count += 1
             name = f"{path.stem}-{count}"
-        names.append(name)
-    return names
+        names[name.casefold()] = name
+    return list(names.values())
