@@ -206,9 +206,9 @@ def operations_of(case: Case) -> dict[str, list[Launch]]:
         with recorded() as result["match_cost"]:
             gpu.match_cost(logits, [case.widest] * batch, targets, draw, term)
         with recorded() as result["mask_loss"]:
-            ce, dice, chosen, corners = gpu.mask_loss(*inputs)
+            ce, dice, chosen, soft = gpu.mask_loss(*inputs)
         with recorded() as result["mask_loss_backward"]:
-            gpu.mask_loss_backward(Gradients(ce, dice), Saved(chosen, corners), *inputs, [True] * layers)
+            gpu.mask_loss_backward(Gradients(ce, dice), Saved(chosen, soft), *inputs, [True] * layers)
         with recorded() as result["factored_match_cost"]:
             factored.match_cost(gpu, factors, [case.widest] * batch, targets, draw, term)
         with recorded() as result["factored_mask_loss"]:

@@ -56,11 +56,6 @@ ALL_TARGETS = 0xFFFFFFFF
 
 # --------------------------------------------------------------------------------------------------------------- codes
 
-# What the forward pass keeps of a target at a point: the four pixels around it, a bit each, and whether it is ignored.
-UPPER_LEFT, UPPER_RIGHT, LOWER_LEFT, LOWER_RIGHT, IGNORED_BIT = range(5)
-CORNERS = (UPPER_LEFT, UPPER_RIGHT, LOWER_LEFT, LOWER_RIGHT)
-ALL_CORNERS, IGNORED = 0b1111, 1 << IGNORED_BIT
-
 # Element types. The code of an encoding and that of its element type add up to one number.
 F32, F16, BF16, F64 = range(4)
 U8, I16, I32, I64 = range(4)
@@ -200,17 +195,23 @@ class Term(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass: chosen candidates `[N, ceil(K / 8)]`, codes `[N, P]`."""
+    """What the forward pass keeps for the backward pass. Everything else is read again, as it is in memory anyway.
+
+    Attributes:
+        chosen: the chosen candidates, a bit each, uint8 `[N, ceil(K / 8)]`.
+        soft: t at the points, -1 where it is ignored, `[N, P]`. Without columns for bits and labels: to read those
+            again costs less than to write and read what was found.
+    """
 
     chosen: Tensor
-    corners: Tensor
+    soft: Tensor
 
 
 class Kept(NamedTuple):
     """What the backward pass of factored instances needs: as `Saved`, and the logits at the points `[N, P]`."""
 
     chosen: Tensor
-    corners: Tensor
+    soft: Tensor
     logits: Tensor
 
 

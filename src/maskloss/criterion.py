@@ -80,8 +80,8 @@ class MaskCriterion(nn.Module):
     the number of instances; there is no "no object". `L_mask` and `L_dice` are the cross-entropy and Dice of `MaskLoss`
     over the matched instances, divided by their number. All divisors are those of all ranks together.
 
-    Dense float masks on a GPU are taken for soft values, since looking at them would stall the device; they cost four
-    times the memory of bits between forward and backward pass. Binary ones should be bool, or packed with
+    Float masks on a GPU are treated as soft: checking whether they are binary would synchronize. Between the passes,
+    soft masks keep twelve times the memory of binary ones, which should be bool, or packed with
     `MaskTargets.from_masks(masks, soft=False)`.
 
     Args:

@@ -180,8 +180,8 @@ def test_factored_operations_follow_the_reference(gpu: Any, dtype: torch.dtype) 
     ]
     maps = [each.detach().to(dtype) for each in logits]
     instances = Instances(maps, inputs.index, sizes)
-    *terms, chosen, corners = reference.mask_loss(instances, *rest, None)
-    gradient = reference.mask_loss_backward(grads, Saved(chosen, corners), instances, *rest, None, [True] * 3)
+    *terms, chosen, soft = reference.mask_loss(instances, *rest, None)
+    gradient = reference.mask_loss_backward(grads, Saved(chosen, soft), instances, *rest, None, [True] * 3)
     wanted = torch.autograd.grad(logits, leaves, [each.double() for each in gradient])
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     for mine, theirs in zip((ce, dice), terms, strict=True):

@@ -45,7 +45,7 @@ def test_the_kernels_of_the_gpu_hold_every_column_that_they_read() -> None:
 
     held = {name.lstrip("_") for name in vars(sampling)}
     assert held >= {"LAYER", "IMAGE", "QUERY", "TARGET", "INDEX_COLUMNS", "TABLE_COLUMNS", "IMAGE_COLUMNS"}
-    assert held >= {"OFFSET", "STRIDE", "TOP", "LEFT", "CROP_H", "CROP_W", "FRAME_H", "FRAME_W", "LABEL", "IGNORED"}
+    assert held >= {"OFFSET", "STRIDE", "TOP", "LEFT", "CROP_H", "CROP_W", "FRAME_H", "FRAME_W", "LABEL"}
 
 
 BARE = re.compile(
@@ -108,8 +108,6 @@ def test_codes_do_not_meet() -> None:
     codes += [abi.LABELS + code for code in abi.INTEGER_CODES.values()]
     codes += [abi.VALUES + code for code in abi.FLOAT_CODES.values()]
     assert len(set(codes)) == len(codes)
-    assert len({1 << bit for bit in (*abi.CORNERS, abi.IGNORED_BIT)}) == 5
-    assert sum(1 << bit for bit in abi.CORNERS) == abi.ALL_CORNERS
 
 
 def test_schemas_are_the_groups_one_after_another() -> None:
@@ -123,7 +121,7 @@ def test_schemas_are_the_groups_one_after_another() -> None:
     assert arguments("mask_loss") == loss
     assert loss[-6:] == ["padding", "target_mode", "focal_alpha", "focal_gamma", "points", "backend"]
     assert len(fields(abi.Term)) == 4
-    backward = ["grad_ce", "grad_dice", "chosen", "corners", *loss[:-1], "needs_grad", "backend"]
+    backward = ["grad_ce", "grad_dice", "chosen", "soft", *loss[:-1], "needs_grad", "backend"]
     assert arguments("mask_loss_backward") == backward
     assert arguments("match_cost") == ["logits", "num_targets", *fields(abi.Targets, abi.Draw), *loss[-6:-2], "backend"]
     assert ops.BACKENDS == ("reference", "cpu", "gpu")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloss._abi import IGNORED, INDEX_COLUMNS, Term
-from maskloss.ops import cpu, reference
+from maskloss._abi import INDEX_COLUMNS, Term
+from maskloss.ops import cpu, dense, reference
 from maskloss.ops.cpu import arguments, positions
 from maskloss.ops.cpu.choose import threshold
 from maskloss.targets import MaskTargets
 from support.accuracy import assert_no_worse
-from support.batches import PLAIN, Batch, Sampling
+from support.batches import PLAIN, Batch, Sampling, group
 
 OPTIONS = {
     "plain": PLAIN,
@@ -75,7 +75,7 @@ def assert_as_good(got: Tensor, plain: Tensor, exact: Tensor) -> None:
 
 
 def assert_matches(case: Batch, sampling: Sampling, options: Term = PLAIN, points: Any = None) -> None:
-    """Loss, choices, codes, gradients and matching costs of both backends, on the points of the reference."""
+    """Loss, choices, soft targets, gradients and matching costs of both backends, on the points of the reference."""
     plain = case.loss(reference, sampling, options, points)
     at = case.points(reference, sampling, options.padding) if points is None else points
     exact = case.exact().loss(reference, sampling, options, at)
@@ -83,10 +83,7 @@ def assert_matches(case: Batch, sampling: Sampling, options: Term = PLAIN, point
     for k in (0, 1):
         assert_as_good(got[k], plain[k], exact[k])
     assert torch.equal(got[2], plain[2])
-    if case.targets.encoding == "values":
-        torch.testing.assert_close(got[3], plain[3], rtol=0, atol=1e-6)
-    else:
-        assert torch.equal(got[3], plain[3])
+    torch.testing.assert_close(got[3], plain[3], rtol=0, atol=1e-6)
     exact_grads = case.exact().gradients(reference, exact, sampling, options, at)
     plain_grads = case.gradients(reference, plain, sampling, options, points)
     grads = case.gradients(cpu, got, sampling, options, points)
@@ -190,8 +187,9 @@ def test_ignore_regions_and_windows(name: str) -> None:
     case = make(ignore=ignore, valid=window)
     assert_matches(case, (507, 1521, 380), OPTIONS[name])
     assert_matches(case, (507, 1521, 380, "stratified"), OPTIONS[name])
-    assert case.loss(cpu, SAMPLING)[3].bitwise_and(IGNORED).any()
-    assert_matches(make(encoding="values float32", ignore=ignore), SAMPLING, OPTIONS[name])
+    soft = make(encoding="values float32", ignore=ignore)
+    assert_matches(soft, SAMPLING, OPTIONS[name])
+    assert soft.loss(cpu, SAMPLING)[3].eq(-1).any()
     assert_matches(make(ignore=torch.ones(57, 91, dtype=torch.bool)), SAMPLING, OPTIONS[name])
 
 
@@ -280,11 +278,31 @@ def test_layers_that_need_no_gradient() -> None:
             assert torch.equal(grad, full) if needed else grad.numel() == 0
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("encoding", "values"), [("bits", 0), ("labels int32", 0), ("values float16", 123)])
+def test_what_can_be_read_again_is_not_kept(backend: str, encoding: str, values: int) -> None:
+    case = make(encoding=encoding)
+    kept: list[Tensor] = []
+    for layer in case.logits:
+        layer.requires_grad_()
+    inputs = (*case.logits, *case.targets.tensors, case.index, case.seed, case.image_ids)
+    given = {tensor.data_ptr() for tensor in inputs}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in given:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        dense.mask_loss(case.instances, group(case.targets), case.draw(*SAMPLING), PLAIN, None, backend)
+    assert sum(tensor.nbytes for tensor in kept) == len(case.index) * (47 + 4 * values)
+
+
 def test_no_instances_and_no_targets() -> None:
     case = make(encoding="bits", counts=(0, 0, 0))
     case = case._replace(index=torch.zeros(0, INDEX_COLUMNS, dtype=torch.int64))
     saved = case.loss(cpu, SAMPLING)
-    assert [list(part.shape) for part in saved] == [[0], [0], [0, 47], [0, 123]]
+    assert [list(part.shape) for part in saved] == [[0], [0], [0, 47], [0, 0]]
     assert case.points(cpu, SAMPLING).shape == (0, 123, 2)
     for grad, layer in zip(case.gradients(cpu, saved, SAMPLING), case.logits, strict=True):
         assert grad.shape == layer.shape

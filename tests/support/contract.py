@@ -110,16 +110,21 @@ def uncertain_points(
     return points
 
 
+def _kept_values(targets: Targets, draw: Draw) -> int:
+    """Target values that are kept of an instance: those of soft masks only."""
+    return draw.num_points if targets.encoding == "values" else 0
+
+
 @shaped
 def mask_loss(
     run: Run, instances: Instances, targets: Targets, draw: Draw, term: Term, points: Float[Tensor, "N P 2"] | None
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], UInt8[Tensor, "N choice"], Shaped[Tensor, "N P"]]:
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], UInt8[Tensor, "N choice"], Float[Tensor, "N kept"]]:
     _check_instances(instances)
     _check_targets(targets)
     _check_draw(draw)
     _check_term(term)
     result = run(instances, targets, draw, term, points)
-    assert result[3].shape == (len(instances.rows), draw.num_points)
+    assert result[3].shape[1] == _kept_values(targets, draw)
     return result
 
 
@@ -142,7 +147,7 @@ def mask_loss_backward(
     for grad in grads:
         assert isinstance(grad, Float[Tensor, " N"])
     assert isinstance(saved.chosen, UInt8[Tensor, "N choice"])
-    assert isinstance(saved.corners, Shaped[Tensor, "N P"])
+    assert saved.soft.shape[1] == _kept_values(targets, draw)
     gradients = run(grads, saved, instances, targets, draw, term, points, needs_grad)
     _check_gradients(instances, gradients, needs_grad)
     return gradients
@@ -164,9 +169,9 @@ def mask_loss_ahead(
     gradients: list[Tensor] = []
 
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ce, dice, chosen, corners, found = run(expected, *args, needs_grad)
+        ce, dice, chosen, soft, found = run(expected, *args, needs_grad)
         gradients.extend(found)
-        return ce, dice, chosen, corners
+        return ce, dice, chosen, soft
 
     losses = mask_loss(forward, instances, targets, draw, term, points)
     _check_gradients(instances, gradients, needs_grad)
@@ -223,7 +228,8 @@ def mask_loss_keeping(
         assert terms.shape == (count,)
         assert terms.dtype == dtype
     assert kept.chosen.dtype == torch.uint8
-    assert kept.corners.shape == kept.logits.shape == (count, draw.num_points)
+    assert kept.soft.shape == (count, _kept_values(targets, draw))
+    assert kept.logits.shape == (count, draw.num_points)
     assert kept.logits.dtype == dtype
     return ce, dice, kept
 

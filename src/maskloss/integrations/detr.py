@@ -313,7 +313,7 @@ class SetCriterion(nn.Module):
                 class C is matched by its mask, and its query learns "no object"); "masks": dense `[T, H, W]` (bool,
                 float or integers), a `MaskTargets`, or a label map `[H, W]` along with "ids"; "boxes" `[T, 4]`
                 (cx, cy, w, h) in [0, 1], where boxes are used. Binary masks on a GPU are best bool: floats there count
-                as soft, at four times the memory.
+                as soft, at twelve times the memory.
 
         Returns:
             "loss_ce", "loss_mask", "loss_dice", "loss_bbox", "loss_giou", as far as asked for, of the final layer;

@@ -30,8 +30,8 @@ from maskloss.ops.transformed import Derivative
 @operation("mask_loss", f"{LOSS}, str backend", "(Tensor, Tensor, Tensor, Tensor)", **NOT_CAPTURED)
 def _mask_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *inputs, backend = grouped(args, Instances, Targets, Draw, Term)
-    ce, dice, chosen, corners = load(backend).mask_loss(*inputs)
-    return ce, dice, chosen, corners
+    ce, dice, chosen, soft = load(backend).mask_loss(*inputs)
+    return ce, dice, chosen, soft
 
 
 @_mask_loss.register_fake
@@ -47,7 +47,7 @@ def _shapes_of_losses(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         like.new_empty(count, dtype=dtype),
         like.new_empty(count, dtype=dtype),
         like.new_empty(count, width, dtype=torch.uint8),
-        like.new_empty(count, draw.num_points, dtype=dtype if targets.encoding == "values" else torch.uint8),
+        like.new_empty(count, draw.num_points if targets.encoding == "values" else 0, dtype=dtype),
     )
 
 
@@ -60,7 +60,7 @@ def _shapes_of_gradients(logits: Sequence[Tensor], needs_grad: Sequence[bool]) -
 
 @operation(
     "mask_loss_backward",
-    f"Tensor grad_ce, Tensor grad_dice, Tensor chosen, Tensor corners, {LOSS}, bool[] needs_grad, str backend",
+    f"Tensor grad_ce, Tensor grad_dice, Tensor chosen, Tensor soft, {LOSS}, bool[] needs_grad, str backend",
     "Tensor[]",
     **NOT_CAPTURED,
 )
@@ -94,9 +94,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], saved: Sequence[Tensor]) -> None:
 
 def _saved_inputs(ctx: Any) -> tuple[Any, ...]:
     """What the forward pass chose and read, and what it was given."""
-    chosen, corners, *saved = ctx.saved_tensors
+    chosen, soft, *saved = ctx.saved_tensors
     logits, tensors = saved[: ctx.num_layers], iter(saved[ctx.num_layers :])
-    return chosen, corners, logits, *(next(tensors) if option is None else option[0] for option in ctx.options)
+    return chosen, soft, logits, *(next(tensors) if option is None else option[0] for option in ctx.options)
 
 
 def _whole(logits: Sequence[Tensor], rows: Tensor, *grads: Tensor | None) -> list[Tensor]:
@@ -107,9 +107,9 @@ def _whole(logits: Sequence[Tensor], rows: Tensor, *grads: Tensor | None) -> lis
 
 def _mask_loss_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
     needs_grad = [bool(need) for need in ctx.needs_input_grad[0]]
-    chosen, corners, *inputs = _saved_inputs(ctx)
+    chosen, soft, *inputs = _saved_inputs(ctx)
     given = _whole(inputs[0], chosen, grad_ce, grad_dice)
-    grads = _mask_loss_backward(*given, chosen, corners, *inputs, needs_grad, ctx.backend)
+    grads = _mask_loss_backward(*given, chosen, soft, *inputs, needs_grad, ctx.backend)
     kept = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
     return kept, *[None] * len(ctx.options), None
 
@@ -147,13 +147,13 @@ class _Ahead(torch.autograd.Function):
     def backward(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None) -> Any:
         found, ctx.ahead = ctx.ahead, None
         needs_grad = [bool(need) for need in ctx.needs_input_grad[3:]]
-        chosen, corners, *inputs = _saved_inputs(ctx)
+        chosen, soft, *inputs = _saved_inputs(ctx)
         given = _whole(inputs[0], chosen, grad_ce, grad_dice)
         # With a graph of the gradient: the operation refuses to be differentiated once more.
         if found is None or torch.is_grad_enabled():
-            found = _mask_loss_backward(*given, chosen, corners, *inputs, needs_grad, ctx.backend)
+            found = _mask_loss_backward(*given, chosen, soft, *inputs, needs_grad, ctx.backend)
         else:
-            groups = grouped((*given, chosen, corners, *inputs), Gradients, Saved, Instances, Targets, Draw, Term)
+            groups = grouped((*given, chosen, soft, *inputs), Gradients, Saved, Instances, Targets, Draw, Term)
             load(ctx.backend).mask_loss_settle(found, ctx.expected, *groups, ctx.computed)
         return None, None, None, *(grad if need else None for grad, need in zip(found, needs_grad, strict=True))
 

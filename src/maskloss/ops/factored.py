@@ -240,11 +240,10 @@ def mask_loss(
     blocks = Blocks(factors, index, counts)
     dtype, count, device = accumulation_dtype(factors.features[0].dtype), len(index), index.device
     used = draw.for_points(points)
-    soft = targets.encoding == "values"
     ce, dice = torch.empty(2, count, dtype=dtype, device=device)
     kept = Kept(
         torch.empty(count, num_bytes(used.num_candidates), dtype=torch.uint8, device=device),
-        torch.empty(count, used.num_points, dtype=dtype if soft else torch.uint8, device=device),
+        torch.empty(count, used.num_points if targets.encoding == "values" else 0, dtype=dtype, device=device),
         torch.empty(count, used.num_points, dtype=dtype, device=device),
     )
     room = dice

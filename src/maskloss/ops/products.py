@@ -79,15 +79,15 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     count, dtype = index.shape[0], accumulation_dtype(factors.features[0].dtype)
     width = num_bytes(draw.num_candidates) if points is None and draw.num_uncertain else 0
     shapes: list[tuple[Any, torch.dtype]] = [((count,), dtype), ((count,), dtype), ((count, width), torch.uint8)]
-    shapes.append(((count, draw.num_points), dtype if targets.encoding == "values" else torch.uint8))
+    shapes.append(((count, draw.num_points if targets.encoding == "values" else 0), dtype))
     shapes.append(((count, draw.num_points), dtype))
-    ce, dice, chosen, corners, logits = (index.new_empty(shape, dtype=kind) for shape, kind in shapes)
-    return ce, dice, chosen, corners, logits
+    ce, dice, chosen, soft, logits = (index.new_empty(shape, dtype=kind) for shape, kind in shapes)
+    return ce, dice, chosen, soft, logits
 
 
 @operation(
     "factored_mask_loss_backward",
-    f"Tensor grad_ce, Tensor grad_dice, Tensor chosen, Tensor corners, Tensor logits, {FACTORED_LOSS}, "
+    f"Tensor grad_ce, Tensor grad_dice, Tensor chosen, Tensor soft, Tensor logits, {FACTORED_LOSS}, "
     "bool[] needs_grad, str backend",
     "Tensor[]",
     **NOT_CAPTURED,

@@ -77,7 +77,7 @@ def patch(
     (`MaskTargets`) or pairs of a label map and its ids. A checkpoint saved before or after loads into both.
 
     Transformers' image processors return binary masks as floats. On a GPU nobody may look at them without stalling it,
-    so they are taken for soft values, which cost four times the memory of bits between forward and backward pass. Give
+    so they are treated as soft, which takes twelve times the memory of bits between forward and backward pass. Give
     bool masks (`masks > 0.5`), or pack them: `MaskTargets.from_masks(masks, soft=False)`.
 
     Args:

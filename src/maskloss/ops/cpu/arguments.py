@@ -11,7 +11,7 @@ import mmap
 import sys
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -173,26 +173,14 @@ def strata_of(draw: Draw, count: int) -> Strata:
     return Strata.of(count) if is_stratified(draw.layout) else Strata(0, 0, 0, 0, 0, 0)
 
 
-class Corners(NamedTuple):
-    """Where the kernels keep targets: codes for bits and labels, values for soft targets; the other one is empty."""
-
-    codes: Array
-    values: Array
-
-
-def corner_arrays(shape: tuple[int, int], encoding: str, dtype: type[np.floating[Any]]) -> Corners:
-    """Allocate what a kernel keeps of the targets at the points `[N, P]`."""
-    nothing = (shape[0], 0)
-    soft = encoding == "values"
-    return Corners(np.empty(nothing if soft else shape, np.uint8), np.empty(shape if soft else nothing, dtype))
-
-
 def loss_arguments(
     instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
-) -> tuple[tuple[Any, ...], Numbers, Tensor | None]:
-    """What both kernels of the loss take between the logits and their own; and what must stay alive meanwhile."""
+) -> tuple[tuple[Any, ...], Numbers, tuple[Tensor | None, ...]]:
+    """What the kernel of the loss reads, the numbers of points, and what must stay alive while it runs."""
     given, kept = given_rows(points)
-    numbers = numbers_of(draw, points)
-    args = (array_of(instances.rows), encode(targets.data, targets.encoding), array_of(targets.images))
-    drawn = (array_of(targets.windows), array_of(draw.image_ids), int(draw.seed), given, numbers)
-    return (*args, *drawn, term.border, term.nearest, float(term.alpha), float(term.gamma)), numbers, kept
+    numbers, data = numbers_of(draw, points), targets.data.contiguous()
+    args: tuple[Any, ...] = (describe(instances.logits), data.data_ptr(), absolute(targets.table, targets.images))
+    args += (array_of(targets.ignore), array_of(instances.rows), encode(data, targets.encoding))
+    args += (array_of(targets.images), array_of(targets.windows), array_of(draw.image_ids), int(draw.seed), given)
+    options = (term.border, term.nearest, float(term.alpha), float(term.gamma))
+    return (*args, numbers, *options), numbers, (kept, data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskloss._abi import F32, FIRST, IGNORED, IMAGE, LAYER, QUERY, TARGET, VALUES, X, Y
+from maskloss._abi import F32, FIRST, IMAGE, LAYER, QUERY, TARGET, X, Y
 
 from .blocks import (
     GRADIENT_ROWS,
@@ -27,26 +27,21 @@ from .losses import add_focal_gradients, loss_gradients, sum_areas, sum_focal, s
 from .memory import at, bare
 from .planes import ADDRESS, BORDER, DTYPE, HEIGHT, STRIDE_B, STRIDE_Q, WIDTH, read_plane, write_plane
 from .sampling import BLOCK, gather, scatter, scatter_apart
-from .targets import mark_ignored, read_targets, values_of_codes
+from .targets import read_targets, read_weights
 from .threads import take
 
 
 @helper()
-def _weights(codes, n, w):
+def _keep_soft(t, w, n, kept):
     for i in range(n):
-        w[i] = 0 if codes[i] & IGNORED else 1
+        kept[i] = t[i] if w[i] != 0 else -1
 
 
 @helper()
-def _keep_codes(codes, n, kept):
+def _kept_soft(kept, n, t, w):
     for i in range(n):
-        kept[i] = np.uint8(codes[i])
-
-
-@helper()
-def _kept_codes(kept, n, codes):
-    for i in range(n):
-        codes[i] = kept[i]
+        w[i] = 0 if kept[i] < 0 else 1
+        t[i] = max(kept[i], 0)
 
 
 @kernel
@@ -90,20 +85,21 @@ def uncertain_points(
 
 
 @helper()
-def _add_gradient(points, places, apart, sums, pitch, by_ce, by_dice, totals, alpha, gamma):
+def _add_gradient(points, places, apart, sums, pitch, slopes, totals, alpha, gamma):
     """Add the gradient of one instance to the buffer of its plane; z and the last row of `points` are overwritten.
 
-    `totals` are the sums of w, w s, w t and w s t over its points, which `points` and `places` describe.
+    `slopes` are the gradients of its cross-entropy and Dice; `totals` are the sums of w, w s, w t and w s t over its
+    points, which `points` and `places` describe.
     """
     fx, fy, z, t, w, s, grad = points[0], points[1], points[2], points[3], points[4], points[5], points[6]
     num_points = z.shape[0]
     weight, area, marked, both = totals
-    ce = by_ce / max(weight, 1.0)
+    ce = slopes[0] / max(weight, 1.0)
     if gamma >= 0:
         grad[:] = 0
         add_focal_gradients(z, t, w, num_points, ce, alpha, gamma, grad)
         ce = 0.0
-    loss_gradients(z, t, w, s, num_points, ce, by_dice, area, both, marked)
+    loss_gradients(z, t, w, s, num_points, ce, slopes[1], area, both, marked)
     if gamma >= 0:
         for i in range(num_points):
             z[i] += grad[i]
@@ -117,20 +113,23 @@ def _add_gradient(points, places, apart, sums, pitch, by_ce, by_dice, totals, al
 def mask_loss(
     counter, items, values, coordinates, integers,
     sources, data, table, ignore, index, encoding, images, windows, image_ids, seed, given, numbers,
-    border, nearest, alpha, gamma, ce, dice, chosen_bits, corner_codes, corner_values, kept,
-    order, starts, by_ce, by_dice, grads,
+    border, nearest, alpha, gamma, again, ce, dice, chosen_bits, soft, logits, order, starts, by_ce, by_dice, grads,
 ):  # fmt: skip
-    """Cross-entropy and Dice of instances, the chosen candidates as bits, and the targets at their points.
+    """Cross-entropy and Dice of instances, and their gradient.
 
     ce = sum w f(z, t) / max(sum w, 1);  dice = 1 - (2 sum w s t + 1) / (sum w s + sum w t + 1)
 
-    A work item is a plane and its instances. `kept` gets the logits at the points, if it has rows. `grads`, if it has
-    rows, gets the gradient of `sum(by_ce ce + by_dice dice)`, for the layers whose row there has an address.
+    A work item is a plane and its instances. `chosen_bits` gets the chosen candidates, a bit each. `soft` and `logits`
+    get t (-1 where w = 0) and z at the points, if they have columns. `grads`, if it has rows, gets the gradient of
+    `sum(by_ce ce + by_dice dice)`, for the layers whose row there has an address.
+
+    The backward pass runs the same kernel `again`. It takes the choice, and what `soft` and `logits` hold, from the
+    forward pass, reads the rest a second time, and writes gradients only.
     """
     values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
     sources, windows, table, images, ignore = bare(sources), bare(windows), bare(table), bare(images), bare(ignore)
     chosen_bits, grads, order, starts = bare(chosen_bits), bare(grads), bare(order), bare(starts)
-    corner_codes, corner_values, kept, index = bare(corner_codes), bare(corner_values), bare(kept), bare(index)
+    soft, logits, index = bare(soft), bare(logits), bare(index)
     num_points, num_candidates, num_uncertain = numbers.points, numbers.candidates, numbers.uncertain
     value_blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
     point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
@@ -144,6 +143,7 @@ def mask_loss(
     chosen = rest[2 * num_candidates + SPARE :]
     x, y, xs, ys = point_blocks[0], point_blocks[1], point_blocks[2], point_blocks[3]
     blocks = (point_blocks, value_blocks, ints)
+    keeps_soft, keeps_logits = soft.shape[1] > 0, logits.shape[1] > 0
     while True:
         item = take(counter)
         if item >= items:
@@ -154,144 +154,74 @@ def mask_loss(
         pitch = source[WIDTH] + 2 * BORDER
         size = (source[HEIGHT] + 2 * BORDER) * pitch
         buffer, sums = planes[:size], planes[size : 2 * size]
-        read_plane(source, image, query, buffer)
-        ahead = grads.shape[0] > 0 and grads[layer, ADDRESS] != 0
-        if ahead:
+        if not (again and keeps_logits):
+            read_plane(source, image, query, buffer)
+        wanted = grads.shape[0] > 0 and grads[layer, ADDRESS] != 0
+        if wanted:
             sums[:] = 0
         for place in range(starts[item], starts[item + 1]):
             instance = order[place]
+            slopes = (by_ce[instance], by_dice[instance]) if wanted else (0.0, 0.0)
+            # An instance of weight 0 must not bring in the NaN of its logits.
+            live = slopes[0] != 0 or slopes[1] != 0
+            if again and not live:
+                continue
             target = index[instance, TARGET]
             row = table[images[image, FIRST] + target]
             key = instance_key(seed, image_ids[image], target)
             if num_uncertain > 0:
                 marks = chosen_bits[instance]
-                choose_candidates(buffer, source, key, layer, window, numbers, border, candidates, blocks, rest, marks)
+                if not again:
+                    choose_candidates(
+                        buffer, source, key, layer, window, numbers, border, candidates, blocks, rest, marks
+                    )
                 list_marked(marks, chosen)
-            weight, loss, area, marked, both = 0.0, 0.0, 0.0, 0.0, 0.0
+            loss, weight, area, marked, both = 0.0, 0.0, 0.0, 0.0, 0.0
             first = 0
             while first < num_points:
                 n = block_length(first, num_points, num_uncertain)
-                where = slice(first, first + n) if ahead else slice(0, n)
+                where = slice(first, first + n) if wanted else slice(0, n)
                 fx, fy, z, t = points[0][where], points[1][where], points[2][where], points[3][where]
                 w, s, at_points = points[4][where], points[5][where], places[where]
                 points_of_block(first, n, numbers, given, instance, key, layer, window, chosen, x, y, ints)
-                if ahead or first >= num_uncertain:
+                if wanted or first >= num_uncertain:
                     locate_block(given, ints, x, y, n, source, window, border, at_points, fx, fy)
-                if first < num_uncertain:
+                if again and keeps_logits:
+                    z[:] = logits[instance, first : first + n]
+                elif first < num_uncertain and not again:
                     pick(candidates, chosen[first : first + n], n, z)
                 else:
                     gather(buffer, pitch, at_points, fx, fy, n, z)
-                if kept.shape[0] > 0:
-                    kept[instance, first : first + n] = z
-                read_targets(
-                    x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, value_blocks[0], value_blocks[1]
-                )
-                mark_ignored(x, y, n, images[image], ignore, given.double, ints[0])
-                _weights(ints[0], n, w)
-                if encoding < VALUES:
-                    _keep_codes(ints[0], n, corner_codes[instance, first : first + n])
+                if again and keeps_soft:
+                    _kept_soft(soft[instance, first : first + n], n, t, w)
                 else:
-                    for i in range(n):
-                        corner_values[instance, first + i] = t[i] if ints[0, i] & IGNORED == 0 else -1
-                sums_of_block = sum_losses(z, t, w, n, s)
-                weight += sums_of_block[0]
-                area += sums_of_block[2]
-                marked += sums_of_block[3]
-                both += sums_of_block[4]
-                loss += sums_of_block[1] if gamma < 0 else sum_focal(z, t, w, n, alpha, gamma)
-                first += n
-            ce[instance] = loss / max(weight, 1.0)
-            dice[instance] = 1.0 - (2.0 * both + 1.0) / (area + marked + 1.0)
-            if ahead and (by_ce[instance] != 0.0 or by_dice[instance] != 0.0):
-                totals = (weight, area, marked, both)
-                apart = numbers.random_cells.rows > 0
-                _add_gradient(
-                    points, places, apart, sums, pitch, by_ce[instance], by_dice[instance], totals, alpha, gamma
-                )
-        if ahead:
-            write_plane(sums, grads[layer], image, query)
-
-
-@kernel
-def mask_loss_backward(
-    counter, items, values, coordinates, integers,
-    sources, table, index, encoding, images, windows, image_ids, seed, given, numbers,
-    border, nearest, alpha, gamma, by_ce, by_dice, chosen_bits, corner_codes, corner_values,
-    kept, order, starts, grads,
-):  # fmt: skip
-    """The gradient of `mask_loss`. A work item is a plane: its instances are added in their order, by one thread.
-
-    The logits at the points are those in `kept`, or, if that has no rows, are read from the planes again.
-    """
-    values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
-    sources, windows, table, images = bare(sources), bare(windows), bare(table), bare(images)
-    chosen_bits, grads = bare(chosen_bits), bare(grads)
-    corner_codes, corner_values, kept = bare(corner_codes), bare(corner_values), bare(kept)
-    num_points, num_uncertain = numbers.points, numbers.uncertain
-    point_blocks = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
-    ints = integers[: INTEGER_ROWS * ROW].reshape(INTEGER_ROWS, ROW)
-    places = integers[INTEGER_ROWS * ROW : INTEGER_ROWS * ROW + num_points]
-    chosen = integers[INTEGER_ROWS * ROW + num_points :]
-    space = values[: 2 * BLOCK].reshape(2, BLOCK)
-    points = values[2 * BLOCK : 2 * BLOCK + GRADIENT_ROWS * num_points].reshape(GRADIENT_ROWS, num_points)
-    fx, fy, z, t, w, s = points[0], points[1], points[2], points[3], points[4], points[5]
-    planes = values[2 * BLOCK + GRADIENT_ROWS * num_points :]
-    x, y, xs, ys = point_blocks[0], point_blocks[1], point_blocks[2], point_blocks[3]
-    while True:
-        item = take(counter)
-        if item >= items:
-            break
-        one = order[starts[item]]
-        layer, image, query = index[one, LAYER], index[one, IMAGE], index[one, QUERY]
-        source, window = sources[layer], windows[image]
-        height, width = source[HEIGHT], source[WIDTH]
-        pitch = width + 2 * BORDER
-        size = (height + 2 * BORDER) * pitch
-        sums, logits = planes[:size], planes[size:]
-        if kept.shape[0] == 0:
-            read_plane(source, image, query, logits)
-        sums[:] = 0
-        for place in range(starts[item], starts[item + 1]):
-            instance = order[place]
-            if by_ce[instance] == 0.0 and by_dice[instance] == 0.0:
-                continue  # an instance of weight 0 must not bring in the NaN of its logits
-            target = index[instance, TARGET]
-            row = table[images[image, FIRST] + target]
-            key = instance_key(seed, image_ids[image], target)
-            if num_uncertain > 0:
-                list_marked(chosen_bits[instance], chosen)
-            weight, area, marked, both = 0.0, 0.0, 0.0, 0.0
-            first = 0
-            while first < num_points:
-                n = block_length(first, num_points, num_uncertain)
-                last = first + n
-                points_of_block(first, n, numbers, given, instance, key, layer, window, chosen, x, y, ints)
-                locate_block(
-                    given, ints, x, y, n, source, window, border, places[first:last], fx[first:last], fy[first:last]
-                )
-                if kept.shape[0] > 0:
-                    z[first:last] = kept[instance, first:last]
+                    read_targets(
+                        x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, value_blocks[0], value_blocks[1]
+                    )
+                    read_weights(x, y, n, images[image], ignore, given.double, w)
+                if again:
+                    part = sum_areas(z, t, w, n, s)
                 else:
-                    gather(logits, pitch, places[first:last], fx[first:last], fy[first:last], n, z[first:last])
-                if encoding < VALUES:
-                    _kept_codes(corner_codes[instance, first:last], n, ints[0])
-                    values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t[first:last], space[0], space[1])
-                else:
-                    for i in range(n):
-                        saved = corner_values[instance, first + i]
-                        ints[0, i] = IGNORED if saved < 0 else 0
-                        t[first + i] = max(saved, 0)
-                _weights(ints[0], n, w[first:last])
-                part = sum_areas(z[first:last], t[first:last], w[first:last], n, s[first:last])
+                    by_entropy, part = sum_losses(z, t, w, n, s)
+                    loss += by_entropy if gamma < 0 else sum_focal(z, t, w, n, alpha, gamma)
+                    if keeps_soft:
+                        _keep_soft(t, w, n, soft[instance, first : first + n])
+                    if keeps_logits:
+                        logits[instance, first : first + n] = z
                 weight += part[0]
                 area += part[1]
                 marked += part[2]
                 both += part[3]
                 first += n
-            totals = (weight, area, marked, both)
-            apart = numbers.random_cells.rows > 0
-            _add_gradient(points, places, apart, sums, pitch, by_ce[instance], by_dice[instance], totals, alpha, gamma)
-        write_plane(sums, grads[layer], image, query)
+            if not again:
+                ce[instance] = loss / max(weight, 1.0)
+                dice[instance] = 1.0 - (2.0 * both + 1.0) / (area + marked + 1.0)
+            if live:
+                totals = (weight, area, marked, both)
+                apart = numbers.random_cells.rows > 0
+                _add_gradient(points, places, apart, sums, pitch, slopes, totals, alpha, gamma)
+        if wanted:
+            write_plane(sums, grads[layer], image, query)
 
 
 @kernel

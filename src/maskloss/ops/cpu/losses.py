@@ -96,7 +96,7 @@ def sigmoid_softplus(z):
 
 @helper(fastmath={"contract", "reassoc", "nsz"})
 def sum_losses(z, t, w, n, s):
-    """The sums over a block that an instance's losses are made of: w, w bce, w s, w t, w s t; and s(z) at each point.
+    """The sums over a block that an instance's losses consist of: w bce, and those of `sum_areas`; s(z) at each point.
 
     bce(z, t) = max(z, 0) - z t + log1p(exp(-|z|))
     """
@@ -110,7 +110,7 @@ def sum_losses(z, t, w, n, s):
         area += w[i] * share
         target += w[i] * t[i]
         both += w[i] * share * t[i]
-    return weight, ce, area, target, both
+    return ce, (weight, area, target, both)
 
 
 @helper(fastmath={"contract", "reassoc", "nsz"})

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloss._abi import ALL_TARGETS, COUNT, FIRST, IGNORED, MATCHER, X, Y
+from maskloss._abi import ALL_TARGETS, COUNT, FIRST, MATCHER, X, Y
 
 from .compile import helper, kernel
 from .generator import counter_of, draw_bits, instance_key, points_of_bits
@@ -21,7 +21,7 @@ from .memory import bare
 from .planes import ADDRESS, BORDER, DTYPE, HEIGHT, STRIDE_B, STRIDE_Q, STRIDE_X, STRIDE_Y, WIDTH, item_bytes, read_rows
 from .positions import locate
 from .sampling import gather_ahead
-from .targets import list_inside, mark_ignored, read_targets
+from .targets import list_inside, read_targets, read_weights
 from .threads import take, take_early
 
 _I32 = np.int32
@@ -87,10 +87,7 @@ def draw(
                 space[i] = bits[axis, order[i]]
             bits[axis] = space
         points_of_bits(bits, num_points, windows[image], x, y)
-        space[:] = 0
-        mark_ignored(x, y, num_points, images[image], ignore, False, space)
-        for i in range(num_points):
-            weights[image, i] = 0 if space[i] & IGNORED else 1
+        read_weights(x, y, num_points, images[image], ignore, False, weights[image])
 
 
 @kernel
@@ -120,8 +117,8 @@ def fill_runs(
     """The values w t over the runs of each target, 0 in the padding behind a band, and their sums."""
     values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
     points, table, shares = bare(points), bare(table), bare(shares)
-    room = integers.shape[0] // 3
-    ints = integers[: 3 * room].reshape(3, room)
+    room = integers.shape[0] // 2
+    ints = integers[: 2 * room].reshape(2, room)
     t, fx, fy = values[:room], values[room : 2 * room], values[2 * room : 3 * room]
     xs, ys = coordinates[:room], coordinates[room : 2 * room]
     while True:

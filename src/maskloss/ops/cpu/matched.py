@@ -3,42 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss._abi import IMAGE, LAYER, QUERY, Draw, Gradients, Instances, Kept, Saved, Targets, Term, num_bytes
+from maskloss._abi import (
+    IMAGE,
+    LAYER,
+    QUERY,
+    Draw,
+    Gradients,
+    Instances,
+    Kept,
+    Saved,
+    Targets,
+    Term,
+    num_bytes,
+)
 
 from . import instances as kernels
 from .arguments import (
     Array,
-    absolute,
     array_of,
-    corner_arrays,
-    describe,
     describe_gradients,
     dtypes_of,
+    float_of,
     groups,
-    largest,
     loss_arguments,
     room,
     zeros,
 )
-from .blocks import GRADIENT_ROWS, INTEGER_ROWS, POINT_ROWS, ROW
 from .planes import GRADIENT_COLUMNS
-from .sampling import BLOCK
 from .threads import launch
 
 
 def mask_loss(
     instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy `[N]`, Dice `[N]`, chosen candidates as bits, and the target pixels at the points."""
+    """Cross-entropy `[N]`, Dice `[N]`, and `Saved`: chosen candidates as bits, and soft targets at the points."""
     ce, dice, kept = _forward(instances, targets, draw, term, points)
-    return ce, dice, kept.chosen, kept.corners
+    return ce, dice, kept.chosen, kept.soft
 
 
 def mask_loss_keeping(
@@ -60,7 +67,7 @@ def mask_loss_ahead(
     """As `mask_loss`, with the dense gradients of the logits for the expected gradients of the losses."""
     ahead = _new_gradients(instances, needs_grad)
     ce, dice, kept = _forward(instances, targets, draw, term, points, expected=expected, ahead=ahead)
-    return ce, dice, kept.chosen, kept.corners, ahead.tensors
+    return ce, dice, kept.chosen, kept.soft, ahead.tensors
 
 
 def mask_loss_settle(
@@ -82,7 +89,7 @@ def mask_loss_settle(
     planes = _by_plane(array_of(instances.rows), instances.logits[0], needs_grad)
     written = _describe_needed(ahead, needs_grad, [False] * len(ahead))
     if factor is None:
-        kept = Kept(*saved, grads.ce.new_empty(0, draw.num_points))
+        kept = Kept(*saved, grads.ce.new_empty(len(grads.ce), 0))
         _backward(grads, kept, instances, targets, draw, term, points, planes, written)
     else:
         args = (array_of(instances.rows), *planes, written, factor)
@@ -126,27 +133,39 @@ def _forward(
     expected: Gradients | None = None,
     ahead: _NewGradients | None = None,
 ) -> tuple[Tensor, Tensor, Kept]:
-    dtypes = dtypes_of(instances.logits[0], points)
-    shared, numbers, alive = loss_arguments(instances, targets, draw, term, points)
-    count, data = len(instances.rows), targets.data.contiguous()
-    ce, dice = np.empty(count, dtypes[0]), np.empty(count, dtypes[0])
-    chosen = np.empty((count, num_bytes(numbers.candidates)), np.uint8)
-    corners = corner_arrays((count, numbers.points), targets.encoding, dtypes[0])
-    logits = np.empty((count if keep else 0, numbers.points), dtypes[0])
+    count, used = len(instances.rows), draw.for_points(points)
+    kind = float_of(instances.logits[0].dtype)
+    ce, dice = np.empty(count, kind), np.empty(count, kind)
+    chosen = np.empty((count, num_bytes(used.num_candidates)), np.uint8)
+    soft = np.empty((count, draw.num_points if targets.encoding == "values" else 0), kind)
+    logits = np.empty((count, draw.num_points if keep else 0), kind)
     if expected is None or ahead is None:
-        planes, slopes = (np.arange(count), np.arange(count + 1)), [np.empty(0, dtypes[0])] * 2
+        planes, slopes = (np.arange(count), np.arange(count + 1)), (ce[:0], dice[:0])
         written = np.empty((0, GRADIENT_COLUMNS), np.int64)
     else:
         # Those of a plane follow one another also where no gradient is needed.
         planes = _by_plane(array_of(instances.rows), instances.logits[0], [True] * len(instances.logits))
-        slopes, written = [array_of(each) for each in expected], ahead.table
-    args = (describe(instances.logits), data.data_ptr(), absolute(targets.table, targets.images))
-    args += (array_of(targets.ignore), *shared, ce, dice, chosen, *corners, logits, *planes, *slopes, written)
-    space = room(instances.logits, numbers, loss=True, ahead=ahead is not None)
-    launch(kernels.mask_loss, len(planes[1]) - 1, dtypes, space, args)
+        slopes, written = (array_of(expected.ce), array_of(expected.dice)), ahead.table
+    results = (False, ce, dice, chosen, soft, logits, *planes, *slopes, written)
+    _run(instances, targets, draw, term, points, results, len(planes[1]) - 1, ahead is not None)
+    return torch.from_numpy(ce), torch.from_numpy(dice), Kept(*map(torch.from_numpy, (chosen, soft, logits)))
+
+
+def _run(
+    instances: Instances,
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+    points: Tensor | None,
+    results: tuple[Any, ...],
+    items: int,
+    gradient: bool,
+) -> None:
+    """Run the kernel of both passes on `items` planes. `results` are what it takes behind its options."""
+    shared, numbers, alive = loss_arguments(instances, targets, draw, term, points)
+    space = room(instances.logits, numbers, loss=True, ahead=gradient)
+    launch(kernels.mask_loss, items, dtypes_of(instances.logits[0], points), space, (*shared, *results))
     del alive
-    saved = corners.values if targets.encoding == "values" else corners.codes
-    return torch.from_numpy(ce), torch.from_numpy(dice), Kept(*map(torch.from_numpy, (chosen, saved, logits)))
 
 
 def mask_loss_backward(
@@ -162,7 +181,7 @@ def mask_loss_backward(
     """Dense gradients of the logits; an empty tensor for each layer that needs none."""
     found = _new_gradients(instances, needs_grad)
     if any(needs_grad):
-        kept = Kept(*saved, grads.ce.new_empty(0, draw.num_points))
+        kept = Kept(*saved, grads.ce.new_empty(len(grads.ce), 0))
         planes = _by_plane(array_of(instances.rows), instances.logits[0], needs_grad)
         _backward(grads, kept, instances, targets, draw, term, points, planes, found.table)
     return found.tensors
@@ -196,21 +215,10 @@ def _backward(
     written: NDArray[np.int64],
 ) -> None:
     """Write the gradients of planes; `planes` are the instances in their order, and where each plane starts."""
-    logits = instances.logits
-    dtypes = dtypes_of(logits[0], points)
-    shared, numbers, alive = loss_arguments(instances, targets, draw, term, points)
-    corners = corner_arrays((0, numbers.points), targets.encoding, dtypes[0])
-    kind = "values" if targets.encoding == "values" else "codes"
-    corners = corners._replace(**{kind: array_of(kept.corners)})
-    args = (describe(logits), array_of(targets.table), *shared, array_of(grads.ce), array_of(grads.dice))
-    args += (array_of(kept.chosen), *corners, array_of(kept.logits), *planes, written)
-    sizes = (
-        2 * BLOCK + GRADIENT_ROWS * numbers.points + 2 * largest(logits),
-        POINT_ROWS * BLOCK,
-        INTEGER_ROWS * ROW + numbers.points + numbers.uncertain + 8,
-    )
-    launch(kernels.mask_loss_backward, len(planes[1]) - 1, dtypes, sizes, args)
-    del alive
+    slopes = array_of(grads.ce), array_of(grads.dice)
+    # The losses are known: nothing is written there.
+    results = (True, slopes[0][:0], slopes[0][:0], *map(array_of, kept), *planes, *slopes, written)
+    _run(instances, targets, draw, term, points, results, len(planes[1]) - 1, True)
 
 
 def _by_plane(rows: Array, layer: Tensor, needs_grad: Sequence[bool]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

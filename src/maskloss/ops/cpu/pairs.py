@@ -82,7 +82,7 @@ def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: T
     shares, sums = np.empty(int(length.sum()), dtype), np.empty(len(table), dtype)
     args = (points, weights, table, data.data_ptr(), encode(data, targets.encoding), term.border, term.nearest)
     args += (bands, owner, first, length, offset, shares, sums)
-    launch(kernels.fill_runs, len(table), dtypes, (3 * room, 2 * room, 3 * room), args, alone=few)
+    launch(kernels.fill_runs, len(table), dtypes, (3 * room, 2 * room, 2 * room), args, alone=few)
     real = length > 0
     starts = np.append(0, np.cumsum(real.sum(axis=1)))
     runs = (starts, first[real], length[real], offset[real], shares, sums)

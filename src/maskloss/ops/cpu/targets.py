@@ -6,7 +6,6 @@ from __future__ import annotations
 import numpy as np
 
 from maskloss._abi import (
-    ALL_CORNERS,
     BF16,
     BITS,
     CROP_H,
@@ -22,20 +21,15 @@ from maskloss._abi import (
     IGNORE_SIZE,
     IGNORE_STRIDE,
     IGNORE_W,
-    IGNORED,
     IMAGE_H,
     IMAGE_W,
     LABEL,
     LABELS,
     LEFT,
-    LOWER_LEFT,
-    LOWER_RIGHT,
     OFFSET,
     STRIDE,
     TOP,
     U8,
-    UPPER_LEFT,
-    UPPER_RIGHT,
     VALUES,
 )
 
@@ -46,11 +40,8 @@ from .planes import BORDER, from_bf16, from_f16
 from .positions import locate, round_nearest
 
 _I32 = np.int32
-# What each corner adds to a code.
-_01, _10, _11 = float(1 << UPPER_RIGHT), float(1 << LOWER_LEFT), float(1 << LOWER_RIGHT)
-_C00, _C01, _C10, _C11 = _I32(UPPER_LEFT), _I32(UPPER_RIGHT), _I32(LOWER_LEFT), _I32(LOWER_RIGHT)
-_BOTH = np.uint32(1 << UPPER_LEFT | 1 << UPPER_RIGHT)
-_BELOW = np.uint32(LOWER_LEFT)
+# The four pixels around a point are the bits of a code, those of the upper row first.
+_BOTH, _BELOW = np.uint32(0b11), np.uint32(2)
 
 
 @helper()
@@ -138,13 +129,12 @@ def _bits_around(start, stride, y, x):
 
 @helper()
 def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, fx, fy):
-    """Target values at a block of points of one target, and for bits and labels the four pixels around each as a code.
+    """Target values at a block of points of one target, interpolated as `gather` does it.
 
-    The pixels are interpolated as `gather` does it. `ints[0]` gets the codes; rows 1 and 2 are work space.
+    xs, ys, fx, fy and the first two rows of `ints` are work space.
     """
-    codes, inside, index = ints[0], ints[1], ints[2]
+    inside, index = ints[0], ints[1]
     for i in range(n):
-        codes[i] = 0
         t[i] = 0
     count = list_inside(x, y, n, row, border, inside, index)
     if count == 0:
@@ -165,24 +155,22 @@ def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t,
         u = np.int64(index[k]) - v * pitch - left
         v -= top
         if nearest:
-            value = read_pixel(data, encoding, row, v, u)
-            fx[k], index[k] = value, _I32(value)
+            fx[k] = read_pixel(data, encoding, row, v, u)
         elif encoding >= VALUES:
             upper = _mix(read_pixel(data, encoding, row, v, u), read_pixel(data, encoding, row, v, u + 1), t, fx[k])
             v += 1
             lower = _mix(read_pixel(data, encoding, row, v, u), read_pixel(data, encoding, row, v, u + 1), t, fx[k])
-            fx[k], index[k] = upper + fy[k] * (lower - upper), 0
+            fx[k] = upper + fy[k] * (lower - upper)
         elif encoding == BITS and 0 <= v < bottom and 7 <= u < right:
             index[k] = _bits_around(start, stride, v, u)
         else:
-            code = read_pixel(data, encoding, row, v, u) + _01 * read_pixel(data, encoding, row, v, u + 1)
+            code = read_pixel(data, encoding, row, v, u) + 2.0 * read_pixel(data, encoding, row, v, u + 1)
             v += 1
-            code += _10 * read_pixel(data, encoding, row, v, u) + _11 * read_pixel(data, encoding, row, v, u + 1)
+            code += 4.0 * read_pixel(data, encoding, row, v, u) + 8.0 * read_pixel(data, encoding, row, v, u + 1)
             index[k] = _I32(code)
     if encoding < VALUES and not nearest:
         interpolate_codes(index, count, fx, fy, fx)
     put_back(fx, inside, count, t)
-    put_back(index, inside, count, codes)
 
 
 @helper(forceinline=True)
@@ -196,38 +184,18 @@ def interpolate_codes(codes, n, fx, fy, t):
     """Bilinear values between four pixels that are 0 or 1, the bits of a code."""
     for k in range(n):
         code, kind = codes[k], fx.dtype.type
-        a, b = kind(_I32(code >> _C00) & _I32(1)), kind(_I32(code >> _C01) & _I32(1))
-        c, d = kind(_I32(code >> _C10) & _I32(1)), kind(_I32(code >> _C11) & _I32(1))
+        a, b = kind(code & _I32(1)), kind(_I32(code >> _I32(1)) & _I32(1))
+        c, d = kind(_I32(code >> _I32(2)) & _I32(1)), kind(_I32(code >> _I32(3)) & _I32(1))
         top = a + fx[k] * (b - a)
         bottom = c + fx[k] * (d - c)
         t[k] = top + fy[k] * (bottom - top)
 
 
 @helper()
-def values_of_codes(x, y, n, row, border, nearest, xs, ys, ints, t, fx, fy):
-    """Target values from the codes in `ints[0]`: only points between unlike pixels need their position."""
-    codes, mixed, index = ints[0], ints[1], ints[2]
+def read_weights(x, y, n, image, ignore, double, w):
+    """Weights of points: 0 in the ignore region, 1 elsewhere. A point lies in pixel `int(x * image_w)`, in its type."""
     for i in range(n):
-        code = codes[i] & ALL_CORNERS
-        t[i] = 1 if code == ALL_CORNERS or (nearest and code == 1 << UPPER_LEFT) else 0
-        index[i] = _I32(1) if code in (0, ALL_CORNERS) else _I32(0)
-    if nearest:
-        return
-    index[n : n + GROUP] = 1
-    bits = index.view(np.uint8)[: (n + 7) // 8]
-    mark(index, n, _I32(0), _I32(1), bits)
-    count = list_marked(bits, mixed)
-    pick(x, mixed, count, xs)
-    pick(y, mixed, count, ys)
-    locate(xs, ys, count, row[FRAME_H], row[FRAME_W], border, index, fx, fy)
-    pick(codes, mixed, count, index)
-    interpolate_codes(index, count, fx, fy, fx)
-    put_back(fx, mixed, count, t)
-
-
-@helper()
-def mark_ignored(x, y, n, image, ignore, double, codes):
-    """Flag the points in pixels that the ignore region covers: pixel `int(x * frame_w)`, in the points' type."""
+        w[i] = 1
     if image[IGNORE_SIZE] == 0:
         return
     for i in range(n):
@@ -241,4 +209,4 @@ def mark_ignored(x, y, n, image, ignore, double, codes):
         if row < image[IGNORE_H] and column < image[IGNORE_W]:
             byte = ignore[image[IGNORE_BASE] + row * image[IGNORE_STRIDE] + (column >> 3)]
             if (byte >> (column & 7)) & 1:
-                codes[i] |= IGNORED
+                w[i] = 0

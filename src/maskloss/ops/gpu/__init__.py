@@ -125,11 +125,11 @@ def uncertain_points(instances: Instances, draw: Draw, windows: Tensor, padding:
 def mask_loss(
     instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy `[N]`, Dice `[N]`, chosen candidates as bits, and the target pixels at the points."""
+    """Cross-entropy `[N]`, Dice `[N]`, and `Saved`: chosen candidates as bits, and soft targets at the points."""
     sampling = make_sampling(draw, targets.windows, term.padding, points)
     work = spans(instances.logits, instances.layer_sizes, _row_bytes(sampling, instances.accumulation_dtype))
     ce, dice, kept = _forward(work, instances, sampling, targets, term, keep=False)
-    return ce, dice, kept.chosen, kept.corners
+    return ce, dice, kept.chosen, kept.soft
 
 
 def mask_loss_keeping(
@@ -153,9 +153,9 @@ def _forward(
     index, device, dtype = instances.rows.contiguous(), instances.rows.device, instances.accumulation_dtype
     num_points = sampling.num_points
     ce, dice = empty((len(index),), dtype, device), empty((len(index),), dtype, device)
-    corners = empty((len(index), num_points), dtype if encoding == "values" else torch.uint8, device)
+    soft = empty((len(index), num_points if encoding == "values" else 0), dtype, device)
     chosen = _chosen_bits(index, sampling)
-    logits = empty((len(index) if keep else 0, num_points), dtype, device)
+    logits = empty((len(index), num_points if keep else 0), dtype, device)
     blocks, options = cdiv(num_points, BLOCK), focal_options(term.gamma, bounded=keep and term.gamma >= 0)
     sums = empty((len(index), blocks, losses.NUM_SUMS.value), dtype, device)
     with on_device(index):
@@ -165,7 +165,8 @@ def _forward(
             losses.loss_terms[(span.count * blocks,)](
                 span.layers, span.first, index[rows], data, table, images,
                 ignore if ignore.numel() else None, *sampling.source, sampling.given(span), *choice,
-                corners[rows], logits[rows] if keep else None, sums[rows], num_points, sampling.num_uncertain, blocks,
+                soft[rows] if encoding == "values" else None, logits[rows] if keep else None, sums[rows],
+                num_points, sampling.num_uncertain, blocks,
                 *geometry(span.layers[0]), *sampling.strides,
                 LAYERS=len(span.layers), ENCODING=ENCODINGS[encoding], NEAREST=term.nearest, BORDER=sampling.border,
                 ALPHA=term.alpha, GAMMA=term.gamma, BLOCK=BLOCK, **options,
@@ -174,7 +175,7 @@ def _forward(
             losses.finish_losses[(cdiv(len(index), 32),)](
                 sums, ce, dice, len(index), blocks, BLOCK=32, **{**OPTIONS, "num_warps": 1}
             )
-    return ce, dice, Kept(chosen, corners, logits)
+    return ce, dice, Kept(chosen, soft, logits)
 
 
 def mask_loss_backward(

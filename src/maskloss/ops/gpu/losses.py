@@ -15,12 +15,12 @@ from .sampling import (
     QUERY,
     TARGET,
     is_ignored,
+    keep_targets,
+    kept_targets,
     layer_pointer,
-    load_corners,
     point_of,
     read_targets,
     sample_map,
-    save_corners,
     table_row,
 )
 
@@ -103,14 +103,14 @@ def _store_sums(block, s, t, weight, keep):
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
 def loss_terms(
     layers, first_layer, index, data, table, images, ignore, windows, image_ids, seed_value, seed_pointer, strata,
-    points, order, kept, corners, logits, sums, num_points, num_uncertain, blocks,
+    points, order, kept, soft, logits, sums, num_points, num_uncertain, blocks,
     height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
     LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ALPHA: tl.constexpr,
     GAMMA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Forward pass at a block of points of an instance: read z and t, write the block's five sums and `corners`.
+    """Forward pass at a block of points of an instance: read z and t, write the block's five sums.
 
-    z itself is written to `logits` where the backward pass will not have the map any more; otherwise that is None.
+    t is also written to `soft`, and z to `logits`, if these are not None: where the backward pass reads them there.
     The logits of chosen candidates were read when the choice was made (`kept`); only the uniform points are read here.
     """
     program = tl.program_id(0)
@@ -136,9 +136,10 @@ def loss_terms(
         tl.store(logits + n * num_points + i, z, mask=keep)
     image_row = images + image * IMAGE_COLUMNS
     target_row = table_row(table, image_row, tl.load(row + TARGET))
-    t, code = read_targets(data + tl.load(image_row + BASE), target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
+    t = read_targets(data + tl.load(image_row + BASE), target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
     skip = is_ignored(ignore, image_row, x, y, keep)
-    save_corners(corners, n * num_points + i, t, code, skip, keep, ENCODING)
+    if soft is not None:
+        keep_targets(soft, n * num_points + i, t, skip, keep)
     weight = 1.0 - skip.to(ACC)
     s, c, logarithm = sigmoids(z)
     loss = cross_entropy(z, s, c, logarithm, t, ALPHA, GAMMA)
@@ -176,14 +177,15 @@ def finish_losses(sums, ce, dice, count, blocks, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
 def slope_terms(
-    layers, first_layer, index, table, images, windows, image_ids, seed_value, seed_pointer, strata, points, order,
-    corners, values, sums, num_points, num_uncertain, blocks,
+    layers, first_layer, index, data, table, images, ignore, windows, image_ids, seed_value, seed_pointer, strata,
+    points, order, values, wanted, sums, num_points, num_uncertain, blocks,
     height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
     LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Backward pass, first half, at a block of points: read z again (`values`), sum up what the slope of Dice needs.
+    """Backward pass, first half, at a block of points: read z and t again, sum up what the slope of Dice needs.
 
-    Where the forward pass kept z, it is in `values` already, and there are no layers.
+    They are written to `values` and `wanted`. What the forward pass kept is there already: z if there are no layers, t
+    if there are no data.
     """
     program = tl.program_id(0)
     n = (program // blocks).to(tl.int64)
@@ -203,8 +205,15 @@ def slope_terms(
         base += image * stride_b + tl.load(row + QUERY) * stride_q
         z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, False, BORDER, ACC)
         tl.store(values + n * num_points + i, z, mask=keep)
-    target_row = table_row(table, images + image * IMAGE_COLUMNS, tl.load(row + TARGET))
-    t, weight = load_corners(corners, n * num_points + i, target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
+    if data is None:
+        t, weight = kept_targets(wanted, n * num_points + i, keep, ACC)
+    else:
+        image_row = images + image * IMAGE_COLUMNS
+        target_row = table_row(table, image_row, tl.load(row + TARGET))
+        t = read_targets(data + tl.load(image_row + BASE), target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
+        skip = is_ignored(ignore, image_row, x, y, keep)
+        keep_targets(wanted, n * num_points + i, t, skip, keep)
+        weight = 1.0 - skip.to(ACC)
     s, _c, _logarithm = sigmoids(z)
     _store_sums(sums + program.to(tl.int64) * NUM_SUMS, s, t, weight, keep)
 

@@ -103,9 +103,7 @@ def match_targets(
     tl.store(weights + image * num_points + i, weight, mask=keep & (target == 0))
     real = target < tl.load(image_row + COUNT)
     row = tl.where(real, table_row(table, image_row, target), table)
-    value, _code = read_targets(
-        data + tl.load(image_row + BASE), row, x, y, keep & real, ENCODING, NEAREST, BORDER, ACC
-    )
+    value = read_targets(data + tl.load(image_row + BASE), row, x, y, keep & real, ENCODING, NEAREST, BORDER, ACC)
     tl.store(weighted + pair * num_points + i, tl.where(real, value * weight, 0.0), mask=keep)
 
 

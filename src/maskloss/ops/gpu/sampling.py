@@ -66,12 +66,6 @@ _WINDOW_COLUMNS: tl.constexpr = tl.constexpr(abi.WINDOW_COLUMNS)
 X: tl.constexpr = tl.constexpr(abi.X)
 Y: tl.constexpr = tl.constexpr(abi.Y)
 POINT_COLUMNS: tl.constexpr = tl.constexpr(abi.POINT_COLUMNS)
-# Bits of the code of a target at a point.
-_UPPER_LEFT: tl.constexpr = tl.constexpr(abi.UPPER_LEFT)
-_UPPER_RIGHT: tl.constexpr = tl.constexpr(abi.UPPER_RIGHT)
-_LOWER_LEFT: tl.constexpr = tl.constexpr(abi.LOWER_LEFT)
-_LOWER_RIGHT: tl.constexpr = tl.constexpr(abi.LOWER_RIGHT)
-_IGNORED: tl.constexpr = tl.constexpr(abi.IGNORED)
 
 
 # ------------------------------------------------------------------------------------------------ random numbers
@@ -309,7 +303,7 @@ def _read_target(data, start, stride, top, left, height, width, label, y, x, kee
 def read_targets(
     data, row, px, py, keep, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ACC: tl.constexpr
 ):
-    """Value of a target at points, and the code of the pixels it came from, a bit each."""
+    """Value of a target at points."""
     # Pixels are counted in 32 bits, addresses in 64.
     start, stride, label = tl.load(row + _OFFSET), tl.load(row + _STRIDE), tl.load(row + _LABEL)
     top, left = tl.load(row + _TOP).to(tl.int32), tl.load(row + _LEFT).to(tl.int32)
@@ -319,18 +313,14 @@ def read_targets(
     x, fx = locate(px, frame_w, BORDER, ACC)
     if NEAREST:
         y, x = nearest(y, fy, frame_h, BORDER), nearest(x, fx, frame_w, BORDER)
-        v00 = _read_target(data, start, stride, top, left, rows, columns, label, y, x, keep, ENCODING)
-        value = v00.to(ACC)
-        code = v00.to(tl.int32) << _UPPER_LEFT
+        value = _read_target(data, start, stride, top, left, rows, columns, label, y, x, keep, ENCODING).to(ACC)
     else:
         v00 = _read_target(data, start, stride, top, left, rows, columns, label, y, x, keep, ENCODING)
         v01 = _read_target(data, start, stride, top, left, rows, columns, label, y, x + 1, keep, ENCODING)
         v10 = _read_target(data, start, stride, top, left, rows, columns, label, y + 1, x, keep, ENCODING)
         v11 = _read_target(data, start, stride, top, left, rows, columns, label, y + 1, x + 1, keep, ENCODING)
         value = interpolate(v00.to(ACC), v01.to(ACC), v10.to(ACC), v11.to(ACC), fx, fy)
-        code = (v00.to(tl.int32) << _UPPER_LEFT) + (v01.to(tl.int32) << _UPPER_RIGHT)
-        code += (v10.to(tl.int32) << _LOWER_LEFT) + (v11.to(tl.int32) << _LOWER_RIGHT)
-    return value, code
+    return value
 
 
 @triton.jit
@@ -357,37 +347,16 @@ def _clipped_pixel(coordinate, size):
 
 
 @triton.jit
-def save_corners(corners, offsets, value, code, skip, keep, ENCODING: tl.constexpr):
-    """Keep what the backward pass needs of the targets: four pixels and the ignore flag in a byte, or soft values."""
-    if ENCODING == _VALUES:
-        tl.store(corners + offsets, tl.where(skip, -1.0, value), mask=keep)
-    else:
-        tl.store(corners + offsets, (code + skip.to(tl.int32) * _IGNORED).to(tl.uint8), mask=keep)
+def keep_targets(kept, offsets, value, skip, keep):
+    """Write target values at points, -1 for an ignored one."""
+    tl.store(kept + offsets, tl.where(skip, -1.0, value), mask=keep)
 
 
 @triton.jit
-def load_corners(
-    corners, offsets, row, px, py, keep,
-    ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Invert `save_corners`: target values at points, and their weights, 0 or 1."""
-    saved = tl.load(corners + offsets, mask=keep, other=0)
-    if ENCODING == _VALUES:
-        weight = 1 - (saved < 0).to(ACC)
-        value = tl.where(saved < 0, 0.0, saved)
-    else:
-        code = saved.to(tl.int32)
-        weight = 1 - ((code & _IGNORED) != 0).to(ACC)
-        v00 = ((code >> _UPPER_LEFT) & 1).to(ACC)
-        if NEAREST:
-            value = v00
-        else:
-            _x, fx = locate(px, tl.load(row + _FRAME_W), BORDER, ACC)
-            _y, fy = locate(py, tl.load(row + _FRAME_H), BORDER, ACC)
-            v01 = ((code >> _UPPER_RIGHT) & 1).to(ACC)
-            v10, v11 = ((code >> _LOWER_LEFT) & 1).to(ACC), ((code >> _LOWER_RIGHT) & 1).to(ACC)
-            value = interpolate(v00, v01, v10, v11, fx, fy)
-    return value, weight
+def kept_targets(kept, offsets, keep, ACC: tl.constexpr):
+    """Read what `keep_targets` wrote: target values at points, and their weights, 0 or 1."""
+    value = tl.load(kept + offsets, mask=keep, other=0.0)
+    return tl.where(value < 0, 0.0, value), 1 - (value < 0).to(ACC)
 
 
 # ------------------------------------------------------------------------------------------- layers and instances

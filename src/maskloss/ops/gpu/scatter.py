@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from maskloss._abi import (
-    BITS,
     ENCODINGS,
     NO_FOCAL,
     Gradients,
@@ -34,17 +33,14 @@ from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry, layer
 from .losses import NUM_SUMS, slope_terms, slopes
 from .sampling import (
     IMAGE,
-    IMAGE_COLUMNS,
     INDEX_COLUMNS,
     LAYER,
     QUERY,
-    TARGET,
+    kept_targets,
     layer_pointer,
-    load_corners,
     locate,
     nearest,
     point_of,
-    table_row,
 )
 
 # In the table of slots: a plane that no instance reads.
@@ -88,16 +84,17 @@ def claim_slots(index, slots, first_layer, count, batch, queries, BLOCK: tl.cons
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value", "headroom"])
 def scatter(
-    planes, first_layer, slots, largest, index, table, images, windows, image_ids, seed_value, seed_pointer, strata,
-    points, order, corners, values, sums, grad_ce, grad_dice, num_points, num_uncertain, blocks,
+    planes, first_layer, slots, largest, index, windows, image_ids, seed_value, seed_pointer, strata, points, order,
+    values, wanted, sums, grad_ce, grad_dice, num_points, num_uncertain, blocks,
     height, width, batch, queries, stride_n, stride_p, stride_c, headroom,
-    LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, TARGET_NEAREST: tl.constexpr,
-    BORDER: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
+    LAYERS: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr,
+    MEASURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Spread d at a block of points of an instance: planes[pixel] += d * weight of the pixel, for four pixels.
 
-    d is `values` itself, or (grad_ce given) the slope of the losses at the logit in `values`. MEASURE: instead, find
-    the largest |d| of each scratch plane, from which follows the scale of its fixed point.
+    d is `values` itself, or (grad_ce given) the slope of the losses at the logits in `values` and the targets in
+    `wanted`. MEASURE: instead, find the largest |d| of each scratch plane, from which follows the scale of its fixed
+    point.
     """
     program = tl.program_id(0)
     n = (program // blocks).to(tl.int64)
@@ -114,8 +111,7 @@ def scatter(
     )  # fmt: skip
     d = tl.load(values + n * num_points + i, mask=keep, other=0.0)
     if grad_ce is not None:
-        at = table_row(table, images + image * IMAGE_COLUMNS, tl.load(row + TARGET))
-        t, weight = load_corners(corners, n * num_points + i, at, x, y, keep, ENCODING, TARGET_NEAREST, BORDER, ACC)
+        t, weight = kept_targets(wanted, n * num_points + i, keep, ACC)
         mine = sums + n * blocks * NUM_SUMS
         d = slopes(mine, blocks, tl.load(grad_ce + n), tl.load(grad_dice + n), d, t, weight, ALPHA, GAMMA, ACC)
     if slots is None:
@@ -181,10 +177,11 @@ class LossGradient(NamedTuple):
 
 
 class AtPoints(NamedTuple):
-    """What is known of the points of a span: gradients or logits, the chosen candidates, sums of the loss."""
+    """What is known of the points of a span: the chosen candidates, gradients or logits, targets, sums of the loss."""
 
-    values: Tensor
     order: Tensor | None
+    values: Tensor
+    wanted: Tensor | None
     sums: Tensor | None
 
 
@@ -236,7 +233,7 @@ class Scatter:
         size = accumulation_dtype(self.run.layers[0].dtype).itemsize
         if isinstance(self.source, Tensor):
             return 0
-        return self.sampling.num_points * size + self.sampling.num_uncertain * 4
+        return 2 * self.sampling.num_points * size + self.sampling.num_uncertain * 4
 
     def _in_place(self) -> list[Tensor]:
         grads = self._zeros()
@@ -315,27 +312,27 @@ class Scatter:
         return slots, span.count
 
     def _at_points(self, span: Span) -> AtPoints:
-        """Read the logits at the points again, if they were not kept, and add up what the slope of Dice needs."""
+        """Read logits and targets at the points again, if they were not kept; add up what the slope of Dice needs."""
         loss, sampling = self.source, self.sampling
         if isinstance(loss, Tensor):
-            return AtPoints(loss[span.rows], None, None)
+            return AtPoints(None, loss[span.rows], None, None)
         order = list_chosen(span, sampling, loss.saved.chosen)
-        blocks = cdiv(sampling.num_points, BLOCK)
+        blocks, shape = cdiv(sampling.num_points, BLOCK), (span.count, sampling.num_points)
         dtype, device = accumulation_dtype(span.layers[0].dtype), self.index.device
-        layers: tuple[Tensor, ...] | None = None
-        if isinstance(loss.saved, Kept):
-            values = loss.saved.logits[span.rows]
-        else:
-            values, layers = empty((span.count, sampling.num_points), dtype, device), span.layers
+        encoding, data, table, images, _, ignore = loss.targets
+        has_logits, has_targets = isinstance(loss.saved, Kept), encoding == "values"
+        values = loss.saved.logits[span.rows] if isinstance(loss.saved, Kept) else empty(shape, dtype, device)
+        wanted = loss.saved.soft[span.rows] if has_targets else empty(shape, dtype, device)
         sums = empty((span.count, blocks, NUM_SUMS.value), dtype, device)
         slope_terms[(span.count * blocks,)](
-            layers, span.first, self.index[span.rows], loss.targets.table, loss.targets.images, *sampling.source,
-            sampling.given(span), order, loss.saved.corners[span.rows], values, sums,
-            sampling.num_points, sampling.num_uncertain, blocks, *geometry(span.layers[0]), *sampling.strides,
-            LAYERS=len(span.layers), ENCODING=ENCODINGS[loss.targets.encoding], NEAREST=loss.term.nearest,
+            None if has_logits else span.layers, span.first, self.index[span.rows], None if has_targets else data,
+            table, images, ignore if ignore.numel() else None, *sampling.source, sampling.given(span), order,
+            values, wanted, sums, sampling.num_points, sampling.num_uncertain, blocks,
+            *geometry(span.layers[0]), *sampling.strides,
+            LAYERS=len(span.layers), ENCODING=ENCODINGS[encoding], NEAREST=loss.term.nearest,
             BORDER=sampling.border, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
-        return AtPoints(values, order, sums)
+        return AtPoints(order, values, wanted, sums)
 
     def _launch(
         self,
@@ -347,24 +344,19 @@ class Scatter:
     ) -> None:
         sampling, loss, rows = self.sampling, self.source, span.rows
         blocks = cdiv(sampling.num_points, BLOCK)
-        saved: tuple[Tensor | None, ...] = (None, points.values, points.sums, None, None)
-        tables: tuple[Tensor | None, ...] = (None, None)
-        encoding, target_nearest, focal = BITS, False, NO_FOCAL
+        grads: tuple[Tensor | None, ...] = (None, None)
+        focal = NO_FOCAL
         if isinstance(loss, LossGradient):
-            grads = [grad[rows] for grad in loss.grads]
-            saved = (loss.saved.corners[rows], points.values, points.sums, *grads)
-            tables = (loss.targets.table, loss.targets.images)
-            encoding, target_nearest, focal = ENCODINGS[loss.targets.encoding], loss.term.nearest, loss.term.focal
+            grads, focal = tuple(grad[rows] for grad in loss.grads), loss.term.focal
         batch, queries, height, width = span.layers[0].shape
         if isinstance(loss, LossGradient) and isinstance(loss.saved, Kept):
             batch = queries = 0  # QUERY alone numbers the planes
         # Scratch planes are numbered from the first layer of the span, gradients from that of the run.
         first, layers = (span.first, len(span.layers)) if scratch.slots is None else (span.first + span.low, 1)
         scatter[(span.count * blocks,)](
-            planes, first, *scratch, self.index[rows], *tables, *sampling.source,
-            sampling.given(span), points.order, *saved, sampling.num_points, sampling.num_uncertain, blocks,
-            height, width, batch, queries, *sampling.strides, self._headroom(span),
-            LAYERS=layers, ENCODING=encoding, NEAREST=self.nearest, TARGET_NEAREST=target_nearest,
+            planes, first, *scratch, self.index[rows], *sampling.source, sampling.given(span), *points, *grads,
+            sampling.num_points, sampling.num_uncertain, blocks,
+            height, width, batch, queries, *sampling.strides, self._headroom(span), LAYERS=layers, NEAREST=self.nearest,
             BORDER=sampling.border, ALPHA=focal[0], GAMMA=focal[1], MEASURE=measure, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
 

@@ -33,13 +33,11 @@ from .slopes import instance_slopes
 from .storage import (
     ignored,
     pack_bits,
-    pack_corners,
     read_targets,
     rows_of,
     target_cells,
     target_values,
     unpack_bits,
-    unpack_corners,
 )
 
 
@@ -82,8 +80,7 @@ def mask_loss(
     """Draw points, read logits and targets there, and sum up the losses of each instance.
 
     Returns:
-        Cross-entropy `[N]`, Dice `[N]`, and what the backward pass needs: the chosen candidates as bits
-        `[N, ceil(K / 8)]` and the target pixels at the points `[N, P]`.
+        Cross-entropy `[N]`, Dice `[N]`, and `Saved`: the chosen candidates as bits, and soft targets at the points.
     """
     draw = draw.for_points(points)
     dtype = instances.accumulation_dtype
@@ -93,16 +90,22 @@ def mask_loss(
         chosen = rows.new_empty(len(rows), 0)
         if at is None:
             at, chosen = draw_points(z_at, rows, targets.windows, draw)
-        z = z_at(at)
-        entries = rows_of(rows[:, IMAGE], rows[:, TARGET], targets)
-        cells = target_cells(at, entries, term.padding, dtype)
-        corners = read_targets(cells, entries, targets, term, dtype)
-        skip = ignored(at, targets.images[rows[:, IMAGE]], targets.ignore)
-        losses = instance_losses(z, target_values(corners, cells), (~skip).to(dtype), *term.focal)
-        bits = pack_bits(chosen, draw.num_candidates)
-        parts.append((*losses, bits, pack_corners(corners, cells, skip, targets.encoding)))
-    ce, dice, chosen, packed = (torch.cat(part) for part in zip(*parts, strict=True))
-    return ce, dice, chosen, packed
+        t, w = _targets_at(at, rows, targets, term, dtype)
+        losses = instance_losses(z_at(at), t, w, *term.focal)
+        soft = torch.where(w > 0, t, -1.0) if targets.encoding == "values" else t[:, :0]
+        parts.append((*losses, pack_bits(chosen, draw.num_candidates), soft))
+    ce, dice, chosen, soft = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ce, dice, chosen, soft
+
+
+def _targets_at(
+    points: Tensor, rows: Tensor, targets: Targets, term: Term, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Read the targets of instances at their points: t in [0, 1], and w, 0 in the ignore region and 1 elsewhere."""
+    entries = rows_of(rows[:, IMAGE], rows[:, TARGET], targets)
+    cells = target_cells(points, entries, term.padding, dtype)
+    t = target_values(read_targets(cells, entries, targets, term, dtype), cells)
+    return t, (~ignored(points, targets.images[rows[:, IMAGE]], targets.ignore)).to(dtype)
 
 
 def mask_loss_backward(
@@ -118,7 +121,7 @@ def mask_loss_backward(
     """Scatter the gradient of `mask_loss` to the logits of the layers that need one; others get an empty tensor."""
     parts = zip(*(tensor.split(list(instances.layer_sizes)) for tensor in (*grads, *saved)), strict=True)
     found = []
-    for (layer, rows, at), need, (d_ce, d_dice, bits, packed) in zip(
+    for (layer, rows, at), need, (d_ce, d_dice, bits, soft) in zip(
         _by_layer(instances, points), needs_grad, parts, strict=True
     ):
         if not need:
@@ -127,9 +130,11 @@ def mask_loss_backward(
         if at is None:
             at = redraw_points(unpack_bits(bits, draw.num_uncertain), rows, targets.windows, draw)
         z = sample_planes(_planes(layer, rows), at, "bilinear", term.padding)
-        cells = target_cells(at, rows_of(rows[:, IMAGE], rows[:, TARGET], targets), term.padding, z.dtype)
-        t, skip = unpack_corners(packed, cells, term.target_mode, z.dtype)
-        slopes = instance_slopes(z, t, (~skip).to(z.dtype), *term.focal)
+        if soft.shape[1]:
+            t, w = soft.clamp(min=0), (~(soft < 0)).to(z.dtype)
+        else:
+            t, w = _targets_at(at, rows, targets, term, z.dtype)
+        slopes = instance_slopes(z, t, w, *term.focal)
         d_z = d_ce[:, None] * slopes[0] + d_dice[:, None] * slopes[1]
         # A gradient scaler looks at gradients: a non-finite logit must give a non-finite one, unless its instance
         # weighs nothing.

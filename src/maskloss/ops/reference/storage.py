@@ -1,4 +1,4 @@
-"""How targets are stored and read, and what is kept of them for the backward pass."""
+"""How targets are stored and read, and how a choice of candidates is kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from maskloss._abi import (
     BASE,
-    CORNERS,
     COUNT,
     CROP_H,
     CROP_W,
@@ -21,7 +20,6 @@ from maskloss._abi import (
     IGNORE_SIZE,
     IGNORE_STRIDE,
     IGNORE_W,
-    IGNORED,
     IMAGE_H,
     IMAGE_W,
     LABEL,
@@ -33,7 +31,6 @@ from maskloss._abi import (
     Term,
     X,
     Y,
-    is_nearest,
     num_bytes,
 )
 
@@ -100,25 +97,6 @@ def target_values(corners: Sequence[Tensor], cells: Cells) -> Tensor:
         return corners[0]
     v00, v01, v10, v11 = corners
     return interpolate((v00, v01, v10, v11), cells.fx, cells.fy)
-
-
-def pack_corners(corners: Sequence[Tensor], cells: Cells, skip: Tensor, encoding: str) -> Tensor:
-    """Keep what the backward pass needs of the targets: four pixels and the ignore flag in a byte, or soft values."""
-    if encoding == "values":
-        return torch.where(skip, -1.0, target_values(corners, cells))
-    packed = skip.to(torch.uint8) * IGNORED
-    for corner, bit in zip(corners, CORNERS, strict=False):
-        packed += corner.to(torch.uint8) << bit
-    return packed
-
-
-def unpack_corners(packed: Tensor, cells: Cells, target_mode: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Invert `pack_corners`: target values and ignore flags, both `[n, P]`."""
-    if packed.dtype != torch.uint8:
-        return packed.clamp(min=0), packed < 0
-    bits = CORNERS[:1] if is_nearest(target_mode) else CORNERS
-    corners = [((packed >> bit) & 1).to(dtype) for bit in bits]
-    return target_values(corners, cells), (packed & IGNORED) != 0
 
 
 def pack_bits(chosen: Tensor, num_candidates: int) -> Tensor:
