@@ -6,6 +6,7 @@ import pickle
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,24 @@ def test_errors_can_be_pickled() -> None:
     assert (type(again), str(again)) == (MaskLossError, str(caught.value))
 
 
+def nested_in_itself() -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    nested["a"] = nested
+    return nested
+
+
+def test_a_list_that_holds_the_same_list_many_times_is_described_at_once() -> None:
+    nested: list[Any] = [1]
+    for _ in range(60):
+        nested = [1, nested, nested, nested]
+    assert describe(nested).startswith("[1, [1, [1, [...], [...]") and len(describe(nested)) == 80
+
+
+def test_an_integer_that_python_does_not_write_is_described() -> None:
+    assert describe(10**5_000) == "int of many digits"
+    assert describe({10**5_000: 1}) == "{int of many digits: 1}"
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -74,6 +93,9 @@ def test_errors_can_be_pickled() -> None:
         ((480, 640), "(480, 640)"),
         ([1.5] * 100, "[" + "1.5, " * 15 + "1..."),
         ("zeros", "'zeros'"),
+        ("x" * 100_000, "'" + "x" * 76 + "..."),
+        (nested_in_itself(), "{'a': {'a': {'a': {}}}}"),
+        ([[[[[1]]]]], "1 x 1 x 1 x 1 x ..."),
         (None, "None"),
     ],
 )

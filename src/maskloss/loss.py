@@ -61,7 +61,7 @@ class MaskLoss(nn.Module):
     Args:
         ce_weight: weight of the cross-entropy, at least 0. Default 5.
         dice_weight: weight of Dice, at least 0. Default 5.
-        sampling: numbers and layout of points. Default `PointSampling()`: 12544, of 3 times as many candidates, 75 %
+        sampling: numbers and layout of points. Default `PointSampling()`: 12544, of 3 times as many candidates, 75%
             uncertain, independent.
         padding_mode: what lies outside a map: "zeros" (default) or "border", its nearest pixel.
         target_mode: how targets are read: "bilinear" (default) or "nearest".

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from maskloss import MaskLossError
+from maskloss import MaskLossError, methods
 from maskloss.distributed import StepTotals, step_totals
+from maskloss.lab.commands.methods import settings_of_run
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.loop import checkpoint
 from maskloss.lab.loop.progress import Listener
@@ -68,6 +69,24 @@ def test_a_run(model_folder, folder, tmp_path):
     assert all(path.is_file() for path in written)
     # COCO results have the category ids of the data.
     assert {entry["category_id"] for entry in json.loads(written[-1].read_text())} <= {3, 7}
+
+
+def test_the_paragraphs_of_a_run(folder, tmp_path):
+    torch.manual_seed(0)
+    tiny.mask2former().save_pretrained(tmp_path / "model")
+    config = config_of(tmp_path / "model", folder.root, steps=2, layout="stratified", crop=48, num_points=40)
+    train(config, tmp_path / "run", Listener.silent())
+    settings = settings_of_run(tmp_path / "run")
+    # The layout is the run's: a configuration of Transformers knows none.
+    assert settings.points.layout == settings.matching.points.layout == "stratified"
+    assert settings.points.count == settings.matching.points.count == 40
+    text = " ".join(methods.describe(settings).split())
+    for part in (
+        "We train Mask2Former (", "), initialized from model, on inputs of 512 × 512 pixels for 2 steps with a batch ",
+        "a peak learning rate of 0.0001 (0.1 times that for the backbone)", "random square crops of 29 to 62 pixels",
+        "Uniform draws are stratified", "Points are drawn inside the image only", "w_np, which is 0 in ignored regions",
+    ):  # fmt: skip
+        assert part in text, part
 
 
 def test_weights_are_loaded_and_the_head_is_new(model_folder):

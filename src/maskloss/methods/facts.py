@@ -329,7 +329,8 @@ def _augmentation(run: Training) -> Say:
         return say("augmentation.none")
     if changed is None:
         return say("crops", size=Math(rf"{run.crop} \times {run.crop}"))
-    least, most = (round(each * (run.crop or 1), 6) for each in (changed.smallest, changed.largest))
+    sides = (changed.smallest, changed.largest)
+    least, most = sides if run.crop is None else (round(each * run.crop) for each in sides)
     return say(
         "augmentation",
         side=say("side.crop" if run.crop else "side.image", least=least, most=most),

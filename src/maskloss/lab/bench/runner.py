@@ -310,7 +310,7 @@ def _inputs(case: Subject, settings: Settings) -> dict[str, Any]:
 
 
 def summarise(samples: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Reduce samples to median, 10 % and 90 % quantile, seconds.
+    """Reduce samples to median, 10% and 90% quantile, seconds.
 
     Args:
         samples: with "forward" and "backward" each; of a step of the loss with "targets" as well, and of an arm that

@@ -112,8 +112,9 @@ def settings_of_run(folder: Path) -> MethodSettings:
         found = settings_of(learner.criterion)
     else:
         model, share = type(learner.network).__name__.removesuffix("ForUniversalSegmentation"), BACKBONE_SHARE
-        # The path of a folder says nothing to a reader.
-        pretrained = Path(config.model).name if Path(config.model).exists() else config.model
+        # The path of a folder says nothing to a reader; names on the Hub have a slash, too.
+        path = Path(config.model)
+        pretrained = path.name if path.is_absolute() or path.exists() else config.model
         found = settings_of_config(learner.network.config)
         # A run says itself how points lie to each other; a configuration of Transformers knows one way only.
         assert found.points is not None and found.matching is not None

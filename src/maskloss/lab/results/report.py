@@ -231,7 +231,7 @@ def _time(summary: Mapping[str, Any]) -> str:
         return ""
     bar = "".join(f'<b class="{name}" style="width:{100 * value:.2f}%"></b>' for name, value in shares.items())
     legend = "\n".join(
-        f'<li><i class="{name}"></i>{_PART_NAMES[name]} <b>{100 * value:.1f} %</b></li>'
+        f'<li><i class="{name}"></i>{_PART_NAMES[name]} <b>{100 * value:.1f}%</b></li>'
         for name, value in shares.items()
         if value
     )
