@@ -31,6 +31,7 @@ from maskloss.lab.loop.progress import Listener
 from maskloss.lab.loop.run import open_source, train
 from maskloss.lab.models import learners
 from maskloss.lab.models.learners import CompactLearner, Output
+from maskloss.step import Step
 
 LAYOUTS = ("independent", "stratified")
 MASKS = Case("masks", 1, 12, 12, 3, 5, (256, 256), (1024, 1024))
@@ -138,7 +139,7 @@ def matching(scenes: list[Scene], output: Output, matcher: HungarianMatcher, dra
     real = torch.arange(max(targets.num_targets)) < torch.tensor(targets.num_targets)[:, None]
     costs, owners = [], []
     for seed in range(draws):
-        common = (classes, masks, targets, labels, torch.arange(len(scenes)), torch.tensor(seed))
+        common = (classes, masks, Step(targets, labels, torch.arange(len(scenes)), torch.tensor(seed)))
         costs.append(matcher.costs(*common)[0].double())
         rows = matcher.match(*common).index
         owners.append(rows[(rows[:, 1] * 1000 + rows[:, 3]).argsort(), 2])

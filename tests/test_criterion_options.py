@@ -314,7 +314,7 @@ def test_the_weighted_dict_adds_up_to_the_total(backend: str) -> None:
     [
         ("classification must be one of softmax, focal", {"classification": "sigmoid"}),
         ("classification must be one of softmax, focal", {"classification": None}),
-        ("no_object_weight goes with", {"classification": "focal", "no_object_weight": 0.2}),
+        ("no_object_weight belongs to", {"classification": "focal", "no_object_weight": 0.2}),
         ("class_weights must be 3 finite numbers", {"class_weights": [1.0, 2.0]}),
         ("class_weights must be 3 finite numbers", {"class_weights": [1.0, 2.0, -1.0]}),
         ("class_weights must be 3 finite numbers", {"class_weights": torch.full((3,), float("nan"))}),
@@ -351,11 +351,14 @@ SHORT = [as_tensors(PAIRS)] * 3
         ("bool or float tensor .N.", {"instance_weights": torch.ones(9)}),
         ("finite and at least 0", {"instance_weights": torch.full((10,), -1.0)}),
         ("finite and at least 0", {"instance_weights": [torch.full((n,), float("inf")) for n in (3, 0, 7)]}),
-        ("totals.instance_weight goes with", {"totals": StepTotals(1.0, 1.0), "instance_weights": torch.ones(10)}),
-        ("totals.instance_weight goes with", {"totals": StepTotals(1.0, 1.0, instance_weight=1.0)}),
-        ("totals.class_weight goes with", {"totals": StepTotals(1.0, 1.0, class_weight=1.0)}),
+        ("totals.instance_weight belongs to", {"totals": StepTotals(1.0, 1.0), "instance_weights": torch.ones(10)}),
+        ("totals.instance_weight belongs to", {"totals": StepTotals(1.0, 1.0, instance_weight=1.0)}),
+        ("totals.class_weight belongs to", {"totals": StepTotals(1.0, 1.0, class_weight=1.0)}),
         ("totals.queries must be", {"totals": StepTotals(1.0, "2")}),
-        ("of which every layer has as many", {"totals": StepTotals(1.0, 1.0), "matches": [PAIRS, [([], [])] * 3]}),
+        (
+            "the same number of matches in every layer",
+            {"totals": StepTotals(1.0, 1.0), "matches": [PAIRS, [([], [])] * 3]},
+        ),
     ],
 )
 def test_calls_that_are_refused(text: str, options: dict[str, Any]) -> None:
@@ -374,7 +377,7 @@ def test_labels_are_checked_with_given_matches() -> None:
 @pytest.mark.parametrize(
     ("text", "options"),
     [
-        ("labels go with class_weights", {"class_weights": WEIGHTS}),
+        ("labels need class_weights", {"class_weights": WEIGHTS}),
         ("more targets than queries", {"instance_weights": [[torch.ones(9)]]}),
     ],
 )

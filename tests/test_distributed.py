@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, multiprocessing
 from torch.testing import assert_close
 
-from maskloss import StepTotals, step_totals
+from maskloss import MaskLoss, StepTotals, step_totals
 from support import ranks
 
 each_case = pytest.mark.parametrize("case", ranks.COUNTS)
@@ -129,3 +129,23 @@ def test_totals_count_matches(results: list[dict[Any, Any]]) -> None:
     assert step_totals([], 5) == StepTotals(0.0, 0.0)
     for rank in results:
         assert rank["totals"] == StepTotals(torch.tensor(8.5), torch.tensor(15.0))
+
+
+def test_a_rank_computes_a_loss_by_itself(results: list[dict[Any, Any]]) -> None:
+    """Without a gradient, or where it is told to, a rank neither waits for the others nor counts their instances."""
+    features, targets = ranks.batch("uneven, more targets than queries")
+    classes, masks = ranks.Model()(features[:2])
+    expected = ranks.criterion("reference")(classes, masks, targets[:2], seed=ranks.SEED).total
+    pairs = MaskLoss(backend="reference")(masks[0][0, :2], targets[0]["masks"], seed=ranks.SEED).total
+    found = results[0]["alone"]
+    assert set(found) == {"no gradient", "no graph", "argument", "block", "pairs"}
+    assert torch.equal(found.pop("pairs"), pairs)
+    assert all(torch.equal(total, expected) for total in found.values())
+
+
+def test_groups_of_ranks(results: list[dict[Any, Any]]) -> None:
+    """A group that is named counts in evaluation too."""
+    whole, _ = ranks.whole_batch("uneven, more targets than queries", "reference")
+    assert_close(sum(rank["grouped"]["both"] for rank in results) / ranks.RANKS, whole, rtol=1e-6, atol=1e-6)
+    assert [float(rank["grouped"]["totals"]) for rank in results] == [3.0, 4.0]
+    assert torch.equal(results[0]["grouped"]["one"], results[0]["alone"]["no gradient"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,8 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from maskloss import MaskLoss, MaskLossError, MaskTargets, MissingExtraError, PointSampling
+from maskloss import (
+    HungarianMatcher,
+    MaskCriterion,
+    MaskLoss,
+    MaskLossError,
+    MaskTargets,
+    MissingExtraError,
+    PointSampling,
+)
 from maskloss.errors import Cause, describe, reported, require
+from maskloss.integrations import detr
 from support.bad_input import MASKS, PAIRS, TABLES, Bad
 
 
@@ -48,6 +58,43 @@ def test_the_whole_message() -> None:
         "  cause: 12 predictions but 11 targets in 1 image(s)\n"
         "  hint: give one target mask for each prediction, or matches along with [B, Q, h, w] logits"
     )
+
+
+@pytest.mark.parametrize(
+    ("call", "found", "hint"),
+    [
+        (lambda: MaskLoss(num_points=1024), "'num_points'", "use sampling=PointSampling(num_points=...)"),
+        (lambda: MaskCriterion(3, num_points=1024), "'num_points'", "use sampling=PointSampling(num_points=...)"),
+        (lambda: HungarianMatcher(cost_mask=5.0), "'cost_mask'", "use mask_weight="),
+        (lambda: MaskLoss(mask_weight=5.0), "'mask_weight'", "use ce_weight="),
+        (lambda: MaskCriterion(3, eos_coef=0.1), "'eos_coef'", "use no_object_weight="),
+        (lambda: MaskCriterion(num_labels=3), "'num_classes'", "use num_classes="),
+        (lambda: MaskCriterion(3)(class_queries_logits=PAIRS), "'class_logits'", "use class_logits="),
+        (lambda: MaskLoss(pading_mode="border"), "'pading_mode'", "use padding_mode="),
+        (lambda: detr.SetCriterion(3, len, {}, 0.1, [], importance_ratio=1), "importance", "importance_sample_ratio="),
+        (lambda: MaskLoss(5.0), "too many positional", "it takes ce_weight, dice_weight, sampling, options"),
+        (lambda: MaskLoss(class_queries_logits=PAIRS), "'class_queries_logits'", "it takes ce_weight,"),
+    ],
+)
+def test_arguments_that_people_guess(call: Callable[[], object], found: str, hint: str) -> None:
+    """The error is a TypeError, as Python's own, and names the argument that is meant."""
+    with pytest.raises(TypeError) as caught:
+        call()
+    assert isinstance(caught.value, MaskLossError)
+    text = str(caught.value)
+    assert "the arguments must be those of this call" in text
+    assert found in text.split("cause: ")[1]
+    assert hint in text.split("hint: ")[1]
+
+
+def test_a_type_error_from_inside_stays_what_it_is() -> None:
+    @reported("call")
+    def call(function: Callable[[], object]) -> object:
+        return function()
+
+    with pytest.raises(TypeError, match=r"^no number$") as caught:
+        call(lambda: (_ for _ in ()).throw(TypeError("no number")))
+    assert not isinstance(caught.value, MaskLossError)
 
 
 def test_the_environment_names_an_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:

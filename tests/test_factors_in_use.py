@@ -346,7 +346,7 @@ E, F = torch.zeros(2, 5, 6), torch.zeros(2, 6, 9, 13)
         (lambda: MaskFactors(E, F, scratch_mb=0), r"scratch_mb must be a number above 0"),
         (lambda: MaskFactors(E, F, scratch_mb=float("inf")), r"scratch_mb must be a number above 0"),
         (lambda: MaskFactors.from_dict({"query_features": E}), r"MaskFactors.from_dict: .*spatial_features"),
-        (lambda: MaskLoss()(MaskFactors(E, F), torch.zeros(2, 9, 9)), r"go with matches"),
+        (lambda: MaskLoss()(MaskFactors(E, F), torch.zeros(2, 9, 9)), r"need matches"),
         (
             lambda: criterion()(torch.zeros(2, 5, 4), MaskFactors(E.double(), F), entries(some_targets())),
             r"embeddings and features must have one dtype",

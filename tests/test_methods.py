@@ -15,7 +15,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from maskloss import HungarianMatcher, MaskCriterion, MaskLoss, MaskLossError, PointSampling, methods
+from maskloss import HungarianMatcher, MaskCriterion, MaskLoss, MaskLossError, MaskOptions, PointSampling, methods
 from maskloss.lab.cli import main
 from maskloss.methods import chinese, english, facts, sources
 from maskloss.methods.markup import FORMATS, amount
@@ -74,8 +74,11 @@ SUBJECTS = {
 def public_options() -> list[tuple[str, str]]:
     """Every option of every public constructor, in pairs (subject, name)."""
     listed = [(subject, name) for subject, (kind, _) in SUBJECTS.items() for name in inspect.signature(kind).parameters]
+    # The options of a group are given one by one, too.
+    listed += [(subject, field.name) for subject, name in listed if name == "options" for field in fields(MaskOptions)]
     # `sampling` and `matcher` are objects with options of their own, listed for themselves.
-    return [(subject, name) for subject, name in listed if name not in NOT_DESCRIBED | {"sampling", "matcher"}]
+    left_out = NOT_DESCRIBED | {"sampling", "matcher", "options", "kwargs"}
+    return [(subject, name) for subject, name in listed if name not in left_out]
 
 
 def made(subject, **options):

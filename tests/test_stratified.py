@@ -34,6 +34,7 @@ from maskloss.points import (
     threefry2x32,
     uniform_points,
 )
+from maskloss.step import Step
 
 COUNTS = (1, 2, 3, 5, 7, 97, 100, 1009, 3136, 9408)
 
@@ -236,8 +237,8 @@ def test_the_matcher_takes_its_own_points(backend: str) -> None:
         1, sampling=PointSampling(97, layout="stratified"), class_weight=0.0, dice_weight=0.0, backend=backend
     )
     assert (criterion.matcher.num_points, criterion.matcher.layout) == (97, "stratified")
-    common = (torch.zeros(1, 1, 4, 2), [logits], packed, torch.zeros(3, dtype=torch.int64))
-    cost = criterion.matcher.costs(*common, torch.tensor([0]), torch.tensor(4))[0, 0]
+    step = Step(packed, torch.zeros(3, dtype=torch.int64), torch.tensor([0]), torch.tensor(4))
+    cost = criterion.matcher.costs(torch.zeros(1, 1, 4, 2), [logits], step)[0, 0]
     expected = torch.stack([torch.stack([functional.mask_bce(row, column) for column in t]) for row in z])
     torch.testing.assert_close(cost, 5 * expected, rtol=1e-5, atol=1e-5)
     assert HungarianMatcher().layout == MaskCriterion(1).matcher.layout == "independent"

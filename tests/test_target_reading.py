@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from maskloss import HungarianMatcher, MaskLoss, MaskTargets, PointSampling
+from maskloss.step import Step
 from support import oracle
 from support.encodings_of_masks import WAYS, every_way, parts_of, some_masks
 
@@ -136,15 +137,11 @@ def test_the_matching_leaves_ignored_points_out(backend: str) -> None:
     _, targets, logits = half_ignored()
     matcher = HungarianMatcher(num_points=300, backend=backend)
     labels, zero = torch.zeros(4, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-    first, second = (
-        matcher.costs(torch.zeros(1, 1, 4, 2), [each[None]], targets, labels, torch.zeros(1, dtype=torch.int64), zero)
-        for each in logits
-    )
+    classes, ids = torch.zeros(1, 1, 4, 2), torch.zeros(1, dtype=torch.int64)
+    first, second = (matcher.costs(classes, [each[None]], Step(targets, labels, ids, zero)) for each in logits)
     assert torch.equal(first, second)
     everywhere = MaskTargets.from_masks(targets.dense())
-    third = matcher.costs(
-        torch.zeros(1, 1, 4, 2), [logits[:1]], everywhere, labels, torch.zeros(1, dtype=torch.int64), zero
-    )
+    third = matcher.costs(classes, [logits[:1]], Step(everywhere, labels, ids, zero))
     assert not torch.allclose(first, third)
 
 
@@ -208,9 +205,8 @@ def test_all_points_lie_in_the_window(backend: str, valid: tuple[int, int, int, 
     matcher = HungarianMatcher(num_points=500, padding_mode="border", backend=backend)
     entry = {"masks": targets, "labels": torch.zeros(2, dtype=torch.int64)}
     assert len(matcher(torch.zeros(1, 2, 2), logits[None], [entry], seed=0)) == 2
-    costs = matcher.costs(
-        torch.zeros(1, 1, 2, 2), [logits[None]], targets, entry["labels"], torch.zeros(1).long(), torch.tensor(0)
-    )
+    step = Step(targets, entry["labels"], torch.zeros(1).long(), torch.tensor(0))
+    costs = matcher.costs(torch.zeros(1, 1, 2, 2), [logits[None]], step)
     assert bool(costs.isfinite().all())
     # Every corner of the window is reached: a NaN there shows.
     top, left, rows, columns = valid

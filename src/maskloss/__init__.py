@@ -3,12 +3,14 @@
 from maskloss import functional
 from maskloss.criterion import CriterionOutput, MaskCriterion
 from maskloss.distributed import StepTotals, step_totals
-from maskloss.errors import MaskLossError, MissingExtraError
+from maskloss.errors import MaskLossError, MaskLossTypeError, MissingExtraError
 from maskloss.factors import MaskFactors
 from maskloss.loss import InstanceLosses, MaskLoss, MaskLossOutput
 from maskloss.matcher import HungarianMatcher
 from maskloss.matches import Matches
+from maskloss.options import MaskOptions
 from maskloss.points import PointSampling
+from maskloss.step import step
 from maskloss.targets import MaskTargets
 
 __version__ = "0.1.0"
@@ -22,11 +24,14 @@ __all__ = [
     "MaskLoss",
     "MaskLossError",
     "MaskLossOutput",
+    "MaskLossTypeError",
+    "MaskOptions",
     "MaskTargets",
     "Matches",
     "MissingExtraError",
     "PointSampling",
     "StepTotals",
     "functional",
+    "step",
     "step_totals",
 ]

@@ -6,36 +6,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from maskloss import _inputs
 from maskloss.ops.reference import formulas
+from maskloss.options import CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA
 
 KINDS = ("softmax", "focal")
 
 
-def softmax_sums(class_logits: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
-    """Sum the weighted cross-entropy of all queries of each layer: `[L]`.
+def softmax_loss(
+    class_logits: Tensor, wanted: Tensor, weights: Tensor, total_weight: float | Tensor | None = None
+) -> Tensor:
+    """Compute the weighted cross-entropy of all queries of each layer: `[L]`.
 
-        sum_q weights[g_q] * -log softmax(class_logits)[q, g_q]
+        sum_q weights[g_q] * -log softmax(class_logits)[q, g_q] / total_weight
 
     Args:
         class_logits: `[L, B, Q, C + 1]`, float32 or float64; the last class is "no object".
         wanted: int64 `[L, B, Q]`, the class g_q of each query.
         weights: `[C + 1]`, the weight of each class.
+        total_weight: the sum of the weights of all queries that the loss is averaged over. Default: of these queries.
+            0 if there is nothing to divide.
     """
-    nll = cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), weights.to(class_logits), reduction="none")
-    return nll.view(len(class_logits), -1).sum(1)
+    weights = weights.to(class_logits)
+    nll = cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), weights, reduction="none")
+    total = weight_sums(wanted, weights) if total_weight is None else total_weight
+    # A total of 0 divides only zeros; bounded without waiting for a device.
+    bound = total.clamp(min=torch.finfo(total.dtype).tiny) if isinstance(total, Tensor) else total or 1.0
+    return nll.view(len(class_logits), -1).sum(1) / bound
 
 
 def weight_sums(wanted: Tensor, weights: Tensor) -> Tensor:
     """Sum the weights `[C + 1]` of the classes of all queries of each layer: `[L]`."""
     return weights[wanted].flatten(1).sum(1)
-
-
-def above_zero(weight: float | Tensor) -> float | Tensor:
-    """Bound a divisor that may be 0, but then only divides zeros, without waiting for a device."""
-    if isinstance(weight, Tensor):
-        return weight.clamp(min=torch.finfo(weight.dtype).tiny)
-    return weight or 1.0
 
 
 def focal_sums(class_logits: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -51,5 +52,5 @@ def focal_sums(class_logits: Tensor, wanted: Tensor, weights: Tensor | None = No
     layers, batch, queries, classes = class_logits.shape
     one_hot = class_logits.new_zeros(layers, batch, queries, classes + 1)
     hot = one_hot.scatter_(3, wanted[..., None], 1)[..., :-1]
-    terms = formulas.focal(class_logits, hot, _inputs.CLASS_FOCAL_ALPHA, _inputs.CLASS_FOCAL_GAMMA)
+    terms = formulas.focal(class_logits, hot, CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA)
     return (terms if weights is None else terms * weights.to(terms)).flatten(1).sum(1)

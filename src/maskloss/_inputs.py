@@ -1,70 +1,26 @@
-"""What the public calls share: the options of a mask term, checks of logits and targets."""
+"""Checks of logits, targets and numbers that the public calls share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskloss import _abi
 from maskloss._numbers import check_number
-from maskloss._tracing import active, on_host
+from maskloss._tracing import active, as_tensor, on_host
 from maskloss.errors import Cause, check_device, check_layout, describe
 from maskloss.factors import MaskFactors
 from maskloss.layers import Layer
-from maskloss.ops import check_backend
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
 
-# Mask2Former's weights, for the loss and for the matching alike.
-CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0
-# The focal loss of classes by sigmoids, for the loss and for the matching alike (Lin et al., 2017).
-CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA = 0.25, 2.0
-
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PADDING_MODES, TARGET_MODES = _abi.PADDING_MODES, _abi.TARGET_MODES
-
-
-@dataclass(frozen=True)
-class MaskOptions:
-    """How a mask term reads its points, and which cross-entropy it takes."""
-
-    padding_mode: str = "zeros"
-    target_mode: str = "bilinear"
-    focal_alpha: float | None = None
-    focal_gamma: float | None = None
-    backend: str | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("padding_mode", self.padding_mode, PADDING_MODES)
-        check_choice("target_mode", self.target_mode, TARGET_MODES)
-        if self.backend is not None:
-            check_backend(self.backend)
-        if self.focal_alpha is not None and self.focal_gamma is None:
-            raise Cause(
-                "focal_alpha goes with focal_gamma",
-                "focal_gamma is None",
-                "focal_gamma=2.0 is usual; 0.0 only weighs",
-            )
-        if self.focal_alpha is not None:
-            check_number("focal_alpha", self.focal_alpha, 0, 1, hint="0.25 is usual")
-        if self.focal_gamma is not None:
-            check_number("focal_gamma", self.focal_gamma, 0, hint="2.0 is usual")
-
-    @property
-    def focal(self) -> tuple[float, float]:
-        """Alpha and gamma as the operations take them: -1 switches off."""
-        return (
-            -1.0 if self.focal_alpha is None else float(self.focal_alpha),
-            -1.0 if self.focal_gamma is None else float(self.focal_gamma),
-        )
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse a value that is none of the choices."""
+    """Raise if a value is none of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise Cause(
             f"{name} must be one of {', '.join(choices)}",
@@ -73,13 +29,29 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         )
 
 
+def class_weights(weights: Tensor | Sequence[float], num_classes: int | None = None) -> Tensor:
+    """Convert class weights to float32 `[C]`, a copy of their own."""
+    try:
+        found = as_tensor(weights).detach().to(torch.float32, copy=True)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = torch.empty((), device="cpu")
+    fits = found.layout is torch.strided and found.ndim == 1 and len(found) == (num_classes or len(found))
+    if not fits or not bool((found.isfinite() & (found >= 0)).all()):
+        raise Cause(
+            f"class_weights must be {num_classes or 'one or more'} finite numbers, at least 0",
+            f"got {describe(weights)}",
+            "give one weight for each class; 'no object' has no_object_weight",
+        )
+    return found
+
+
 def check_weight(name: str, value: object) -> None:
-    """Refuse a weight that is negative or not finite."""
+    """Raise if a weight is negative or not finite."""
     check_number(name, value, 0, hint="0 switches the term off")
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse a number of instances or queries that is negative or not finite, as far as a device need not be asked."""
+    """Raise if a number of instances or queries is negative or not finite; values on a device are not checked."""
     hint = "step_totals counts them"
     if not isinstance(value, Tensor):
         check_number(name, value, 0, hint=hint)
@@ -91,7 +63,7 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_sampling(sampling: PointSampling | None) -> PointSampling:
-    """Take the default for None, and refuse anything else that is no `PointSampling`."""
+    """Return the default for None; raise if it is anything else than a `PointSampling`."""
     if sampling is None:
         return PointSampling()
     if not isinstance(sampling, PointSampling):
@@ -104,7 +76,7 @@ def check_sampling(sampling: PointSampling | None) -> PointSampling:
 
 
 def check_maps(name: str, maps: Tensor, shape: str, *, min_size: int = 1) -> None:
-    """Refuse maps of another rank than `shape` says, of a dtype without kernels, or without pixels."""
+    """Raise if maps have another rank than `shape` says, a dtype without kernels, or no pixels."""
     rank = shape.count(",") + 1
     if not isinstance(maps, Tensor):
         raise Cause(f"{name} must be a tensor {shape}", f"got {describe(maps)}", "torch.as_tensor converts arrays")
@@ -128,7 +100,7 @@ def check_maps(name: str, maps: Tensor, shape: str, *, min_size: int = 1) -> Non
 
 
 def check_layers(name: str, layers: Layer | Sequence[Layer], shape: str) -> list[Layer]:
-    """Bring logits of one layer, or of a sequence of decoder layers, dense or as factors, into a checked list."""
+    """List the logits of one layer, or of a sequence of decoder layers, dense or as factors, after checking them."""
     listed = list(layers) if isinstance(layers, Sequence) else [layers]
     if not listed:
         raise Cause(f"{name} must have at least one decoder layer", "the sequence is empty", "give the final layer's")
@@ -143,7 +115,7 @@ def check_layers(name: str, layers: Layer | Sequence[Layer], shape: str) -> list
                 f"{name} of all decoder layers must agree in batch size, queries, dtype and device",
                 f"layer 0 is {list(first.shape[:2])} {first.dtype} on {first.device}, "
                 f"layer {number} is {list(layer.shape[:2])} {layer.dtype} on {layer.device}",
-                "bring them to one dtype and device",
+                "convert them to one dtype and device",
             )
     return listed
 
@@ -173,8 +145,13 @@ def stack(layers: Sequence[Tensor]) -> Tensor:
     return stacked
 
 
+def accumulated(tensor: Tensor) -> Tensor:
+    """Upcast half precision: everything is summed in float32, or in float64 where the input is float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def check_targets(targets: MaskTargets, logits: Layer) -> None:
-    """Refuse targets of another batch size or device than logits `[B, Q, h, w]`."""
+    """Raise if targets have another batch size or device than logits `[B, Q, h, w]`."""
     if len(targets) != logits.shape[0]:
         raise Cause(
             "mask_logits and targets must have the same number of images",

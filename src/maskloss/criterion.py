@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from maskloss import _classification, _inputs, distributed, ops
+from maskloss._abi import LAYER
 from maskloss._numbers import check_integer
-from maskloss._tracing import as_tensor
-from maskloss.distributed import StepTotals
+from maskloss.distributed import Group, StepTotals
 from maskloss.errors import Cause, describe, reported
 from maskloss.layers import Layer
-from maskloss.loss import InstanceLosses, MaskLoss, check_instance_weights, weighted
+from maskloss.loss import InstanceLosses, MaskLoss, by_layer, check_instance_weights
 from maskloss.matcher import HungarianMatcher, check_predictions, stack_costs
-from maskloss.matches import Matches, Pairs, matches_of_layers, wanted_classes
-from maskloss.points import PointSampling, draw_seed
-from maskloss.targets import MaskTargets
-from maskloss.targets.collate import Targets, check_labels, collate, joined_weights
+from maskloss.matches import Matches, Pairs
+from maskloss.options import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, MaskKeywords, MaskOptions, mask_options
+from maskloss.points import PointSampling
+from maskloss.step import Step, check_weights_of_totals
+from maskloss.targets.collate import Targets, collate, joined_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NO_OBJECT_WEIGHT = 0.1
 
@@ -35,7 +39,7 @@ class CriterionOutput(NamedTuple):
         loss_dice: `[L]`, Dice, unweighted.
         per_instance: both mask terms of every instance, in the order of `matches.index`; weights of instances are not
             applied to them.
-        matches: which query goes with which target.
+        matches: which query belongs to which target.
         seed: int64 `[]`, the seed of the points.
         weights: class_weight, mask_weight and dice_weight, by which `total` weighs the three terms.
     """
@@ -97,11 +101,8 @@ class MaskCriterion(nn.Module):
         sampling: numbers and layout of points; the default matcher takes `num_points` and `layout` from it. Default
             `PointSampling()`.
         matcher: how to match. Default: `HungarianMatcher` with the weights and options given here.
-        padding_mode: see `MaskLoss`.
-        target_mode: see `MaskLoss`.
-        focal_alpha: see `MaskLoss`; of the masks.
-        focal_gamma: see `MaskLoss`; of the masks.
-        backend: see `MaskLoss`.
+        options: how points are read, focal loss of the masks and backend, as a group; `MaskOptions` says what there is.
+        kwargs: the same options one by one.
 
     Raises:
         MaskLossError: an option outside its range, options that contradict each other.
@@ -127,19 +128,16 @@ class MaskCriterion(nn.Module):
         self,
         num_classes: int,
         *,
-        class_weight: float = _inputs.CLASS_WEIGHT,
-        mask_weight: float = _inputs.MASK_WEIGHT,
-        dice_weight: float = _inputs.DICE_WEIGHT,
+        class_weight: float = CLASS_WEIGHT,
+        mask_weight: float = MASK_WEIGHT,
+        dice_weight: float = DICE_WEIGHT,
         no_object_weight: float = NO_OBJECT_WEIGHT,
         classification: str = "softmax",
         class_weights: Tensor | Sequence[float] | None = None,
         sampling: PointSampling | None = None,
         matcher: HungarianMatcher | None = None,
-        padding_mode: str = "zeros",
-        target_mode: str = "bilinear",
-        focal_alpha: float | None = None,
-        focal_gamma: float | None = None,
-        backend: str | None = None,
+        options: MaskOptions | None = None,
+        **kwargs: Unpack[MaskKeywords],
     ) -> None:
         super().__init__()
         hint = "do not count 'no object'"
@@ -152,22 +150,16 @@ class MaskCriterion(nn.Module):
         _inputs.check_choice("classification", classification, _classification.KINDS)
         if classification == "focal" and no_object_weight != NO_OBJECT_WEIGHT:
             raise Cause(
-                'no_object_weight goes with classification "softmax"',
+                'no_object_weight belongs to classification "softmax"',
                 f'classification="focal", no_object_weight={no_object_weight!r}',
                 'sigmoids have no class "no object"; leave it out',
             )
         self.classification, self.no_object_weight = classification, float(no_object_weight)
         # Not a buffer, which `module.half()` would round; it moves to the logits with the first step.
-        self._class_weights = _checked_class_weights(class_weights, self.num_classes)
+        self._class_weights = None if class_weights is None else _inputs.class_weights(class_weights, self.num_classes)
         sampling = _inputs.check_sampling(sampling)
-        options = {
-            "padding_mode": padding_mode,
-            "target_mode": target_mode,
-            "focal_alpha": focal_alpha,
-            "focal_gamma": focal_gamma,
-            "backend": backend,
-        }
-        self.mask_loss = MaskLoss(ce_weight=mask_weight, dice_weight=dice_weight, sampling=sampling, **options)  # type: ignore[arg-type]
+        group = mask_options(options, **kwargs)
+        self.mask_loss = MaskLoss(ce_weight=mask_weight, dice_weight=dice_weight, sampling=sampling, options=group)
         self.matcher = _checked_matcher(matcher, classification) or HungarianMatcher(
             class_weight=class_weight,
             mask_weight=mask_weight,
@@ -175,7 +167,7 @@ class MaskCriterion(nn.Module):
             num_points=sampling.num_points,
             layout=sampling.layout,
             classification=classification,
-            **options,  # type: ignore[arg-type]
+            options=group,
         )
 
     @reported("MaskCriterion")
@@ -192,6 +184,7 @@ class MaskCriterion(nn.Module):
         image_ids: Tensor | Sequence[int] | None = None,
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
+        group: Group = None,
     ) -> CriterionOutput:
         """Compute all losses of a step.
 
@@ -203,9 +196,10 @@ class MaskCriterion(nn.Module):
             targets: one dict per image: "labels" int64 `[T]` in [0, C), and "masks": a `MaskTargets` of the image,
                 dense `[T, H, W]`, or a label map `[H, W]` along with "ids". Or, already collated, one dict with
                 "masks": the `MaskTargets` of the batch, and "labels": a list of `[T]`.
-            matches: which query goes with which target, in place of the matching: `Matches`, a pair (queries, targets)
-                for each image as DETR's matchers return them, or a list with such a list for each layer. Those of a
-                single layer hold for all layers. Several queries may share a target; they share its points too.
+            matches: which query belongs to which target, instead of running the matcher: `Matches`, a pair
+                (queries, targets) for each image as DETR's matchers return them, or a list with such a list for each
+                layer. Those of a single layer hold for all layers. Several queries may share a target; they share its
+                points too.
             extra_costs: more terms of the matching cost (see `HungarianMatcher`); not along with `matches`.
             instance_weights: weights of the targets in both mask terms: for each image bool or float `[T]`, finite and
                 at least 0, in the order of its targets, or one `[T_all]`. N becomes the sum of the matched instances'
@@ -215,6 +209,8 @@ class MaskCriterion(nn.Module):
             image_ids: global numbers of the images, `[B]`, in [0, 2^32); points depend on them. Default: rank * B + b.
             seed: 64-bit seed of the points.
             generator: where to draw a seed from. Default: torch's default generator.
+            group: the process group over whose ranks to count; False: this rank alone. Default None: all ranks if a
+                gradient is wanted, else this one. `step` tells totals, image_ids, seed and group to a whole block.
 
         Returns:
             The weighted total, the unweighted terms of each layer, and the matches. Gradients flow to both logits.
@@ -224,91 +220,92 @@ class MaskCriterion(nn.Module):
                 by the matching, and on a CPU), or totals without the weights that are used here.
         """
         softmax = self.classification == "softmax"
-        classes, logits = check_predictions(class_logits, mask_logits, no_object=softmax)
-        batch, queries, outputs = classes[0].shape
-        if outputs != self.num_classes + softmax:
+        stacked, logits = check_predictions(class_logits, mask_logits, no_object=softmax)
+        if stacked.shape[3] != self.num_classes + softmax:
             raise Cause(
                 f"class_logits must have {_entries(softmax)} = {self.num_classes + softmax} entries",
-                f"got {outputs}",
-                "num_classes does not count 'no object', the logits of a softmax do, those of sigmoids do not have it",
+                f"got {stacked.shape[3]}",
+                'num_classes excludes "no object". Softmax logits have one extra entry for it; sigmoid logits do not',
             )
-        packed, labels = collate(targets)
-        _inputs.check_targets(packed, logits[0])
-        device = logits[0].device
-        drawn = draw_seed(seed, generator, device)
-        numbers = distributed.image_numbers(image_ids, batch, device)
-        stacked = _inputs.stack(classes)
-        stacked = stacked if stacked.dtype == torch.float64 else stacked.float()
-        if matches is None:
-            extra = None if extra_costs is None else stack_costs(extra_costs, stacked, packed)
-            found = self.matcher.match(stacked, logits, packed, labels, numbers, drawn, extra)
-        else:
-            found = self._given(matches, extra_costs, len(logits), queries, packed, labels)
-        wanted = wanted_classes(found, labels, packed.first_rows, stacked.shape[:3], self.num_classes)
+        step = Step.begin(
+            *collate(targets),
+            [*logits, stacked],
+            totals=totals,
+            image_ids=image_ids,
+            seed=seed,
+            generator=generator,
+            group=group,
+        )
+        found = self._matches(matches, extra_costs, stacked, logits, step)
+        wanted = step.wanted_classes(found, stacked.shape[:3], self.num_classes)
         weights = None
         if instance_weights is not None:
-            each = check_instance_weights(joined_weights(instance_weights, packed), packed.num_masks, logits[0])
-            weights = each[found.target_rows(packed.first_rows)]
-        step = self._step(totals, found, weights, wanted, stacked)
-        divisor = distributed.at_least_one(_given_or(step.instance_weight, step.instances))
+            joined = joined_weights(instance_weights, step.targets)
+            each = check_instance_weights(joined, step.targets.num_masks, logits[0])
+            weights = each[found.target_rows(step.targets.first_rows)]
+        counts = self._counts(step, found, weights, wanted, stacked)
+        divisor = distributed.at_least_one(_given_or(counts.instance_weight, counts.instances))
         reduction = ops.Reduction(self.mask_weight, self.dice_weight, divisor, weights)
-        losses = self.mask_loss.instance_losses(logits, found, packed, numbers, drawn, reduction=reduction)
-        terms = losses if weights is None else weighted(losses, weights)
-        # Both terms of all layers at once: on a GPU every small operation costs a launch.
-        sums = _by_layer(_inputs.stack(terms), found)
-        ce, dice = (sums / divisor).unbind()
-        loss_class = self._classify(stacked, wanted, step)
+        ce, dice, losses = self.mask_loss.layer_terms(logits, found, step, reduction)
+        loss_class = self._classify(stacked, wanted, counts)
         factors = (self.class_weight, self.mask_weight, self.dice_weight)
         summed = torch.add(self.class_weight * loss_class, ce, alpha=self.mask_weight)
         total = torch.add(summed, dice, alpha=self.dice_weight).sum()
-        return CriterionOutput(total, loss_class, ce, dice, losses, found, drawn, factors)
+        return CriterionOutput(total, loss_class, ce, dice, losses, found, step.seed, factors)
 
-    def _given(
+    def _matches(
         self,
-        matches: Matches | Pairs | Sequence[Pairs],
+        given: Matches | Pairs | Sequence[Pairs] | None,
         extra_costs: Sequence[Tensor] | None,
-        layers: int,
-        queries: int,
-        packed: MaskTargets,
-        labels: Tensor,
+        class_logits: Tensor,
+        mask_logits: Sequence[Layer],
+        step: Step,
     ) -> Matches:
-        """Take matches that were made elsewhere."""
+        """Match, or take matches that were made elsewhere."""
+        if given is None:
+            extra = None if extra_costs is None else stack_costs(extra_costs, class_logits, step.targets)
+            return self.matcher.match(class_logits, mask_logits, step, extra)
         if extra_costs is not None:
             raise Cause("give matches or extra_costs, not both", "both were given", "with matches nothing is matched")
-        check_labels(labels, self.num_classes)
-        return matches_of_layers(matches, layers, queries, packed.num_targets).to(labels.device)
+        return step.given(given, len(mask_logits), class_logits.shape[2], self.num_classes)
 
-    def _step(
-        self, totals: StepTotals | None, matches: Matches, weights: Tensor | None, wanted: Tensor, logits: Tensor
+    def _counts(
+        self, step: Step, matches: Matches, weights: Tensor | None, wanted: Tensor, logits: Tensor
     ) -> StepTotals:
-        """Take the step's totals, or count this batch over all ranks; of layers that differ, `[L]`."""
+        """Take the step's totals, or count this batch over the ranks; of layers that differ, `[L]`."""
         weighs_classes = self.classification == "softmax" and self._class_weights is not None
-        if totals is not None:
-            _check_totals(totals, matches, weights is not None, weighs_classes)
-            return totals
+        if step.totals is not None:
+            check_weights_of_totals(step.totals, instance_weights=weights is not None, class_weights=weighs_classes)
+            if not matches.is_even:
+                raise Cause(
+                    "totals need the same number of matches in every layer",
+                    f"the layers have {list(matches.layer_sizes)} pairs",
+                    "leave totals out, or give every layer the same number of pairs",
+                )
+            return step.totals
         layers, batch, queries = wanted.shape
         instances: float | Tensor = float(matches.layer_sizes[0])
-        if not _is_even(matches):
-            instances = (matches.index[:, :1] == torch.arange(layers, device=wanted.device)).sum(0, dtype=logits.dtype)
+        if not matches.is_even:
+            column = matches.index[:, LAYER, None]
+            instances = (column == torch.arange(layers, device=wanted.device)).sum(0, dtype=logits.dtype)
         counts = [instances, float(batch * queries)]
         if weights is not None:
-            counts.append(_by_layer(weights[None], matches)[0])
+            counts.append(by_layer(weights[None], matches)[0])
         if weighs_classes:
             counts.append(_classification.weight_sums(wanted, self._query_weights(logits, no_object=0.0)))
-        means = distributed.mean_over_ranks(counts, logits.device)
+        means = step.means(counts)
         by_instance = means[2] if weights is not None else None
         return StepTotals(means[0], means[1], by_instance, means[-1] if weighs_classes else None)
 
-    def _classify(self, class_logits: Tensor, wanted: Tensor, step: StepTotals) -> Tensor:
+    def _classify(self, class_logits: Tensor, wanted: Tensor, counts: StepTotals) -> Tensor:
         """Compute the classification of each layer, `[L]`, from `[L, B, Q, C (+ 1)]` and the classes `[L, B, Q]`."""
         if self.classification == "focal":
             sums = _classification.focal_sums(class_logits, wanted, self._moved_class_weights(class_logits))
-            return sums / distributed.at_least_one(step.instances)
-        sums = _classification.softmax_sums(class_logits, wanted, self._query_weights(class_logits))
+            return sums / distributed.at_least_one(counts.instances)
         # The sum of the weights; without class weights known without asking the device.
-        unmatched = step.queries - step.instances
-        weight = _given_or(step.class_weight, step.instances) + self.no_object_weight * unmatched
-        return sums / _classification.above_zero(weight)
+        unmatched = counts.queries - counts.instances
+        weight = _given_or(counts.class_weight, counts.instances) + self.no_object_weight * unmatched
+        return _classification.softmax_loss(class_logits, wanted, self._query_weights(class_logits), weight)
 
     def _query_weights(self, like: Tensor, no_object: float | None = None) -> Tensor:
         """Return the weights of all classes and of "no object", `[C + 1]`, with the dtype and device of logits."""
@@ -349,37 +346,6 @@ def _given_or(given: float | Tensor | None, otherwise: float | Tensor) -> float 
     return otherwise if given is None else given
 
 
-def _is_even(matches: Matches) -> bool:
-    """Tell whether all layers have the same number of pairs; a loop, because a set would resolve symbolic sizes."""
-    sizes = matches.layer_sizes
-    return all(size == sizes[0] for size in sizes[1:])
-
-
-def _by_layer(values: Tensor, matches: Matches) -> Tensor:
-    """Sum values of instances `[K, N]` by layer: `[K, L]`."""
-    sizes = matches.layer_sizes
-    if _is_even(matches):
-        return values.view(len(values), len(sizes), -1).sum(2)
-    return torch.stack([part.sum(1) for part in values.split(list(sizes), dim=1)], dim=1)
-
-
-def _checked_class_weights(weights: Tensor | Sequence[float] | None, num_classes: int) -> Tensor | None:
-    """Bring class weights to float32 `[C]`, a copy of their own."""
-    if weights is None:
-        return None
-    try:
-        found = as_tensor(weights).detach().to(torch.float32, copy=True)
-    except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
-    if found.shape != (num_classes,) or not bool((found.isfinite() & (found >= 0)).all()):
-        raise Cause(
-            f"class_weights must be {num_classes} finite numbers, at least 0",
-            f"got {describe(weights)}",
-            "give one weight for each class; 'no object' has no_object_weight",
-        )
-    return found
-
-
 def _checked_matcher(matcher: HungarianMatcher | None, classification: str) -> HungarianMatcher | None:
     if matcher is None:
         return None
@@ -396,29 +362,3 @@ def _checked_matcher(matcher: HungarianMatcher | None, classification: str) -> H
             "give both the same classification",
         )
     return matcher
-
-
-def _check_totals(totals: StepTotals, matches: Matches, weighs_instances: bool, weighs_classes: bool) -> None:
-    """Refuse totals that are no numbers, or whose weights are not those of this call."""
-    if not isinstance(totals, StepTotals):
-        raise Cause("totals must be a StepTotals", f"got {describe(totals)}", "step_totals makes them")
-    for name, count in totals._asdict().items():
-        if count is not None or name in ("instances", "queries"):
-            _inputs.check_count(f"totals.{name}", count)
-    pairs = (
-        ("instance_weight", "instance_weights", weighs_instances),
-        ("class_weight", "class_weights", weighs_classes),
-    )
-    for field, option, used in pairs:
-        if used != (getattr(totals, field) is not None):
-            raise Cause(
-                f"totals.{field} goes with {option}",
-                f"there are {'' if used else 'no '}{option}, and totals.{field} is {getattr(totals, field)!r}",
-                f"step_totals takes the {option} of the step",
-            )
-    if not _is_even(matches):
-        raise Cause(
-            "totals hold for matches of which every layer has as many",
-            f"the layers have {list(matches.layer_sizes)} pairs",
-            "leave totals out, or give every layer the same number of pairs",
-        )

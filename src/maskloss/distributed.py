@@ -7,15 +7,17 @@ process that holds the whole batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from maskloss import _inputs
 from maskloss._numbers import check_integer
-from maskloss._tracing import as_tensor, on_host
+from maskloss._tracing import as_device, as_tensor, on_host
 from maskloss.errors import Cause, describe, reported
+from maskloss.targets.collate import check_labels
 
 
 class StepTotals(NamedTuple):
@@ -37,27 +39,42 @@ class StepTotals(NamedTuple):
     class_weight: float | Tensor | None = None
 
 
+# Whom a step counts with: None, all ranks; a group of them; False, nobody.
+Group: TypeAlias = "dist.ProcessGroup | Literal[False] | None"
+
+
 def rank() -> int:
     """Return this process's rank, 0 without torch.distributed."""
     return dist.get_rank() if _is_distributed() else 0
 
 
-def world_size() -> int:
-    """Return the number of ranks, 1 without torch.distributed."""
-    return dist.get_world_size() if _is_distributed() else 1
+def check_group(group: Group) -> None:
+    """Raise if a group is none, or if this rank is not in it."""
+    if group is None or group is False:
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise Cause(
+            "group must be a process group that this rank is in, False or None",
+            f"got {describe(group)}",
+            "torch.distributed.new_group makes one; False counts this rank alone, None all ranks",
+        )
 
 
-def mean_over_ranks(counts: Sequence[float | Tensor], device: torch.device) -> list[float | Tensor]:
-    """Average counts over the ranks, in one reduction.
+def mean_over_ranks(
+    counts: Sequence[float | Tensor], device: torch.device, group: Group = None
+) -> list[float | Tensor]:
+    """Average counts over the ranks of a group, in one reduction.
 
     Args:
         counts: numbers or tensors that every rank has, in the same order and of the same shapes.
         device: where the reduction runs; a CUDA device for NCCL, the CPU for gloo.
+        group: None: all ranks; False: no reduction.
 
     Returns:
         The counts themselves with one rank; otherwise float tensors on `device`, which are not waited for.
     """
-    if world_size() == 1:
+    size = dist.get_world_size(group) if group is not False and _is_distributed() else 1
+    if size == 1:
         return list(counts)
     # Filled there and not copied there: a copy from pageable memory waits.
     parts = [
@@ -65,8 +82,8 @@ def mean_over_ranks(counts: Sequence[float | Tensor], device: torch.device) -> l
         for count in counts
     ]
     total = torch.cat([part.reshape(-1) for part in parts])
-    dist.all_reduce(total)
-    means = (total / world_size()).split([part.numel() for part in parts])
+    dist.all_reduce(total, group=group)
+    means = (total / size).split([part.numel() for part in parts])
     return [mean.view(part.shape) for mean, part in zip(means, parts, strict=True)]
 
 
@@ -79,6 +96,7 @@ def step_totals(
     labels: Sequence[Sequence[Tensor]] | None = None,
     class_weights: Tensor | Sequence[float] | None = None,
     device: torch.device | str = "cpu",
+    group: Group = None,
 ) -> StepTotals:
     """Count the instances of a whole training step, for gradient accumulation.
 
@@ -94,12 +112,13 @@ def step_totals(
         labels: for each micro-batch, the labels `[T]` of each of its images; needed along with `class_weights`.
         class_weights: `[C]`, those of the criterion, where it classifies by a softmax. Default None.
         device: where the sum over the ranks runs; a CUDA device for NCCL.
+        group: the process group over whose ranks to sum; False: this rank alone. Default None: all ranks.
 
     Returns:
         The totals, divided by the number of ranks.
 
     Raises:
-        MaskLossError: a negative number of targets, fewer than one query, weights or labels that do not go with the
+        MaskLossError: a negative number of targets, fewer than one query, weights or labels that do not fit the
             targets, or weights together with an image that has more targets than queries: which of its targets count
             is known only after the matching.
 
@@ -108,9 +127,10 @@ def step_totals(
         StepTotals(instances=10.0, queries=400.0, instance_weight=None, class_weight=None)
     """
     check_integer("num_queries", num_queries, 1, hint="it is Q of the logits")
+    check_group(group)
     if not isinstance(num_targets, Sequence) or not all(isinstance(counts, Sequence) for counts in num_targets):
         raise Cause(
-            "num_targets must list the micro-batches, and of each the number of targets of its images",
+            "num_targets must list the micro-batches, and for each the number of targets of its images",
             f"got {describe(num_targets)}",
             "a step of a single batch is [targets.num_targets]",
         )
@@ -119,7 +139,9 @@ def step_totals(
         check_integer("a number of targets", count, 0, hint="count the masks of each image")
     if (labels is None) != (class_weights is None):
         raise Cause(
-            "labels go with class_weights", "one of them is None", "the weight of a target is that of its class"
+            "labels need class_weights, and class_weights labels",
+            "one of them is None",
+            "the weight of a target is that of its class",
         )
     weighs = instance_weights is not None or class_weights is not None
     if weighs and max(counts, default=0) > num_queries:
@@ -128,7 +150,7 @@ def step_totals(
             f"an image has {max(counts)} targets for {num_queries} queries",
             "which of them count is known only after the matching: leave totals out, or raise the number of queries",
         )
-    target = torch.device(device)
+    target = as_device(device)
     found: list[float | Tensor] = [
         float(sum(min(count, num_queries) for count in counts)),
         float(num_queries * len(counts)),
@@ -137,22 +159,24 @@ def step_totals(
         parts = _by_image("instance_weights", instance_weights, num_targets)
         found.append(_total([part.to(torch.float32) for part in parts], target))
     if class_weights is not None and labels is not None:
-        weight = as_tensor(class_weights, torch.float32)
+        weight = _inputs.class_weights(class_weights)
         parts = _by_image("labels", labels, num_targets)
+        for part in parts:
+            check_labels(part, len(weight))
         found.append(_total([weight.to(part.device)[part.long()] for part in parts], target))
-    means = mean_over_ranks(found, target)
+    means = mean_over_ranks(found, target, group)
     instance_weight = means[2] if instance_weights is not None else None
     return StepTotals(means[0], means[1], instance_weight, means[-1] if class_weights is not None else None)
 
 
 def _by_image(name: str, given: Sequence[Sequence[Tensor]], num_targets: Sequence[Sequence[int]]) -> list[Tensor]:
-    """List what is given for each image of each micro-batch, and check that there is one entry for each target."""
+    """List what is given for each image of each micro-batch, after checking that there is one entry for each target."""
     try:
         listed = [as_tensor(part) for micro_batch in given for part in micro_batch]
         fits = [[len(as_tensor(part)) for part in micro_batch] for micro_batch in given] == [
             list(counts) for counts in num_targets
         ]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         fits = False
     if not fits or any(part.ndim != 1 for part in listed):
         raise Cause(
@@ -175,7 +199,7 @@ def image_numbers(image_ids: Tensor | Sequence[int] | None, batch: int, device: 
     try:
         ids = as_tensor(image_ids)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        ids = torch.empty(0)  # no integers at any rate
+        ids = torch.empty(0, device="cpu")  # no integers at any rate
     if ids.shape != (batch,) or ids.dtype not in (torch.int64, torch.int32):
         raise Cause(
             "image_ids must hold one integer in [0, 2^32) for each image",

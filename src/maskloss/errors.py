@@ -1,8 +1,8 @@
 """The library's error, and how its message is built.
 
 Deep code raises a short `Cause`. The public call in which it happened (marked with `reported`) turns it into one
-readable error that names the operation and the shapes that it was given; of public calls inside each other, the one
-that the user made:
+readable error that names the operation and the shapes that it was given. If public calls are nested, it names the
+outermost one, which the user made:
 
     MaskLoss: mask_logits and masks must pair up
       mask_logits [12, 64, 64] float32, masks [11, 256, 256] bool
@@ -12,6 +12,7 @@ that the user made:
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import inspect
@@ -49,6 +50,23 @@ class Cause(MaskLossError):
     def __init__(self, rule: str, cause: str, hint: str) -> None:
         super().__init__(f"{rule}\n  cause: {cause}\n  hint: {hint}")
         self.parts = (rule, cause, hint)
+
+
+class MaskLossTypeError(MaskLossError, TypeError):
+    """A call with arguments that it does not take."""
+
+
+class Unexpected(Exception):
+    """A keyword that is no option of a group; `reported` makes a `MaskLossTypeError` of it.
+
+    Args:
+        name: the keyword.
+        options: the options of the group.
+    """
+
+    def __init__(self, name: str, options: Sequence[str]) -> None:
+        super().__init__(f"got an unexpected keyword argument {name!r}")
+        self.options = tuple(options)
 
 
 class MissingExtraError(ImportError):
@@ -90,7 +108,7 @@ def _shown(value: object) -> str:
 
 
 def check_layout(name: str, value: object) -> None:
-    """Raise if a tensor has no strides, as sparse and nested ones. Anything else passes."""
+    """Raise if a tensor has no strides: if it is sparse or nested. Anything else passes."""
     if isinstance(value, torch.Tensor) and (value.is_nested or value.layout is not torch.strided):
         raise Cause(
             f"{name} must be an ordinary tensor with strides",
@@ -112,8 +130,8 @@ def check_device(name: str, device: torch.device, wanted: torch.device) -> None:
 def reported(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Mark a public call: a `Cause` raised inside it becomes an error that names `operation` and its inputs.
 
-    If a marked call inside this one fails, report the error under the outer name: users never called
-    the inner one.
+    If a nested marked call fails, the error is reported under the outer name: users never called the inner one.
+    Arguments that the call does not take are reported in the same way, as a `MaskLossTypeError`.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -125,13 +143,77 @@ def reported(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 parts = error.parts
                 if parts is None:
                     raise
-                told = MaskLossError(_message(operation, parts, _inputs(function, args, kwargs)))
+                kind = type(error) if isinstance(error, MaskLossTypeError) else MaskLossError
+                told = kind(_message(operation, parts, _inputs(function, args, kwargs)))
+            except (TypeError, Unexpected) as error:
+                parts = _misuse(function, args, kwargs, error)
+                if parts is None:
+                    raise
+                told = MaskLossTypeError(_message(operation, parts, ""))
             told.parts = parts
             raise told from None
 
         return call
 
     return decorate
+
+
+# What people guess from other code bases, and the arguments here that mean it. The first that a call takes is named.
+_GUESSES = {
+    "num_points": ("sampling=PointSampling(num_points=...)",),
+    "oversample_ratio": ("sampling=PointSampling(oversample_ratio=...)",),
+    "importance_ratio": ("importance_sample_ratio", "sampling=PointSampling(importance_ratio=...)"),
+    "importance_sample_ratio": ("sampling=PointSampling(importance_ratio=...)",),
+    "layout": ("sampling=PointSampling(layout=...)",),
+    "num_labels": ("num_classes",),
+    "class_queries_logits": ("class_logits",),
+    "pred_logits": ("class_logits",),
+    "masks_queries_logits": ("mask_logits",),
+    "pred_masks": ("mask_logits",),
+    "logits": ("mask_logits", "class_logits"),
+    "mask_labels": ('targets=[{"masks": ..., "labels": ...}]', "masks"),
+    "class_labels": ('targets=[{"masks": ..., "labels": ...}]',),
+    "labels": ('targets=[{"masks": ..., "labels": ...}]',),
+    "target": ("targets", "masks"),
+    "indices": ("matches",),
+    "eos_coef": ("no_object_weight",),
+    "weight": ("class_weights", "instance_weights"),
+    "mask_weight": ("ce_weight",),
+    "bce_weight": ("ce_weight", "mask_weight"),
+    "ce_weight": ("mask_weight",),
+    "cost_class": ("class_weight",),
+    "cost_mask": ("mask_weight", "ce_weight"),
+    "cost_dice": ("dice_weight",),
+    "alpha": ("focal_alpha",),
+    "gamma": ("focal_gamma",),
+    "num_boxes": ("num_instances", "totals"),
+    "num_masks": ("num_instances", "totals"),
+}
+
+
+def _misuse(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception
+) -> tuple[str, str, str] | None:
+    """Rule, cause and hint for arguments that a call does not take; None if the error came from elsewhere."""
+    signature, name = inspect.signature(function), None
+    taken = [each for each in signature.parameters if each not in {"self", "cls", "kwargs"}]
+    if isinstance(error, Unexpected):
+        taken += error.options
+        name = next(each for each in kwargs if each not in taken)
+    else:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as misfit:
+            error = misfit
+            name = next((each for each in kwargs if each not in signature.parameters), None)
+        else:
+            return None
+    meant = None
+    if name is not None:
+        known = _GUESSES.get(name, difflib.get_close_matches(name, taken, 1))
+        meant = next((each for each in known if each.partition("=")[0] in taken), None)
+    hint = f"it takes {', '.join(taken)}" if meant is None else f"use {meant if '=' in meant else meant + '='}"
+    return "the arguments must be those of this call", str(error), hint
 
 
 def _inputs(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

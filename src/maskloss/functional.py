@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskloss import _inputs, ops
+from maskloss import _inputs, ops, options
 from maskloss._numbers import check_number, is_number
 from maskloss.errors import Cause, check_device, check_layout, describe, reported
 from maskloss.matches import Matches
@@ -72,8 +72,8 @@ def point_sample(
         tensor([[1.5000, 2.0000]])
     """
     _inputs.check_maps("maps", maps, "[..., h, w]")
-    _inputs.check_choice("mode", mode, _inputs.TARGET_MODES)
-    _inputs.check_choice("padding_mode", padding_mode, _inputs.PADDING_MODES)
+    _inputs.check_choice("mode", mode, options.TARGET_MODES)
+    _inputs.check_choice("padding_mode", padding_mode, options.PADDING_MODES)
     check_coordinates(points, "[..., P, 2]", maps.device)
     lead = _broadcast(maps.shape[:-2], points.shape[:-2])
     flat = maps.reshape(-1, *maps.shape[-2:])
@@ -155,7 +155,7 @@ def uncertain_points(
         (torch.Size([1, 8, 2]), True)
     """
     _inputs.check_maps("logits", logits, "[N, h, w]")
-    _inputs.check_choice("padding_mode", padding_mode, _inputs.PADDING_MODES)
+    _inputs.check_choice("padding_mode", padding_mode, options.PADDING_MODES)
     sampling = _inputs.check_sampling(sampling)
     backend = ops.choose_backend(logits.device, backend)
     count, device = len(logits), logits.device
@@ -213,8 +213,8 @@ def mask_focal(
     t: Tensor,
     w: Tensor | None = None,
     *,
-    alpha: float | None = _inputs.CLASS_FOCAL_ALPHA,
-    gamma: float = _inputs.CLASS_FOCAL_GAMMA,
+    alpha: float | None = options.CLASS_FOCAL_ALPHA,
+    gamma: float = options.CLASS_FOCAL_GAMMA,
 ) -> Tensor:
     """Compute the focal loss of each instance, the mean over its points.
 
@@ -323,7 +323,7 @@ def pairwise_mask_cost(
         tensor([[0.0181, 4.0181]])
     """
     _check_floats(z, t)
-    focal = _inputs.MaskOptions(focal_alpha=focal_alpha, focal_gamma=focal_gamma).focal
+    focal = options.MaskOptions(focal_alpha=focal_alpha, focal_gamma=focal_gamma).focal
     if z.ndim < 2 or t.ndim < 2 or z.shape[-1] != t.shape[-1]:
         raise Cause(
             "z and t must be [..., Q, P] and [..., T, P]",
@@ -366,8 +366,8 @@ def focal_class_cost(
     class_logits: Tensor,
     labels: Tensor,
     *,
-    alpha: float | None = _inputs.CLASS_FOCAL_ALPHA,
-    gamma: float = _inputs.CLASS_FOCAL_GAMMA,
+    alpha: float | None = options.CLASS_FOCAL_ALPHA,
+    gamma: float = options.CLASS_FOCAL_GAMMA,
 ) -> Tensor:
     """Compute the class term of the matching cost of models that classify with sigmoids.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from maskloss import _inputs, distributed, layers, ops
 from maskloss._abi import accumulation_dtype
 from maskloss._tracing import on_host
-from maskloss.errors import Cause, check_device, describe, reported
+from maskloss.distributed import Group
+from maskloss.errors import Cause, check_device, check_layout, describe, reported
 from maskloss.factors import MaskFactors
 from maskloss.layers import Layer
 from maskloss.matches import Matches, Pairs, check_fit
-from maskloss.points import PointSampling, check_points, draw_seed
+from maskloss.options import DICE_WEIGHT, MASK_WEIGHT, MaskKeywords, MaskOptions, mask_options
+from maskloss.points import PointSampling, check_points
+from maskloss.step import Step
 from maskloss.targets import MaskTargets
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class InstanceLosses(NamedTuple):
@@ -31,13 +37,27 @@ class InstanceLosses(NamedTuple):
     dice: Tensor
 
 
+class LayerTerms(NamedTuple):
+    """The mask terms of decoder layers.
+
+    Attributes:
+        ce: `[L]`, the sums of each layer's cross-entropies, divided.
+        dice: `[L]`, the same for Dice.
+        per_instance: both terms of every instance, not weighted.
+    """
+
+    ce: Tensor
+    dice: Tensor
+    per_instance: InstanceLosses
+
+
 class MaskLossOutput(NamedTuple):
     """What `MaskLoss` returns.
 
     Attributes:
         total: `[]`, ce_weight * ce + dice_weight * dice.
         ce: `[]`, the sum of the instances' cross-entropies, divided by the number of instances.
-        dice: `[]`, likewise for Dice.
+        dice: `[]`, the same for Dice.
         per_instance: both terms of each instance, `[N]` each.
         seed: int64 `[]`, the seed of the points; passing it again draws them again.
     """
@@ -63,11 +83,8 @@ class MaskLoss(nn.Module):
         dice_weight: weight of Dice, at least 0. Default 5.
         sampling: numbers and layout of points. Default `PointSampling()`: 12544, of 3 times as many candidates, 75%
             uncertain, independent.
-        padding_mode: what lies outside a map: "zeros" (default) or "border", its nearest pixel.
-        target_mode: how targets are read: "bilinear" (default) or "nearest".
-        focal_alpha: alpha of the focal loss in [0, 1]; needs `focal_gamma`. Default None: no class balance.
-        focal_gamma: take the focal loss with this exponent in place of the cross-entropy. Default None: off.
-        backend: "reference", "cpu" or "gpu". Default: by device, or MASKLOSS_BACKEND.
+        options: how points are read, focal loss and backend, as a group; `MaskOptions` says what there is.
+        kwargs: the same options one by one.
 
     Raises:
         MaskLossError: an option outside its range.
@@ -89,21 +106,18 @@ class MaskLoss(nn.Module):
     def __init__(
         self,
         *,
-        ce_weight: float = _inputs.MASK_WEIGHT,
-        dice_weight: float = _inputs.DICE_WEIGHT,
+        ce_weight: float = MASK_WEIGHT,
+        dice_weight: float = DICE_WEIGHT,
         sampling: PointSampling | None = None,
-        padding_mode: str = "zeros",
-        target_mode: str = "bilinear",
-        focal_alpha: float | None = None,
-        focal_gamma: float | None = None,
-        backend: str | None = None,
+        options: MaskOptions | None = None,
+        **kwargs: Unpack[MaskKeywords],
     ) -> None:
         super().__init__()
         _inputs.check_weight("ce_weight", ce_weight)
         _inputs.check_weight("dice_weight", dice_weight)
         self.ce_weight, self.dice_weight = float(ce_weight), float(dice_weight)
         self.sampling = _inputs.check_sampling(sampling)
-        self.options = _inputs.MaskOptions(padding_mode, target_mode, focal_alpha, focal_gamma, backend)
+        self.options = mask_options(options, **kwargs)
 
     @reported("MaskLoss")
     def forward(
@@ -118,11 +132,12 @@ class MaskLoss(nn.Module):
         image_ids: Tensor | Sequence[int] | None = None,
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
+        group: Group = None,
     ) -> MaskLossOutput:
         """Compute the loss of pairs, or of matched queries.
 
         Args:
-            mask_logits: `[N, h, w]`, prediction n goes with target n; or `[B, Q, h, w]`, dense or as `MaskFactors`,
+            mask_logits: `[N, h, w]`, prediction n belongs to target n; or `[B, Q, h, w]`, dense or as `MaskFactors`,
                 along with `matches`.
             masks: the targets: `[N, H, W]`, bool, uint8 or float, or `MaskTargets`; with `matches` the targets of a
                 batch, `MaskTargets` or a list of `[T, H, W]`.
@@ -131,12 +146,14 @@ class MaskLoss(nn.Module):
             instance_weights: bool or float `[N]`, v_i at least 0, in the order of the matches: the terms become
                 `sum_i v_i ce_i / N` with N = sum_i v_i, so that an instance of weight 2 counts as two, and one of
                 weight 0 (or False) as none, whatever its logits are. No gradient flows to the weights.
-            num_instances: what the sums are divided by, in place of `max(N / R, 1)` with N counted over all R ranks:
+            num_instances: what the sums are divided by, instead of `max(N / R, 1)` with N counted over all R ranks:
                 for gradient accumulation the instances of the whole step over all ranks, divided by R
                 (`step_totals(...).instances`); bounded below by 1.
             image_ids: global numbers of the images, `[B]`, in [0, 2^32); points depend on them. Default: rank * B + b.
             seed: 64-bit seed of the points.
             generator: where to draw a seed from. Default: torch's default generator.
+            group: the process group over whose ranks to count N; False: this rank alone. Default None: all ranks if a
+                gradient is wanted, else this one (see `step`).
 
         Returns:
             The weighted total, both terms, the terms of each instance, and the seed. float32, or float64 for float64
@@ -146,8 +163,10 @@ class MaskLoss(nn.Module):
             MaskLossError: wrong rank, dtype or device, numbers that do not pair up, or an index out of range.
         """
         logits, targets, matched = self._paired(mask_logits, masks, matches)
-        drawn = draw_seed(seed, generator, logits.device)
-        numbers = distributed.image_numbers(image_ids, logits.shape[0], logits.device)
+        if num_instances is not None:
+            _inputs.check_count("num_instances", num_instances)
+        labels = matched.index.new_empty(0)
+        step = Step.begin(targets, labels, [logits], image_ids=image_ids, seed=seed, generator=generator, group=group)
         if points is not None:
             check_points(points, len(matched), logits.device)
         count: float | Tensor = float(len(matched))
@@ -156,50 +175,63 @@ class MaskLoss(nn.Module):
             weights = check_instance_weights(instance_weights, len(matched), logits)
             count = weights.sum()
         if num_instances is None:
-            num_instances = distributed.mean_over_ranks([count], logits.device)[0]
+            divisor = step.divisor(count, weighted=weights is not None)
         else:
-            _inputs.check_count("num_instances", num_instances)
-        divisor = distributed.at_least_one(num_instances)
+            divisor = distributed.at_least_one(num_instances)
         reduction = ops.Reduction(self.ce_weight, self.dice_weight, divisor, weights)
-        losses = self.instance_losses([logits], matched, targets, numbers, drawn, points, reduction)
-        terms = losses if weights is None else weighted(losses, weights)
-        ce, dice = terms.ce.sum() / divisor, terms.dice.sum() / divisor
-        return MaskLossOutput(self.ce_weight * ce + self.dice_weight * dice, ce, dice, losses, drawn)
+        [ce], [dice], losses = self.layer_terms([logits], matched, step, reduction, points)
+        return MaskLossOutput(self.ce_weight * ce + self.dice_weight * dice, ce, dice, losses, step.seed)
+
+    def layer_terms(
+        self,
+        logits: Sequence[Layer],
+        matches: Matches,
+        step: Step,
+        reduction: ops.Reduction,
+        points: Tensor | None = None,
+    ) -> LayerTerms:
+        """Compute both terms of each decoder layer; inputs are not checked.
+
+        Args:
+            logits: one `[B, Q, h, w]` per layer, dense or as `MaskFactors`.
+            matches: the instances of all layers, on the device of the logits.
+            step: targets, numbers and seed.
+            reduction: the weights of the instances, and what their sums are divided by. How the caller will weigh the
+                two terms is only a guess: gradients cost less where it is right.
+            points: float `[N, P, 2]`, or None to draw them.
+        """
+        losses = self.instance_losses(logits, matches, step, points, reduction)
+        terms = losses if reduction.weights is None else weighted(losses, reduction.weights)
+        # Both terms of all layers at once: on a GPU every small operation costs a launch.
+        ce, dice = (by_layer(_inputs.stack(terms), matches) / reduction.divisor).unbind()
+        return LayerTerms(ce, dice, losses)
 
     def instance_losses(
         self,
         logits: Sequence[Layer],
         matches: Matches,
-        targets: MaskTargets,
-        image_ids: Tensor,
-        seed: Tensor,
+        step: Step,
         points: Tensor | None = None,
         reduction: ops.Reduction | None = None,
     ) -> InstanceLosses:
-        """Compute the losses of the matched instances of several decoder layers at once; inputs are not checked.
-
-        Args:
-            logits: one `[B, Q, h, w]` per layer, dense or as `MaskFactors`.
-            matches: the instances of all layers, on the device of the logits.
-            targets: the targets of the batch.
-            image_ids: int64 `[B]`.
-            seed: int64 `[]`.
-            points: float `[N, P, 2]`, or None to draw them.
-            reduction: how they will be summed, if that is known before: gradients then cost less.
-
-        Returns:
-            Both terms of each instance, in the order of the matches.
-        """
-        options, sampling = self.options, self.sampling
+        """Compute both terms of each instance, in the order of the matches (see `layer_terms`)."""
+        targets, sampling = step.targets, self.sampling
         num_points = sampling.num_points if points is None else points.shape[1]
         ce, dice = layers.mask_loss(
             logits,
             matches,
             ops.Targets(targets.encoding, *targets.tensors),
-            ops.Draw(image_ids, seed, num_points, sampling.num_candidates, sampling.num_uncertain, sampling.layout),
-            ops.Term(options.padding_mode, options.target_mode, *options.focal),
+            ops.Draw(
+                step.image_ids,
+                step.seed,
+                num_points,
+                sampling.num_candidates,
+                sampling.num_uncertain,
+                sampling.layout,
+            ),
+            self.options.term,
             points,
-            ops.choose_backend(logits[0].device, options.backend),
+            ops.choose_backend(logits[0].device, self.options.backend),
             reduction,
         )
         return InstanceLosses(ce, dice)
@@ -214,12 +246,12 @@ class MaskLoss(nn.Module):
         masks: Tensor | MaskTargets | Sequence[Tensor],
         matches: Matches | Pairs | None,
     ) -> tuple[Layer, MaskTargets, Matches]:
-        """Bring both forms of the call into one: logits `[B, Q, h, w]`, targets, matches."""
+        """Convert both forms of the call to one: logits `[B, Q, h, w]`, targets, matches."""
         targets = masks if isinstance(masks, MaskTargets) else MaskTargets.from_masks(masks)
         if matches is None:
             if isinstance(mask_logits, MaskFactors) or (isinstance(mask_logits, Tensor) and mask_logits.ndim == 4):
                 raise Cause(
-                    "mask_logits [B, Q, h, w] go with matches",
+                    "mask_logits [B, Q, h, w] need matches",
                     "matches is None",
                     "give the (queries, targets) of each image, or pick the matched predictions: [N, h, w]",
                 )
@@ -248,7 +280,8 @@ class MaskLoss(nn.Module):
 
 
 def check_instance_weights(weights: Tensor, count: int, logits: Layer) -> Tensor:
-    """Bring weights of instances, bool or float `[N]`, to the dtype of their losses; no gradient flows to them."""
+    """Check instance weights, bool or float `[N]`, and cast them to the dtype of the losses; they get no gradient."""
+    check_layout("instance_weights", weights)
     fits = isinstance(weights, Tensor) and tuple(weights.shape) == (count,)
     if not fits or not (weights.dtype == torch.bool or weights.is_floating_point()):
         raise Cause(
@@ -271,3 +304,11 @@ def weighted(losses: InstanceLosses, weights: Tensor) -> InstanceLosses:
     """Weigh the losses of instances; a NaN in one of weight 0 must not come through, and 0 * NaN would."""
     zero = losses.ce.new_zeros(())
     return InstanceLosses(*(torch.where(weights == 0, zero, term) * weights for term in losses))
+
+
+def by_layer(values: Tensor, matches: Matches) -> Tensor:
+    """Sum values of instances `[K, N]` by layer: `[K, L]`."""
+    sizes = matches.layer_sizes
+    if matches.is_even:
+        return values.view(len(values), len(sizes), -1).sum(2)
+    return torch.stack([part.sum(1) for part in values.split(list(sizes), dim=1)], dim=1)

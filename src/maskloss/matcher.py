@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from maskloss import _inputs, distributed, layers, ops
+from maskloss import _inputs, layers, ops
 from maskloss._classification import KINDS
 from maskloss.errors import Cause, check_device, check_layout, describe, reported
 from maskloss.functional import class_cost, focal_class_cost
 from maskloss.layers import Layer
 from maskloss.matches import Matches
-from maskloss.points import PointSampling, draw_seed
+from maskloss.options import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, MaskKeywords, MaskOptions, mask_options
+from maskloss.points import PointSampling
+from maskloss.step import Step
 from maskloss.targets import MaskTargets
 from maskloss.targets.collate import Targets, collate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class HungarianMatcher(nn.Module):
@@ -23,9 +29,10 @@ class HungarianMatcher(nn.Module):
 
         C[q, t] = class_weight * (-softmax(class)[q, label_t]) + mask_weight * BCE[q, t] + dice_weight * Dice[q, t]
 
-    Both mask terms are taken at `num_points` uniform points, which all queries and all layers of an image share. All
-    costs are computed first, go to the host together, are solved there, and the matches come back together. An image
-    with more targets than queries has Q matches. A non-finite cost is a pair that is taken only if no other is left.
+    Both mask terms are taken at `num_points` uniform points, which all queries and all layers of an image share. The
+    costs of all layers and images are computed first, copied to the host once, solved there, and the matches are copied
+    back once. If an image has more targets than queries, Q of them are matched. A pair with a non-finite cost is used
+    only as a last resort.
 
     Args:
         class_weight: weight of the class term, at least 0. Default 2.
@@ -35,11 +42,8 @@ class HungarianMatcher(nn.Module):
         layout: how these points lie to each other, "independent" (default) or "stratified" (see `PointSampling`).
         classification: "softmax" (default), or "focal": the class logits have no "no object", and the class term is
             `functional.focal_class_cost`.
-        padding_mode: "zeros" (default) or "border".
-        target_mode: "bilinear" (default) or "nearest".
-        focal_alpha: alpha of the focal cost; needs `focal_gamma`. Default None.
-        focal_gamma: take the focal cost in place of BCE. Default None: off.
-        backend: "reference", "cpu" or "gpu". Default: by device.
+        options: how points are read, focal cost and backend, as a group; `MaskOptions` says what there is.
+        kwargs: the same options one by one.
 
     Raises:
         MaskLossError: an option outside its range, or all weights 0.
@@ -62,31 +66,30 @@ class HungarianMatcher(nn.Module):
     def __init__(
         self,
         *,
-        class_weight: float = _inputs.CLASS_WEIGHT,
-        mask_weight: float = _inputs.MASK_WEIGHT,
-        dice_weight: float = _inputs.DICE_WEIGHT,
+        class_weight: float = CLASS_WEIGHT,
+        mask_weight: float = MASK_WEIGHT,
+        dice_weight: float = DICE_WEIGHT,
         num_points: int = PointSampling.num_points,
         layout: str = PointSampling.layout,
         classification: str = "softmax",
-        padding_mode: str = "zeros",
-        target_mode: str = "bilinear",
-        focal_alpha: float | None = None,
-        focal_gamma: float | None = None,
-        backend: str | None = None,
+        options: MaskOptions | None = None,
+        **kwargs: Unpack[MaskKeywords],
     ) -> None:
         super().__init__()
         weights = {"class_weight": class_weight, "mask_weight": mask_weight, "dice_weight": dice_weight}
         for name, weight in weights.items():
             _inputs.check_weight(name, weight)
         if not any(weights.values()):
-            raise Cause("one weight at least must be positive", "all are 0", "a cost of 0 everywhere matches nothing")
+            raise Cause(
+                "at least one weight must be positive", "all are 0", "with all costs 0 the matching would be arbitrary"
+            )
         self.class_weight, self.mask_weight, self.dice_weight = (float(weight) for weight in weights.values())
         # Only uniform points are drawn: the candidates of a default ratio must not count towards a limit.
         sampling = PointSampling(num_points=num_points, importance_ratio=0.0, layout=layout)
         self.num_points, self.layout = sampling.num_points, sampling.layout
         _inputs.check_choice("classification", classification, KINDS)
         self.classification = classification
-        self.options = _inputs.MaskOptions(padding_mode, target_mode, focal_alpha, focal_gamma, backend)
+        self.options = mask_options(options, **kwargs)
 
     @reported("HungarianMatcher")
     def forward(
@@ -119,60 +122,59 @@ class HungarianMatcher(nn.Module):
         Raises:
             MaskLossError: wrong rank, dtype or device, numbers that do not pair up, or labels outside the classes.
         """
-        classes, logits = check_predictions(class_logits, mask_logits, no_object=self.classification == "softmax")
-        packed, labels = collate(targets)
-        _inputs.check_targets(packed, logits[0])
-        numbers = distributed.image_numbers(image_ids, logits[0].shape[0], logits[0].device)
-        stacked = torch.stack([layer.detach().float() for layer in classes])
-        extra = None if extra_costs is None else stack_costs(extra_costs, stacked, packed)
-        drawn = draw_seed(seed, generator, logits[0].device)
-        return self.match(stacked, logits, packed, labels, numbers, drawn, extra)
+        stacked, logits = check_predictions(class_logits, mask_logits, no_object=self.classification == "softmax")
+        step = Step.begin(*collate(targets), logits, image_ids=image_ids, seed=seed, generator=generator)
+        extra = None if extra_costs is None else stack_costs(extra_costs, stacked, step.targets)
+        return self.match(stacked, logits, step, extra)
 
     @torch.no_grad()
     def match(
         self,
         class_logits: Tensor,
         mask_logits: Sequence[Layer],
-        targets: MaskTargets,
-        labels: Tensor,
-        image_ids: Tensor,
-        seed: Tensor,
+        step: Step,
         extra_costs: Tensor | None = None,
+        *,
+        no_object_labels: bool = False,
     ) -> Matches:
-        """Match checked inputs: class logits `[L, B, Q, C + 1]`, targets packed, labels of all images `[T_all]`."""
-        cost = self.costs(class_logits, mask_logits, targets, labels, image_ids, seed, extra_costs)
-        num_classes, num_queries = class_logits.shape[-1] - (self.classification == "softmax"), class_logits.shape[2]
-        index, wanted = ops.assign(cost, labels, targets.num_targets, num_classes)
-        matched = ops.count_matches(targets.num_targets, num_queries)
-        sizes = (matched,) * len(mask_logits)
-        counts = ops.matched_counts(targets.num_targets, num_queries) * len(mask_logits)
-        return Matches(index, sizes, num_queries, targets.num_targets, wanted, num_classes, counts)
+        """Match checked inputs.
+
+        Args:
+            class_logits: `[L, B, Q, C + 1]`, or `[L, B, Q, C]` for classification "focal".
+            mask_logits: one `[B, Q, h, w]` per layer.
+            step: targets, numbers and seed.
+            extra_costs: `[L, B, Q, T_max]`, or None.
+            no_object_labels: whether labels may be C, as in criteria that train on targets of class "no object".
+        """
+        cost = self.costs(class_logits, mask_logits, step, extra_costs)
+        counts, (depth, _, queries, outputs) = step.targets.num_targets, class_logits.shape
+        num_classes = outputs - (self.classification == "softmax")
+        # Unmatched queries have the first number that is no label.
+        index, wanted = ops.assign(cost, step.labels, counts, outputs if no_object_labels else num_classes)
+        if no_object_labels:
+            wanted = wanted.clamp(max=num_classes)
+        sizes = (ops.count_matches(counts, queries),) * depth
+        matched = ops.matched_counts(counts, queries) * depth
+        return Matches(index, sizes, queries, counts, wanted, num_classes, matched)
 
     @torch.no_grad()
     def costs(
-        self,
-        class_logits: Tensor,
-        mask_logits: Sequence[Layer],
-        targets: MaskTargets,
-        labels: Tensor,
-        image_ids: Tensor,
-        seed: Tensor,
-        extra_costs: Tensor | None = None,
+        self, class_logits: Tensor, mask_logits: Sequence[Layer], step: Step, extra_costs: Tensor | None = None
     ) -> Tensor:
-        """Compute the matching costs `[L, B, Q, T_max]` of checked inputs; meaningless beyond an image's targets."""
-        options = self.options
+        """Compute the costs `[L, B, Q, T_max]` of checked inputs; meaningless beyond an image's targets."""
+        targets = step.targets
         ce, dice = layers.match_cost(
             mask_logits,
             targets.num_targets,
             ops.Targets(targets.encoding, *targets.tensors),
-            ops.Draw(image_ids, seed, self.num_points, layout=self.layout),
-            ops.Term(options.padding_mode, options.target_mode, *options.focal),
-            ops.choose_backend(mask_logits[0].device, options.backend),
+            ops.Draw(step.image_ids, step.seed, self.num_points, layout=self.layout),
+            self.options.term,
+            ops.choose_backend(mask_logits[0].device, self.options.backend),
         )
-        padded = _by_image(labels, targets)
+        padded = _by_image(step.labels, targets)
         by_class = class_cost if self.classification == "softmax" else focal_class_cost
         cost = torch.add(self.mask_weight * ce, dice, alpha=self.dice_weight)
-        cost = torch.add(cost, by_class(class_logits, padded), alpha=self.class_weight)
+        cost = torch.add(cost, by_class(class_logits.detach(), padded), alpha=self.class_weight)
         return cost if extra_costs is None else cost + extra_costs
 
     def extra_repr(self) -> str:
@@ -182,7 +184,7 @@ class HungarianMatcher(nn.Module):
 
 
 def stack_costs(costs: Sequence[Tensor], class_logits: Tensor, targets: MaskTargets) -> Tensor:
-    """Bring costs `[Q, T]` or `[L, Q, T]` of each image together: `[L, B, Q, T_max]`, 0 beyond an image's targets."""
+    """Stack the per-image costs `[Q, T]` or `[L, Q, T]`: `[L, B, Q, T_max]`, 0 beyond an image's targets."""
     layers, batch, queries = class_logits.shape[:3]
     stacked = class_logits.new_zeros(layers, batch, queries, ops.widest(targets.num_targets))
     if not isinstance(costs, (Sequence, Tensor)) or len(costs) != batch:
@@ -214,13 +216,17 @@ def _by_image(labels: Tensor, targets: MaskTargets) -> Tensor:
 
 def check_predictions(
     class_logits: Tensor | Sequence[Tensor], mask_logits: Layer | Sequence[Layer], *, no_object: bool = True
-) -> tuple[list[Tensor], list[Layer]]:
-    """Bring the predictions of all decoder layers into two checked lists of the same length.
+) -> tuple[Tensor, list[Layer]]:
+    """Check the predictions of all decoder layers.
 
     Args:
         class_logits: `[B, Q, C + 1]`, or a sequence over decoder layers.
         mask_logits: `[B, Q, h, w]`, or a sequence over decoder layers.
         no_object: whether the last class is "no object", so that there must be two classes at least.
+
+    Returns:
+        The class logits, stacked, `[L, B, Q, C + 1]` in float32, or float64 if that is what they are, since everything
+        is summed in that; and a list with the mask logits of each layer.
     """
     masks = _inputs.check_layers("mask_logits", mask_logits, "[B, Q, h, w]")
     classes = list(class_logits) if isinstance(class_logits, Sequence) else [class_logits]
@@ -246,4 +252,4 @@ def check_predictions(
                 "both heads must read the same queries",
             )
         check_device("class_logits", logits.device, masks[0].device)
-    return classes, masks
+    return _inputs.accumulated(_inputs.stack(classes)), masks

@@ -46,6 +46,12 @@ class Matches:
         """The number of images."""
         return len(self.num_targets)
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all layers have the same number of pairs."""
+        # A loop, because a set would resolve symbolic sizes.
+        return all(size == self.layer_sizes[0] for size in self.layer_sizes[1:])
+
     def __len__(self) -> int:
         """Return N, the number of pairs of all layers."""
         return sum(self.layer_sizes)

@@ -240,8 +240,8 @@ def test_weights_and_state_are_those_of_mask2former() -> None:
 
 
 ERRORS = {
-    "losses must be among labels, masks, boxes": lambda: detr.SetCriterion(3, lambda *_: [], {}, 0.1, ["cards"]),
-    "matcher and criterion must classify alike": lambda: detr.SetCriterion(
+    "losses must be a list of labels, masks, boxes": lambda: detr.SetCriterion(3, lambda *_: [], {}, 0.1, ["cards"]),
+    "matcher and criterion must use the same classification": lambda: detr.SetCriterion(
         3, detr.HungarianMatcher(), {}, 0.1, ["labels"], classification="focal"
     ),
     "classification must be one of softmax, focal": lambda: detr.SetCriterion(
@@ -337,7 +337,7 @@ def test_masks_may_be_factors(form: str, family: str, backend: str, monkeypatch:
 
 def test_wrong_factors_are_refused() -> None:
     outputs = outputs_of(auxiliary=0) | {"pred_masks": {"spatial_features": torch.zeros(2, 5, 16, 16)}}
-    with pytest.raises(MaskLossError, match='must have "spatial_features" and "query_features"'):
+    with pytest.raises(MaskLossError, match='must be a dict with "spatial_features" and "query_features"'):
         mask2former_criterion()(outputs, targets_of())
 
 

@@ -11,9 +11,8 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from maskloss.integrations import _layers
 from support import tiny
-from support.forced import answered, recorded
+from support.forced import answered, fix_seed, recorded
 
 pytest.importorskip("transformers")
 patch = pytest.importorskip("maskloss.integrations.transformers").patch
@@ -183,7 +182,7 @@ def _rank(rank: int, port: int, queue: Any) -> None:
     from maskloss.integrations.transformers import universal
 
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(_layers, "draw_seed", lambda: torch.tensor(5))
+    fix_seed(monkeypatch, 5)
     batch = tiny.batch_for("mask2former", masks)
     with patch(model):
         _, terms = tiny.run(model, "mask2former", batch)

@@ -21,7 +21,7 @@ from maskloss.factors import MaskFactors
 from maskloss.integrations.transformers import factors as integration
 from maskloss.integrations.transformers import forward_pass, patch, unpatch
 from support import tiny
-from support.forced import answered, recorded
+from support.forced import answered, fix_seed, recorded
 
 pytest.importorskip("transformers")
 
@@ -194,7 +194,7 @@ def test_nothing_changes_otherwise(family: str, how: str, monkeypatch: pytest.Mo
         model.eval()
     else:
         batch = {name: v for name, v in batch.items() if name not in ("mask_labels", "class_labels", "labels")}
-    monkeypatch.setattr("maskloss.integrations._layers.draw_seed", lambda: torch.tensor(5))
+    fix_seed(monkeypatch, 5)
     with patch(model, backend="reference"):
         before = outputs_of(model, batch)
     with patch(model, backend="reference", factors=True), products(monkeypatch) as made:
@@ -230,7 +230,7 @@ def test_undo_restores_everything(family: str) -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_copies_train_on_factors_too(family: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskloss.integrations._layers.draw_seed", lambda: torch.tensor(5))
+    fix_seed(monkeypatch, 5)
     model, batch = tiny.build(family), tiny.batch_for(family)
     with patch(model, backend="reference", factors=True):
         loss, _ = tiny.run(model, family, batch)
@@ -359,7 +359,7 @@ def test_an_interrupt_leaves_nothing_that_counts(monkeypatch: pytest.MonkeyPatch
 
 def test_a_model_may_be_called_inside_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of the outer pass is dense; the loss is the same."""
-    monkeypatch.setattr("maskloss.integrations._layers.draw_seed", lambda: torch.tensor(5))
+    fix_seed(monkeypatch, 5)
     model, batch = tiny.build("mask2former"), tiny.batch_for("mask2former")
     layers = model.model.transformer_module.decoder.layers
     inside: list[Any] = []
@@ -418,7 +418,7 @@ def test_embeddings_are_a_tensor_to_everybody_else() -> None:
 
 @pytest.mark.parametrize("family", ["mask2former", "eomt", "rf_detr"])
 def test_autocast(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskloss.integrations._layers.draw_seed", lambda: torch.tensor(5))
+    fix_seed(monkeypatch, 5)
     model, batch = tiny.build(family), tiny.batch_for(family)
     found = []
     for factors in (False, True):
@@ -449,7 +449,7 @@ def test_what_accelerate_converts() -> None:
 
 
 def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskloss.integrations._layers.draw_seed", lambda: torch.tensor(5))
+    fix_seed(monkeypatch, 5)
     model, batch = tiny.build("mask2former"), tiny.batch_for("mask2former")
     decoder = model.model.transformer_module.decoder
     with patch(model, backend="reference", factors=True):
@@ -473,7 +473,7 @@ def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_data_parallel_wrappers(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr("maskloss.integrations._layers.draw_seed", lambda: torch.tensor(5))
+    fix_seed(monkeypatch, 5)
     model, batch = tiny.build("mask2former"), tiny.batch_for("mask2former")
     with patch(model, backend="reference", factors=True):
         loss, _ = tiny.run(model, "mask2former", batch)
@@ -509,7 +509,7 @@ def test_while_code_is_compiled_masks_are_dense(monkeypatch: pytest.MonkeyPatch)
 # Dynamo looks at the .grad of tensors that have none, and warns of that.
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_a_compiled_model_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskloss.integrations._layers.draw_seed", lambda: torch.tensor(5))
+    fix_seed(monkeypatch, 5)
     model, batch = tiny.build("eomt"), tiny.batch_for("eomt")
     with patch(model, backend="reference", factors=True):
         torch.manual_seed(7)

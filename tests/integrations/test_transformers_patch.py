@@ -23,6 +23,7 @@ from maskloss.integrations.transformers import patch, unpatch
 from maskloss.integrations.transformers.families import FAMILIES
 from maskloss.integrations.transformers.universal import PointCriterion
 from support import tiny
+from support.forced import fix_seed
 
 transformers = pytest.importorskip("transformers")
 
@@ -216,7 +217,7 @@ def test_mask_labels_in_other_forms(family: str, kind: str, monkeypatch: pytest.
         "one tensor": torch.stack(dense),
     }
     model, batch = tiny.BUILDERS[family](), tiny.batch_for(family, dense)
-    monkeypatch.setattr("maskloss.integrations._layers.draw_seed", lambda: torch.tensor(5))
+    fix_seed(monkeypatch, 5)
     with patch(model):
         expected, _ = tiny.run(model, family, batch)
         if family == "rf_detr":
@@ -261,7 +262,7 @@ def test_masks_that_change_between_passes_are_packed_again(
     layerwise: str, write: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where PyTorch does not see the change: a loader that fills one buffer again and again."""
-    monkeypatch.setattr("maskloss.integrations._layers.draw_seed", lambda: torch.tensor(5))
+    fix_seed(monkeypatch, 5)
     model, batch = tiny.BUILDERS[layerwise](), tiny.batch_for(layerwise)
     buffers = [masks.numpy().copy() for masks in batch["mask_labels"]]
     batch["mask_labels"] = [torch.from_numpy(buffer) for buffer in buffers]

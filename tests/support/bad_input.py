@@ -104,7 +104,7 @@ OPTIONS = {
     "target mode": Bad(
         "MaskCriterion", "one of bilinear, nearest", "'cubic'", lambda: Criterion(4, target_mode="cubic")
     ),
-    "focal alpha alone": Bad("MaskLoss", "focal_alpha goes with focal_gamma", "None", lambda: Loss(focal_alpha=0.25)),
+    "focal alpha alone": Bad("MaskLoss", "focal_alpha needs focal_gamma", "None", lambda: Loss(focal_alpha=0.25)),
     "focal alpha": Bad("HungarianMatcher", "in [0, 1]", "=1.5", lambda: Matcher(focal_alpha=1.5, focal_gamma=2.0)),
     "focal gamma": Bad(
         "MaskLoss", "focal_gamma must be a finite number, at least 0", "=-1.0", lambda: Loss(focal_gamma=-1.0)
@@ -117,7 +117,7 @@ OPTIONS = {
     "no classes": Bad("MaskCriterion", "num_classes must be an integer, at least 1", "=0", lambda: Criterion(0)),
     "all weights 0": Bad(
         "HungarianMatcher",
-        "one weight at least must be positive",
+        "at least one weight must be positive",
         "all are 0",
         lambda: Matcher(class_weight=0, mask_weight=0, dice_weight=0),
     ),
@@ -129,7 +129,7 @@ LOSS = {
         "MaskLoss", "must pair up", "3 predictions but 2 targets", lambda: loss(torch.zeros(3, 8, 8))
     ),
     "rank 2": Bad("MaskLoss", "mask_logits must be [N, h, w]", "got 2 dimensions", lambda: loss(PAIRS[0])),
-    "queries without matches": Bad("MaskLoss", "[B, Q, h, w] go with matches", "is None", lambda: loss(LAYER)),
+    "queries without matches": Bad("MaskLoss", "[B, Q, h, w] need matches", "is None", lambda: loss(LAYER)),
     "matches without queries": Bad(
         "MaskLoss", "must be [B, Q, h, w]", "got 3", lambda: loss(PAIRS, [MASKS], [(index(0), index(0))])
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,16 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloss import layers
+from maskloss import distributed, layers
 from maskloss._abi import CANDIDATES, IMAGE, LAYER, QUERY, RANDOM, TARGET, Draw
-from maskloss.integrations import _layers
-from maskloss.integrations._layers import Step
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches
 from maskloss.ops.reference.sampling import match_points
 from maskloss.points import instance_keys, uniform_points
+from maskloss.step import Step, step
 
 SEED = 1234
+
+
+def fix_seed(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Let every step have this seed, in compiled code too."""
+    # `maskloss.step` is the function; this is its module.
+    monkeypatch.setattr(sys.modules["maskloss.step"], "draw_seed", lambda *_: torch.tensor(seed))
 
 
 @dataclass
@@ -65,23 +71,22 @@ def recorded(monkeypatch: pytest.MonkeyPatch, *, one_image: bool = False) -> Ite
     """
     recorder = Recorder()
     matched: list[int] = []
-    terms, cost = Step.mask_terms, layers.match_cost
+    terms, cost = MaskLoss.layer_terms, layers.match_cost
 
-    def spy_terms(step: Step, loss: MaskLoss, logits: Any, matches: Matches, reduction: Any) -> Any:
+    def spy_terms(loss: MaskLoss, logits: Any, matches: Matches, step: Step, reduction: Any) -> Any:
         recorder.calls.append(Call(step, loss, matches, matched[-1]))
-        return terms(step, loss, logits, matches, reduction)
+        return terms(loss, logits, matches, step, reduction)
 
     def spy_cost(logits: Any, num_targets: Any, targets: Any, draw: Draw, *rest: Any) -> Any:
         matched.append(draw.num_points)
         return cost(logits, num_targets, targets, draw, *rest)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "mask_terms", spy_terms)
+    with monkeypatch.context() as patch, step(seed=SEED):
+        patch.setattr(MaskLoss, "layer_terms", spy_terms)
         patch.setattr(layers, "match_cost", spy_cost)
-        patch.setattr(_layers, "draw_seed", lambda: torch.tensor(SEED))
         if one_image:
             numbers = lambda ids, batch, device: torch.zeros(batch, dtype=torch.int64, device=device)  # noqa: E731
-            patch.setattr(_layers.distributed, "image_numbers", numbers)
+            patch.setattr(distributed, "image_numbers", numbers)
         yield recorder
 
 

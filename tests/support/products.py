@@ -12,6 +12,7 @@ from torch import Tensor
 from maskloss import MaskFactors, MaskLoss, MaskTargets, Matches, PointSampling, ops
 from maskloss.layers import Layer
 from maskloss.matches import join_layers
+from maskloss.step import Step as TrainingStep
 from support.accuracy import assert_no_worse
 
 FEW = PointSampling(num_points=60)
@@ -139,8 +140,8 @@ class Step:
     def terms(self, *, dense: bool = False) -> tuple[Tensor, Tensor]:
         loss = MaskLoss(sampling=self.sampling, backend=self.backend, **self.options)
         layers = self.dense() if dense else self.layers
-        ids = torch.arange(len(self.targets))
-        return loss.instance_losses(layers, self.matches, self.targets, ids, SEED, self.points)
+        batch = TrainingStep(self.targets, SEED.new_empty(0), torch.arange(len(self.targets)), SEED)
+        return loss.instance_losses(layers, self.matches, batch, self.points)
 
     def results(self, *, dense: bool = False) -> list[Tensor]:
         """Both terms of each instance, and the gradients of a weighted sum of them."""

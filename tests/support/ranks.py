@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from maskloss import MaskCriterion, MaskFactors, MaskLoss, PointSampling, step_totals
+from maskloss import MaskCriterion, MaskFactors, MaskLoss, MaskLossError, PointSampling, step, step_totals
 
 RANKS, IMAGES, QUERIES, CLASSES, LAYERS, FEATURES, SIDE = 2, 4, 5, 3, 2, 6, 9
 SEED = 11
@@ -143,6 +145,38 @@ def weighted_step(model: nn.Module, images: Sequence[int], kind: str) -> Tensor:
     return out.total.detach()
 
 
+def alone(rank: int) -> dict[str, Tensor]:
+    """What rank 0 computes while rank 1 does something else: a loss that waits for the other never returns."""
+    features, targets = batch("uneven, more targets than queries")
+    classes, masks = Model()(features[:2])
+    found: dict[str, Tensor] = {}
+    if rank == 0:
+        with torch.no_grad():
+            found["no gradient"] = criterion("reference")(classes, masks, targets[:2], seed=SEED).total
+        plain = [[layer.detach() for layer in layers] for layers in (classes, masks)]
+        found["no graph"] = criterion("reference")(*plain, targets[:2], seed=SEED).total
+        found["argument"] = criterion("reference")(classes, masks, targets[:2], seed=SEED, group=False).total
+        with step(group=False):
+            found["block"] = criterion("reference")(classes, masks, targets[:2], seed=SEED).total
+            found["pairs"] = MaskLoss(backend="reference")(masks[0][0, :2], targets[0]["masks"], seed=SEED).total
+    return found
+
+
+def grouped(rank: int) -> dict[str, Tensor]:
+    """A loss without a gradient that counts over a group of both ranks, or of this one only."""
+    features, targets = batch("uneven, more targets than queries")
+    mine = slice(2 * rank, 2 * rank + 2)
+    both, *single = [dist.new_group(members) for members in ([0, 1], [0], [1])]
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, group in (("both", both), ("one", single[rank])):
+            found[name] = criterion("reference")(*Model()(features[mine]), targets[mine], seed=SEED, group=group).total
+    found["totals"] = torch.tensor(step_totals([[3 + rank]], QUERIES, group=single[rank]).instances)
+    with pytest.raises(MaskLossError, match="a process group that this rank is in"):
+        criterion("reference")(*Model()(features[mine]), targets[mine], group=single[1 - rank])
+    return found
+
+
 def pairs() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     count = sum(PAIRS)
@@ -162,10 +196,16 @@ def pair_gradient(backend: str, mine: slice, **options: Any) -> Tensor:
 def run(rank: int, folder: str) -> None:
     """Be one of two ranks; leave the results in a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(minutes=5),
+    )
     mine = list(range(IMAGES))[2 * rank : 2 * rank + 2]
     pairs_here = slice(0, PAIRS[0]) if rank == 0 else slice(PAIRS[0], None)
-    results: dict[Any, Any] = {}
+    results: dict[Any, Any] = {"alone": alone(rank), "grouped": grouped(rank)}
     for case in COUNTS:
         features, targets = batch(case)
         products = DistributedDataParallel(Products())

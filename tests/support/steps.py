@@ -15,6 +15,7 @@ from maskloss import (
     MaskTargets,
     PointSampling,
 )
+from maskloss.step import Step
 
 CLASSES, QUERIES = 3, 5
 FEW = PointSampling(num_points=60)
@@ -51,4 +52,4 @@ def costs(
     labels = torch.cat([entry["labels"] for entry in targets])
     numbers = torch.arange(len(targets))
     layers = torch.stack([layer.detach() for layer in classes])
-    return matcher.costs(layers, [layer.detach() for layer in masks], packed, labels, numbers, torch.tensor(seed))
+    return matcher.costs(layers, [layer.detach() for layer in masks], Step(packed, labels, numbers, torch.tensor(seed)))

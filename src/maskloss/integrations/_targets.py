@@ -9,20 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskloss import _inputs
 from maskloss._abi import COUNT, FIRST
 from maskloss.errors import Cause, describe
+from maskloss.layers import Layer
+from maskloss.step import Step
 from maskloss.targets import MaskTargets
+from maskloss.targets.collate import collate
 from maskloss.targets.frames import Size
 
 _WIDE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def begin(masks: Any, labels: Sequence[Tensor], predictions: Sequence[Layer]) -> Step:
+    """Begin a step with the targets of another library.
+
+    Args:
+        masks: see `pack_masks`.
+        labels: int64 `[T]` of each image, on any device.
+        predictions: all of them; the first is `[B, Q, h, w]`.
+    """
+    device = predictions[0].device
+    packed = pack_masks(masks, device)
+    # Before the labels are joined: "one entry per image" is the first thing that goes wrong.
+    _inputs.check_targets(packed, predictions[0])
+    moved = [each.to(device, non_blocking=True) if isinstance(each, Tensor) else each for each in labels]
+    return Step.begin(*collate({"masks": packed, "labels": moved}), predictions)
+
+
 def pack_masks(masks: Any, device: torch.device) -> MaskTargets:
-    """Pack the masks of a batch, in any of the forms that users have, and bring them to a device.
+    """Pack the masks of a batch, in any of the forms that users have, and move them to a device.
 
     Dense masks and label maps of different sizes lie in the top left corner of one canvas, the largest height and
-    width of the batch, because predictions cover the padded batch. Integer masks are taken as well, as the criteria
-    take them that convert targets to float.
+    width of the batch, because predictions cover the padded batch. Integer masks are accepted too, since the original
+    criteria convert targets to float.
 
     Args:
         masks: `MaskTargets` of the batch, or one entry per image: a dense `[T, H, W]`, a `MaskTargets`, or a pair of a

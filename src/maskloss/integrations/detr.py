@@ -8,30 +8,28 @@ names for MaskDINO.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from maskloss import _inputs
+from maskloss import _inputs, ops
 from maskloss import matcher as core
-from maskloss._classification import KINDS, focal_sums
+from maskloss._classification import KINDS, focal_sums, softmax_loss
+from maskloss._numbers import check_integer
 from maskloss.errors import Cause, describe, reported
 from maskloss.factors import MaskFactors
+from maskloss.integrations import _targets
 from maskloss.integrations._boxes import box_costs, box_terms
-from maskloss.integrations._layers import (
-    Step,
-    accumulated,
-    likely_reduction,
-    match,
-    mean_count,
-    weighted_cross_entropy,
-)
-from maskloss.integrations._targets import pack_masks
 from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches, join_layers
+from maskloss.options import MaskKeywords, MaskOptions, mask_options
 from maskloss.points import PointSampling
+from maskloss.step import Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["HungarianMatcher", "SetCriterion"]
 
@@ -39,6 +37,7 @@ Outputs = Mapping[str, Any]
 Targets = Sequence[Mapping[str, Any]]
 Pairs = list[tuple[Tensor, Tensor]]
 
+_CONVENTION = 'give [{"labels": [T], "masks": [T, H, W]}, ...]'
 LOSSES = ("labels", "masks", "boxes")
 
 # What the code bases' own criteria call for each layer, and this one, which computes all layers together, does not.
@@ -58,15 +57,16 @@ class HungarianMatcher(nn.Module):
     """DETR's matcher: `matcher(outputs, targets)` is one pair (queries, targets) of index tensors per image.
 
     Args:
-        cost_class: weight of the class term. Default 1, as in Mask2Former's own; likewise below.
+        cost_class: weight of the class term. Default 1, as in Mask2Former's own.
         cost_mask: weight of the masks' cross-entropy. Default 1.
         cost_dice: weight of Dice. Default 1.
         num_points: P, uniform points per image.
         cost_box: weight of the L1 distance of boxes; outputs and targets need boxes unless it is 0. Default 0.
         cost_giou: weight of the boxes' GIoU. Default 0.
+        layout: "independent" (default) or "stratified" (see `PointSampling`).
         classification: "softmax" (default) or "focal" (see `maskloss.HungarianMatcher`).
-        options: more options of `maskloss.HungarianMatcher`: `padding_mode`, `target_mode`, `focal_alpha`,
-            `focal_gamma`, `backend`.
+        options: how points are read, focal cost and backend, as a group; `MaskOptions` says what there is.
+        kwargs: the same options one by one.
 
     Raises:
         MaskLossError: an option outside its range, or all weights 0.
@@ -93,11 +93,14 @@ class HungarianMatcher(nn.Module):
         *,
         cost_box: float = 0.0,
         cost_giou: float = 0.0,
+        layout: str = PointSampling.layout,
         classification: str = "softmax",
-        **options: Any,
+        options: MaskOptions | None = None,
+        **kwargs: Unpack[MaskKeywords],
     ) -> None:
         super().__init__()
-        for name, weight in (("cost_box", cost_box), ("cost_giou", cost_giou)):
+        costs = {"cost_class": cost_class, "cost_mask": cost_mask, "cost_dice": cost_dice}
+        for name, weight in {**costs, "cost_box": cost_box, "cost_giou": cost_giou}.items():
             _inputs.check_weight(name, weight)
         self.cost_box, self.cost_giou = float(cost_box), float(cost_giou)
         self._costs = float(cost_class), float(cost_mask), float(cost_dice)
@@ -106,13 +109,14 @@ class HungarianMatcher(nn.Module):
             mask_weight=cost_mask,
             dice_weight=cost_dice,
             num_points=num_points,
+            layout=layout,
             classification=classification,
-            **options,
+            options=mask_options(options, **kwargs),
         )
 
     @reported("HungarianMatcher")
     def __init_subclass__(cls, **options: Any) -> None:
-        """Refuse a subclass that overrides what is never called."""
+        """Raise if a subclass overrides what is never called."""
         super().__init_subclass__(**options)
         if hasattr(cls, "memory_efficient_forward"):
             raise Cause(
@@ -170,8 +174,7 @@ class HungarianMatcher(nn.Module):
     def match(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Matches:
         """Match several layers with the same numbers of queries and classes, with one host sync."""
         softmax = self.core.classification == "softmax"
-        classes, masks = core.check_predictions(*_columns(layers), no_object=softmax)
-        logits = accumulated(torch.stack(classes)).detach()
+        logits, masks = core.check_predictions(*_columns(layers), no_object=softmax)
         extra = self.box_costs(layers, targets, step) if self.cost_box or self.cost_giou else None
         if any("extra_costs" in layer for layer in layers):
             given = [layer.get("extra_costs") for layer in layers]
@@ -181,11 +184,11 @@ class HungarianMatcher(nn.Module):
                 )
             more = [core.stack_costs(costs, logits[:1], step.targets) for costs in given if costs is not None]
             extra = torch.cat(more) if extra is None else extra + torch.cat(more)
-        return match(self.core, logits, masks, step, extra)
+        return self.core.match(logits, masks, step, extra, no_object_labels=True)
 
     def box_costs(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Tensor:
         """Compute the boxes' part of the cost: `[L, B, Q, T_max]`."""
-        boxes = torch.stack([_entry(layer, "pred_boxes") for layer in layers])
+        boxes = _predicted_boxes(layers)
         return box_costs(boxes, _boxes(targets, boxes, step), self.cost_box, self.cost_giou)
 
 
@@ -204,11 +207,9 @@ class SetCriterion(nn.Module):
         importance_sample_ratio: see `PointSampling`.
         classification: "softmax" (default): cross-entropy over C + 1 classes; "focal": the focal loss of C sigmoids
             with alpha 0.25 and gamma 2, summed over queries and classes and divided by the number of instances.
-        padding_mode: see `MaskLoss`.
-        target_mode: see `MaskLoss`.
-        focal_alpha: see `MaskLoss`; of the masks.
-        focal_gamma: see `MaskLoss`; of the masks.
-        backend: see `MaskLoss`.
+        layout: see `PointSampling`.
+        options: how points are read, focal loss of the masks and backend, as a group; `MaskOptions` says what there is.
+        kwargs: the same options one by one.
 
     Raises:
         MaskLossError: an unknown loss or classification, or an option outside its range.
@@ -243,22 +244,20 @@ class SetCriterion(nn.Module):
         importance_sample_ratio: float = PointSampling.importance_ratio,
         *,
         classification: str = "softmax",
-        padding_mode: str = "zeros",
-        target_mode: str = "bilinear",
-        focal_alpha: float | None = None,
-        focal_gamma: float | None = None,
-        backend: str | None = None,
+        layout: str = PointSampling.layout,
+        options: MaskOptions | None = None,
+        **kwargs: Unpack[MaskKeywords],
     ) -> None:
         super().__init__()
         _inputs.check_weight("eos_coef", eos_coef)
         _inputs.check_choice("classification", classification, KINDS)
-        for name in losses:
-            check_loss(name)
-        own = isinstance(matcher, HungarianMatcher) and matcher.core.classification != classification
-        if own and not self.mixes_classifications:
+        check_integer("num_classes", num_classes, 1, hint='do not count "no object"')
+        check_losses("losses", losses)
+        theirs = matcher.core.classification if isinstance(matcher, HungarianMatcher) else classification
+        if theirs != classification and not self.mixes_classifications:
             raise Cause(
-                "matcher and criterion must classify alike",
-                f"the criterion has {classification!r}, the matcher has not",
+                "matcher and criterion must use the same classification",
+                f"criterion: {classification!r}, matcher: {theirs!r}",
                 "give both the same classification",
             )
         self.num_classes, self.matcher, self.weight_dict, self.eos_coef = num_classes, matcher, weight_dict, eos_coef
@@ -266,18 +265,12 @@ class SetCriterion(nn.Module):
         weights = torch.ones(num_classes + 1)
         weights[-1] = eos_coef
         self.register_buffer("empty_weight", weights)
-        self.mask_loss = MaskLoss(
-            sampling=PointSampling(num_points, oversample_ratio, importance_sample_ratio),
-            padding_mode=padding_mode,
-            target_mode=target_mode,
-            focal_alpha=focal_alpha,
-            focal_gamma=focal_gamma,
-            backend=backend,
-        )
+        sampling = PointSampling(num_points, oversample_ratio, importance_sample_ratio, layout)
+        self.mask_loss = MaskLoss(sampling=sampling, options=mask_options(options, **kwargs))
 
     @reported("SetCriterion")
     def __init_subclass__(cls, **options: Any) -> None:
-        """Refuse a subclass that overrides what is never called."""
+        """Raise if a subclass overrides what is never called."""
         super().__init_subclass__(**options)
         ignored = [name for name in NOT_CALLED if hasattr(cls, name)]
         if ignored:
@@ -327,13 +320,16 @@ class SetCriterion(nn.Module):
 
     def matched_losses(self, outputs: Outputs, targets: Targets, step: Step) -> dict[str, Tensor]:
         """Match the layers of checked inputs and compute their losses."""
-        auxiliary = list(outputs.get("aux_outputs", ()))
+        auxiliary = outputs.get("aux_outputs", ())
+        auxiliary = () if auxiliary is None else auxiliary
+        if not _is_list(auxiliary):
+            raise Cause('"aux_outputs" must be a list', f"got {describe(auxiliary)}", "give the dict of each layer")
         layers, suffixes = [outputs, *auxiliary], ["", *(f"_{i}" for i in range(len(auxiliary)))]
         if "interm_outputs" in outputs:
             layers.append(outputs["interm_outputs"])
             suffixes.append("_interm")
         matches = self._match(layers, targets, step)
-        count = mean_count(float(step.targets.num_masks), matches.index.device)
+        count = step.divisor(float(step.targets.num_masks))
         return self.losses_of(self.losses, dict(zip(suffixes, layers, strict=True)), matches, targets, step, count)
 
     def losses_of(
@@ -350,10 +346,11 @@ class SetCriterion(nn.Module):
         classes, masks = core.check_predictions(*_columns(outputs), no_object=self.classification == "softmax")
         terms: dict[str, Tensor] = {}
         if "labels" in losses:
-            terms["loss_ce"] = self._classify(accumulated(torch.stack(classes)), matches, step, count)
+            terms["loss_ce"] = self._classify(classes, matches, step, count)
         if "masks" in losses:
-            sums = step.mask_terms(self.mask_loss, masks, matches, likely_reduction(self.weight_dict, count))
-            terms |= {"loss_mask": sums.ce / count, "loss_dice": sums.dice / count}
+            ce_weight, dice_weight = (self.weight_dict.get(name, 1.0) for name in ("loss_mask", "loss_dice"))
+            found = self.mask_loss.layer_terms(masks, matches, step, ops.Reduction(ce_weight, dice_weight, count))
+            terms |= {"loss_mask": found.ce, "loss_dice": found.dice}
         if "boxes" in losses:
             terms |= self._compare_boxes(outputs, matches, targets, step, count)
         # Tensors of their own: training loops multiply them by their weights in place.
@@ -377,20 +374,20 @@ class SetCriterion(nn.Module):
             raise Cause(
                 f"pred_logits must have {self.num_classes + softmax} entries for {self.num_classes} classes",
                 f"got {logits.shape[-1]}",
-                'classification "softmax" has "no object" as the last class, "focal" has not',
+                'with "softmax" the last class is "no object"; with "focal" there is no such class',
             )
         wanted = step.wanted_classes(matches, logits.shape[:3], self.num_classes)
         if softmax:
-            return weighted_cross_entropy(logits, wanted, self.empty_weight)
+            return softmax_loss(logits, wanted, self.empty_weight, step.query_weight(self.empty_weight))
         return focal_sums(logits, wanted) / count
 
     def _compare_boxes(
         self, outputs: Sequence[Outputs], matches: Matches, targets: Targets, step: Step, count: float | Tensor
     ) -> dict[str, Tensor]:
         """Compute the boxes' losses of each layer, `[L]` each."""
-        boxes = accumulated(torch.stack([_entry(layer, "pred_boxes") for layer in outputs]))
+        boxes = _predicted_boxes(outputs)
         layer, image, query, _ = matches.index.unbind(1)
-        rows = step.target_rows(matches.index)
+        rows = matches.target_rows(step.targets.first_rows)
         terms = box_terms(boxes[layer, image, query], torch.cat(_boxes(targets, boxes, step))[rows])
         counted = self.has_box(step.labels[rows])
         l1, giou = (
@@ -400,43 +397,68 @@ class SetCriterion(nn.Module):
         return {"loss_bbox": l1 / count, "loss_giou": giou / count}
 
     def has_box(self, labels: Tensor) -> Tensor:
-        """Tell which classes' boxes count in the loss: all of them."""
+        """Return which classes' boxes count in the loss: all of them."""
         return torch.ones_like(labels, dtype=torch.bool)
 
 
-def check_loss(name: str) -> None:
-    """Refuse a loss that is not computed here."""
-    if name not in LOSSES:
+def check_losses(name: str, losses: Sequence[str]) -> None:
+    """Raise if losses are not computed here."""
+    if not _is_list(losses) or any(each not in LOSSES for each in losses):
         raise Cause(
-            f"losses must be among {', '.join(LOSSES)}", f"got {name!r}", "compute others next to this criterion"
+            f"{name} must be a list of {', '.join(LOSSES)}",
+            f"got {describe(losses)}",
+            "compute others next to this criterion",
         )
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def begin(outputs: Outputs, targets: Targets) -> Step:
     """Pack the targets of a step, and check that they fit."""
     logits = _masks(outputs)
+    if not _is_list(targets):
+        raise Cause("targets must be a list with one dict per image", f"got {describe(targets)}", _CONVENTION)
     for image, entry in enumerate(targets):
         if not isinstance(entry, Mapping) or not {"labels", "masks"} <= set(entry):
             got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
             raise Cause(
                 'each entry of targets must be a dict with "labels" and "masks"',
                 f"entry {image} is {got}",
-                'give [{"labels": [T], "masks": [T, H, W]}, ...]',
+                _CONVENTION,
             )
     masks = [(entry["masks"], entry["ids"]) if "ids" in entry else entry["masks"] for entry in targets]
-    return Step.begin(pack_masks(masks, logits.device), [entry["labels"] for entry in targets], logits)
+    others = [each for each in outputs.values() if isinstance(each, (Tensor, MaskFactors))]
+    return _targets.begin(masks, [entry["labels"] for entry in targets], [logits, *others])
+
+
+def _checked(outputs: Any) -> Outputs:
+    if not isinstance(outputs, Mapping):
+        hint = 'give {"pred_logits": [B, Q, C + 1], "pred_masks": [B, Q, h, w]}'
+        raise Cause("the outputs of a layer must be a dict", f"got {describe(outputs)}", hint)
+    return outputs
 
 
 def _entry(outputs: Outputs, name: str) -> Tensor:
-    found = outputs.get(name)
+    found = _checked(outputs).get(name)
     if not isinstance(found, Tensor) or found.ndim < 3:
         raise Cause(f'outputs must have "{name}"', f"there are {', '.join(map(str, outputs))}", "of every layer")
     return found
 
 
+def _predicted_boxes(layers: Sequence[Outputs]) -> Tensor:
+    """Stack the boxes of each layer: `[L, B, Q, 4]`, float32 or float64."""
+    boxes = [_entry(layer, "pred_boxes") for layer in layers]
+    for each in boxes:
+        if each.shape != (*boxes[0].shape[:2], 4):
+            raise Cause('"pred_boxes" must be [B, Q, 4]', f"got {describe(each)}", "(cx, cy, w, h) of every query")
+    return _inputs.accumulated(torch.stack(boxes))
+
+
 def _masks(outputs: Outputs) -> Layer:
     """Find the mask logits of a layer, dense or as factors."""
-    found = outputs.get("pred_masks")
+    found = _checked(outputs).get("pred_masks")
     if isinstance(found, Mapping):
         return MaskFactors.from_dict(found)
     return found if isinstance(found, MaskFactors) else _entry(outputs, "pred_masks")

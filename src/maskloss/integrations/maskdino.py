@@ -7,18 +7,24 @@ imports of both; the criterion also takes MaskDINO's own matcher.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from maskloss.errors import Cause, reported
+from maskloss import _inputs
+from maskloss.errors import Cause, describe, reported
 from maskloss.integrations import detr
-from maskloss.integrations._layers import Step, mean_count
 from maskloss.integrations._targets import repeat_targets
 from maskloss.integrations.detr import Outputs, Pairs, Targets
 from maskloss.matches import Matches
+from maskloss.options import MaskKeywords, MaskOptions, mask_options
 from maskloss.points import PointSampling
+from maskloss.step import Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["HungarianMatcher", "SetCriterion"]
 
@@ -36,14 +42,16 @@ class HungarianMatcher(detr.HungarianMatcher):
     """MaskDINO's matcher: the class cost of sigmoids, and boxes.
 
     Args:
-        cost_class: see `detr.HungarianMatcher`; likewise the next five.
+        cost_class: see `detr.HungarianMatcher`.
         cost_mask: weight of the masks' cross-entropy. Default 1.
         cost_dice: weight of Dice. Default 1.
         num_points: P, uniform points per image.
         cost_box: weight of the L1 distance of boxes. Default 0.
         cost_giou: weight of the boxes' GIoU. Default 0.
         panoptic_on: give stuff (labels from 80 on) the mean of the things' box costs. Default False.
-        options: more options of `maskloss.HungarianMatcher`.
+        layout: see `PointSampling`.
+        options: see `detr.HungarianMatcher`.
+        kwargs: the same options one by one.
 
     Raises:
         MaskLossError: an option outside its range, or all weights 0.
@@ -62,10 +70,20 @@ class HungarianMatcher(detr.HungarianMatcher):
         cost_box: float = 0.0,
         cost_giou: float = 0.0,
         panoptic_on: bool = False,
-        **options: Any,
+        *,
+        layout: str = PointSampling.layout,
+        options: MaskOptions | None = None,
+        **kwargs: Unpack[MaskKeywords],
     ) -> None:
         masks = (cost_class, cost_mask, cost_dice, num_points)
-        super().__init__(*masks, cost_box=cost_box, cost_giou=cost_giou, classification="focal", **options)
+        super().__init__(
+            *masks,
+            cost_box=cost_box,
+            cost_giou=cost_giou,
+            layout=layout,
+            classification="focal",
+            options=mask_options(options, **kwargs),
+        )
         self.panoptic_on = panoptic_on
 
     def box_costs(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Tensor:
@@ -86,7 +104,7 @@ class SetCriterion(detr.SetCriterion):
     Args:
         num_classes: C.
         matcher: a `HungarianMatcher` of this module, or MaskDINO's own.
-        weight_dict: see `detr.SetCriterion`; likewise the next six.
+        weight_dict: see `detr.SetCriterion`.
         eos_coef: weight of "no object", used with `semantic_ce_loss`.
         losses: which of "labels", "masks" and "boxes" to compute.
         num_points: P, points per instance.
@@ -96,7 +114,9 @@ class SetCriterion(detr.SetCriterion):
         dn_losses: which losses the denoised queries have. Default: none.
         panoptic_on: the boxes of stuff (labels from 80 on) do not count. Default False.
         semantic_ce_loss: classify by a softmax over C + 1 classes. Default False: sigmoids.
-        options: the keyword options of `detr.SetCriterion` but for `classification`.
+        layout: see `PointSampling`.
+        options: see `detr.SetCriterion`.
+        kwargs: the same options one by one.
 
     Raises:
         MaskLossError: an unknown loss or kind of denoising, or an option outside its range.
@@ -123,16 +143,20 @@ class SetCriterion(detr.SetCriterion):
         dn_losses: Sequence[str] = (),
         panoptic_on: bool = False,
         semantic_ce_loss: bool = False,
-        **options: Any,
+        *,
+        layout: str = PointSampling.layout,
+        options: MaskOptions | None = None,
+        **kwargs: Unpack[MaskKeywords],
     ) -> None:
-        for name in dn_losses:
-            detr.check_loss(name)
-        if dn not in ("no", *_DENOISED):
-            raise Cause(f"dn must be one of no, {', '.join(_DENOISED)}", f"dn={dn!r}", "'no' switches denoising off")
+        detr.check_losses("dn_losses", dn_losses)
+        _inputs.check_choice("dn", dn, ("no", *_DENOISED))
+        if not isinstance(semantic_ce_loss, bool):
+            raise Cause("semantic_ce_loss must be True or False", f"got {describe(semantic_ce_loss)}", "default: False")
         points = (num_points, oversample_ratio, importance_sample_ratio)
         classification = "softmax" if semantic_ce_loss else "focal"
         given = (num_classes, matcher, weight_dict, eos_coef, losses, *points)
-        super().__init__(*given, classification=classification, **options)
+        group = mask_options(options, **kwargs)
+        super().__init__(*given, classification=classification, layout=layout, options=group)
         self.dn, self.dn_losses, self.panoptic_on = dn, list(dn_losses), panoptic_on
 
     @reported("SetCriterion")
@@ -157,7 +181,7 @@ class SetCriterion(detr.SetCriterion):
         losses = self.matched_losses(outputs, targets, step)
         if self.dn == "no":
             return losses
-        others = range(0 if "interm_outputs" in outputs else 1, len(outputs.get("aux_outputs", ())))
+        others = range(0 if "interm_outputs" in outputs else 1, len(outputs.get("aux_outputs") or ()))
         if mask_dict is None:
             zero = outputs["pred_logits"].new_zeros(())
             suffixes = ["_dn", *(f"_dn_{i}" for i in others)]
@@ -174,7 +198,7 @@ class SetCriterion(detr.SetCriterion):
             raise Cause(
                 "pad_size must be a multiple of scalar", f"pad_size={size}, scalar={times}", "see MaskDINO's decoder"
             )
-        counts, device = step.targets.num_targets, step.labels.device
+        counts = step.targets.num_targets
         rows = [
             (layer, image, copy * (size // times) + target, copy * count + target)
             for layer in range(len(layers))
@@ -182,15 +206,15 @@ class SetCriterion(detr.SetCriterion):
             for copy in range(times)
             for target in range(count)
         ]
-        index = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).to(device, non_blocking=True)
+        index = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 4).to(step.device, non_blocking=True)
         repeated = repeat_targets(step.targets, times)
         labels = torch.cat([part.repeat(times) for part in step.labels.split(list(counts))])
-        known = Step(repeated, labels, step.image_ids, step.seed)
+        known = replace(step, targets=repeated, labels=labels)
         blocks = repeated.num_targets * len(layers)
         matches = Matches(index, (repeated.num_masks,) * len(layers), size, repeated.num_targets, counts=blocks)
-        count = mean_count(float(step.targets.num_masks), device) * times
+        count = step.divisor(float(step.targets.num_masks)) * times
         return self.losses_of(self.dn_losses, layers, matches, targets, known, count)
 
     def has_box(self, labels: Tensor) -> Tensor:
-        """Tell which classes' boxes count in the loss."""
+        """Return which classes' boxes count in the loss."""
         return labels < NUM_THINGS if self.panoptic_on else super().has_box(labels)

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from maskloss._inputs import MaskOptions
 from maskloss.methods import formulas
 from maskloss.methods.markup import Markup, amount, tex
 from maskloss.methods.settings import Classification, Matching, MethodSettings, Points, Training
+from maskloss.options import MaskOptions
 
 
 class Math(NamedTuple):

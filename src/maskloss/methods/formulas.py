@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from maskloss._inputs import MaskOptions
 from maskloss.methods.markup import amount, tex
 from maskloss.methods.settings import Matching, MethodSettings, Points
+from maskloss.options import MaskOptions
 
 MASK, CE, DICE = (rf"\mathcal{{L}}_{{\mathrm{{{name}}}}}" for name in ("mask", "ce", "dice"))
 SIZE, FOCAL_COST, FOCAL_CLASSES = r"h \times w", r"\mathcal{F}(c)", r"\alpha = 0.25, \; \gamma = 2"

@@ -8,11 +8,11 @@ from typing import NamedTuple
 from torch import nn
 
 from maskloss import __version__
-from maskloss._inputs import MaskOptions
 from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, reported
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher
+from maskloss.options import MaskOptions
 from maskloss.points import PointSampling
 
 # Options of the constructors that a paragraph leaves out: every backend computes the same formulas.

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from maskloss._inputs import MaskOptions
 from maskloss._numbers import check_number
 from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, describe, reported
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher
 from maskloss.methods.settings import NOT_DESCRIBED, Classification, Matching, MethodSettings, Points, settings_of
+from maskloss.options import MaskOptions
 from maskloss.points import PointSampling
 
 # What a text can be about.

@@ -1,6 +1,6 @@
 """The masks of a model of Transformers as factors: what its mask head hands to the criterion while it trains.
 
-The models multiply embeddings and features themselves, in code that is not ours to change. So the head's last module
+The models multiply embeddings and features themselves, inside Transformers. So the head's last module
 returns embeddings that know PyTorch's protocol for overriding functions: their product with features is not computed,
 but becomes a `LayerFactors`; resized, as the attention masks need it, this becomes a product of resized features,
 because resizing and the product are both linear. Any other use of the embeddings sees a plain tensor.
@@ -94,13 +94,13 @@ class Embeddings(Tensor):
 
 @dataclass(frozen=True, eq=False)
 class FlatProduct:
-    """A product with features `[B, D, h * w]`, of which the model has not said yet what h and w are."""
+    """A product with features `[B, D, h * w]`; the model gives h and w afterwards."""
 
     embeddings: Embeddings
     features: Tensor
 
     def view(self, *shape: int) -> LayerFactors:
-        """Say it: `[B, Q, h, w]`."""
+        """Give h and w: `[B, Q, h, w]`."""
         return LayerFactors.of(self.embeddings, self.features.unflatten(2, shape[2:]))
 
 

@@ -57,7 +57,7 @@ class Family:
         return f"transformers.models.{self.module}"
 
     def is_installed(self) -> bool:
-        """Tell whether the installed Transformers has this family; its module is not imported."""
+        """Whether the installed Transformers has this family; its module is not imported."""
         try:
             return importlib.util.find_spec(self.path) is not None
         except ModuleNotFoundError:
@@ -68,7 +68,7 @@ class Family:
         return cast("type[nn.Module]", getattr(importlib.import_module(self.path), self.model))
 
     def covers(self, module: nn.Module) -> bool:
-        """Tell whether a module is a model of this family; a family that nobody imported has no models."""
+        """Whether a module is a model of this family; a family that nobody imported has no models."""
         loaded = sys.modules.get(self.path)
         return loaded is not None and isinstance(module, getattr(loaded, self.model))
 
@@ -160,7 +160,7 @@ def find(model: nn.Module) -> list[tuple[Family, nn.Module]]:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Tell whether a model has maskloss's criterion."""
+    """Whether a model has maskloss's criterion."""
     criterion = vars(model)["_modules"].get("criterion")
     return isinstance(criterion, PointCriterion) or _is_ours(vars(model).get("_loss_function"))
 
@@ -195,5 +195,5 @@ def _is_ours(function: object) -> bool:
 
 
 def can_be_factored(model: nn.Module) -> bool:
-    """Tell whether the masks of a model can stay factors."""
+    """Whether the masks of a model can stay factors."""
     return all(family.head is not None for family, _ in find(model))

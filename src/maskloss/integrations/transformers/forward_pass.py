@@ -81,7 +81,7 @@ def hand_over_factors(head: nn.Module) -> None:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Tell whether a module has hooks of this package."""
+    """Whether a module has hooks of this package."""
     return _KEY in module._forward_hooks
 
 
@@ -125,12 +125,12 @@ def _end(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out
     if closed is None or output is None or not closed.shared.handed:
         return None
     if not closed.shared.layers:
-        _refuse(model)
+        _reject(model)
     return with_final_masks(output, closed.shared)
 
 
 @reported("patch")
-def _refuse(model: nn.Module) -> None:
+def _reject(model: nn.Module) -> None:
     raise Cause(
         "with factors=True the model must compute its masks as one product",
         f"the {type(model).__name__} of this version of Transformers computes them in another way",

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, logsigmoid
 
-from maskloss import ops
+from maskloss import _inputs, ops
 from maskloss.errors import Cause, reported
+from maskloss.integrations import _targets
 from maskloss.integrations._boxes import box_costs, box_terms
-from maskloss.integrations._layers import Step, accumulated, mean_count
-from maskloss.integrations._targets import pack_masks, repeat_targets
 from maskloss.layers import Layer
-from maskloss.loss import MaskLoss
+from maskloss.loss import LayerTerms, MaskLoss
 from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.matches import Matches
 from maskloss.points import PointSampling
+from maskloss.step import Step
 
 # What Transformers has in its code and not in its configuration.
 OVERSAMPLE_RATIO, IMPORTANCE_RATIO, FOCAL_GAMMA, LEAST_QUALITY = 3.0, 0.75, 2.0, 0.01
@@ -53,16 +54,16 @@ def rf_detr_loss(
             dense `[T, H, W]`, `MaskTargets`, or a label map `[H, W]` along with "ids".
         device: not used; the logits say where they are.
         pred_boxes: `[B, G * Q, 4]`.
-        pred_masks: `[B, G * Q, h, w]`, or its factors, likewise below.
+        pred_masks: `[B, G * Q, h, w]`, or its factors, as all masks below.
         config: the model's configuration, with all weights.
-        outputs_class: `[L, B, G * Q, C]`, all decoder layers; the last is left out, likewise below.
+        outputs_class: `[L, B, G * Q, C]`, all decoder layers; the last is left out, also below.
         outputs_coord: `[L, B, G * Q, 4]`.
         outputs_masks: L times `[B, G * Q, h, w]`.
         enc_outputs_class: `[B, G * Q, C]`, the encoder's proposals.
         enc_outputs_coord: `[B, G * Q, 4]`.
         enc_outputs_masks: `[B, G * Q, h, w]`.
         backend: see `MaskLoss`.
-        sampling: see `patch`; None: one point for so many pixels as the configuration says.
+        sampling: see `patch`; None: one point for as many pixels as the configuration says.
 
     Returns:
         The weighted total, the unweighted terms by name, and the auxiliary layers' outputs.
@@ -113,27 +114,26 @@ def _layer_terms(
     sampling: PointSampling | None,
 ) -> dict[str, Tensor]:
     """Compute every term of every layer, `[L]` each, in the order of `layers`."""
-    classes, masks = check_predictions(
+    logits, masks = check_predictions(
         [layer["logits"] for layer in layers],
         [layer["pred_masks"] for layer in layers],
         no_object=False,
     )
-    boxes = accumulated(torch.stack([layer["pred_boxes"] for layer in layers]))
-    logits = accumulated(torch.stack(classes))
+    boxes = _inputs.accumulated(torch.stack([layer["pred_boxes"] for layer in layers]))
     groups = _groups(logits.shape[2], config.num_queries)
-    step, box_targets = _targets(labels, masks[0], boxes)
+    step, box_targets = _begin(labels, [*masks, logits, boxes])
     height, width = masks[0].shape[2:]
     area = height * width // config.mask_point_sample_ratio
-    # One point for so many pixels, in the matching too; there the model has no lower bound of its own.
+    # One point for this many pixels, in the matching too; there the model has no lower bound of its own.
     for_matching = sampling or PointSampling(max(area, 1))
     index = _match(step, logits, boxes, masks, box_targets, groups, config, for_matching, backend)
     sampling = sampling or PointSampling(max(height, area), OVERSAMPLE_RATIO, IMPORTANCE_RATIO)
-    count = mean_count(float(step.targets.num_masks * groups), logits.device)
+    count = step.divisor(float(step.targets.num_masks), times=groups)
     weights = config.mask_class_loss_coefficient, config.mask_dice_loss_coefficient
     loss = MaskLoss(sampling=sampling, target_mode="nearest", backend=backend)
-    sums = _mask_sums(step, loss, masks, index, groups, ops.Reduction(*weights, count))
-    layer, image, query, _ = index.unbind(1)
-    rows = step.target_rows(index)
+    terms = _mask_terms(step, loss, masks, index, groups, ops.Reduction(*weights, count))
+    layer, image, query, target = index.unbind(1)
+    rows = step.targets.first_rows[image] + target
     pairs = box_terms(boxes[layer, image, query], torch.cat(box_targets)[rows])
     place = (layer, image, query, step.labels[rows])
 
@@ -145,13 +145,13 @@ def _layer_terms(
         "loss_bbox": per_layer(pairs.l1),
         "loss_giou": per_layer(pairs.giou),
         "cardinality_error": _cardinality_error(logits.detach(), step),
-        "loss_mask_ce": sums.ce / count,
-        "loss_mask_dice": sums.dice / count,
+        "loss_mask_ce": terms.ce,
+        "loss_mask_dice": terms.dice,
     }
 
 
 def _groups(queries: int, per_group: int) -> int:
-    """Tell how many groups the queries make: G in training, 1 in evaluation, where the model runs one group."""
+    """Count the groups of queries: G in training, 1 in evaluation, where the model runs one group."""
     groups, rest = divmod(queries, per_group)
     if rest or not groups:
         raise Cause(
@@ -162,7 +162,8 @@ def _groups(queries: int, per_group: int) -> int:
     return groups
 
 
-def _targets(labels: Sequence[Mapping[str, Any]], masks: Layer, boxes: Tensor) -> tuple[Step, list[Tensor]]:
+def _begin(labels: Sequence[Mapping[str, Any]], predictions: Sequence[Layer]) -> tuple[Step, list[Tensor]]:
+    """Pack the targets, and list the boxes of each image."""
     wanted = {"class_labels", "boxes", "masks"}
     for image, entry in enumerate(labels):
         if not isinstance(entry, Mapping) or not wanted <= set(entry):
@@ -173,8 +174,8 @@ def _targets(labels: Sequence[Mapping[str, Any]], masks: Layer, boxes: Tensor) -
                 "RF-DETR is trained on boxes and masks",
             )
     entries = [(entry["masks"], entry["ids"]) if "ids" in entry else entry["masks"] for entry in labels]
-    step = Step.begin(pack_masks(entries, masks.device), [entry["class_labels"] for entry in labels], masks)
-    box_targets = [entry["boxes"].to(boxes) for entry in labels]
+    step = _targets.begin(entries, [entry["class_labels"] for entry in labels], predictions)
+    box_targets = [entry["boxes"].to(predictions[-1]) for entry in labels]
     for image, (found, count) in enumerate(zip(box_targets, step.targets.num_targets, strict=True)):
         if found.shape != (count, 4):
             raise Cause(
@@ -208,7 +209,7 @@ def _match(
         backend=backend,
     )
     extra = box_costs(boxes, box_targets, config.bbox_cost, config.giou_cost)
-    cost = matcher.costs(logits.detach(), masks, step.targets, step.labels, step.image_ids, step.seed, extra)
+    cost = matcher.costs(logits, masks, step, extra)
     depth, batch, queries, widest = cost.shape
     apart = cost.view(depth, batch, groups, queries // groups, widest).transpose(1, 2).flatten(0, 1)
     index, _ = ops.assign(apart, step.labels, step.targets.num_targets, logits.shape[3])
@@ -217,11 +218,11 @@ def _match(
     return torch.stack([layer // groups, image, query + group * (queries // groups), target], dim=1)
 
 
-def _mask_sums(
+def _mask_terms(
     step: Step, loss: MaskLoss, masks: Sequence[Layer], index: Tensor, groups: int, reduction: ops.Reduction
-) -> Any:
-    """Sum the mask terms by layer. A target that supervises one query in each group has points for each of them."""
-    repeated = Step(repeat_targets(step.targets, groups), step.labels, step.image_ids, step.seed)
+) -> LayerTerms:
+    """Compute the mask terms of each layer; a target has points of their own for its query in each group."""
+    repeated = replace(step, targets=_targets.repeat_targets(step.targets, groups))
     per_group = masks[0].shape[1] // groups
     layer, image, query, target = index.unbind(1)
     target = target + query // per_group * step.targets.counts[image]
@@ -241,7 +242,7 @@ def _mask_sums(
     sizes = (sum(counts),) * len(masks)
     queries, num_targets = masks[0].shape[1], repeated.targets.num_targets
     matches = Matches(index, sizes, queries, num_targets, counts=counts * len(masks))
-    return repeated.mask_terms(loss, masks, matches, reduction)
+    return loss.layer_terms(masks, matches, repeated, reduction)
 
 
 def _quality_loss(logits: Tensor, place: tuple[Tensor, ...], iou: Tensor, alpha: float) -> Tensor:

@@ -14,22 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskloss import _inputs, ops
+from maskloss._classification import softmax_loss
 from maskloss.errors import reported
 from maskloss.factors import MaskFactors
-from maskloss.integrations._layers import (
-    Step,
-    accumulated,
-    likely_reduction,
-    match,
-    mean_count,
-    weighted_cross_entropy,
-)
-from maskloss.integrations._targets import pack_masks
+from maskloss.integrations import _targets
 from maskloss.integrations.transformers import forward_pass
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.points import PointSampling
-from maskloss.targets import MaskTargets
 
 _OPERATION = "maskloss in Transformers"
 
@@ -39,7 +32,7 @@ class PointCriterion(nn.Module):
 
     Attributes:
         maskloss_backend: "reference", "cpu" or "gpu"; None: by device.
-        maskloss_sampling: in place of the numbers that Transformers keeps; None: these.
+        maskloss_sampling: instead of the numbers that Transformers keeps; None: these.
         count_shape: shape of the number of masks, and so of the mask terms: OneFormer has `[1]`, the others `[]`.
         remembers_masks: whether the model calls its criterion several times in one forward pass, with the same masks.
     """
@@ -76,26 +69,27 @@ class PointCriterion(nn.Module):
             tensors of their own: the models multiply them by the weights in place.
         """
         classes, masks = check_predictions(class_logits, mask_logits)
-        step = Step.begin(self._pack(mask_labels, masks[0].device), class_labels, masks[0])
-        stacked = accumulated(torch.stack(classes))
-        matches = match(self._matcher(), stacked, masks, step)
-        count = mean_count(float(step.targets.num_masks), stacked.device)
-        terms = step.mask_terms(self._mask_loss(), masks, matches, likely_reduction(self.weight_dict, count))
-        wanted = step.wanted_classes(matches, stacked.shape[:3], stacked.shape[3] - 1)
-        classification = weighted_cross_entropy(stacked, wanted, self.empty_weight)
+        no_object = classes.shape[3] - 1
+        step = _targets.begin(self._packed(mask_labels, masks[0].device), class_labels, [*masks, classes])
+        found = self._matcher().match(classes, masks, step, no_object_labels=True)
+        count = step.divisor(float(step.targets.num_masks))
+        ce_weight, dice_weight = (self.weight_dict.get(name, 1.0) for name in ("loss_mask", "loss_dice"))
+        terms = self._mask_loss().layer_terms(masks, found, step, ops.Reduction(ce_weight, dice_weight, count))
+        wanted = step.wanted_classes(found, classes.shape[:3], no_object)
+        by_class = softmax_loss(classes, wanted, self.empty_weight, step.query_weight(self.empty_weight))
         return [
             {
-                "loss_mask": (terms.ce[layer] / count).reshape(self.count_shape),
-                "loss_dice": (terms.dice[layer] / count).reshape(self.count_shape),
-                "loss_cross_entropy": classification[layer].clone(),
+                "loss_mask": terms.ce[layer].clone().reshape(self.count_shape),
+                "loss_dice": terms.dice[layer].clone().reshape(self.count_shape),
+                "loss_cross_entropy": by_class[layer].clone(),
             }
             for layer in range(len(masks))
         ]
 
-    def _pack(self, masks: Any, device: torch.device) -> MaskTargets:
-        """Pack the masks; several calls in one forward pass of the model share what the first has packed."""
+    def _packed(self, masks: Any, device: torch.device) -> Any:
+        """Pack the masks if several calls in one forward pass of the model share them."""
         found = forward_pass.current(self) if self.remembers_masks else None
-        return pack_masks(masks, device) if found is None else found.pack(masks, device)
+        return masks if found is None else found.pack(masks, device)
 
     def _matcher(self) -> HungarianMatcher:
         return HungarianMatcher(
@@ -174,7 +168,7 @@ class OneFormerCriterion(PointCriterion):
         *others, final = self.layer_losses(*_columns(layers), mask_labels, class_labels)
         if calculate_contrastive_loss:
             # In float32 like the other operand, which Transformers upcasts itself.
-            final |= self.loss_contrastive(contrastive_queries_logits, accumulated(text_queries))
+            final |= self.loss_contrastive(contrastive_queries_logits, _inputs.accumulated(text_queries))
         return _join([*others, final])
 
 

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
 
-from maskloss.integrations._layers import Step
 from maskloss.integrations.transformers import patch
 from maskloss.lab.bench.cases import Case
 from maskloss.lab.bench.check import _Draws, _draws
 from maskloss.lab.bench.measure import PeakMemory
 from maskloss.lab.bench.model import ModelCase, build, make_batch, to_device
 from maskloss.lab.bench.worker import BaseWorker, serve_process
-from maskloss.loss import InstanceLosses, MaskLoss
+from maskloss.loss import LayerTerms, MaskLoss
 from maskloss.matches import Matches
 from maskloss.ops import Reduction
+from maskloss.step import Step
 
 # Relative differences that pass. The gradient is that of all parameters, |a - b| / |b|: two candidates of equal
 # uncertainty but for rounding may be chosen one for the other, and an attention mask may flip where a logit is 0.
@@ -95,17 +95,17 @@ class ModelWorker(BaseWorker):
 def _recorded() -> Iterator[list[tuple[Matches, int]]]:
     """Note the matches and the seed of every call of a patched criterion."""
     calls: list[tuple[Matches, int]] = []
-    inner = Step.mask_terms
+    inner = MaskLoss.layer_terms
 
-    def spy(self: Step, loss: MaskLoss, logits: Any, matches: Matches, reduction: Reduction) -> InstanceLosses:
-        calls.append((matches, int(self.seed)))
-        return inner(self, loss, logits, matches, reduction)
+    def spy(self: MaskLoss, logits: Any, matches: Matches, step: Step, reduction: Reduction) -> LayerTerms:
+        calls.append((matches, int(step.seed)))
+        return inner(self, logits, matches, step, reduction)
 
-    Step.mask_terms = spy  # type: ignore[method-assign]
+    MaskLoss.layer_terms = spy  # type: ignore[assignment, method-assign]
     try:
         yield calls
     finally:
-        Step.mask_terms = inner  # type: ignore[method-assign]
+        MaskLoss.layer_terms = inner  # type: ignore[method-assign]
 
 
 class _Resized(TorchFunctionMode):

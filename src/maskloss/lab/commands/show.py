@@ -27,6 +27,7 @@ from maskloss.lab.files import check_file, check_writable, explain, write_whole
 from maskloss.lab.terminal import tell
 from maskloss.plots import Costs, Inspection, inspect_points, instance_figure
 from maskloss.points import PointSampling
+from maskloss.step import Step
 from maskloss.targets import MaskTargets
 
 if TYPE_CHECKING:
@@ -197,8 +198,8 @@ def _match(subject: Subject, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         matcher.class_weight = 0.0
     layer, logits = classes.float()[None], subject.mask_logits.float()[None]
     matches = matcher(layer, logits, [{"masks": targets, "labels": labels}], seed=seed, image_ids=[0])
-    number = torch.zeros(1, dtype=torch.int64)
-    costs = matcher.costs(layer[None], [logits], targets, labels, number, torch.tensor(seed))
+    step = Step(targets, labels, torch.zeros(1, dtype=torch.int64), torch.tensor(seed))
+    costs = matcher.costs(layer[None], [logits], step)
     [pairs] = matches.pairs()
     return costs[0, 0, :, : len(labels)], pairs
 

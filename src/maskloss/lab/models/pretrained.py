@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from maskloss.distributed import StepTotals
 from maskloss.errors import Cause, require
-from maskloss.integrations._layers import given
 from maskloss.integrations.transformers import patch
 from maskloss.integrations.transformers.families import can_be_factored
 from maskloss.lab.config import TrainConfig
@@ -22,6 +21,7 @@ from maskloss.lab.data.scenes import Batch
 from maskloss.lab.files import explain, read_json, write_json
 from maskloss.lab.models.learners import Learner, Losses, Output, count_weights
 from maskloss.points import PointSampling
+from maskloss.step import step
 
 # What can be trained from images and masks alone, by the type in a model's configuration.
 TRAINABLE = ("mask2former", "eomt", "eomt_dinov3")
@@ -199,7 +199,7 @@ class PretrainedLearner(Learner):
         """Compute the losses of a batch."""
         self._terms = {}
         labels = list(batch.labels.split(list(batch.masks.num_targets)))
-        with self.clock.part("model"), given(totals, batch.image_ids, seed):
+        with self.clock.part("model"), step(totals=totals, image_ids=batch.image_ids, seed=seed):
             out = self.network(
                 **self._inputs(batch.images, batch.masks.windows), mask_labels=batch.masks, class_labels=labels
             )

@@ -1,0 +1,117 @@
+"""The options that all losses and matchers share, written and documented once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypedDict
+
+from maskloss import _abi, _inputs
+from maskloss._numbers import check_number
+from maskloss.errors import Cause, Unexpected, describe, reported
+from maskloss.ops import check_backend
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# Mask2Former's weights, for the loss and for the matching.
+CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0
+# The focal loss of classes by sigmoids, for the loss and for the matching (Lin et al., 2017).
+CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA = 0.25, 2.0
+
+PADDING_MODES, TARGET_MODES = _abi.PADDING_MODES, _abi.TARGET_MODES
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How the mask terms of a loss or of a matching cost read their points, and which cross-entropy they use.
+
+    `MaskLoss`, `HungarianMatcher`, `MaskCriterion` and the classes of `maskloss.integrations` take them as one group,
+    `options=MaskOptions(...)`, or one by one under the same names.
+
+    Args:
+        padding_mode: what lies outside a map: "zeros" (default) or "border", its nearest pixel.
+        target_mode: how targets are read: "bilinear" (default) or "nearest".
+        focal_alpha: alpha of the focal loss in [0, 1]; needs `focal_gamma`. Default None: no class balance.
+        focal_gamma: use the focal loss with this exponent instead of the cross-entropy. Default None: off.
+        backend: "reference", "cpu" or "gpu". Default None: by device, or MASKLOSS_BACKEND.
+
+    Raises:
+        MaskLossError: an option outside its range, or `focal_alpha` without `focal_gamma`.
+
+    Example:
+        >>> MaskOptions(padding_mode="border").padding_mode
+        'border'
+    """
+
+    padding_mode: str = "zeros"
+    target_mode: str = "bilinear"
+    focal_alpha: float | None = None
+    focal_gamma: float | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    @reported("MaskOptions")
+    def _check(self) -> None:
+        _inputs.check_choice("padding_mode", self.padding_mode, PADDING_MODES)
+        _inputs.check_choice("target_mode", self.target_mode, TARGET_MODES)
+        if self.backend is not None:
+            check_backend(self.backend)
+        if self.focal_alpha is not None and self.focal_gamma is None:
+            raise Cause(
+                "focal_alpha needs focal_gamma", "focal_gamma is None", "focal_gamma=2.0 is usual; 0.0 only weighs"
+            )
+        if self.focal_alpha is not None:
+            check_number("focal_alpha", self.focal_alpha, 0, 1, hint="0.25 is usual")
+        if self.focal_gamma is not None:
+            check_number("focal_gamma", self.focal_gamma, 0, hint="2.0 is usual")
+
+    @property
+    def focal(self) -> tuple[float, float]:
+        """Alpha and gamma as the operations take them: -1 switches off."""
+        return (
+            -1.0 if self.focal_alpha is None else float(self.focal_alpha),
+            -1.0 if self.focal_gamma is None else float(self.focal_gamma),
+        )
+
+    @property
+    def term(self) -> _abi.Term:
+        """What the operations take."""
+        return _abi.Term(self.padding_mode, self.target_mode, *self.focal)
+
+
+class MaskKeywords(TypedDict, total=False):
+    """The options of `MaskOptions` as keyword arguments."""
+
+    padding_mode: str
+    target_mode: str
+    focal_alpha: float | None
+    focal_gamma: float | None
+    backend: str | None
+
+
+_NAMES = tuple(field.name for field in fields(MaskOptions))
+
+
+def mask_options(options: MaskOptions | None, **kwargs: Unpack[MaskKeywords]) -> MaskOptions:
+    """Take the options as a group or one by one.
+
+    Raises:
+        Unexpected: a keyword that is no option.
+        Cause: both a group and single options, or something else than a group.
+    """
+    unknown = [name for name in kwargs if name not in _NAMES]
+    if unknown:
+        raise Unexpected(unknown[0], _NAMES)
+    if options is None:
+        return MaskOptions(**kwargs)
+    if not isinstance(options, MaskOptions):
+        raise Cause("options must be a MaskOptions", f"got {describe(options)}", 'MaskOptions(padding_mode="border")')
+    if kwargs:
+        raise Cause(
+            "give a group of options, or single ones",
+            f"options and {', '.join(kwargs)} were given",
+            "dataclasses.replace(options, ...) changes one of a group",
+        )
+    return options

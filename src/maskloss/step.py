@@ -1,0 +1,232 @@
+"""One training step: what every criterion does with its targets, its points, its matches and its counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskloss import _inputs, distributed
+from maskloss._tracing import active
+from maskloss.distributed import Group, StepTotals
+from maskloss.errors import Cause, describe, reported
+from maskloss.layers import Layer
+from maskloss.matches import Matches, Pairs, matches_of_layers, wanted_classes
+from maskloss.points import draw_seed
+from maskloss.targets import MaskTargets
+from maskloss.targets.collate import check_labels
+
+
+class _Told(NamedTuple):
+    totals: StepTotals | None = None
+    image_ids: Tensor | Sequence[int] | None = None
+    seed: Tensor | None = None
+    group: Group = None
+
+
+_NOTHING = _Told()
+_told: ContextVar[_Told] = ContextVar("_told", default=_NOTHING)
+# The same for compiled code, in which torch.compile cannot read a ContextVar, but reads and guards a global.
+_told_compiled = _NOTHING
+
+
+def _current() -> _Told:
+    return _told_compiled if torch.compiler.is_compiling() else _told.get()
+
+
+@contextmanager
+def step(
+    *,
+    totals: StepTotals | None = None,
+    image_ids: Tensor | Sequence[int] | None = None,
+    seed: int | Tensor | None = None,
+    group: Group = None,
+) -> Iterator[None]:
+    """Tell all losses inside a block what the training loop knows about the step.
+
+    `MaskLoss`, `MaskCriterion`, `HungarianMatcher`, patched models of Transformers and the classes of
+    `maskloss.integrations` use what is told here, as far as a call has no arguments of its own for it: a model's
+    `forward` has none for its criterion. Inside another block, what is None is taken from that one.
+
+    Args:
+        totals: of the whole step, over its micro-batches and ranks (`step_totals`): the micro-batches then add up to
+            the step exactly. Nothing is summed over the ranks any more.
+        image_ids: global numbers of the images of this batch, `[B]`, in [0, 2^32); points depend on them.
+        seed: 64-bit seed of the points.
+        group: the process group over whose ranks to count, always. False: this rank alone. Default None: all ranks,
+            and only where a gradient is wanted: under `torch.no_grad()`, or for logits without a graph, a loss is
+            normalized by this rank's own instances, so that a rank may compute a validation loss by itself.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        MaskLossError: totals that are no `StepTotals`, or something else than a process group of this rank.
+
+    Example:
+        >>> criterion, logits = MaskCriterion(1), (torch.zeros(1, 2, 2), torch.zeros(1, 2, 8, 8))
+        >>> targets = [{"masks": torch.ones(1, 8, 8), "labels": torch.tensor([0])}]
+        >>> with step(totals=StepTotals(instances=4, queries=8), seed=0):
+        ...     out = criterion(*logits, targets)
+        >>> f"{out.loss_mask.item():.4f}", out.seed
+        ('0.1733', tensor(0))
+    """
+    global _told_compiled
+    told = _checked(totals, image_ids, seed, group)
+    before = _told.get()
+    merged = before._replace(**{name: new for name, new in told._asdict().items() if new is not None})
+    _told_compiled, token = merged, _told.set(merged)
+    try:
+        yield
+    finally:
+        _told_compiled = before
+        _told.reset(token)
+
+
+@reported("step")
+def _checked(
+    totals: StepTotals | None, image_ids: Tensor | Sequence[int] | None, seed: int | Tensor | None, group: Group
+) -> _Told:
+    if totals is not None:
+        check_totals(totals)
+    distributed.check_group(group)
+    # Tensors, because code that was compiled for a number is compiled anew for the next.
+    if isinstance(image_ids, (list, tuple)) and all(isinstance(each, int) for each in image_ids):
+        image_ids = torch.tensor(image_ids, dtype=torch.int64, device="cpu")
+    return _Told(totals, image_ids, None if seed is None else draw_seed(seed), group)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The targets of a step, what decides its points, and what its losses are divided by.
+
+    Attributes:
+        targets: of all images.
+        labels: int64 `[T_all]`.
+        image_ids: int64 `[B]`, global numbers of the images.
+        seed: int64 `[]`.
+        totals: of the whole step, if the training loop has told them.
+        group: whom to count with: None, all ranks; a process group; False, nobody.
+    """
+
+    targets: MaskTargets
+    labels: Tensor
+    image_ids: Tensor
+    seed: Tensor
+    totals: StepTotals | None = None
+    group: Group = None
+
+    @staticmethod
+    def begin(
+        targets: MaskTargets,
+        labels: Tensor,
+        predictions: Sequence[Layer],
+        *,
+        totals: StepTotals | None = None,
+        image_ids: Tensor | Sequence[int] | None = None,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        group: Group = None,
+    ) -> Step:
+        """Check the targets, number the images and draw a seed; what is not given is taken from `step(...)`.
+
+        Args:
+            targets: of the batch.
+            labels: int64 `[T_all]`.
+            predictions: all of them; the first is `[B, Q, h, w]`.
+            totals: see `step`, also the others.
+            image_ids: default: consecutive over the ranks.
+            seed: of the points.
+            generator: where to draw a seed from. Default: torch's default generator.
+            group: default: all ranks if a gradient is wanted, else nobody.
+        """
+        told, logits = _current(), predictions[0]
+        _inputs.check_targets(targets, logits)
+        if totals is not None:
+            check_totals(totals)
+        totals = told.totals if totals is None else totals
+        ids = told.image_ids if image_ids is None else image_ids
+        seed = told.seed if seed is None and generator is None else seed
+        distributed.check_group(group)
+        group = told.group if group is None else group
+        if group is None and not _wants_gradient(predictions):
+            group = False
+        device = logits.device
+        numbers = distributed.image_numbers(ids, logits.shape[0], device)
+        return Step(targets, labels, numbers, draw_seed(seed, generator, device), totals, group)
+
+    def wanted_classes(self, matches: Matches, shape: Sequence[int], no_object: int) -> Tensor:
+        """Write the classes that queries should have, int64 `[L, B, Q]`; the unmatched ones get `no_object`."""
+        return wanted_classes(matches, self.labels, self.targets.first_rows, shape, no_object)
+
+    def given(self, matches: Matches | Pairs | Sequence[Pairs], layers: int, queries: int, num_classes: int) -> Matches:
+        """Take matches that were made elsewhere, for labels below `num_classes`."""
+        check_labels(self.labels, num_classes)
+        return matches_of_layers(matches, layers, queries, self.targets.num_targets).to(self.labels.device)
+
+    def means(self, counts: Sequence[float | Tensor]) -> list[float | Tensor]:
+        """Average counts over the ranks with which this one counts."""
+        return distributed.mean_over_ranks(counts, self.device, self.group)
+
+    def divisor(self, count: float | Tensor, *, times: int = 1, weighted: bool = False) -> float | Tensor:
+        """Return what sums over instances are divided by: those of the step if they are known, else of all ranks.
+
+        Args:
+            count: the number of instances, or the sum of their weights.
+            times: how many queries of a layer each target supervises.
+            weighted: whether `count` is a sum of weights.
+
+        Returns:
+            The mean over the ranks, at least 1.
+        """
+        if self.totals is None:
+            return distributed.at_least_one(self.means([count * times])[0])
+        check_weights_of_totals(self.totals, instance_weights=weighted)
+        found = self.totals.instance_weight if weighted else self.totals.instances
+        return distributed.at_least_one((self.totals.instances if found is None else found) * times)
+
+    def query_weight(self, weights: Tensor) -> Tensor | None:
+        """Sum the class weights `[C + 1]` of all queries of the whole step, where matched classes weigh alike: `[]`.
+
+        None if the training loop has not told the step's totals.
+        """
+        if self.totals is None:
+            return None
+        weights = weights.to(self.device)
+        return weights[0] * self.totals.instances + weights[-1] * (self.totals.queries - self.totals.instances)
+
+    @property
+    def device(self) -> torch.device:
+        """Where sums over the ranks run: with the images' numbers, on the device of the logits."""
+        return self.image_ids.device
+
+
+def _wants_gradient(predictions: Sequence[Layer]) -> bool:
+    return active() or (torch.is_grad_enabled() and any(each.requires_grad for each in predictions))
+
+
+def check_totals(totals: StepTotals) -> None:
+    """Raise if totals are none, or no numbers."""
+    if not isinstance(totals, StepTotals):
+        raise Cause("totals must be a StepTotals", f"got {describe(totals)}", "step_totals makes them")
+    for name, count in totals._asdict().items():
+        if count is not None or name in ("instances", "queries"):
+            _inputs.check_count(f"totals.{name}", count)
+
+
+def check_weights_of_totals(totals: StepTotals, **used: bool) -> None:
+    """Raise if totals have weights that a call does not use, or lack those that it uses, by the name of its option."""
+    for option, is_used in used.items():
+        field = option.removesuffix("s")
+        value = getattr(totals, field)
+        if is_used != (value is not None):
+            raise Cause(
+                f"totals.{field} belongs to {option}",
+                f"there are {'' if is_used else 'no '}{option}, and totals.{field} is {value!r}",
+                f"step_totals takes the {option} of the step",
+            )
