@@ -18,7 +18,7 @@ import torch
 from maskloss import HungarianMatcher, MaskCriterion, MaskLoss, MaskLossError, MaskOptions, PointSampling, methods
 from maskloss.lab.cli import main
 from maskloss.methods import chinese, english, facts, sources
-from maskloss.methods.markup import FORMATS, amount
+from maskloss.methods.markup import FORMATS, Markup, amount
 from maskloss.methods.settings import NOT_DESCRIBED, Augmentation, Classification, Points, Training, settings_of
 
 LANGUAGES, STYLES = ["en", "zh"], ["full", "short"]
@@ -240,7 +240,7 @@ def test_every_sentence_is_said_by_something():
     everything += [settings_of(MaskCriterion(80, sampling=stratified, matcher=HungarianMatcher()))]
     for settings in everything:
         told = facts.paragraphs(settings, "all")
-        markup = FORMATS["text"]("1", tuple(name for part in told for name in part.equations))
+        markup = Markup(FORMATS["text"], "1", tuple(name for part in told for name in part.equations))
         table = Noted(english.SENTENCES)
         for part in told:
             _ = part.title and table[part.title]
@@ -336,7 +336,8 @@ def test_plain_text_holds_no_markup(lang, style):
     focal = MaskCriterion(80, focal_alpha=0.25, focal_gamma=2.0, sampling=PointSampling(4001, 1.7, 0.3))
     subjects = [MaskCriterion(80), MaskLoss(), HungarianMatcher(classification="focal"), focal]
     for module in (*subjects, replace(settings_of(focal), training=TRAINING)):
-        text = methods.describe(module, lang=lang, style=style, formulas="all", ignore_regions=True)
+        shown = "none" if isinstance(module, HungarianMatcher) else "all"
+        text = methods.describe(module, lang=lang, style=style, formulas=shown, ignore_regions=True)
         assert not set(text) & set("\\{}$~`")
 
 
@@ -393,6 +394,8 @@ def test_other_objects_have_no_description():
         methods.describe(MaskLoss(), style="long")
     with pytest.raises(MaskLossError, match="formulas must be one of none, loss, all"):
         methods.describe(MaskLoss(), formulas="some")
+    with pytest.raises(MaskLossError, match="equations belong to a mask loss"):
+        methods.describe(HungarianMatcher(), formulas="all")
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -531,7 +534,7 @@ def test_the_entries_are_written_whole_or_not_at_all(capsys, tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert "--bib must be a file that can be written" in refused(capsys, "--bib", path)
+    assert "the disk is full" in refused(capsys, "--bib", path)
     assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
     assert capsys.readouterr().out == ""
     monkeypatch.undo()

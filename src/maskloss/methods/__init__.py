@@ -14,11 +14,11 @@ from __future__ import annotations
 from torch import nn
 
 from maskloss._inputs import check_choice
-from maskloss.errors import reported
+from maskloss.errors import Cause, reported
 from maskloss.methods import chinese, english
 from maskloss.methods.facts import Paragraph, paragraphs, write
 from maskloss.methods.formulas import display
-from maskloss.methods.markup import FORMATS
+from maskloss.methods.markup import FORMATS, Markup
 from maskloss.methods.references import reference_entry
 from maskloss.methods.settings import MethodSettings, settings_of
 
@@ -57,10 +57,11 @@ def describe(
 
     Returns:
         Paragraphs and equations, separated by empty lines; in plain text the works that are cited follow. Equations
-        are numbered, and referred to by number. A matching alone has no equations.
+        are numbered, and referred to by number.
 
     Raises:
-        MaskLossError: an object that cannot be described, an unknown language, format, style or choice of formulas.
+        MaskLossError: an object that cannot be described; an unknown language, format, style or choice of formulas;
+            equations of a matching alone, which has none.
 
     Example:
         >>> from maskloss import MaskLoss, PointSampling
@@ -144,6 +145,12 @@ def _written(settings: MethodSettings, lang: str, form: str, style: str, formula
     check_choice("style", style, STYLES)
     shown = formulas if formulas is not None else "none" if style == "short" else "loss"
     check_choice("formulas", shown, FORMULAS)
+    if settings.points is None and formulas not in {None, "none"}:
+        raise Cause(
+            "equations belong to a mask loss",
+            f"there is only a matching, and formulas={formulas!r}",
+            "leave formulas out",
+        )
     language, short = LANGUAGES[lang], style == "short"
     table = language.SHORT if short else language.SENTENCES
     told = paragraphs(settings, shown)
@@ -156,12 +163,12 @@ def _written(settings: MethodSettings, lang: str, form: str, style: str, formula
                 [name for part in told for name in part.equations],
             )
         ]
-    markup = FORMATS[form](settings.version, tuple(name for each in told for name in each.equations))
+    markup = Markup(FORMATS[form], settings.version, tuple(name for each in told for name in each.equations))
     blocks = []
     for title, facts, equations in told:
         sentences = (write(fact, table, markup) for fact in facts)
         text = language.JOINER.join(text for text in sentences if text)
         text = text if title is None else markup.title(table[title], language.JOINER) + text
         displays = (markup.display(name, *display(name, settings)) for name in equations)
-        blocks.append(markup.gap.join([text, *displays]))
+        blocks.append(markup.form.gap.join([text, *displays]))
     return "\n\n".join([*blocks, *markup.references()]), markup.cited

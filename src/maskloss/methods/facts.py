@@ -72,7 +72,7 @@ def write(slot: Slot, table: Mapping[str, str], markup: Markup) -> str:
         case None:
             return ""
         case Say(key, slots):
-            text = table[key].replace("~", markup.tie)
+            text = table[key].replace("~", markup.form.tie)
             # From left to right, which is how citations are numbered.
             return re.sub(r"\{(\w+)\}", lambda found: write(slots[found[1]], table, markup), text)
         case Math(latex):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from typing import NamedTuple
 
 from maskloss.methods.references import reference_line
 
@@ -28,146 +30,109 @@ _PLAIN = (
 )
 
 
-@dataclass
-class Markup:
-    """Plain text; the subclasses change what they write differently.
+class Form(NamedTuple):
+    """How a format writes things; `%(name)s` stands for a part.
 
     Attributes:
+        display: a numbered formula on a line of its own, from `plain` and `latex`, its `name` and its `number`.
+        refer: the number of an equation, from the same.
+        title: the title of a paragraph, from its `text` and the `joiner` of the language.
+        cite: what is before, between and after works that are cited together.
+        escaped: characters that mean something else in the format, and how they are written.
+        tie: stands between two words that stay on one line.
+        gap: stands between a paragraph and its equations.
+    """
+
+    display: str
+    refer: str
+    title: str
+    cite: tuple[str, str, str]
+    escaped: Mapping[str, str]
+    tie: str = " "
+    gap: str = "\n\n"
+
+
+TEXT = Form("    %(plain)s    (%(number)s)", "%(number)s", "%(text)s%(joiner)s", ("[", ", ", "]"), {})
+# Citations as Pandoc has them. Without a space, bold would not end after a Chinese full stop.
+MARKDOWN = Form(
+    "$$\n%(latex)s \\tag{%(number)s}\n$$",
+    "%(number)s",
+    "**%(text)s** ",
+    ("[@", "; @", "]"),
+    {each: f"\\{each}" for each in "\\`*_{}[]<>#$|~"},
+)
+# Needs no package. An empty line before an equation would end the paragraph.
+LATEX = Form(
+    "\\begin{equation}\\label{eq:maskloss-%(name)s}\n%(latex)s\n\\end{equation}",
+    "\\ref{eq:maskloss-%(name)s}",
+    "\\paragraph{%(text)s} ",
+    ("\\cite{", ",", "}"),
+    {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {each: f"\\{each}" for each in "{}_&%$#"},
+    tie="~",
+    gap="\n",
+)
+FORMATS = {"text": TEXT, "markdown": MARKDOWN, "latex": LATEX}
+
+
+@dataclass
+class Markup:
+    """Writes the parts of a text in a format.
+
+    Attributes:
+        form: the format.
         version: of maskloss, for the list of references; None where it is not known.
         equations: the names of the displayed equations, numbered in this order.
         cited: the keys of the works that were cited, in order.
     """
 
+    form: Form
     version: str | None = None
     equations: tuple[str, ...] = ()
     cited: list[str] = field(default_factory=list)
-    # Between two words that stay on one line; between a paragraph and its equations.
-    tie: str = " "
-    gap: str = "\n\n"
 
     def math(self, latex: str) -> str:
         """Write an inline formula, given in LaTeX."""
+        if self.form is not TEXT:
+            return f"${latex}$"
         for pattern, text in _PLAIN:
             latex = re.sub(pattern, text, latex)
         return latex
 
     def display(self, name: str, plain: str, latex: str) -> str:
         """Write a numbered formula on a line of its own, given in both forms."""
-        del latex
-        return f"    {plain}    ({self.refer(name)})"
+        number = 1 + self.equations.index(name)
+        return self.form.display % {"plain": plain, "latex": latex, "name": name, "number": number}
 
     def refer(self, name: str) -> str:
         """Write the number of an equation."""
-        return str(1 + self.equations.index(name))
+        return self.form.refer % {"name": name, "number": 1 + self.equations.index(name)}
 
     def title(self, text: str, joiner: str) -> str:
         """Write the title of a paragraph, and what separates it from the first sentence."""
-        return text + joiner
+        return self.form.title % {"text": text, "joiner": joiner}
 
     def percent(self, share: float) -> str:
         """Write a share as a percentage."""
-        return f"{amount(round(100 * share, 9))}%"
+        return amount(round(100 * share, 9)) + (r"\%" if self.form is LATEX else "%")
 
     def word(self, text: str) -> str:
         """Write a name that comes from outside."""
-        return "".join(each if each.isprintable() else "?" for each in text)
+        return "".join(self.form.escaped.get(each, each) if each.isprintable() else "?" for each in text)
 
     def cite(self, keys: tuple[str, ...]) -> str:
-        """Cite works by their keys."""
-        self.note(keys)
-        return f"[{', '.join(str(1 + self.cited.index(key)) for key in keys)}]"
-
-    def note(self, keys: tuple[str, ...]) -> None:
-        """Note works as cited."""
+        """Cite works by their keys; plain text numbers them."""
         self.cited += [key for key in keys if key not in self.cited]
+        before, between, after = self.form.cite
+        shown = (str(1 + self.cited.index(key)) if self.form is TEXT else key for key in keys)
+        return before + between.join(shown) + after
 
     def references(self) -> list[str]:
-        """List what was cited, where the markup does not leave that to BibTeX."""
+        """List what was cited, where the format does not leave that to BibTeX or Pandoc."""
+        if self.form is not TEXT:
+            return []
         lines = (f"[{number}] {reference_line(key, self.version)}" for number, key in enumerate(self.cited, start=1))
         return ["\n".join(lines)]
-
-
-class Markdown(Markup):
-    """Markdown with formulas between dollars and citations as Pandoc has them."""
-
-    def math(self, latex: str) -> str:
-        """Write an inline formula, given in LaTeX."""
-        return f"${latex}$"
-
-    def display(self, name: str, plain: str, latex: str) -> str:
-        """Write a numbered formula on a line of its own."""
-        del plain
-        return f"$$\n{latex} \\tag{{{self.refer(name)}}}\n$$"
-
-    def title(self, text: str, joiner: str) -> str:
-        """Write the title of a paragraph; without a space, bold would not end after a Chinese full stop."""
-        del joiner
-        return f"**{text}** "
-
-    def word(self, text: str) -> str:
-        """Write a name that comes from outside."""
-        return re.sub(r"([\\`*_{}\[\]<>#$|~])", r"\\\1", super().word(text))
-
-    def cite(self, keys: tuple[str, ...]) -> str:
-        """Cite works by their keys."""
-        self.note(keys)
-        return f"[{'; '.join('@' + key for key in keys)}]"
-
-    def references(self) -> list[str]:
-        """List nothing: Pandoc does."""
-        return []
-
-
-# What LaTeX takes for a command, and how it is written there.
-_ESCAPED = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_ESCAPED |= {each: f"\\{each}" for each in "{}_&%$#"}
-
-
-@dataclass
-class Latex(Markup):
-    """LaTeX; needs no package beyond the format's own."""
-
-    tie: str = "~"
-    # An empty line would end the paragraph.
-    gap: str = "\n"
-
-    def math(self, latex: str) -> str:
-        """Write an inline formula, given in LaTeX."""
-        return f"${latex}$"
-
-    def display(self, name: str, plain: str, latex: str) -> str:
-        """Write a numbered formula on a line of its own."""
-        del plain
-        return f"\\begin{{equation}}\\label{{eq:maskloss-{name}}}\n{latex}\n\\end{{equation}}"
-
-    def refer(self, name: str) -> str:
-        """Refer to an equation."""
-        return f"\\ref{{eq:maskloss-{name}}}"
-
-    def title(self, text: str, joiner: str) -> str:
-        """Write the title of a paragraph."""
-        del joiner
-        return f"\\paragraph{{{text}}} "
-
-    def percent(self, share: float) -> str:
-        """Write a share as a percentage."""
-        return super().percent(share).replace("%", r"\%")
-
-    def word(self, text: str) -> str:
-        """Write a name that comes from outside."""
-        return "".join(_ESCAPED.get(each, each) for each in super().word(text))
-
-    def cite(self, keys: tuple[str, ...]) -> str:
-        """Cite works by their keys."""
-        self.note(keys)
-        return f"\\cite{{{','.join(keys)}}}"
-
-    def references(self) -> list[str]:
-        """List nothing: BibTeX does."""
-        return []
-
-
-FORMATS: dict[str, type[Markup]] = {"text": Markup, "markdown": Markdown, "latex": Latex}
 
 
 def amount(number: float) -> str:
