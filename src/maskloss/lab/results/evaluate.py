@@ -288,9 +288,14 @@ def _entries_of_crowds(scene: Scene) -> Iterable[dict[str, Any]]:
     return _entries(scene.crowd_masks().numpy(), scene.crowd_labels.tolist(), 1)
 
 
+def encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """Return the run lengths of a mask `[H, W]`, as COCO writes them."""
+    run: dict[str, Any] = require("pycocotools.mask", "train").encode(np.asfortranarray(mask.astype(np.uint8)))
+    return run
+
+
 def _encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    codec = require("pycocotools.mask", "train")
-    return {"segmentation": codec.encode(np.asfortranarray(mask.astype(np.uint8))), "area": int(mask.sum())}
+    return {"segmentation": encode(mask), "area": int(mask.sum())}
 
 
 def _mean(precision: NDArray[np.float64]) -> float:

@@ -22,7 +22,7 @@ from maskloss.lab.data.scenes import in_color
 from maskloss.lab.loop.run import load_learner, open_source
 from maskloss.lab.loop.runfolder import Facts, read_facts
 from maskloss.lab.results import pictures
-from maskloss.lab.results.evaluate import Evaluation, evaluate
+from maskloss.lab.results.evaluate import Evaluation, encode, evaluate
 from maskloss.lab.results.inference import MOST, Prediction, Predictor
 
 RESULTS, IMAGES = "predictions.json", "images.json"
@@ -235,11 +235,9 @@ def _write(
 
 
 def _results(number: int, path: Path, prediction: Prediction, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    codec = require("pycocotools.mask", "train")
     out = []
     for each in prediction.instances:
-        whole = each.whole(prediction.height, prediction.width)
-        run = codec.encode(np.asfortranarray(whole.astype(np.uint8)))
+        run = encode(each.whole(prediction.height, prediction.width))
         top, left, bottom, right = each.box
         out.append(
             {
