@@ -504,7 +504,7 @@ def test_files_that_do_not_work_end_in_one_short_sentence(capsys, tmp_path, name
 
 
 def test_a_mark_at_the_start_of_a_file_is_no_part_of_it(capsys, tmp_path):
-    for name, content in (("options.json", '{"num_points": 77}'), ("options.yaml", "num_points: 77")):
+    for name, content in (("options.json", '{"num_points": 77}'), ("options.YAML", "num_points: 77")):
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
         assert "P = 77" in printed(capsys, "--config", tmp_path / name)
 

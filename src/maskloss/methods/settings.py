@@ -26,7 +26,7 @@ class Points:
 
     Attributes:
         count: P; None where it follows from the size of the predicted masks.
-        area: P is one point for so many pixels of a predicted mask; None where `count` is given.
+        area: P is one point for this many pixels of a predicted mask; None where `count` is given.
         oversample_ratio: candidates per point.
         importance_ratio: share of uncertain points.
         layout: "independent", or "stratified": one point in each of as many cells of equal area.

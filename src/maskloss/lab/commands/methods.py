@@ -151,7 +151,7 @@ def _options_of_file(path: Path) -> dict[str, Any]:
         MaskLossError: a file that cannot be read, or does not hold a mapping.
         MissingExtraError: a YAML file, and PyYAML is not installed (extra `methods`).
     """
-    if path.suffix not in {".yaml", ".yml"}:
+    if path.suffix.lower() not in {".yaml", ".yml"}:
         return files.read_json(path, _RULE)
     yaml = require("yaml", "methods")
     files.check_file(path, _RULE)
