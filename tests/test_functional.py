@@ -128,6 +128,26 @@ def test_pairwise_costs_are_those_of_the_pairs(focal: dict[str, Any], weights: t
     assert_close(cost.dice, pair(functional.mask_dice), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("gamma", [0.01, 0.5, 0.99, 1.0])
+def test_a_focal_loss_has_a_gradient_where_a_prediction_is_perfect(gamma: float) -> None:
+    """At a miss of 0, miss^gamma has an infinite slope below gamma = 1; the loss it multiplies is 0."""
+    z = torch.tensor([[20.0, 200.0, -200.0, 0.5]], requires_grad=True)
+    t = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
+    functional.mask_focal(z, t, gamma=gamma).sum().backward()
+    assert z.grad is not None
+    assert_close(z.grad[:, :3], torch.zeros(1, 3), rtol=0, atol=1e-6)
+    assert z.grad[0, 3] < -0.01
+    for cost in (
+        lambda z: functional.pairwise_mask_cost(z, t, focal_gamma=gamma).ce,
+        lambda z: functional.focal_class_cost(z, torch.arange(4), gamma=gamma),
+    ):
+        z.grad = None
+        cost(z).sum().backward()
+        assert z.grad is not None
+        assert z.grad.isfinite().all()
+        assert z.grad.any()
+
+
 def test_a_class_cost_without_balance() -> None:
     logits, labels = torch.randn(2, 5, 3), torch.tensor([[0, 2], [1, 1]])
     plain = functional.focal_class_cost(logits, labels, alpha=None, gamma=1.0)

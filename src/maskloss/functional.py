@@ -399,7 +399,8 @@ def focal_class_cost(
     a, exponent = _focal(alpha, gamma)
     on, off = (1.0, 1.0) if a < 0 else (a, 1 - a)
     p = _at_labels(class_logits.sigmoid(), labels)
-    return on * (1 - p) ** exponent * -(p + 1e-8).log() - off * p**exponent * -(1 - p + 1e-8).log()
+    hit, miss = formulas.power(1 - p, exponent), formulas.power(p, exponent)
+    return on * hit * -(p + 1e-8).log() - off * miss * -(1 - p + 1e-8).log()
 
 
 def _aligned(shape: Sequence[int], rank: int) -> list[int]:

@@ -207,6 +207,30 @@ def test_given_points(kind: torch.dtype, name: str) -> None:
     assert_matches(case, (77, 0, 0), OPTIONS[name], shared)
 
 
+@pytest.mark.parametrize("options", [PLAIN, Term(alpha=0.25, gamma=2.0)], ids=["plain", "focal"])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
+def test_pixels_of_the_ignore_region_at_points_in_half_precision(kind: torch.dtype, options: Term) -> None:
+    """x * 1021 has more digits than half precision: rounded there, it is another pixel."""
+    case = make(frame=(509, 1021), ignore=torch.rand(509, 1021) < 0.5)
+    points = torch.rand(len(case.index), 77, 2).to(kind)
+    for ops in (reference, cpu):
+        found, same = (case.loss(ops, (77, 0, 0), options, at) for at in (points, points.float()))
+        assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
+    assert_matches(case, (77, 0, 0), options, points)
+
+
+@pytest.mark.parametrize("gamma", [0.01, 0.5, 0.99])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_focal_gradient_of_perfect_predictions(dtype: torch.dtype, gamma: float) -> None:
+    """miss^(gamma - 1) is infinite where a prediction is perfect; its factor, the loss, is 0."""
+    case, term = make(dtype), Term("border", alpha=0.25, gamma=gamma)
+    for layer, value in zip(case.logits, (20.0, 200.0), strict=True):
+        layer[:] = torch.where(torch.rand(layer.shape) < 0.5, value, -value).to(dtype)
+    assert_matches(case, SAMPLING, term)
+    saved = case.loss(cpu, SAMPLING, term)
+    assert all(grad.isfinite().all() for grad in case.gradients(cpu, saved, SAMPLING, term))
+
+
 @pytest.mark.parametrize("name", ["plain", "border", "nearest"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 1e9])
 def test_points_that_are_nowhere_touch_no_memory(bad: float, name: str) -> None:

@@ -182,6 +182,7 @@ def add_focal_gradients(z, t, w, n, by_ce, alpha, gamma, grad):
         s, softplus = sigmoid_softplus(z[i])
         miss = one - (s * t[i] + (one - s) * (one - t[i]))
         balance = one if alpha < 0 else a * t[i] + (one - a) * (one - t[i])
-        steep = zero if g == 0 else g * power(miss, g - one)
+        # miss^(gamma - 1) is infinite at a perfect prediction, where the loss that it multiplies is 0.
+        steep = g * power(miss, g - one) if g > zero and miss > zero else zero
         change = steep * (t[i] + t[i] - one) * s * (one - s) * (softplus - z[i] * t[i])
         grad[i] += ce * w[i] * balance * (power(miss, g) * (s - t[i]) - change)

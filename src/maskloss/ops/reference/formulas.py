@@ -5,6 +5,7 @@ Plain PyTorch in any float dtype, differentiable; s is the sigmoid, w are the we
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -32,13 +33,24 @@ def bce(z: Tensor, t: Tensor) -> Tensor:
     return z.clamp(min=0) - z * t + (-z.abs()).exp().log1p()
 
 
+def power(base: Tensor, exponent: float) -> Tensor:
+    """Compute base ** exponent for a base of at least 0, also where the derivative is infinite: at 0, below 1.
+
+    What such a power multiplies in a focal loss is 0 there as well, and infinity times 0 would be NaN.
+    """
+    if not 0 < exponent < 1:
+        return base**exponent
+    positive = base > 0
+    return torch.where(positive, torch.where(positive, base, 1.0) ** exponent, base)
+
+
 def focal(z: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
     """Compute the focal loss a_t (1 - p_t)^gamma bce(z, t); alpha < 0 leaves a_t out, gamma < 0 is plain BCE."""
     loss = bce(z, t)
     if gamma < 0:
         return loss
     s = z.sigmoid()
-    loss = loss * (1 - (s * t + (1 - s) * (1 - t))) ** gamma
+    loss = loss * power(1 - (s * t + (1 - s) * (1 - t)), gamma)
     return loss if alpha < 0 else loss * (alpha * t + (1 - alpha) * (1 - t))
 
 
@@ -69,7 +81,7 @@ def pairwise_costs(z: Tensor, t: Tensor, w: Tensor, alpha: float, gamma: float) 
         slope = z
     else:
         on, off = (1.0, 1.0) if alpha < 0 else (alpha, 1 - alpha)
-        negative, positive = off * s**gamma * negative, on * (1 - s) ** gamma * softplus(-z)
+        negative, positive = off * power(s, gamma) * negative, on * power(1 - s, gamma) * softplus(-z)
         slope = negative - positive
     ce = ((negative * w).sum(-1, keepdim=True) - slope @ weighted) / count
     area = (s * w).sum(-1, keepdim=True) + weighted.sum(-2, keepdim=True)

@@ -47,7 +47,7 @@ def locate(points: Tensor, height: Tensor | int, width: Tensor | int, padding: s
 
     In double precision, where the device has it, the position of a float32 point is exact, and so is its fraction.
     """
-    exact = points if points.device.type == "mps" else points.double()
+    exact = points.float() if points.device.type == "mps" else points.double()
     cells = []
     for coordinate, size in ((exact[..., Y], height), (exact[..., X], width)):
         at = position(coordinate, size)

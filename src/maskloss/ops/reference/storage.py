@@ -46,6 +46,8 @@ def ignored(points: Tensor, images: Tensor, ignore: Tensor) -> Tensor:
     def column(which: int) -> Tensor:
         return images[:, which, None]
 
+    # The pixel is found in the points' own precision, from float32 on: in half precision it would be another one.
+    points = points if points.dtype == torch.float64 else points.float()
     y = (points[..., Y] * column(IMAGE_H)).nan_to_num().long().clamp(min=0).clamp(max=column(IMAGE_H) - 1)
     x = (points[..., X] * column(IMAGE_W)).nan_to_num().long().clamp(min=0).clamp(max=column(IMAGE_W) - 1)
     inside = (column(IGNORE_SIZE) > 0) & (y < column(IGNORE_H)) & (x < column(IGNORE_W))
