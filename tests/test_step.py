@@ -131,6 +131,21 @@ def test_compiled_code_is_told() -> None:
     assert len(graphs) <= 4
 
 
+def test_a_default_device_is_nobodys_business() -> None:
+    """Numbers become tensors on the CPU, also where new tensors go elsewhere."""
+    inputs = batch()
+    weights = {"labels": [[torch.tensor([0, 2])]], "class_weights": [1.0, 2.0, 4.0]}
+    expected = criterion("reference", class_weights=[1.0, 2.0, 3.0])(*inputs, image_ids=[3, 4], seed=5)
+    with torch.device("meta"):
+        module = criterion("reference", class_weights=[1.0, 2.0, 3.0])
+        totals = step_totals([[2]], QUERIES, instance_weights=[[[1.0, 0.5]]], **weights)
+        told = step(image_ids=[3, 4], seed=5)
+        with told:
+            pass
+    assert [float(count) for count in totals if count is not None] == [2.0, 5.0, 1.5, 5.0]
+    assert torch.equal(module(*inputs, image_ids=[3, 4], seed=5).total, expected.total)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -73,7 +73,15 @@ class Matches:
 
     @staticmethod
     def one_to_one(count: int, device: torch.device) -> Matches:
-        """Match prediction n with target n of a single image."""
+        """Match prediction n with target n of a single image.
+
+        Args:
+            count: the number of pairs.
+            device: where the matches are wanted.
+
+        Returns:
+            The matches of one layer.
+        """
         index = torch.zeros(count, INDEX_COLUMNS, dtype=torch.int64, device=device)
         index[:, QUERY] = index[:, TARGET] = torch.arange(count, device=device)
         return Matches(index, (count,), count, (count,))

@@ -196,12 +196,12 @@ def _pays_ahead(instances: Instances, arguments: Sequence[Any], backend: str) ->
     logits = instances.logits
     return (
         backend == "cpu"
+        and not torch.compiler.is_compiling()  # first: a compiler cannot follow the other questions
         and torch.is_grad_enabled()
         and any(layer.requires_grad for layer in logits)
         and all(type(layer) in (Tensor, Parameter) for layer in logits)
         and not any(is_lazy(each) for each in (*logits, *arguments[1:]) if isinstance(each, Tensor))
         and logits[0].dtype == instances.accumulation_dtype
-        and not torch.compiler.is_compiling()
         and not active()
         and not watched()
     )
