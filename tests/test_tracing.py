@@ -123,6 +123,35 @@ def test_lazy_factors(backend: str) -> None:
     torch.testing.assert_close(*totals)
 
 
+# ------------------------------------------------------------------------------------------------------- inference mode
+
+
+def test_targets_and_matches_of_inference_mode(backend: str) -> None:
+    """A data loader or a matcher that needs no gradient makes them, and a training step takes them."""
+    dense, embeddings = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randn(1, 3, 4, requires_grad=True)
+    features = torch.randn(1, 4, 8, 8)
+
+    def gradients(inference: bool) -> list[Tensor]:
+        with torch.inference_mode(inference):
+            weights, points = torch.tensor([1.0, 2.0]), torch.full((3, 5, 2), 0.3)
+            entry = {"masks": MaskTargets.from_masks(MASKS), "labels": torch.tensor([0, 1])}
+            matches = HungarianMatcher(num_points=20, backend=backend)(torch.zeros(1, 3, 3), dense, [entry], seed=1)
+        loss, criterion = MaskLoss(sampling=FEW, backend=backend), MaskCriterion(2, sampling=FEW, backend=backend)
+        options: dict[str, Any] = {"matches": matches, "seed": 1, "instance_weights": [weights]}
+        classes = torch.zeros(1, 3, 3, requires_grad=True)
+        totals = [
+            loss(dense[0, :2], entry["masks"], seed=1, instance_weights=weights).total,
+            criterion(classes, dense, [entry], **options).total,
+            criterion(classes, MaskFactors(embeddings, features), [entry], **options).total,
+            functional.point_sample(dense[0], points, backend=backend).sum(),
+        ]
+        leaves = (dense, dense, embeddings, dense)
+        return [torch.autograd.grad(total, leaf)[0] for total, leaf in zip(totals, leaves, strict=True)]
+
+    for mine, theirs in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 # -------------------------------------------------------------------------------------------------------------- tracers
 
 

@@ -61,6 +61,11 @@ def materialized(tensor: Tensor) -> Tensor:
     return tensor.clone() if is_lazy(tensor) else tensor
 
 
+def savable(tensor: Tensor) -> Tensor:
+    """Return a tensor that autograd can save: what `torch.inference_mode` made, targets for instance, is copied."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def active() -> bool:
     """Whether a transform of `torch.func` is being applied."""
     if torch.compiler.is_compiling():

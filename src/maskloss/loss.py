@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from maskloss import _inputs, distributed, layers, ops
 from maskloss._abi import accumulation_dtype
-from maskloss._tracing import on_host
+from maskloss._tracing import on_host, savable
 from maskloss.distributed import Group
 from maskloss.errors import Cause, check_device, check_layout, describe, reported
 from maskloss.factors import MaskFactors
@@ -290,7 +290,7 @@ def check_instance_weights(weights: Tensor, count: int, logits: Layer) -> Tensor
             "False or 0 leaves an instance out",
         )
     check_device("instance_weights", weights.device, logits.device)
-    weights = weights.detach().to(accumulation_dtype(logits.dtype))
+    weights = savable(weights.detach().to(accumulation_dtype(logits.dtype)))
     if on_host(weights) and not bool((weights >= 0).all() & weights.isfinite().all()):
         raise Cause(
             "instance_weights must be finite and at least 0",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskloss._abi import IMAGE, INDEX_COLUMNS, LAYER, QUERY, TARGET
 from maskloss._numbers import check_integer
-from maskloss._tracing import as_device, as_tensor
+from maskloss._tracing import as_device, as_tensor, savable
 from maskloss.errors import Cause, describe, reported
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -136,8 +136,8 @@ class Matches:
     def to(self, device: torch.device | str) -> Matches:
         """Move the tensors to a device."""
         device = as_device(device)
-        classes = None if self.classes is None else self.classes.to(device, non_blocking=True)
-        return replace(self, index=self.index.to(device, non_blocking=True), classes=classes)
+        classes = None if self.classes is None else savable(self.classes.to(device, non_blocking=True))
+        return replace(self, index=savable(self.index.to(device, non_blocking=True)), classes=classes)
 
 
 def check_fit(matches: Matches, num_queries: int, num_targets: Sequence[int]) -> None:

@@ -27,6 +27,7 @@ from maskloss._abi import (
     matched_counts,
     widest,
 )
+from maskloss._tracing import savable
 from maskloss.ops import assignment
 from maskloss.ops.dense import mask_loss
 from maskloss.ops.dispatch import BACKENDS, check_backend, choose_backend, has_host_kernels, load
@@ -106,7 +107,7 @@ def _(_grad: Tensor, maps: Tensor, *_: Any) -> Tensor:
 
 
 def _point_sample_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (its name is given)
-    ctx.save_for_backward(*inputs[:3])
+    ctx.save_for_backward(*map(savable, inputs[:3]))
     ctx.options = inputs[3:]
 
 

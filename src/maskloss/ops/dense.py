@@ -21,7 +21,7 @@ from maskloss._abi import (
     grouped,
     num_bytes,
 )
-from maskloss._tracing import active, is_lazy, materialized, watched
+from maskloss._tracing import active, is_lazy, materialized, savable, watched
 from maskloss.ops.dispatch import load
 from maskloss.ops.schemas import LOSS, NOT_CAPTURED, operation
 from maskloss.ops.transformed import Derivative
@@ -87,7 +87,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], saved: Sequence[Tensor]) -> None:
     # A loss that is not used, and outputs that only the backward pass reads, get no gradient of zeros made for them.
     ctx.set_materialize_grads(False)
     tensors = [value for value in rest if isinstance(value, Tensor)]
-    ctx.save_for_backward(*saved, *logits, *tensors)
+    ctx.save_for_backward(*map(savable, (*saved, *logits, *tensors)))
     ctx.num_layers, ctx.backend = len(logits), backend
     ctx.options = [None if isinstance(value, Tensor) else (value,) for value in rest]
 

@@ -20,6 +20,7 @@ from maskloss._abi import (
     num_bytes,
     widest,
 )
+from maskloss._tracing import savable
 from maskloss.ops import factored
 from maskloss.ops.dispatch import load
 from maskloss.ops.schemas import DRAW, FACTORED_LOSS, FACTORS, NOT_CAPTURED, TARGETS, TERM, operation
@@ -119,7 +120,7 @@ def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)
     ctx.lengths = [len(each) for each in lists]
     tensors = [value for value in rest if isinstance(value, Tensor)]
-    ctx.save_for_backward(*output[2:], *(tensor for each in lists for tensor in each), *tensors)
+    ctx.save_for_backward(*map(savable, (*output[2:], *(tensor for each in lists for tensor in each), *tensors)))
     ctx.facts = features_of, scratch_bytes
     ctx.options = [None if isinstance(value, Tensor) else (value,) for value in rest]
 

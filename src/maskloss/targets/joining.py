@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,15 +14,15 @@ from maskloss._abi import BASE, COUNT, FIRST, IGNORE_BASE, IGNORE_SIZE, PLACE_CO
 from maskloss._tracing import as_tensor, on_host
 from maskloss.errors import Cause, describe
 from maskloss.targets import bits, dense
+from maskloss.targets.storage import Packed
 
-if TYPE_CHECKING:
-    from maskloss.targets.mask_targets import MaskTargets
+P = TypeVar("P", bound=Packed)
 
 # From the one that holds least to the one that holds everything.
 _ENCODINGS = ("labels", "bits", "values")
 
 
-def join(parts: Sequence[MaskTargets]) -> MaskTargets:
+def join(parts: Sequence[P]) -> P:
     """Concatenate; where each image begins follows from the sizes of those before it, without asking a device."""
     full = [part for part in parts if part.num_masks] or [parts[0]]
     kinds = [part.encoding for part in full]
@@ -53,8 +53,8 @@ def _add_up(images: Tensor) -> Tensor:
     return images
 
 
-def _converted(part: MaskTargets, encoding: str, dtype: torch.dtype) -> MaskTargets:
-    """Bring targets to an encoding that holds what theirs does, with data of a type."""
+def _converted(part: P, encoding: str, dtype: torch.dtype) -> P:
+    """Convert targets to an encoding that holds what theirs does, with data of a type."""
     if not part.num_masks:
         images = part.images.clone()
         images[:, SIZE] = 0
@@ -77,7 +77,7 @@ def _converted(part: MaskTargets, encoding: str, dtype: torch.dtype) -> MaskTarg
     return replace(part, encoding=encoding, data=bits.joined(pieces), table=table, images=_add_up(images))
 
 
-def single_image(targets: MaskTargets, image: int) -> MaskTargets:
+def single_image(targets: P, image: int) -> P:
     """Take one image out of a batch; copied, because a view would keep the whole batch alive, pickled too."""
     row = targets.images[image].tolist()
 
@@ -95,7 +95,7 @@ def single_image(targets: MaskTargets, image: int) -> MaskTargets:
     )
 
 
-def select(targets: MaskTargets, keep: Tensor | Sequence[Any]) -> MaskTargets:
+def select(targets: P, keep: Tensor | Sequence[Any]) -> P:
     """Keep the masks that are marked or listed."""
     if isinstance(keep, Tensor):
         if tuple(keep.shape) != (targets.num_masks,) or keep.dtype != torch.bool:

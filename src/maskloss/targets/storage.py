@@ -1,0 +1,142 @@
+"""How masks are stored: the tensors that kernels read, and what can be said of them without any other module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from maskloss._abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W
+from maskloss._tracing import as_device
+from maskloss.errors import Cause, describe, reported
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Packed:
+    """The tensors of `MaskTargets`, which documents them."""
+
+    encoding: str
+    data: Tensor
+    table: Tensor
+    images: Tensor
+    windows: Tensor
+    ignore: Tensor
+    num_targets: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.num_targets)
+
+    def number_of(self, image: int) -> int:
+        """Check the number of an image; negative ones count from the end."""
+        try:
+            number = range(len(self))[image]
+        except (TypeError, IndexError):
+            number = None
+        if not isinstance(number, int):
+            raise Cause(
+                "an image is chosen by its number",
+                f"got {describe(image)} for {len(self)} images",
+                "MaskTargets.cat([targets[i] for i in ...]) picks images, targets.select picks masks",
+            )
+        return number
+
+    def __repr__(self) -> str:
+        if self.device.type == "meta":
+            return f"MaskTargets({self.num_masks} masks, {self.encoding}, meta)"
+        sizes = sorted({(row[IMAGE_H], row[IMAGE_W]) for row in self.images.tolist()})
+        size = f"{sizes[0][0]} x {sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} sizes"
+        masks, images = self.num_masks, len(self)
+        extras = "".join(
+            text
+            for text, given in (
+                (", ignore regions", self.ignore.numel()),
+                (", valid windows", self._has_windows()),
+            )
+            if given
+        )
+        return (
+            f"MaskTargets({masks} mask{'s' * (masks != 1)} in {images} image{'s' * (images != 1)}, {self.encoding}, "
+            f"{size}, {self.nbytes} bytes{extras}, {self.device})"
+        )
+
+    @property
+    def num_masks(self) -> int:
+        """The number of masks of all images together."""
+        return sum(self.num_targets)
+
+    @property
+    def counts(self) -> Tensor:
+        """The number of targets of each image, int64 `[B]` on the device."""
+        return self.images[:, COUNT]
+
+    @property
+    def first_rows(self) -> Tensor:
+        """The row of `table` with which each image begins, int64 `[B]`."""
+        return self.images[:, FIRST]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pixel data: targets and ignore regions."""
+        return self.data.numel() * self.data.element_size() + self.ignore.numel()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the operations take: `[data, table, images, windows, ignore]`."""
+        return [self.data, self.table, self.images, self.windows, self.ignore]
+
+    @reported("MaskTargets.to")
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Self:
+        """Move to a device; returns self if it is there already. The types of the tensors are part of the encoding.
+
+        Raises:
+            MaskLossError: anything but a device, such as a dtype.
+        """
+        moved = [tensor.to(as_device(device), non_blocking=non_blocking) for tensor in self.tensors]
+        return self if moved[0] is self.data else self._with(moved)
+
+    def pin_memory(self) -> Self:
+        """Copy into page-locked memory, for a faster transfer; `DataLoader(pin_memory=True)` calls this."""
+        return self._with([tensor.pin_memory() for tensor in self.tensors])
+
+    @reported("MaskTargets.dense")
+    def dense(self, image: int = 0) -> Tensor:
+        """Unpack the masks of image number `image`, to look at: `[T, frame height, frame width]`, bool, float if soft.
+
+        On a device this waits for it.
+        """
+        row = self.images[self.number_of(image)].tolist()
+        first, count, height, width = row[FIRST], row[COUNT], row[IMAGE_H], row[IMAGE_W]
+        base = row[BASE]
+        dtype = self.data.dtype if self.encoding == "values" else torch.bool
+        masks = torch.zeros(count, height, width, dtype=dtype, device=self.device)
+        for mask, place in zip(masks, self.table[first : first + count].tolist(), strict=True):
+            offset, stride, top, left, h, w, _, _, label = place
+            if h * w:
+                across = (w + 7) // 8 if self.encoding == "bits" else w
+                pixels = self.data.as_strided((h, across), (stride, 1), base + offset)
+                mask[top : top + h, left : left + w] = self._decode(pixels, w, label)
+        return masks
+
+    def _decode(self, pixels: Tensor, width: int, label: int) -> Tensor:
+        if self.encoding == "labels":
+            return pixels == label
+        if self.encoding == "values":
+            return pixels
+        shifts = torch.arange(8, dtype=torch.uint8, device=self.device)
+        return ((pixels[..., None] >> shifts) & 1).flatten(1)[:, :width].bool()
+
+    def _with(self, tensors: Sequence[Tensor]) -> Self:
+        data, table, images, windows, ignore = tensors
+        return replace(self, data=data, table=table, images=images, windows=windows, ignore=ignore)
+
+    def _has_windows(self) -> bool:
+        return bool((self.windows != self.windows.new_tensor([0.0, 0.0, 1.0, 1.0])).any())
