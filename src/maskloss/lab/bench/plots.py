@@ -16,6 +16,7 @@ from maskloss.lab.bench import table
 from maskloss.lab.bench.cases import Case
 from maskloss.lab.bench.runner import ratios
 from maskloss.lab.bench.table import factor, memory, seconds
+from maskloss.lab.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -224,4 +225,6 @@ def _finish(figure: Figure, notes: tuple[str, str], report: dict[str, Any], path
     place = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {settings['threads']} threads"
     text = f"{place}, {settings['dtype']}; {table.versions(report['software'])}; {report['date'][:10]}"
     figure.text(0.01, 0.06 / figure.get_figheight(), text, fontsize=8, color=GRAY, va="bottom")
-    figure.savefig(path, dpi=144, facecolor="white", metadata={"Software": None})
+    style: dict[str, Any] = {"dpi": 144, "facecolor": "white", "metadata": {"Software": None}}
+    style["format"] = path.suffix[1:]  # not that of the temporary file
+    write_whole(path, lambda partial: figure.savefig(partial, **style))
