@@ -87,6 +87,11 @@ def _rewrite_state(place, **changes):
     (place / "state.json").write_text(json.dumps({**state, **changes}))
 
 
+def _with_groups(place, **changes):
+    groups = json.loads((place / "state.json").read_text())["groups"]
+    _rewrite_state(place, groups=[{**groups[0], **changes}, *groups[1:]])
+
+
 def _with_weights(place, change):
     """Change the weights and write their sum anew, as someone would who means it."""
     state = load_file(place / "model.safetensors")
@@ -111,6 +116,24 @@ DAMAGE = {
     "another version": (lambda place: _rewrite_state(place, schema=99), "another version"),
     "another step": (lambda place: _rewrite_state(place, step=8), "does not fit"),
     "unknown keys": (lambda place: _rewrite_state(place, color="red"), "color"),
+    "numbers as text": (lambda place: _rewrite_state(place, seconds="1.5"), "does not fit"),
+    "a clock of texts": (lambda place: _rewrite_state(place, clock={"data": "0.25"}), "does not fit"),
+    "a list for a clock": (lambda place: _rewrite_state(place, clock=[1]), "does not fit"),
+    "a scaler of lists": (lambda place: _rewrite_state(place, scaler={"scale": [1]}), "does not fit"),
+    "terms as a number": (lambda place: _rewrite_state(place, terms=3), "does not fit"),
+    "pending texts": (lambda place: _rewrite_state(place, pending=[["a", "b"]]), "does not fit"),
+    "pending rows of another length": (lambda place: _rewrite_state(place, pending=[[0.1]]), "does not fit"),
+    "sums as a list": (lambda place: _rewrite_state(place, sums=[1]), "does not fit"),
+    "groups as a dict": (lambda place: _rewrite_state(place, groups={"lr": 1}), "does not fit"),
+    "groups of numbers": (lambda place: _rewrite_state(place, groups=[1, 2]), "must be one that maskloss train wrote"),
+    "groups without weights": (lambda place: _rewrite_state(place, groups=[{}, {}]), "params"),
+    "other weights": (lambda place: _with_groups(place, params=["a"]), "other weights"),
+    "a decay as text": (
+        lambda place: _with_groups(place, weight_decay="0.5"),
+        "weight_decay of its optimizer is '0.5'",
+    ),
+    "betas as a number": (lambda place: _with_groups(place, betas=0.9), "must be one that maskloss train wrote"),
+    "betas as text": (lambda place: _with_groups(place, betas="ab"), "betas of its optimizer is"),
     "no groups": (lambda place: _rewrite_state(place, groups=[]), "other weights"),
     "wrong shapes": (
         lambda place: _with_weights(place, lambda state: state.update({"0.bias": torch.zeros(7)})),
@@ -132,7 +155,26 @@ def test_damage_is_named(written, case):
     other, optimizer = model_and_optimizer()
     with pytest.raises(MaskLossError, match=message):
         checkpoint.read(folder, 3, other, optimizer)
-    assert not torch.equal(other[0].weight, network[0].weight) or case == "no groups"
+    assert not torch.equal(other[0].weight, network[0].weight)
+
+
+def test_terms_that_overflowed_come_back(tmp_path):
+    """JSON has no nan; a step that a scaler skips has it between two lines of metrics."""
+    network, optimizer = model_and_optimizer()
+    odd = position(3)._replace(pending=[[float("nan"), 2.0], [0.5, float("inf")]])
+    checkpoint.write(tmp_path, odd, network, optimizer)
+    assert checkpoint.read(tmp_path, 3, network, optimizer).pending == [[None, 2.0], [0.5, None]]
+
+
+def test_the_first_checkpoint_that_cannot_be_written_sends_nobody_to_one(tmp_path, monkeypatch):
+    network, optimizer = model_and_optimizer()
+
+    def full(path, tensors):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "_save", full)
+    with pytest.raises(MaskLossError, match=r"the disk is full\n  hint: nothing is left$"):
+        checkpoint.write(tmp_path, position(3), network, optimizer)
 
 
 def test_a_file_is_replaced_in_one_move(tmp_path):

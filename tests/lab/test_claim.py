@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,6 +196,37 @@ def test_links_are_not_followed(tmp_path, name):
     with pytest.raises(MaskLossError, match=f"it holds {name}"), claimed(run, overwrite=True):
         raise AssertionError
     assert len(held(elsewhere)) == len(OURS) + 1 and (run / name).is_symlink()
+
+
+def test_a_lock_dies_with_the_process_that_took_it(tmp_path):
+    """Not with its children, such as those that read images, which live on for some seconds."""
+    script = (
+        "import os, sys, time; from pathlib import Path; from maskloss.lab import files\n"
+        "with files.locked(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child:\n"
+        "        print(child, flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    sources = str(Path(module.__file__).parents[3])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": sources},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    child = int(parent.stdout.readline())
+    try:
+        with pytest.raises(MaskLossError, match="is in use"), files.locked(tmp_path):
+            raise AssertionError
+        parent.kill()
+        parent.wait()
+        os.kill(child, 0)  # it is there
+        with files.locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        parent.stdout.close()
 
 
 def test_two_runs_that_begin_in_one_second_get_two_folders(tmp_path, monkeypatch):

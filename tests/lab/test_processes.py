@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import pty
 import random
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +31,12 @@ OPTIONS = {
     "--threads": 1,
     "--device": "cpu",
 }
+
+
+TERMINAL = (
+    "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "from maskloss.lab.cli import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 def environment() -> dict[str, str]:
@@ -111,6 +120,88 @@ def test_processes_that_read_different_clocks_write_one_folder(tmp_path):
     finished(process)
     [run] = (tmp_path / "runs").iterdir()
     assert (run / "report.html").is_file() and steps_of(run) == [2, 4]
+
+
+def ranks(folder: Path, words: list[str], patience: int) -> list[subprocess.Popen[str]]:
+    """Start two processes of a run without a launcher, which would end one after the other."""
+    script = folder / "command.py"
+    script.write_text(
+        "import sys\n"
+        "from maskloss.lab.cli import main\n"
+        "from maskloss.lab.loop import run\n"
+        f"run.PATIENCE = {patience}\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), *words],
+            env=environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(signal.SIGKILL, "another one has ended"), (signal.SIGSTOP, "one has not answered for 20 seconds")],
+)
+def test_a_lost_rank_ends_a_run_with_one_sentence(tmp_path, number, told):
+    cells, run = write_cells(tmp_path / "cells", 6, 32, 3), tmp_path / "run"
+    first, second = ranks(tmp_path, arguments(data=cells, out=run, steps=100000, checkpoint_every=2), 20)
+    try:
+        deadline = time.monotonic() + 240
+        while not steps_of(run):
+            assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
+            time.sleep(0.05)
+        second.send_signal(number)
+        printed, _ = first.communicate(timeout=120)
+    finally:
+        first.kill()
+        second.kill()
+        second.communicate()
+    assert first.returncode == 2 and "Traceback" not in printed, printed
+    assert f"{told} (go on with: maskloss train --resume {run})" in " ".join(printed.split()), printed
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_right_away(tmp_path):
+    """Its workers are still there."""
+    cells, run = write_cells(tmp_path / "cells", 6, 32, 3), tmp_path / "run"
+    process = command(arguments(data=cells, out=run, steps=60, checkpoint_every=2, workers=2))
+    deadline = time.monotonic() + 240
+    while not steps_of(run):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    process.kill()
+    finished(command(["train", "--resume", str(run)]))
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path):
+    cells, run = write_cells(tmp_path / "cells", 6, 32, 3), tmp_path / "run"
+    words = arguments(data=cells, out=run, steps=100000, workers=1)
+    ours, theirs = pty.openpty()
+    # A session of its own with the terminal in control of it, as a window has it.
+    process = subprocess.Popen(
+        [sys.executable, "-c", TERMINAL, *words], env=environment(), stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    deadline = time.monotonic() + 240
+    while not (run / "metrics.jsonl").exists() or "total" not in (run / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        if select.select([ours], [], [], 0.2)[0]:
+            os.read(ours, 1 << 16)
+    os.close(ours)
+    assert process.wait(120) == 128 + signal.SIGHUP and len(steps_of(run)) == 1
 
 
 def kill(process: subprocess.Popen[str], run: Path, inside_a_checkpoint: bool, moments: random.Random) -> None:

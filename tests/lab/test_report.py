@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from maskloss import MaskCriterion, PointSampling, functional
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.data.digits import DigitScenes
 from maskloss.lab.loop.clock import PARTS, Clock
-from maskloss.lab.loop.runfolder import Facts
+from maskloss.lab.loop.runfolder import Facts, Metrics
 from maskloss.lab.models.learners import CompactLearner
 from maskloss.lab.results import pictures, report, snapshots
 from maskloss.lab.results.evaluate import evaluate
@@ -69,10 +71,85 @@ def test_the_scene_to_follow_is_the_most_crowded_of_the_first(source):
 def test_snapshots_come_back_in_order(source, learner, tmp_path):
     for step in (100, 9):
         snapshots.write_snapshot(tmp_path / "shots", snapshots.take(learner, source, step))
-    [first, second] = snapshots.read_snapshots(tmp_path / "shots")
-    assert (first.step, second.step) == (9, 100)
-    assert [shot.step for shot in snapshots.read_snapshots(tmp_path / "shots", 50)] == [9]
+    [first, second], probe, left_out = snapshots.read_snapshots(tmp_path / "shots", source, 100)
+    assert (first.step, second.step) == (9, 100) and len(probe.labels) == len(first.logits) and not left_out
+    assert [shot.step for shot in snapshots.read_snapshots(tmp_path / "shots", source, 50)[0]] == [9]
     torch.testing.assert_close(first.points, second.points)
+
+
+def changed(name, change):
+    """Write a snapshot anew with one of its tensors changed, or without it if there is no change."""
+
+    def damage(path):
+        held = load_file(path)
+        tensor = held.pop(name)
+        save_file(held if change is None else held | {name: change(tensor).contiguous()}, path)
+
+    return damage
+
+
+DAMAGE = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a snapshot"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "no facts": changed("facts", None),
+    "no points": changed("points", None),
+    "facts of floats": changed("facts", lambda held: held.float()),
+    "other facts": changed("facts", lambda held: held[:2]),
+    "another scene": changed("facts", lambda held: held + torch.tensor([0, 1, 0])),
+    "a scene that is not there": changed("facts", lambda held: held + torch.tensor([0, 1000, 0])),
+    "more uncertain points than points": changed("facts", lambda held: held + torch.tensor([0, 0, 1000])),
+    "fewer instances": changed("logits", lambda held: held[:-1]),
+    "flat logits": changed("logits", lambda held: held.flatten(1)),
+    "nan": changed("logits", lambda held: held * float("nan")),
+    "points in space": changed("points", lambda held: torch.cat([held, held], -1)),
+    "losses of others": changed("losses", lambda held: held[:1]),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_ruined_snapshot_is_left_out(source, learner, tmp_path, case):
+    for step in (9, 100):
+        snapshots.write_snapshot(tmp_path / "shots", snapshots.take(learner, source, step))
+    DAMAGE[case](tmp_path / "shots" / "step-00000009.safetensors")
+    [shot], _, [told] = snapshots.read_snapshots(tmp_path / "shots", source, 100)
+    assert shot.step == 100 and told.startswith("shots/step-00000009.safetensors: it is damaged")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{",
+        "[1]",
+        "[" * 100_000,
+        "\x00\xff",
+        '{"total": 1.0}',
+        '{"step": "2", "total": 1.0}',
+        '{"step": 2, "total": "low", "loss_mask": 1.0}',
+        '{"step": 2, "total": 1.0, "loss_class": [1]}',
+        '{"step": 2, "total": Infinity}',
+        '{"step": 2, "total": 1' + "0" * 400 + "}",
+        '{"step": 2, "held_out": null}',
+        '{"step": 2, "held_out": {"ap": 0.5}}',
+        '{"step": 2, "held_out": {"ap": 0.5, "ap50": "good", "mean_iou": 1.0}}',
+    ],
+)
+def test_a_ruined_line_of_metrics_is_left_out(tmp_path, line):
+    good = {"step": 1, "lr": 0.1, "total": 3.0}, {"step": 3, "held_out": {"ap": None, "ap50": 0.5, "mean_iou": None}}
+    texts = [json.dumps(good[0]), line, json.dumps(good[1]), '{"step": 4, "tot']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(texts), encoding="utf-8")
+    metrics = Metrics(tmp_path, 10, writes=True)
+    assert metrics.lines == list(good) and metrics.ruined == ["line 2 of metrics.jsonl"]
+    assert Metrics(tmp_path, 10, writes=False).ruined == []
+
+
+def test_the_report_says_what_was_left_out(source, learner, tmp_path):
+    made = material(source, learner)
+    made = made._replace(shots=[], probe=None, history=[], summary={**made.summary, "skipped": ["line 2 of <b>"]})
+    page = report.write(tmp_path, made)[0].read_text()
+    assert "What was left out" in page and "<li>line 2 of &lt;b&gt;</li>" in page
 
 
 def material(source, learner, names=None, **changes):
@@ -90,6 +167,7 @@ def material(source, learner, names=None, **changes):
     ]
     summary = {
         "data": dict(source.facts),
+        "skipped": [],
         "model": "a model",
         "training_seconds": 12.0,
         "images_per_second": 7.0,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import multiprocessing
 import os
 import re
 import signal
@@ -16,6 +18,7 @@ from PIL import Image
 from maskloss import MaskLossError
 from maskloss.lab import files
 from maskloss.lab.config import TrainConfig
+from maskloss.lab.data import scenes
 from maskloss.lab.loop import checkpoint, engine
 from maskloss.lab.loop.engine import schedule
 from maskloss.lab.loop.progress import Interrupted, Listener
@@ -118,7 +121,7 @@ def every_step_is_logged(monkeypatch):
     monkeypatch.setattr(engine, "LOG_EVERY", 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, every_step_is_logged, number):
     config = TrainConfig(**SHORT)
     whole = train(config, tmp_path / "whole", quiet())
@@ -131,6 +134,66 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, ever
     assert_same(again.folder, whole.folder)
     with pytest.raises(MaskLossError, match="is finished"):
         resume(tmp_path / "run", quiet())
+
+
+class StopTwice(Stop):
+    """Sends a signal twice, as a terminal that closes and torchrun do."""
+
+    def __call__(self, progress) -> None:
+        super().__call__(progress)
+        super().__call__(progress)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_twice_at_once_leaves_a_checkpoint(tmp_path, every_step_is_logged, number):
+    with pytest.raises(Interrupted, match="stopped at step 2 of 6"):
+        train(TrainConfig(**SHORT), tmp_path, quiet(step=StopTwice(2, number)))
+
+
+def test_a_second_interrupt_ends_the_run_at_once(tmp_path, every_step_is_logged, monkeypatch):
+    """It goes on from the checkpoint before, of which the message tells."""
+    monkeypatch.setattr(engine, "AGAIN", -1.0)
+    config = dataclasses.replace(TrainConfig(**SHORT), checkpoint_every=2)
+    with pytest.raises(Interrupted, match="stopped at step 2 of 6") as stopped:
+        train(config, tmp_path / "run", quiet(step=StopTwice(4)))
+    assert stopped.value.signal == signal.SIGINT and steps_of(tmp_path / "run") == [2]
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(**SHORT), tmp_path / "other", quiet(step=StopTwice(4)))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path, every_step_is_logged, result):
+    """As by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        finished = train(TrainConfig(**SHORT), tmp_path, quiet(step=Stop(2, signal.SIGHUP)))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert finished.evaluation.as_dict() == result.evaluation.as_dict()
+
+
+def test_a_clock_that_stands_still(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.perf_counter", lambda: 5.0)
+    told = []
+    train(TrainConfig(**SHORT | {"steps": 10}), tmp_path, quiet(step=told.append))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert math.isnan(told[0].speed) and summary["images_per_second"] is None and not summary["time_shares"]
+
+
+def test_what_is_ruined_of_the_pictures_keeps_no_run_from_finishing(tmp_path, every_step_is_logged, monkeypatch):
+    monkeypatch.undo()  # the report is drawn
+    monkeypatch.setattr(engine, "LOG_EVERY", 1)
+    with pytest.raises(Interrupted):
+        train(TrainConfig(**SHORT), tmp_path, quiet(step=Stop(3)))
+    [first, *_] = sorted((tmp_path / "snapshots").iterdir())
+    first.write_bytes(b"junk")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], '{"step": 1, "total": "low"}', *lines[2:]]) + "\n")
+    told = []
+    resume(tmp_path, quiet(skipped=told.append))
+    assert len(told) == 2 and first.name in told[0] and told[1] == "line 2 of metrics.jsonl"
+    assert json.loads((tmp_path / "summary.json").read_text())["skipped"] == told
+    assert all(text in (tmp_path / "report.html").read_text() for text in told)
 
 
 def test_terms_that_were_not_yet_logged_are_not_lost(tmp_path, result):
@@ -215,7 +278,9 @@ def test_a_full_disk_during_a_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_save", full)
     config = dataclasses.replace(TrainConfig(**SHORT), checkpoint_every=2)
-    with pytest.raises(MaskLossError, match=r"that of step 4 was not: the disk is full[\s\S]*step 2 is whole"):
+    with pytest.raises(
+        MaskLossError, match=r"step 4 was not: the disk is full[\s\S]*go on from step 2 with: .*--resume"
+    ):
         train(config, tmp_path / "run", quiet())
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     monkeypatch.setattr(checkpoint, "_save", original)
@@ -235,6 +300,53 @@ def test_a_failure_while_the_report_is_drawn_costs_no_training(tmp_path, monkeyp
             train(TrainConfig(**SHORT), tmp_path / "run", quiet())
     monkeypatch.setattr(engine.Engine, "_step", None)
     assert_same(resume(tmp_path / "run", quiet()).folder, result.folder)
+
+
+# -------------------------------------------------------------------------------------------------------- lost workers
+
+
+def readers(cells: Path) -> TrainConfig:
+    return TrainConfig(**SHORT | {"steps": 30, "data": str(cells), "workers": 1, "checkpoint_every": 2})
+
+
+class ToReader:
+    """Sends a signal to the process that reads images."""
+
+    def __init__(self, at: int, number: int) -> None:
+        self.at, self.number = at, number
+
+    def __call__(self, progress) -> None:
+        if progress.step == self.at:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, self.number)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_killed_reader_ends_a_run_with_one_sentence(cells, tmp_path, every_step_is_logged, at):
+    hint = rf"go on with: maskloss train --resume {tmp_path}/run" if at > 2 else "no checkpoint yet: begin again"
+    with pytest.raises(MaskLossError, match=rf"one that reads images has ended: [\s\S]*{hint}"):
+        train(readers(cells), tmp_path / "run", quiet(step=ToReader(at, signal.SIGKILL)))
+    assert (tmp_path / "run").exists() == (at > 2) and not multiprocessing.active_children()
+
+
+def test_a_stopped_reader_is_not_waited_for_for_ever(cells, tmp_path, every_step_is_logged, monkeypatch):
+    monkeypatch.setattr(scenes, "PATIENCE", -1)  # and a second for each of the four images
+    with pytest.raises(MaskLossError, match=r"must keep all of its processes[\s\S]*read.* images ha[\s\S]*--resume"):
+        train(readers(cells), tmp_path / "run", quiet(step=ToReader(3, signal.SIGSTOP)))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_readers_outlive_a_signal_to_all_processes(cells, tmp_path, every_step_is_logged, number):
+    """As a terminal, systemd and Slurm send it: the main process ends its step, and needs them for that."""
+
+    def to_all(progress) -> None:
+        ToReader(3, number)(progress)
+        Stop(4, number)(progress)
+
+    with pytest.raises(Interrupted, match="stopped at step 4"):
+        train(readers(cells), tmp_path / "run", quiet(step=to_all))
+    assert not multiprocessing.active_children()
 
 
 # ----------------------------------------------------------------------------------------------------------- a folder
@@ -340,7 +452,7 @@ def test_the_learning_rate_rises_and_falls():
         ({"lr": 0.0}, "--lr must be a finite number, above 0"),
         ({"lr": float("nan")}, "--lr must be a finite number"),
         ({"weight_decay": -1.0}, "--weight-decay must be a finite number, at least 0"),
-        ({"warmup": 1.5}, "--warmup must be a share"),
+        ({"warmup": 1.5}, "--warmup must be a finite number from 0 to 1"),
         ({"schedule": "steps"}, "--schedule must be one of cosine, linear, constant"),
         ({"on_error": "ignore"}, "--on-error must be one of"),
         ({"data": ""}, "--data must be a name"),

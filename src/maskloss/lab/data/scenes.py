@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +17,15 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
 from maskloss.errors import Cause, MaskLossError
+from maskloss.lab.files import explain
 from maskloss.targets import MaskTargets
+
+# Seconds to wait for a worker, and one more for each image, before it counts as stopped.
+PATIENCE = 600
+# What ends a run after its step: Ctrl-C, `kill`, a terminal that closes, and a scheduler's warning.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
 
 
 class Batch(NamedTuple):
@@ -163,6 +174,10 @@ class Trouble(NamedTuple):
     hint: str
 
 
+class LostReader(RuntimeError):
+    """A worker has ended, or does not answer; the message goes on from "a run must keep all of its processes"."""
+
+
 class Plan(NamedTuple):
     """Which images of a step this process takes.
 
@@ -212,6 +227,7 @@ def batches(source: Source, plan: Plan, seed: int, steps: range, workers: int, p
 
     Raises:
         Cause: an image that cannot be read.
+        LostReader: a worker has ended, or does not answer.
     """
     keys = [(step, micro) for step in steps for micro in range(plan.accumulate)]
     loader = DataLoader(
@@ -225,9 +241,49 @@ def batches(source: Source, plan: Plan, seed: int, steps: range, workers: int, p
         # Without one of its own it draws from torch's, which would differ after a checkpoint.
         generator=torch.Generator(),
     )
-    loaded = iter(loader)
-    for _ in steps:
-        yield [_checked(next(loaded)) for _ in range(plan.accumulate)]
+    others = active_children()
+    loaded: Any = iter(loader)
+    own = [child for child in active_children() if child not in others]
+    try:
+        for _ in steps:
+            yield [_checked(_next(loaded, own, len(plan.positions(0)))) for _ in range(plan.accumulate)]
+    finally:
+        if workers:
+            loaded._shutdown_workers()
+        for child in own:
+            # One that is stopped, or reads from a disk that does not answer: the command would wait for it at its end.
+            if child.is_alive():
+                child.kill()
+
+
+def _next(loaded: Iterator[Batch | Trouble], workers: Sequence[BaseProcess], images: int) -> Batch | Trouble:
+    """Return the next micro-batch.
+
+    The loader's own time limit does not hold while it takes over the memory of a worker that has been stopped: that
+    waits until the worker is killed.
+    """
+    if not workers:
+        return next(loaded)
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        for worker in workers:
+            worker.kill()
+
+    timer = threading.Timer(PATIENCE + images, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        return next(loaded)
+    except (RuntimeError, OSError, EOFError) as error:
+        if late.is_set():
+            raise LostReader(f"those that read images have not answered for {PATIENCE + images} seconds") from None
+        if all(worker.is_alive() for worker in workers):
+            raise
+        raise LostReader(f"one that reads images has ended: {explain(error)}") from None
+    finally:
+        timer.cancel()
 
 
 def _checked(found: Batch | Trouble) -> Batch:
@@ -237,9 +293,9 @@ def _checked(found: Batch | Trouble) -> Batch:
 
 
 def _begin_worker(_: int) -> None:
-    # Ctrl-C goes to all processes of a terminal; the main one finishes its step and needs its workers for that.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A terminal, systemd and Slurm signal all processes; the main one finishes its step and needs its workers for that.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

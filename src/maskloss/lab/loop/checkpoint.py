@@ -12,8 +12,10 @@ complete. Nothing is pickled, so that a checkpoint from elsewhere cannot run cod
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +41,7 @@ class Position(NamedTuple):
         seconds: spent on them.
         clock: seconds of each part of the measured steps.
         scaler: of mixed precision; empty if there is none.
-        pending: terms of the steps that are not yet logged, `[K, terms]`.
+        pending: terms of the steps that are not yet logged, `[K, terms]`; None where they are not finite.
         terms: their names.
         ranks: number of processes.
     """
@@ -48,7 +50,7 @@ class Position(NamedTuple):
     seconds: float
     clock: dict[str, float]
     scaler: dict[str, Any]
-    pending: list[list[float]]
+    pending: list[list[float | None]]
     terms: list[str]
     ranks: int
 
@@ -107,10 +109,8 @@ def write(
         _forget(partial)
         told = "the disk is full" if "os error 28" in str(error) else files.explain(error)
         last = [step for step in steps_of(folder) if step < position.step]
-        kept = f"the checkpoint of step {last[-1]:,} is whole" if last else "there is no earlier one"
-        raise Cause(
-            "a checkpoint must be written", f"that of step {position.step:,} was not: {told}", f"{kept}: see --resume"
-        ) from None
+        kept = f"go on from step {last[-1]:,} with: maskloss train --resume {folder}" if last else "nothing is left"
+        raise Cause("a checkpoint must be written", f"that of step {position.step:,} was not: {told}", kept) from None
 
 
 def read(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int = 0) -> Position:
@@ -130,7 +130,7 @@ def read(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Opt
     try:
         sums, groups = state.pop("sums"), state.pop("groups")
         position = Position(**state)
-        if position.step != step or not isinstance(sums, dict) or not isinstance(groups, list):
+        if position.step != step or not isinstance(sums, dict) or not isinstance(groups, list) or not _fits(position):
             raise TypeError("its description does not fit")
     except (KeyError, TypeError) as error:
         raise rule_broken(files.explain(error)) from None
@@ -141,10 +141,13 @@ def read(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Opt
             raise rule_broken(f"{name} is not what was written")
     weights, moments = read_tensors(place / WEIGHTS), read_tensors(place / OPTIMIZER)
     generators = read_tensors(place / f"random-{rank}.safetensors")
-    load_weights(network, weights, str(place / WEIGHTS))
     try:
-        _restore(optimizer, moments, groups)
-    except (KeyError, ValueError, RuntimeError, TypeError, IndexError) as error:
+        restored = _unflattened(optimizer, moments, groups)
+        load_weights(network, weights, str(place / WEIGHTS))
+        optimizer.load_state_dict(restored)
+    except Cause:
+        raise
+    except (KeyError, ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
         raise rule_broken(files.explain(error)) from None
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators and torch.cuda.is_available():
@@ -177,8 +180,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         files.write_whole(path, lambda partial: _save(partial, tensors))
     except require("safetensors", "train").SafetensorError as error:
-        told = "the disk is full" if "os error 28" in str(error) else files.explain(error)
-        raise Cause("a file must be written", f"{path}: {told}", "make room, and see --resume") from None
+        if "os error 28" not in str(error):
+            raise Cause("a file must be written", f"{path}: {files.explain(error)}", "see what is wrong") from None
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -186,6 +190,35 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     held = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     require("safetensors.torch", "train").save_file(held, str(path))
     files.flush_file(path)
+
+
+def _fits(position: Position) -> bool:
+    """Whether a position read from JSON has the types that it was written with."""
+    pending, terms = position.pending, position.terms
+    return (
+        _are_numbers([position.step, position.seconds, position.ranks])
+        and isinstance(position.clock, dict)
+        and _are_numbers(position.clock.values())
+        and isinstance(position.scaler, dict)
+        and _are_numbers(position.scaler.values())
+        and isinstance(terms, list)
+        and all(isinstance(name, str) for name in terms)
+        and isinstance(pending, list)
+        # None: a loss that overflowed.
+        and all(isinstance(row, list) and len(row) == len(terms) for row in pending)
+        and _are_numbers(value for row in pending for value in row if value is not None)
+    )
+
+
+def _are_numbers(values: Iterable[object]) -> bool:
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+
+
+def _alike(mine: object, other: object) -> bool:
+    """Whether a setting of an optimizer has the type of another one; whole numbers may stand for others."""
+    if isinstance(mine, tuple) and isinstance(other, tuple):
+        return len(mine) == len(other) and all(map(_alike, mine, other))
+    return type(mine) is type(other) or (_are_numbers([mine]) and _are_numbers([other]))
 
 
 def _forget(partial: Path) -> None:
@@ -217,14 +250,21 @@ def _flat(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dic
     return tensors, [dict(group) for group in state["param_groups"]]
 
 
-def _restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: Sequence[dict[str, Any]]) -> None:
+def _unflattened(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the state that `_flat` has taken apart; a ValueError or the like if it is not that of the optimizer."""
     own = optimizer.state_dict()["param_groups"]
-    if [len(group["params"]) for group in own] != [len(group["params"]) for group in groups]:
+    if [group["params"] for group in own] != [group["params"] for group in groups]:
         raise ValueError("its optimizer has other weights")
+    # JSON has lists where the optimizer has tuples.
+    restored = [{name: tuple(value) if name == "betas" else value for name, value in group.items()} for group in groups]
+    for mine, group in zip(own, restored, strict=True):
+        odd = [name for name in mine if name in group and not _alike(mine[name], group[name])]
+        if odd:
+            raise ValueError(f"{odd[0]} of its optimizer is {group[odd[0]]!r}")
     held: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
         held.setdefault(int(number), {})[key] = tensor
-    # JSON has lists where the optimizer has tuples.
-    restored = [{name: tuple(value) if name == "betas" else value for name, value in group.items()} for group in groups]
-    optimizer.load_state_dict({"state": held, "param_groups": restored})
+    return {"state": held, "param_groups": restored}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from maskloss.errors import Cause
 from maskloss.lab import files
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.data.problems import Problems
-from maskloss.lab.data.scenes import Batch, Plan, Scene, Source, batches, hashed
+from maskloss.lab.data.scenes import STOP_SIGNALS, Batch, Plan, Scene, Source, batches, hashed
 from maskloss.lab.loop import checkpoint
 from maskloss.lab.loop.checkpoint import Position
 from maskloss.lab.loop.claim import drop_replaced
@@ -33,8 +34,10 @@ from maskloss.lab.results.snapshots import take, write_snapshot
 
 # Steps that one line of metrics averages, and scenes that an evaluation during training looks at.
 LOG_EVERY, GLANCE = 10, 100
-# One step in so many is measured in its parts: to measure, a GPU has to be waited for.
+# One step in ten is measured in its parts: to measure, a GPU has to be waited for.
 MEASURE_EVERY = 10
+# Seconds after which a second Ctrl-C is meant.
+AGAIN = 1.0
 # Snapshots of the points, as shares of the run.
 SNAPSHOT_AT = (0.02, 0.1, 0.3, 1.0)
 
@@ -176,7 +179,7 @@ class Engine:
         count, self._pending = len(self._pending), []
         self.metrics.add({"step": step, "lr": self.optimizer.param_groups[0]["lr"], **files.plain(terms)})
         now = time.perf_counter()
-        self.listener.step(Progress(step, terms, count * self.config.batch_size / (now - self._reported)))
+        self.listener.step(Progress(step, terms, speed(count * self.config.batch_size, now - self._reported)))
         self._reported = now
 
     def _look_back(self, step: int) -> None:
@@ -266,25 +269,37 @@ class Engine:
         self.seconds = position.seconds
         self.learner.clock.seconds.update(position.clock)
         if position.scaler:
+            if self.accelerator.scaler is None:
+                raise Cause("a run must be resumed with its precision", "this one scales its losses", "see run.json")
             self.accelerator.scaler.load_state_dict(position.scaler)
-        # Single precision goes through JSON and back without loss.
-        self._pending = list(torch.tensor(position.pending, device=self.accelerator.device).unbind())
+        # Single precision goes through JSON and back without loss, but for what JSON cannot hold.
+        rows = [[math.nan if value is None else value for value in row] for row in position.pending]
+        self._pending = list(torch.tensor(rows, device=self.accelerator.device).unbind())
         self._terms = position.terms
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM end the run after the step that is being taken; a second one ends it at once."""
+        """Let a signal end the run after the step that is being taken; Ctrl-C a second time ends it at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        asked = 0.0
 
         def stop(number: int, _: FrameType | None) -> None:
+            nonlocal asked
             if self._signal:
-                raise KeyboardInterrupt
-            self._signal = number
-            self.listener.note("Stopping after this step (again: at once)")
+                # A terminal that closes and torchrun send a signal twice within a moment.
+                if number == signal.SIGINT and time.monotonic() - asked > AGAIN:
+                    raise KeyboardInterrupt
+                return
+            self._signal, asked = number, time.monotonic()
+            if number != signal.SIGINT:
+                _leave_dead_terminal()
+            self.listener.note("Stopping after this step (Ctrl-C again: at once)")
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        # What a run was told to ignore, as by nohup, stays ignored.
+        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, stop) for number in heeded}
         try:
             yield
         finally:
@@ -292,11 +307,31 @@ class Engine:
                 signal.signal(number, handler)
 
     def _asked_to_stop(self) -> bool:
-        """Tell whether any process was asked to stop: all have to stop after the same step."""
+        """Whether any process was asked to stop: all have to stop after the same step."""
         if self.ranks == 1:
             return bool(self._signal)
         asked = torch.tensor(float(bool(self._signal)), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+
+
+def speed(images: int, seconds: float) -> float:
+    """Return images a second; nan where a clock stands still."""
+    return images / seconds if seconds > 0 else math.nan
+
+
+def _leave_dead_terminal() -> None:
+    """Write to nowhere if the terminal has gone: a run must not fail at a line before it has its checkpoint."""
+    for handle in (1, 2):
+        if not _takes_writes(handle):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
+
+
+def _takes_writes(handle: int) -> bool:
+    try:
+        os.write(handle, b"")
+    except OSError:
+        return False
+    return True
 
 
 def schedule(progress: float, kind: str = "cosine", warmup: float = 0.05) -> float:

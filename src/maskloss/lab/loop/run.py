@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
+import re
 import signal
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +22,10 @@ from maskloss.lab import files
 from maskloss.lab.config import COMPACT, TrainConfig
 from maskloss.lab.data.digits import DigitScenes
 from maskloss.lab.data.folder import FolderScenes
-from maskloss.lab.data.scenes import Source
+from maskloss.lab.data.scenes import PATIENCE, LostReader, Source
 from maskloss.lab.loop import checkpoint
 from maskloss.lab.loop.claim import claimed, reopened
-from maskloss.lab.loop.engine import Engine
+from maskloss.lab.loop.engine import Engine, speed
 from maskloss.lab.loop.progress import Begin, Interrupted, Listener
 from maskloss.lab.loop.runfolder import (
     MODEL,
@@ -44,6 +46,8 @@ from maskloss.lab.results.snapshots import hardest, read_snapshots
 from maskloss.points import PointSampling
 
 DIGIT_SIZE = 64
+# What gloo and NCCL say when they lose a process.
+_LOST_RANK = r"gloo|NCCL|Application timeout|[Cc]onnection (closed|reset|refused)"
 # Instances with a high loss that the report shows.
 HARDEST = 6
 
@@ -208,18 +212,21 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
     if main:
         _save_model(folder, facts.config, learner)
         listener.note("Drawing the report")
+        shots, probe, left_out = read_snapshots(folder / SNAPSHOTS, source, facts.config.steps)
+        left_out += engine.metrics.ruined
+        for text in left_out:
+            listener.skipped(text)
         summary = {
             "evaluation": evaluation.as_dict(),
             "weights": learners.count_weights(learner),
             "model": learner.describe(),
             "data": dict(source.facts),
-            "skipped": engine.skipped,
+            "skipped": [*engine.skipped, *left_out],
             "training_seconds": round(engine.seconds, 1),
-            "images_per_second": round(facts.config.steps * facts.config.batch_size / max(engine.seconds, 1e-9), 1),
+            "images_per_second": round(speed(facts.config.steps * facts.config.batch_size, engine.seconds), 1),
             "time_shares": {name: round(value, 4) for name, value in learner.clock.shares().items()},
             "machine": _machine(facts, accelerator),
         }
-        shots = read_snapshots(folder / SNAPSHOTS, facts.config.steps)
         made_of = report.Material(
             facts,
             source.title,
@@ -228,7 +235,7 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
             history,
             gallery.shown,
             shots,
-            source.probe(shots[-1].scene) if shots else None,
+            probe,
             hardest(learner, source, facts.config.steps, HARDEST),
         )
         written = report.write(folder, made_of)
@@ -280,6 +287,7 @@ def _accelerator(config: TrainConfig) -> Iterator[Any]:
         torch.cuda.set_device(device)
     handlers = [
         accelerate.DistributedDataParallelKwargs(find_unused_parameters=config.model != COMPACT),
+        accelerate.InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE)),
     ]
     accelerator = accelerate.Accelerator(
         cpu=device.type == "cpu", mixed_precision=config.precision, kwargs_handlers=handlers
@@ -310,6 +318,26 @@ def _explained(folder: Path, steps: int) -> Iterator[None]:
             f"{files.explain(error)}{where}",
             f"nothing is lost, go on with: maskloss train --resume {folder}",
         ) from None
+    except RuntimeError as error:
+        what = _lost(error)
+        if what is None:
+            raise
+        left = f"go on with: maskloss train --resume {folder}" if steps_of(folder) else "no checkpoint yet: begin again"
+        raise Cause("a run must keep all of its processes", what, left) from None
+
+
+def _lost(error: RuntimeError) -> str | None:
+    """Say which process a run has lost; None: it has lost none."""
+    text = str(error)
+    if isinstance(error, LostReader):
+        return text
+    # Raised wherever the main process is, when it is told of the death of a child.
+    if "DataLoader worker" in text:
+        return f"one that reads images has ended: {files.explain(error)}"
+    if isinstance(error, getattr(torch.distributed, "DistError", ())) or re.search(_LOST_RANK, text):
+        late = "imed out" in text or "timeout" in text
+        return f"one has not answered for {PATIENCE} seconds" if late else "another one has ended"
+    return None
 
 
 def _told_by_first(path: Path | None, accelerator: Any) -> Path:

@@ -23,7 +23,7 @@ from maskloss.lab.files import write_whole
 from maskloss.lab.results.evaluate import Evaluation
 from maskloss.lab.results.gallery import Shown
 from maskloss.lab.results.inference import FOUND, Instance, cropped
-from maskloss.lab.results.snapshots import Hard, Snapshot, of_one_scene
+from maskloss.lab.results.snapshots import Hard, Snapshot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -304,7 +304,6 @@ def draw_all(
 ) -> dict[str, Path]:
     """Write all pictures into a folder; return name to path."""
     folder.mkdir(exist_ok=True)
-    shots = of_one_scene(shots)
     figures: dict[str, Figure] = {"losses": losses(history), "scores": scores(history)}
     if evaluation.matching:
         figures["matching"] = matching(evaluation)

@@ -16,7 +16,7 @@ from maskloss.lab.loop.runfolder import PICTURES, REPORT, Facts
 from maskloss.lab.results import pictures
 from maskloss.lab.results.evaluate import Evaluation
 from maskloss.lab.results.gallery import Shown
-from maskloss.lab.results.snapshots import Hard, Snapshot, of_one_scene
+from maskloss.lab.results.snapshots import Hard, Snapshot
 from maskloss.lab.terminal import number
 
 _PART_NAMES = {
@@ -38,8 +38,8 @@ class Material(NamedTuple):
         evaluation: scores on all held-out scenes.
         history: the lines of metrics.jsonl.
         shown: scenes with predictions.
-        shots: what the loss looked at.
-        probe: the scene of the snapshots.
+        shots: what the loss looked at in one scene.
+        probe: that scene.
         hardest: instances with the highest loss.
     """
 
@@ -84,7 +84,7 @@ def write(folder: Path, made_of: Material) -> list[Path]:
         sizes=sizes.items(),
         classes=sorted(evaluation.class_ap50.items(), key=lambda each: (math.isnan(each[1]), -each[1])),
         followed=sum(f"points-{place}-0" in paths for place in range(pictures.FOLLOWED)),
-        steps=[shot.step for shot in of_one_scene(made_of.shots)],
+        steps=[shot.step for shot in made_of.shots],
         hardest=[(f"{name}, {each.probe.name}", each.loss) for name, each in zip(names, made_of.hardest, strict=True)],
         parts=_PART_NAMES,
         options={**facts.config.as_dict(), **summary["machine"]},

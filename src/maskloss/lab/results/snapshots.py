@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from maskloss.criterion import MaskCriterion
 from maskloss.distributed import StepTotals
 from maskloss.errors import MaskLossError
 from maskloss.functional import uncertain_points
+from maskloss.lab.data.problems import sentence
 from maskloss.lab.data.scenes import Probe, Source
 from maskloss.lab.loop import checkpoint
 from maskloss.lab.models.learners import Learner
@@ -133,17 +133,48 @@ def write_snapshot(folder: Path, shot: Snapshot) -> None:
     checkpoint.save_tensors(folder / f"step-{shot.step:08d}.safetensors", tensors)
 
 
-def read_snapshots(folder: Path, last: int | None = None) -> list[Snapshot]:
-    """Read the snapshots of a run, in order."""
-    shots = []
+def read_snapshots(folder: Path, source: Source, last: int) -> tuple[list[Snapshot], Probe | None, list[str]]:
+    """Read the snapshots of a run, in order; they are for pictures only, so what is damaged is left out.
+
+    Args:
+        folder: that holds them.
+        source: of the scenes.
+        last: the last step to read.
+
+    Returns:
+        The snapshots, their scene, and what was left out.
+    """
+    number = telling(source)
+    try:
+        probe = source.probe(number)
+    except MaskLossError as error:
+        return [], None, [f"pictures of the points: {sentence(error)}"]
+    shots: list[Snapshot] = []
+    left_out: list[str] = []
     for path in sorted(folder.glob("step-*.safetensors")):
+        shot = _read(path)
+        if shot is None or shot.scene != number or len(shot.logits) != len(probe.labels):
+            left_out.append(f"{folder.name}/{path.name}: it is damaged, or shows other data")
+        elif shot.step <= last:
+            shots.append(shot)
+    return shots, probe if shots else None, left_out
+
+
+def _read(path: Path) -> Snapshot | None:
+    """Read a snapshot; None for what `write_snapshot` did not write."""
+    try:
         held = checkpoint.read_tensors(path)
-        step, scene, uncertain = held["facts"].tolist()
-        if last is None or step <= last:
-            shots.append(Snapshot(step, scene, held["logits"].float(), held["points"], held["losses"], uncertain))
-    return shots
-
-
-def of_one_scene(shots: Sequence[Snapshot]) -> list[Snapshot]:
-    """Keep the snapshots of the scene that was followed last."""
-    return [shot for shot in shots if shot.scene == shots[-1].scene] if shots else []
+    except MaskLossError:
+        return None
+    empty = torch.zeros(0)
+    facts, logits, points, losses = (held.get(name, empty) for name in ("facts", "logits", "points", "losses"))
+    if facts.dtype != torch.int64 or facts.shape != (3,) or logits.ndim != 3 or points.ndim != 3:
+        return None
+    step, scene, uncertain = facts.tolist()
+    count = len(logits)
+    fits = points.shape[::2] == (count, 2) and losses.shape == (count, 2) and 0 not in logits.shape[1:]
+    finite = all(bool(each.isfinite().all()) for each in (logits, points, losses))
+    # A scene without instances has no points.
+    if not fits or not finite or uncertain < 0 or (count and uncertain > points.shape[1]):
+        return None
+    return Snapshot(step, scene, logits.float(), points.float(), losses.float(), uncertain)
