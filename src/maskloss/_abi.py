@@ -16,7 +16,7 @@ from torch import Tensor
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
-# `index`: which prediction goes with which target; sorted by layer. TARGET counts within the image.
+# `index`: which prediction belongs to which target; sorted by layer. TARGET counts within the image.
 LAYER, IMAGE, QUERY, TARGET = range(4)
 INDEX_COLUMNS = 4
 # Sums of larger costs of pairs (float64) could overflow.
@@ -77,22 +77,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_border(padding: str) -> bool:
-    """Tell whether a point off the map reads its nearest pixel, and not zero."""
+    """Whether a point off the map reads its nearest pixel, and not zero."""
     return padding == "border"
 
 
 def is_nearest(mode: str) -> bool:
-    """Tell whether a point reads one pixel, and not four."""
+    """Whether a point reads one pixel, and not four."""
     return mode == "nearest"
 
 
 def is_stratified(layout: str) -> bool:
-    """Tell whether points have a cell each, and are not independent."""
+    """Whether each point has a cell of its own."""
     return layout == "stratified"
 
 
 def num_bytes(num_bits: int) -> int:
-    """Return the bytes that hold so many bits; an expression where the number is a symbol."""
+    """Return the number of bytes that hold this many bits; an expression where the number is a symbol."""
     return (num_bits + 7) // 8
 
 
@@ -107,7 +107,7 @@ def count_matches(num_targets: Sequence[int], num_queries: int) -> int:
 
 
 def matched_counts(num_targets: Sequence[int], num_queries: int) -> tuple[int, ...]:
-    """Return the number of matched instances of each image, min(T, Q); of symbols again an expression."""
+    """Return the number of matched instances of each image, min(T, Q); an expression where numbers are symbols."""
     return tuple(torch.sym_min(count, num_queries) for count in num_targets)
 
 
@@ -151,7 +151,7 @@ class Draw(NamedTuple):
         image_ids: int64 `[B]`, global numbers of the images.
         seed: int64 `[]`, on the host or on the device.
         num_points: P.
-        num_candidates: K, of which the uncertain points are chosen.
+        num_candidates: K, from which the uncertain points are chosen.
         num_uncertain: points that are chosen; the others are uniform.
         layout: how candidates and uniform points lie to each other, one of LAYOUTS.
     """

@@ -98,7 +98,7 @@ def describe(value: object, depth: int = 3) -> str:
 
 
 def _shown(value: object) -> str:
-    """Return the `repr` of a value on one line; of what can be nested, only so much as is shown."""
+    """Return the `repr` of a value on one line; of what can be nested, only the part that is shown."""
     try:
         text = " ".join((_NESTED.repr(value) if isinstance(value, (list, tuple, set)) else repr(value)).split())
     except ValueError:

@@ -416,7 +416,7 @@ def _broadcast(maps: Sequence[int], points: Sequence[int]) -> list[int]:
         raise Cause(
             "the leading dimensions of maps and points must broadcast",
             f"maps have {list(maps)}, points {list(points)}, aligned from the left",
-            "maps [N, C, h, w] go with points [N, P, 2]; use points.unsqueeze to add a dimension",
+            "maps [N, C, h, w] take points [N, P, 2]; use points.unsqueeze to add a dimension",
         )
     return [right if left == 1 else left for left, right in pairs]
 
@@ -476,7 +476,7 @@ def _check_floats(z: Tensor, t: Tensor) -> None:
 
 
 def _weights(w: Tensor | None, shape: Sequence[int], z: Tensor) -> Tensor:
-    """Bring weights of points to a shape and the dtype of z."""
+    """Expand weights of points to a shape, in the dtype of z."""
     if w is None:
         return z.new_ones(shape)
     fits = isinstance(w, Tensor) and w.ndim <= len(shape)

@@ -228,7 +228,7 @@ def _is_list(entry: Any) -> bool:
 def wanted_classes(
     matches: Matches, labels: Tensor, first_rows: Tensor, shape: Sequence[int], no_object: int
 ) -> Tensor:
-    """Write down the class that each query should have, `no_object` for one without a target.
+    """Return the class that each query should have, `no_object` for one without a target.
 
     Args:
         matches: their classes are reused if they have them for the same number of classes.

@@ -1,4 +1,4 @@
-"""Where the loss looks: how many points of which kind, and the counter-based generator that draws them."""
+"""Where the loss looks: numbers and kinds of points, and the counter-based generator that draws them."""
 
 from __future__ import annotations
 

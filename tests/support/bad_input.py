@@ -384,18 +384,18 @@ TARGETS = {
     ),
     "maps without ids": Bad(
         "MaskTargets.from_label_map",
-        "a list of label maps goes with a list of their ids",
+        "a list of label maps needs a list of their ids",
         "None",
         lambda: From.from_label_map([MAP], None),
     ),
     "fewer ids than maps": Bad(
         "MaskTargets.from_label_map",
-        "goes with a list of their ids",
+        "needs a list of their ids",
         "1 x [7]",
         lambda: From.from_label_map([MAP] * 2, [[7]]),
     ),
     "no maps": Bad(
-        "MaskTargets.from_label_map", "goes with a list of their ids", "empty", lambda: From.from_label_map([], [])
+        "MaskTargets.from_label_map", "needs a list of their ids", "empty", lambda: From.from_label_map([], [])
     ),
     "float ids on a device": Bad(
         "MaskTargets.from_label_map",

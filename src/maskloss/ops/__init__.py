@@ -64,9 +64,9 @@ __all__ = [
 
 
 def pack_masks(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[Any, int]]]:
-    """Pack dense masks on the host, each cut to its box, where `has_host_kernels` says that there are kernels.
+    """Pack dense masks on the host, each cut to its box, where `has_host_kernels`.
 
-    No operation of `torch.library`: how much comes out depends on the values, which a graph does not know.
+    Not a registered operation: the output size depends on the data, so it cannot be traced.
 
     Args:
         images: CPU tensors `[T, H, W]`, bool or uint8.

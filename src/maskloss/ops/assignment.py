@@ -54,7 +54,7 @@ def assign(
 
 
 def check_labels(labels: NDArray[Any], num_classes: int) -> None:
-    """Refuse labels outside [0, num_classes)."""
+    """Raise if labels are outside [0, num_classes)."""
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if wrong.size:
         raise Cause(

@@ -82,9 +82,9 @@ def _mask_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], saved: Sequence[Tensor]) -> None:
-    """Save what the backward pass needs: what the operation was given, and what it chose and read."""
+    """Save what the backward pass needs: the inputs of the operation, and what it chose and read."""
     logits, *rest, backend = inputs
-    # A loss that is not used, and outputs that only the backward pass reads, get no gradient of zeros made for them.
+    # Do not materialize zero gradients for unused losses or for outputs that only the backward pass reads.
     ctx.set_materialize_grads(False)
     tensors = [value for value in rest if isinstance(value, Tensor)]
     ctx.save_for_backward(*map(savable, (*saved, *logits, *tensors)))
@@ -93,7 +93,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], saved: Sequence[Tensor]) -> None:
 
 
 def _saved_inputs(ctx: Any) -> tuple[Any, ...]:
-    """What the forward pass chose and read, and what it was given."""
+    """Return what the forward pass chose and read, and its inputs."""
     chosen, soft, *saved = ctx.saved_tensors
     logits, tensors = saved[: ctx.num_layers], iter(saved[ctx.num_layers :])
     return chosen, soft, logits, *(next(tensors) if option is None else option[0] for option in ctx.options)
@@ -120,16 +120,16 @@ _differentiable_mask_loss = Derivative(_mask_loss, _mask_loss_setup, _mask_loss_
 
 # ------------------------------------------------------------------------------------------- gradients that come early
 
-# While a plane and its points are in the cache, the gradient costs about half of what it does later. It follows
-# from the gradients of the losses, which are nearly always known: where the caller tells how it will sum the losses,
-# the forward pass goes on with those, and the backward pass compares them with the real ones.
+# Computing the gradient while the plane is still in cache halves its cost. It only needs the gradients of the
+# per-instance losses, and the caller nearly always knows those in advance: it tells how it will sum the losses. The
+# backward pass compares the expected gradients with the real ones.
 
 
 class _Ahead(torch.autograd.Function):
-    """`_mask_loss` that computes the gradients too, and looks at what it guessed in the backward pass.
+    """`_mask_loss` that also computes the gradients, for losses that will be summed as expected.
 
-    No operation of `torch.library`, whose way through the dispatcher takes as long as some of the kernels: this runs
-    on plain tensors only (see `_pays_ahead`), which need none of what an operation knows.
+    Not a registered operation: passing through the dispatcher takes as long as some of the kernels. It runs only on
+    plain tensors (see `_pays_ahead`), which do not need dispatcher features.
     """
 
     @staticmethod
@@ -149,7 +149,7 @@ class _Ahead(torch.autograd.Function):
         needs_grad = [bool(need) for need in ctx.needs_input_grad[3:]]
         chosen, soft, *inputs = _saved_inputs(ctx)
         given = _whole(inputs[0], chosen, grad_ce, grad_dice)
-        # With a graph of the gradient: the operation refuses to be differentiated once more.
+        # If a graph of the gradient is wanted, the operation raises: it cannot be differentiated twice.
         if found is None or torch.is_grad_enabled():
             found = _mask_loss_backward(*given, chosen, soft, *inputs, needs_grad, ctx.backend)
         else:
@@ -176,7 +176,7 @@ def mask_loss(
         term: how logits and targets are read.
         points: the caller's, or None.
         backend: which one.
-        reduction: how the losses will be summed, if that is known: a hint that saves time, whatever comes of it.
+        reduction: how the losses will be summed, if that is known; a wrong hint costs time, not correctness.
     """
     flat = (*instances, *targets, *draw, *term, points)
     if reduction is not None and _pays_ahead(instances, flat, backend):

@@ -154,7 +154,7 @@ class Blocks:
         ]
 
     def sorted(self, values: Tensor) -> Tensor:
-        """Bring values `[N, ...]` from the order of the index to that of the parts."""
+        """Reorder values `[N, ...]` from the order of the index to that of the parts."""
         return _reorder(values, self.counts, self.order)
 
     def restored(self, values: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class Blocks:
         features = self.factors.features[number]
         return max(1, self.factors.scratch_bytes // (math.prod(features.shape[2:]) * features.element_size()))
 
-    def room(self, number: int) -> Tensor:
+    def space(self, number: int) -> Tensor:
         """Allocate memory for the planes `[n, h * w]` of the largest part of some features."""
         features = self.factors.features[number]
         most = max(sum(self._sizes(number, image)) for image in range(self.batch))
@@ -246,12 +246,12 @@ def mask_loss(
         torch.empty(count, used.num_points if targets.encoding == "values" else 0, dtype=dtype, device=device),
         torch.empty(count, used.num_points, dtype=dtype, device=device),
     )
-    room = dice
+    space = dice
     for part, at in blocks.parts(points):
         features = factors.features[part.features]
         if part.opens:
-            room = blocks.room(part.features)
-        planes = room[: len(part.index)]
+            space = blocks.space(part.features)
+        planes = space[: len(part.index)]
         matrix = features[part.image].flatten(1)
         torch.mm(part.embeddings, matrix, out=planes)
         if part.biases is not None:
@@ -279,7 +279,7 @@ def mask_loss_backward(
 ) -> list[Tensor]:
     """Gradients of all embeddings `[L, B, Q, D]`, of all biases `[L, B, Q]`, and of each of the features.
 
-    `needs_grad` tells which of these are wanted; the others are empty.
+    `needs_grad` says which of these are wanted; the others are empty.
     """
     blocks = Blocks(factors, index, counts)
     grads = Gradients(*(blocks.sorted(grad) for grad in grads))
@@ -288,12 +288,12 @@ def mask_loss_backward(
     rows = like.new_empty((count, like.shape[1]) if by_row else 0)
     row_sums = like.new_empty(count if by_bias else 0)
     by_features = [_FeatureGradient(each, need) for each, need in zip(factors.features, by_pixel, strict=True)]
-    room = rows
+    space = rows
     for part, at in blocks.parts(points):
         features = factors.features[part.features]
         if part.opens:
-            room = blocks.room(part.features)
-        planes = room[: len(part.index)]
+            space = blocks.space(part.features)
+        planes = space[: len(part.index)]
         instances = blocks.instances(part, planes.view(-1, *features.shape[2:]))
         mine = Kept(*(each[part.rows] for each in kept))
         slopes = Gradients(*(grad[part.rows] for grad in grads))

@@ -28,7 +28,7 @@ from maskloss.ops.transformed import Derivative
 
 
 def _products_as_they_are(args: Sequence[Any]) -> torch.autocast:
-    """Mixed precision around the call must not round what is in another dtype on purpose."""
+    """Switch autocast off: it must not round operands whose dtype was chosen on purpose."""
     return torch.autocast(args[2][0].device.type, enabled=False)
 
 

@@ -1,6 +1,8 @@
 """Operations under the transforms of `torch.func`, for which the derivatives of `torch.library` are not enough.
 
-The same derivative, registered once more as a `torch.autograd.Function`: transforms know that, and nothing else does.
+The function that `register_autograd` makes has no `setup_context`, and transforms reject such functions. So the same
+setup and backward are registered once more, as a `torch.autograd.Function` that has one. It cannot replace the first:
+the operation itself would have no derivative, which `torch.export` and `opcheck` need.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From the target dicts of a batch to what the operations take."""
+"""Convert the target dicts of a batch to what the operations take."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def collate(targets: Targets) -> tuple[MaskTargets, Tensor]:
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Refuse labels `[T_all]` outside the classes, where that needs no wait for a device."""
+    """Raise if labels `[T_all]` are outside the classes, where checking needs no wait for a device."""
     if on_host(labels) and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise Cause(
             f"labels must lie in [0, {num_classes})",
@@ -57,7 +57,7 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 
 
 def joined_weights(weights: Tensor | Sequence[Tensor], targets: MaskTargets) -> Tensor:
-    """Bring the weights of the targets of each image, `[T]`, together: `[T_all]`."""
+    """Join the weights of the targets of each image, `[T]`, to `[T_all]`."""
     if isinstance(weights, Tensor):
         return weights
     counts = targets.num_targets

@@ -15,7 +15,7 @@ from maskloss.targets.frames import Stored
 
 
 def check_masks(masks: Tensor) -> None:
-    """Refuse anything but masks `[T, H, W]` of a type that can be packed or kept."""
+    """Raise unless masks are `[T, H, W]` and of a type that can be packed or kept."""
     check_layout("masks", masks)
     if not isinstance(masks, Tensor) or masks.ndim != 3:
         raise Cause(
@@ -32,7 +32,7 @@ def check_masks(masks: Tensor) -> None:
 
 
 def check_devices(images: Sequence[Tensor]) -> None:
-    """Refuse images that are not all on one device."""
+    """Raise if images are on several devices."""
     devices = sorted({str(image.device) for image in images})
     if len(devices) > 1:
         raise Cause(

@@ -23,7 +23,7 @@ Box = tuple[int, int, int, int]
 
 
 class Frame(NamedTuple):
-    """What the constructors are told about the frame of an image."""
+    """Frame options shared by the constructors."""
 
     canvas: Size | None
     ignore: Tensor | None
@@ -66,7 +66,7 @@ class Stored(NamedTuple):
 
 
 def describe_images(stored: Sequence[Stored], frame: Frame, device: torch.device) -> tuple[Tensor, ...]:
-    """Write down where the masks of all images are and what predictions cover.
+    """Describe where the masks of all images are and what predictions cover.
 
     Returns:
         `table`, `images`, `windows` and `ignore` of `MaskTargets`, on `device`.
@@ -101,14 +101,14 @@ def _upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor
         return [torch.from_numpy(array).to(device) for array in arrays]
     sizes = [array.nbytes // 8 for array in arrays]
     # Each begins at a multiple of 16 bytes, whatever the number of targets: kernels are compiled for the alignment.
-    rooms = [size + size % 2 for size in sizes]
-    sent = np.zeros(sum(rooms), dtype=np.int64)
-    for array, size, start in zip(arrays, sizes, np.cumsum([0, *rooms]), strict=False):
+    spaces = [size + size % 2 for size in sizes]
+    sent = np.zeros(sum(spaces), dtype=np.int64)
+    for array, size, start in zip(arrays, sizes, np.cumsum([0, *spaces]), strict=False):
         sent[start : start + size] = array.reshape(-1).view(np.int64)
     words = torch.from_numpy(sent)
     pinned = device.type == "cuda" and torch.cuda.is_available()
     words = words.pin_memory() if pinned else words
-    parts = words.to(device, non_blocking=pinned).split(rooms)
+    parts = words.to(device, non_blocking=pinned).split(spaces)
     return [
         (part if array.dtype == np.int64 else part.view(torch.float32))[: array.size].view(array.shape)
         for part, array in zip(parts, arrays, strict=True)
@@ -116,7 +116,7 @@ def _upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor
 
 
 def check_ignore(ignore: Tensor, size: Size, device: torch.device) -> None:
-    """Refuse an ignore region of another size, type or device than the masks'."""
+    """Raise if an ignore region has another size, type or device than the masks."""
     fits = isinstance(ignore, Tensor) and tuple(ignore.shape) == tuple(size)
     if not fits or ignore.dtype not in (torch.bool, torch.uint8):
         raise Cause(

@@ -1,4 +1,4 @@
-"""Images joined into a batch and taken out of one, masks kept and left out, one encoding turned into another."""
+"""Join images, take single ones out of a batch, select masks, convert between encodings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def join(parts: Sequence[P]) -> P:
 
 
 def _add_up(images: Tensor) -> Tensor:
-    """Write down where each image begins, from the sizes of those before it."""
+    """Fill in where each image begins, from the sizes of those before it."""
     sizes = images[:, :SIZES]
     images[:, SIZES : 2 * SIZES] = sizes.cumsum(0) - sizes
     return images

@@ -78,7 +78,7 @@ def _ranks(values: NDArray[Any], wanted: NDArray[np.int64]) -> NDArray[np.int32]
 
 
 def check_label_map(labels: Any) -> Tensor:
-    """Bring a label map to a dtype that the kernels read."""
+    """Convert a label map to a dtype that the kernels read."""
     check_layout("a label map", labels)
     if isinstance(labels, Tensor) and labels.dtype in _WIDER:
         labels = labels.to(_WIDER[labels.dtype])

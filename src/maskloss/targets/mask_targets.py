@@ -169,7 +169,7 @@ class MaskTargets(Packed):
         maps, numbers = (list(labels), ids) if isinstance(labels, Sequence) else ([labels], [ids])
         if not maps or not isinstance(numbers, Sequence) or len(numbers) != len(maps):
             raise Cause(
-                "a list of label maps goes with a list of their ids",
+                "a list of label maps needs a list of their ids",
                 f"got {describe(labels)} and {describe(ids)}",
                 "give the ids of each map, in the order of its targets",
             )

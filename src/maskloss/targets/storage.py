@@ -1,4 +1,4 @@
-"""How masks are stored: the tensors that kernels read, and what can be said of them without any other module."""
+"""How masks are stored: the tensors that kernels read, and what follows from them alone."""
 
 from __future__ import annotations
 
