@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloss._abi import INDEX_COLUMNS, Term
+from maskloss import HungarianMatcher, MaskLoss, MaskLossError, functional
+from maskloss._abi import FRAME_H, FRAME_W, INDEX_COLUMNS, LEFT, TOP, Term
 from maskloss.ops import cpu, dense, reference
 from maskloss.ops.cpu import arguments, positions
 from maskloss.ops.cpu.choose import threshold
@@ -191,6 +193,37 @@ def test_ignore_regions_and_windows(name: str) -> None:
     assert_matches(soft, SAMPLING, OPTIONS[name])
     assert soft.loss(cpu, SAMPLING)[3].eq(-1).any()
     assert_matches(make(ignore=torch.ones(57, 91, dtype=torch.bool)), SAMPLING, OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", ["plain", "border", "nearest"])
+@pytest.mark.parametrize("encoding", ["bits", "labels uint8", "values float32"])
+def test_frames_of_more_pixels_than_32_bits_count(encoding: str, name: str) -> None:
+    case, (height, width) = make(encoding=encoding), (70_001, 70_003)
+    table = case.targets.table
+    table[:, TOP] += height - 57
+    table[:, LEFT] += width - 91
+    table[:, FRAME_H], table[:, FRAME_W] = height, width
+    corner = torch.tensor([1 - 91 / width, 1 - 57 / height], dtype=torch.float64)
+    points = 1 - torch.rand(len(case.index), 123, 2, dtype=torch.float64) * (1 - corner)
+    assert_matches(case, (123, 0, 0), OPTIONS[name], points)
+    assert case.loss(cpu, (123, 0, 0), OPTIONS[name], points)[1].unique().numel() > 2
+
+
+def test_planes_of_more_pixels_than_32_bits_count_are_rejected() -> None:
+    """Nothing is read or copied before: these take no memory."""
+    planes = torch.zeros(1, 1, 1).expand(1, 2**16, 2**16)
+    masks = torch.ones(1, 8, 8, dtype=torch.bool)
+    targets = [{"masks": masks, "labels": torch.tensor([0])}]
+    calls: list[Callable[[], object]] = [
+        lambda: MaskLoss(backend="cpu")(planes, masks),
+        lambda: MaskLoss(backend="cpu")(planes.detach().requires_grad_(), masks),
+        lambda: HungarianMatcher(backend="cpu")(torch.zeros(1, 1, 2), planes[None], targets),
+        lambda: functional.point_sample(planes, torch.rand(1, 3, 2), backend="cpu"),
+        lambda: functional.uncertain_points(planes, backend="cpu"),
+    ]
+    for call in calls:
+        with pytest.raises(MaskLossError, match=r"fewer than 2\*\*31 pixels\n(.*\n)*  cause: 65536 x 65536"):
+            call()
 
 
 def test_frame_larger_than_the_mask() -> None:

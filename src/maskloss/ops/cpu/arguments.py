@@ -31,6 +31,7 @@ from maskloss._abi import (
     Term,
     is_stratified,
 )
+from maskloss.errors import Cause
 from maskloss.points import Strata
 
 from .blocks import GRADIENT_ROWS, INTEGER_ROWS, POINT_ROWS, ROW, SPARE, VALUE_ROWS, Numbers
@@ -44,6 +45,8 @@ Array = NDArray[Any]
 
 # From this size on, NumPy asks for huge pages.
 _HUGE = 1 << 22
+# With the border of a buffer.
+_MOST_PIXELS = 2**31 - 1
 _STORAGE = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.int16, torch.float64: np.float64}
 
 
@@ -70,8 +73,20 @@ def dtypes_of(logits: Tensor, points: Tensor | None = None) -> Dtypes:
     return float_of(logits.dtype), np.float32 if points is None else float_of(points.dtype)
 
 
+def check_sizes(tensors: Sequence[Tensor]) -> None:
+    """Raise if a plane does not fit into the 32 bits in which the kernels number its pixels."""
+    for height, width in {tuple(tensor.shape[2:]) for tensor in tensors}:
+        if buffer_size(height, width) > _MOST_PIXELS:
+            raise Cause(
+                "planes of the CPU kernels must have fewer than 2**31 pixels",
+                f"{height} x {width}, which makes {height * width}",
+                'backend="reference" has no such limit, but copies every plane that it reads',
+            )
+
+
 def describe(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
-    """One row per tensor `[B, Q, h, w]`, in the order of `sampling.ADDRESS` to `STRIDE_X`; strides in elements."""
+    """One row per tensor `[B, Q, h, w]`, in the order of `planes.ADDRESS` to `STRIDE_X`; strides in elements."""
+    check_sizes(tensors)
     rows = [(t.data_ptr(), FLOAT_CODES[t.dtype], *t.shape[2:], *t.stride()) for t in tensors]
     return np.array(rows, np.int64).reshape(len(rows), SOURCE_COLUMNS)
 

@@ -117,8 +117,8 @@ def fill_runs(
     """The values w t over the runs of each target, 0 in the padding behind a band, and their sums."""
     values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
     points, table, shares = bare(points), bare(table), bare(shares)
-    room = integers.shape[0] // 2
-    ints = integers[: 2 * room].reshape(2, room)
+    room = integers.shape[0] // 3
+    ints = integers[: 3 * room].reshape(3, room)
     t, fx, fy = values[:room], values[room : 2 * room], values[2 * room : 3 * room]
     xs, ys = coordinates[:room], coordinates[room : 2 * room]
     while True:

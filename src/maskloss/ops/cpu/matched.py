@@ -28,6 +28,7 @@ from . import instances as kernels
 from .arguments import (
     Array,
     array_of,
+    check_sizes,
     describe_gradients,
     dtypes_of,
     float_of,
@@ -104,6 +105,7 @@ class _NewGradients(NamedTuple):
 
 
 def _new_gradients(instances: Instances, needs_grad: Sequence[bool]) -> _NewGradients:
+    check_sizes(instances.logits)
     sizes = instances.layer_sizes
     sparse = [2 * count < layer.shape[0] * layer.shape[1] for layer, count in zip(instances.logits, sizes, strict=True)]
     found = [

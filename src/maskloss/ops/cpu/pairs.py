@@ -13,7 +13,7 @@ from torch import Tensor
 from maskloss._abi import POINT_COLUMNS, Draw, Targets, Term
 
 from . import match as kernels
-from .arguments import Array, absolute, array_of, describe, dtypes_of, encode, strata_of
+from .arguments import Array, absolute, array_of, check_sizes, describe, dtypes_of, encode, strata_of
 from .choose import GROUP
 from .planes import BORDER
 from .scratch import Dtypes
@@ -61,6 +61,7 @@ class Places(NamedTuple):
 
 def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, maps: Sequence[Tensor]) -> Plan:
     """Draw and sort the points of each image, and read its targets there; `maps` `[B, _, h, w]` are to be sampled."""
+    check_sizes(maps)
     dtypes, num_points = dtypes_of(maps[0]), draw.num_points
     batch, dtype = len(num_targets), dtypes[0]
     sizes = np.array([each.shape[2:] for each in maps], np.int64)
@@ -82,7 +83,7 @@ def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: T
     shares, sums = np.empty(int(length.sum()), dtype), np.empty(len(table), dtype)
     args = (points, weights, table, data.data_ptr(), encode(data, targets.encoding), term.border, term.nearest)
     args += (bands, owner, first, length, offset, shares, sums)
-    launch(kernels.fill_runs, len(table), dtypes, (3 * room, 2 * room, 2 * room), args, alone=few)
+    launch(kernels.fill_runs, len(table), dtypes, (3 * room, 2 * room, 3 * room), args, alone=few)
     real = length > 0
     starts = np.append(0, np.cumsum(real.sum(axis=1)))
     runs = (starts, first[real], length[real], offset[real], shares, sums)

@@ -33,32 +33,44 @@ class Given(NamedTuple):
     coordinate: int
 
 
-@helper()
-def locate(x, y, n, height, width, border, index, fx, fy):
-    """Where points lie in a buffer: `px = x * width - 0.5`, the pixel `floor(px)`, the fraction `px - floor(px)`.
+@helper(forceinline=True)
+def _limits(size, border):
+    return (0.0, size - 1.0) if border else (-np.inf, np.inf)
+
+
+@helper(forceinline=True)
+def _along(coordinate, size, low, high):
+    """Where a point lies along an axis: `p = coordinate * size - 0.5`, as the pixel `floor(p)` and `p - floor(p)`.
 
     In double precision, where the position of a float32 point is exact. Points off the map by more than a pixel, and
-    NaN, are sent into the border.
+    NaN, get pixel -2 or `size`.
     """
+    p = coordinate * size - 0.5
+    p = max(p, low)
+    p = min(p, high)
+    first = np.floor(p)
+    return _I32(min(size, max(-2.0, first))), p - first
+
+
+@helper()
+def locate_pixels(coordinates, n, size, border, pixels, fractions):
+    """Where points lie along one axis of a map."""
+    wide = np.float64(size)
+    low, high = _limits(wide, border)
+    for i in range(n):
+        pixels[i], fractions[i] = _along(coordinates[i], wide, low, high)
+
+
+@helper()
+def locate(x, y, n, height, width, border, index, fx, fy):
+    """Where points lie in the buffer of a plane, which has a border."""
     w, h = np.float64(width), np.float64(height)
-    x_low, x_high = (0.0, w - 1.0) if border else (-np.inf, np.inf)
-    y_low, y_high = (0.0, h - 1.0) if border else (-np.inf, np.inf)
+    x_low, x_high = _limits(w, border)
+    y_low, y_high = _limits(h, border)
     pitch = _I32(width + 2 * BORDER)
     for i in range(n):
-        px = x[i] * w - 0.5
-        px = max(px, x_low)
-        px = min(px, x_high)
-        x0 = np.floor(px)
-        fx[i] = px - x0
-        py = y[i] * h - 0.5
-        py = max(py, y_low)
-        py = min(py, y_high)
-        y0 = np.floor(py)
-        fy[i] = py - y0
-        x0 = max(-2.0, x0)
-        y0 = max(-2.0, y0)
-        column = _I32(min(w, x0))
-        row = _I32(min(h, y0))
+        column, fx[i] = _along(x[i], w, x_low, x_high)
+        row, fy[i] = _along(y[i], h, y_low, y_high)
         index[i] = _I32(_I32(_I32(row + _I32(BORDER)) * pitch) + _I32(column + _I32(BORDER)))
 
 
@@ -118,21 +130,22 @@ def locate_bits(bits, n, height, width, index, fx, fy):
         _locate_lanes(xs, ys, np.uintp(i), w, h, pitch, index, fx, fy, 1)
 
 
+@helper(forceinline=True)
+def nearest_pixel(pixel, fraction, size, border):
+    """The pixel nearest to a point, half to even; with a border mode the last pixel is the limit."""
+    if fraction > 0.5 or (fraction == 0.5 and pixel % 2 == 1):
+        pixel += 1
+    return min(pixel, size - 1) if border else pixel
+
+
 @helper()
 def round_nearest(index, fx, fy, n, height, width, border):
-    """Turn what `locate` found into the nearest pixel, half to even; with a border mode the last pixel is the limit."""
+    """Turn what `locate` found into the nearest pixel."""
     pitch = width + 2 * BORDER
     for i in range(n):
-        row, column = index[i] // pitch, index[i] % pitch
-        # BORDER is even, so a column is as odd as its pixel.
-        if fx[i] > 0.5 or (fx[i] == 0.5 and column % 2 == 1):
-            column += 1
-        if fy[i] > 0.5 or (fy[i] == 0.5 and row % 2 == 1):
-            row += 1
-        if border:
-            column = min(column, width - 1 + BORDER)
-            row = min(row, height - 1 + BORDER)
-        index[i] = row * pitch + column
+        row = nearest_pixel(index[i] // pitch - BORDER, fy[i], height, border)
+        column = nearest_pixel(index[i] % pitch - BORDER, fx[i], width, border)
+        index[i] = (row + BORDER) * pitch + column + BORDER
 
 
 @helper()

@@ -36,8 +36,8 @@ from maskloss._abi import (
 from .choose import GROUP, list_marked, mark, pick, put_back
 from .compile import helper
 from .memory import at
-from .planes import BORDER, from_bf16, from_f16
-from .positions import locate, round_nearest
+from .planes import from_bf16, from_f16
+from .positions import locate_pixels, nearest_pixel
 
 _I32 = np.int32
 # The four pixels around a point are the bits of a code, those of the upper row first.
@@ -48,8 +48,17 @@ _BOTH, _BELOW = np.uint32(0b11), np.uint32(2)
 def list_inside(x, y, n, row, border, inside, space):
     """List the points that may touch the stored crop of a target; all others read 0 without looking at memory.
 
+    See `_flag_outside`. `inside` and `space` are work spaces of at least n + 16 integers.
+    """
+    hits = _flag_outside(x, y, n, row, border, space)
+    return _list_flagged(space, n, inside) if hits else 0
+
+
+@helper()
+def _flag_outside(x, y, n, row, border, flags):
+    """Flag the points that cannot touch the stored crop of a target, and count the others.
+
     The box is wider than the crop by the reach of the interpolation and a little more; `read_pixel` decides exactly.
-    `inside` and `space` are work spaces of at least n + 16 integers.
     """
     if row[CROP_H] == 0 or row[CROP_W] == 0:
         return 0
@@ -66,14 +75,18 @@ def list_inside(x, y, n, row, border, inside, space):
     hits = _I32(0)
     for i in range(n):
         hit = (x[i] >= left) & (x[i] <= right) & (y[i] >= top) & (y[i] <= bottom)
-        space[i] = _I32(0) if hit else _I32(1)
+        flags[i] = _I32(0) if hit else _I32(1)
         hits += _I32(1) if hit else _I32(0)
-    if hits == 0:
-        return 0
-    space[n : n + GROUP] = 1
+    return hits
+
+
+@helper()
+def _list_flagged(flags, n, inside):
+    """List the points without a flag, and overwrite the flags."""
+    flags[n : n + GROUP] = 1
     # The marks overwrite flags that have been read already: a byte for each eight integers.
-    bits = space.view(np.uint8)[: (n + 7) // 8]
-    mark(space, n, _I32(0), _I32(1), bits)
+    bits = flags.view(np.uint8)[: (n + 7) // 8]
+    mark(flags, n, _I32(0), _I32(1), bits)
     return list_marked(bits, inside)
 
 
@@ -108,9 +121,34 @@ def read_pixel(data, encoding, row, y, x):
     start = row[OFFSET] + y * row[STRIDE]
     if encoding == BITS:
         return np.float64((at(data + start + (x >> 3), 1, np.uint8)[0] >> (x & 7)) & 1)
+    return _read_element(data, encoding, row[LABEL], start + x)
+
+
+@helper(forceinline=True)
+def _read_element(data, encoding, label, element):
     if encoding < VALUES:
-        return 1.0 if _read_label(data, encoding, start + x) == row[LABEL] else 0.0
-    return _read_value(data, encoding, start + x)
+        return 1.0 if _read_label(data, encoding, element) == label else 0.0
+    return _read_value(data, encoding, element)
+
+
+@helper(forceinline=True)
+def _pixels_around(data, encoding, row, y, x):
+    """The four pixels from (y, x) of a crop on, those of the upper row first."""
+    if encoding != BITS and 0 <= y < row[CROP_H] - 1 and 0 <= x < row[CROP_W] - 1:
+        stride, label = row[STRIDE], row[LABEL]
+        first = row[OFFSET] + y * stride + x
+        return (
+            _read_element(data, encoding, label, first),
+            _read_element(data, encoding, label, first + 1),
+            _read_element(data, encoding, label, first + stride),
+            _read_element(data, encoding, label, first + stride + 1),
+        )
+    return (
+        read_pixel(data, encoding, row, y, x),
+        read_pixel(data, encoding, row, y, x + 1),
+        read_pixel(data, encoding, row, y + 1, x),
+        read_pixel(data, encoding, row, y + 1, x + 1),
+    )
 
 
 @helper(forceinline=True)
@@ -131,46 +169,52 @@ def _bits_around(start, stride, y, x):
 def read_targets(x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, fx, fy):
     """Target values at a block of points of one target, interpolated as `gather` does it.
 
-    xs, ys, fx, fy and the first two rows of `ints` are work space.
+    xs, ys, fx, fy and the first three rows of `ints` are work space.
     """
-    inside, index = ints[0], ints[1]
-    for i in range(n):
-        t[i] = 0
-    count = list_inside(x, y, n, row, border, inside, index)
-    if count == 0:
-        return
-    pick(x, inside, count, xs)
-    pick(y, inside, count, ys)
+    inside, rows, columns = ints[0], ints[1], ints[2]
+    count = _flag_outside(x, y, n, row, border, rows)
+    if count < n:
+        for i in range(n):
+            t[i] = 0
+        if count == 0:
+            return
+        count = _list_flagged(rows, n, inside)
+        pick(x, inside, count, xs)
+        pick(y, inside, count, ys)
+        _read_inside(xs, ys, count, row, data, encoding, border, nearest, rows, columns, fx, fy, fx)
+        put_back(fx, inside, count, t)
+    else:
+        _read_inside(x, y, n, row, data, encoding, border, nearest, rows, columns, fx, fy, t)
+
+
+@helper()
+def _read_inside(x, y, n, row, data, encoding, border, nearest, rows, columns, fx, fy, t):
+    """Target values at points around its crop; t may be fx. The row and the column of a pixel fit into 32 bits."""
     height, width = row[FRAME_H], row[FRAME_W]
-    pitch = width + 2 * BORDER
-    locate(xs, ys, count, height, width, border, index, fx, fy)
-    if nearest:
-        round_nearest(index, fx, fy, count, height, width, border)
+    locate_pixels(x, n, width, border, columns, fx)
+    locate_pixels(y, n, height, border, rows, fy)
     # In registers: behind every store LLVM would read them again.
-    start, stride, top, left = data + row[OFFSET], row[STRIDE], row[TOP] + BORDER, row[LEFT] + BORDER
+    start, stride, top, left = data + row[OFFSET], row[STRIDE], row[TOP], row[LEFT]
     bottom, right = row[CROP_H] - 1, row[CROP_W] - 1
-    for k in range(count):
-        # Exact, as all numbers are below 2**31, and a fifth of the price of an integer division.
-        v = np.int64(np.float64(index[k]) / np.float64(pitch))
-        u = np.int64(index[k]) - v * pitch - left
-        v -= top
+    for k in range(n):
+        v, u = np.int64(rows[k]), np.int64(columns[k])
         if nearest:
-            fx[k] = read_pixel(data, encoding, row, v, u)
-        elif encoding >= VALUES:
-            upper = _mix(read_pixel(data, encoding, row, v, u), read_pixel(data, encoding, row, v, u + 1), t, fx[k])
-            v += 1
-            lower = _mix(read_pixel(data, encoding, row, v, u), read_pixel(data, encoding, row, v, u + 1), t, fx[k])
-            fx[k] = upper + fy[k] * (lower - upper)
+            v, u = nearest_pixel(v, fy[k], height, border), nearest_pixel(u, fx[k], width, border)
+        v -= top
+        u -= left
+        if nearest:
+            t[k] = read_pixel(data, encoding, row, v, u)
         elif encoding == BITS and 0 <= v < bottom and 7 <= u < right:
-            index[k] = _bits_around(start, stride, v, u)
+            rows[k] = _bits_around(start, stride, v, u)
         else:
-            code = read_pixel(data, encoding, row, v, u) + 2.0 * read_pixel(data, encoding, row, v, u + 1)
-            v += 1
-            code += 4.0 * read_pixel(data, encoding, row, v, u) + 8.0 * read_pixel(data, encoding, row, v, u + 1)
-            index[k] = _I32(code)
+            a, b, c, d = _pixels_around(data, encoding, row, v, u)
+            if encoding < VALUES:
+                rows[k] = _I32(a + 2.0 * b + 4.0 * c + 8.0 * d)
+            else:
+                upper, lower = _mix(a, b, t, fx[k]), _mix(c, d, t, fx[k])
+                t[k] = upper + fy[k] * (lower - upper)
     if encoding < VALUES and not nearest:
-        interpolate_codes(index, count, fx, fy, fx)
-    put_back(fx, inside, count, t)
+        interpolate_codes(rows, n, fx, fy, t)
 
 
 @helper(forceinline=True)
