@@ -63,7 +63,7 @@ def materialized(tensor: Tensor) -> Tensor:
 
 def savable(tensor: Tensor) -> Tensor:
     """Return a tensor that autograd can save: what `torch.inference_mode` made, targets for instance, is copied."""
-    return tensor.clone() if tensor.is_inference() else tensor
+    return tensor.clone() if not torch.compiler.is_compiling() and tensor.is_inference() else tensor
 
 
 def active() -> bool:
