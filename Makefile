@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12   the interpreter used to create .venv
 #   ARGS="..."          extra arguments for `make train`, `make test`, `make slow` or `make long`
+#   WORKERS=0           run tests in this process, not in one for each core (for a debugger)
 
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -11,9 +12,11 @@ MAKEFLAGS   += --no-builtin-rules --no-print-directory
 
 PYTHON ?= python3
 ARGS   ?=
+WORKERS ?= logical
 VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install -qq --disable-pip-version-check --no-input --progress-bar off -c constraints.txt
+PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: help
 help: ## Show this help
@@ -29,7 +32,7 @@ train: $(VENV)/.train ## Train a small query model and write a report (maskloss 
 
 .PHONY: test
 test: $(VENV)/.dev ## Run the tests and doctests
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## Check formatting, lint, types, import layering and translations
@@ -45,8 +48,8 @@ fix: $(VENV)/.dev ## Format the code and apply the linter's fixes
 	@$(VENV)/bin/ruff check --fix .
 
 .PHONY: slow
-slow: $(VENV)/.dev ## Run the slow tests (marked `slow`)
-	@$(PY) -m pytest -m slow $(ARGS)
+slow: $(VENV)/.dev ## Run the slow tests (marked `slow`), and properties with more examples (marked `thorough`)
+	@$(PYTEST) -m "slow or thorough" --hypothesis-profile thorough $(ARGS)
 
 .PHONY: long
 long: $(VENV)/.dev ## Train several models to compare what they learn (tests marked `long`)

@@ -1,4 +1,4 @@
-"""What every test runs under: two threads, fixed seeds, and no GPU test where there is no GPU."""
+"""What every test runs under: few threads, fixed seeds, checked shapes, and garbage in memory that nobody filled."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from maskloss.ops import BACKENDS
-from support import contract
+from support import contract, garbage
 
-torch.set_num_threads(2)
+# One for each of several processes that run the tests side by side. Tests of threads set their number.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+# `make test` tries fewer examples of each property than `make slow` (--hypothesis-profile=thorough), always the same.
+settings.register_profile("quick", max_examples=100, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=500, deadline=None, derandomize=True)
+settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +54,15 @@ def _checked_shapes() -> Iterator[None]:
             module = f"maskloss.ops.{name}"
             if find_spec(module) and (name != "gpu" or torch.cuda.is_available()):
                 stack.enter_context(contract.checked(import_module(module)))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_is_zero_by_chance() -> Iterator[None]:
+    """Fill what the CPU backend allocates with garbage (see `garbage`)."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("numba"):
+            garbage.fill_arrays(patch)
         yield
 
 

@@ -15,6 +15,7 @@ from maskloss.layers import match_cost
 from maskloss.matches import join_layers
 from support.accuracy import assert_no_worse
 from support.batches import group
+from support.examples import number
 from support.products import (
     BATCH,
     CHANNELS,
@@ -230,7 +231,8 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *_: work.terms(), leaves, fast_mode=True)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.thorough
+@settings(max_examples=number(100))
 @given(st.data())
 def test_any_shape(data: st.DataObject) -> None:
     number = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maskloss import MaskLoss, MaskTargets, PointSampling, functional
 from support import oracle
+from support.examples import number
 
 SIZES = st.one_of(st.integers(1, 12), st.sampled_from([1, 7, 32, 63, 64, 123, 300]), st.integers(1, 300))
 SCALES = st.sampled_from([0.0, 0.1, 1.0, 10.0, 1e4])
@@ -100,13 +101,14 @@ def compare(case: Case, dtype: torch.dtype, points: Tensor, loss: MaskLoss, seed
     agree(logits.grad, grad, 10 * unit * largest + STORED[dtype] * grad.abs() + 1e-7 * (dtype == torch.float16))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("dtype", "examples"), [(torch.float32, 600), (torch.float64, 150), (torch.bfloat16, 100), (torch.float16, 100)]
 )
 def test_given_points(backend: str, dtype: torch.dtype, examples: int) -> None:
     loss = MaskLoss(backend=backend)
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=QUIET)
+    @settings(max_examples=number(examples), suppress_health_check=QUIET)
     @example(Case(1, (1, 1), (1, 1), 1, 1e4, False, 0), 1.0)
     @example(Case(2, (300, 1), (1, 299), 3, 1.0, True, 1), 1.5)
     @example(Case(0, (5, 5), (9, 9), 4, 1.0, False, 2), 1.0)
@@ -121,9 +123,10 @@ def test_given_points(backend: str, dtype: torch.dtype, examples: int) -> None:
     check()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("dtype", "examples"), [(torch.float32, 400), (torch.float64, 60), (torch.bfloat16, 60)])
 def test_drawn_points(backend: str, dtype: torch.dtype, examples: int) -> None:
-    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=QUIET)
+    @settings(max_examples=number(examples), suppress_health_check=QUIET)
     @example(Case(2, (1, 1), (3, 3), 1, 1.0, False, 0), PointSampling(1, 1.0, 1.0))
     @example(Case(1, (17, 9), (3, 3), 1, 0.0, False, 0), PointSampling(100, 3.0, 1.0))
     @given(CASES, SAMPLINGS)
@@ -135,6 +138,7 @@ def test_drawn_points(backend: str, dtype: torch.dtype, examples: int) -> None:
     check()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("padding_mode", ["zeros", "border"])
 @pytest.mark.parametrize("target_mode", ["bilinear", "nearest"])
 @pytest.mark.parametrize("focal", [(None, None), (0.25, 2.0), (None, 1.5), (0.7, 0.0)])
@@ -149,7 +153,7 @@ def test_options(backend: str, padding_mode: str, target_mode: str, focal: tuple
         backend=backend,
     )
 
-    @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=QUIET)
+    @settings(max_examples=number(30), suppress_health_check=QUIET)
     @given(CASES.filter(lambda case: case.scale <= 10))
     def check(case: Case) -> None:
         _, _, generator = case.tensors(torch.float32)

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
+from support import garbage
 from support.kernel_cases import INTERPRETED
 
 
@@ -26,7 +25,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
         monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
         monkeypatch.setattr(interpreter.interpreter_builder, "create_fma", _fused, raising=True)
-    _fill_with_garbage(monkeypatch)
+    garbage.fill_tensors(monkeypatch)
     with np.errstate(all="ignore"):
         yield ops
 
@@ -38,15 +37,3 @@ def _fused(x: Any, y: Any, z: Any) -> Any:
     assert z.data.dtype == np.float32
     exact = x.data.astype(np.float64) * y.data + z.data
     return TensorHandle(exact.astype(np.float32), z.dtype.scalar)
-
-
-def _fill_with_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dirty(allocate: Any) -> Any:
-        def allocated(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else 113)
-
-        return allocated
-
-    monkeypatch.setattr(torch, "empty", dirty(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", dirty(torch.empty_like))

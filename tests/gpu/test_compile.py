@@ -84,6 +84,7 @@ def compile_all(table: ModuleType, case: Any, targets: list[str]) -> None:
                 assert fused == EXACT.get(launch.name, fused), f"{launch.name} on {target}: {case}"
 
 
+@pytest.mark.slow
 def test_default_options_compile(table: ModuleType) -> None:
     compile_all(table, table.Case(), ["sm_90"])
 
@@ -157,6 +158,7 @@ class NoDevice:
         return GPUTarget("cuda", 90, 32)
 
 
+@pytest.mark.slow
 def test_the_launcher_compiles_what_the_script_compiles(table: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launches go through Triton's own launcher, up to the point where a driver is needed."""
     expected = table.operations_of(table.Case())

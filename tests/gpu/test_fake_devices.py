@@ -35,6 +35,6 @@ def test_the_criterion_compiles_to_one_graph() -> None:
     run("compile")
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+@pytest.mark.parametrize("device", ["cuda", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mps", "xpu"))])
 def test_the_reference_never_waits_for_the_device(device: str) -> None:
     run(device)

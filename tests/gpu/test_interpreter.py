@@ -12,16 +12,36 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("test_kernels.py", "test_factored_kernels.py")
+# Of each family of kernels.
+SOME = (
+    "test_kernels.py::test_loss_and_gradient_follow_the_reference[plain]",
+    "test_kernels.py::test_loss_and_gradient_follow_the_reference[bfloat16, ignored pixels, windows]",
+    "test_kernels.py::test_points_are_those_of_the_reference[stratified]",
+    "test_kernels.py::test_deterministic_gradients_are_as_good[dtype0]",
+    "test_kernels.py::test_a_logit_that_is_not_finite_shows[nan]",
+    "test_kernels.py::test_no_instances",
+    "test_kernels.py::test_matching_costs_follow_the_reference[plain]",
+    "test_kernels.py::test_point_sampling[dtype0-zeros-bilinear]",
+    "test_factored_kernels.py::test_planes_are_overwritten_with_their_gradients[plain-False]",
+    "test_factored_kernels.py::test_factored_operations_follow_the_reference[dtype0]",
+)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_kernels_under_the_interpreter(name: str) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(SOME, id="some"),
+        pytest.param(("test_kernels.py",), id="kernels", marks=pytest.mark.slow),
+        pytest.param(("test_factored_kernels.py",), id="factored kernels", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_under_the_interpreter(names: tuple[str, ...]) -> None:
     pytest.importorskip("triton")
-    file = Path(__file__).with_name(name)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    here = Path(__file__).parent
+    tests = [str(here / name) for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=file.parents[2])
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=here.parents[1])
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
     assert " skipped" not in run.stdout

@@ -15,6 +15,7 @@ from maskloss import MaskTargets
 from maskloss.lab.data.scenes import Scene
 from maskloss.lab.results.evaluate import THRESHOLDS, judge, matching, summarize
 from maskloss.lab.results.inference import Instance, Prediction
+from support.examples import number
 
 SIDE = 20
 
@@ -166,7 +167,8 @@ def test_the_ap_of_microscopy(case):
         assert matching(np.array(truth), np.array(prediction), threshold) == counts
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.thorough
+@settings(max_examples=number(300))
 @given(arrays(np.uint8, (4, 6), elements=st.integers(0, 4)), arrays(np.uint8, (4, 6), elements=st.integers(0, 4)))
 def test_the_matching_is_the_largest_there_is(truth, prediction):
     """Against every one-to-one assignment of at most four instances to four."""

@@ -18,6 +18,7 @@ from maskloss import MaskTargets
 from maskloss.ops import cpu
 from maskloss.targets import bits
 from support.encodings_of_masks import SIZES, some_masks
+from support.examples import number
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,9 +43,9 @@ def assert_same(images: Sequence[Tensor]) -> None:
     (data, parts), (wanted, expected) = (on_path(path, partial(bits.pack_and_crop, images)) for path in paths)
     assert data.dtype == wanted.dtype
     assert torch.equal(data, wanted)
-    for (place, size), (other, number) in zip(parts, expected, strict=True):
+    for (place, size), (other, bytes_of) in zip(parts, expected, strict=True):
         np.testing.assert_array_equal(place, other, strict=True)
-        assert size == number
+        assert size == bytes_of
     ours, theirs = (on_path(path, partial(MaskTargets.from_masks, images, soft=False)) for path in paths)
     assert (ours.encoding, ours.num_targets) == (theirs.encoding, theirs.num_targets)
     assert all(torch.equal(one, other) for one, other in zip(ours.tensors, theirs.tensors, strict=True))
@@ -77,7 +78,8 @@ def some_image(draw: st.DrawFn) -> Tensor:
     return layout(partial(torch.ones, dtype=dtype), *shape).copy_(values if dtype == torch.uint8 else values != 0)
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.thorough
+@settings(max_examples=number(300))
 @given(st.lists(some_image(), min_size=1, max_size=4), st.sampled_from([1, 2]))
 def test_any_masks(images: list[Tensor], threads: int) -> None:
     torch.set_num_threads(threads)
