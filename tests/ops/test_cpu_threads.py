@@ -329,3 +329,13 @@ def test_large_scratch_arrays_are_given_back(monkeypatch: pytest.MonkeyPatch) ->
         assert again.base is small.base
         with scratch_spaces.scratch(halves, (200, 0, 0)) as [other, *_]:
             assert other.base is not small.base
+
+
+def test_work_spaces_begin_with_garbage_in_tests() -> None:
+    """So that a value which no kernel wrote shows (see `support.garbage`)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scratch_spaces, "_spaces", [])
+        with scratch_spaces.scratch((np.float32, np.float64), (5, 4, 3)) as [values, points, integers]:
+            assert np.isnan(values).all()
+            assert np.isnan(points).all()
+            assert integers.tolist() == [113] * 3

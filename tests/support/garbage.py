@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-# Where the CPU backend and the assignment allocate. (Modules of kernels are left alone: Numba compiles their `np`.)
-HOSTS = ("assignment", "cpu", "cpu.arguments", "cpu.matched", "cpu.pairs", "cpu.scratch")
 
 
 class Garbage(ModuleType):
@@ -30,9 +28,20 @@ class Garbage(ModuleType):
 
 
 def fill_arrays(patch: pytest.MonkeyPatch) -> None:
-    """Fill what the CPU backend allocates on the host, its work spaces included."""
-    for host in HOSTS:
-        patch.setattr(import_module(f"maskloss.ops.{host}"), "np", Garbage())
+    """Fill what the CPU backend allocates on the host, its work spaces included.
+
+    Modules with kernels are left alone: Numba compiles what they call `np`.
+    """
+    from numba.extending import is_jitted
+
+    package, scratch = import_module("maskloss.ops.cpu"), import_module("maskloss.ops.cpu.scratch")
+    names = [package.__name__, *(f"{package.__name__}.{found.name}" for found in iter_modules(package.__path__))]
+    hosts = [module for module in map(import_module, names) if not any(map(is_jitted, vars(module).values()))]
+    assert package in hosts
+    assert scratch in hosts
+    for module in hosts:
+        if hasattr(module, "np"):
+            patch.setattr(module, "np", Garbage())
 
 
 def fill_tensors(patch: pytest.MonkeyPatch) -> None:
