@@ -73,9 +73,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, *, one_image: bool = False) -> Ite
     matched: list[int] = []
     terms, cost = MaskLoss.layer_terms, layers.match_cost
 
-    def spy_terms(loss: MaskLoss, logits: Any, matches: Matches, step: Step, reduction: Any) -> Any:
+    def spy_terms(loss: MaskLoss, logits: Any, matches: Matches, step: Step, reduction: Any, *points: Any) -> Any:
         recorder.calls.append(Call(step, loss, matches, matched[-1]))
-        return terms(loss, logits, matches, step, reduction)
+        return terms(loss, logits, matches, step, reduction, *points)
 
     def spy_cost(logits: Any, num_targets: Any, targets: Any, draw: Draw, *rest: Any) -> Any:
         matched.append(draw.num_points)

@@ -417,20 +417,26 @@ def _is_list(value: object) -> bool:
 
 def begin(outputs: Outputs, targets: Targets) -> Step:
     """Pack the targets of a step, and check that they fit."""
-    logits = _masks(outputs)
+    logits = find_masks(outputs)
+    check_targets(targets, ("labels", "masks"))
+    others = [each for each in outputs.values() if isinstance(each, (Tensor, MaskFactors))]
+    return _targets.begin(mask_entries(targets), [entry["labels"] for entry in targets], [logits, *others])
+
+
+def check_targets(targets: Targets, names: Sequence[str]) -> None:
+    """Raise unless targets are a list of dicts with these entries."""
     if not _is_list(targets):
         raise Cause("targets must be a list with one dict per image", f"got {describe(targets)}", _CONVENTION)
     for image, entry in enumerate(targets):
-        if not isinstance(entry, Mapping) or not {"labels", "masks"} <= set(entry):
+        if not isinstance(entry, Mapping) or not set(names) <= set(entry):
             got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
-            raise Cause(
-                'each entry of targets must be a dict with "labels" and "masks"',
-                f"entry {image} is {got}",
-                _CONVENTION,
-            )
-    masks = [(entry["masks"], entry["ids"]) if "ids" in entry else entry["masks"] for entry in targets]
-    others = [each for each in outputs.values() if isinstance(each, (Tensor, MaskFactors))]
-    return _targets.begin(masks, [entry["labels"] for entry in targets], [logits, *others])
+            wanted = " and ".join(f'"{name}"' for name in names)
+            raise Cause(f"each entry of targets must be a dict with {wanted}", f"entry {image} is {got}", _CONVENTION)
+
+
+def mask_entries(targets: Targets) -> list[Any]:
+    """List the masks of each image as `pack_masks` takes them."""
+    return [(entry["masks"], entry["ids"]) if "ids" in entry else entry["masks"] for entry in targets]
 
 
 def _checked(outputs: Any) -> Outputs:
@@ -456,7 +462,7 @@ def _predicted_boxes(layers: Sequence[Outputs]) -> Tensor:
     return _inputs.accumulated(torch.stack(boxes))
 
 
-def _masks(outputs: Outputs) -> Layer:
+def find_masks(outputs: Outputs) -> Layer:
     """Find the mask logits of a layer, dense or as factors."""
     found = _checked(outputs).get("pred_masks")
     if isinstance(found, Mapping):
@@ -465,7 +471,7 @@ def _masks(outputs: Outputs) -> Layer:
 
 
 def _columns(layers: Sequence[Outputs]) -> tuple[list[Tensor], list[Layer]]:
-    classes, masks = [_entry(layer, "pred_logits") for layer in layers], [_masks(layer) for layer in layers]
+    classes, masks = [_entry(layer, "pred_logits") for layer in layers], [find_masks(layer) for layer in layers]
     return classes, masks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from maskloss import _inputs
 from maskloss.errors import Cause, reported, require
-from maskloss.integrations.transformers.families import FAMILIES, Family, Options, find, supported
+from maskloss.integrations.transformers.families import FAMILIES, Family, Options, find, is_patched, supported
 from maskloss.ops import BACKENDS
 from maskloss.points import PointSampling
 
@@ -26,12 +27,17 @@ class Patch:
     """What `patch` changed, and the way back. As a context manager it is undone at the end of the block.
 
     Attributes:
-        families: the names of the model families that are patched.
+        families: the names of the model families of which something was changed so far.
     """
 
     def __init__(self) -> None:
         self.families: tuple[str, ...] = ()
         self._constructors: list[Callable[[], None]] = []
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is changed, or will be in what is built from now on."""
+        return bool(self.families or self._constructors)
 
     def undo(self) -> None:
         """Put back all that was changed, in models built in the meantime too. A second call does nothing.
@@ -54,7 +60,8 @@ class Patch:
         self.undo()
 
     def __repr__(self) -> str:
-        return f"Patch({', '.join(self.families) or 'undone'})"
+        waiting = ["models and criteria built from now on"] if self._constructors else []
+        return f"Patch({', '.join([*self.families, *waiting]) or 'undone'})"
 
     def _swap(self, family: Family, model: nn.Module, options: Options) -> None:
         family.swap(model, options)
@@ -73,6 +80,10 @@ def patch(
 ) -> Patch:
     """Let maskloss compute the loss of a model of Transformers, or of every model built from now on.
 
+    A module that holds only a criterion of Transformers, or of a subclass as in EoMT's own code and in lightly-train,
+    is patched as well. What a subclass overrides is called; the matching and the mask terms that it inherits are
+    computed here.
+
     Inputs, names of outputs, weights and what they mean stay as they are; `mask_labels` may also be packed masks
     (`MaskTargets`) or pairs of a label map and its ids. A checkpoint saved before or after loads into both.
 
@@ -81,8 +92,8 @@ def patch(
     bool masks (`masks > 0.5`), or pack them: `MaskTargets.from_masks(masks, soft=False)`.
 
     Args:
-        model: a model of a supported family, or a module that contains some. Default None: models are patched as
-            they are built, until the patch is undone.
+        model: a model or a criterion of a supported family, or a module that contains some. Default None: models, and
+            criteria of subclasses, are patched as they are built, until the patch is undone.
         backend: "reference", "cpu" or "gpu". Default: by device, or MASKLOSS_BACKEND.
         sampling: numbers and layout of the points of the loss; the matching takes `num_points` and `layout` from it.
             Default: what the model's configuration says, independent points.
@@ -95,8 +106,8 @@ def patch(
 
     Raises:
         MaskLossError: a model of another family (the message lists the supported ones), one that is patched already,
-            one whose criterion is not Transformers' own, an unknown backend, or factors for VidEoMT, whose forward
-            takes no targets.
+            one whose criterion is not Transformers' own or overrides what would not be called, an unknown backend, or
+            factors for VidEoMT, whose forward takes no targets.
         MissingExtraError: Transformers is not installed (extra `transformers`).
 
     Source:
@@ -121,7 +132,7 @@ def patch(
     for family in FAMILIES:
         if family.is_installed():
             _patch_constructor(handle, family, options)
-    if not handle.families:
+    if not handle.is_on:
         raise Cause(
             "Transformers must have a supported model family", "it has none of them", f"supported: {supported()}"
         )
@@ -144,18 +155,18 @@ def unpatch(model: nn.Module) -> None:
 
 def _restore(model: nn.Module) -> None:
     for family in FAMILIES:
-        if family.covers(model):
+        if family.covers(model) or family.supervises(model):
             family.restore(model)
     _OWNERS.pop(model, None)
 
 
 def _patch_constructor(handle: Patch, family: Family, options: Options) -> None:
-    """Let the constructor of a model's class swap the criterion when it is done."""
+    """Let the constructor of a model's class swap the criterion when it is done, and that of a subclass's criterion."""
     model_class: Any = family.model_class()
     original = model_class.__init__
     # A wrapper that somebody put around ours has this too, and may be there for longer than our patch is on.
     earlier = getattr(original, "_maskloss_patch", None)
-    if earlier is not None and earlier.families:
+    if earlier is not None and earlier.is_on:
         handle.undo()
         raise Cause(
             "the models must not be patched already", f"{family.model} is", "call undo() on the other patch first"
@@ -164,7 +175,7 @@ def _patch_constructor(handle: Patch, family: Family, options: Options) -> None:
     @functools.wraps(original)
     def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if handle.families:
+        if handle.is_on:
             _swap_built(handle, family, self, options)
 
     build._maskloss_patch = handle  # type: ignore[attr-defined]
@@ -176,7 +187,25 @@ def _patch_constructor(handle: Patch, family: Family, options: Options) -> None:
             model_class.__init__ = original
 
     handle._constructors.append(undo)
-    handle.families = (*handle.families, family.name)
+    if family.criterion is not None:
+        _patch_subclasses(handle, family, getattr(importlib.import_module(family.path), family.criterion), options)
+
+
+def _patch_subclasses(handle: Patch, family: Family, criterion: Any, options: Options) -> None:
+    """Swap criteria of subclasses as they are built: with their matcher, whatever constructors they call."""
+
+    def assign(self: nn.Module, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)
+        if name == "matcher" and handle.is_on and type(self) is not criterion and not is_patched(self):
+            _swap_built(handle, family, self, options)
+
+    criterion.__setattr__ = assign
+
+    def undo() -> None:
+        if vars(criterion).get("__setattr__") is assign:
+            del criterion.__setattr__
+
+    handle._constructors.append(undo)
 
 
 @reported("patch")

@@ -14,7 +14,13 @@ from torch import nn
 from maskloss.errors import Cause
 from maskloss.integrations.transformers.forward_pass import hand_over_factors, is_watched, leave_alone, watch
 from maskloss.integrations.transformers.rf_detr import rf_detr_loss
-from maskloss.integrations.transformers.universal import PointCriterion, patched_class
+from maskloss.integrations.transformers.universal import (
+    PointCriterion,
+    describe_class,
+    original_class,
+    restore,
+    swap,
+)
 from maskloss.points import PointSampling
 
 _WHY_NOT = {
@@ -72,6 +78,11 @@ class Family:
         loaded = sys.modules.get(self.path)
         return loaded is not None and isinstance(module, getattr(loaded, self.model))
 
+    def supervises(self, module: nn.Module) -> bool:
+        """Whether a module is a criterion of this family, or of a subclass of its class."""
+        original = original_class(type(module))
+        return original is not None and (original.__module__, original.__name__) == (self.path, self.criterion)
+
     def swap(self, model: nn.Module, options: Options) -> None:
         """Give a model maskloss's criterion; on request its mask head hands factors to it."""
         if is_patched(model):
@@ -86,10 +97,19 @@ class Family:
                 f"{self.name}'s forward takes no targets and returns the masks, so that they have to be formed",
                 "patch it without factors, or give MaskFactors to its get_loss_dict",
             )
+        if not self.covers(model):
+            if options.factors:
+                raise Cause(
+                    "with factors=True there must be a model of Transformers, whose mask head hands them over",
+                    f"there is only its criterion, {describe_class(model)}",
+                    "patch it without factors, or call it with MaskFactors",
+                )
+            swap(model, options.backend, options.sampling)
+            return
         if self.criterion is None:
             _swap_function(model, options)
         else:
-            _swap_class(model, getattr(importlib.import_module(self.path), self.criterion), options)
+            _swap_criterion(model, self.criterion, options)
         if options.factors and self.head is not None:
             hand_over_factors(model.get_submodule(self.head))
         if options.factors or self.layerwise:
@@ -97,11 +117,9 @@ class Family:
 
     def restore(self, model: nn.Module) -> None:
         """Take back what `swap` did, as far as nobody has replaced it since."""
-        criterion, function = vars(model)["_modules"].get("criterion"), vars(model).get("_loss_function")
-        if isinstance(criterion, PointCriterion):
-            criterion.__class__ = getattr(importlib.import_module(self.path), str(self.criterion))
-            vars(criterion).pop("maskloss_backend", None)
-            vars(criterion).pop("maskloss_sampling", None)
+        criterion, function = _criterion_of(model), vars(model).get("_loss_function")
+        if criterion is not None:
+            restore(criterion)
         if _is_ours(function):
             del vars(model)["_loss_function"]
         for module in model.modules():
@@ -149,34 +167,47 @@ def supported() -> str:
     return ", ".join(f"{family.name} ({family.model})" for family in FAMILIES)
 
 
-def find(model: nn.Module) -> list[tuple[Family, nn.Module]]:
-    """Find the models of all families in a module, however it is wrapped (DDP, Lightning, adapters)."""
-    found = [(family, module) for module in model.modules() for family in FAMILIES if family.covers(module)]
+def find(module: nn.Module) -> list[tuple[Family, nn.Module]]:
+    """Find the models of all families in a module, however it is wrapped (DDP, Lightning, adapters).
+
+    Criteria of these families that belong to no such model are found as well.
+    """
+    found = [(family, each) for each in module.modules() for family in FAMILIES if family.covers(each)]
+    owned = {id(_criterion_of(model)) for _, model in found}
+    found += [
+        (family, each)
+        for each in module.modules()
+        for family in FAMILIES
+        if id(each) not in owned and family.supervises(each)
+    ]
     if found:
         return found
-    inside = {type(module).__name__ for module in model.modules()}
-    why = next((reason for name, reason in _WHY_NOT.items() if name in inside), f"got {type(model).__name__}")
+    inside = {type(each).__name__ for each in module.modules()}
+    why = next((reason for name, reason in _WHY_NOT.items() if name in inside), f"got {type(module).__name__}")
     raise Cause("the model must be of a supported family", why, f"supported: {supported()}")
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether a model has maskloss's criterion."""
-    criterion = vars(model)["_modules"].get("criterion")
-    return isinstance(criterion, PointCriterion) or _is_ours(vars(model).get("_loss_function"))
+    """Whether a model has maskloss's criterion, or a criterion its methods."""
+    return isinstance(_criterion_of(model), PointCriterion) or _is_ours(vars(model).get("_loss_function"))
 
 
-def _swap_class(model: nn.Module, original: type[nn.Module], options: Options) -> None:
+def _criterion_of(model: nn.Module) -> nn.Module | None:
+    """Find the criterion of a model; a criterion is its own."""
+    own = vars(model)["_modules"].get("criterion")
+    return model if own is None and original_class(type(model)) is not None else cast("nn.Module | None", own)
+
+
+def _swap_criterion(model: nn.Module, name: str, options: Options) -> None:
     criterion = cast("nn.Module", model.criterion)
-    if type(criterion) is not original:
+    original = original_class(type(criterion))
+    if original is None or original.__name__ != name:
         raise Cause(
-            f"the criterion must be Transformers' own {original.__name__}",
-            f"it is {type(criterion).__module__}.{type(criterion).__qualname__}, whose changes would be lost",
+            f"the criterion must be Transformers' own {name}, or of a subclass",
+            f"it is {describe_class(criterion)}, whose changes would be lost",
             "patch the model before its criterion is replaced, or use maskloss.MaskCriterion in yours",
         )
-    # The object stays, with its buffers, parameters and hooks; only its methods change.
-    criterion.__class__ = patched_class(cast("Any", original))
-    swapped = cast("PointCriterion", criterion)
-    swapped.maskloss_backend, swapped.maskloss_sampling = options.backend, options.sampling
+    swap(criterion, options.backend, options.sampling)
 
 
 def _swap_function(model: Any, options: Options) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -66,6 +67,22 @@ _PASSES = _Passes()
 def current(module: nn.Module) -> ForwardPass | None:
     """Find the pass of the model that a module belongs to; None outside of one, and while code is compiled."""
     return None if torch.compiler.is_compiling() else _PASSES.of.get(module)
+
+
+@contextmanager
+def opened(*modules: nn.Module) -> Iterator[None]:
+    """Open a pass for modules of which the first is called by itself; inside another pass that one goes on."""
+    if torch.compiler.is_compiling() or any(module in _PASSES.of for module in modules):
+        yield
+        return
+    found = ForwardPass(training=False)
+    for module in modules:
+        _PASSES.of[module] = found
+    try:
+        yield
+    finally:
+        for module in modules:
+            _PASSES.of.pop(module, None)
 
 
 def watch(model: nn.Module) -> None:

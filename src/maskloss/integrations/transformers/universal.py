@@ -1,28 +1,33 @@
 """The criterion that Mask2Former, OneFormer, EoMT, EoMT-DINOv3 and VidEoMT share, computed by maskloss.
 
-Transformers has one copy of it in each model's file. `patched_class` derives a class from the copy that a model
-uses, with another `forward`: buffers, parameters, hooks, names in a checkpoint and what `isinstance` says all stay.
+Transformers has one copy of it in each model's file. `swap` derives a class from the copy that a model uses, with
+another `forward`: buffers, parameters, hooks, names in a checkpoint and what `isinstance` says all stay.
+
+A subclass of such a criterion, as EoMT's own code has it, keeps what it overrides. Its `forward` is called; what
+Transformers' methods did below it, the matching and the mask terms of one layer, is computed by maskloss.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from maskloss import _inputs, ops
 from maskloss._classification import softmax_loss
-from maskloss.errors import reported
+from maskloss.errors import Cause, reported
 from maskloss.factors import MaskFactors
 from maskloss.integrations import _targets
+from maskloss.integrations.layerwise import layer_loss
 from maskloss.integrations.transformers import forward_pass
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher, check_predictions
+from maskloss.matches import Pairs
 from maskloss.points import PointSampling
+from maskloss.targets import MaskTargets
 
 _OPERATION = "maskloss in Transformers"
 
@@ -71,7 +76,7 @@ class PointCriterion(nn.Module):
         classes, masks = check_predictions(class_logits, mask_logits)
         no_object = classes.shape[3] - 1
         step = _targets.begin(self._packed(mask_labels, masks[0].device), class_labels, [*masks, classes])
-        found = self._matcher().match(classes, masks, step, no_object_labels=True)
+        found = _matcher_of(self.matcher, self).match(classes, masks, step, no_object_labels=True)
         count = step.divisor(float(step.targets.num_masks))
         ce_weight, dice_weight = (self.weight_dict.get(name, 1.0) for name in ("loss_mask", "loss_dice"))
         terms = self._mask_loss().layer_terms(masks, found, step, ops.Reduction(ce_weight, dice_weight, count))
@@ -88,18 +93,7 @@ class PointCriterion(nn.Module):
 
     def _packed(self, masks: Any, device: torch.device) -> Any:
         """Pack the masks if several calls in one forward pass of the model share them."""
-        found = forward_pass.current(self) if self.remembers_masks else None
-        return masks if found is None else found.pack(masks, device)
-
-    def _matcher(self) -> HungarianMatcher:
-        return HungarianMatcher(
-            class_weight=self.matcher.cost_class,
-            mask_weight=self.matcher.cost_mask,
-            dice_weight=self.matcher.cost_dice,
-            num_points=self.matcher.num_points if self.maskloss_sampling is None else self.maskloss_sampling.num_points,
-            layout=PointSampling.layout if self.maskloss_sampling is None else self.maskloss_sampling.layout,
-            backend=self.maskloss_backend,
-        )
+        return _packed(self, masks, device) if self.remembers_masks else masks
 
     def _mask_loss(self) -> MaskLoss:
         own = (self.num_points, self.oversample_ratio, self.importance_sample_ratio)
@@ -139,6 +133,79 @@ class LayerwiseCriterion(UniversalCriterion):
     """`UniversalCriterion` for models that call it once for each decoder layer: EoMT and EoMT-DINOv3."""
 
     remembers_masks = True
+
+
+class LayerMethods(PointCriterion):
+    """`loss_masks` of the criteria, for subclasses: their `forward`, or Transformers', calls it for each layer."""
+
+    @reported(_OPERATION)
+    def loss_masks(
+        self,
+        masks_queries_logits: Tensor | MaskFactors,
+        mask_labels: Any,
+        indices: Pairs,
+        num_masks: float | Tensor,
+    ) -> dict[str, Tensor]:
+        """Compute the mask terms of one layer, divided by `num_masks`."""
+        masks = _packed(self, mask_labels, masks_queries_logits.device)
+        ce, dice = layer_loss(self._mask_loss(), masks_queries_logits, masks, indices, num_masks)
+        return {"loss_mask": ce.reshape(self.count_shape), "loss_dice": dice.reshape(self.count_shape)}
+
+
+class OneFormerMethods(LayerMethods):
+    """`LayerMethods` for `OneFormerLoss`."""
+
+    count_shape = (1,)
+
+
+class Scope(nn.Module):
+    """What comes before a subclass: the masks that its `forward` is given are packed once."""
+
+    matcher: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the subclass's `forward`."""
+        with forward_pass.opened(self, self.matcher):
+            return super().forward(*args, **kwargs)
+
+
+class PointMatcher(nn.Module):
+    """`forward` of Transformers' matchers, for criteria that call them layer by layer."""
+
+    maskloss_backend: str | None
+    maskloss_sampling: PointSampling | None
+
+    @reported(_OPERATION)
+    def forward(
+        self,
+        masks_queries_logits: Tensor | MaskFactors,
+        class_queries_logits: Tensor,
+        mask_labels: Any,
+        class_labels: Sequence[Tensor],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Match one layer: (queries, targets) of each image, on the CPU."""
+        classes, masks = check_predictions(class_queries_logits, masks_queries_logits)
+        targets = _packed(self, mask_labels, masks[0].device)
+        step = _targets.begin(targets, class_labels, [*masks, classes])
+        return _matcher_of(self, self).match(classes, masks, step, no_object_labels=True).to("cpu").pairs()
+
+
+def _packed(module: nn.Module, masks: Any, device: torch.device) -> MaskTargets:
+    found = forward_pass.current(module)
+    return _targets.pack_masks(masks, device) if found is None else found.pack(masks, device)
+
+
+def _matcher_of(theirs: Any, options: PointCriterion | PointMatcher) -> HungarianMatcher:
+    """Make our matcher with the weights of theirs."""
+    sampling = options.maskloss_sampling
+    return HungarianMatcher(
+        class_weight=theirs.cost_class,
+        mask_weight=theirs.cost_mask,
+        dice_weight=theirs.cost_dice,
+        num_points=theirs.num_points if sampling is None else sampling.num_points,
+        layout=PointSampling.layout if sampling is None else sampling.layout,
+        backend=options.maskloss_backend,
+    )
 
 
 class OneFormerCriterion(PointCriterion):
@@ -187,28 +254,126 @@ def _join(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return final | {f"{name}_{i}": value for i, layer in enumerate(others) for name, value in layer.items()}
 
 
+# By the class that Transformers has: with all layers at once, and layer by layer under a subclass.
 _MIXINS = {
-    "mask2former.modeling_mask2former.Mask2FormerLoss": UniversalCriterion,
-    "oneformer.modeling_oneformer.OneFormerLoss": OneFormerCriterion,
-    "eomt.modeling_eomt.EomtLoss": LayerwiseCriterion,
-    "eomt_dinov3.modeling_eomt_dinov3.EomtDinov3Loss": LayerwiseCriterion,
-    "videomt.modeling_videomt.VideomtLoss": UniversalCriterion,
+    "mask2former.modeling_mask2former.Mask2FormerLoss": (UniversalCriterion, LayerMethods),
+    "oneformer.modeling_oneformer.OneFormerLoss": (OneFormerCriterion, OneFormerMethods),
+    "eomt.modeling_eomt.EomtLoss": (LayerwiseCriterion, LayerMethods),
+    "eomt_dinov3.modeling_eomt_dinov3.EomtDinov3Loss": (LayerwiseCriterion, LayerMethods),
+    "videomt.modeling_videomt.VideomtLoss": (UniversalCriterion, LayerMethods),
 }
+# What `loss_masks` of Transformers calls and ours does not.
+_NOT_CALLED = ("sample_points_using_uncertainty", "calculate_uncertainty", "_pad_images_to_max_in_batch")
+
+
+def _path(kind: type[Any]) -> str:
+    return f"{kind.__module__.removeprefix('transformers.models.')}.{kind.__name__}"
+
+
+def original_class(kind: type[Any]) -> type[Any] | None:
+    """Find the criterion of Transformers that a class is, or derives from."""
+    return next((each for each in kind.__mro__ if _path(each) in _MIXINS), None)
+
+
+def _overridden(module: nn.Module, original: type[Any]) -> list[str]:
+    """List what a subclass, or the object itself, has in place of methods of Transformers' class."""
+    kind = type(module)
+    above = [*(vars(each) for each in kind.__mro__[: kind.__mro__.index(original)]), vars(module)]
+    return sorted(
+        name for name, value in vars(original).items() if callable(value) and any(name in each for each in above)
+    )
+
+
+def _original_matcher(matcher: object) -> type[Any] | None:
+    theirs = {path.replace("Loss", "HungarianMatcher") for path in _MIXINS}
+    return next((each for each in type(matcher).__mro__ if _path(each) in theirs), None)
+
+
+def swap(criterion: nn.Module, backend: str | None, sampling: PointSampling | None) -> None:
+    """Give a criterion of Transformers, or of a subclass, maskloss's methods; `restore` takes them back.
+
+    Raises:
+        Cause: a subclass overrides what would not be called any more, or neither its matching nor its mask terms would
+            be computed here.
+    """
+    kind: Any = type(criterion)
+    original: Any = original_class(kind)
+    overridden = [name for name in _overridden(criterion, original) if name != "__init__"]
+    matcher: Any = vars(criterion)["_modules"].get("matcher")
+    same_matcher = type(matcher) is _original_matcher(matcher)
+    at_once = not overridden and same_matcher
+    name = describe_class(criterion)
+    ignored = [each for each in overridden if each in _NOT_CALLED]
+    if ignored:
+        raise Cause(
+            "a subclass must not override what is not called any more",
+            f"{name} has {', '.join(ignored)}",
+            "sampling= of patch says how points are drawn",
+        )
+    if not same_matcher and "loss_masks" in overridden and not _calls_super(criterion.loss_masks):
+        raise Cause(
+            "matching or mask terms of a subclass must be Transformers' own",
+            f"{name} has loss_masks, and its matcher is {describe_class(matcher)}: nothing is left to compute",
+            "LayerMasks of maskloss.integrations.layerwise can take the place of loss_masks",
+        )
+    _swap_class(criterion, _derived(kind, at_once), backend, sampling)
+    if not at_once and same_matcher:
+        _swap_class(matcher, _derived_matcher(cast("Any", type(matcher))), backend, sampling)
+
+
+def _calls_super(method: Any) -> bool:
+    return "__class__" in getattr(getattr(method, "__code__", None), "co_freevars", ())
+
+
+def describe_class(value: object) -> str:
+    """Name the class of an object in full."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _swap_class(module: Any, kind: type[Any], backend: str | None, sampling: PointSampling | None) -> None:
+    # The object stays, with its buffers, parameters and hooks; only its methods change.
+    module.__class__ = kind
+    module.maskloss_backend, module.maskloss_sampling = backend, sampling
+
+
+def restore(criterion: nn.Module) -> None:
+    """Give a criterion and its matcher their own classes back."""
+    for module in (criterion, vars(criterion)["_modules"].get("matcher")):
+        if isinstance(module, (PointCriterion, PointMatcher)):
+            module.__class__ = type(module).maskloss_original  # type: ignore[union-attr]
+            vars(module).pop("maskloss_backend", None)
+            vars(module).pop("maskloss_sampling", None)
 
 
 @functools.cache
-def patched_class(original: type[Any]) -> type[PointCriterion]:
-    """Derive from a criterion's class one whose `forward` is maskloss's; `isinstance` still finds the original."""
-    path = f"{original.__module__.removeprefix('transformers.models.')}.{original.__name__}"
-    name = f"PointSampled{original.__name__}"
-    namespace = {"__module__": __name__, "__qualname__": name, "__doc__": f"`{original.__name__}`, by maskloss."}
-    return type(name, (_MIXINS[path], original), namespace)
+def _derived(kind: Any, at_once: bool) -> Any:
+    """Derive from a criterion's class one with maskloss's methods; `isinstance` still finds the original."""
+    original: Any = original_class(kind)
+    fused, layerwise = _MIXINS[_path(original)]
+    if at_once:
+        return _make(kind, (fused, kind))
+    # Between the subclass and Transformers' class: what the subclass calls by `super()` is ours.
+    below = type(f"PointSampled{original.__name__}", (layerwise, original), {})
+    return _make(kind, (Scope, kind, below))
 
 
-def __getattr__(name: str) -> type[PointCriterion]:
-    """Find a derived class by its name, which is how a pickled model finds it in another process."""
-    for path in _MIXINS:
-        module, _, criterion = path.rpartition(".")
-        if name == f"PointSampled{criterion}":
-            return patched_class(getattr(importlib.import_module(f"transformers.models.{module}"), criterion))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+@functools.cache
+def _derived_matcher(kind: Any) -> Any:
+    return _make(kind, (PointMatcher, kind))
+
+
+def _make(kind: type[Any], bases: tuple[type[Any], ...]) -> type[Any]:
+    name = f"PointSampled{kind.__name__}"
+    namespace = {"__module__": __name__, "__qualname__": name, "__doc__": f"`{kind.__name__}`, by maskloss."}
+    return type(name, bases, namespace | {"maskloss_original": kind, "__reduce_ex__": _reduce})
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """Pickle by the class that can be imported; the derived one is made again."""
+    state: Any = nn.Module.__reduce_ex__(self, protocol)[2:]
+    return (_empty, (type(self).maskloss_original, Scope not in type(self).__mro__), *state)
+
+
+def _empty(kind: Any, at_once: bool) -> Any:
+    derived = _derived_matcher(kind) if original_class(kind) is None else _derived(kind, at_once)
+    return derived.__new__(derived)
