@@ -8,7 +8,10 @@ import torch
 
 from maskloss.lab.data import truth
 from maskloss.lab.data.augment import LARGEST, SMALLEST, random_view, recolor
-from maskloss.lab.data.catalog import Entry
+from maskloss.lab.data.catalog import Entry, Instance, Map
+from maskloss.lab.data.images import Head
+from maskloss.lab.data.maps import NUMBERS
+from maskloss.lab.data.readers.segmentation import encode
 from maskloss.lab.data.scenes import fit
 from maskloss.lab.data.truth import Loaded, View
 
@@ -21,7 +24,8 @@ def loaded() -> Loaded:
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     labels = ((y // 9) * 6 + x // 9 + 1).astype(np.int32)
     ids = [int(number) for number in np.unique(labels)]
-    entry = Entry("a.png", HEIGHT, WIDTH, ids, [number % 3 for number in ids], [], [], "a_masks.png")
+    instances = [Instance(number, number % 3) for number in ids]
+    entry = Entry("a.png", HEIGHT, WIDTH, instances, Map("a_masks.png", NUMBERS))
     return Loaded(np.stack([labels, y, x], axis=-1).astype(np.float32), entry, labels)
 
 
@@ -54,10 +58,13 @@ def test_masks_move_with_the_image(loaded, view):
 @pytest.mark.parametrize("view", VIEWS)
 def test_run_lengths_move_as_label_maps_do(loaded, view):
     codec = pytest.importorskip("pycocotools.mask")
-    ids = loaded.entry.segments
+    ids = [each.source for each in loaded.entry.instances]
     runs = [codec.encode(np.asfortranarray((loaded.map == number).astype(np.uint8))) for number in ids]
-    segments = [{"size": run["size"], "counts": run["counts"].decode()} for run in runs]
-    same = loaded._replace(entry=loaded.entry._replace(segments=segments, map=None), map=None)
+    instances = [
+        Instance({"size": run["size"], "counts": run["counts"].decode()}, number % 3)
+        for run, number in zip(runs, ids, strict=True)
+    ]
+    same = loaded._replace(entry=loaded.entry._replace(instances=instances, map=None), map=None)
     ours, theirs = same.pack(view, (40, 40)), loaded.pack(view, (40, 40))
     assert ours.masks.encoding == "bits" and theirs.masks.encoding == "labels"
     assert torch.equal(ours.masks.dense(), theirs.masks.dense()) and torch.equal(ours.labels, theirs.labels)
@@ -70,7 +77,7 @@ def test_slivers_at_the_edge_weigh_nothing(loaded):
     assert packed.masks.dense().sum((1, 2)).tolist() == [81, 9, 9]
     assert packed.masks.ignore.numel() > 0
     whole = loaded.pack(View.whole(HEIGHT, WIDTH), (HEIGHT, WIDTH))
-    assert len(whole.labels) == len(loaded.entry.segments) and not whole.masks.ignore.numel()
+    assert len(whole.labels) == len(loaded.entry.instances) and not whole.masks.ignore.numel()
 
 
 @pytest.mark.parametrize("crop", [None, 24])
@@ -106,6 +113,23 @@ def test_images_are_fitted_and_padded_with_their_mean(height, width, rows, colum
 
 
 def test_an_image_with_a_wrong_size_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(truth, "read_size", lambda path: (5, 6))
+    monkeypatch.setattr(truth, "read_head", lambda path: Head(5, 6, 1))
     with pytest.raises(ValueError, match="is 5 x 6, expected are 6 x 6"):
-        truth.load(Entry("a.png", 6, 6, [], [], [], []))
+        truth.load(Entry("a.png", 6, 6, []))
+
+
+@pytest.mark.parametrize("encoding", ["map", "run lengths"])
+def test_more_instances_than_queries(loaded, encoding):
+    """The smallest are left out, and weigh nothing instead of being background."""
+    if encoding == "run lengths":
+        masks = [(loaded.map == each.source, each.label) for each in loaded.entry.instances]
+        instances = [Instance(encode(mask), label) for mask, label in masks]
+        loaded = loaded._replace(entry=loaded.entry._replace(instances=instances, map=None), map=None)
+    view = View(0, 0, 20, 20)
+    whole, some = loaded.pack(view, (20, 20)), loaded.pack(view, (20, 20), 4)
+    areas = whole.masks.dense().sum((1, 2))
+    assert sorted(areas.tolist()) == [4, 18, 18, 18, 18, 81, 81, 81, 81]
+    assert torch.equal(some.masks.dense(), whole.masks.dense()[areas == 81])
+    assert torch.equal(some.labels, whole.labels[areas == 81])
+    bits = np.unpackbits(some.masks.ignore.numpy().reshape(20, -1), axis=1, count=20, bitorder="little")
+    assert np.array_equal(bits.astype(bool), whole.masks.dense()[areas < 81].any(0).numpy())

@@ -70,9 +70,7 @@ def test_without_out_a_run_goes_to_a_folder_named_after_the_time(tmp_path, capsy
 def test_evaluate(run, tmp_path, capsys):
     assert main(["evaluate", str(run), "--device", "cpu", "--json", str(tmp_path / "scores.json")]) == 0
     printed = capsys.readouterr().out
-    assert (
-        "on 1 held-out image" in printed and "AP by size  small" in printed and "TP/(TP+FP+FN) by IoU  0.50" in printed
-    )
+    assert "on 1 image" in printed and "AP by size  small" in printed and "TP/(TP+FP+FN) by IoU  0.50" in printed
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores == json.loads((run / "summary.json").read_text())["evaluation"]
 
@@ -82,7 +80,7 @@ def test_evaluate_on_other_data(run, tmp_path, capsys):
 
     write_cells(tmp_path / "other", 11)
     assert main(["evaluate", str(run), "--data", str(tmp_path / "other"), "--device", "cpu"]) == 0
-    assert "on 2 held-out images" in capsys.readouterr().out
+    assert "on 11 images" in capsys.readouterr().out
 
 
 def test_predict(run, tmp_path, capsys):
@@ -218,7 +216,7 @@ def one_sentence(capsys) -> str:
 
 ERRORS = {
     "no folder of data": (["--data", "nowhere"], "there is no folder nowhere"),
-    "a file as data": (["--data", "file"], "there is no folder file"),
+    "a file as data": (["--data", "file"], "file is a file"),
     "an empty folder": (["--data", "empty"], "none was found in empty"),
     "a size": (["--size", "50"], "--size must be a multiple of 16: got 50"),
     "a large size": (["--size", "1000000016"], "--size must be a whole number"),

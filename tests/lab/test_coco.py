@@ -104,7 +104,7 @@ def test_cocos_own_layout(folder):
     (root / "images").rmdir()
     source = open_folder(folder)
     assert (len(source.found.train), len(source.held_out)) == (4, 2)
-    assert "instances_val2017.json (held out)" in dict(source.facts)["found"]
+    assert "2 images of the part val held out" in dict(source.facts)["found"]
 
 
 def test_panoptic(tmp_path):
@@ -141,7 +141,7 @@ def test_sizes_written_as_floats_and_flags_as_strings(folder):
     folder.save()
     source = open_folder(folder)
     assert int(source.found.train.counts.sum() + source.found.held_out.counts.sum()) == 12
-    assert len(all_entries(source)["4.png"].crowds) == 1
+    assert [each.kind for each in all_entries(source)["4.png"].instances] == ["object", "object", "crowd"]
 
 
 def test_a_byte_order_mark(folder):
@@ -223,15 +223,15 @@ WRONG = {
     "an image without a name": (_set("images", 0, "file_name", None), "file_name of image 100 is None"),
     "a number for a name": (_set("images", 0, "file_name", 7), "file_name of image 100 is 7"),
     "a name with NUL": (_set("images", 0, "file_name", "a\0.png"), "file_name of image 100"),
-    "a name out of the folder": (_set("images", 0, "file_name", "../instances.json"), "leads out of the folder"),
-    "an absolute name": (_set("images", 0, "file_name", "/etc/hostname"), "leads out of the folder"),
+    "a name out of the folder": (_set("images", 0, "file_name", "../outside.png"), r"no file '\.\./outside\.png' in"),
+    "an absolute name": (_set("images", 0, "file_name", "/etc/hostname"), "no file '/etc/hostname' in"),
     "an image that is not there": (_set("images", 0, "file_name", "lost.png"), "there is no file 'lost.png'"),
     "two images with one id": (_set("images", 1, "id", 100), "image id 100 stands for '0.png' and for '1.png'"),
     "a size of another image": (_another_size, r"2\.png is 48 x 48, annotated as 49 x 48"),
-    "a size that is no number": (_set("images", 0, "height", "40"), "size of '0.png'"),
-    "a size of nothing": (_set("images", 0, "width", 0), "size of '0.png'"),
+    "a size that is no number": (_set("images", 0, "height", "tall"), "size of '0.png'"),
+    "a size below nothing": (_set("images", 0, "width", -1), "size of '0.png'"),
     "a flag that is no flag": (_set("annotations", 0, "iscrowd", "no"), "iscrowd of annotation 1"),
-    "no instances": (_set("annotations", []), "no training image"),
+    "no instances": (_set("annotations", []), "no image in"),
     "a single image": (lambda content: content.update(images=content["images"][:1]), "at least two images|not listed"),
 }
 
@@ -253,7 +253,9 @@ def test_what_is_wrong_can_be_left_out(folder, case):
     source = open_folder(folder, on_error="skip")
     [skipped] = source.problems.skipped
     assert re.search(message, skipped)
-    assert "left out" in dict(source.facts)
+    assert "broken: 1" in dict(source.facts)["left out"]
+    # What is in the image of a broken annotation is not known, so the image goes too.
+    assert len(all_entries(source)) == 5
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,7 @@ def test_files_that_are_no_annotations(folder, text, message):
 def test_a_folder_in_place_of_the_annotations(folder):
     (folder.root / "instances.json").unlink()
     (folder.root / "instances.json").mkdir()
-    with pytest.raises(MaskLossError, match=r"instances\.json is a folder"):
+    with pytest.raises(MaskLossError, match=r"none was found in .*shapes, which holds 6 of \.png"):
         open_folder(folder)
 
 
@@ -304,11 +306,20 @@ def test_a_broken_image_stops_the_run_or_is_replaced(folder):
     assert len(batch.images) == 5 and "3.png" in batch.skipped[0]
 
 
-def test_both_files_must_have_the_same_categories(folder):
-    folder.content["categories"] = [{"id": 7, "name": "disc"}, {"id": 3, "name": "box"}, {"id": 9, "name": "star"}]
+def test_classes_that_one_file_lists(folder):
+    folder.content["categories"] = [{"id": 1, "name": "disc"}, {"id": 3, "name": "box"}, {"id": 9, "name": "star"}]
+    for annotation in folder.content["annotations"]:
+        annotation["category_id"] = {7: 1}.get(annotation["category_id"], annotation["category_id"])
+    folder.content["annotations"][1]["category_id"] = 9
     folder.save(name="instances_val.json")
-    with pytest.raises(MaskLossError, match=r"must have the same categories"):
-        open_folder(folder)
+    source = open_folder(folder)
+    # By their names: the numbers of the two files differ.
+    assert source.class_names == ["box", "disc", "star"] and source.category_ids == [3, 7, 9]
+    assert all_scenes(source)["1.png"].labels.tolist() == [1, 0]
+    facts = dict(source.facts)
+    assert "classes that only one part lists: 1 ('star')" in facts["mended"]
+    assert "classes without an instance to learn from: 1 ('star')" in facts["suspicious"]
+    assert "images in both parts" in facts["suspicious"]
 
 
 def test_two_files_of_annotations(folder):

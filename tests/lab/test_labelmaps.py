@@ -17,14 +17,16 @@ from PIL import Image
 from lab.conftest import reads_little, write_cells
 from maskloss import MaskLossError
 from maskloss.lab.data.folder import FolderScenes
-from maskloss.lab.data.images import read_image, read_label_map, read_size, to_unit
+from maskloss.lab.data.images import read_image, read_size, to_unit
+from maskloss.lab.data.maps import read_map
+from maskloss.lab.data.options import DataOptions
 
 
 def test_images_side_by_side_with_their_maps(cells):
     source = FolderScenes(str(cells), 32)
     assert source.found.kind == "labels" and source.class_names == ["instance"] and source.one_class_maps
     scene = source.held_out[0]
-    truth = read_label_map(cells / scene.name.replace(".tif", "_masks.tif"))
+    truth = read_map(cells / scene.name.replace(".tif", "_masks.tif"))
     ids = [number for number in np.unique(truth) if number]
     masks = scene.masks()
     assert len(masks) == len(ids) == len(scene.labels) and not scene.labels.any()
@@ -61,7 +63,7 @@ def test_maps_of_any_depth(tmp_path, suffix, dtype):
     labels[2:9, 3:9], labels[12:18, 20:29] = 200, 3
     path = tmp_path / f"map.{suffix}"
     tifffile.imwrite(path, labels) if suffix == "tif" else Image.fromarray(labels).save(path)
-    assert np.array_equal(read_label_map(path), labels)
+    assert np.array_equal(read_map(path), labels)
 
 
 def test_a_palette_does_not_change_the_numbers(tmp_path):
@@ -71,13 +73,13 @@ def test_a_palette_does_not_change_the_numbers(tmp_path):
     image.putdata(labels.ravel().tolist())
     image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0] + [0] * 759)
     image.save(tmp_path / "map.png")
-    assert np.array_equal(read_label_map(tmp_path / "map.png"), labels)
+    assert np.array_equal(read_map(tmp_path / "map.png"), labels)
 
 
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((8, 9, 3), np.uint8), "shape 8 x 9 x 3"),
+        (np.arange(216).reshape(8, 9, 3).astype(np.uint8), "shape 8 x 9 x 3"),
         (np.full((8, 8), 0.5, np.float32), "holds fractions"),
         (np.full((8, 8), np.nan, np.float32), "holds fractions"),
         (np.full((8, 8), np.inf, np.float32), "holds fractions"),
@@ -89,7 +91,7 @@ def test_a_palette_does_not_change_the_numbers(tmp_path):
 def test_what_is_no_label_map(tmp_path, array, message):
     tifffile.imwrite(tmp_path / "map.tif", array)
     with pytest.raises(MaskLossError, match=message):
-        read_label_map(tmp_path / "map.tif")
+        read_map(tmp_path / "map.tif")
 
 
 def test_a_map_of_another_size_than_its_image(cells):
@@ -141,7 +143,7 @@ def test_a_compression_that_only_pillow_knows(tmp_path):
 def test_deep_images_are_stretched_between_percentiles(cells):
     image = to_unit(read_image(cells / "0.tif"), percentile=False)
     assert image.min() == 0 and image.max() == 1
-    assert 0.6 < image[read_label_map(cells / "0_masks.tif") > 0].mean() <= 1
+    assert 0.6 < image[read_map(cells / "0_masks.tif") > 0].mean() <= 1
     hot = read_image(cells / "0.tif").copy()
     hot[0, 0] = 65535
     assert np.abs(to_unit(hot, percentile=False) - image)[1:].max() < 0.1
@@ -173,7 +175,7 @@ def test_an_image_that_would_fill_the_memory(tmp_path):
         read_image(tmp_path / "bomb.png")
 
 
-@pytest.mark.parametrize("read", [read_image, read_label_map, read_size])
+@pytest.mark.parametrize("read", [read_image, read_map, read_size])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_one_limit_of_pixels(tmp_path, suffix, read):
     """Pixels count, not channels, and it is this limit that is told, not Pillow's."""
@@ -253,12 +255,12 @@ def test_an_empty_folder(tmp_path):
 
 def test_a_format_that_is_not_there(cells):
     with pytest.raises(MaskLossError, match="a data set of the format 'coco'"):
-        FolderScenes(str(cells), 32, format="coco")
+        FolderScenes(str(cells), 32, options=DataOptions(format="coco"))
 
 
 def test_warnings_of_broken_files_on_many_threads(tmp_path):
     """Pillow warns of each; no thread may turn the warnings of another on again, or leave them off for good."""
-    paths = [tmp_path / f"{number}.tif" for number in range(200)]
+    paths = [tmp_path / f"{number}.png" for number in range(200)]
     tifffile.imwrite(paths[0], np.zeros((8, 8), np.uint8))
     for path in paths:
         path.write_bytes(paths[0].read_bytes()[:200])

@@ -68,7 +68,7 @@ def test_a_run(model_folder, folder, tmp_path):
     )
     assert all(path.is_file() for path in written)
     # COCO results have the category ids of the data.
-    assert {entry["category_id"] for entry in json.loads(written[-1].read_text())} <= {3, 7}
+    assert {entry["category_id"] for entry in json.loads((tmp_path / "out" / "predictions.json").read_text())} <= {3, 7}
 
 
 def test_the_paragraphs_of_a_run(folder, tmp_path):
@@ -212,8 +212,11 @@ def test_more_instances_than_queries(model_folder, folder, tmp_path):
     box = folder.content["annotations"][1]
     folder.content["annotations"] += [{**box, "id": 100 + number} for number in range(9)]
     folder.save()
-    with pytest.raises(MaskLossError, match="has 6 queries"):
-        train(config_of(model_folder, folder.root), tmp_path / "run", Listener.silent())
+    told = []
+    train(config_of(model_folder, folder.root), tmp_path / "run", Listener.silent()._replace(facts=told.append))
+    # Eleven instances of an image.
+    assert "instances beyond the 6 that the model can find in an image" in dict(told[0])["decided"]
+    assert ": 5 (0.png" in dict(told[0])["decided"]
 
 
 def test_an_interrupted_run_goes_on(tmp_path, folder, monkeypatch):

@@ -480,7 +480,7 @@ def test_an_unknown_option():
 
 
 def test_more_instances_than_queries(tmp_path):
-    with pytest.raises(MaskLossError, match=r"5 instances, and --grid 2 makes 4 queries[\s\S]*--grid 4"):
+    with pytest.raises(MaskLossError, match=r"a scene has up to 5, the model 4[\s\S]*--grid 4"):
         train(TrainConfig(**SHORT, grid=2), tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()
 

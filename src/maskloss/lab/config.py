@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -16,6 +17,7 @@ from maskloss._abi import LAYOUTS
 from maskloss._numbers import is_number
 from maskloss.errors import Cause
 from maskloss.lab.data.folder import NORMALIZE
+from maskloss.lab.data.options import CROWD, SEMANTIC, DataOptions
 from maskloss.lab.data.problems import ON_ERROR
 from maskloss.lab.data.recognize import FORMATS
 from maskloss.points import PointSampling
@@ -112,7 +114,47 @@ class TrainConfig:
 
     data: Annotated[str | None, Option("data", "FOLDER", "images with annotations; default: handwritten digits")] = None
     format: Annotated[
-        str | None, Option("data", "FORMAT", "coco, panoptic or labels; default: recognized", choices=FORMATS)
+        str | None,
+        Option("data", "FORMAT", f"of the data: {', '.join(FORMATS)}; default: recognized", choices=FORMATS),
+    ] = None
+    annotations: Annotated[
+        str | None, Option("data", "FILE", "the annotations, if the folder holds several; default: recognized")
+    ] = None
+    images: Annotated[
+        str | None, Option("data", "FOLDER", "where the images of the annotations lie; default: anywhere in --data")
+    ] = None
+    val: Annotated[
+        str | None,
+        Option(
+            "data",
+            "WHAT",
+            "held-out images: another folder or file of annotations, a share such as 0.1, or a text file with their "
+            "names; default: the part val or test of the data, else one image in five",
+        ),
+    ] = None
+    semantic: Annotated[
+        str | None,
+        Option(
+            "data",
+            "WHAT",
+            "what label maps number: components (classes, and each connected region is an instance), classes (each is "
+            "one mask) or instances; default: instances, unless they look like classes",
+            choices=SEMANTIC,
+        ),
+    ] = None
+    ignore_value: Annotated[
+        int | None,
+        Option("data", "N", "number in label maps of what weighs nothing; default: 255 beside classes", 1, 2**31 - 1),
+    ] = None
+    crowd: Annotated[
+        str | None,
+        Option(
+            "data",
+            "WHAT",
+            "what iscrowd 1 means: ignore (a region) or instances; default: ignore, unless all run lengths have it, as "
+            "those of CVAT's brush do",
+            choices=CROWD,
+        ),
     ] = None
     normalize: Annotated[
         str,
@@ -262,6 +304,24 @@ class TrainConfig:
                 "it comes from another version",
             )
         return cls(**options)
+
+    @property
+    def data_options(self) -> DataOptions:
+        """What the options say of the folder of data."""
+        return DataOptions(**{name: getattr(self, name) for name in DataOptions._fields})
+
+    def anchored(self) -> TrainConfig:
+        """Return the options with absolute paths, so that the run can be used from elsewhere."""
+        places = {name: getattr(self, name) for name in ("data", "images", "annotations", "val")}
+        inner = {
+            name for name in ("images", "annotations") if places[name] and Path(self.data or "", places[name]).exists()
+        }
+        found: dict[str, Any] = {
+            name: str(Path(place).absolute())
+            for name, place in places.items()
+            if place is not None and name not in inner and (name == "data" or Path(place).exists())
+        }
+        return dataclasses.replace(self, **found)
 
     @property
     def torch_device(self) -> torch.device:

@@ -94,16 +94,25 @@ def read_json(path: Path, rule: str) -> dict[str, Any]:
     Raises:
         Cause: `rule`, with what is wrong with the file.
     """
+    content = read_any_json(path, rule)
+    if not isinstance(content, dict):
+        raise Cause(rule, f"{path} holds a {type(content).__name__}", "is it the right file?")
+    return content
+
+
+def read_any_json(path: Path, rule: str) -> Any:
+    """Read a JSON file, whatever it holds.
+
+    Raises:
+        Cause: `rule`, with what is wrong with the file.
+    """
     check_file(path, rule)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise Cause(rule, f"{path}: {explain(error)}", "is it the right file?") from None
     except OSError as error:
         raise Cause(rule, f"{path}: {explain(error)}", "check the path") from None
-    if not isinstance(content, dict):
-        raise Cause(rule, f"{path} holds a {type(content).__name__}", "is it the right file?")
-    return content
 
 
 def plain(value: Any) -> Any:

@@ -17,12 +17,12 @@ LESS_MEMORY = "take a smaller --size, --batch-size, --grid or --num-points"
 EPILOG = """\
 data:
   A folder is recognized by what lies in it:
-    images/ and instances.json                       COCO instances; held out: instances_val.json
-    annotations/instances_train2017.json, train2017/ COCO as it is distributed, with val2017/
-    annotations/panoptic_train2017.json, ...         COCO panoptic, with its folder of PNG files
-    images/ and masks/ (or labels/)                  label maps, PNG or TIFF, one number for each instance
-    x.tif and x_masks.tif                            the same, side by side
-  A folder val/ or test/ beside them is held out; without one, one image in five is.
+    images and any COCO JSON file                    COCO, Roboflow, CVAT, Label Studio, labelme, FiftyOne, ...
+    images/ and labels/, data.yaml                   YOLO polygons
+    images/ and masks/, x.tif and x_masks.tif        label maps: a number for each instance; Cellpose, StarDist
+    what other tools and benchmarks leave            labelme, VIA, CVAT, Supervisely, Label Studio; COCO panoptic, VOC,
+                                                     Cityscapes, ADE20K, Cell Tracking Challenge, DSB 2018
+  The part val of the data is held out, else test, else one image in five; see --val.
 
 examples:
   maskloss train                                         handwritten digits, two minutes on two cores

@@ -14,36 +14,90 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+# Kinds of instances: one object; many that nobody told apart; an object of which only the box is known.
+OBJECT, CROWD, BOX = "object", "crowd", "box"
+
+
+class Instance(NamedTuple):
+    """An annotated region of an image.
+
+    Attributes:
+        source: where its pixels are: COCO's polygons or run lengths; the number in the map of the image; the path of
+            a mask of its own; or {"box": [x, y, width, height]}.
+        label: its class.
+        kind: "object"; "crowd" and "box" are regions in which nothing is asked for.
+    """
+
+    source: Any
+    label: int
+    kind: str = OBJECT
+
+
+class Map(NamedTuple):
+    """A file that says for each pixel what it belongs to.
+
+    Attributes:
+        file: its path.
+        reading: how a number is made of a pixel, see `maps.READINGS`.
+        void: numbers of pixels that belong to nothing known, which weigh nothing.
+    """
+
+    file: str
+    reading: str
+    void: Sequence[int] = ()
+
 
 class Entry(NamedTuple):
     """An image and its annotations.
 
     Attributes:
         file: path of the image.
-        height: pixels.
+        height: pixels, of the image as it was annotated.
         width: pixels.
-        segments: of each instance: a COCO segmentation, or its number in the map.
-        labels: the class of each instance.
-        crowds: regions of many instances that nobody told apart, in the form of `segments`.
-        crowd_labels: their classes.
-        map: path of the label map; None: the segments are COCO's.
-        colored: whether the map holds a number as red + 256 green + 65536 blue, as COCO panoptic does.
+        instances: in the order of the source.
+        map: what the numbers of instances are looked up in; None: they have sources of their own.
+        id: what the source calls the image; None: nothing.
     """
 
     file: str
     height: int
     width: int
-    segments: list[Any]
-    labels: list[int]
-    crowds: list[Any]
-    crowd_labels: list[int]
-    map: str | None = None
-    colored: bool = False
+    instances: list[Instance]
+    map: Map | None = None
+    id: int | str | None = None
 
     @property
     def name(self) -> str:
         """What to call the image."""
         return Path(self.file).name
+
+    @property
+    def objects(self) -> list[Instance]:
+        """The instances to find."""
+        return [each for each in self.instances if each.kind == OBJECT]
+
+    @property
+    def regions(self) -> list[Instance]:
+        """The instances in which nothing is asked for: crowds, and boxes without masks."""
+        return [each for each in self.instances if each.kind != OBJECT]
+
+
+class Part(NamedTuple):
+    """A part of a data set, as its source divides it.
+
+    Attributes:
+        name: "train", "val", "test", or "" where the source does not say.
+        classes: (number, name) of each class, in the order of the labels.
+        entries: the images.
+        how: how it was recognized.
+        idle: numbers of classes that stand for nothing where they have no instances, such as an exporter's class 0.
+    """
+
+    name: str
+    classes: list[tuple[int, str]]
+    entries: list[Entry]
+    how: str
+    idle: frozenset[int] = frozenset()
 
 
 class Catalog:
@@ -56,9 +110,11 @@ class Catalog:
     def __init__(self, entries: Iterable[Entry]) -> None:
         block, offsets, facts = bytearray(), [0], []
         for entry in entries:
-            block += json.dumps(entry, separators=(",", ":")).encode()
+            # The kind of an object is left out, as it is the usual one.
+            instances = [each[:2] if each.kind == OBJECT else each for each in entry.instances]
+            block += json.dumps(entry._replace(instances=instances), separators=(",", ":")).encode()  # type: ignore[arg-type]
             offsets.append(len(block))
-            facts.append((entry.height, entry.width, len(entry.segments)))
+            facts.append((entry.height, entry.width, len(entry.objects)))
         self._block = np.frombuffer(bytes(block), dtype=np.uint8)
         self._offsets = np.array(offsets, dtype=np.int64)
         table = np.array(facts, dtype=np.int64).reshape(-1, 3)
@@ -70,31 +126,31 @@ class Catalog:
 
     def __getitem__(self, number: int) -> Entry:
         start, end = self._offsets[number], self._offsets[number + 1]
-        return Entry(*json.loads(self._block[start:end].tobytes()))
+        file, height, width, instances, found, name = json.loads(self._block[start:end].tobytes())
+        listed = [Instance(*each) for each in instances]
+        return Entry(file, height, width, listed, None if found is None else Map(*found), name)
 
     def select(self, numbers: Sequence[int]) -> Catalog:
         """Return a catalog of some of the images."""
         return Catalog(self[number] for number in numbers)
 
-    def class_counts(self, classes: int) -> list[int]:
-        """Count the instances of each class."""
-        found = np.zeros(classes, dtype=np.int64)
-        for number in range(len(self)):
-            found += np.bincount(np.array(self[number].labels, dtype=np.int64), minlength=classes)
-        return [int(count) for count in found]
+    @property
+    def files(self) -> list[str]:
+        """The paths of the images."""
+        return [self[number].file for number in range(len(self))]
 
 
 class Found(NamedTuple):
     """A data set as it was found in a folder.
 
     Attributes:
-        kind: "coco", "panoptic" or "labels".
+        kind: the name of the reader.
         how: how it was recognized, one line for each part.
         class_names: in the order of the labels.
-        category_ids: the numbers of the classes in COCO's files, in the same order.
+        category_ids: the numbers of the classes in their source, in the same order.
         train: images to train on.
         held_out: images to score on.
-        skipped: what was left out, and why.
+        microscopy: whether these are label maps of one class, which microscopy scores in its own way.
     """
 
     kind: str
@@ -103,4 +159,4 @@ class Found(NamedTuple):
     category_ids: list[int]
     train: Catalog
     held_out: Catalog
-    skipped: list[str]
+    microscopy: bool

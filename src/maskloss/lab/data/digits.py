@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate, pad
 
-from maskloss.errors import require
+from maskloss.errors import Cause, require
+from maskloss.lab.data.problems import Finding
 from maskloss.lab.data.scenes import Batch, Probe, Scene, step_generator
 from maskloss.targets import MaskTargets
 
@@ -59,6 +60,7 @@ class DigitScenes:
     channels = 3
     most_instances = MOST
     one_class_maps = False
+    findings: Sequence[Finding] = ()
 
     def __init__(self, size: int, held_out: int) -> None:
         digits = require("sklearn.datasets", "train").load_digits()
@@ -68,6 +70,19 @@ class DigitScenes:
         self._labels = torch.from_numpy(digits.target).long()
         self.split = split(len(images))
         self.size, self._count = size, held_out
+
+    def limit(self, most: int) -> None:
+        """Check that a model has a query for each digit of a scene.
+
+        Raises:
+            Cause: fewer.
+        """
+        if most < MOST:
+            raise Cause(
+                "the model must have a query for each digit",
+                f"a scene has up to {MOST}, the model {most}",
+                "take --grid 4",
+            )
 
     def batch(self, step: int, positions: range, batch_size: int, seed: int) -> Batch:
         """Draw a step's scenes, and return some of them."""

@@ -16,16 +16,18 @@ from maskloss.lab.data import truth
 from maskloss.lab.data.augment import LARGEST, plain_view, random_view, recolor
 from maskloss.lab.data.catalog import Catalog, Found
 from maskloss.lab.data.images import common_channels, read_image, to_channels, to_unit
-from maskloss.lab.data.problems import SKIP, Problems, sentence
+from maskloss.lab.data.options import DataOptions
+from maskloss.lab.data.problems import DECIDED, SKIP, Finding, Problems, sentence
 from maskloss.lab.data.recognize import recognize
 from maskloss.lab.data.scenes import Batch, Probe, Scene, fit, in_color, step_generator
+from maskloss.lab.data.split import relative
 from maskloss.lab.data.truth import Loaded, View
 from maskloss.targets import MaskTargets
 
 NORMALIZE = ("auto", "percentile", "range")
 # A crop can have more instances than its share of the image's area, as they are not spread evenly.
 _CROWDED = 1.5
-# So many broken images in a row are no accident.
+# This many broken images in a row are no accident.
 _PATIENCE = 20
 
 
@@ -38,6 +40,7 @@ class Reading(NamedTuple):
         percentile: whether 8-bit images are stretched between percentiles too.
         channels: of the images.
         augment: whether training images are changed at random.
+        most: the most instances that the model can find in an image; None: any number.
     """
 
     size: int
@@ -45,6 +48,7 @@ class Reading(NamedTuple):
     percentile: bool
     channels: int
     augment: bool
+    most: int | None = None
 
     def image(self, loaded: Loaded, view: View, frame: int) -> Tensor:
         """Show a view of an image to the model: `[C, size, size]` in [0, 1]."""
@@ -59,13 +63,15 @@ class FolderScenes:
     """Scenes from a folder with images and annotations.
 
     Args:
-        folder: laid out as `recognize` knows it.
+        folder: what a labeling tool leaves, or a benchmark has; see `readers`.
         size: side of the square that the model sees, pixels; None: chosen by the images.
         crop: side of the square to cut out of an image, pixels; None: whole images.
-        format: "coco", "panoptic" or "labels"; None: recognized.
+        options: what a person said of the folder.
         normalize: "auto" (percentiles for label maps and deep images), "percentile" or "range".
         augment: whether training images are changed at random.
         on_error: "stop" or "skip", at a broken image or annotation.
+        score: "all" or the name of a part: only to score on these images; None: divided for training.
+        classes: those of a trained model, which the data must have; None: any.
 
     Raises:
         MaskLossError: a file that is missing or is not what it should be; the message names it.
@@ -78,25 +84,47 @@ class FolderScenes:
         size: int | None = None,
         *,
         crop: int | None = None,
-        format: str | None = None,  # noqa: A002 (the option's name)
+        options: DataOptions = DataOptions(),  # noqa: B008 (immutable)
         normalize: str = "auto",
         augment: bool = True,
         on_error: str = "stop",
+        score: str | None = None,
+        classes: Sequence[str] | None = None,
     ) -> None:
         self.problems = Problems(on_error)
-        root = Path(folder)
-        self.found: Found = recognize(root, format, self.problems)
-        self.title = f"images of {root.resolve().name}"
+        self.root = Path(folder)
+        self.found: Found = recognize(self.root, options, self.problems, score, classes)
+        self.title = f"images of {self.root.resolve().name}"
         self.class_names: Sequence[str] = self.found.class_names
         self.category_ids: Sequence[int] = self.found.category_ids
-        self.one_class_maps = self.found.kind == "labels"
+        self.one_class_maps = self.found.microscopy
         percentile = normalize == "percentile" or (normalize == "auto" and self.one_class_maps)
-        self.channels = common_channels(_first_image(self.found.train, self.problems))
-        chosen = size or _usual_size(self.found.train, crop)
-        self.reading = Reading(chosen, crop, percentile, self.channels, augment)
+        usual = self.found.train if score is None else self.found.held_out
+        self.channels = common_channels(_first_image(usual, self.problems))
+        self.reading = Reading(size or _usual_size(usual, crop), crop, percentile, self.channels, augment)
         self.held_out: Sequence[Scene] = HeldOut(self.found.held_out, self.reading)
         self.most_instances = max(_most_instances(each, crop) for each in (self.found.train, self.found.held_out))
         self._order = lru_cache(maxsize=4)(self._permutation)
+
+    def limit(self, most: int) -> None:
+        """Ask for as many instances of an image as a model can find; the smallest others become ignore regions."""
+        self.reading = self.reading._replace(most=most)
+        crowded = self.found.train.counts - most
+        if self.reading.crop is None and (crowded > 0).any():
+            first = self.found.train[int(crowded.argmax())]
+            count = int(crowded[crowded > 0].sum())
+            what = f"instances beyond the {most} that the model can find in an image: the smallest made ignore regions"
+            self.problems.note(DECIDED, what, first.name, count)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What a person should know of the data."""
+        return self.problems.findings
+
+    @property
+    def held_out_files(self) -> list[str]:
+        """The images that are held out, relative to the folder."""
+        return [relative(Path(file), self.root) for file in self.found.held_out.files]
 
     def __getstate__(self) -> dict[str, object]:
         # Workers that are not forked get a copy; a cache cannot be pickled, and is only a cache.
@@ -120,7 +148,7 @@ class FolderScenes:
         height, width = loaded.entry.height, loaded.entry.width
         side = min(height, width, self.reading.crop or height)
         view = View((height - side) // 2, (width - side) // 2, side, side)
-        packed = loaded.pack(view, view.size)
+        packed = loaded.pack(view, view.size, self.reading.most)
         shown = to_unit(to_channels(loaded.image, self.channels, Path(loaded.entry.file)), self.reading.percentile)
         picture = torch.from_numpy(np.ascontiguousarray(view.apply(shown))).permute(2, 0, 1)
         image = self.reading.image(loaded, view, side)
@@ -154,7 +182,7 @@ class FolderScenes:
                     view, frame = random_view(entry.height, entry.width, draw.crop, self.one_class_maps, generator)
                 else:
                     view, frame = plain_view(entry.height, entry.width, draw.crop, generator)
-                packed = loaded.pack(view, frame)
+                packed = loaded.pack(view, frame, draw.most)
                 image = draw.image(loaded, view, frame[0])
                 return (recolor(image, generator) if draw.augment else image), packed
             except MaskLossError as error:
@@ -188,7 +216,7 @@ class FolderScenes:
             ("classes", f"{len(self.class_names)}: {names}"),
             ("channels", f"{self.channels}, values {depth}"),
             ("shown to the model", shown),
-            *([("left out", _summary(self.problems.skipped))] if self.problems.skipped else []),
+            *_told(self.findings),
         ]
 
 
@@ -215,14 +243,14 @@ class HeldOut(Sequence[Scene]):
         loaded = truth.load(self.catalog[number])
         entry = loaded.entry
         view = View.whole(entry.height, entry.width)
-        packed, crowds, ignored = loaded.pack(view, view.size), loaded.crowds(), loaded.ignored()
+        packed, regions, ignored = loaded.pack(view, view.size), loaded.regions(), loaded.ignored()
         pixels = to_unit(to_channels(loaded.image, self.reading.channels, Path(entry.file)), self.reading.percentile)
         return Scene(
             image=torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
             targets=packed.masks,
             labels=packed.labels,
-            crowd=crowds.masks,
-            crowd_labels=crowds.labels,
+            crowd=regions.masks,
+            crowd_labels=regions.labels,
             ignored=None if ignored is None else torch.from_numpy(ignored),
             name=entry.name,
         )
@@ -251,6 +279,7 @@ def _most_instances(catalog: Catalog, crop: int | None) -> int:
     return int(expected.max(initial=0))
 
 
-def _summary(skipped: Sequence[str]) -> str:
-    shown = "; ".join(skipped[:3])
-    return f"{len(skipped)}: {shown}" + ("; ..." if len(skipped) > 3 else "")
+def _told(findings: Sequence[Finding]) -> list[tuple[str, str]]:
+    """Return a line for each kind of finding."""
+    kinds = dict.fromkeys(each.kind for each in findings)
+    return [(kind, "; ".join(str(each) for each in findings if each.kind == kind)) for kind in kinds]

@@ -6,12 +6,13 @@ floats) have no natural range, so percentiles of each channel decide what is bla
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ Array = NDArray[Any]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"})
 TIFF = frozenset({".tif", ".tiff"})
+_ORIENTATION = 274
+_JPEG_IN_TIFF = frozenset({6, 7, 33003, 33005, 34712})
 # What is black and what is white in an image without a natural range. A few hot pixels must not decide.
 BLACK, WHITE = 1.0, 99.8
 # Beyond this an image does not fit into memory several times over.
@@ -70,13 +73,17 @@ class _OwnRules:
 _own_rules = _OwnRules()
 
 
-def read_image(path: Path) -> Array:
+def read_image(path: Path, *, upright: bool = True) -> Array:
     """Read an image: `[H, W, C]`, uint8 if it has 8 bits, else float32; gray ones have one channel.
+
+    Args:
+        path: of the file.
+        upright: turn it as its orientation tag says, as every viewer does; False: leave it as it is stored.
 
     Raises:
         Cause: a file that is missing, broken, too large, or a stack of planes.
     """
-    array = _read(path)
+    array = read_pixels(path, upright=upright)
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] > MOST_CHANNELS:
@@ -93,46 +100,95 @@ def read_image(path: Path) -> Array:
     return array
 
 
-def read_label_map(path: Path) -> NDArray[np.int32]:
-    """Read a label map: `[H, W]`, 0 for the background and a number for each instance.
+class Head(NamedTuple):
+    """What the head of a file says.
 
-    Raises:
-        Cause: as in `read_image`; or colors, fractions, or numbers outside [0, 2^31).
+    Attributes:
+        height: as stored, pixels.
+        width: as stored, pixels.
+        orientation: how to turn it, as in EXIF: 1 is upright.
     """
-    array = np.squeeze(_read(path, labels=True))
-    rule = "a label map must hold one whole number for each pixel"
-    if array.ndim != 2:
-        raise Cause(
-            rule,
-            f"{path} has the shape {' x '.join(map(str, array.shape))}",
-            "store one channel: 0 is background, every instance has a number",
-        )
-    if array.dtype.kind not in "buif":
-        raise Cause(rule, f"{path} holds values of type {array.dtype}", "store integers")
-    low, high = (array.min(), array.max()) if array.size else (0, 0)
-    if array.dtype.kind == "f" and not (np.isfinite([low, high]).all() and np.array_equal(np.rint(array), array)):
-        raise Cause(rule, f"{path} holds fractions", "store integers")
-    if low < 0 or high >= 2**31:
-        raise Cause(rule, f"{path} holds numbers from {low} to {high}", "number instances from 1")
-    return array.astype(np.int32)
+
+    height: int
+    width: int
+    orientation: int
+
+    @property
+    def displayed(self) -> tuple[int, int]:
+        """Height and width as every viewer shows it."""
+        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Height and width without turning."""
+        return self.height, self.width
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """Read height and width off the head of a file.
+def read_head(path: Path) -> Head:
+    """Read the size of an image, and how it is to be turned, off the head of its file.
 
     Raises:
         Cause: as in `read_image`.
     """
-    try:
+    if path.suffix.lower() in TIFF and path.is_file():
+        # Pillow does not know every TIFF that tifffile does, nor the other way round.
+        try:
+            with _tiff(path) as (series, size):
+                head = Head(*size, _tiff_orientation(series))
+                lost = _end(series) > series.parent.filehandle.size
+        except Cause as error:
+            if error.parts is None or error.parts[0] != _READABLE:
+                raise
+        else:
+            if lost:
+                raise Cause(_READABLE, f"{path} ends before its last pixel", "copy it again: it was cut off")
+            return head
+    with _pillow(path) as opened:
+        orientation = _orientation(opened)
+        # Pillow tells the size of a TIFF as it is displayed, and of everything else as it is stored.
+        width, height = opened.size
+        turned = opened.format == "TIFF" and orientation >= 5
+        return Head(*((width, height) if turned else (height, width)), orientation)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Read height and width of an image as it is displayed off the head of its file.
+
+    Raises:
+        Cause: as in `read_image`.
+    """
+    return read_head(path).displayed
+
+
+def check_lossless(path: Path) -> None:
+    """Raise if a format keeps values only about: a map read from it has numbers that nobody drew.
+
+    Raises:
+        Cause: JPEG, lossy WebP, or a TIFF with JPEG inside.
+    """
+    lossy = None
+    if path.suffix.lower() in TIFF and path.is_file():
+        with contextlib.suppress(Cause), _tiff(path) as (series, _):
+            lossy = "JPEG in TIFF" if int(getattr(series.keyframe, "compression", 1)) in _JPEG_IN_TIFF else None
+    else:
         with _pillow(path) as opened:
-            width, height = opened.size
-            return int(height), int(width)
-    except Cause:
-        if path.suffix.lower() not in TIFF or not path.is_file():
-            raise
-    # Pillow does not know every TIFF that tifffile does.
-    with _tiff(path) as (_, size):
-        return size
+            if opened.format in {"JPEG", "MPO", "JPEG2000"}:
+                lossy = opened.format
+            elif opened.format == "WEBP":
+                with path.open("rb") as file:
+                    lossy = None if b"VP8L" in file.read(64) else "lossy WebP"
+    if lossy:
+        raise Cause(
+            "label maps must be in a format that keeps every value",
+            f"{path} is {lossy}, which is lossy: between two instances it has values that stand for none",
+            "export the masks again as PNG or TIFF; what is lost in a JPEG cannot be restored",
+        )
+
+
+def is_color(path: Path) -> bool:
+    """Whether a file stores a color for each pixel, and no number or index into a palette."""
+    with _pillow(path) as opened:
+        return opened.mode in {"RGB", "RGBA"}
 
 
 def to_unit(image: Array, percentile: bool) -> NDArray[np.float32]:
@@ -181,18 +237,64 @@ def common_channels(image: Array) -> int:
     return 3 if found <= 3 or (found == 4 and image.dtype == np.uint8) else found
 
 
-def _read(path: Path, labels: bool = False) -> Array:
+def read_pixels(path: Path, *, labels: bool = False, upright: bool = True) -> Array:
+    """Read the pixels of a file as they are: `[H, W]` or `[H, W, C]`.
+
+    Args:
+        path: of the file.
+        labels: keep the numbers of a palette, which are the instances of a label map, and not its colors.
+        upright: turn the image as its orientation tag says.
+
+    Raises:
+        Cause: as in `read_image`.
+    """
     if path.suffix.lower() in TIFF:
-        array = _read_tiff(path)
-        if array is not None:
-            return array
-    return _read_pillow(path, labels)
+        found = _read_tiff(path)
+        if found is not None:
+            return turn(*found) if upright else found[0]
+    array, orientation = _read_pillow(path, labels)
+    return turn(array, orientation) if upright else array
 
 
-@contextmanager
+def turn(array: Array, orientation: int) -> Array:
+    """Turn stored pixels `[H, W, ...]` as an orientation tag says, so that they are upright."""
+    if orientation >= 5:
+        array = array.swapaxes(0, 1)
+    flip_y, flip_x = orientation in {3, 4, 7, 8}, orientation in {2, 3, 6, 7}
+    return array[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+
+
+def _end(series: Any) -> int:
+    """Return where the last pixel of a TIFF ends in its file."""
+    pages = [page for page in series.pages if page is not None]
+    return max(
+        (sum(piece) for page in pages for piece in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0
+    )
+
+
+def _orientation(opened: Any) -> int:
+    """Return the orientation that a file asks for; 1 where the tag is missing or makes no sense."""
+    if opened.format == "PNG" and not {"exif", "Raw profile type exif"} & set(opened.info):
+        # Pillow would decode all pixels to see whether a tag follows them.
+        return 1
+    found = opened.getexif().get(_ORIENTATION, 1)
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _tiff_orientation(series: Any) -> int:
+    tag = series.keyframe.tags.get(_ORIENTATION)
+    found = 1 if tag is None else int(tag.value)
+    return found if 1 <= found <= 8 else 1
+
+
+@contextlib.contextmanager
 def _tiff(path: Path) -> Iterator[tuple[Any, tuple[int, int]]]:
     """Open the first series of a TIFF, and say height and width of its plane before any pixel is read."""
     tifffile = require("tifffile", "train")
+    # Its warnings of a damaged file are for whoever asked for logs, not for the terminal.
+    logger = logging.getLogger("tifffile")
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
     check_file(path, _READABLE)
     try:
         with tifffile.TiffFile(path) as opened:
@@ -229,12 +331,13 @@ def _channels_first(sides: Sequence[tuple[str, int]]) -> bool:
     return len(sides) == 3 and sides[-1][0] not in "SC" and sides[0][1] <= MOST_CHANNELS
 
 
-def _read_tiff(path: Path) -> Array | None:
-    """Read by tifffile; None where it lacks the codec, which Pillow may have."""
+def _read_tiff(path: Path) -> tuple[Array, int] | None:
+    """Read by tifffile, with the orientation; None where it lacks the codec, which Pillow may have."""
     with _tiff(path) as (series, _):
         stored = sum(sum(page.databytecounts) for page in series.pages if page is not None)
         if stored > 2 * series.nbytes + _OVERHEAD:
             raise Cause(_READABLE, f"{path} has {stored:,} bytes for {series.nbytes:,}", "it may be damaged")
+        orientation = _tiff_orientation(series)
         try:
             array = series.asarray()
         except (ValueError, KeyError, NotImplementedError) as error:
@@ -243,10 +346,10 @@ def _read_tiff(path: Path) -> Array | None:
             raise
         sides = [(axis, length) for axis, length in zip(series.axes, series.shape, strict=True) if length > 1]
     array = np.squeeze(array)
-    return np.asarray(np.moveaxis(array, 0, -1) if _channels_first(sides) else array)
+    return np.asarray(np.moveaxis(array, 0, -1) if _channels_first(sides) else array), orientation
 
 
-@contextmanager
+@contextlib.contextmanager
 def _pillow(path: Path) -> Iterator[Any]:
     """Open an image by its head, and check how many pixels it says it has."""
     pillow = require("PIL.Image", "train")
@@ -263,15 +366,14 @@ def _pillow(path: Path) -> Iterator[Any]:
         raise _broken(path, error) from None
 
 
-def _read_pillow(path: Path, labels: bool) -> Array:
+def _read_pillow(path: Path, labels: bool) -> tuple[Array, int]:
     with _pillow(path) as opened:
+        orientation = 1 if opened.format == "TIFF" else _orientation(opened)
         # A palette in a label map is decoration: the indices are the instances.
-        if labels and opened.mode == "P":
-            return np.array(opened)
-        if opened.mode in {"1", "L", "RGB", "F", "I"} or opened.mode.startswith("I;16"):
+        if (labels and opened.mode == "P") or opened.mode in {"1", "L", "RGB", "F", "I"} or opened.mode[:4] == "I;16":
             array = np.array(opened)
-            return array.astype(np.uint16) if opened.mode == "I;16B" else array
-        return np.array(opened.convert("L" if opened.mode == "LA" else "RGB"))
+            return array.astype(np.uint16) if opened.mode == "I;16B" else array, orientation
+        return np.array(opened.convert("L" if opened.mode == "LA" else "RGB")), orientation
 
 
 def _check_pixels(path: Path, height: int, width: int) -> None:

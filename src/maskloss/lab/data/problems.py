@@ -1,26 +1,56 @@
-"""What is done about broken images and annotations: stop at the first one, or leave it out and say so."""
+"""What is done about broken images and annotations, and what is told of the data: findings, counted, with examples."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from maskloss.errors import MaskLossError
 
 STOP, SKIP = "stop", "skip"
 ON_ERROR = (STOP, SKIP)
+# Kinds of findings, in the order in which they are told: what may be wrong comes first.
+SUSPICIOUS, DECIDED, LEFT_OUT, MENDED = "suspicious", "decided", "left out", "mended"
+KINDS = (SUSPICIOUS, DECIDED, LEFT_OUT, MENDED)
+_EXAMPLES = 3
+
+
+class Finding(NamedTuple):
+    """Something that a person should know of the data.
+
+    Attributes:
+        kind: one of `KINDS`.
+        what: what was found, and what was done about it.
+        times: how often; 0: it is about the whole data set.
+        examples: the first few.
+    """
+
+    kind: str
+    what: str
+    times: int
+    examples: tuple[str, ...]
+
+    def __str__(self) -> str:
+        count = f": {self.times:,}" if self.times else ""
+        such = f" ({'; '.join(self.examples)}{'; ...' if self.times > len(self.examples) else ''})"
+        return self.what + count + (such if self.examples else "")
 
 
 class Problems:
-    """Collects what was left out.
+    """Collects what was left out, mended or decided.
 
     Args:
         on_error: "stop" or "skip".
+
+    Attributes:
+        skipped: what is broken and was left out, one sentence each.
     """
 
     def __init__(self, on_error: str = STOP) -> None:
         self.on_error = on_error
         self.skipped: list[str] = []
+        self._found: dict[tuple[str, str], tuple[int, list[str]]] = {}
 
     @contextmanager
     def tolerated(self) -> Iterator[None]:
@@ -28,9 +58,36 @@ class Problems:
         try:
             yield
         except MaskLossError as error:
-            if self.on_error != SKIP:
-                raise
-            self.skipped.append(sentence(error))
+            self.tolerate(error)
+
+    def tolerate(self, error: MaskLossError) -> None:
+        """Raise an error, or with "skip" keep its sentence."""
+        if self.on_error != SKIP:
+            raise error
+        self.skipped.append(sentence(error))
+
+    def note(self, kind: str, what: str, example: str = "", count: int = 1) -> None:
+        """Note a finding, or count one that was noted before.
+
+        Args:
+            kind: one of `KINDS`.
+            what: the finding; equal texts are counted together.
+            example: where; the first few are kept.
+            count: how often; 0: the finding is about the whole data set.
+        """
+        before, examples = self._found.get((kind, what), (0, []))
+        if example and len(examples) < _EXAMPLES:
+            examples.append(example)
+        self._found[kind, what] = (before + count, examples)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was found, the suspicious first."""
+        found = [Finding(kind, what, count, tuple(such)) for (kind, what), (count, such) in self._found.items()]
+        if self.skipped:
+            broken = Finding(LEFT_OUT, "broken", len(self.skipped), tuple(self.skipped[:_EXAMPLES]))
+            found.append(broken)
+        return sorted(found, key=lambda each: KINDS.index(each.kind))
 
 
 def sentence(error: MaskLossError) -> str:

@@ -1,216 +1,300 @@
-"""Finding out what a folder holds: COCO instances, COCO panoptic, or images with label maps."""
+"""Finding out what a folder holds, and dividing it into images to train on and images to score on."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-
-import torch
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from maskloss.errors import Cause
-from maskloss.lab.data import coco, labelmaps
-from maskloss.lab.data.catalog import Catalog, Entry, Found
-from maskloss.lab.data.images import read_size
-from maskloss.lab.data.problems import Problems
-from maskloss.lab.files import explain
+from maskloss.lab.data import split
+from maskloss.lab.data.catalog import Catalog, Entry, Found, Part
+from maskloss.lab.data.images import read_head
+from maskloss.lab.data.options import DataOptions
+from maskloss.lab.data.problems import MENDED, SUSPICIOUS, Problems
+from maskloss.lab.data.readers import FORMATS, READERS, Reader
+from maskloss.lab.data.tree import TEST, TRAIN, VAL, Tree
 
-FORMATS = ("coco", "panoptic", "labels")
-LAYOUT = (
-    "a data set is images/ with instances.json, COCO's annotations/ beside train2017/, images/ with masks/ or labels/, "
-    "or x.tif beside x_masks.tif"
-)
-# Folders and parts of names by which held-out images are known.
-HELD_OUT = ("val", "valid", "validation", "test", "held_out")
-# The split is the same in every run, so that runs can be compared.
-_SPLIT_SEED = 20
+LAYOUT = "see the table of what is read in the documentation of training, or name the annotations with --annotations"
 # More heads of files than this are not read before training; workers check the rest as they come to it.
 _HEADS = 2000
 
-# Categories (number to name, in the order of the labels), images, and how they were recognized.
-Part = tuple[dict[int, str], list[Entry], str]
+
+class _Merged(NamedTuple):
+    """The parts of a data set, with one list of classes."""
+
+    reader: Reader
+    classes: list[tuple[int, str]]
+    parts: dict[str, list[Entry]]
+    how: list[str]
 
 
-def recognize(folder: Path, format: str | None, problems: Problems) -> Found:  # noqa: A002 (the option's name)
-    """Find the data set in a folder and split it.
+def recognize(
+    folder: Path,
+    options: DataOptions,
+    problems: Problems,
+    score: str | None = None,
+    classes: Sequence[str] | None = None,
+) -> Found:
+    """Find the data set in a folder and divide it.
 
     Args:
-        folder: laid out as `LAYOUT` says.
-        format: "coco", "panoptic" or "labels"; None: the first of these that is there.
-        problems: what to do about broken images and annotations.
+        folder: what a labeling tool leaves, or a benchmark has.
+        options: what a person said of it.
+        problems: what to do about broken images and annotations; told of everything else.
+        score: "all", or the name of a part: these images are to be scored on, and none to be trained on; None: the
+            folder is divided for training.
+        classes: those of a trained model, in their order; None: those of the data.
 
     Raises:
         Cause: no folder, nothing that is known, or nothing to learn from.
     """
-    try:
-        if not folder.is_dir():
-            raise Cause("data must be a folder", f"there is no folder {folder}", LAYOUT)
-        parts = find(folder, format, problems)
-    except OSError as error:
-        raise Cause("data must be a folder that can be read", f"{folder}: {explain(error)}", LAYOUT) from None
-    kind, train, held_out = parts
-    how = [train[2]]
-    entries = _checked(train[1], problems, kind)
-    if held_out is not None:
-        if held_out[0] != train[0]:
-            raise Cause(
-                "both parts must have the same categories",
-                f"{held_out[2]} has others than {train[2]}",
-                "copy the list of categories",
-            )
-        how.append(f"{held_out[2]} (held out)")
-        others = _checked(held_out[1], problems, kind)
+    merged = _merge(*_find(Tree(folder, _images(folder, options)), options, problems), problems)
+    merged = merged._replace(parts={part: _checked(some, problems) for part, some in merged.parts.items()})
+    everything = [entry for some in merged.parts.values() for entry in some]
+    if not any(entry.objects for entry in everything):
+        raise _no_instances("image", folder, everything, problems)
+    if score is not None:
+        train: list[Entry] = []
+        held_out, how = split.chosen(merged.parts, score, folder)
+    elif options.val is not None and split.is_place(options.val):
+        other = _other(folder, options, problems)
+        both, (parts, others) = _together(merged, other)
+        merged = merged._replace(classes=both, parts=parts)
+        train, _, how = split.divide(merged.parts, None, folder, problems, alone=True)
+        held_out = [entry for some in others.values() for entry in some]
+        how = [*how, *(f"{each} (held out, --val)" for each in other.how)]
     else:
-        entries, others = _split(entries, folder)
-        how.append("one image in five is held out")
-    for name, each in (("training", entries), ("held-out", others)):
-        if not any(entry.labels for entry in each):
-            raise Cause("there must be instances to learn and to find", f"no {name} image in {folder} has one", LAYOUT)
-    return Found(
-        kind, how, list(train[0].values()), list(train[0]), Catalog(entries), Catalog(others), problems.skipped
+        train, held_out, how = split.divide(merged.parts, options.val, folder, problems)
+    for name, each in (("training image", train), ("held-out image", held_out)):
+        if not (score is not None and each is train) and not any(entry.objects for entry in each):
+            raise _no_instances(name, folder, each, problems)
+    _compare(train, held_out, merged.classes, problems)
+    names, numbers = [name for _, name in merged.classes], [number for number, _ in merged.classes]
+    if classes is not None:
+        train, held_out = (_as_known(part, names, classes) for part in (train, held_out))
+        names, numbers = list(classes), [dict(zip(names, numbers, strict=True)).get(name, 0) for name in classes]
+    microscopy = merged.reader.microscopy and len(names) == 1
+    how = [*merged.how, *how]
+    return Found(merged.reader.name, how, names, numbers, Catalog(train), Catalog(held_out), microscopy)
+
+
+def _find(tree: Tree, options: DataOptions, problems: Problems) -> tuple[Reader, list[Part]]:
+    if options.annotations is not None:
+        options = options._replace(annotations=_inside(tree, options.annotations))
+    for reader in READERS:
+        if options.format in (None, reader.name):
+            parts = reader.find(tree, options, problems)
+            if parts:
+                tree.forget()
+                return reader, parts
+    wanted = "images with annotations" if options.format is None else f"a data set of the format {options.format!r}"
+    kinds = Counter(PurePosixPath(path).suffix.lower() or "no ending" for path in tree.files)
+    holds = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(5)) or "nothing"
+    raise Cause(f"the folder must hold {wanted}", f"none was found in {tree.root}, which holds {holds}", LAYOUT)
+
+
+def _inside(tree: Tree, annotations: str) -> str:
+    """Return the path of a file of annotations relative to the folder.
+
+    Raises:
+        Cause: it is not there.
+    """
+    for path in (tree.root / annotations, Path(annotations)):
+        if path.exists() and path.resolve().is_relative_to(tree.root.resolve()):
+            relative = path.resolve().relative_to(tree.root.resolve()).as_posix()
+            return next((each for each in tree.files if each == relative), relative)
+    raise Cause(
+        "--annotations must be a file in the folder of the data", f"there is no {annotations} in {tree.root}", "name it"
     )
 
 
-def find(folder: Path, format: str | None, problems: Problems) -> tuple[str, Part, Part | None]:  # noqa: A002
-    """Read a data set as it lies in a folder, before it is split: its kind, the images for training, those held out."""
-    for kind in FORMATS if format is None else (format,):
-        search = {"coco": _find_instances, "panoptic": _find_panoptic, "labels": _find_labels}[kind]
-        found = search(folder, problems)
-        if found is not None:
-            return kind, *found
-    wanted = "images with annotations" if format is None else f"a data set of the format {format!r}"
-    raise Cause(f"the folder must hold {wanted}", f"none was found in {folder}", LAYOUT)
-
-
-# ---------------------------------------------------------------------------------------------------------------- COCO
-
-
-def _find_instances(folder: Path, problems: Problems) -> tuple[Part, Part | None] | None:
-    names = ("instances", "annotations", "_annotations", "coco")
-    train, held_out = _annotation_files(folder, names)
-    if train is None:
+def _images(folder: Path, options: DataOptions) -> Path | None:
+    """Return the folder of --images, which may be named from the data or from here."""
+    if options.images is None:
         return None
-
-    def read(path: Path) -> Part:
-        classes, entries = coco.read_instances(path, _image_folders(folder, path), problems)
-        return classes, entries, f"COCO instances: {path.relative_to(folder)}"
-
-    return read(train), None if held_out is None else read(held_out)
+    inner = folder / options.images
+    return inner if inner.is_dir() else Path(options.images)
 
 
-def _find_panoptic(folder: Path, problems: Problems) -> tuple[Part, Part | None] | None:
-    train, held_out = _annotation_files(folder, ("panoptic",))
-    if train is None:
-        return None
+def _other(folder: Path, options: DataOptions, problems: Problems) -> _Merged:
+    """Read the other folder, or the other file, that --val names."""
+    place = Path(str(options.val))
+    annotations = None
+    if place.is_file():
+        inside = place.resolve().is_relative_to(folder.resolve())
+        root, annotations = (folder, str(place)) if inside else (place.parent, place.name)
+    else:
+        root = place
+    options = options._replace(val=None, annotations=annotations)
+    merged = _merge(*_find(Tree(root, _images(root, options)), options, problems), problems)
+    return merged._replace(parts={part: _checked(some, problems) for part, some in merged.parts.items()})
 
-    def read(path: Path) -> Part:
-        maps = next(
-            (each for each in (path.with_suffix(""), folder / path.stem, folder / "panoptic") if each.is_dir()), None
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
+def _merge(reader: Reader, parts: list[Part], problems: Problems) -> _Merged:
+    """Give the parts of a data set one list of classes: equal names are one class, whatever their numbers are."""
+    parts = sorted(parts, key=lambda part: ("", TRAIN, VAL, TEST).index(part.name))
+    used = {
+        part.classes[each.label][1]
+        for part in parts
+        for entry in part.entries
+        for each in entry.instances
+        if each.label >= 0
+    }
+    idle = {name for part in parts for number, name in part.classes if number in part.idle} - used
+    for name in sorted(idle):
+        problems.note(MENDED, "placeholder categories without instances left out", repr(name))
+    classes: dict[str, int] = {}
+    for part in parts:
+        named = Counter(name for _, name in part.classes)
+        for number, name in part.classes:
+            if name in idle or name in classes:
+                continue
+            if named[name] > 1:
+                problems.note(MENDED, "categories of one name merged", repr(name))
+            if part is not parts[0]:
+                problems.note(MENDED, "classes that only one part lists", repr(name))
+            classes[name] = number
+    return _renumbered(reader, parts, classes)
+
+
+def _renumbered(reader: Reader, parts: list[Part], classes: dict[str, int]) -> _Merged:
+    """Number the labels of all parts by the names of their classes."""
+    place = {name: label for label, name in enumerate(classes)}
+    merged: dict[str, list[Entry]] = {}
+    for part in parts:
+        new = [place.get(name, -1) for _, name in part.classes]
+        for entry in part.entries:
+            entry.instances[:] = [
+                each._replace(label=new[each.label] if each.label >= 0 else -1) for each in entry.instances
+            ]
+        merged.setdefault(part.name, []).extend(part.entries)
+    return _Merged(reader, [(number, name) for name, number in classes.items()], merged, [part.how for part in parts])
+
+
+def _together(
+    merged: _Merged, other: _Merged
+) -> tuple[list[tuple[int, str]], tuple[dict[str, list[Entry]], dict[str, list[Entry]]]]:
+    """Give two data sets one list of classes."""
+    both = [[Part(name, each.classes, some, "") for name, some in each.parts.items()] for each in (merged, other)]
+    classes = {name: number for each in (other, merged) for number, name in each.classes}
+    ordered = {name: classes[name] for each in (merged, other) for _, name in each.classes}
+    found = [_renumbered(merged.reader, parts, ordered) for parts in both]
+    return found[0].classes, (found[0].parts, found[1].parts)
+
+
+def _as_known(entries: list[Entry], names: list[str], classes: Sequence[str]) -> list[Entry]:
+    """Number the labels of images as a trained model does.
+
+    Raises:
+        Cause: instances of a class that it does not know.
+    """
+    used = sorted(
+        {names[each.label] for entry in entries for each in entry.instances if each.label >= 0} - set(classes)
+    )
+    if used:
+        raise Cause(
+            "the data must have the classes of the run",
+            f"the run knows {', '.join(classes)}; the data have {', '.join(used)} as well",
+            "name the classes alike",
         )
-        if maps is None:
-            raise Cause(
-                "panoptic annotations must have their PNG files beside them",
-                f"there is no folder {path.with_suffix('')}",
-                "it has the name of the JSON file",
-            )
-        classes, entries = coco.read_panoptic(path, _image_folders(folder, path), maps, problems)
-        return classes, entries, f"COCO panoptic: {path.relative_to(folder)} with {maps.relative_to(folder)}/"
-
-    return read(train), None if held_out is None else read(held_out)
+    new = [list(classes).index(name) if name in classes else -1 for name in names]
+    return [
+        entry._replace(
+            instances=[each._replace(label=new[each.label] if each.label >= 0 else -1) for each in entry.instances]
+        )
+        for entry in entries
+    ]
 
 
-def _annotation_files(folder: Path, names: Sequence[str]) -> tuple[Path | None, Path | None]:
-    """Find the annotations for training and those for scoring."""
-    places = [folder, folder / "annotations", folder / "train", *(folder / name for name in HELD_OUT)]
-    files = [path for place in places if place.is_dir() for path in sorted(place.glob("*.json"))]
-    files = [path for path in files if path.name.lower().startswith(tuple(names))]
-    apart = [path for path in files if _is_held_out(path, folder)]
-    train = [path for path in files if path not in apart]
-    for found in (train, apart):
-        if len(found) > 1:
-            raise Cause(
-                "there must be one file of annotations for training, and one at most for scoring",
-                f"{folder} has {', '.join(str(path.relative_to(folder)) for path in found)}",
-                "move the others away, or merge them",
-            )
-    return train[0] if train else None, apart[0] if apart else None
+def _compare(
+    train: Sequence[Entry], held_out: Sequence[Entry], classes: list[tuple[int, str]], problems: Problems
+) -> None:
+    """Note what one of the two parts has and the other lacks, and what both have."""
+    counts = [Counter(each.label for entry in part for each in entry.objects) for part in (train, held_out)]
+    for label, (_, name) in enumerate(classes):
+        seen = [bool(count[label]) for count in counts]
+        if train and seen == [False, True]:
+            problems.note(SUSPICIOUS, "classes without an instance to learn from", repr(name))
+        elif train and seen == [True, False]:
+            problems.note(SUSPICIOUS, "classes without a held-out instance", repr(name))
+        elif not any(seen):
+            problems.note(SUSPICIOUS, "classes without any instance", repr(name))
+    both = {entry.file for entry in train} & {entry.file for entry in held_out}
+    for file in sorted(both):
+        problems.note(SUSPICIOUS, "images in both parts: scores on them mean nothing", Path(file).name)
 
 
-def _is_held_out(path: Path, folder: Path) -> bool:
-    parts = path.relative_to(folder).parts
-    words = [word for part in parts for word in part.lower().replace(".", "_").replace("-", "_").split("_")]
-    return any(word.rstrip("0123456789") in HELD_OUT for word in words)
-
-
-def _image_folders(folder: Path, annotations: Path) -> list[Path]:
-    """List where the images of an annotation file may be, the most specific first."""
-    part = annotations.stem.split("_", 1)[1] if "_" in annotations.stem.strip("_") else ""
-    candidates = [annotations.parent / "images", folder / "images"]
-    if part:
-        candidates = [folder / part, folder / "images" / part, *candidates]
-    candidates += [annotations.parent, folder]
-    found = [each for each in dict.fromkeys(candidates) if each.is_dir()]
-    return found or [folder]
-
-
-# ---------------------------------------------------------------------------------------------------------- label maps
-
-
-def _find_labels(folder: Path, problems: Problems) -> tuple[Part, Part | None] | None:
-    train = folder / "train" if (folder / "train").is_dir() else folder
-    pairs = labelmaps.find_pairs(train)
-    if not pairs:
-        return None
-    missing = labelmaps.unpaired(train)
-    if missing > 0:
-        problems.skipped.append(f"{missing} images without a label map")
-    first = pairs[0]
-    how = (
-        f"label maps: {len(pairs)} pairs such as {first.image.relative_to(folder)} and {first.map.relative_to(folder)}"
+def _no_instances(name: str, folder: Path, entries: Sequence[Entry], problems: Problems) -> Cause:
+    why = ""
+    regions = Counter(each.kind for entry in entries for each in entry.regions)
+    if regions["crowd"]:
+        why = f"; {regions['crowd']} annotations have iscrowd 1, and --crowd instances makes them instances"
+    elif regions["box"]:
+        why = f"; {regions['box']} have a box only, and masks are learned from masks"
+    elif problems.skipped:
+        shown = "; ".join(problems.skipped[:3])
+        why = f"; {len(problems.skipped)} images or annotations were left out: {shown}"
+    elif not entries:
+        why = ": there are none"
+    return Cause(
+        "there must be instances to learn and to find",
+        f"no {name} in {folder} has one{why}",
+        LAYOUT,
     )
-    part = ({1: labelmaps.CLASS}, labelmaps.read_pairs(pairs, problems), how)
-    for name in HELD_OUT:
-        others = labelmaps.find_pairs(folder / name) if (folder / name).is_dir() else []
-        if others:
-            read = labelmaps.read_pairs(others, problems)
-            return part, ({1: labelmaps.CLASS}, read, f"label maps: {len(others)} pairs in {name}/")
-    return part, None
 
 
-# ------------------------------------------------------------------------------------------------------- both of them
+# --------------------------------------------------------------------------------------------------------------- sizes
 
 
-def _checked(entries: list[Entry], problems: Problems, kind: str) -> list[Entry]:
+def _checked(entries: list[Entry], problems: Problems) -> list[Entry]:
     """Compare the annotated sizes with the heads of the files."""
-    if kind == "labels":
-        return entries
     kept = []
     for number, entry in enumerate(entries):
         with problems.tolerated():
-            if number < _HEADS:
-                check_size(entry, read_size(Path(entry.file)))
-            kept.append(entry)
+            kept.append(_sized(entry, problems) if number < _HEADS else entry)
     return kept
 
 
-def check_size(entry: Entry, size: tuple[int, int]) -> None:
-    """Compare the size of an image with the annotated one.
+def _sized(entry: Entry, problems: Problems) -> Entry:
+    """Return an image with a size that can be true.
 
     Raises:
-        Cause: they differ.
+        Cause: the annotations are those of another size.
     """
-    if size != (entry.height, entry.width):
-        raise Cause(
-            "annotations must give the size of the image",
-            f"{entry.file} is {size[0]} x {size[1]}, annotated as {entry.height} x {entry.width}",
-            "annotate the image as it is stored",
-        )
+    head = read_head(Path(entry.file))
+    size = (entry.height, entry.width)
+    if size == head.displayed:
+        if head.orientation > 1:
+            problems.note(
+                MENDED, "images turned as their orientation tag (EXIF) says, as viewers show them", entry.name
+            )
+        return entry
+    if size == head.stored:
+        what = "images that their orientation tag (EXIF) turns left as stored, which has the annotated size"
+        problems.note(SUSPICIOUS, what, entry.name)
+        return entry
+    if entry.map is None and size[::-1] in (head.displayed, head.stored) and _fits(entry, *size[::-1]):
+        problems.note(MENDED, "height and width exchanged", entry.name)
+        return entry._replace(height=size[1], width=size[0])
+    turned = f", {head.displayed[0]} x {head.displayed[1]} as displayed (EXIF)" if head.stored != head.displayed else ""
+    raise Cause(
+        "annotations must give the size of the image",
+        f"{entry.file} is {head.height} x {head.width}{turned}, annotated as {entry.height} x {entry.width}",
+        "annotate the image as it is stored, or store it as it was annotated",
+    )
 
 
-def _split(entries: list[Entry], folder: Path) -> tuple[list[Entry], list[Entry]]:
-    if len(entries) < 2:
-        raise Cause(
-            "there must be at least two images", f"{folder} has {len(entries)} that can be used", "one is held out"
-        )
-    order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
-    count = max(1, len(entries) // 5)
-    return [entries[i] for i in order[count:]], [entries[i] for i in order[:count]]
+def _fits(entry: Entry, height: int, width: int) -> bool:
+    """Whether all instances are polygons within the image."""
+    polygons = [polygon for each in entry.instances for polygon in each.source if isinstance(each.source, list)]
+    if any(not isinstance(each.source, list) for each in entry.instances) or not polygons:
+        return False
+    return all(max(each[::2]) <= width + 1 and max(each[1::2]) <= height + 1 for each in polygons)
+
+
+__all__ = ["FORMATS", "LAYOUT", "recognize"]

@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
 from maskloss.errors import Cause, MaskLossError
+from maskloss.lab.data.problems import Finding
 from maskloss.lab.files import explain
 from maskloss.targets import MaskTargets
 
@@ -145,7 +146,7 @@ class Source(Protocol):
 
     @property
     def most_instances(self) -> int:
-        """The most instances of any scene; the model needs as many queries."""
+        """The most instances of any scene; a model should have as many queries."""
 
     @property
     def one_class_maps(self) -> bool:
@@ -156,8 +157,15 @@ class Source(Protocol):
         """What the data are: names and values to show."""
 
     @property
+    def findings(self) -> Sequence[Finding]:
+        """What a person should know of the data: what was mended, decided or left out, and what is suspicious."""
+
+    @property
     def held_out(self) -> Sequence[Scene]:
         """Scenes that are never trained on; read as they are asked for."""
+
+    def limit(self, most: int) -> None:
+        """Ask for this many instances of a scene at most: a model has as many queries."""
 
     def probe(self, number: int) -> Probe:
         """Return a held-out scene as the model sees it."""

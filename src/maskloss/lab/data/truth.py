@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from maskloss.errors import Cause, MaskLossError, require
 from maskloss.lab.data.catalog import Entry
-from maskloss.lab.data.images import Array, read_image, read_label_map, read_size
+from maskloss.lab.data.images import Array, read_head, read_image
+from maskloss.lab.data.maps import COMPONENTS, map_size, read_map
 from maskloss.targets import MaskTargets
 
 # An instance of which a crop shows less than this many pixels is not asked for; its pixels weigh nothing.
@@ -76,139 +78,172 @@ class Loaded(NamedTuple):
     Attributes:
         image: `[H, W, C]`, as `read_image` gives it.
         entry: the annotations.
-        map: int32 `[H, W]`, the label map; None: the annotations are COCO's.
+        map: int32 `[H, W]`, the map in which instances are numbers; None: they have sources of their own.
     """
 
     image: Array
     entry: Entry
     map: NDArray[np.int32] | None
 
-    def pack(self, view: View, frame: tuple[int, int]) -> Packed:
+    def pack(self, view: View, frame: tuple[int, int], most: int | None = None) -> Packed:
         """Pack the instances that a view shows.
 
         Args:
             view: what is shown.
             frame: height and width of what the model sees, in pixels of the view, which lies in its top left corner.
+            most: the most instances that the model can find; of more, the smallest become an ignore region.
         """
-        ids, labels = self.entry.segments, self.entry.labels
         pack = _pack_masks if self.map is None else _pack_map
-        return pack(self, view, frame, ids, labels)
+        return pack(self, view, frame, most)
 
-    def crowds(self) -> Packed:
-        """Pack the crowds of the whole image, each as a mask of its own."""
+    def regions(self) -> Packed:
+        """Pack the regions of the whole image in which nothing is asked for, each as a mask of its own."""
         view = View.whole(self.entry.height, self.entry.width)
-        masks = [self._mask(each) for each in self.entry.crowds]
+        masks = [self.mask(each.source) for each in self.entry.regions]
         stacked = np.stack(masks) if masks else np.zeros((0, *view.size), dtype=bool)
-        labels = torch.tensor(self.entry.crowd_labels, dtype=torch.int64)
+        labels = torch.tensor([each.label for each in self.entry.regions], dtype=torch.int64)
         return Packed(MaskTargets.from_masks(torch.from_numpy(stacked)), labels)
 
     def ignored(self) -> NDArray[np.bool_] | None:
-        """Return the pixels that weigh nothing, `[H, W]`: crowds, and what a panoptic map leaves void."""
-        regions = [self._mask(each) for each in self.entry.crowds]
-        if self.map is not None and self.entry.colored:
-            regions.append(self.map == 0)
+        """Return the pixels that weigh nothing, `[H, W]`: crowds, boxes without masks, and what is void in a map."""
+        regions = [self.mask(each.source) for each in self.entry.regions]
+        described = self.entry.map
+        if self.map is not None and described is not None and described.void:
+            void = [-1] if described.reading == COMPONENTS else described.void
+            regions.append(np.isin(self.map, void))
         return np.logical_or.reduce(regions) if regions else None
 
-    def _mask(self, segment: Any) -> NDArray[np.bool_]:
-        if self.map is not None:
-            return np.asarray(self.map == segment)
-        return decode(segment, self.entry.height, self.entry.width).astype(bool)
+    def mask(self, source: Any) -> NDArray[np.bool_]:
+        """Return the pixels of an instance, bool `[H, W]`."""
+        if self.map is not None and isinstance(source, int):
+            return np.asarray(self.map == source)
+        return decode(source, self.entry.height, self.entry.width).astype(bool)
 
 
 def load(entry: Entry) -> Loaded:
-    """Read an image, and its label map if it has one.
+    """Read an image, and its map if it has one.
 
     Raises:
         Cause: a file that cannot be read, or sizes that differ.
     """
+    head, wanted = read_head(Path(entry.file)), (entry.height, entry.width)
     # Before any pixel is read: a small file may hold a large map.
-    for file in (entry.file, entry.map):
-        if file is not None and (found := read_size(Path(file))) != (entry.height, entry.width):
+    sizes = [(entry.file, head.stored if wanted == head.stored else head.displayed)]
+    if entry.map is not None:
+        sizes.append((entry.map.file, map_size(Path(entry.map.file))))
+    for file, found in sizes:
+        if found != wanted:
             raise Cause(
                 "annotations must have the size of the image",
                 f"{file} is {found[0]} x {found[1]}, expected are {entry.height} x {entry.width}",
                 "store images and annotations at the same resolution",
             )
-    image = read_image(Path(entry.file))
+    image = read_image(Path(entry.file), upright=wanted == head.displayed)
     labels = None
     if entry.map is not None:
-        labels = _read_colored(Path(entry.map)) if entry.colored else read_label_map(Path(entry.map))
+        labels = read_map(Path(entry.map.file), entry.map.reading, tuple(entry.map.void))
     return Loaded(image, entry, labels)
 
 
-def decode(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
-    """Decode a checked COCO segmentation: uint8 `[H, W]`.
+def decode(source: Any, height: int, width: int) -> NDArray[np.uint8]:
+    """Decode the source of an instance: uint8 `[H, W]`.
 
     Raises:
-        Cause: compressed counts that do not fill the image.
+        Cause: compressed counts that do not fill the image, or a mask file that cannot be read or has another size.
     """
     codec = require("pycocotools.mask", "train")
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str):
+    if isinstance(source, dict) and "box" in source:
+        x, y, across, down = source["box"]
+        region = np.zeros((height, width), dtype=np.uint8)
+        region[
+            max(0, math.floor(y)) : max(0, math.ceil(y + down)), max(0, math.floor(x)) : max(0, math.ceil(x + across))
+        ] = 1
+        return region
+    if isinstance(source, dict) and "file" in source:
+        found = read_map(Path(source["file"]))
+        if found.shape != (height, width):
+            shape = " x ".join(map(str, found.shape))
+            raise Cause("a mask must have the size of its image", f"{source['file']} is {shape}", "store both alike")
+        return (found > 0).astype(np.uint8)
+    if isinstance(source, dict) and isinstance(source["counts"], str):
         # Checked by the library's own reader: pycocotools would write past the end of the image.
-        [mask] = MaskTargets.from_coco([segmentation], height, width).dense()
+        [mask] = MaskTargets.from_coco([source], height, width).dense()
         decoded: NDArray[np.uint8] = mask.numpy().view(np.uint8)
         return decoded
-    run = codec.frPyObjects(segmentation, height, width)
+    run = codec.frPyObjects(source, height, width)
     return np.asarray(codec.decode(codec.merge(run) if isinstance(run, list) else run))
 
 
-def _pack_masks(loaded: Loaded, view: View, frame: tuple[int, int], segments: list[Any], labels: list[int]) -> Packed:
+def _pack_masks(loaded: Loaded, view: View, frame: tuple[int, int], most: int | None) -> Packed:
     height, width = view.size
     entry = loaded.entry
-    rows, kept = [], []
+    rows, kept, areas = [], [], []
+    least = 1 if _is_whole(view, entry) else LEAST_PIXELS
     ignored = _seen(loaded, view)
-    for number, (segment, label) in enumerate(zip(segments, labels, strict=True)):
+    for number, (source, label, _) in enumerate(entry.objects):
         try:
-            mask = view.apply(decode(segment, entry.height, entry.width))
+            mask = view.apply(decode(source, entry.height, entry.width))
         except MaskLossError as error:
             rule, cause, hint = error.parts or (str(error), "", "")
             raise Cause(rule, f"{entry.name}, annotation {number}: {cause}", hint) from None
         seen = int(np.count_nonzero(mask))
-        if seen >= LEAST_PIXELS or _is_whole(view, entry):
+        if seen >= least:
             rows.append(np.packbits(mask, axis=-1, bitorder="little"))
             kept.append(label)
+            areas.append(seen)
         elif seen:
             ignored = mask.astype(bool) if ignored is None else ignored | mask.astype(bool)
-    packed = np.stack(rows) if rows else np.zeros((0, height, (width + 7) // 8), dtype=np.uint8)
+    chosen = _largest(areas, most)
+    for place in sorted(set(range(len(rows))) - set(chosen)):
+        left_out = np.unpackbits(rows[place], axis=-1, count=width, bitorder="little").astype(bool)
+        ignored = left_out if ignored is None else ignored | left_out
+    packed = [rows[place] for place in chosen]
     masks = MaskTargets.from_packed(
-        torch.from_numpy(packed),
+        torch.from_numpy(np.stack(packed) if packed else np.zeros((0, height, (width + 7) // 8), dtype=np.uint8)),
         width,
         canvas=frame,
         ignore=None if ignored is None else torch.from_numpy(np.ascontiguousarray(ignored)),
         valid=(0, 0, height, width),
     )
-    return Packed(masks, torch.tensor(kept, dtype=torch.int64))
+    return Packed(masks, torch.tensor([kept[place] for place in chosen], dtype=torch.int64))
 
 
-def _pack_map(loaded: Loaded, view: View, frame: tuple[int, int], ids: list[Any], labels: list[int]) -> Packed:
+def _largest(areas: list[int], most: int | None) -> list[int]:
+    """Return which instances to ask for, in their order: the largest, if there are more than the model can find."""
+    if most is None or len(areas) <= most:
+        return list(range(len(areas)))
+    return sorted(np.argsort(-np.array(areas), kind="stable")[:most].tolist())
+
+
+def _pack_map(loaded: Loaded, view: View, frame: tuple[int, int], most: int | None) -> Packed:
     assert loaded.map is not None
     height, width = view.size
-    label_of = dict(zip(ids, labels, strict=True))
+    label_of = {each.source: each.label for each in loaded.entry.objects}
     # Numbered anew, 0 for what is no instance: a crop with few of them then fits into bytes.
     numbers, inverse, counts = np.unique(view.apply(loaded.map), return_inverse=True, return_counts=True)
     least = 1 if _is_whole(view, loaded.entry) else LEAST_PIXELS
+    known = [place for place, number in enumerate(numbers.tolist()) if number in label_of]
+    seen = [place for place in known if counts[place] >= least]
+    chosen = [seen[place] for place in _largest([int(counts[place]) for place in seen], most)]
     new = np.zeros(len(numbers), dtype=np.int32)
-    small = np.zeros(len(numbers), dtype=bool)
-    kept: list[int] = []
-    for place, (number, count) in enumerate(zip(numbers.tolist(), counts.tolist(), strict=True)):
-        if number in label_of and count >= least:
-            kept.append(label_of[number])
-            new[place] = len(kept)
-        small[place] = number in label_of and count < least
-    fitting = np.uint8 if len(kept) < 256 else np.int16 if len(kept) < 2**15 else np.int32
+    new[chosen] = np.arange(1, len(chosen) + 1)
+    left_out = np.zeros(len(numbers), dtype=bool)
+    left_out[sorted(set(known) - set(chosen))] = True
+    fitting = np.uint8 if len(chosen) < 256 else np.int16 if len(chosen) < 2**15 else np.int32
     relabeled = new.astype(fitting)[inverse].reshape(height, width)
     ignored = _seen(loaded, view)
-    if small.any():
-        slivers = small[inverse].reshape(height, width)
+    if left_out.any():
+        slivers = left_out[inverse].reshape(height, width)
         ignored = slivers if ignored is None else ignored | slivers
     masks = MaskTargets.from_label_map(
         torch.from_numpy(relabeled),
-        list(range(1, len(kept) + 1)),
+        list(range(1, len(chosen) + 1)),
         canvas=frame,
         ignore=None if ignored is None else torch.from_numpy(np.ascontiguousarray(ignored)),
         valid=(0, 0, height, width),
     )
-    return Packed(masks, torch.tensor(kept, dtype=torch.int64))
+    labels = [label_of[int(numbers[place])] for place in chosen]
+    return Packed(masks, torch.tensor(labels, dtype=torch.int64))
 
 
 def _is_whole(view: View, entry: Entry) -> bool:
@@ -218,14 +253,3 @@ def _is_whole(view: View, entry: Entry) -> bool:
 def _seen(loaded: Loaded, view: View) -> NDArray[np.bool_] | None:
     ignored = loaded.ignored()
     return None if ignored is None else view.apply(ignored)
-
-
-def _read_colored(path: Path) -> NDArray[np.int32]:
-    """Read the map of a panoptic annotation: red + 256 green + 65536 blue."""
-    color = read_image(path)
-    if color.dtype != np.uint8 or color.shape[-1] not in {3, 4}:
-        raise Cause(
-            "a panoptic map must be a color PNG", f"{path} has {color.shape[-1]} channel(s)", "see COCO's format"
-        )
-    red, green, blue = (color[..., channel].astype(np.int32) for channel in range(3))
-    return red + 256 * green + 65536 * blue

@@ -23,6 +23,7 @@ from maskloss.errors import Cause
 from maskloss.lab import files
 from maskloss.lab.loop.runfolder import (
     CHECKPOINTS,
+    HELD_OUT,
     METRICS,
     MODEL,
     PICTURES,
@@ -41,7 +42,7 @@ _RULE = "--out must be a new folder, an empty one, or that of a run"
 _FOLDERS = (MODEL, CHECKPOINTS, SNAPSHOTS, PICTURES, TENSORBOARD)
 # Every file that a run writes, by its path in the folder.
 _WRITTEN = re.compile(
-    rf"({RUN}|{METRICS}|{SUMMARY}|{REPORT}|{WEIGHTS}"
+    rf"({RUN}|{HELD_OUT}|{METRICS}|{SUMMARY}|{REPORT}|{WEIGHTS}"
     rf"|{MODEL}/(config\.json|preprocessor_config\.json|{WEIGHTS})"
     rf"|{CHECKPOINTS}/{STEP}/(state\.json|(model|optimizer|random-[0-9]+)\.safetensors)"
     rf"|{SNAPSHOTS}/{STEP}\.safetensors"

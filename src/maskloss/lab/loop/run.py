@@ -8,7 +8,7 @@ import platform
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from maskloss.lab.loop.claim import claimed, reopened
 from maskloss.lab.loop.engine import Engine, speed
 from maskloss.lab.loop.progress import Begin, Interrupted, Listener
 from maskloss.lab.loop.runfolder import (
+    HELD_OUT,
     MODEL,
     REPORT,
     SNAPSHOTS,
@@ -69,22 +70,34 @@ class Prepared(NamedTuple):
     learner: Learner
 
 
-def open_source(config: TrainConfig, size: int | None = None) -> Source:
+def open_source(
+    config: TrainConfig, size: int | None = None, *, score: str | None = None, classes: Sequence[str] | None = None
+) -> Source:
     """Open the scenes that a configuration names.
+
+    Args:
+        config: of the run.
+        size: side of the square that the model sees, where the configuration leaves it open.
+        score: "all", or the part of the data to score on; None: as the run divides them.
+        classes: those of a trained model, which the data must have; None: any.
 
     Raises:
         Cause: a folder that cannot be used; the message says why.
     """
     if config.data is None:
+        if score is not None:
+            raise Cause("--split must be a part of data", "the digits of this run have none", "leave it out")
         return DigitScenes(config.size or size or DIGIT_SIZE, config.held_out)
     return FolderScenes(
         config.data,
         config.size or size,
         crop=config.crop,
-        format=config.format,
+        options=config.data_options,
         normalize=config.normalize,
         augment=config.augment,
         on_error=config.on_error,
+        score=score,
+        classes=classes,
     )
 
 
@@ -174,13 +187,14 @@ def _prepare(config: TrainConfig, ranks: int, folder: Path | None = None) -> Pre
                 f"these have {source.channels}",
                 "convert them",
             )
-        config = pretrained.resolve(config, card, source.most_instances)
+        config = pretrained.resolve(config, card)
         learner = pretrained.PretrainedLearner(config, card, source.class_names, pretrained=folder is None)
+    source.limit(learner.num_queries)
     reading = source.reading if isinstance(source, FolderScenes) else None
     size = reading.size if reading else config.size or DIGIT_SIZE
     facts = Facts(
         # Absolute, so that the run can be used from elsewhere.
-        config=dataclasses.replace(config, size=size, data=config.data and str(Path(config.data).absolute())),
+        config=dataclasses.replace(config, size=size).anchored(),
         classes=list(source.class_names),
         category_ids=list(source.category_ids),
         channels=source.channels,
@@ -244,6 +258,13 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
     accelerator.wait_for_everyone()
     paths = [*written, weights_path(folder, facts.config), folder / SUMMARY] if main else []
     return Result(folder, paths, evaluation, time.perf_counter() - started)
+
+
+def _write_held_out(folder: Path, source: Source) -> None:
+    """Write the names of the held-out images, one in each line, as --val takes them."""
+    if isinstance(source, FolderScenes):
+        names = "".join(f"{name}\n" for name in source.held_out_files)
+        files.write_whole(folder / HELD_OUT, lambda partial: partial.write_text(names, encoding="utf-8"))
 
 
 def _save_model(folder: Path, config: TrainConfig, learner: Learner) -> None:

@@ -14,7 +14,7 @@ from maskloss.lab.config import COMPACT, TrainConfig
 from maskloss.lab.files import read_json
 
 RUN, METRICS, SUMMARY, REPORT = "run.json", "metrics.jsonl", "summary.json", "report.html"
-WEIGHTS, MODEL = "model.safetensors", "model"
+WEIGHTS, MODEL, HELD_OUT = "model.safetensors", "model", "held_out.txt"
 CHECKPOINTS, SNAPSHOTS, PICTURES, TENSORBOARD = "checkpoints", "snapshots", "pictures", "tensorboard"
 # The name of a checkpoint and of a snapshot.
 STEP = r"step-[0-9]{8,}"

@@ -22,7 +22,7 @@ from maskloss.points import PointSampling
 
 LR = 3e-3
 NUM_POINTS, CLASS_WEIGHT, NO_OBJECT_WEIGHT = 256, 10.0, 0.4
-SMALLEST_GRID = 4
+SMALLEST_GRID, LARGEST_GRID = 4, 64
 # Queries for each instance of the fullest image: a query that is far from any instance learns slowly.
 QUERIES_PER_INSTANCE = 2.5
 
@@ -169,22 +169,13 @@ def count_weights(learner: Learner) -> int:
 
 
 def resolve(config: TrainConfig, most_instances: int, ranks: int = 1) -> TrainConfig:
-    """Choose what was left open for the compact model.
-
-    Raises:
-        Cause: fewer queries than instances.
-    """
+    """Choose what was left open for the compact model."""
     import dataclasses
 
     if config.model != COMPACT:
         return config
-    grid = config.grid or max(SMALLEST_GRID, math.ceil(math.sqrt(QUERIES_PER_INSTANCE * most_instances)))
-    if grid > 64 or most_instances > grid**2:
-        raise Cause(
-            "the model must have a query for each instance of an image",
-            f"an image has {most_instances} instances, and --grid {min(grid, 64)} makes {min(grid, 64) ** 2} queries",
-            f"take --grid {math.isqrt(most_instances - 1) + 2}" if most_instances < 4000 else "train on --crop squares",
-        )
+    wanted = math.ceil(math.sqrt(QUERIES_PER_INSTANCE * most_instances))
+    grid = config.grid or min(LARGEST_GRID, max(SMALLEST_GRID, wanted))
     divided = ranks > 1 or config.accumulate > 1
     return dataclasses.replace(
         config,

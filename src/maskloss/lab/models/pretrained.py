@@ -90,7 +90,7 @@ def read_card(name: str) -> Card:
     return Card(name, config, dict(processor))
 
 
-def resolve(config: TrainConfig, card: Card, most_instances: int) -> TrainConfig:
+def resolve(config: TrainConfig, card: Card) -> TrainConfig:
     """Choose what was left open for a pretrained model.
 
     Raises:
@@ -99,13 +99,6 @@ def resolve(config: TrainConfig, card: Card, most_instances: int) -> TrainConfig
     for option in ("grid", "norm"):
         if getattr(config, option) is not None:
             raise Cause(f"--{option} is for the compact model", f"--model is {config.model}", "leave it out")
-    queries = int(card.config.num_queries)
-    if most_instances > queries:
-        raise Cause(
-            "the model must have a query for each instance of an image",
-            f"an image has {most_instances} instances, and {card.name} has {queries} queries",
-            "train on --crop squares",
-        )
     size = config.size or card.size
     if card.config.model_type in _FIXED_SIZE and size != card.size:
         raise Cause(f"{card.name} takes images of one size", f"--size {size}, but it is {card.size}", "leave it out")

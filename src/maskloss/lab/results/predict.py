@@ -16,9 +16,10 @@ from maskloss.errors import Cause, MaskLossError, require
 from maskloss.lab import files
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.data.images import SUFFIXES, read_image, to_channels, to_unit
-from maskloss.lab.data.labelmaps import MAP_ENDINGS
 from maskloss.lab.data.problems import Problems
 from maskloss.lab.data.scenes import in_color
+from maskloss.lab.data.split import ALL
+from maskloss.lab.data.tree import without_masks
 from maskloss.lab.loop.run import load_learner, open_source
 from maskloss.lab.loop.runfolder import Facts, read_facts
 from maskloss.lab.results import pictures
@@ -56,6 +57,7 @@ def evaluate_run(
     run: Path,
     data: str | None = None,
     *,
+    split: str | None = None,
     device: str | None = None,
     note: Callable[[str], None] = lambda _: None,
     advance: Callable[[int, int], None] = lambda *_: None,
@@ -64,7 +66,8 @@ def evaluate_run(
 
     Args:
         run: folder that `maskloss train` wrote.
-        data: other data; None: those of the run.
+        data: other data, all of which are scored on; None: those of the run.
+        split: the part to score on, or "all"; None: what the run held out, or all of other data.
         device: "cpu" or "cuda".
         note: is told what is being done.
         advance: is told how many images were looked at, and how many there are.
@@ -79,15 +82,13 @@ def evaluate_run(
     note("Reading the data")
     # Other data may come in another format; how images are brought to the model must not change.
     normalize = "percentile" if facts.percentile else "range"
-    config = facts.config if data is None else dataclasses.replace(facts.config, data=data, format=None)
-    source = open_source(dataclasses.replace(config, normalize=normalize))
-    if list(source.class_names) != facts.classes:
-        raise Cause(
-            "the data must have the classes of the run",
-            f"{run} knows {', '.join(facts.classes)}; the data have {', '.join(source.class_names)}",
-            "name the categories alike",
-        )
-    note("Looking at the held-out images")
+    config = facts.config
+    if data is not None:
+        # All of them are new to the model.
+        config = dataclasses.replace(config, data=data, format=None, annotations=None, images=None, val=None)
+        split = split or ALL
+    source = open_source(dataclasses.replace(config, normalize=normalize), score=split, classes=facts.classes)
+    note("Looking at the images" if split else "Looking at the held-out images")
     problems = Problems(facts.config.on_error)
     scenes = source.held_out
     scores = evaluate(
@@ -257,12 +258,13 @@ def _list_images(paths: Sequence[Path], problems: Problems) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
-            stems = {each.stem for each in inside}
-            maps = [each for each in inside if _is_map(each.stem, stems)]
+            names = sorted(each.name for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
+            inside = [path / name for name in without_masks(names)]
+            maps = sorted({*names} - {each.name for each in inside})
             if maps:
-                problems.skipped.append(f"{len(maps)} label maps such as {maps[0]}, which lie beside their images")
-            inside = [each for each in inside if each not in maps]
+                problems.skipped.append(
+                    f"{len(maps)} label maps such as {path / maps[0]}, which lie beside their images"
+                )
             if not inside:
                 raise Cause("a folder of images must hold some", f"{path} holds none", "PNG, JPEG or TIFF")
             found += inside
@@ -271,10 +273,6 @@ def _list_images(paths: Sequence[Path], problems: Problems) -> list[Path]:
         else:
             raise Cause("every image must be there", f"there is no file {path}", "check the path")
     return found
-
-
-def _is_map(stem: str, stems: set[str]) -> bool:
-    return any(stem.endswith(ending) and stem.removesuffix(ending) in stems for ending in MAP_ENDINGS)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -15,10 +15,13 @@ from torch.nn.functional import avg_pool2d, interpolate, one_hot
 
 from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, describe
-from maskloss.lab.data import recognize
-from maskloss.lab.data.images import read_image, read_label_map, to_unit
+from maskloss.lab.data.images import read_image, to_unit
+from maskloss.lab.data.maps import read_map
+from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import Problems
+from maskloss.lab.data.recognize import recognize
 from maskloss.lab.data.scenes import in_color
+from maskloss.lab.data.split import ALL
 from maskloss.lab.data.truth import View, load
 from maskloss.lab.files import check_file, explain
 from maskloss.points import PointSampling
@@ -190,7 +193,7 @@ def _read(path: Path) -> Any:
         ) from None
     except Exception as error:  # noqa: BLE001 (a broken file can make a parser fail in any way)
         raise Cause(rule, f"{path}: {explain(error)}", ".npy, .pt or .png") from None
-    return read_label_map(path)
+    return read_map(path)
 
 
 def _tensor(value: Any, name: str, path: Path) -> Tensor:
@@ -233,27 +236,22 @@ def _masks(truth: Tensor, path: Path) -> Tensor:
 
 def _annotated(folder: Path, image: str) -> tuple[Tensor, Tensor, list[str], Tensor | None, Tensor]:
     """Read masks, labels, names, the ignore region and the picture of an image, as training reads them."""
-    kind, *parts = recognize.find(folder, None, Problems())
-    found = [
-        (categories, entry)
-        for categories, entries, _ in filter(None, parts)
-        for entry in entries
-        if f"/{Path(entry.file).as_posix()}".endswith(f"/{image}")
-    ]
+    data = recognize(folder, DataOptions(), Problems(), score=ALL)
+    files = data.held_out.files
+    found = [number for number, file in enumerate(files) if f"/{Path(file).as_posix()}".endswith(f"/{image}")]
     if len(found) != 1:
         told = f"{folder} has {len(found) or 'no annotated'} images of the name {image}"
         raise Cause("--image must name an annotated image", told, "name it with its folder, as a/b.png")
-    [(categories, entry)] = found
+    entry = data.held_out[found[0]]
     loaded = load(entry)
     view = View.whole(entry.height, entry.width)
     packed, ignored = loaded.pack(view, view.size), loaded.ignored()
-    names = list(categories.values())
     return (
         packed.masks.dense(),
         packed.labels,
-        [names[label] for label in packed.labels.tolist()],
+        [data.class_names[label] for label in packed.labels.tolist()],
         None if ignored is None else torch.from_numpy(ignored),
-        in_color(_pixels(to_unit(loaded.image, percentile=kind == "labels"))),
+        in_color(_pixels(to_unit(loaded.image, percentile=data.microscopy))),
     )
 
 

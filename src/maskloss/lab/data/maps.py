@@ -1,0 +1,98 @@
+"""Files that say for each pixel what it belongs to: label maps, colors, classes, Cellpose's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskloss.errors import Cause
+from maskloss.lab.data import npy
+from maskloss.lab.data.images import Array, check_lossless, read_pixels, read_size
+
+# How a number is made of a pixel: its value; its color, red + 256 green + 65536 blue; or the number of the connected
+# region of equal values that it lies in, counted class by class.
+NUMBERS, COLORS, COMPONENTS = "numbers", "colors", "components"
+READINGS = (NUMBERS, COLORS, COMPONENTS)
+_RULE = "a label map must hold one whole number for each pixel"
+
+
+def read_map(path: Path, reading: str = NUMBERS, void: tuple[int, ...] = ()) -> NDArray[np.int32]:
+    """Read a map: `[H, W]`, 0 for the background.
+
+    Args:
+        path: a PNG, a TIFF, or an array of NumPy; never a lossy format.
+        reading: one of `READINGS`.
+        void: values that belong to no class, for components.
+
+    Raises:
+        Cause: no map, or one in a lossy format.
+    """
+    if path.suffix.lower() == ".npy":
+        values = _whole_numbers(npy.read_masks(path), path)
+    else:
+        check_lossless(path)
+        pixels = read_pixels(path, labels=reading != COLORS)
+        values = _colors(pixels, path) if reading == COLORS else _whole_numbers(pixels, path)
+    return components(values, void)[0] if reading == COMPONENTS else values
+
+
+def map_size(path: Path) -> tuple[int, int]:
+    """Read height and width of a map off the head of its file."""
+    return npy.read_size(path) if path.suffix.lower() == ".npy" else read_size(path)
+
+
+def components(values: NDArray[np.int32], void: tuple[int, ...] = ()) -> tuple[NDArray[np.int32], dict[int, int]]:
+    """Number the connected regions of equal values, diagonal neighbors included.
+
+    Returns:
+        The numbers, `[H, W]`, and the value of each.
+    """
+    from scipy.ndimage import label
+
+    numbers = np.zeros(values.shape, dtype=np.int32)
+    value_of: dict[int, int] = {}
+    for value in np.unique(values):
+        if value == 0 or int(value) in void:
+            numbers[values == value] = -1 if value else 0
+            continue
+        regions, count = label(values == value, structure=np.ones((3, 3), dtype=np.int8))
+        numbers[regions > 0] = regions[regions > 0] + len(value_of)
+        value_of.update({len(value_of) + each + 1: int(value) for each in range(count)})
+    return numbers, value_of
+
+
+def _whole_numbers(array: Array, path: Path) -> NDArray[np.int32]:
+    array = _one_channel(np.squeeze(array) if array.ndim > 2 else array)
+    if array.ndim != 2:
+        raise Cause(
+            _RULE,
+            f"{path} has the shape {' x '.join(map(str, array.shape))}",
+            "store one channel: 0 is background, every instance has a number",
+        )
+    if array.dtype.kind not in "buif":
+        raise Cause(_RULE, f"{path} holds values of type {array.dtype}", "store integers")
+    low, high = (array.min(), array.max()) if array.size else (0, 0)
+    if array.dtype.kind == "f" and not (np.isfinite([low, high]).all() and np.array_equal(np.rint(array), array)):
+        raise Cause(_RULE, f"{path} holds fractions", "store integers")
+    if low < 0 or high >= 2**31:
+        raise Cause(_RULE, f"{path} holds numbers from {low} to {high}", "number instances from 1")
+    return array.astype(np.int32)
+
+
+def _one_channel(array: Array) -> Array:
+    """Drop channels that say the same, and an opaque alpha."""
+    if array.ndim == 3 and array.shape[-1] in {2, 3, 4}:
+        colors = array[..., : 3 if array.shape[-1] > 2 else 1]
+        if (colors == colors[..., :1]).all():
+            return colors[..., 0]
+    return array
+
+
+def _colors(array: Array, path: Path) -> NDArray[np.int32]:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in {3, 4}:
+        shape = " x ".join(map(str, array.shape))
+        raise Cause("a map of colors must be a color PNG", f"{path} is {shape} {array.dtype}", "store 8 bits a channel")
+    red, green, blue = (array[..., channel].astype(np.int32) for channel in range(3))
+    return red + 256 * green + 65536 * blue

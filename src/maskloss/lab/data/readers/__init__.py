@@ -1,0 +1,63 @@
+"""One file a format: each recognizes what lies in a folder and yields it; nothing behind the catalog knows formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from maskloss.lab.data.catalog import Part
+from maskloss.lab.data.options import DataOptions
+from maskloss.lab.data.problems import Problems
+from maskloss.lab.data.readers import (
+    ade20k,
+    cityscapes,
+    coco,
+    ctc,
+    cvat,
+    dsb,
+    labelme,
+    labelstudio,
+    pairs,
+    panoptic,
+    supervisely,
+    via,
+    voc,
+    yolo,
+)  # fmt: skip
+from maskloss.lab.data.tree import Tree
+
+
+class Reader(NamedTuple):
+    """A format.
+
+    Attributes:
+        name: for `--format`.
+        find: returns the parts of a data set; None: the folder holds none of this format.
+        lies: what lies in the folder.
+        microscopy: whether these are label maps, which microscopy scores in its own way.
+    """
+
+    name: str
+    find: Callable[[Tree, DataOptions, Problems], list[Part] | None]
+    lies: str
+    microscopy: bool = False
+
+
+# In the order in which they are tried: those that cannot be mistaken for another come first.
+READERS = (
+    Reader("coco", coco.find, "COCO instances: any JSON file with images, annotations and categories"),
+    Reader("panoptic", panoptic.find, "COCO panoptic: panoptic_*.json and its folder of PNG files"),
+    Reader("labelstudio", labelstudio.find, "Label Studio's JSON: tasks with polygons or brush masks"),
+    Reader("via", via.find, "VIA: via_region_data.json, or a project"),
+    Reader("supervisely", supervisely.find, "Supervisely: img/ and ann/, a JSON file for each image"),
+    Reader("labelme", labelme.find, "labelme: x.json beside x.jpg"),
+    Reader("cvat", cvat.find, "CVAT for images: annotations.xml"),
+    Reader("voc", voc.find, "PASCAL VOC: SegmentationObject/ and SegmentationClass/"),
+    Reader("cityscapes", cityscapes.find, "Cityscapes: *_leftImg8bit.png and *_instanceIds.png"),
+    Reader("ade20k", ade20k.find, "ADE20K: ADE_*_seg.png, or annotations_instance/"),
+    Reader("yolo", yolo.find, "YOLO: images/ and labels/ with a text file for each image; data.yaml"),
+    Reader("ctc", ctc.find, "Cell Tracking Challenge: 01/ and 01_GT/SEG/man_seg*.tif", microscopy=True),
+    Reader("dsb", dsb.find, "Data Science Bowl 2018: a folder for each image, with masks/", microscopy=True),
+    Reader("labels", pairs.find, "label maps: images/ and masks/, or x.tif and x_masks.tif", microscopy=True),
+)
+FORMATS = tuple(reader.name for reader in READERS)

@@ -1,0 +1,356 @@
+"""COCO instances: every assumption is checked, since people write such files by scripts and labeling tools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from maskloss.errors import Cause, MaskLossError, describe
+from maskloss.lab.data.catalog import BOX, CROWD, OBJECT, Entry, Instance, Part
+from maskloss.lab.data.images import read_size
+from maskloss.lab.data.options import DataOptions
+from maskloss.lab.data.problems import DECIDED, MENDED, Problems
+from maskloss.lab.data.readers.segmentation import Frame, box_of, integer, segmentation
+from maskloss.lab.data.tree import Tree, part_of
+
+INSTANCES = "annotations must be COCO instances"
+LONGEST_SIDE = 1 << 20
+# Files of these names are taken before others; those of the second list never are.
+_SURE, _PREFERRED = ("instances", "_annotations.coco"), ("annotations", "coco")
+_OTHERS = ("captions", "person_keypoints", "panoptic", "stuff", "image_info")
+# With more crowds than this among all instances, run lengths are those of a brush.
+_MANY_CROWDS = 0.1
+# What a category is called that only stands for "nothing" or for the whole data set.
+_NOTHING = frozenset({"background", "_background_", "__background__", "bg", "__ignore__", "ignore"})
+
+
+def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
+    """Find files of COCO instances, one for each part."""
+    parts = []
+    for path in _files(tree, options):
+        file = CocoFile(tree, path, problems, INSTANCES)
+        idle = frozenset(number for number, name in file.categories.items() if _is_idle(file, number, name))
+        entries = list(read_images(file))
+        how = f"COCO instances: {path}"
+        parts.append(Part(part_of(path, stem=True), list(file.categories.items()), entries, how, idle))
+    return _crowds(parts, options, problems) if parts else None
+
+
+def _files(tree: Tree, options: DataOptions) -> list[str]:
+    if options.annotations is not None:
+        return [options.annotations] if is_instances(tree.json(options.annotations, INSTANCES)) else []
+    names = [path for path in tree.whole_jsons if not Path(path).name.lower().startswith(_OTHERS)]
+    # A file that says by its name what it is must be right; of others, those are taken that are.
+    found = [path for path in names if _must_be(tree, path)]
+    covered = {part_of(path, stem=True) for path in found}
+    more = [
+        path for path in names if path not in found and (not found or part_of(path, stem=True) not in covered | {""})
+    ]
+    found += [path for path in more if _may_be(tree, path)]
+    by_part: dict[str, list[str]] = {}
+    for path in found:
+        by_part.setdefault(part_of(path, stem=True), []).append(path)
+    for several in by_part.values():
+        if len(several) > 1:
+            raise Cause(
+                "there must be one file of annotations for each part of the data",
+                f"{tree.root} has {', '.join(several)}",
+                "name one with --annotations, move the others away, or merge them",
+            )
+    return found
+
+
+def _must_be(tree: Tree, path: str) -> bool:
+    """Whether a file is taken before others; one that is called instances is, even if it is broken."""
+    name = Path(path).name.lower()
+    return name.startswith(_SURE) or (name.startswith(_PREFERRED) and is_instances(tree.json(path, INSTANCES)))
+
+
+def _may_be(tree: Tree, path: str) -> bool:
+    try:
+        return is_instances(tree.json(path))
+    except MaskLossError:
+        # A file that nobody named, and that is no JSON, is not the data.
+        return False
+
+
+def is_instances(content: Any) -> bool:
+    """Whether a JSON file holds COCO instances."""
+    if not isinstance(content, Mapping) or _lacks(content):
+        return False
+    return not any(isinstance(each, Mapping) and "segments_info" in each for each in _values(content["annotations"]))
+
+
+def _values(content: Any) -> list[Any]:
+    return list(content.values()) if isinstance(content, Mapping) else content
+
+
+def _lacks(content: Mapping[str, Any]) -> bool:
+    return not all(isinstance(content.get(key), (list, dict)) for key in ("images", "annotations"))
+
+
+def _is_idle(file: CocoFile, number: int, name: str) -> bool:
+    """Whether a category without instances is a placeholder, as exporters write them before the true ones."""
+    kind = str(file.category(number).get("supercategory")).lower()
+    return len(file.categories) > 1 and (number == 0 or kind == "none" or name.lower() in _NOTHING)
+
+
+# ------------------------------------------------------------------------------------------------------------ the file
+
+
+class CocoFile:
+    """What a COCO file says.
+
+    Args:
+        tree: the folder.
+        path: the JSON file in it.
+        problems: told of what was mended, and what to do about what is wrong.
+        rule: what the file must be, for messages.
+
+    Attributes:
+        categories: name of each category, by its number, in the order of the labels.
+    """
+
+    def __init__(self, tree: Tree, path: str, problems: Problems, rule: str) -> None:
+        self.tree, self.path, self.problems, self.rule = tree, path, problems, rule
+        content = tree.json(path, rule)
+        if not isinstance(content, Mapping):
+            raise Cause(rule, f"{tree.path(path)} holds a {type(content).__name__}", "is it the right file?")
+        self.content = {**content}
+        for key in ("images", "annotations", "categories"):
+            if isinstance(content.get(key), Mapping):
+                problems.note(MENDED, f'"{key}" as a dict instead of a list', path)
+                self.content[key] = list(content[key].values())
+            if not isinstance(self.content.get(key), list):
+                raise self.wrong(f'it has no list "{key}"', "export the data set as COCO")
+        self._listed = {as_id(each.get("id")): each for each in self.content["categories"] if isinstance(each, Mapping)}
+        self.categories = self._categories()
+        self.labels = {number: label for label, number in enumerate(self.categories)}
+        self._images: list[Any] = self.content["images"]
+        self._ids = {as_id(each.get("id")) for each in self._images if isinstance(each, Mapping)}
+
+    def category(self, number: int) -> Mapping[str, Any]:
+        """Return all that the file says of a category."""
+        found: Mapping[str, Any] = self._listed[number]
+        return found
+
+    def wrong(self, what: str, hint: str) -> Cause:
+        """Make an error that names the file."""
+        return Cause(self.rule, f"{self.tree.path(self.path)}: {what}", hint)
+
+    def _categories(self) -> dict[int, str]:
+        names: dict[int, str] = {}
+        for category in self.content["categories"]:
+            number = as_id(category.get("id")) if isinstance(category, Mapping) else None
+            if not isinstance(number, int):
+                raise self.wrong(f"a category is {describe(category)}", "give each an integer id and a name")
+            name = str(category.get("name", number))
+            if names.setdefault(number, name) != name:
+                raise self.wrong(
+                    f"the category id {number} stands for {names[number]!r} and for {name!r}",
+                    "give each category a number of its own",
+                )
+        if not names:
+            raise self.wrong("it lists no categories", 'add them to "categories"')
+        return {number: names[number] for number in sorted(names)}
+
+    def images(self) -> Iterator[tuple[list[Any], Path, int, int]]:
+        """List the images: the ids under which annotations name it, its file, height and width.
+
+        A file that is listed under several ids, as merged data sets have it, is one image with the annotations of all.
+        """
+        of_file: dict[str, tuple[list[Any], tuple[int, int] | None]] = {}
+        owner: dict[Any, str] = {}
+        for image in self._images:
+            with self.problems.tolerated():
+                name, number, size = self._image(image)
+                if owner.setdefault(number, name) != name:
+                    raise self.wrong(
+                        f"the image id {number!r} stands for {owner[number]!r} and for {name!r}",
+                        "give each image an id of its own",
+                    )
+                known = of_file.setdefault(name, ([], size))
+                if known[1] != size:
+                    raise self.wrong(f"{name!r} is listed with two sizes", "keep the one that is right")
+                if number not in known[0]:
+                    known[0].append(number)
+        for name, (numbers, size) in of_file.items():
+            with self.problems.tolerated():
+                file = self.tree.find(name, self.path, self.problems)
+                if size is None:
+                    self.problems.note(MENDED, "sizes of images left out, taken from their files", name)
+                    size = read_size(file)
+                yield numbers, file, *size
+
+    def _image(self, image: Any) -> tuple[str, Any, tuple[int, int] | None]:
+        if not isinstance(image, Mapping):
+            raise self.wrong(f"an image is {describe(image)}", "each is a dict with id, file_name, height and width")
+        name, number = image.get("file_name"), as_id(image.get("id"))
+        if name is None:
+            name = next((image[each] for each in ("path", "filename", "coco_url") if image.get(each)), None)
+        if not isinstance(name, str) or not name.strip() or "\0" in name:
+            raise self.wrong(f"the file_name of image {number!r} is {describe(name)}", "name a file")
+        if number is None:
+            raise self.wrong(f"the id of image {name!r} is {describe(image.get('id'))}", "give each image a number")
+        if isinstance(image.get("id"), str) and isinstance(number, int):
+            self.problems.note(MENDED, "ids as strings", f"image {number}")
+        sides = [as_id(image.get(side)) for side in ("height", "width")]
+        if all(side in (None, 0) and not isinstance(side, bool) for side in sides):
+            return name, number, None
+        height, width = sides
+        if not isinstance(height, int) or not isinstance(width, int):
+            raise self._wrong_size(name, image)
+        if min(height, width) == 0:
+            return name, number, None
+        if not 1 <= min(height, width) <= max(height, width) <= LONGEST_SIDE:
+            raise self._wrong_size(name, image)
+        return name, number, (height, width)
+
+    def _wrong_size(self, name: str, image: Mapping[str, Any]) -> Cause:
+        return self.wrong(
+            f"the size of {name!r} is {image.get('height')!r} x {image.get('width')!r}", "give its pixels"
+        )
+
+    def by_image(self) -> dict[Any, list[Mapping[str, Any]]]:
+        """Sort the annotations by the id of their image."""
+        found: dict[Any, list[Mapping[str, Any]]] = {}
+        for annotation in self.content["annotations"]:
+            with self.problems.tolerated():
+                number = as_id(annotation.get("image_id")) if isinstance(annotation, Mapping) else None
+                if number is None or number not in self._ids:
+                    raise self.wrong(
+                        f"{which(annotation)} belongs to image {describe(number)}, which is not listed",
+                        'add the image to "images"',
+                    )
+                if isinstance(annotation["image_id"], str) and isinstance(number, int):
+                    self.problems.note(MENDED, "ids as strings", which(annotation))
+                found.setdefault(number, []).append(annotation)
+        return found
+
+    def label_of(self, part: Mapping[str, Any], what: str) -> int:
+        """Return the label of an annotation or a segment.
+
+        Raises:
+            Cause: a category that is not listed.
+        """
+        value = part.get("category_id")
+        number = as_id(value)
+        if number is None and len(self.labels) == 1:
+            self.problems.note(MENDED, "annotations without a category, of which there is one", what)
+            return 0
+        if number not in self.labels:
+            raise self.wrong(
+                f"{what} has the category {describe(value)}, which is not listed", 'add it to "categories"'
+            )
+        return self.labels[number]
+
+    def is_crowd(self, part: Mapping[str, Any], what: str) -> bool:
+        """Whether an annotation is a crowd.
+
+        Raises:
+            Cause: anything else than 0 and 1.
+        """
+        value = part.get("iscrowd", 0)
+        value = {"0": 0, "1": 1, "": 0, "false": 0, "true": 1}.get(value.lower(), value) if _is_text(value) else value
+        if value not in (0, 1, None):
+            raise self.wrong(f"iscrowd of {what} is {describe(value)}", "it is 0 or 1")
+        return bool(value)
+
+
+def as_id(value: Any) -> int | str | None:
+    """Return an id in the one form in which ids are compared: whole numbers, whatever they were written as."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, str):
+        text = value.strip()
+        return int(text) if text.lstrip("-").isdecimal() and text.isascii() and len(text) < 20 else text or None
+    return integer(value)
+
+
+def which(annotation: Any) -> str:
+    """Return what to call an annotation."""
+    number = annotation.get("id") if isinstance(annotation, Mapping) else None
+    return "an annotation" if number is None else f"annotation {describe(number)}"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# ------------------------------------------------------------------------------------------------------------ instances
+
+
+def read_images(file: CocoFile) -> Iterator[Entry]:
+    """Read the images of a file with their instances."""
+    images = list(file.images())
+    annotations = file.by_image()
+    for numbers, path, height, width in images:
+        mine = [each for number in numbers for each in annotations.pop(number, [])]
+        entry = Entry(str(path), height, width, [], None, numbers[0])
+        if all(_add(entry, annotation, file) for annotation in mine):
+            yield entry
+
+
+def _add(entry: Entry, annotation: Mapping[str, Any], file: CocoFile) -> bool:
+    """Add an annotation; return whether the image can be used."""
+    problems, what = file.problems, f"{which(annotation)} of {entry.name}"
+    value, box = annotation.get("segmentation"), box_of(annotation.get("bbox"))
+    try:
+        label, crowd = file.label_of(annotation, what), file.is_crowd(annotation, what)
+    except MaskLossError as error:
+        # What is there is not known: to go on without it would be to call it background.
+        problems.tolerate(error)
+        return False
+    try:
+        source = segmentation(value, Frame(entry.height, entry.width, f"{what} ({file.path})", problems))
+        box = box or box_of(None, value)
+        if source is None and box is None:
+            raise Cause(
+                "every annotation must have a segmentation",
+                f"{what} has {describe(value)}",
+                "masks are learned from masks: give polygons or RLE",
+            )
+    except MaskLossError as error:
+        problems.tolerate(error)
+        if box is None:
+            return False
+        problems.note(DECIDED, "broken masks made ignore regions of their boxes", what)
+        source = None
+    if source is None:
+        problems.note(DECIDED, "instances with a box only made ignore regions of that box", what)
+        entry.instances.append(Instance({"box": box}, label, BOX))
+    else:
+        entry.instances.append(Instance(source, label, CROWD if crowd else OBJECT))
+    return True
+
+
+def _crowds(parts: list[Part], options: DataOptions, problems: Problems) -> list[Part]:
+    """Decide what crowds are: regions of many objects, as in COCO, or what a brush has painted, as in CVAT."""
+    masks = [each for part in parts for entry in part.entries for each in entry.instances if each.kind != BOX]
+    runs = [each for each in masks if isinstance(each.source, dict)]
+    crowds = [each for each in masks if each.kind == CROWD]
+    if not crowds:
+        return parts
+    brush = [each for each in runs if each.kind == CROWD]
+    like_a_brush = len(brush) == len(runs) and len(brush) > _MANY_CROWDS * len(masks)
+    if options.crowd == "instances" or (options.crowd is None and like_a_brush):
+        why = "as --crowd asks" if options.crowd else "since all run lengths are, as CVAT's brush writes them"
+        only = "run lengths with iscrowd 1" if options.crowd is None else "annotations with iscrowd 1"
+        problems.note(
+            DECIDED, f"{only} counted as instances, {why}; --crowd ignore makes them regions", "", len(crowds)
+        )
+        chosen = {id(each) for each in (crowds if options.crowd else brush)}
+        return [part._replace(entries=[_turned(entry, chosen) for entry in part.entries]) for part in parts]
+    problems.note(
+        DECIDED,
+        "annotations with iscrowd 1 made ignore regions; --crowd instances makes them instances",
+        "",
+        len(crowds),
+    )
+    return parts
+
+
+def _turned(entry: Entry, chosen: set[int]) -> Entry:
+    changed = [each._replace(kind=OBJECT) if id(each) in chosen else each for each in entry.instances]
+    return entry._replace(instances=changed)

@@ -1,0 +1,247 @@
+"""Images with label maps beside them: of Cellpose, of StarDist, of U-Nets, and semantic ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskloss.errors import Cause, MaskLossError
+from maskloss.lab.data.catalog import Entry, Instance, Map, Part
+from maskloss.lab.data.images import read_head
+from maskloss.lab.data.maps import COMPONENTS, NUMBERS, components, map_size, read_map
+from maskloss.lab.data.options import CLASSES, DataOptions
+from maskloss.lab.data.options import COMPONENTS as OF_CLASSES
+from maskloss.lab.data.problems import DECIDED, LEFT_OUT, SUSPICIOUS, Problems
+from maskloss.lab.data.readers import names
+from maskloss.lab.data.tree import Tree, bare_key, is_mask_place, part_of
+
+CLASS = "instance"
+VOID = 255
+# What programs write beside their masks, and what is neither image nor mask.
+_BYPRODUCTS = ("_flows", "_outlines", "_cp_output", "_overlay", "_prob", "_probs", "_output")
+# Of several maps for one image, the first of these is taken.
+_RANK = ("masks", "mask", "labels", "label", "instances", "instance", "gt")
+# Maps that a look at their values is taken from, and how many parts of one value make it look like a class.
+_LOOKED_AT = 50
+_APART = 0.3
+_MOST_CLASSES = 64
+# A part of fewer pixels is a stray, not a second object.
+_STRAY = 8
+
+
+class Pair(NamedTuple):
+    """An image and its map, as paths relative to the folder."""
+
+    image: str
+    map: str
+
+
+class Scan(NamedTuple):
+    """What a map holds.
+
+    Attributes:
+        size: height and width of the image as the map has them.
+        values: its numbers without 0.
+        apart: how many of them have pixels in several places.
+        value_of: value of each connected region, where regions were asked for.
+    """
+
+    size: tuple[int, int]
+    values: list[int]
+    apart: int
+    value_of: dict[int, int]
+
+
+def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
+    """Find images with maps of the same names: in another folder, or side by side."""
+    if options.annotations is not None:
+        return None
+    pairs = find_pairs(tree, problems)
+    return read_pairs(tree, pairs, options, problems) if pairs else None
+
+
+def find_pairs(tree: Tree, problems: Problems) -> list[Pair]:
+    """Pair images with maps."""
+    images: dict[tuple[str, ...], list[str]] = {}
+    maps: dict[tuple[str, ...], list[str]] = {}
+    for path in (*tree.images, *tree.ending(".npy")):
+        stem = PurePosixPath(path).stem
+        if stem.endswith(_BYPRODUCTS) or (path.endswith(".npy") and not is_mask_place(path)):
+            continue
+        place = maps if is_mask_place(path) else images
+        place.setdefault(bare_key(path), []).append(path)
+    pairs, missing = [], []
+    for key, some in images.items():
+        found = sorted(maps.pop(key, []), key=_rank)
+        if not found:
+            missing += some
+            continue
+        if len(some) > 1 or len({_rank(path)[:2] for path in found}) < len(found):
+            raise Cause(
+                "an image must have one label map", f"{', '.join([*some, *found])} in {tree.root}", "move one away"
+            )
+        if len(found) > 1:
+            problems.note(DECIDED, "several maps for one image, the first taken", f"{found[0]} before {found[1]}")
+        pairs.append(Pair(some[0], found[0]))
+    if pairs and missing:
+        problems.note(LEFT_OUT, "images without a label map", missing[0], len(missing))
+    if pairs and maps:
+        problems.note(LEFT_OUT, "label maps without an image", next(iter(maps.values()))[0], len(maps))
+    return sorted(pairs)
+
+
+def _rank(path: str) -> tuple[bool, int, str]:
+    lowered = path.lower()
+    places = [place for place, word in enumerate(_RANK) if word in lowered]
+    return lowered.endswith(".npy"), min(places, default=len(_RANK)) + ("_cp_" in lowered), path
+
+
+def read_pairs(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems: Problems) -> list[Part]:
+    """Look into every map: which instances it has, and whether it fits its image."""
+    scans: list[tuple[Pair, Scan]] = []
+    # Decoding PNG and TIFF leaves the interpreter to other threads.
+    with ThreadPoolExecutor() as pool:
+        for pair, found in zip(pairs, _bounded(pool, tree, pairs, options), strict=True):
+            with problems.tolerated():
+                if isinstance(found, MaskLossError):
+                    raise found
+                scans.append((pair, found))
+    every = {value for _, scan in scans for value in scan.values}
+    how = options.semantic
+    if how is None and not all(_is_sure(pair.map) for pair in pairs):
+        _ask(tree, scans, every, problems)
+    void = _void(every, options, problems)
+    classes = (
+        [(value, name) for value, name in _classes(tree, every - void).items()] if _of_classes(how) else [(1, CLASS)]
+    )
+    label = {value: place for place, (value, _) in enumerate(classes)} if _of_classes(how) else {}
+    parts: dict[str, list[Entry]] = {}
+    for pair, scan in scans:
+        values = scan.value_of if how == OF_CLASSES else {value: value for value in scan.values}
+        instances = [Instance(number, label.get(value, 0)) for number, value in values.items() if value not in void]
+        mapped = Map(str(tree.path(pair.map)), COMPONENTS if how == OF_CLASSES else NUMBERS, sorted(void))
+        entry = Entry(str(tree.path(pair.image)), *scan.size, instances, mapped)
+        parts.setdefault(part_of(pair.image), []).append(entry)
+    first = pairs[0]
+    kind = {OF_CLASSES: "regions of semantic maps", CLASSES: "classes of semantic maps"}.get(how or "", "label maps")
+    text = f"{kind}: {len(pairs)} pairs such as {first.image} and {first.map}"
+    return [Part(part, classes, entries, f"{text}{f', {part}' if part else ''}") for part, entries in parts.items()]
+
+
+def _of_classes(how: str | None) -> bool:
+    return how in {OF_CLASSES, CLASSES}
+
+
+def _is_sure(path: str) -> bool:
+    """Whether the name of a map says that it numbers instances."""
+    return path.endswith(".npy") or "_cp_masks" in path
+
+
+def _void(every: set[int], options: DataOptions, problems: Problems) -> set[int]:
+    if options.ignore_value is not None:
+        return {options.ignore_value}
+    if _of_classes(options.semantic) and VOID in every and len(every) > 1:
+        problems.note(
+            DECIDED, f"pixels of value {VOID} beside classes weigh nothing; --ignore-value names another", "", 0
+        )
+        return {VOID}
+    return set()
+
+
+def _classes(tree: Tree, values: set[int]) -> dict[int, str]:
+    known = names.of_values(tree)
+    if len(values) == 1:
+        [only] = values
+        return {only: known.get(only, CLASS)}
+    return {value: known.get(value, f"class {value}") for value in sorted(values)}
+
+
+def _ask(tree: Tree, scans: list[tuple[Pair, Scan]], every: set[int], problems: Problems) -> None:
+    """Raise if the numbers of the maps look like classes: only a person knows what their instances are.
+
+    Raises:
+        Cause: the question.
+    """
+    some = [scan for _, scan in scans[:_LOOKED_AT] if scan.values]
+    count, apart = sum(len(scan.values) for scan in some), sum(scan.apart for scan in some)
+    shown = ", ".join(map(str, sorted(every)[:6])) + (", ..." if len(every) > 6 else "")
+    why = None
+    if every == {VOID}:
+        why = f"all {len(scans)} maps have the values 0 and {VOID} only"
+    elif len(every) <= _MOST_CLASSES and count and apart > _APART * count:
+        why = f"they have the values {shown}, and in {apart} of {count} cases the pixels of one value lie apart"
+    elif VOID in every and VOID - 1 not in every and any(VOID in scan.values for scan in some):
+        why = f"they have the values {shown} and {VOID}, which usually stands for void"
+    if why is not None:
+        raise Cause(
+            "the numbers of label maps must be known to be instances or classes",
+            f"those of {tree.path(scans[0][0].map).parent} look like classes: {why}",
+            "--semantic components makes each connected region an instance, --semantic classes each class one mask, "
+            "--semantic instances takes the numbers as they are",
+        )
+    if every == {1} and len(scans) > 1:
+        problems.note(SUSPICIOUS, "every map has one instance, number 1: objects that touch would be one", "", 0)
+
+
+def _bounded(
+    pool: ThreadPoolExecutor, tree: Tree, pairs: Sequence[Pair], options: DataOptions, ahead: int = 64
+) -> Iterator[Scan | MaskLossError]:
+    """Read maps in order, a bounded number of them ahead."""
+    waiting = iter(enumerate(pairs))
+    futures = [pool.submit(_scan, tree, pair, number, options) for number, pair in islice(waiting, ahead)]
+    while futures:
+        yield futures.pop(0).result()
+        futures += [pool.submit(_scan, tree, pair, number, options) for number, pair in islice(waiting, 1)]
+
+
+def _scan(tree: Tree, pair: Pair, number: int, options: DataOptions) -> Scan | MaskLossError:
+    image, mapped = tree.path(pair.image), tree.path(pair.map)
+    try:
+        size = fitting_size(image, mapped)
+        labels = read_map(mapped)
+        void = () if options.ignore_value is None else (options.ignore_value,)
+        values = [int(value) for value in np.unique(labels) if value]
+        if options.semantic == OF_CLASSES:
+            if not void and VOID in values and values != [VOID]:
+                void = (VOID,)
+            return Scan(size, values, 0, components(labels, void)[1])
+        looked_at = options.semantic is None and number < _LOOKED_AT and len(values) <= 4 * _MOST_CLASSES
+        return Scan(size, values, _count_apart(labels, values) if looked_at else 0, {})
+    except MaskLossError as error:
+        return error
+
+
+def fitting_size(image: Path, mapped: Path) -> tuple[int, int]:
+    """Return the size of a map, before any pixel is read: a small file may hold a large map.
+
+    Raises:
+        Cause: it is not that of the image, neither as it is displayed nor as it is stored.
+    """
+    head, found = read_head(image), map_size(mapped)
+    if found not in (head.displayed, head.stored):
+        height, width = head.displayed
+        raise Cause(
+            "a label map must have the size of its image",
+            f"{mapped.name} is {found[0]} x {found[1]}, {image.name} is {height} x {width}",
+            "store both at the same resolution",
+        )
+    return found
+
+
+def _count_apart(labels: NDArray[np.int32], values: list[int]) -> int:
+    """Count the values with pixels in several places."""
+    from scipy.ndimage import find_objects, label
+
+    apart = 0
+    ranks = np.searchsorted(np.array([0, *values]), labels)
+    for place, box in enumerate(find_objects(ranks), start=1):
+        if box is not None:
+            regions, _ = label(ranks[box] == place, structure=np.ones((3, 3), dtype=np.int8))
+            apart += int((np.bincount(regions.ravel())[1:] >= _STRAY).sum() > 1)
+    return apart

@@ -1,0 +1,148 @@
+"""Instances as labeling tools draw them, turned into what the catalog holds; classes known by their names only."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskloss.errors import Cause, MaskLossError, require
+from maskloss.lab.data.catalog import BOX, CROWD, OBJECT, Entry, Instance, Part
+from maskloss.lab.data.images import MOST_PIXELS
+from maskloss.lab.data.problems import DECIDED, LEFT_OUT, Problems
+from maskloss.lab.data.readers.segmentation import Frame, box_of, encode, polygons
+from maskloss.lab.data.truth import decode
+
+# Labels that tools keep for what is not to be looked at.
+_IGNORED = frozenset({"__ignore__", "ignore", "_ignore_"})
+_BACKGROUND = frozenset({"_background_", "__background__", "background"})
+_CORNERS = 64
+_NO_CLASS = -1
+
+
+class Drawn:
+    """The instances of one image, one after the other.
+
+    Args:
+        entry: filled in; labels are numbers of `names`.
+        names: the classes of the whole data set, in the order in which they come up.
+        what: what to call the annotations of the image in messages.
+        problems: told of what was mended.
+    """
+
+    def __init__(self, entry: Entry, names: dict[str, int], what: str, problems: Problems) -> None:
+        self.entry, self.names, self.what, self.problems = entry, names, what, problems
+        # An image of which an instance is not known would teach that it is background.
+        self.usable = True
+
+    @property
+    def frame(self) -> Frame:
+        """What the instances belong to."""
+        return Frame(self.entry.height, self.entry.width, self.what, self.problems)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Read one instance; what is broken in it stops the command, or costs the image with `--on-error skip`."""
+        try:
+            yield
+        except MaskLossError as error:
+            self.problems.tolerate(error)
+            self.usable = False
+
+    def polygons(self, name: str, value: list[Any], holes: Sequence[list[Any]] = ()) -> None:
+        """Add an instance of several polygons."""
+        source: Any = polygons(value, self.frame) if value else None
+        if source is None:
+            self.box(name, box_of(None, value))
+        else:
+            pierced = [hole for hole in (polygons([each], self.frame) for each in holes) if hole]
+            if pierced:
+                height, width = self.entry.height, self.entry.width
+                mask = decode(source, height, width).astype(bool)
+                for hole in pierced:
+                    mask &= ~decode(hole, height, width).astype(bool)
+                source = encode(mask)
+            self._add(name, source, OBJECT)
+
+    def ellipse(self, name: str, center: tuple[float, float], radii: tuple[float, float], turn: float = 0.0) -> None:
+        """Add an ellipse, as a polygon of many corners; `turn` is in degrees."""
+        cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+        corners = []
+        for step in range(_CORNERS):
+            angle = 2 * math.pi * step / _CORNERS
+            x, y = radii[0] * math.cos(angle), radii[1] * math.sin(angle)
+            corners += [center[0] + cos * x - sin * y, center[1] + sin * x + cos * y]
+        self.polygons(name, [corners])
+
+    def bitmap(self, name: str, mask: NDArray[np.bool_], left: int, top: int) -> None:
+        """Add an instance of which a piece of the image says where it is."""
+        whole = np.zeros((self.entry.height, self.entry.width), dtype=bool)
+        y, x = max(0, top), max(0, left)
+        inside = mask[y - top : self.entry.height - top, x - left : self.entry.width - left]
+        whole[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+        self._add(name, encode(whole), OBJECT)
+
+    def box(self, name: str, box: Sequence[float] | None) -> None:
+        """Add a box, in which nothing is asked for: x, y, width, height."""
+        if box is None or box[2] <= 0 or box[3] <= 0:
+            self.problems.note(LEFT_OUT, "shapes without an area", self.what)
+            return
+        self.problems.note(DECIDED, "instances with a box only made ignore regions of that box", self.what)
+        self._add(name, {"box": [float(each) for each in box]}, BOX)
+
+    def _add(self, name: str, source: Any, kind: str) -> None:
+        if name.lower() in _BACKGROUND:
+            self.problems.note(LEFT_OUT, "shapes drawn around the background", self.what)
+            return
+        if name.lower() in _IGNORED:
+            self.problems.note(DECIDED, "shapes labeled ignore made ignore regions", self.what)
+            label, kind = _NO_CLASS, CROWD if kind == OBJECT else kind
+        else:
+            label = self.names.setdefault(name, len(self.names))
+        self.entry.instances.append(Instance(source, label, kind))
+
+
+def parts_of(entries: Mapping[str, list[Entry]], names: Mapping[str, int], how: str) -> list[Part]:
+    """Return the parts, with classes numbered from 1 in the order of their names."""
+    order = sorted(names)
+    place = {names[name]: label for label, name in enumerate(order)}
+    for each in (entry for some in entries.values() for entry in some):
+        each.instances[:] = [one._replace(label=place.get(one.label, _NO_CLASS)) for one in each.instances]
+    classes = list(enumerate(order, start=1))
+    return [Part(part, classes, some, f"{how}{f', {part}' if part else ''}") for part, some in entries.items()]
+
+
+def unpack_png(text: Any, what: str, *, compressed: bool = False) -> NDArray[np.bool_]:
+    """Decode a mask that is written into JSON: a PNG in base64.
+
+    Raises:
+        Cause: it is none, or has more pixels than an image may have.
+    """
+    pillow = require("PIL.Image", "train")
+    rule = "a mask in JSON must be a PNG in base64"
+    try:
+        packed = base64.b64decode(text, validate=False)
+        if compressed:
+            packed = zlib.decompressobj().decompress(packed, MOST_PIXELS)
+        with pillow.open(io.BytesIO(packed), formats=("PNG",)) as opened:
+            if opened.size[0] * opened.size[1] > MOST_PIXELS:
+                raise Cause(rule, f"{what} has {opened.size[1]} x {opened.size[0]} pixels", "is it damaged?")
+            # Where there is an alpha channel, it is the mask.
+            found = (
+                np.array(opened.convert("RGBA"))[..., 3]
+                if opened.mode in {"RGBA", "LA"}
+                else np.array(opened.convert("L"))
+            )
+    except (binascii.Error, TypeError, ValueError, OSError, SyntaxError, zlib.error) as error:
+        if isinstance(error, MaskLossError):
+            raise
+        raise Cause(rule, f"{what}: {error}", "export it again") from None
+    return np.asarray(found > 0)

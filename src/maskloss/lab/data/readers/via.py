@@ -1,0 +1,101 @@
+"""The VGG Image Annotator: regions of each image in one JSON file, as it exports them or saves its project."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from maskloss.errors import Cause, MaskLossError, describe
+from maskloss.lab.data.catalog import Entry, Part
+from maskloss.lab.data.images import read_size
+from maskloss.lab.data.options import DataOptions
+from maskloss.lab.data.problems import LEFT_OUT, Problems
+from maskloss.lab.data.readers.segmentation import number
+from maskloss.lab.data.readers.shapes import Drawn, parts_of
+from maskloss.lab.data.tree import Tree, part_of
+
+_RULE = "a file of VIA must list regions with their shapes"
+CLASS = "object"
+# Attributes that people call the class by, in this order.
+_ATTRIBUTES = ("class", "label", "name", "category", "type", "object")
+
+
+def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
+    """Find JSON files with regions."""
+    files = [options.annotations] if options.annotations else tree.whole_jsons
+    found = {path: images for path in files if (images := _images(tree, path)) is not None}
+    names: dict[str, int] = {}
+    parts: dict[str, list[Entry]] = {}
+    for path, images in found.items():
+        for image in images:
+            with problems.tolerated():
+                drawn = _read(tree, path, image, names, problems)
+                if drawn.usable:
+                    parts.setdefault(part_of(path, stem=True), []).append(drawn.entry)
+    return parts_of(parts, names, f"VIA: {', '.join(found)}") if found else None
+
+
+def _images(tree: Tree, path: str) -> list[Mapping[str, Any]] | None:
+    try:
+        content = tree.json(path)
+    except MaskLossError:
+        return None
+    if isinstance(content, Mapping):
+        content = content.get("_via_img_metadata", content)
+    listed = list(content.values()) if isinstance(content, Mapping) else content
+    fits = listed and all(isinstance(each, Mapping) and {"filename", "regions"} <= set(each) for each in listed)
+    return listed if fits else None
+
+
+def _read(tree: Tree, path: str, image: Mapping[str, Any], names: dict[str, int], problems: Problems) -> Drawn:
+    if not isinstance(image["filename"], str) or "\0" in image["filename"]:
+        raise Cause(_RULE, f"{path} names the image {describe(image['filename'])}", "name a file")
+    file = tree.find(image["filename"], path, problems)
+    drawn = Drawn(Entry(str(file), *read_size(file), []), names, f"{path}: {image['filename']}", problems)
+    regions = image["regions"]
+    for region in regions.values() if isinstance(regions, Mapping) else regions:
+        with drawn.guarded():
+            shape = region.get("shape_attributes") if isinstance(region, Mapping) else None
+            if not isinstance(shape, Mapping):
+                raise Cause(_RULE, f"{drawn.what} has the region {describe(region)}", "export it again")
+            _draw(drawn, shape, _name(region.get("region_attributes")))
+    return drawn
+
+
+def _name(attributes: Any) -> str:
+    """Return the class of a region: one of the usual attributes, else the only one that has a value."""
+    if not isinstance(attributes, Mapping):
+        return CLASS
+    values = {str(each).lower(): value for each, value in attributes.items() if value not in ("", None, {})}
+    chosen = next((values[each] for each in _ATTRIBUTES if each in values), None)
+    if chosen is None and len(values) == 1:
+        [chosen] = values.values()
+    if isinstance(chosen, Mapping):
+        chosen = next((each for each, on in chosen.items() if on), None)
+    return CLASS if chosen is None else str(chosen)
+
+
+def _draw(drawn: Drawn, shape: Mapping[str, Any], name: str) -> None:
+    def need(*wanted: str) -> list[float]:
+        found = [number(shape.get(each)) for each in wanted]
+        if None in found:
+            raise Cause(_RULE, f"{drawn.what} has the shape {describe(shape)}", "export it again")
+        return [each or 0.0 for each in found]
+
+    kind = shape.get("name")
+    if kind == "polygon":
+        xs, ys = shape.get("all_points_x"), shape.get("all_points_y")
+        if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
+            raise Cause(_RULE, f"{drawn.what} has the shape {describe(shape)}", "export it again")
+        drawn.polygons(name, [[each for point in zip(xs, ys, strict=True) for each in point]])
+    elif kind == "rect":
+        drawn.box(name, need("x", "y", "width", "height"))
+    elif kind == "circle":
+        x, y, radius = need("cx", "cy", "r")
+        drawn.ellipse(name, (x, y), (radius, radius))
+    elif kind == "ellipse":
+        x, y, across, down = need("cx", "cy", "rx", "ry")
+        drawn.ellipse(name, (x, y), (across, down), math.degrees(number(shape.get("theta")) or 0.0))
+    else:
+        drawn.problems.note(LEFT_OUT, f"shapes that enclose nothing ({kind})", drawn.what)

@@ -1,0 +1,5 @@
+"""Writes the table of the documentation."""
+
+from lab.folders import write_page
+
+write_page()
