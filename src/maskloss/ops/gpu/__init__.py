@@ -34,6 +34,7 @@ from . import choose as choosing
 from . import losses
 from . import match as matching
 from . import scatter as scattering
+from .assignment import assign as assign
 from .features import sample
 from .launch import (
     BLOCK,
