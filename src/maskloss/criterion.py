@@ -100,6 +100,8 @@ class MaskCriterion(nn.Module):
             divisor stays the number of instances. Default None: all 1.
         sampling: numbers and layout of points; the default matcher takes `num_points` and `layout` from it. Default
             `PointSampling()`.
+        groups: groups of queries, each matched to all targets on its own, in training mode (see `HungarianMatcher`);
+            instances are counted over all of them. Default 1, or what the matcher has.
         matcher: how to match. Default: `HungarianMatcher` with the weights and options given here.
         options: how points are read, focal loss of the masks and backend, as a group; `MaskOptions` says what there is.
         kwargs: the same options one by one.
@@ -135,6 +137,7 @@ class MaskCriterion(nn.Module):
         classification: str = "softmax",
         class_weights: Tensor | Sequence[float] | None = None,
         sampling: PointSampling | None = None,
+        groups: int | None = None,
         matcher: HungarianMatcher | None = None,
         options: MaskOptions | None = None,
         **kwargs: Unpack[MaskKeywords],
@@ -160,10 +163,11 @@ class MaskCriterion(nn.Module):
         sampling = _inputs.check_sampling(sampling)
         group = mask_options(options, **kwargs)
         self.mask_loss = MaskLoss(ce_weight=mask_weight, dice_weight=dice_weight, sampling=sampling, options=group)
-        self.matcher = _checked_matcher(matcher, classification) or HungarianMatcher(
+        self.matcher = _checked_matcher(matcher, classification, groups) or HungarianMatcher(
             class_weight=class_weight,
             mask_weight=mask_weight,
             dice_weight=dice_weight,
+            groups=1 if groups is None else groups,
             num_points=sampling.num_points,
             layout=sampling.layout,
             classification=classification,
@@ -282,7 +286,7 @@ class MaskCriterion(nn.Module):
                     f"the layers have {list(matches.layer_sizes)} pairs",
                     "leave totals out, or give every layer the same number of pairs",
                 )
-            return step.totals
+            return self._totals_of_groups(step.totals)
         layers, batch, queries = wanted.shape
         instances: float | Tensor = float(matches.layer_sizes[0])
         if not matches.is_even:
@@ -296,6 +300,20 @@ class MaskCriterion(nn.Module):
         means = step.means(counts)
         by_instance = means[2] if weights is not None else None
         return StepTotals(means[0], means[1], by_instance, means[-1] if weighs_classes else None)
+
+    def _totals_of_groups(self, totals: StepTotals) -> StepTotals:
+        """Count each target once for every group of queries."""
+        groups = self.matcher.groups if self.matcher.training else 1
+        if groups > 1 and totals.class_weight is not None:
+            raise Cause(
+                "totals cannot weigh classes where queries are matched in groups",
+                f"groups={groups}, totals.class_weight={totals.class_weight!r}",
+                "leave totals out, or class_weights",
+            )
+        weight = totals.instance_weight
+        return totals._replace(
+            instances=totals.instances * groups, instance_weight=None if weight is None else weight * groups
+        )
 
     def _classify(self, class_logits: Tensor, wanted: Tensor, counts: StepTotals) -> Tensor:
         """Compute the classification of each layer, `[L]`, from `[L, B, Q, C (+ 1)]` and the classes `[L, B, Q]`."""
@@ -346,7 +364,9 @@ def _given_or(given: float | Tensor | None, otherwise: float | Tensor) -> float 
     return otherwise if given is None else given
 
 
-def _checked_matcher(matcher: HungarianMatcher | None, classification: str) -> HungarianMatcher | None:
+def _checked_matcher(
+    matcher: HungarianMatcher | None, classification: str, groups: int | None
+) -> HungarianMatcher | None:
     if matcher is None:
         return None
     if not isinstance(matcher, HungarianMatcher):
@@ -360,5 +380,11 @@ def _checked_matcher(matcher: HungarianMatcher | None, classification: str) -> H
             "matcher and criterion must have the same classification",
             f"the matcher has {matcher.classification!r}, the criterion {classification!r}",
             "give both the same classification",
+        )
+    if groups is not None and matcher.groups != groups:
+        raise Cause(
+            "matcher and criterion must have the same groups",
+            f"the matcher has {matcher.groups}, the criterion {groups!r}",
+            "leave groups out: the criterion takes those of its matcher",
         )
     return matcher

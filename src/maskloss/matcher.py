@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from maskloss import _inputs, layers, ops
 from maskloss._classification import KINDS
+from maskloss._numbers import check_integer
 from maskloss.errors import Cause, check_device, check_layout, describe, reported
 from maskloss.functional import class_cost, focal_class_cost
 from maskloss.layers import Layer
@@ -30,14 +31,19 @@ class HungarianMatcher(nn.Module):
         C[q, t] = class_weight * (-softmax(class)[q, label_t]) + mask_weight * BCE[q, t] + dice_weight * Dice[q, t]
 
     Both mask terms are taken at `num_points` uniform points, which all queries and all layers of an image share. The
-    costs of all layers and images are computed first, copied to the host once, solved there, and the matches are copied
-    back once. If an image has more targets than queries, Q of them are matched. A pair with a non-finite cost is used
-    only as a last resort.
+    costs of all layers and images are computed first, then all assignments are solved side by side: on a GPU by one
+    kernel, so that the host waits for nothing. If an image has more targets than queries, Q of them are matched. A pair
+    with a non-finite cost is used only as a last resort.
 
     Args:
         class_weight: weight of the class term, at least 0. Default 2.
         mask_weight: weight of the cross-entropy, at least 0. Default 5.
         dice_weight: weight of Dice, at least 0. Default 5.
+        groups: G, groups of Q / G consecutive queries, each matched to all targets on its own, in training mode. After
+            `eval()` there is one group. Default 1.
+        assignment: where assignments are solved: "auto" (default) on a GPU of the backend "gpu" if a group has at most
+            1024 queries and an image at most 1024 targets, so that nothing waits for the host; else on the host.
+            "host" and "device" decide it.
         num_points: P, uniform points per image. Default 12544.
         layout: how these points lie to each other, "independent" (default) or "stratified" (see `PointSampling`).
         classification: "softmax" (default), or "focal": the class logits have no "no object", and the class term is
@@ -69,6 +75,8 @@ class HungarianMatcher(nn.Module):
         class_weight: float = CLASS_WEIGHT,
         mask_weight: float = MASK_WEIGHT,
         dice_weight: float = DICE_WEIGHT,
+        groups: int = 1,
+        assignment: str = "auto",
         num_points: int = PointSampling.num_points,
         layout: str = PointSampling.layout,
         classification: str = "softmax",
@@ -84,6 +92,9 @@ class HungarianMatcher(nn.Module):
                 "at least one weight must be positive", "all are 0", "with all costs 0 the matching would be arbitrary"
             )
         self.class_weight, self.mask_weight, self.dice_weight = (float(weight) for weight in weights.values())
+        self.groups = check_integer("groups", groups, 1, hint="RF-DETR has 13 in training")
+        _inputs.check_choice("assignment", assignment, ops.ASSIGNMENTS)
+        self.assignment = assignment
         # Only uniform points are drawn: the candidates of a default ratio must not count towards a limit.
         sampling = PointSampling(num_points=num_points, importance_ratio=0.0, layout=layout)
         self.num_points, self.layout = sampling.num_points, sampling.layout
@@ -150,11 +161,27 @@ class HungarianMatcher(nn.Module):
         counts, (depth, _, queries, outputs) = step.targets.num_targets, class_logits.shape
         num_classes = outputs - (self.classification == "softmax")
         # Unmatched queries have the first number that is no label.
-        index, wanted = ops.assign(cost, step.labels, counts, outputs if no_object_labels else num_classes)
+        groups = self.groups if self.training else 1
+        each, rest = divmod(queries, groups)
+        if rest:
+            raise Cause(
+                "the number of queries must be a multiple of groups",
+                f"{queries} queries in {groups} groups",
+                "groups=1 matches all queries together; call eval() where the model runs one group",
+            )
+        index, wanted = ops.assign(
+            cost,
+            step.labels,
+            step.targets.images,
+            counts,
+            outputs if no_object_labels else num_classes,
+            groups=groups,
+            where=ops.choose_assignment(cost.device, each, ops.widest(counts), self.assignment, self.options.backend),
+        )
         if no_object_labels:
             wanted = wanted.clamp(max=num_classes)
-        sizes = (ops.count_matches(counts, queries),) * depth
-        matched = ops.matched_counts(counts, queries) * depth
+        matched = tuple(groups * count for count in ops.matched_counts(counts, each)) * depth
+        sizes = (groups * ops.count_matches(counts, each),) * depth
         return Matches(index, sizes, queries, counts, wanted, num_classes, matched)
 
     @torch.no_grad()
@@ -180,7 +207,8 @@ class HungarianMatcher(nn.Module):
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
         weights = f"class_weight={self.class_weight}, mask_weight={self.mask_weight}, dice_weight={self.dice_weight}"
-        return f"{weights}, num_points={self.num_points}, layout={self.layout!r}, {self.options}"
+        solved = f"groups={self.groups}, assignment={self.assignment!r}"
+        return f"{weights}, {solved}, num_points={self.num_points}, layout={self.layout!r}, {self.options}"
 
 
 def stack_costs(costs: Sequence[Tensor], class_logits: Tensor, targets: MaskTargets) -> Tensor:

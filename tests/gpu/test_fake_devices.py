@@ -22,7 +22,7 @@ def run(what: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_criterion_copies_nothing_but_the_assignment() -> None:
+def test_the_criterion_neither_copies_nor_waits() -> None:
     run("criterion")
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from maskloss import ops
+from maskloss import MaskTargets, ops
 from maskloss._abi import IMAGE, LAYER, QUERY, TARGET
+from maskloss.errors import Cause
 from maskloss.ops import load
 from maskloss.ops.assignment import solve_with_scipy
 from support.assignments import KINDS
@@ -62,7 +63,8 @@ def test_both_solvers_serve_the_operation(backend: str, monkeypatch: pytest.Monk
     )
     cost = torch.from_numpy(np.random.default_rng(5).standard_normal((2, 3, 6, 7)))
     labels = torch.arange(13) % 5
-    index, wanted = ops.assign(cost, labels, [7, 0, 6], 5)
+    images = MaskTargets.cat([MaskTargets.from_masks(torch.ones(count, 2, 2)) for count in (7, 0, 6)]).images
+    index, wanted = ops.assign(cost, labels, images, [7, 0, 6], 5)
     assert solvers == ["scipy"] * (backend == "reference")
     assert index[:, LAYER].tolist() == [0] * 12 + [1] * 12
     assert index[:, IMAGE].tolist() == ([0] * 6 + [2] * 6) * 2
@@ -71,3 +73,35 @@ def test_both_solvers_serve_the_operation(backend: str, monkeypatch: pytest.Monk
     expected = torch.full((2, 3, 6), 5)
     expected[index[:, LAYER], index[:, IMAGE], index[:, QUERY]] = labels[first[index[:, IMAGE]] + index[:, TARGET]]
     assert torch.equal(wanted, expected)
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_groups_are_matched_each_on_its_own(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKLOSS_BACKEND", backend)
+    counts, groups, each = [3, 0, 9], 4, 6
+    cost = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 3, groups * each, 9)))
+    labels, images = torch.arange(12) % 5, torch.empty(0)
+    index, wanted = ops.assign(cost, labels, images, counts, 5, groups=groups)
+    for group in range(groups):
+        queries = slice(group * each, (group + 1) * each)
+        alone, classes = ops.assign(cost[:, :, queries].contiguous(), labels, images, counts, 5)
+        mine = index[(index[:, QUERY] >= queries.start) & (index[:, QUERY] < queries.stop)]
+        mine[:, QUERY] -= queries.start
+        assert torch.equal(mine, alone)
+        assert torch.equal(wanted[:, :, queries], classes)
+    key = (index[:, LAYER] * 3 + index[:, IMAGE]) * groups * each + index[:, QUERY]
+    assert torch.equal(key, key.sort().values)
+
+
+def test_where_assignments_are_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert ops.choose_assignment(cpu, 100, 20, "auto", None) == "host"
+    assert ops.choose_assignment(cuda, 100, 20, "auto", None) == "device"
+    assert ops.choose_assignment(cuda, 1024, 1024, "auto", None) == "device"
+    assert ops.choose_assignment(cuda, 1025, 1, "auto", None) == "host"
+    assert ops.choose_assignment(cuda, 100, 20, "host", None) == "host"
+    assert ops.choose_assignment(cuda, 100, 20, "auto", "reference") == "host"
+    for device, queries, backend in ((cpu, 100, None), (cuda, 1025, None), (cuda, 100, "reference")):
+        with pytest.raises(Cause, match="assignment='device' needs the GPU backend"):
+            ops.choose_assignment(device, queries, 20, "device", backend)

@@ -43,6 +43,7 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.copies: list[tuple[str, ...]] = []
+        self.operations: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(
@@ -51,6 +52,7 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given, made = ([t for t in tree_leaves(each) if isinstance(t, Tensor)] for each in ((args, kwargs), result))
         devices = {tensor.device.type for tensor in (*given, *made)}
+        self.operations.add(func._schema.name)
         if "copy" in func._schema.name and len(devices) > 1:
             self.copies.append((given[0].device.type, made[0].device.type))
         self.dtypes |= {tensor.dtype for tensor in made}
@@ -80,13 +82,16 @@ def entries(packed: bool) -> list[dict[str, Any]]:
 
 
 def criterion_copies_nothing() -> None:
-    """Packed targets: the one trip is inside the assignment. Dense ones: their description makes a trip as well."""
+    """Packed targets: nothing moves. Dense ones: their description goes to the device."""
     for packed, copies in ((True, []), (False, [("cpu", "cuda")])):
         with watched() as watch:
             targets = entries(packed)
             watch.copies.clear()
             out = MaskCriterion(CLASSES)(*predictions("cuda"), targets)
         assert watch.copies == copies, (packed, watch.copies)
+        # This operation does not look at values; the other one does, and makes the trip inside.
+        assert "maskloss::assign_on_device" in watch.operations
+        assert "maskloss::assign" not in watch.operations
         assert out.total.device.type == "cuda"
         assert out.total.requires_grad
 
@@ -114,9 +119,10 @@ def _factored_operations_copy_nothing() -> None:
     from triton.runtime.jit import JITFunction
 
     from maskloss.ops import gpu
+    from maskloss.ops.gpu import assignment
 
     JITFunction.run = lambda *_, **__: None  # type: ignore[method-assign]
-    gpu.on_device = lambda _: nullcontext()  # type: ignore[attr-defined]
+    gpu.on_device = assignment.on_device = lambda _: nullcontext()  # type: ignore[attr-defined]
     for dtype in (torch.float32, torch.bfloat16):
         with watched() as watch, torch.no_grad():
             like = {"dtype": dtype, "device": "cuda"}
@@ -132,6 +138,9 @@ def _factored_operations_copy_nothing() -> None:
             draw, term = Draw(ids, torch.empty((), dtype=torch.int64, device="cuda"), *SAMPLING), Term()
             products = (factors, index, [TARGETS] * (LAYERS * BATCH), group, draw, term, None)
             watch.copies.clear()
+            cost = torch.empty(LAYERS, BATCH, QUERIES, TARGETS, device="cuda")
+            labels = torch.empty(BATCH * TARGETS, dtype=torch.int64, device="cuda")
+            gpu.assign(cost, labels, targets.images, targets.num_targets, CLASSES, 5)
             factored.match_cost(gpu, factors, targets.num_targets, group, draw, term)
             *terms, kept = factored.mask_loss(gpu, *products)
             factored.mask_loss_backward(gpu, Gradients(*terms), kept, *products, needs_grad=[True] * 4)
@@ -153,7 +162,7 @@ def step_compiles_to_one_graph() -> None:
     assert out.total.requires_grad
     (graph,) = graphs
     nodes = {str(node.target): node for node in graph.graph.nodes if "maskloss" in str(node.target)}
-    assert sorted(nodes) == [f"maskloss.{name}.default" for name in ("assign", "mask_loss", "match_cost")]
+    assert sorted(nodes) == [f"maskloss.{name}.default" for name in ("assign_on_device", "mask_loss", "match_cost")]
     backend = choose_backend(torch.device("cuda"))
     for name in ("mask_loss", "match_cost"):
         assert nodes[f"maskloss.{name}.default"].args[-1] == backend

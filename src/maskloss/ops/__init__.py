@@ -30,12 +30,21 @@ from maskloss._abi import (
 from maskloss._tracing import savable
 from maskloss.ops import assignment
 from maskloss.ops.dense import mask_loss
-from maskloss.ops.dispatch import BACKENDS, check_backend, choose_backend, has_host_kernels, load
+from maskloss.ops.dispatch import (
+    ASSIGNMENTS,
+    BACKENDS,
+    check_backend,
+    choose_assignment,
+    choose_backend,
+    has_host_kernels,
+    load,
+)
 from maskloss.ops.products import factored_mask_loss, factored_match_cost
 from maskloss.ops.schemas import DRAW, INSTANCES, NOT_CAPTURED, SAMPLE, TARGETS, TERM, operation
 from maskloss.ops.transformed import Derivative
 
 __all__ = [
+    "ASSIGNMENTS",
     "BACKENDS",
     "Draw",
     "Factors",
@@ -45,6 +54,7 @@ __all__ = [
     "Term",
     "assign",
     "check_backend",
+    "choose_assignment",
     "choose_backend",
     "count_matches",
     "factored_mask_loss",
@@ -180,26 +190,68 @@ def match_cost(
     return ce, dice
 
 
-@operation("assign", "Tensor cost, Tensor labels, SymInt[] num_targets, SymInt num_classes", "Tensor", **NOT_CAPTURED)
-def _assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> Tensor:
+_ASSIGN = "Tensor cost, Tensor labels, Tensor images, SymInt[] num_targets, SymInt num_classes, SymInt groups"
+
+
+@operation("assign", _ASSIGN, "Tensor", **NOT_CAPTURED)
+def _assign(
+    cost: Tensor, labels: Tensor, _images: Tensor, num_targets: Sequence[int], num_classes: int, groups: int
+) -> Tensor:
     solve = load("cpu").assign if has_host_kernels() else assignment.solve_with_scipy
-    return assignment.assign(cost, labels, num_targets, num_classes, solve)
+    return assignment.assign(cost, labels, num_targets, num_classes, groups, solve)
 
 
-@_assign.register_fake
-def _(cost: Tensor, _labels: Tensor, num_targets: Sequence[int], _num_classes: int) -> Tensor:
+@operation("assign_on_device", _ASSIGN, "Tensor")
+def _assign_on_device(
+    cost: Tensor, labels: Tensor, images: Tensor, num_targets: Sequence[int], num_classes: int, groups: int
+) -> Tensor:
+    known = ((labels >= 0) & (labels < num_classes)).all()
+    torch._assert_async(known, f"maskloss: labels must lie in [0, {num_classes})")
+    answer: Tensor = load("gpu").assign(cost, labels, images, num_targets, num_classes, groups)
+    return answer
+
+
+def _assign_shape(
+    cost: Tensor, _labels: Tensor, _images: Tensor, num_targets: Sequence[int], _num_classes: int, groups: int
+) -> Tensor:
     layers, batch, queries = cost.shape[:3]
-    matched = layers * count_matches(num_targets, queries)
+    matched = layers * groups * count_matches(num_targets, queries // groups)
     return cost.new_empty(INDEX_COLUMNS * matched + layers * batch * queries, dtype=torch.int64)
 
 
-def assign(cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int) -> tuple[Tensor, Tensor]:
-    """Solve the assignments of all layers and images; the one place that waits for the device.
+_assign.register_fake(_assign_shape)
+_assign_on_device.register_fake(_assign_shape)
+
+
+def assign(
+    cost: Tensor,
+    labels: Tensor,
+    images: Tensor,
+    num_targets: Sequence[int],
+    num_classes: int,
+    *,
+    groups: int = 1,
+    where: str = "host",
+) -> tuple[Tensor, Tensor]:
+    """Match queries to targets at the lowest total cost, for every layer, image and group of queries on its own.
+
+    Args:
+        cost: `[L, B, Q, T_max]`; columns beyond an image's number of targets are not read. A cost that is not finite
+            (or beyond `LARGEST_COST`) is a pair that is taken only where no other is left.
+        labels: int64 `[T_all]`, the class of each target, or `[0]`.
+        images: `MaskTargets.images`.
+        num_targets: targets of each image.
+        num_classes: labels must lie in [0, num_classes). On the host that raises; on a device it is an assertion, after
+            which CUDA takes no more work.
+        groups: G, which divides Q: that many groups of consecutive queries.
+        where: "host", the one place that waits for a device, or "device", which waits for nothing.
 
     Returns:
-        The matches, int64 `[N, 4]`, and the class that each query should have, int64 `[L, B, Q]`.
+        The matches, int64 `[N, 4]`, rows (layer, image, query, target) sorted by layer, image and query; and the class
+        that each query should have, int64 `[L, B, Q]`, `num_classes` for a query without a target.
     """
-    answer = _assign(cost, labels, num_targets, num_classes)
+    solve = _assign_on_device if where == "device" else _assign
+    answer = solve(cost, labels, images, num_targets, num_classes, groups)
     wanted = cost.shape[0] * cost.shape[1] * cost.shape[2]
     index, classes = answer.split([answer.shape[0] - wanted, wanted])
     return index.view(-1, INDEX_COLUMNS), classes.view(cost.shape[:3])

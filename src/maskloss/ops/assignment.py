@@ -17,17 +17,22 @@ if TYPE_CHECKING:
 
 
 def assign(
-    cost: Tensor, labels: Tensor, num_targets: Sequence[int], num_classes: int, solve: Callable[..., NDArray[np.int64]]
+    cost: Tensor,
+    labels: Tensor,
+    num_targets: Sequence[int],
+    num_classes: int,
+    groups: int,
+    solve: Callable[..., NDArray[np.int64]],
 ) -> Tensor:
-    """Match queries to targets at the lowest total cost, for every layer and image on its own.
+    """Match queries to targets on the host; see `ops.assign`.
 
     Args:
-        cost: `[L, B, Q, T_max]`; columns beyond an image's number of targets are not read. A cost that is not
-            finite (or beyond `LARGEST_COST`) is a pair that is taken only where no other is left.
-        labels: int64 `[T_all]`, the class of each target, or `[0]`. They travel to the host with the costs, so that
-            checking them costs no trip of its own.
+        cost: `[L, B, Q, T_max]`.
+        labels: int64 `[T_all]`, or `[0]`. They travel to the host with the costs, so that checking them costs no trip
+            of its own.
         num_targets: targets of each image.
         num_classes: labels must lie in [0, num_classes).
+        groups: of queries.
         solve: makes the rows `[N, 4]` below from the costs, on the host, and `num_targets`.
 
     Returns:
@@ -40,7 +45,7 @@ def assign(
     """
     host, classes = _to_host(cost, labels)
     check_labels(classes, num_classes)
-    index = solve(host, num_targets)
+    index = _grouped(host, num_targets, groups, solve)
     wanted = np.full(host.shape[:3], num_classes, dtype=np.int64)
     if classes.size:
         image, first = index[:, IMAGE], np.cumsum([0, *num_targets])
@@ -51,6 +56,20 @@ def assign(
     if cost.device.type == "cuda":
         answer = answer.pin_memory()
     return answer.to(cost.device, non_blocking=answer.is_pinned())
+
+
+def _grouped(
+    cost: NDArray[Any], num_targets: Sequence[int], groups: int, solve: Callable[..., NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """Solve a group of queries as if it were an image of its own."""
+    if groups == 1:
+        return solve(cost, num_targets)
+    layers, batch, queries, widest = cost.shape
+    each = queries // groups
+    index = solve(cost.reshape(layers, batch * groups, each, widest), np.repeat(num_targets, groups).tolist())
+    index[:, IMAGE], group = np.divmod(index[:, IMAGE], groups)
+    index[:, QUERY] += group * each
+    return index
 
 
 def check_labels(labels: NDArray[Any], num_classes: int) -> None:

@@ -126,13 +126,13 @@ def _layer_terms(
     area = height * width // config.mask_point_sample_ratio
     # One point for this many pixels, in the matching too; there the model has no lower bound of its own.
     for_matching = sampling or PointSampling(max(area, 1))
-    index = _match(step, logits, boxes, masks, box_targets, groups, config, for_matching, backend)
+    matches = _match(step, logits, boxes, masks, box_targets, groups, config, for_matching, backend)
     sampling = sampling or PointSampling(max(height, area), OVERSAMPLE_RATIO, IMPORTANCE_RATIO)
     count = step.divisor(float(step.targets.num_masks), times=groups)
     weights = config.mask_class_loss_coefficient, config.mask_dice_loss_coefficient
     loss = MaskLoss(sampling=sampling, target_mode="nearest", backend=backend)
-    terms = _mask_terms(step, loss, masks, index, groups, ops.Reduction(*weights, count))
-    layer, image, query, target = index.unbind(1)
+    terms = _mask_terms(step, loss, masks, matches, groups, ops.Reduction(*weights, count))
+    layer, image, query, target = matches.index.unbind(1)
     rows = step.targets.first_rows[image] + target
     pairs = box_terms(boxes[layer, image, query], torch.cat(box_targets)[rows])
     place = (layer, image, query, step.labels[rows])
@@ -196,53 +196,32 @@ def _match(
     config: Any,
     sampling: PointSampling,
     backend: str | None,
-) -> Tensor:
-    """Match every group of queries on its own: int64 `[N, 4]`, rows (layer, image, query, target), sorted by layer."""
+) -> Matches:
+    """Match every group of queries on its own."""
     matcher = HungarianMatcher(
         class_weight=config.class_cost,
         mask_weight=config.mask_class_loss_coefficient,
         dice_weight=config.mask_dice_loss_coefficient,
         num_points=sampling.num_points,
         layout=sampling.layout,
+        groups=groups,
         target_mode="nearest",
         classification="focal",
         backend=backend,
     )
-    extra = box_costs(boxes, box_targets, config.bbox_cost, config.giou_cost)
-    cost = matcher.costs(logits, masks, step, extra)
-    depth, batch, queries, widest = cost.shape
-    apart = cost.view(depth, batch, groups, queries // groups, widest).transpose(1, 2).flatten(0, 1)
-    index, _ = ops.assign(apart, step.labels, step.targets.num_targets, logits.shape[3])
-    layer, image, query, target = index.unbind(1)
-    group = layer % groups
-    return torch.stack([layer // groups, image, query + group * (queries // groups), target], dim=1)
+    return matcher.match(logits, masks, step, box_costs(boxes, box_targets, config.bbox_cost, config.giou_cost))
 
 
 def _mask_terms(
-    step: Step, loss: MaskLoss, masks: Sequence[Layer], index: Tensor, groups: int, reduction: ops.Reduction
+    step: Step, loss: MaskLoss, masks: Sequence[Layer], matches: Matches, groups: int, reduction: ops.Reduction
 ) -> LayerTerms:
     """Compute the mask terms of each layer; a target has points of their own for its query in each group."""
     repeated = replace(step, targets=_targets.repeat_targets(step.targets, groups))
-    per_group = masks[0].shape[1] // groups
-    layer, image, query, target = index.unbind(1)
-    target = target + query // per_group * step.targets.counts[image]
+    layer, image, query, target = matches.index.unbind(1)
+    target = target + query // (matches.num_queries // groups) * step.targets.counts[image]
     index = torch.stack([layer, image, query, target], dim=1)
-    # The rows are sorted by layer, group and image: within a layer they must follow the images.
-    matched = ops.matched_counts(step.targets.num_targets, per_group)
-    pieces, batch = index.split(matched * (groups * len(masks))), len(matched)
-    index = torch.cat(
-        [
-            pieces[(layer * groups + group) * batch + image]
-            for layer in range(len(masks))
-            for image in range(batch)
-            for group in range(groups)
-        ]
-    )
-    counts = tuple(count * groups for count in matched)
-    sizes = (sum(counts),) * len(masks)
-    queries, num_targets = masks[0].shape[1], repeated.targets.num_targets
-    matches = Matches(index, sizes, queries, num_targets, counts=counts * len(masks))
-    return loss.layer_terms(masks, matches, repeated, reduction)
+    apart = replace(matches, index=index, num_targets=repeated.targets.num_targets)
+    return loss.layer_terms(masks, apart, repeated, reduction)
 
 
 def _quality_loss(logits: Tensor, place: tuple[Tensor, ...], iou: Tensor, alpha: float) -> Tensor:
