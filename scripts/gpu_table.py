@@ -44,6 +44,7 @@ from maskloss._abi import (
     Saved,
     Targets,
     Term,
+    accumulation_dtype,
 )
 from maskloss.ops import factored, gpu
 from maskloss.points import PointSampling
@@ -205,6 +206,9 @@ def operations_of(case: Case) -> dict[str, list[Launch]]:
     try:
         with recorded() as result["match_cost"]:
             gpu.match_cost(logits, [case.widest] * batch, targets, draw, term)
+        with recorded() as result["assign"]:
+            cost = torch.empty(layers, batch, queries, case.widest, dtype=accumulation_dtype(case.dtype), device=meta)
+            gpu.assign(cost, integers(rows), described[1], [case.widest] * batch, 80, 1)
         with recorded() as result["mask_loss"]:
             ce, dice, chosen, soft = gpu.mask_loss(*inputs)
         with recorded() as result["mask_loss_backward"]:

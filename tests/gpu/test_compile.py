@@ -131,6 +131,7 @@ def test_launches_of_a_step(table: ModuleType) -> None:
         operation: [launch.name for launch in launches]
         for operation, launches in table.operations_of(table.Case(seed_on_device=True)).items()
     }
+    assert names["assign"] == ["assign_problem"]
     assert names["mask_loss"] == ["sample_candidates", "choose", "loss_terms", "finish_losses"]
     assert names["mask_loss_backward"] == ["list_chosen", "slope_terms", "scatter"]
     assert names["match_cost"] == ["match_points", "match_targets", "match_cells", "match_terms", "finish_costs"]

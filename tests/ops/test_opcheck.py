@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskloss import MaskTargets, ops
 from maskloss.ops import dense, products
@@ -183,12 +184,18 @@ def test_operation_on_factors(operation: Any, make: Callable[[str], Args]) -> No
 
 def test_assign() -> None:
     labels, counts = torch.tensor([0, 1, 1, 0, 2]), (4, 0, 1)
-    torch.library.opcheck(ops._assign, (torch.rand(2, 3, 3, 4), labels, counts, 3))
+    images = MaskTargets.cat([MaskTargets.from_masks(torch.ones(count, 2, 2)) for count in counts]).images
+    torch.library.opcheck(ops._assign, (torch.rand(2, 3, 6, 4), labels, images, counts, 3, 2))
+    # The kernel itself needs a device; what is known of its result does not.
+    with FakeTensorMode():
+        cost, fake = torch.empty(2, 3, 6, 4), torch.empty(5, dtype=torch.int64)
+        assert ops._assign_on_device(cost, fake, fake, counts, 3, 2).shape == (4 * 2 * 2 * 4 + 36,)
 
 
 def test_every_operation_is_checked() -> None:
     known = {
         *("point_sample", "point_sample_backward", "uncertain_points", "match_cost", "assign"),
+        "assign_on_device",
         *("mask_loss", "mask_loss_backward"),
         *("factored_match_cost", "factored_mask_loss", "factored_mask_loss_backward"),
     }
