@@ -176,7 +176,8 @@ class HungarianMatcher(nn.Module):
             counts,
             outputs if no_object_labels else num_classes,
             groups=groups,
-            where=ops.choose_assignment(cost.device, each, ops.widest(counts), self.assignment, self.options.backend),
+            where=self.assignment,
+            backend=self.options.backend,
         )
         if no_object_labels:
             wanted = wanted.clamp(max=num_classes)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskloss import MaskTargets, ops
 from maskloss._abi import IMAGE, LAYER, QUERY, TARGET
@@ -93,15 +97,32 @@ def test_groups_are_matched_each_on_its_own(backend: str, monkeypatch: pytest.Mo
     assert torch.equal(key, key.sort().values)
 
 
-def test_where_assignments_are_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_assignments_are_solved() -> None:
     pytest.importorskip("triton")
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert ops.choose_assignment(cpu, 100, 20, "auto", None) == "host"
-    assert ops.choose_assignment(cuda, 100, 20, "auto", None) == "device"
-    assert ops.choose_assignment(cuda, 1024, 1024, "auto", None) == "device"
-    assert ops.choose_assignment(cuda, 1025, 1, "auto", None) == "host"
-    assert ops.choose_assignment(cuda, 100, 20, "host", None) == "host"
-    assert ops.choose_assignment(cuda, 100, 20, "auto", "reference") == "host"
-    for device, queries, backend in ((cpu, 100, None), (cuda, 1025, None), (cuda, 100, "reference")):
+
+    def solver(device: str, queries: int, targets: int, where: str = "auto", backend: str | None = None) -> str:
+        with FakeTensorMode(), Noted() as noted:
+            cost, labels = torch.empty(1, 1, queries, targets, device=device), torch.empty(targets, dtype=torch.int64)
+            ops.assign(cost, labels, labels, [targets], 5, where=where, backend=backend)
+        return noted.name
+
+    assert solver("cpu", 100, 20) == "assign"
+    assert solver("cuda", 100, 20) == "assign_on_device"
+    assert solver("cuda", 1024, 1024) == "assign_on_device"
+    assert solver("cuda", 1025, 1) == "assign"
+    assert solver("cuda", 100, 20, "host") == "assign"
+    assert solver("cuda", 100, 20, "auto", "reference") == "assign"
+    for device, queries, backend in (("cpu", 100, None), ("cuda", 1025, None), ("cuda", 100, "reference")):
         with pytest.raises(Cause, match="assignment='device' needs the GPU backend"):
-            ops.choose_assignment(device, queries, 20, "device", backend)
+            solver(device, queries, 20, "device", backend)
+
+
+class Noted(TorchDispatchMode):
+    """Notes the last of our operations."""
+
+    name = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        self.name = name if namespace == "maskloss" else self.name
+        return func(*args, **(kwargs or {}))

@@ -28,13 +28,12 @@ from maskloss._abi import (
     widest,
 )
 from maskloss._tracing import savable
+from maskloss.errors import Cause
 from maskloss.ops import assignment
 from maskloss.ops.dense import mask_loss
 from maskloss.ops.dispatch import (
-    ASSIGNMENTS,
     BACKENDS,
     check_backend,
-    choose_assignment,
     choose_backend,
     has_host_kernels,
     load,
@@ -54,7 +53,6 @@ __all__ = [
     "Term",
     "assign",
     "check_backend",
-    "choose_assignment",
     "choose_backend",
     "count_matches",
     "factored_mask_loss",
@@ -190,6 +188,9 @@ def match_cost(
     return ce, dice
 
 
+ASSIGNMENTS = ("auto", "host", "device")
+# The longer side of the largest problem that is solved on a device.
+WIDEST_ON_DEVICE = 1024
 _ASSIGN = "Tensor cost, Tensor labels, Tensor images, SymInt[] num_targets, SymInt num_classes, SymInt groups"
 
 
@@ -231,7 +232,8 @@ def assign(
     num_classes: int,
     *,
     groups: int = 1,
-    where: str = "host",
+    where: str = "auto",
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Match queries to targets at the lowest total cost, for every layer, image and group of queries on its own.
 
@@ -244,13 +246,26 @@ def assign(
         num_classes: labels must lie in [0, num_classes). On the host that raises; on a device it is an assertion, after
             which CUDA takes no more work.
         groups: G, which divides Q: that many groups of consecutive queries.
-        where: "host", the one place that waits for a device, or "device", which waits for nothing.
+        where: one of `ASSIGNMENTS`. "host" is the one place that waits for a device, "device" waits for nothing. "auto"
+            takes the device where the GPU backend runs and no side is above `WIDEST_ON_DEVICE`.
+        backend: as requested of the operations.
 
     Returns:
         The matches, int64 `[N, 4]`, rows (layer, image, query, target) sorted by layer, image and query; and the class
         that each query should have, int64 `[L, B, Q]`, `num_classes` for a query without a target.
+
+    Raises:
+        Cause: "device" is asked for where it cannot be had.
     """
-    solve = _assign_on_device if where == "device" else _assign
+    longest = torch.sym_max(cost.shape[2] // groups, widest(num_targets))
+    fits = where != "host" and choose_backend(cost.device, backend) == "gpu" and longest <= WIDEST_ON_DEVICE
+    if where == "device" and not fits:
+        raise Cause(
+            "assignment='device' needs the GPU backend and at most 1024 queries and targets",
+            f"{cost.shape[2] // groups} queries and up to {widest(num_targets)} targets on {cost.device}",
+            "leave assignment out, or take 'host'",
+        )
+    solve = _assign_on_device if fits else _assign
     answer = solve(cost, labels, images, num_targets, num_classes, groups)
     wanted = cost.shape[0] * cost.shape[1] * cost.shape[2]
     index, classes = answer.split([answer.shape[0] - wanted, wanted])

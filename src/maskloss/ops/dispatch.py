@@ -14,9 +14,6 @@ from maskloss.errors import Cause
 
 BACKENDS = ("reference", "cpu", "gpu")
 VARIABLE = "MASKLOSS_BACKEND"
-ASSIGNMENTS = ("auto", "host", "device")
-# The longer side of the largest problem that is solved on a device.
-WIDEST_ON_DEVICE = 1024
 _NEEDS = {"cpu": "numba", "gpu": "triton"}
 # Tuples of tensors as arguments of a kernel came with Triton 3.3, and that with PyTorch 2.7.
 _OLDEST_TRITON = (3, 3)
@@ -78,35 +75,6 @@ def check_backend(name: object) -> None:
 def has_host_kernels() -> bool:
     """Whether host-side work, such as packing, may use Numba. Without it results are the same, so nothing is said."""
     return os.environ.get(VARIABLE) != "reference" and _obstacle("cpu") is None
-
-
-def choose_assignment(device: torch.device, queries: int, targets: int, requested: str, backend: str | None) -> str:
-    """Name the place where assignments of Q queries to at most T targets are solved: "host" or "device".
-
-    Args:
-        device: where the costs are.
-        queries: Q, of a group.
-        targets: T, the largest number.
-        requested: "auto" takes the device where the GPU backend runs and no side is above `WIDEST_ON_DEVICE`.
-        backend: as requested of the operations.
-
-    Raises:
-        Cause: "device" is asked for where it cannot be had.
-    """
-    if requested == "host":
-        return requested
-    on_gpu = choose_backend(device, backend) == "gpu"
-    fits = max(queries, targets) <= WIDEST_ON_DEVICE
-    if requested == "device" and not (on_gpu and fits):
-        raise Cause(
-            "assignment='device' needs the GPU backend and at most 1024 queries and targets",
-            f"{queries} queries and up to {targets} targets on {device}",
-            "leave assignment out, or take 'host'",
-        )
-    return "device" if on_gpu and fits else "host"
-
-
-choose_assignment._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def load(backend: str) -> ModuleType:
