@@ -348,7 +348,7 @@ def test_undo_leaves_what_others_have_put_in_place() -> None:
     assert other.loss_function is function
 
 
-def test_undo_leaves_constructors_that_somebody_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undo_leaves_steps_that_somebody_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     kind: Any = tiny.model_class("mask2former", "Mask2FormerForUniversalSegmentation")
     original = kind.__init__
     handle = patch()
@@ -381,7 +381,7 @@ def test_a_global_patch_does_not_grow_with_models_that_are_gone() -> None:
             model = tiny.mask2former()
             del model
             gc.collect()
-            sizes.append((len(handle._constructors), len(transformers_integration._OWNERS)))
+            sizes.append((len(handle._steps), len(transformers_integration._OWNERS)))
     assert sizes[0] == sizes[1] == sizes[2]
     assert sizes[0][1] == 0
 

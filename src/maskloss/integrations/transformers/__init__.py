@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +11,7 @@ from torch import nn
 
 from maskloss import _inputs
 from maskloss.errors import Cause, reported, require
+from maskloss.integrations._undo import Undo
 from maskloss.integrations.transformers.families import FAMILIES, Family, Options, find, is_patched, supported
 from maskloss.ops import BACKENDS
 from maskloss.points import PointSampling
@@ -23,7 +22,7 @@ __all__ = ["Patch", "patch", "unpatch"]
 _OWNERS: WeakKeyDictionary[nn.Module, Patch] = WeakKeyDictionary()
 
 
-class Patch:
+class Patch(Undo):
     """What `patch` changed, and the way back. As a context manager it is undone at the end of the block.
 
     Attributes:
@@ -31,13 +30,13 @@ class Patch:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.families: tuple[str, ...] = ()
-        self._constructors: list[Callable[[], None]] = []
 
     @property
     def is_on(self) -> bool:
         """Whether anything is changed, or will be in what is built from now on."""
-        return bool(self.families or self._constructors)
+        return bool(self.families or self._steps)
 
     def undo(self) -> None:
         """Put back all that was changed, in models built in the meantime too. A second call does nothing.
@@ -45,22 +44,13 @@ class Patch:
         A copy of a patched model, made by `copy.deepcopy` or read from a pickle, is patched as well, and is no model of
         this patch: `unpatch` takes that back.
         """
-        while self._constructors:
-            self._constructors.pop()()
+        super().undo()
         for model in [model for model, owner in list(_OWNERS.items()) if owner is self]:
             _restore(model)
         self.families = ()
 
-    def __enter__(self) -> Patch:  # noqa: PYI034 (typing.Self is newer than Python 3.10)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.undo()
-
     def __repr__(self) -> str:
-        waiting = ["models and criteria built from now on"] if self._constructors else []
+        waiting = ["models and criteria built from now on"] if self._steps else []
         return f"Patch({', '.join([*self.families, *waiting]) or 'undone'})"
 
     def _swap(self, family: Family, model: nn.Module, options: Options) -> None:
@@ -179,14 +169,8 @@ def _patch_constructor(handle: Patch, family: Family, options: Options) -> None:
             _swap_built(handle, family, self, options)
 
     build._maskloss_patch = handle  # type: ignore[attr-defined]
-    model_class.__init__ = build
-
-    def undo() -> None:
-        # What somebody else has put on top stays; ours, below it, does nothing any more.
-        if model_class.__init__ is build:
-            model_class.__init__ = original
-
-    handle._constructors.append(undo)
+    # A wrapper that somebody else puts on top stays; ours, below it, does nothing once it is undone.
+    handle.replace(model_class, "__init__", build)
     if family.criterion is not None:
         _patch_subclasses(handle, family, getattr(importlib.import_module(family.path), family.criterion), options)
 
@@ -199,13 +183,7 @@ def _patch_subclasses(handle: Patch, family: Family, criterion: Any, options: Op
         if name == "matcher" and handle.is_on and type(self) is not criterion and not is_patched(self):
             _swap_built(handle, family, self, options)
 
-    criterion.__setattr__ = assign
-
-    def undo() -> None:
-        if vars(criterion).get("__setattr__") is assign:
-            del criterion.__setattr__
-
-    handle._constructors.append(undo)
+    handle.replace(criterion, "__setattr__", assign)
 
 
 @reported("patch")

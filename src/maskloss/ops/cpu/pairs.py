@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import grid_sample
 
 from maskloss._abi import POINT_COLUMNS, Draw, Targets, Term
 
@@ -127,7 +128,11 @@ def sample_features(plan: Plan, features: Tensor, term: Term) -> Tensor:
     """Read features `[B, D, h, w]` at the points of a plan, in its order: `[B, D, P]`, float32 or float64."""
     batch, channels, *size = features.shape
     if features.stride(3) != 1:
-        # Channels last: a copy of the features is cheaper than a cache line for every pixel of every channel.
+        # Channels last: one channel after the other would take a cache line for every pixel of each.
+        if features.dtype in (torch.float32, torch.float64):
+            grid = torch.from_numpy(plan.points).to(features.dtype).mT[:, None] * 2 - 1
+            outside = "border" if term.border else "zeros"
+            return grid_sample(features, grid, padding_mode=outside, align_corners=False).squeeze(2)
         features = features.contiguous()
     places = _place(plan, np.array([size], np.int64), term.border)
     sampled = np.empty((batch, channels, plan.points.shape[2]), plan.dtypes[0])

@@ -1,0 +1,198 @@
+"""Train RF-DETR's own package with maskloss: one call before `train()`, which can be undone.
+
+The criterion stays RF-DETR's: names, boxes, class losses, groups of queries, the encoder's outputs, what is logged and
+what sums are divided by. The mask terms and the matching with masks are computed here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from maskloss import _inputs
+from maskloss._abi import QUERY, TARGET
+from maskloss.errors import Cause, describe, reported
+from maskloss.functional import focal_class_cost
+from maskloss.integrations import _targets
+from maskloss.integrations._boxes import box_costs
+from maskloss.integrations._undo import Undo
+from maskloss.integrations.detr import Outputs, Pairs, Targets, find_masks, mask_entries
+from maskloss.integrations.layerwise import LayerMasks
+from maskloss.matcher import HungarianMatcher, check_predictions
+from maskloss.options import MaskOptions
+from maskloss.points import PointSampling
+
+__all__ = ["NAMES", "patch"]
+
+NAMES = ("loss_mask_ce", "loss_mask_dice")
+
+
+class _Patch(Undo):
+    """What `patch` changed, and the way back."""
+
+    def __repr__(self) -> str:
+        return f"Patch({'RF-DETR' if self._steps else 'undone'})"
+
+
+@reported("patch")
+def patch(criterion: type | None = None, *, sampling: PointSampling | None = None, backend: str | None = None) -> Undo:
+    """Let maskloss compute the mask terms of RF-DETR's criterion, and the costs and assignments of its matcher.
+
+    All criteria of the class are changed, those that exist and those that are built later. Batches without masks, and
+    batches with key points, are left to RF-DETR.
+
+    Args:
+        criterion: the class of a criterion that is a copy of RF-DETR's, as libreyolo has one: its `loss_masks` is
+            replaced, and its matching stays as it is. Default None: `SetCriterion` and `HungarianMatcher` of rfdetr.
+        sampling: numbers and layout of the points, in the matching too. Default None: one point for
+            `mask_point_sample_ratio` pixels, as in RF-DETR.
+        backend: "reference", "cpu" or "gpu". Default: by device, or MASKLOSS_BACKEND.
+
+    Returns:
+        The patch: `undo()` takes it back, and `with patch(): ...` does at the end of the block.
+
+    Raises:
+        MaskLossError: a class without `loss_masks`, one that is patched already, or rfdetr is not installed.
+
+    Source:
+        RF-DETR's own code: points with border padding, targets by their nearest pixel. A pair with a non-finite cost is
+        matched last; the matcher has one set of points for each image and step, not one for each batch and layer.
+    """
+    handle = _Patch()
+    options = MaskOptions("border", "nearest", backend=backend)
+    if sampling is not None:
+        _inputs.check_sampling(sampling)
+    if criterion is None:
+        module = _their_module("rfdetr.models.criterion")
+        criterion, matcher = module.SetCriterion, module.HungarianMatcher
+    else:
+        matcher = None
+    theirs = vars(criterion).get("loss_masks") if isinstance(criterion, type) else None
+    if theirs is None or getattr(theirs, "_maskloss", False):
+        raise Cause(
+            "criterion must be a class with a method loss_masks that is not patched already",
+            f"got {describe(criterion)}",
+            "give SetCriterion of rfdetr or of a copy; undo() takes a patch back",
+        )
+    handle.replace(criterion, "loss_masks", _loss_masks(theirs, sampling, options))
+    if matcher is not None:
+        handle.replace(criterion, "forward", _packed_forward(criterion.forward))  # type: ignore[union-attr]
+        match = functools.partial(_match, sampling=sampling, options=options)
+        handle.replace(matcher, "forward", _match_one(matcher.forward, match))
+        if hasattr(matcher, "_match_many"):
+            handle.replace(matcher, "_match_many", _match_all(matcher._match_many, match))
+    return handle
+
+
+def _their_module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise Cause("rfdetr must be installed", str(error), "pip install 'rfdetr[train]', or give a class") from None
+
+
+def _loss_masks(theirs: Callable[..., Any], sampling: PointSampling | None, options: MaskOptions) -> Any:
+    """Make what takes the place of `loss_masks`."""
+    by_ratio: dict[int | None, LayerMasks] = {}
+
+    @functools.wraps(theirs)
+    def loss_masks(self: Any, outputs: Outputs, targets: Targets, indices: Any, num_boxes: Any) -> dict[str, Tensor]:
+        if targets and "valid" in targets[0]:
+            found: dict[str, Tensor] = theirs(self, outputs, targets, indices, num_boxes)
+            return found
+        ratio = self.mask_point_sample_ratio if sampling is None else None
+        if ratio not in by_ratio:
+            by_ratio[ratio] = LayerMasks(NAMES, sampling=sampling, pixels_per_point=ratio, options=options)
+        return by_ratio[ratio](outputs, targets, indices, num_boxes)
+
+    loss_masks._maskloss = True  # type: ignore[attr-defined]
+    return loss_masks
+
+
+def _packed_forward(theirs: Callable[..., Any]) -> Any:
+    """Pack the masks of a step before the criterion sees them."""
+
+    @functools.wraps(theirs)
+    def forward(self: Any, outputs: Outputs, targets: Targets, *args: Any, **kwargs: Any) -> Any:
+        if targets and all("masks" in entry and "valid" not in entry for entry in targets):
+            packed = _targets.pack_masks(mask_entries(targets), outputs["pred_logits"].device)
+            targets = [{**entry, "masks": masks} for entry, masks in zip(targets, packed, strict=True)]
+        return theirs(self, outputs, targets, *args, **kwargs)
+
+    return forward
+
+
+def _match_one(theirs: Callable[..., Any], match: Callable[..., list[Pairs]]) -> Any:
+    """Make what takes the place of the matcher's `forward`: one layer."""
+
+    @functools.wraps(theirs)
+    def forward(self: Any, outputs: Outputs, targets: Targets, group_detr: int = 1, **options: Any) -> Pairs:
+        if _is_other(outputs, targets):
+            found: Pairs = theirs(self, outputs, targets, group_detr, **options)
+            return found
+        return match(self, [outputs], targets, group_detr)[0]
+
+    return forward
+
+
+def _match_all(theirs: Callable[..., Any], match: Callable[..., list[Pairs]]) -> Any:
+    """Make what takes the place of the matcher's `_match_many`: all layers at once."""
+
+    @functools.wraps(theirs)
+    def match_many(self: Any, layers: Sequence[Outputs], targets: Targets, group_detr: int = 1, **options: Any) -> Any:
+        if any(_is_other(layer, targets) for layer in layers):
+            return theirs(self, layers, targets, group_detr, **options)
+        return match(self, layers, targets, group_detr)
+
+    return match_many
+
+
+def _is_other(outputs: Outputs, targets: Targets) -> bool:
+    """Whether a batch has no masks, or more than boxes, classes and masks."""
+    plain = all("masks" in entry and "valid" not in entry and "keypoints" not in entry for entry in targets)
+    return not targets or not plain or outputs.get("pred_masks") is None
+
+
+@torch.no_grad()
+def _match(
+    theirs: Any,
+    layers: Sequence[Outputs],
+    targets: Targets,
+    groups: int,
+    *,
+    sampling: PointSampling | None,
+    options: MaskOptions,
+) -> list[Pairs]:
+    """Match every group of queries of every layer on its own: (queries, targets) of each image, on the CPU."""
+    logits, masks = check_predictions(
+        [layer["pred_logits"] for layer in layers], [find_masks(layer) for layer in layers], no_object=False
+    )
+    labels = [entry["labels"].to(logits.device) for entry in targets]
+    boxes = _inputs.accumulated(torch.stack([layer["pred_boxes"] for layer in layers]))
+    step = _targets.begin(mask_entries(targets), labels, [*masks, logits])
+    height, width = masks[0].shape[2:]
+    points = sampling or PointSampling(max(height * width // theirs.mask_point_sample_ratio, 1))
+    matcher = HungarianMatcher(
+        class_weight=0.0,
+        mask_weight=theirs.cost_mask_ce,
+        dice_weight=theirs.cost_mask_dice,
+        groups=groups,
+        num_points=points.num_points,
+        layout=points.layout,
+        classification="focal",
+        options=options,
+    )
+    # Apart, because RF-DETR lets its users choose alpha.
+    by_class = focal_class_cost(logits, pad_sequence(labels, batch_first=True), alpha=theirs.focal_alpha)
+    boxes_of = [entry["boxes"].to(logits.device) for entry in targets]
+    extra = box_costs(boxes, boxes_of, theirs.cost_bbox, theirs.cost_giou) + theirs.cost_class * by_class
+    matches = matcher.match(logits, masks, step, extra)
+    rows = matches.index.cpu().split(list(matches.counts or ()))
+    pairs = [(each[:, QUERY], each[:, TARGET]) for each in rows]
+    return [pairs[first : first + len(targets)] for first in range(0, len(pairs), len(targets))]
