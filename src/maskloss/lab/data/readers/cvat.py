@@ -53,7 +53,7 @@ def _root(tree: Tree, path: str) -> Element | None:
         if b"<!ENTITY" in text or b"<!DOCTYPE" in text:
             raise Cause(_RULE, f"{file} declares entities", "export it again")
         root = ET.fromstring(text)
-    except (OSError, ET.ParseError) as error:
+    except (OSError, ET.ParseError, LookupError) as error:
         raise Cause(_RULE, f"{file}: {explain(error)}", "export it again") from None
     return root if root.tag == "annotations" and root.find("image") is not None else None
 

@@ -13,8 +13,9 @@ from maskloss.lab.data.catalog import Entry, Part
 from maskloss.lab.data.images import MOST_PIXELS, read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import DECIDED, LEFT_OUT, Problems
+from maskloss.lab.data.readers.coco import as_id
 from maskloss.lab.data.readers.segmentation import number
-from maskloss.lab.data.readers.shapes import Drawn, parts_of
+from maskloss.lab.data.readers.shapes import Drawn, listed, parts_of
 from maskloss.lab.data.tree import Tree, part_of
 
 _RULE = "a file of Label Studio must list tasks with annotations"
@@ -56,12 +57,8 @@ def _read(tree: Tree, path: str, task: Mapping[str, Any], names: dict[str, int],
     written = data.get("image", urls[0] if urls else None) if isinstance(data, Mapping) else None
     if not isinstance(written, str) or "\0" in written:
         raise Cause(_RULE, f"{what} has the data {describe(data)}", "name the image")
-    annotations = task.get("annotations", task.get("completions"))
-    some = (
-        [each for each in annotations if isinstance(each, Mapping) and not each.get("was_cancelled")]
-        if annotations
-        else []
-    )
+    annotations = listed(task.get("annotations", task.get("completions")), what)
+    some = [each for each in annotations if isinstance(each, Mapping) and not each.get("was_cancelled")]
     if not some:
         problems.note(LEFT_OUT, "tasks that nobody annotated", what)
         return None
@@ -69,8 +66,8 @@ def _read(tree: Tree, path: str, task: Mapping[str, Any], names: dict[str, int],
         problems.note(DECIDED, "tasks with several annotations, the last taken", what)
     file = tree.find(written, path, problems)
     height, width = read_size(file)
-    drawn = Drawn(Entry(str(file), height, width, [], None, task.get("id")), names, what, problems)
-    for result in some[-1].get("result") or []:
+    drawn = Drawn(Entry(str(file), height, width, [], None, as_id(task.get("id"))), names, what, problems)
+    for result in listed(some[-1].get("result"), what):
         with drawn.guarded():
             value = result.get("value") if isinstance(result, Mapping) else None
             if isinstance(value, Mapping):
@@ -79,8 +76,8 @@ def _read(tree: Tree, path: str, task: Mapping[str, Any], names: dict[str, int],
 
 
 def _draw(drawn: Drawn, result: Mapping[str, Any], value: Mapping[str, Any]) -> None:
-    kind = result.get("type")
-    label = value.get(kind) if isinstance(kind, str) else None
+    kind = str(result.get("type"))
+    label = value.get(kind)
     name = str(label[0]) if isinstance(label, list) and label else "object"
     across, down = drawn.entry.width / 100, drawn.entry.height / 100
 
@@ -91,7 +88,8 @@ def _draw(drawn: Drawn, result: Mapping[str, Any], value: Mapping[str, Any]) -> 
         return [each or 0.0 for each in found]
 
     if kind in {"polygonlabels", "polygon"}:
-        points = [[number(each) for each in point] for point in value.get("points") or [] if isinstance(point, list)]
+        corners = listed(value.get("points"), drawn.what)
+        points = [[number(each) for each in point] for point in corners if isinstance(point, list)]
         if not points or any(len(point) != 2 or None in point for point in points):
             raise Cause(_RULE, f"{drawn.what} has the polygon {describe(value.get('points'))}", "export it again")
         drawn.polygons(name, [[one for x, y in points for one in ((x or 0) * across, (y or 0) * down)]])

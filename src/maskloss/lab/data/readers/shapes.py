@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloss.errors import Cause, MaskLossError, require
+from maskloss.errors import Cause, MaskLossError, describe, require
 from maskloss.lab.data.catalog import BOX, CROWD, OBJECT, Entry, Instance, Part
 from maskloss.lab.data.images import MOST_PIXELS
 from maskloss.lab.data.problems import DECIDED, LEFT_OUT, Problems
-from maskloss.lab.data.readers.segmentation import Frame, box_of, encode, polygons
+from maskloss.lab.data.readers.segmentation import FARTHEST, Frame, box_of, encode, polygons
 from maskloss.lab.data.truth import decode
 
 # Labels that tools keep for what is not to be looked at.
@@ -39,6 +39,9 @@ class Drawn:
     """
 
     def __init__(self, entry: Entry, names: dict[str, int], what: str, problems: Problems) -> None:
+        if not 0 < entry.height * entry.width <= MOST_PIXELS:
+            size = f"{entry.height} x {entry.width}"
+            raise Cause("annotations must give the size of the image", f"{what} says {size}", "export it again")
         self.entry, self.names, self.what, self.problems = entry, names, what, problems
         # An image of which an instance is not known would teach that it is background.
         self.usable = True
@@ -85,9 +88,11 @@ class Drawn:
     def bitmap(self, name: str, mask: NDArray[np.bool_], left: int, top: int) -> None:
         """Add an instance of which a piece of the image says where it is."""
         whole = np.zeros((self.entry.height, self.entry.width), dtype=bool)
-        y, x = max(0, top), max(0, left)
-        inside = mask[y - top : self.entry.height - top, x - left : self.entry.width - left]
-        whole[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+        if max(abs(left), abs(top)) > FARTHEST:
+            raise Cause("a mask must lie in its image", f"{self.what} has one at {left}, {top}", "export it again")
+        y, x = (np.arange(length) + start for start, length in zip((top, left), mask.shape, strict=True))
+        rows, columns = (y >= 0) & (y < self.entry.height), (x >= 0) & (x < self.entry.width)
+        whole[np.ix_(y[rows], x[columns])] = mask[np.ix_(rows, columns)]
         self._add(name, encode(whole), OBJECT)
 
     def box(self, name: str, box: Sequence[float] | None) -> None:
@@ -108,6 +113,19 @@ class Drawn:
         else:
             label = self.names.setdefault(name, len(self.names))
         self.entry.instances.append(Instance(source, label, kind))
+
+
+def listed(value: Any, what: str) -> list[Any]:
+    """Return the members of a list, or the values of a dict, as some versions of a tool write; none for null.
+
+    Raises:
+        Cause: anything else.
+    """
+    if value is None or isinstance(value, list):
+        return value or []
+    if isinstance(value, Mapping):
+        return list(value.values())
+    raise Cause("annotations must be in a list", f"{what} has {describe(value)}", "export it again")
 
 
 def parts_of(entries: Mapping[str, list[Entry]], names: Mapping[str, int], how: str) -> list[Part]:

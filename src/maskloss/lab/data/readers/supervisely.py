@@ -11,7 +11,8 @@ from maskloss.lab.data.catalog import Entry, Part
 from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
-from maskloss.lab.data.readers.shapes import Drawn, parts_of, unpack_png
+from maskloss.lab.data.readers.segmentation import box_of, integer
+from maskloss.lab.data.readers.shapes import Drawn, listed, parts_of, unpack_png
 from maskloss.lab.data.tree import Tree, part_of
 
 _RULE = "a file in ann/ must be Supervisely's"
@@ -44,8 +45,8 @@ def _read(tree: Tree, path: str, content: Mapping[str, Any], names: dict[str, in
     pure = PurePosixPath(path)
     file = tree.find(f"{pure.parent.parent.name}/img/{pure.stem}", path, problems)
     size = content.get("size")
-    known = isinstance(size, Mapping) and all(isinstance(size.get(side), int) for side in ("height", "width"))
-    height, width = (size["height"], size["width"]) if known and isinstance(size, Mapping) else read_size(file)
+    sides = [integer(size.get(side)) if isinstance(size, Mapping) else None for side in ("height", "width")]
+    height, width = (side or 0 for side in sides) if None not in sides else read_size(file)
     drawn = Drawn(Entry(str(file), height, width, []), names, path, problems)
     for each in content["objects"]:
         with drawn.guarded():
@@ -56,22 +57,23 @@ def _read(tree: Tree, path: str, content: Mapping[str, Any], names: dict[str, in
 
 
 def _draw(drawn: Drawn, each: Mapping[str, Any]) -> None:
-    kind, name = each.get("geometryType", each.get("type")), str(each.get("classTitle"))
+    kind, name = str(each.get("geometryType", each.get("type"))), str(each.get("classTitle"))
     points = each.get("points")
     if kind == "bitmap":
         bitmap = each.get("bitmap")
         origin = bitmap.get("origin") if isinstance(bitmap, Mapping) else None
-        if not isinstance(bitmap, Mapping) or not isinstance(origin, list) or len(origin) != 2:
+        corner = [integer(each) for each in origin] if isinstance(origin, list) else []
+        if not isinstance(bitmap, Mapping) or len(corner) != 2 or None in corner:
             raise Cause(_RULE, f"{drawn.what} has the bitmap {describe(bitmap)}", "export it again")
-        drawn.bitmap(name, unpack_png(bitmap.get("data"), drawn.what, compressed=True), int(origin[0]), int(origin[1]))
+        found = unpack_png(bitmap.get("data"), drawn.what, compressed=True)
+        drawn.bitmap(name, found, corner[0] or 0, corner[1] or 0)
     elif kind in {"polygon", "rectangle"}:
         outer = points.get("exterior") if isinstance(points, Mapping) else None
         if not isinstance(points, Mapping) or not isinstance(outer, list):
             raise Cause(_RULE, f"{drawn.what} has the points {describe(points)}", "export it again")
         if kind == "polygon":
-            drawn.polygons(name, [outer], points.get("interior") or ())
+            drawn.polygons(name, [outer], listed(points.get("interior"), drawn.what))
         else:
-            (left, top), (right, bottom) = outer[0], outer[-1]
-            drawn.box(name, [min(left, right), min(top, bottom), abs(right - left), abs(bottom - top)])
+            drawn.box(name, box_of(None, outer))
     else:
         drawn.problems.note(LEFT_OUT, f"shapes that enclose nothing ({kind})", drawn.what)

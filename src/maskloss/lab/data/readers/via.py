@@ -12,7 +12,7 @@ from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
 from maskloss.lab.data.readers.segmentation import number
-from maskloss.lab.data.readers.shapes import Drawn, parts_of
+from maskloss.lab.data.readers.shapes import Drawn, listed, parts_of
 from maskloss.lab.data.tree import Tree, part_of
 
 _RULE = "a file of VIA must list regions with their shapes"
@@ -43,9 +43,11 @@ def _images(tree: Tree, path: str) -> list[Mapping[str, Any]] | None:
         return None
     if isinstance(content, Mapping):
         content = content.get("_via_img_metadata", content)
-    listed = list(content.values()) if isinstance(content, Mapping) else content
-    fits = listed and all(isinstance(each, Mapping) and {"filename", "regions"} <= set(each) for each in listed)
-    return listed if fits else None
+    images = list(content.values()) if isinstance(content, Mapping) else content
+    if not isinstance(images, list) or not images:
+        return None
+    fits = all(isinstance(each, Mapping) and {"filename", "regions"} <= set(each) for each in images)
+    return images if fits else None
 
 
 def _read(tree: Tree, path: str, image: Mapping[str, Any], names: dict[str, int], problems: Problems) -> Drawn:
@@ -53,8 +55,7 @@ def _read(tree: Tree, path: str, image: Mapping[str, Any], names: dict[str, int]
         raise Cause(_RULE, f"{path} names the image {describe(image['filename'])}", "name a file")
     file = tree.find(image["filename"], path, problems)
     drawn = Drawn(Entry(str(file), *read_size(file), []), names, f"{path}: {image['filename']}", problems)
-    regions = image["regions"]
-    for region in regions.values() if isinstance(regions, Mapping) else regions:
+    for region in listed(image["regions"], drawn.what):
         with drawn.guarded():
             shape = region.get("shape_attributes") if isinstance(region, Mapping) else None
             if not isinstance(shape, Mapping):

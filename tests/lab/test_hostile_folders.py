@@ -1,0 +1,76 @@
+"""Damaged folders: whatever a file holds, the command ends in one sentence, never in another error."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.folders import CASES
+from maskloss import MaskLossError
+from maskloss.lab.data.folder import FolderScenes, HeldOut
+from maskloss.lab.data.options import DataOptions
+
+WRONG = (
+    None, "", [], {}, -1, 0, 1e308, float("inf"), float("nan"), "x", True, 10**30, [[]], [None], {"a": 1}, 1.5, [1, 2],
+    "\0", "../..", [[1, 2], [3, 4]],
+)  # fmt: skip
+PIECES = (b" ", b"nan", b"-1", b'"', b"\xff", b"1e99", b":", b"\n", b"<", b"99999999999")
+TEXTS = frozenset({".json", ".txt", ".xml", ".yaml"})
+NAMES = [name for name, case in CASES.items() if not case.refused]
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:6]) if isinstance(value, list) else ()
+    for key, each in inner:
+        yield from paths(each, (*path, key))
+
+
+def damaged(path: Path, drawn: random.Random) -> bytes:
+    """Put a wrong value into a JSON file, or leave one out; change some bytes of any other file."""
+    if path.suffix == ".json":
+        content = copy.deepcopy(json.loads(path.read_bytes()))
+        *way, last = drawn.choice(list(paths(content)))
+        place = content
+        for key in way:
+            place = place[key]
+        if drawn.random() < 0.25:
+            del place[last]
+        else:
+            place[last] = drawn.choice(WRONG)
+        return json.dumps(content).encode()
+    content = bytearray(path.read_bytes())
+    for _ in range(drawn.randint(1, 4)):
+        where = drawn.randrange(len(content) + 1)
+        content[where : where + drawn.randrange(2)] = drawn.choice(PIECES)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sentence_or_a_data_set(tmp_path, name):
+    drawn = random.Random(name)
+    case, root = CASES[name], tmp_path / "data"
+    case.make(root)
+    options = {key: each.format(root=root) if isinstance(each, str) else each for key, each in case.options.items()}
+    options.pop("on_error", None)
+    files = [path for path in sorted(root.rglob("*")) if path.suffix in TEXTS]
+    for _ in range(12 if files else 0):
+        path = drawn.choice(files)
+        before = path.read_bytes()
+        path.write_bytes(damaged(path, drawn))
+        on_error = drawn.choice(["stop", "skip"])
+        # Any other error fails the test.
+        with contextlib.suppress(MaskLossError):
+            source = FolderScenes(str(root), 32, on_error=on_error, options=DataOptions(**options))
+            count = len(source.found.train)
+            assert source.facts and len(source.batch(0, range(count), count, 0).images) == count
+            assert len(list(HeldOut(source.found.held_out, source.reading))) == len(source.held_out)
+        path.write_bytes(before)
