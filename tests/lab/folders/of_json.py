@@ -260,6 +260,41 @@ def run_lengths_of_another_size(root: Path) -> None:
     usual(root, coco(source=lambda number: {"size": [WIDTH, HEIGHT], "counts": [WIDTH * HEIGHT]}))
 
 
+@case(
+    JSON,
+    "coordinates as fractions of the image",
+    "refused",
+    refused="no coordinate in .* is larger than 0.89.*\n.*COCO counts pixels",
+)
+def fractions(root: Path) -> None:
+    shares = [[each / (WIDTH, HEIGHT)[place % 2] for place, each in enumerate(corners(number))] for number in range(2)]
+    usual(root, coco(source=lambda number: [shares[number]]))
+
+
+@case(
+    JSON,
+    "a polygon outside of its image",
+    "left out and told",
+    told=["instances outside of their image left out: 1"],
+)
+def outside(root: Path) -> None:
+    content = coco()
+    content["annotations"].append({**content["annotations"][0], "id": 99, "segmentation": [[70, 3, 80, 3, 80, 9]]})
+    usual(root, content)
+
+
+@case(
+    JSON,
+    "a placeholder of the name of the only class",
+    "left out; the class keeps its number",
+    told=["placeholder categories without instances left out: 1"],
+)
+def placeholder_of_the_same_name(root: Path) -> None:
+    content = coco()
+    content["categories"].insert(0, {"id": 0, "name": "nut", "supercategory": "none"})
+    usual(root, content)
+
+
 @case(JSON, "two categories of one name", "merged and told", told=["categories of one name merged: 1 \\('nut'\\)"])
 def one_name_twice(root: Path) -> None:
     content = coco()

@@ -150,6 +150,23 @@ def binary_maps_as_components(root: Path) -> None:
 
 
 @case(
+    MAPS,
+    "binary maps, 0 and 1, of 1 bit a pixel",
+    "asked",
+    refused="look like classes: .*the pixels of one value lie apart",
+)
+def maps_of_one_bit(root: Path) -> None:
+    maps(root, lambda found: found > 0)
+
+
+@case(MAPS, "`SegmentationClass/` alone", "asked", refused="look like classes")
+def classes_alone(root: Path) -> None:
+    images(root / "JPEGImages", [f"{number}.jpg" for number in range(COUNT)], quality=95)
+    for number in range(COUNT):
+        write(root / f"SegmentationClass/{number}.png", semantic(instance_map()))
+
+
+@case(
     MAPS, "semantic maps: numbers of classes, 255 for void", "asked", refused="look like classes: .*the values 1, 255"
 )
 def semantic_maps(root: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from maskloss.errors import Cause
 from maskloss.lab.data import split
@@ -139,20 +139,21 @@ def _merge(reader: Reader, parts: list[Part], problems: Problems) -> _Merged:
     """Give the parts of a data set one list of classes: equal names are one class, whatever their numbers are."""
     parts = sorted(parts, key=lambda part: ("", TRAIN, VAL, TEST).index(part.name))
     used = {
-        part.classes[each.label][1]
+        part.classes[each.label]
         for part in parts
         for entry in part.entries
         for each in entry.instances
         if each.label >= 0
     }
-    idle = {name for part in parts for number, name in part.classes if number in part.idle} - used
-    for name in sorted(idle):
+    idle = {(number, name) for part in parts for number, name in part.classes if number in part.idle} - used
+    for _, name in sorted(idle):
         problems.note(MENDED, "placeholder categories without instances left out", repr(name))
     classes: dict[str, int] = {}
     for part in parts:
-        named = Counter(name for _, name in part.classes)
-        for number, name in part.classes:
-            if name in idle or name in classes:
+        kept = [each for each in part.classes if each not in idle]
+        named = Counter(name for _, name in kept)
+        for number, name in kept:
+            if name in classes:
                 continue
             if named[name] > 1:
                 problems.note(MENDED, "categories of one name merged", repr(name))
@@ -256,8 +257,24 @@ def _checked(entries: list[Entry], problems: Problems) -> list[Entry]:
     kept = []
     for number, entry in enumerate(entries):
         with problems.tolerated():
-            kept.append(_sized(entry, problems) if number < _HEADS else entry)
+            kept.append(_within(_sized(entry, problems) if number < _HEADS else entry, problems))
     return kept
+
+
+def _within(entry: Entry, problems: Problems) -> Entry:
+    """Leave out polygons that lie outside of their image: nothing of them can be seen."""
+
+    def is_seen(source: Any) -> bool:
+        if not isinstance(source, list):
+            return True
+        xs, ys = ([value for polygon in source for value in polygon[place::2]] for place in (0, 1))
+        return bool(max(xs) > 0 and max(ys) > 0 and min(xs) < entry.width and min(ys) < entry.height)
+
+    lost = [each for each in entry.instances if not is_seen(each.source)]
+    if not lost:
+        return entry
+    problems.note(SUSPICIOUS, "instances outside of their image left out", entry.name, len(lost))
+    return entry._replace(instances=[each for each in entry.instances if is_seen(each.source)])
 
 
 def _sized(entry: Entry, problems: Problems) -> Entry:

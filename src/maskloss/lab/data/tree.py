@@ -29,7 +29,7 @@ IMAGE_WORDS = frozenset({"image", "images", "img", "imgs", "raw", "input", "inpu
 MASK_WORDS = frozenset(
     {"mask", "masks", "label", "labels", "gt", "groundtruth", "truth", "annotation", "annotations", "seg", "segs"}
     | {"instance", "instances", "target", "targets", "labelmap", "labelmaps", "gts", "cp", "segmentation"}
-    | {"segmentations", "annots", "annot"}
+    | {"segmentations", "annots", "annot", "segmentationclass", "segmentationobject"}
 )
 # At the beginning of a name, only these mean a mask: mask_001.
 _FIRST = frozenset({"mask", "masks", "gt", "label", "labels", "seg", "target"})
@@ -244,7 +244,7 @@ def is_mask_place(path: str) -> bool:
     if stem[:1] and stem[0] in _FIRST and re.search(r"\d", pure.stem):
         return True
     for part in reversed(pure.parts[:-1]):
-        named = set(words(part))
+        named = {*words(part), part.lower()}
         if named & (MASK_WORDS | IMAGE_WORDS):
             return bool(named & MASK_WORDS) and not named & IMAGE_WORDS
     return stem in (["mask"], ["masks"], ["label"], ["labels"])
@@ -266,6 +266,8 @@ def without_masks(names: Sequence[str]) -> list[str]:
 def _bare(name: str) -> str:
     tokens = [token for token in re.split(r"[\s_.\-]+|(?<=[a-z])(?=\d)|(?<=[a-z])(?=[A-Z])", name) if token]
     known = IMAGE_WORDS | MASK_WORDS
+    if name.lower() in known:
+        return ""
     while tokens and tokens[-1].lower() in known:
         tokens.pop()
     while tokens and tokens[0].lower() in known:

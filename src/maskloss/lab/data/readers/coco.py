@@ -11,7 +11,7 @@ from maskloss.lab.data.catalog import BOX, CROWD, OBJECT, Entry, Instance, Part
 from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import DECIDED, MENDED, Problems
-from maskloss.lab.data.readers.segmentation import Frame, box_of, integer, segmentation
+from maskloss.lab.data.readers.segmentation import Frame, box_of, integer, number, segmentation
 from maskloss.lab.data.tree import Tree, part_of
 
 INSTANCES = "annotations must be COCO instances"
@@ -34,7 +34,17 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
         entries = list(read_images(file))
         how = f"COCO instances: {path}"
         parts.append(Part(part_of(path, stem=True), list(file.categories.items()), entries, how, idle))
+    _check_pixels(tree, parts)
     return _crowds(parts, options, problems) if parts else None
+
+
+def _check_pixels(tree: Tree, parts: list[Part]) -> None:
+    """Raise if all polygons are within one pixel: they are fractions of the image, as YOLO has them."""
+    sources = [each.source for part in parts for entry in part.entries for each in entry.objects]
+    largest = max((max(polygon) for source in sources if isinstance(source, list) for polygon in source), default=2)
+    if largest <= 1 and all(isinstance(source, list) for source in sources):
+        what = f"no coordinate in {tree.root} is larger than {largest:g}"
+        raise Cause(INSTANCES, what, "multiply them by the width and the height of the image: COCO counts pixels")
 
 
 def _files(tree: Tree, options: DataOptions) -> list[str]:
@@ -145,7 +155,7 @@ class CocoFile:
             number = as_id(category.get("id")) if isinstance(category, Mapping) else None
             if not isinstance(number, int):
                 raise self.wrong(f"a category is {describe(category)}", "give each an integer id and a name")
-            name = str(category.get("name", number))
+            name = str(number if category.get("name") is None else category["name"])
             if names.setdefault(number, name) != name:
                 raise self.wrong(
                     f"the category id {number} stands for {names[number]!r} and for {name!r}",
@@ -195,8 +205,8 @@ class CocoFile:
             raise self.wrong(f"the id of image {name!r} is {describe(image.get('id'))}", "give each image a number")
         if isinstance(image.get("id"), str) and isinstance(number, int):
             self.problems.note(MENDED, "ids as strings", f"image {number}")
-        sides = [as_id(image.get(side)) for side in ("height", "width")]
-        if all(side in (None, 0) and not isinstance(side, bool) for side in sides):
+        sides = [_side(image.get(side)) for side in ("height", "width")]
+        if all(side in (None, 0) for side in sides):
             return name, number, None
         height, width = sides
         if not isinstance(height, int) or not isinstance(width, int):
@@ -266,6 +276,12 @@ def as_id(value: Any) -> int | str | None:
         text = value.strip()
         return int(text) if text.lstrip("-").isdecimal() and text.isascii() and len(text) < 20 else text or None
     return integer(value)
+
+
+def _side(value: Any) -> Any:
+    """Return the side of an image as a whole number, whatever it was written as; what is none stays as it is."""
+    found = number(value)
+    return value if found is None else integer(found)
 
 
 def which(annotation: Any) -> str:

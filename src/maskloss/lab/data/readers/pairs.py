@@ -174,7 +174,7 @@ def _ask(tree: Tree, scans: list[tuple[Pair, Scan]], every: set[int], problems: 
     why = None
     if every == {VOID}:
         why = f"all {len(scans)} maps have the values 0 and {VOID} only"
-    elif len(every) <= _MOST_CLASSES and count and apart > _APART * count:
+    elif len(every) <= _MOST_CLASSES and count and apart > (0 if every == {1} else _APART * count):
         why = f"they have the values {shown}, and in {apart} of {count} cases the pixels of one value lie apart"
     elif VOID in every and VOID - 1 not in every and any(VOID in scan.values for scan in some):
         why = f"they have the values {shown} and {VOID}, which usually stands for void"
