@@ -28,9 +28,9 @@ from maskloss.lab.config import TrainConfig
 from maskloss.lab.data.scenes import Plan, Scene, batches
 from maskloss.lab.loop.engine import schedule
 from maskloss.lab.loop.progress import Listener
-from maskloss.lab.loop.run import open_source, train
-from maskloss.lab.models import learners
-from maskloss.lab.models.learners import CompactLearner, Output
+from maskloss.lab.loop.run import train
+from maskloss.lab.models.learners import Compact, CompactLearner, Output
+from maskloss.lab.models.registry import open_source
 from maskloss.step import Step
 
 LAYOUTS = ("independent", "stratified")
@@ -93,7 +93,7 @@ class Run:
 
     def __init__(self, config: TrainConfig) -> None:
         source = open_source(config)
-        self.config = learners.resolve(config, source.most_instances)
+        self.config = Compact().resolve(config, source, 1)
         self.learner = CompactLearner(self.config, len(source.class_names), source.channels)
         self.optimizer = torch.optim.AdamW(self.learner.groups(self.config), lr=self.config.lr, betas=(0.9, 0.99))
         self.scenes = list(itertools.islice(source.held_out, 48))

@@ -14,7 +14,7 @@ from maskloss import MaskLossError
 from maskloss.lab import files
 from maskloss.lab.loop import checkpoint
 from maskloss.lab.loop.checkpoint import Position
-from maskloss.lab.loop.runfolder import steps_of
+from maskloss.lab.runfolder import path_of, steps_of
 
 
 def model_and_optimizer():
@@ -151,7 +151,7 @@ DAMAGE = {
 def test_damage_is_named(written, case):
     folder, network, _ = written
     damage, message = DAMAGE[case]
-    damage(checkpoint.path_of(folder, 3))
+    damage(path_of(folder, 3))
     other, optimizer = model_and_optimizer()
     with pytest.raises(MaskLossError, match=message):
         checkpoint.read(folder, 3, other, optimizer)
@@ -172,7 +172,7 @@ def test_the_first_checkpoint_that_cannot_be_written_sends_nobody_to_one(tmp_pat
     def full(path, tensors):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "_save", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(MaskLossError, match=r"the disk is full\n  hint: nothing is left$"):
         checkpoint.write(tmp_path, position(3), network, optimizer)
 

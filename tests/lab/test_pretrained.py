@@ -11,12 +11,13 @@ from maskloss import MaskLossError, methods
 from maskloss.distributed import StepTotals, step_totals
 from maskloss.lab.commands.methods import settings_of_run
 from maskloss.lab.config import TrainConfig
-from maskloss.lab.loop import checkpoint
 from maskloss.lab.loop.progress import Listener
-from maskloss.lab.loop.run import open_source, train
+from maskloss.lab.loop.run import train
 from maskloss.lab.models import pretrained
 from maskloss.lab.models.learners import CompactLearner
 from maskloss.lab.models.pretrained import PretrainedLearner, read_card
+from maskloss.lab.models.registry import open_source
+from maskloss.lab.models.weights import read_tensors
 from maskloss.lab.results.predict import evaluate_run, predict_images
 from support import tiny
 
@@ -240,9 +241,7 @@ def test_an_interrupted_run_goes_on(tmp_path, folder, monkeypatch):
         train(config, tmp_path / "run", Listener.silent())
     monkeypatch.setattr(engine.Engine, "_step", original)
     resume(tmp_path / "run", Listener.silent())
-    ours, theirs = (
-        checkpoint.read_tensors(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole")
-    )
+    ours, theirs = (read_tensors(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
     for name in theirs:
         assert torch.equal(ours[name], theirs[name]), name
 

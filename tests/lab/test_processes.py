@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from lab.conftest import write_cells
-from maskloss.lab.loop import checkpoint
-from maskloss.lab.loop.runfolder import read_facts, steps_of
 from maskloss.lab.models.learners import CompactLearner
+from maskloss.lab.models.weights import read_tensors
+from maskloss.lab.runfolder import read_facts, steps_of
 
 SOURCES = Path(__file__).parents[2] / "src"
 OPTIONS = {
@@ -67,7 +67,7 @@ def finished(process: subprocess.Popen[str], seconds: float = 240) -> str:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.read_tensors(folder / "model.safetensors")
+    return read_tensors(folder / "model.safetensors")
 
 
 @pytest.mark.slow

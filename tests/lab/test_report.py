@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from maskloss import MaskCriterion, PointSampling, functional
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.data.digits import DigitScenes
-from maskloss.lab.loop.clock import PARTS, Clock
-from maskloss.lab.loop.runfolder import Facts, Metrics
+from maskloss.lab.loop.metrics import Metrics
+from maskloss.lab.models.clock import PARTS, Clock
 from maskloss.lab.models.learners import CompactLearner
 from maskloss.lab.results import pictures, report, snapshots
 from maskloss.lab.results.evaluate import evaluate
 from maskloss.lab.results.gallery import Gallery
 from maskloss.lab.results.inference import Prediction, Predictor
+from maskloss.lab.runfolder import Facts
 
 
 @pytest.fixture(scope="module")

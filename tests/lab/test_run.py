@@ -23,8 +23,9 @@ from maskloss.lab.loop import checkpoint, engine
 from maskloss.lab.loop.engine import schedule
 from maskloss.lab.loop.progress import Interrupted, Listener
 from maskloss.lab.loop.run import Result, resume, train
-from maskloss.lab.loop.runfolder import read_facts, steps_of
+from maskloss.lab.models.weights import read_tensors
 from maskloss.lab.results.predict import evaluate_run
+from maskloss.lab.runfolder import read_facts, steps_of
 
 SHORT = {"steps": 6, "batch_size": 4, "held_out": 6, "evaluations": 2, "num_points": 32, "threads": 2, "device": "cpu"}
 # The run of the module's fixture is drawn; the others are compared with it.
@@ -267,7 +268,7 @@ def test_a_run_that_is_replaced_by_one_that_fails_comes_back(tmp_path, result):
 
 
 def test_a_full_disk_during_a_checkpoint(tmp_path, monkeypatch):
-    original, calls = checkpoint._save, []
+    original, calls = checkpoint.write_tensors, []
 
     def full(path, tensors):
         calls.append(path)
@@ -276,14 +277,14 @@ def test_a_full_disk_during_a_checkpoint(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         original(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "_save", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     config = dataclasses.replace(TrainConfig(**SHORT), checkpoint_every=2)
     with pytest.raises(
         MaskLossError, match=r"step 4 was not: the disk is full[\s\S]*go on from step 2 with: .*--resume"
     ):
         train(config, tmp_path / "run", quiet())
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
-    monkeypatch.setattr(checkpoint, "_save", original)
+    monkeypatch.setattr(checkpoint, "write_tensors", original)
     whole = train(TrainConfig(**SHORT), tmp_path / "whole", quiet())
     assert_same(resume(tmp_path / "run", quiet()).folder, whole.folder)
 
@@ -373,12 +374,12 @@ def test_a_run_on_a_folder(folder, tmp_path, monkeypatch):
 def test_a_folder_learns(folder):
     """On discs and boxes the class is soon clear: a check that labels, masks and images of a folder belong together."""
     from maskloss.distributed import step_totals
-    from maskloss.lab.loop.run import open_source
-    from maskloss.lab.models.learners import CompactLearner, resolve
+    from maskloss.lab.models.learners import Compact
+    from maskloss.lab.models.registry import open_source
 
     config = TrainConfig(data=str(folder.root), size=32, batch_size=5, num_points=128, augment=False)
     source = open_source(config)
-    learner = CompactLearner(resolve(config, source.most_instances), 2, 3)
+    learner = Compact().build(Compact().resolve(config, source, 1), source.class_names, 3, trained=True)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
     for step in range(60):
         batch = source.batch(step, range(5), 5, 0)
@@ -421,7 +422,7 @@ def test_micro_batches_add_up_to_the_step(cells, tmp_path):
             lr=3e-4,
         )
         finished = train(config, tmp_path / str(accumulate), quiet())
-        states.append(checkpoint.read_tensors(finished.folder / "model.safetensors"))
+        states.append(read_tensors(finished.folder / "model.safetensors"))
     for name, tensor in states[0].items():
         torch.testing.assert_close(tensor, states[1][name], atol=1e-5, rtol=0)
 
@@ -441,7 +442,6 @@ def test_the_learning_rate_rises_and_falls():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 60}, "--size must be a multiple of 16"),
         ({"size": 1000000016}, "--size must be a whole number from 16 to 4,096"),
         ({"num_points": 10**11}, "--num-points must be a whole number from 1 to 1,000,000"),
         ({"grid": 1000}, "--grid must be a whole number from 1 to 64"),
@@ -477,6 +477,13 @@ def test_a_device_that_is_not_there():
 def test_an_unknown_option():
     with pytest.raises(MaskLossError, match="unknown: color"):
         TrainConfig.from_dict({"color": "red"})
+
+
+def test_a_size_that_the_compact_model_cannot_halve(tmp_path):
+    """Said before the data are read."""
+    with pytest.raises(MaskLossError, match="--size must be a multiple of 16"):
+        train(TrainConfig(size=60, data=str(tmp_path / "nowhere"), device="cpu"), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_instances_than_queries(tmp_path):

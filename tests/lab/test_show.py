@@ -294,16 +294,16 @@ def test_any_data_that_training_reads(capsys, tmp_path):
 
 
 def test_the_criterion_of_the_caller_stays_as_it_is(run_folder, monkeypatch):
-    from maskloss.lab.loop import run
+    from maskloss.lab.models.learners import CompactLearner
 
     held = []
-    original = run.criterion_of
+    original = CompactLearner.mask_criterion
 
-    def kept(*given):
-        held.append(original(*given))
+    def kept(learner):
+        held.append(original(learner))
         return held[0]
 
-    monkeypatch.setattr(run, "criterion_of", kept)
+    monkeypatch.setattr(CompactLearner, "mask_criterion", kept)
     subject = show.gather(options(run_folder, "--num-points", 50))
     subject.class_logits = None
     show.draw(subject, None, seed=0)

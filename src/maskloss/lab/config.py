@@ -23,8 +23,6 @@ from maskloss.lab.data.recognize import FORMATS
 from maskloss.points import PointSampling
 
 COMPACT = "compact"
-# The compact model halves its input four times.
-STRIDE = 16
 HELP = "see maskloss train --help"
 
 
@@ -270,12 +268,6 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None or not optional:
                 option.check("--" + name.replace("_", "-"), kind, value)
-        if self.model == COMPACT and self.size is not None and self.size % STRIDE:
-            raise Cause(
-                f"--size must be a multiple of {STRIDE}",
-                f"got {self.size}",
-                f"the model halves its input to 1/{STRIDE}",
-            )
         if self.batch_size % self.accumulate:
             raise Cause(
                 "--batch-size must be a multiple of --accumulate",

@@ -99,10 +99,10 @@ def settings_of_run(folder: Path) -> MethodSettings:
     import torch
 
     from maskloss.lab.data import augment
-    from maskloss.lab.loop.run import load_learner
-    from maskloss.lab.loop.runfolder import read_facts
     from maskloss.lab.models.learners import CompactLearner, count_weights
     from maskloss.lab.models.pretrained import BACKBONE_SHARE
+    from maskloss.lab.models.registry import load_learner
+    from maskloss.lab.runfolder import read_facts
 
     facts = read_facts(folder)
     config = facts.config

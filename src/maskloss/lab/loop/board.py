@@ -8,8 +8,8 @@ from typing import Any
 
 from maskloss.errors import require
 from maskloss.lab.loop.progress import Begin, Listener, Progress
-from maskloss.lab.loop.runfolder import TENSORBOARD
 from maskloss.lab.results.evaluate import Evaluation
+from maskloss.lab.runfolder import TENSORBOARD
 
 
 @contextmanager

@@ -12,20 +12,19 @@ complete. Nothing is pickled, so that a checkpoint from elsewhere cannot run cod
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from maskloss.errors import Cause, require
+from maskloss._numbers import is_number
+from maskloss.errors import Cause
 from maskloss.lab import files
-from maskloss.lab.loop.runfolder import CHECKPOINTS, WEIGHTS, steps_of
-from maskloss.lab.models.learners import load_weights
+from maskloss.lab.models.weights import load_weights, read_tensors, write_tensors
+from maskloss.lab.runfolder import WEIGHTS, path_of, steps_of
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 KEPT = 2
@@ -53,11 +52,6 @@ class Position(NamedTuple):
     pending: list[list[float | None]]
     terms: list[str]
     ranks: int
-
-
-def path_of(folder: Path, step: int) -> Path:
-    """Return where the checkpoint of a step is."""
-    return folder / CHECKPOINTS / f"step-{step:08d}"
 
 
 def write(
@@ -90,12 +84,12 @@ def write(
                 files.remove(left)
             partial.mkdir(parents=True)
         wait()
-        _save(partial / f"random-{rank}.safetensors", _generators())
+        write_tensors(partial / f"random-{rank}.safetensors", _generators())
         wait()
         if rank == 0:
-            _save(partial / WEIGHTS, network.state_dict())
+            write_tensors(partial / WEIGHTS, network.state_dict())
             tensors, groups = _flat(optimizer)
-            _save(partial / OPTIMIZER, tensors)
+            write_tensors(partial / OPTIMIZER, tensors)
             sums = {path.name: _sum(path) for path in sorted(partial.iterdir())}
             state = {"schema": SCHEMA, **position._asdict(), "groups": groups, "sums": sums}
             files.write_json(partial / STATE, state)
@@ -105,12 +99,13 @@ def write(
             files.flush_folder(place.parent)
             for old in steps_of(folder)[:-KEPT]:
                 files.remove(path_of(folder, old))
-    except (OSError, require("safetensors", "train").SafetensorError) as error:
+    except OSError as error:
         _forget(partial)
-        told = "the disk is full" if "os error 28" in str(error) else files.explain(error)
         last = [step for step in steps_of(folder) if step < position.step]
         kept = f"go on from step {last[-1]:,} with: maskloss train --resume {folder}" if last else "nothing is left"
-        raise Cause("a checkpoint must be written", f"that of step {position.step:,} was not: {told}", kept) from None
+        raise Cause(
+            "a checkpoint must be written", f"that of step {position.step:,} was not: {files.explain(error)}", kept
+        ) from None
 
 
 def read(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int = 0) -> Position:
@@ -123,7 +118,9 @@ def read(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Opt
     state = files.read_json(place / STATE, _RULE)
 
     def rule_broken(what: str) -> Cause:
-        return Cause(_RULE, f"{place}: {what}", "remove this folder to go on from the one before")
+        before = [each for each in steps_of(folder) if each < step]
+        hint = f"go on from step {before[-1]:,}" if before else "begin the run again"
+        return Cause(_RULE, f"{place}: {what}", f"remove this folder, to {hint} with --resume")
 
     if state.pop("schema", None) != SCHEMA:
         raise rule_broken("it is of another version")
@@ -155,70 +152,27 @@ def read(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Opt
     return position
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of safetensors.
-
-    Raises:
-        Cause: no file, or one that is damaged.
-    """
-    safetensors = require("safetensors", "train")
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise Cause(
-            "weights must be a file of safetensors", f"{path}: {files.explain(error)}", "it is damaged"
-        ) from None
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of safetensors whole.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    try:
-        files.write_whole(path, lambda partial: _save(partial, tensors))
-    except require("safetensors", "train").SafetensorError as error:
-        if "os error 28" not in str(error):
-            raise Cause("a file must be written", f"{path}: {files.explain(error)}", "see what is wrong") from None
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Copies, since safetensors refuses tensors that share memory, as tied weights do.
-    held = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    require("safetensors.torch", "train").save_file(held, str(path))
-    files.flush_file(path)
-
-
 def _fits(position: Position) -> bool:
     """Whether a position read from JSON has the types that it was written with."""
     pending, terms = position.pending, position.terms
     return (
-        _are_numbers([position.step, position.seconds, position.ranks])
-        and isinstance(position.clock, dict)
-        and _are_numbers(position.clock.values())
+        isinstance(position.clock, dict)
         and isinstance(position.scaler, dict)
-        and _are_numbers(position.scaler.values())
+        and all(map(is_number, (position.seconds, position.ranks, *position.clock.values(), *position.scaler.values())))
         and isinstance(terms, list)
         and all(isinstance(name, str) for name in terms)
         and isinstance(pending, list)
         # None: a loss that overflowed.
         and all(isinstance(row, list) and len(row) == len(terms) for row in pending)
-        and _are_numbers(value for row in pending for value in row if value is not None)
+        and all(value is None or is_number(value) for row in pending for value in row)
     )
-
-
-def _are_numbers(values: Iterable[object]) -> bool:
-    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
 def _alike(mine: object, other: object) -> bool:
     """Whether a setting of an optimizer has the type of another one; whole numbers may stand for others."""
     if isinstance(mine, tuple) and isinstance(other, tuple):
         return len(mine) == len(other) and all(map(_alike, mine, other))
-    return type(mine) is type(other) or (_are_numbers([mine]) and _are_numbers([other]))
+    return type(mine) is type(other) or (is_number(mine) and is_number(other))
 
 
 def _forget(partial: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from maskloss.errors import Cause
 from maskloss.lab import files
-from maskloss.lab.loop.runfolder import (
+from maskloss.lab.runfolder import (
     CHECKPOINTS,
     HELD_OUT,
     METRICS,

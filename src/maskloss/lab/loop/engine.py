@@ -25,12 +25,13 @@ from maskloss.lab.data.scenes import STOP_SIGNALS, Batch, Plan, Scene, Source, b
 from maskloss.lab.loop import checkpoint
 from maskloss.lab.loop.checkpoint import Position
 from maskloss.lab.loop.claim import drop_replaced
+from maskloss.lab.loop.metrics import Metrics
 from maskloss.lab.loop.progress import Interrupted, Listener, Progress
-from maskloss.lab.loop.runfolder import SNAPSHOTS, Facts, Metrics
 from maskloss.lab.models.learners import Learner
 from maskloss.lab.results.evaluate import Evaluation, Judged, evaluate
 from maskloss.lab.results.inference import MOST, Prediction, Predictor
 from maskloss.lab.results.snapshots import take, write_snapshot
+from maskloss.lab.runfolder import SNAPSHOTS, Facts
 
 # Steps that one line of metrics averages, and scenes that an evaluation during training looks at.
 LOG_EVERY, GLANCE = 10, 100

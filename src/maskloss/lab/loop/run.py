@@ -8,45 +8,30 @@ import platform
 import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from maskloss import __version__
-from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, require
 from maskloss.lab import files
-from maskloss.lab.config import COMPACT, TrainConfig
-from maskloss.lab.data.digits import DigitScenes
+from maskloss.lab.config import TrainConfig
 from maskloss.lab.data.folder import FolderScenes
 from maskloss.lab.data.scenes import PATIENCE, LostReader, Source
-from maskloss.lab.loop import checkpoint
 from maskloss.lab.loop.claim import claimed, reopened
 from maskloss.lab.loop.engine import Engine, speed
 from maskloss.lab.loop.progress import Begin, Interrupted, Listener
-from maskloss.lab.loop.runfolder import (
-    HELD_OUT,
-    MODEL,
-    REPORT,
-    SNAPSHOTS,
-    SUMMARY,
-    Facts,
-    read_facts,
-    steps_of,
-    weights_path,
-)
-from maskloss.lab.models import learners, pretrained
-from maskloss.lab.models.learners import CompactLearner, Learner
+from maskloss.lab.models.learners import Learner, count_weights
+from maskloss.lab.models.registry import Prepared, kind_of, prepare, weights_path
+from maskloss.lab.models.weights import save_tensors
 from maskloss.lab.results import report
 from maskloss.lab.results.evaluate import Evaluation
 from maskloss.lab.results.gallery import Gallery
 from maskloss.lab.results.snapshots import hardest, read_snapshots
-from maskloss.points import PointSampling
+from maskloss.lab.runfolder import HELD_OUT, MODEL, REPORT, SNAPSHOTS, SUMMARY, Facts, read_facts, steps_of
 
-DIGIT_SIZE = 64
 # What gloo and NCCL say when they lose a process.
 _LOST_RANK = r"gloo|NCCL|Application timeout|[Cc]onnection (closed|reset|refused)"
 # Instances with a high loss that the report shows.
@@ -60,45 +45,6 @@ class Result(NamedTuple):
     files: list[Path]
     evaluation: Evaluation
     seconds: float
-
-
-class Prepared(NamedTuple):
-    """What a run begins with."""
-
-    facts: Facts
-    source: Source
-    learner: Learner
-
-
-def open_source(
-    config: TrainConfig, size: int | None = None, *, score: str | None = None, classes: Sequence[str] | None = None
-) -> Source:
-    """Open the scenes that a configuration names.
-
-    Args:
-        config: of the run.
-        size: side of the square that the model sees, where the configuration leaves it open.
-        score: "all", or the part of the data to score on; None: as the run divides them.
-        classes: those of a trained model, which the data must have; None: any.
-
-    Raises:
-        Cause: a folder that cannot be used; the message says why.
-    """
-    if config.data is None:
-        if score is not None:
-            raise Cause("--split must be a part of data", "the digits of this run have none", "leave it out")
-        return DigitScenes(config.size or size or DIGIT_SIZE, config.held_out)
-    return FolderScenes(
-        config.data,
-        config.size or size,
-        crop=config.crop,
-        options=config.data_options,
-        normalize=config.normalize,
-        augment=config.augment,
-        on_error=config.on_error,
-        score=score,
-        classes=classes,
-    )
 
 
 def train(config: TrainConfig, folder: Path | None, listener: Listener, *, overwrite: bool = False) -> Result:
@@ -122,8 +68,9 @@ def train(config: TrainConfig, folder: Path | None, listener: Listener, *, overw
         claim = held.enter_context(claimed(folder, overwrite=overwrite)) if main else None
         if folder is None:
             # By one clock: other processes may read theirs a second later.
-            folder = _told_by_first(claim.folder if claim else None, accelerator)
-        prepared = _prepare(config, accelerator.num_processes)
+            with _explained(None, config.steps):
+                folder = _told_by_first(claim.folder if claim else None, accelerator)
+        prepared = prepare(config, accelerator.num_processes)
         if claim:
             claim.make_room()
             prepared.facts.write(folder)
@@ -157,54 +104,12 @@ def resume(folder: Path, listener: Listener, *, device: str | None = None) -> Re
                 "which images a process takes depends on it",
             )
         with reopened(folder) if accelerator.is_main_process else contextlib.nullcontext():
-            prepared = _prepare(config, facts.ranks, folder)
+            prepared = prepare(config, facts.ranks, folder)
             if prepared.facts.classes != facts.classes:
                 raise Cause("the data must have the classes of the run", f"{config.data} has others", "see run.json")
             steps = steps_of(folder)
             with _explained(folder, config.steps):
                 return _run(prepared, folder, listener, accelerator, steps[-1] if steps else 0)
-
-
-def _prepare(config: TrainConfig, ranks: int, folder: Path | None = None) -> Prepared:
-    """Read the data and build the model; nothing is written."""
-    if config.batch_size % (config.accumulate * ranks):
-        raise Cause(
-            "--batch-size must be a multiple of --accumulate times the number of processes",
-            f"got {config.batch_size}, {config.accumulate} and {ranks}",
-            "it counts the images of a whole step",
-        )
-    if config.model == COMPACT:
-        source = open_source(config)
-        config = learners.resolve(config, source.most_instances, ranks)
-        learner: Learner = CompactLearner(config, len(source.class_names), source.channels)
-    else:
-        model = folder / MODEL if folder is not None else None
-        card = pretrained.read_description(model) if model else pretrained.read_card(config.model)
-        source = open_source(config, card.size)
-        if source.channels != 3:
-            raise Cause(
-                "images for a pretrained model must have three channels",
-                f"these have {source.channels}",
-                "convert them",
-            )
-        config = pretrained.resolve(config, card)
-        learner = pretrained.PretrainedLearner(config, card, source.class_names, pretrained=folder is None)
-    source.limit(learner.num_queries)
-    reading = source.reading if isinstance(source, FolderScenes) else None
-    size = reading.size if reading else config.size or DIGIT_SIZE
-    facts = Facts(
-        # Absolute, so that the run can be used from elsewhere.
-        config=dataclasses.replace(config, size=size).anchored(),
-        classes=list(source.class_names),
-        category_ids=list(source.category_ids),
-        channels=source.channels,
-        percentile=bool(reading and reading.percentile),
-        tile=config.crop or (source.largest if isinstance(source, FolderScenes) else size),
-        one_class_maps=source.one_class_maps,
-        ranks=ranks,
-        version=__version__,
-    )
-    return Prepared(facts, source, learner)
 
 
 def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any, begin: int | None) -> Result:
@@ -232,7 +137,7 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
             listener.skipped(text)
         summary = {
             "evaluation": evaluation.as_dict(),
-            "weights": learners.count_weights(learner),
+            "weights": count_weights(learner),
             "model": learner.describe(),
             "data": dict(source.facts),
             "skipped": [*engine.skipped, *left_out],
@@ -270,28 +175,7 @@ def _write_held_out(folder: Path, source: Source) -> None:
 def _save_model(folder: Path, config: TrainConfig, learner: Learner) -> None:
     path = weights_path(folder, config)
     path.parent.mkdir(exist_ok=True)
-    checkpoint.save_tensors(path, learner.network.state_dict())
-
-
-def load_learner(folder: Path, facts: Facts, device: torch.device) -> Learner:
-    """Build the model of a run, with the weights that it has reached.
-
-    Raises:
-        Cause: no weights, or weights that are damaged.
-    """
-    path = weights_path(folder, facts.config)
-    if not path.is_file():
-        steps = steps_of(folder)
-        if not steps:
-            raise Cause("a run must have weights", f"{folder} has no checkpoint yet", "wait for the first one")
-        path = checkpoint.path_of(folder, steps[-1]) / "model.safetensors"
-    if facts.config.model == COMPACT:
-        learner: Learner = CompactLearner(facts.config, len(facts.classes), facts.channels)
-    else:
-        card = pretrained.read_description(folder / MODEL)
-        learner = pretrained.PretrainedLearner(facts.config, card, facts.classes, pretrained=False)
-    learners.load_weights(learner.network, checkpoint.read_tensors(path), str(path))
-    return learner.to(device)
+    save_tensors(path, learner.network.state_dict())
 
 
 @contextlib.contextmanager
@@ -307,7 +191,7 @@ def _accelerator(config: TrainConfig) -> Iterator[Any]:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     handlers = [
-        accelerate.DistributedDataParallelKwargs(find_unused_parameters=config.model != COMPACT),
+        accelerate.DistributedDataParallelKwargs(find_unused_parameters=kind_of(config).has_unused_weights),
         accelerate.InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE)),
     ]
     accelerator = accelerate.Accelerator(
@@ -322,16 +206,16 @@ def _accelerator(config: TrainConfig) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path, steps: int) -> Iterator[None]:
-    """Say in one sentence what ended a run, and how it goes on from its last checkpoint."""
+def _explained(folder: Path | None, steps: int) -> Iterator[None]:
+    """Say in one sentence what ended a run, and how it goes on from its last checkpoint, if it has one."""
     try:
         yield
     except KeyboardInterrupt:
-        if not steps_of(folder):
+        if folder is None or not steps_of(folder):
             raise
         raise Interrupted(folder, steps_of(folder)[-1], steps, signal.SIGINT) from None
     except OSError as error:
-        if not steps_of(folder):
+        if folder is None or not steps_of(folder):
             raise
         where = f": {error.filename}" if error.filename else ""
         raise Cause(
@@ -343,8 +227,9 @@ def _explained(folder: Path, steps: int) -> Iterator[None]:
         what = _lost(error)
         if what is None:
             raise
-        left = f"go on with: maskloss train --resume {folder}" if steps_of(folder) else "no checkpoint yet: begin again"
-        raise Cause("a run must keep all of its processes", what, left) from None
+        going_on = folder is not None and steps_of(folder)
+        hint = f"go on with: maskloss train --resume {folder}" if going_on else "no checkpoint yet: begin again"
+        raise Cause("a run must keep all of its processes", what, hint) from None
 
 
 def _lost(error: RuntimeError) -> str | None:
@@ -401,18 +286,3 @@ def _machine(facts: Facts, accelerator: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def criterion_of(learner: Learner, num_classes: int) -> MaskCriterion:
-    """Return the criterion of a learner; for a model of Transformers one with the settings of its configuration."""
-    if isinstance(learner, CompactLearner):
-        return learner.criterion
-    config: Any = learner.network.config
-    return MaskCriterion(
-        num_classes,
-        class_weight=config.class_weight,
-        mask_weight=config.mask_weight,
-        dice_weight=config.dice_weight,
-        no_object_weight=config.no_object_weight,
-        sampling=PointSampling(config.train_num_points, config.oversample_ratio, config.importance_sample_ratio),
-    )

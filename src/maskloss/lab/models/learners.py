@@ -1,11 +1,12 @@
-"""What is trained: a model with its losses, behind one face for the compact model and for those of Transformers."""
+"""What is trained: a model with its losses, behind one face for every kind of model; and the compact kind."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,19 @@ from torch import Tensor, nn
 from maskloss.criterion import MaskCriterion
 from maskloss.distributed import StepTotals
 from maskloss.errors import Cause
-from maskloss.lab.config import COMPACT, TrainConfig
-from maskloss.lab.data.scenes import Batch
-from maskloss.lab.loop.clock import Clock
+from maskloss.lab.config import TrainConfig
+from maskloss.lab.data.scenes import Batch, Source
+from maskloss.lab.models.clock import Clock
 from maskloss.lab.models.compact import BATCH, GROUP, QueryNet
+from maskloss.lab.runfolder import WEIGHTS
 from maskloss.matcher import HungarianMatcher
 from maskloss.points import PointSampling
 
 LR = 3e-3
 NUM_POINTS, CLASS_WEIGHT, NO_OBJECT_WEIGHT = 256, 10.0, 0.4
 SMALLEST_GRID, LARGEST_GRID = 4, 64
+# The network halves its input four times.
+STRIDE = 16
 # Queries for each instance of the fullest image: a query that is far from any instance learns slowly.
 QUERIES_PER_INSTANCE = 2.5
 
@@ -66,8 +70,6 @@ class Learner(nn.Module):
     num_queries: int
     num_points: int
     layout: str
-    # Whether some weights may get no gradient, which torch's distributed wrapper has to be told.
-    has_unused_weights = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,12 +98,98 @@ class Learner(nn.Module):
             {"params": vectors, "weight_decay": 0.0},
         ]
 
+    def mask_criterion(self) -> MaskCriterion:
+        """Return what computes its losses, or would if it were a criterion of this library."""
+        raise NotImplementedError
+
     def describe(self) -> str:
         """Say in a few words what it is."""
         raise NotImplementedError
 
     def save_description(self, folder: Path) -> None:
         """Write what is needed, beside the configuration of the run and the weights, to build the model again."""
+
+
+class Kind:
+    """A kind of model, as much of it as is known before the data are read.
+
+    Attributes:
+        weights_file: where a finished run keeps the weights, in its folder.
+        has_unused_weights: whether some weights may get no gradient, which torch's distributed wrapper has to be told.
+    """
+
+    weights_file: ClassVar[str]
+    has_unused_weights: ClassVar[bool]
+
+    @property
+    def size(self) -> int | None:
+        """Side of the square that the model sees if nothing else is asked for; None: by the images."""
+        return None
+
+    @classmethod
+    def read(cls, config: TrainConfig, folder: Path | None) -> Kind:
+        """Read what is known of the model of a configuration.
+
+        Args:
+            config: of a run.
+            folder: of that run, if it has begun; it holds the model's description.
+
+        Raises:
+            Cause: no such model, or a configuration that does not fit it.
+        """
+        raise NotImplementedError
+
+    def resolve(self, config: TrainConfig, source: Source, ranks: int) -> TrainConfig:
+        """Choose what a configuration left open.
+
+        Raises:
+            Cause: options or data that the model does not take.
+        """
+        raise NotImplementedError
+
+    def build(self, config: TrainConfig, class_names: Sequence[str], channels: int, *, trained: bool) -> Learner:
+        """Build the model.
+
+        Args:
+            config: resolved.
+            class_names: of the data.
+            channels: of the images.
+            trained: whether its own weights are loaded; False: the caller has others.
+        """
+        raise NotImplementedError
+
+
+class Compact(Kind):
+    """The compact model."""
+
+    weights_file, has_unused_weights = WEIGHTS, False
+
+    @classmethod
+    def read(cls, config: TrainConfig, folder: Path | None) -> Compact:  # noqa: ARG003 (all is in the configuration)
+        """Check the size; there is nothing to read."""
+        if config.size is not None and config.size % STRIDE:
+            hint = f"the model halves its input to 1/{STRIDE}"
+            raise Cause(f"--size must be a multiple of {STRIDE}", f"got {config.size}", hint)
+        return cls()
+
+    def resolve(self, config: TrainConfig, source: Source, ranks: int) -> TrainConfig:
+        """Choose what was left open: by the most instances of an image, and by whether a batch is divided."""
+        wanted = math.ceil(math.sqrt(QUERIES_PER_INSTANCE * source.most_instances))
+        grid = config.grid or min(LARGEST_GRID, max(SMALLEST_GRID, wanted))
+        divided = ranks > 1 or config.accumulate > 1
+        return dataclasses.replace(
+            config,
+            grid=grid,
+            norm=config.norm or (GROUP if divided else BATCH),
+            num_points=config.num_points or NUM_POINTS,
+            class_weight=config.class_weight or CLASS_WEIGHT,
+            no_object_weight=NO_OBJECT_WEIGHT if config.no_object_weight is None else config.no_object_weight,
+            lr=config.lr or LR,
+        )
+
+    def build(self, config: TrainConfig, class_names: Sequence[str], channels: int, *, trained: bool) -> CompactLearner:  # noqa: ARG002 (it has no weights of its own)
+        """Build the model."""
+        return CompactLearner(config, len(class_names), channels)
 
 
 class CompactLearner(Learner):
@@ -158,6 +246,10 @@ class CompactLearner(Learner):
         output = self.network(images)
         return Output(output.class_logits[-1], output.mask_logits[-1])
 
+    def mask_criterion(self) -> MaskCriterion:
+        """Return its criterion."""
+        return self.criterion
+
     def describe(self) -> str:
         """Say what it is."""
         return f"the compact model, {self.num_queries} queries, {count_weights(self):,} weights"
@@ -166,50 +258,3 @@ class CompactLearner(Learner):
 def count_weights(learner: Learner) -> int:
     """Count the weights of a model."""
     return sum(each.numel() for each in learner.network.parameters())
-
-
-def resolve(config: TrainConfig, most_instances: int, ranks: int = 1) -> TrainConfig:
-    """Choose what was left open for the compact model."""
-    import dataclasses
-
-    if config.model != COMPACT:
-        return config
-    wanted = math.ceil(math.sqrt(QUERIES_PER_INSTANCE * most_instances))
-    grid = config.grid or min(LARGEST_GRID, max(SMALLEST_GRID, wanted))
-    divided = ranks > 1 or config.accumulate > 1
-    return dataclasses.replace(
-        config,
-        grid=grid,
-        norm=config.norm or (GROUP if divided else BATCH),
-        num_points=config.num_points or NUM_POINTS,
-        class_weight=config.class_weight or CLASS_WEIGHT,
-        no_object_weight=NO_OBJECT_WEIGHT if config.no_object_weight is None else config.no_object_weight,
-        lr=config.lr or LR,
-    )
-
-
-def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Put saved weights into a model.
-
-    Raises:
-        Cause: names or shapes that are not those of the model, or numbers that are not finite.
-    """
-    rule = "saved weights must be those of the model"
-    own = network.state_dict()
-    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    if missing or unknown:
-        what = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which the model has not"
-        raise Cause(rule, f"{where} {what}", "it belongs to another run")
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            raise Cause(
-                rule,
-                f"{where} holds {name} as {list(tensor.shape)}, the model has {list(own[name].shape)}",
-                "it belongs to another run",
-            )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise Cause(rule, f"{where}: {name} holds numbers that are not finite", "go back to an older checkpoint")
-    network.load_state_dict(dict(state))
-
-
-Builder = Callable[[], Learner]

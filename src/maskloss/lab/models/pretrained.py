@@ -7,19 +7,21 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from maskloss.criterion import MaskCriterion
 from maskloss.distributed import StepTotals
 from maskloss.errors import Cause, require
 from maskloss.integrations.transformers import patch
 from maskloss.integrations.transformers.families import can_be_factored
 from maskloss.lab.config import TrainConfig
-from maskloss.lab.data.scenes import Batch
+from maskloss.lab.data.scenes import Batch, Source
 from maskloss.lab.files import explain, read_json, write_json
-from maskloss.lab.models.learners import Learner, Losses, Output, count_weights
+from maskloss.lab.models.learners import Kind, Learner, Losses, Output, count_weights
+from maskloss.lab.runfolder import MODEL, WEIGHTS
 from maskloss.points import PointSampling
 from maskloss.step import step
 
@@ -44,8 +46,9 @@ MODEL_FILE, PROCESSOR_FILE = "config.json", "preprocessor_config.json"
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-class Card(NamedTuple):
-    """What is known of a model before it is built.
+@dataclasses.dataclass(frozen=True)
+class Card(Kind):
+    """A model of Transformers.
 
     Attributes:
         name: where it came from.
@@ -53,9 +56,15 @@ class Card(NamedTuple):
         processor: its image processor's settings; empty if it has none.
     """
 
+    weights_file, has_unused_weights = f"{MODEL}/{WEIGHTS}", True
     name: str
     config: Any
     processor: dict[str, Any]
+
+    @classmethod
+    def read(cls, config: TrainConfig, folder: Path | None) -> Card:
+        """Read the configuration from the hub or from a folder, or that of a run from what the run has written."""
+        return read_card(config.model) if folder is None else read_description(folder / MODEL)
 
     @property
     def size(self) -> int:
@@ -66,6 +75,34 @@ class Card(NamedTuple):
         sides = list(found.values()) if isinstance(found, Mapping) else [found]
         whole = [side for side in sides if isinstance(side, int) and not isinstance(side, bool)]
         return max(STRIDE, round(min(whole) / STRIDE) * STRIDE) if whole else SIZE
+
+    def resolve(self, config: TrainConfig, source: Source, ranks: int) -> TrainConfig:  # noqa: ARG002 (others read it)
+        """Choose what was left open: by the model's configuration."""
+        if source.channels != 3:
+            rule, cause = "images for a pretrained model must have three channels", f"these have {source.channels}"
+            raise Cause(rule, cause, "convert them")
+        for option in ("grid", "norm"):
+            if getattr(config, option) is not None:
+                raise Cause(f"--{option} is for the compact model", f"--model is {config.model}", "leave it out")
+        size = config.size or self.size
+        if self.config.model_type in _FIXED_SIZE and size != self.size:
+            rule, cause = f"{self.name} takes images of one size", f"--size {size}, but it is {self.size}"
+            raise Cause(rule, cause, "leave it out")
+        if size % STRIDE:
+            raise Cause(f"--size must be a multiple of {STRIDE} for this model", f"got {size}", "take another")
+        points = config.num_points or int(self.config.train_num_points)
+        return dataclasses.replace(config, size=size, num_points=points, lr=config.lr or LR)
+
+    def build(
+        self,
+        config: TrainConfig,
+        class_names: Sequence[str],
+        channels: int,  # noqa: ARG002 (three, as `resolve` has checked)
+        *,
+        trained: bool,
+    ) -> PretrainedLearner:
+        """Build the model."""
+        return PretrainedLearner(config, self, class_names, pretrained=trained)
 
 
 def read_card(name: str) -> Card:
@@ -90,22 +127,19 @@ def read_card(name: str) -> Card:
     return Card(name, config, dict(processor))
 
 
-def resolve(config: TrainConfig, card: Card) -> TrainConfig:
-    """Choose what was left open for a pretrained model.
-
-    Raises:
-        Cause: options that only the compact model has, or a size that the model does not take.
-    """
-    for option in ("grid", "norm"):
-        if getattr(config, option) is not None:
-            raise Cause(f"--{option} is for the compact model", f"--model is {config.model}", "leave it out")
-    size = config.size or card.size
-    if card.config.model_type in _FIXED_SIZE and size != card.size:
-        raise Cause(f"{card.name} takes images of one size", f"--size {size}, but it is {card.size}", "leave it out")
-    if size % STRIDE:
-        raise Cause(f"--size must be a multiple of {STRIDE} for this model", f"got {size}", "take another")
-    points = config.num_points or int(card.config.train_num_points)
-    return dataclasses.replace(config, size=size, num_points=points, lr=config.lr or LR)
+def read_description(folder: Path) -> Card:
+    """Read what `save_description` wrote."""
+    transformers = require("transformers", "transformers")
+    content = read_json(folder / MODEL_FILE, "a run must hold the configuration of its model")
+    kind = content.get("model_type")
+    if kind not in TRAINABLE:
+        raise Cause(
+            "a run must hold the configuration of its model", f"{folder} describes a {kind!r}", "it was changed"
+        )
+    config = transformers.AutoConfig.for_model(**content)
+    processor = folder / PROCESSOR_FILE
+    found = read_json(processor, "an image processor's settings must be readable") if processor.is_file() else {}
+    return Card(str(folder), config, found)
 
 
 class PretrainedLearner(Learner):
@@ -117,8 +151,6 @@ class PretrainedLearner(Learner):
         class_names: of the data; the head is resized to them.
         pretrained: whether to load weights; False: the caller has others.
     """
-
-    has_unused_weights = True
 
     def __init__(self, config: TrainConfig, card: Card, class_names: Sequence[str], *, pretrained: bool = True) -> None:
         super().__init__()
@@ -223,6 +255,18 @@ class PretrainedLearner(Learner):
                     )
         return groups
 
+    def mask_criterion(self) -> MaskCriterion:
+        """Return a criterion with the settings of its configuration."""
+        config = self.card.config
+        return MaskCriterion(
+            config.num_labels,
+            class_weight=config.class_weight,
+            mask_weight=config.mask_weight,
+            dice_weight=config.dice_weight,
+            no_object_weight=config.no_object_weight,
+            sampling=PointSampling(config.train_num_points, config.oversample_ratio, config.importance_sample_ratio),
+        )
+
     def describe(self) -> str:
         """Say what it is."""
         kind = type(self.network).__name__
@@ -235,21 +279,6 @@ class PretrainedLearner(Learner):
         write_json(folder / MODEL_FILE, {**description, "architectures": [type(self.network).__name__]})
         if self.card.processor:
             write_json(folder / PROCESSOR_FILE, self.card.processor)
-
-
-def read_description(folder: Path) -> Card:
-    """Read what `save_description` wrote."""
-    transformers = require("transformers", "transformers")
-    content = read_json(folder / MODEL_FILE, "a run must hold the configuration of its model")
-    kind = content.get("model_type")
-    if kind not in TRAINABLE:
-        raise Cause(
-            "a run must hold the configuration of its model", f"{folder} describes a {kind!r}", "it was changed"
-        )
-    config = transformers.AutoConfig.for_model(**content)
-    processor = folder / PROCESSOR_FILE
-    found = read_json(processor, "an image processor's settings must be readable") if processor.is_file() else {}
-    return Card(str(folder), config, found)
 
 
 def _normalization(processor: Mapping[str, Any]) -> tuple[list[float], list[float], float]:

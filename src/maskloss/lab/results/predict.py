@@ -20,11 +20,11 @@ from maskloss.lab.data.problems import Problems
 from maskloss.lab.data.scenes import in_color
 from maskloss.lab.data.split import ALL
 from maskloss.lab.data.tree import without_masks
-from maskloss.lab.loop.run import load_learner, open_source
-from maskloss.lab.loop.runfolder import Facts, read_facts
+from maskloss.lab.models.registry import load_learner, open_source
 from maskloss.lab.results import pictures
 from maskloss.lab.results.evaluate import Evaluation, encode, evaluate
 from maskloss.lab.results.inference import MOST, Prediction, Predictor
+from maskloss.lab.runfolder import Facts, read_facts
 
 RESULTS, IMAGES = "predictions.json", "images.json"
 # Not `_masks`, by which training knows the truth beside an image.

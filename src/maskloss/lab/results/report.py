@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from maskloss.errors import require
 from maskloss.lab.data.scenes import Probe
 from maskloss.lab.files import write_whole
-from maskloss.lab.loop.runfolder import PICTURES, REPORT, Facts
 from maskloss.lab.results import pictures
 from maskloss.lab.results.evaluate import Evaluation
 from maskloss.lab.results.gallery import Shown
 from maskloss.lab.results.snapshots import Hard, Snapshot
+from maskloss.lab.runfolder import PICTURES, REPORT, Facts
 from maskloss.lab.terminal import number
 
 _PART_NAMES = {

@@ -14,8 +14,8 @@ from maskloss.errors import MaskLossError
 from maskloss.functional import uncertain_points
 from maskloss.lab.data.problems import sentence
 from maskloss.lab.data.scenes import Probe, Source
-from maskloss.lab.loop import checkpoint
 from maskloss.lab.models.learners import Learner
+from maskloss.lab.models.weights import read_tensors, save_tensors
 from maskloss.points import PointSampling
 
 SEED = 1  # of the points in pictures
@@ -130,7 +130,7 @@ def write_snapshot(folder: Path, shot: Snapshot) -> None:
     folder.mkdir(exist_ok=True)
     facts = torch.tensor([shot.step, shot.scene, shot.num_uncertain])
     tensors = {"logits": shot.logits.half(), "points": shot.points, "losses": shot.losses, "facts": facts}
-    checkpoint.save_tensors(folder / f"step-{shot.step:08d}.safetensors", tensors)
+    save_tensors(folder / f"step-{shot.step:08d}.safetensors", tensors)
 
 
 def read_snapshots(folder: Path, source: Source, last: int) -> tuple[list[Snapshot], Probe | None, list[str]]:
@@ -163,7 +163,7 @@ def read_snapshots(folder: Path, source: Source, last: int) -> tuple[list[Snapsh
 def _read(path: Path) -> Snapshot | None:
     """Read a snapshot; None for what `write_snapshot` did not write."""
     try:
-        held = checkpoint.read_tensors(path)
+        held = read_tensors(path)
     except MaskLossError:
         return None
     empty = torch.zeros(0)

@@ -64,9 +64,9 @@ class Subject:
 @torch.no_grad()
 def from_run(folder: Path, image: str | None) -> Subject:
     """Let the model of a training run predict one of its held-out scenes; default: the most crowded of the first."""
-    from maskloss.lab.loop.run import criterion_of, load_learner, open_source
-    from maskloss.lab.loop.runfolder import read_facts
+    from maskloss.lab.models.registry import load_learner, open_source
     from maskloss.lab.results import snapshots
+    from maskloss.lab.runfolder import read_facts
 
     facts = read_facts(folder)
     source = open_source(facts.config)
@@ -78,7 +78,7 @@ def from_run(folder: Path, image: str | None) -> Subject:
     return Subject(
         mask_logits=output.mask_logits[0].detach(),
         masks=probe.masks.dense(),
-        criterion=criterion_of(learner, len(facts.classes)),
+        criterion=learner.mask_criterion(),
         class_logits=output.class_logits[0].detach(),
         labels=probe.labels,
         names=_numbered([facts.classes[label] for label in probe.labels.tolist()]),

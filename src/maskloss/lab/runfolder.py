@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from maskloss.errors import Cause
 from maskloss.lab import files
-from maskloss.lab.config import COMPACT, TrainConfig
+from maskloss.lab.config import TrainConfig
 from maskloss.lab.files import read_json
 
 RUN, METRICS, SUMMARY, REPORT = "run.json", "metrics.jsonl", "summary.json", "report.html"
@@ -84,85 +82,17 @@ def read_facts(folder: Path) -> Facts:
     return facts
 
 
-def weights_path(folder: Path, config: TrainConfig) -> Path:
-    """Return where a finished run keeps its weights; those of Transformers can be loaded by from_pretrained."""
-    return folder / WEIGHTS if config.model == COMPACT else folder / MODEL / WEIGHTS
-
-
 def steps_of(folder: Path) -> list[int]:
     """List the steps of a run that have a checkpoint, oldest first."""
     names = [path.name for path in (folder / CHECKPOINTS).glob("step-*") if path.is_dir()]
     return sorted(int(name[5:]) for name in names if re.fullmatch(STEP, name))
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is."""
+    return folder / CHECKPOINTS / f"step-{step:08d}"
+
+
 def holds_work(folder: Path) -> bool:
     """Whether a run has come to anything worth keeping."""
     return bool(steps_of(folder)) or (folder / WEIGHTS).exists() or (folder / MODEL / WEIGHTS).exists()
-
-
-class Metrics:
-    """The lines of metrics.jsonl.
-
-    Args:
-        folder: of the run.
-        last: the last step to keep of what is there; None: nothing is kept.
-        writes: whether this process writes the file.
-
-    Attributes:
-        lines: that are there.
-        ruined: names of lines that could not be read; they are left out.
-    """
-
-    def __init__(self, folder: Path, last: int | None, writes: bool) -> None:
-        self.path, self.writes = folder / METRICS, writes
-        self.lines: list[dict[str, Any]] = []
-        self.ruined: list[str] = []
-        if last is not None and self.path.is_file():
-            found = [_read_line(text) for text in _complete_lines(self.path)]
-            self.lines = [line for line in found if line is not None and line["step"] <= last]
-            self.ruined = [f"line {number} of {METRICS}" for number, line in enumerate(found, 1) if line is None]
-        if writes:
-            text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            files.write_whole(self.path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        """Add a line; the file is complete after each."""
-        self.lines.append(dict(line))
-        if self.writes:
-            with self.path.open("a", encoding="utf-8") as opened:
-                opened.write(json.dumps(line) + "\n")
-
-    def has(self, step: int, key: str) -> bool:
-        """Whether a step has a line with this key."""
-        return any(line["step"] == step and key in line for line in self.lines)
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """Read the lines that are complete: the last one may have been cut off."""
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return lines
-
-
-def _read_line(text: str) -> dict[str, Any] | None:
-    """Read a line; None for one that this command did not write."""
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or not _is_whole(line.get("step")):
-        return None
-    scores = line.get("held_out", {"ap": None, "ap50": None, "mean_iou": None})
-    values = [value for name, value in line.items() if name != "held_out"]
-    if not isinstance(scores, dict) or not {"ap", "ap50", "mean_iou"} <= set(scores):
-        return None
-    values += [scores[name] for name in ("ap", "ap50", "mean_iou")]
-    return line if all(value is None or _is_number(value) for value in values) else None
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    """Whether a picture can be made of a value: also one that JSON has without end."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
