@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -249,4 +250,4 @@ def test_an_interrupted_run_goes_on(tmp_path, folder, monkeypatch):
 def test_the_size_is_the_processors():
     card = pretrained.Card("m", tiny.config("mask2former", "Mask2FormerConfig"), {"size": {"shortest_edge": 380}})
     assert card.size == 384
-    assert card._replace(processor={}).size == 512
+    assert dataclasses.replace(card, processor={}).size == 512

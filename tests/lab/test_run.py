@@ -23,6 +23,7 @@ from maskloss.lab.loop import checkpoint, engine
 from maskloss.lab.loop.engine import schedule
 from maskloss.lab.loop.progress import Interrupted, Listener
 from maskloss.lab.loop.run import Result, resume, train
+from maskloss.lab.models.registry import open_source
 from maskloss.lab.models.weights import read_tensors
 from maskloss.lab.results.predict import evaluate_run
 from maskloss.lab.runfolder import read_facts, steps_of
@@ -398,6 +399,10 @@ def test_label_maps_with_workers_accumulation_and_a_crop(cells, tmp_path):
     assert one.evaluation.matching and read_facts(one.folder).config.norm == "group"
     other = train(dataclasses.replace(config, workers=0), tmp_path / "other", quiet())
     assert_same(one.folder, other.folder)
+    [name] = (one.folder / "held_out.txt").read_text().split()
+    assert (cells / name).is_file()
+    again = dataclasses.replace(config, val=str(one.folder / "held_out.txt"))
+    assert [Path(each).name for each in open_source(again).held_out_files] == [Path(name).name]
 
 
 def test_a_broken_image_is_left_out_of_a_run_and_named(cells, tmp_path):

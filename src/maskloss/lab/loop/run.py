@@ -75,6 +75,7 @@ def train(config: TrainConfig, folder: Path | None, listener: Listener, *, overw
             claim.make_room()
             prepared.facts.write(folder)
             prepared.learner.save_description(folder / MODEL)
+            _write_held_out(folder, prepared.source)
         with _explained(folder, config.steps):
             return _run(prepared, folder, listener, accelerator, None)
 
