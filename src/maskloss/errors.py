@@ -127,11 +127,15 @@ def check_device(name: str, device: torch.device, wanted: torch.device) -> None:
         )
 
 
-def reported(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def reported(operation: str, names: Mapping[str, str] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Mark a public call: a `Cause` raised inside it becomes an error that names `operation` and its inputs.
 
     If a nested marked call fails, the error is reported under the outer name: users never called the inner one.
     Arguments that the call does not take are reported in the same way, as a `MaskLossTypeError`.
+
+    Args:
+        operation: the name of the call.
+        names: what this call's users call the arguments that the library's checks name.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -143,6 +147,8 @@ def reported(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 parts = error.parts
                 if parts is None:
                     raise
+                for inner, outer in (names or {}).items():
+                    parts = tuple(part.replace(inner, outer) for part in parts)  # type: ignore[assignment]
                 kind = type(error) if isinstance(error, MaskLossTypeError) else MaskLossError
                 told = kind(_message(operation, parts, _inputs(function, args, kwargs)))
             except (TypeError, Unexpected) as error:

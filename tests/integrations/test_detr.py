@@ -16,7 +16,8 @@ from maskloss.integrations import _boxes, detr, maskdino
 from support import tiny
 from support.forced import answered, recorded
 
-WEIGHTS = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+BASE = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+WEIGHTS = {f"{name}{suffix}": weight for suffix in ("", "_0", "_1") for name, weight in BASE.items()}
 POINTS = 64
 
 
@@ -239,7 +240,67 @@ def test_weights_and_state_are_those_of_mask2former() -> None:
     sum(losses.values()).backward()  # type: ignore[union-attr]
 
 
+def test_more_layers_are_supervised_or_rejected() -> None:
+    outputs, targets = outputs_of(auxiliary=1), targets_of()
+    proposals = outputs_of(auxiliary=0)
+    criterion = mask2former_criterion()
+    for held in (proposals, [proposals]):
+        with pytest.raises(
+            MaskLossError, match=r'"enc_outputs" holds one or more[\s\S]*layers_by_key\["enc_outputs"\]'
+        ):
+            criterion(outputs | {"enc_outputs": held}, targets)
+    criterion.layers_by_key["enc_outputs"] = "_enc"
+    criterion.weight_dict = WEIGHTS | {f"{name}_enc": 1.0 for name in BASE}
+    found = criterion(outputs | {"enc_outputs": proposals, "queries": torch.zeros(2, 6)}, targets)
+    assert list(found) == [f"{name}{suffix}" for suffix in ("", "_0", "_enc") for name in BASE]
+    # None, and no auxiliary layers at all.
+    for nothing in ({"aux_outputs": None, "interm_outputs": None, "enc_outputs": None}, {"aux_outputs": []}):
+        assert list(criterion(outputs_of() | nothing, targets)) == list(BASE)
+
+
+def test_losses_without_a_weight_are_told_once() -> None:
+    outputs, targets = outputs_of(auxiliary=1), targets_of()
+    criterion = mask2former_criterion()
+    criterion.weight_dict = dict(BASE)
+    with pytest.warns(UserWarning, match=r"no weight for loss_ce_0, loss_mask_0, loss_dice_0; training loops"):
+        criterion(outputs, targets)
+    criterion(outputs, targets)
+    nothing = mask2former_criterion()
+    nothing.weight_dict = {}
+    nothing(outputs, targets)
+
+
+class Contrastive(torch.nn.Module):
+    """A loss of the final layer with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: Any, targets: Any, indices: Any, num_boxes: Any) -> dict[str, Tensor]:
+        assert [len(queries) for queries, _ in indices] == [len(target["labels"]) for target in targets]
+        return {"loss_contrastive": self.scale * outputs["texts"].square().mean() * num_boxes}
+
+
+def test_an_extra_loss_is_one_of_the_final_layer() -> None:
+    outputs, targets = outputs_of(auxiliary=1) | {"texts": torch.ones(2, 3)}, targets_of()
+    criterion = mask2former_criterion(extra_loss=Contrastive())
+    criterion.weight_dict = WEIGHTS | {"loss_contrastive": 0.5}
+    found = criterion(outputs, targets)
+    assert found["loss_contrastive"].item() == 5
+    assert [name for name, _ in criterion.named_parameters()] == ["extra_loss.scale"]
+    assert list(found)[-1] == "loss_contrastive"
+
+
+def test_errors_name_what_the_outputs_have() -> None:
+    outputs = outputs_of(auxiliary=0)
+    outputs["pred_masks"] = outputs["pred_masks"].detach().long()
+    with pytest.raises(MaskLossError, match=r"^SetCriterion: pred_masks must be float16"):
+        mask2former_criterion()(outputs, targets_of())
+
+
 ERRORS = {
+    "extra_loss must be a function": lambda: mask2former_criterion(extra_loss=3),
     "losses must be a list of labels, masks, boxes": lambda: detr.SetCriterion(3, lambda *_: [], {}, 0.1, ["cards"]),
     "matcher and criterion must use the same classification": lambda: detr.SetCriterion(
         3, detr.HungarianMatcher(), {}, 0.1, ["labels"], classification="focal"

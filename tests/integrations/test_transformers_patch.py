@@ -348,7 +348,7 @@ def test_undo_leaves_what_others_have_put_in_place() -> None:
     assert other.loss_function is function
 
 
-def test_undo_leaves_steps_that_somebody_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undo_leaves_constructors_that_somebody_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     kind: Any = tiny.model_class("mask2former", "Mask2FormerForUniversalSegmentation")
     original = kind.__init__
     handle = patch()

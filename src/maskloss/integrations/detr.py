@@ -7,6 +7,7 @@ names for MaskDINO.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,11 @@ __all__ = ["HungarianMatcher", "SetCriterion"]
 Outputs = Mapping[str, Any]
 Targets = Sequence[Mapping[str, Any]]
 Pairs = list[tuple[Tensor, Tensor]]
+ExtraLoss = Callable[[Outputs, Targets, Pairs, "float | Tensor"], Mapping[str, Tensor]]
 
 _CONVENTION = 'give [{"labels": [T], "masks": [T, H, W]}, ...]'
+# What the library's own checks call these code bases' entries.
+NAMES = {"class_logits": "pred_logits", "mask_logits": "pred_masks"}
 LOSSES = ("labels", "masks", "boxes")
 
 # What the code bases' own criteria call for each layer, and this one, which computes all layers together, does not.
@@ -151,7 +155,7 @@ class HungarianMatcher(nn.Module):
         lines = [f"{' ' * _repr_indent}{name}: {getattr(self, name)}" for name in names]
         return "\n".join([f"{type(self).__name__}:", *lines])
 
-    @reported("HungarianMatcher")
+    @reported("HungarianMatcher", NAMES)
     def forward(self, outputs: Outputs, targets: Targets) -> Pairs:
         """Match the outputs of one layer.
 
@@ -208,8 +212,14 @@ class SetCriterion(nn.Module):
         classification: "softmax" (default): cross-entropy over C + 1 classes; "focal": the focal loss of C sigmoids
             with alpha 0.25 and gamma 2, summed over queries and classes and divided by the number of instances.
         layout: see `PointSampling`.
+        extra_loss: more losses of the final layer, as DETR's methods compute them: called with (outputs, targets,
+            indices, num_boxes), it returns a dict of losses. Default None.
         options: how points are read, focal loss of the masks and backend, as a group; `MaskOptions` says what there is.
         kwargs: the same options one by one.
+
+    Attributes:
+        layers_by_key: the suffix of the losses of each entry of the outputs that is one more layer, besides
+            "aux_outputs": {"interm_outputs": "_interm"}. Entries that hold layers and are not listed raise an error.
 
     Raises:
         MaskLossError: an unknown loss or classification, or an option outside its range.
@@ -245,11 +255,13 @@ class SetCriterion(nn.Module):
         *,
         classification: str = "softmax",
         layout: str = PointSampling.layout,
+        extra_loss: ExtraLoss | None = None,
         options: MaskOptions | None = None,
         **kwargs: Unpack[MaskKeywords],
     ) -> None:
         super().__init__()
         _inputs.check_weight("eos_coef", eos_coef)
+        _check_function("extra_loss", extra_loss)
         _inputs.check_choice("classification", classification, KINDS)
         check_integer("num_classes", num_classes, 1, hint='do not count "no object"')
         check_losses("losses", losses)
@@ -261,7 +273,9 @@ class SetCriterion(nn.Module):
                 "give both the same classification",
             )
         self.num_classes, self.matcher, self.weight_dict, self.eos_coef = num_classes, matcher, weight_dict, eos_coef
-        self.losses, self.classification = list(losses), classification
+        self.losses, self.classification, self.extra_loss = list(losses), classification, extra_loss
+        self.layers_by_key = {"interm_outputs": "_interm"}
+        self._warned = False
         weights = torch.ones(num_classes + 1)
         weights[-1] = eos_coef
         self.register_buffer("empty_weight", weights)
@@ -295,7 +309,7 @@ class SetCriterion(nn.Module):
         """Share of uncertain points (see `PointSampling`)."""
         return self.mask_loss.sampling.importance_ratio
 
-    @reported("SetCriterion")
+    @reported("SetCriterion", NAMES)
     def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         """Match all layers and compute their losses.
 
@@ -320,17 +334,42 @@ class SetCriterion(nn.Module):
 
     def matched_losses(self, outputs: Outputs, targets: Targets, step: Step) -> dict[str, Tensor]:
         """Match the layers of checked inputs and compute their losses."""
-        auxiliary = outputs.get("aux_outputs", ())
+        layers = self._layers(outputs)
+        matches = self._match(list(layers.values()), targets, step)
+        count = step.divisor(float(step.targets.num_masks))
+        losses = self.losses_of(self.losses, layers, matches, targets, step, count)
+        if self.extra_loss is not None:
+            losses |= self.extra_loss(outputs, targets, matches.pairs(0), count)
+        self._warn_of_missing_weights(losses)
+        return losses
+
+    def _layers(self, outputs: Outputs) -> dict[str, Outputs]:
+        """List the layers by the suffixes of their losses: the final one, the auxiliary ones, and all others."""
+        auxiliary = outputs.get("aux_outputs")
         auxiliary = () if auxiliary is None else auxiliary
         if not _is_list(auxiliary):
             raise Cause('"aux_outputs" must be a list', f"got {describe(auxiliary)}", "give the dict of each layer")
-        layers, suffixes = [outputs, *auxiliary], ["", *(f"_{i}" for i in range(len(auxiliary)))]
-        if "interm_outputs" in outputs:
-            layers.append(outputs["interm_outputs"])
-            suffixes.append("_interm")
-        matches = self._match(layers, targets, step)
-        count = step.divisor(float(step.targets.num_masks))
-        return self.losses_of(self.losses, dict(zip(suffixes, layers, strict=True)), matches, targets, step, count)
+        layers = {"": outputs} | {f"_{i}": layer for i, layer in enumerate(auxiliary)}
+        for key, value in outputs.items():
+            if key in self.layers_by_key and value is not None:
+                layers[self.layers_by_key[key]] = value
+            elif key != "aux_outputs" and _holds_layers(value):
+                raise Cause(
+                    "outputs that hold layers must be supervised, or taken out",
+                    f'"{key}" holds one or more, and its losses have no name',
+                    f'criterion.layers_by_key["{key}"] = "_enc" names those of a single layer',
+                )
+        return layers
+
+    def _warn_of_missing_weights(self, losses: Mapping[str, Tensor]) -> None:
+        missing = [name for name in losses if name not in self.weight_dict]
+        if missing and self.weight_dict and not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            warnings.warn(
+                f"SetCriterion: weight_dict has no weight for {', '.join(missing)}; training loops that go by "
+                "weight_dict leave such losses out",
+                stacklevel=4,
+            )
 
     def losses_of(
         self,
@@ -363,7 +402,8 @@ class SetCriterion(nn.Module):
             return matcher.match(layers, targets, step)
         queries, counts, parts = layers[0]["pred_logits"].shape[1], step.targets.num_targets, []
         for layer in layers:
-            without = {name: value for name, value in layer.items() if name not in ("aux_outputs", "interm_outputs")}
+            hidden = {"aux_outputs", *self.layers_by_key}
+            without = {name: value for name, value in layer.items() if name not in hidden}
             parts.append(Matches.from_pairs(matcher(without, targets), num_queries=queries, num_targets=counts))
         return join_layers(parts).to(layers[0]["pred_logits"].device)
 
@@ -409,6 +449,18 @@ def check_losses(name: str, losses: Sequence[str]) -> None:
             f"got {describe(losses)}",
             "compute others next to this criterion",
         )
+
+
+def _check_function(name: str, value: object) -> None:
+    if value is not None and not callable(value):
+        hint = "it takes (outputs, targets, indices, num_boxes) and returns a dict"
+        raise Cause(f"{name} must be a function", f"got {describe(value)}", hint)
+
+
+def _holds_layers(value: Any) -> bool:
+    """Whether an entry of the outputs is the outputs of a layer, or a list of them."""
+    entries = value if _is_list(value) else [value]
+    return any(isinstance(entry, Mapping) and "pred_logits" in entry for entry in entries)
 
 
 def _is_list(value: object) -> bool:

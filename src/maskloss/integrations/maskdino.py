@@ -159,7 +159,7 @@ class SetCriterion(detr.SetCriterion):
         super().__init__(*given, classification=classification, layout=layout, options=group)
         self.dn, self.dn_losses, self.panoptic_on = dn, list(dn_losses), panoptic_on
 
-    @reported("SetCriterion")
+    @reported("SetCriterion", detr.NAMES)
     def forward(
         self, outputs: Outputs, targets: Targets, mask_dict: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:

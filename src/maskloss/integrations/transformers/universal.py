@@ -30,6 +30,8 @@ from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
 
 _OPERATION = "maskloss in Transformers"
+# What the library's own checks call the arguments.
+_NAMES = {"class_logits": "class_queries_logits", "mask_logits": "masks_queries_logits"}
 
 
 class PointCriterion(nn.Module):
@@ -103,7 +105,7 @@ class PointCriterion(nn.Module):
 class UniversalCriterion(PointCriterion):
     """`forward` of `Mask2FormerLoss` and `VideomtLoss`, and of the next class's."""
 
-    @reported(_OPERATION)
+    @reported(_OPERATION, _NAMES)
     def forward(
         self,
         masks_queries_logits: Tensor | MaskFactors,
@@ -138,7 +140,7 @@ class LayerwiseCriterion(UniversalCriterion):
 class LayerMethods(PointCriterion):
     """`loss_masks` of the criteria, for subclasses: their `forward`, or Transformers', calls it for each layer."""
 
-    @reported(_OPERATION)
+    @reported(_OPERATION, _NAMES)
     def loss_masks(
         self,
         masks_queries_logits: Tensor | MaskFactors,
@@ -175,7 +177,7 @@ class PointMatcher(nn.Module):
     maskloss_backend: str | None
     maskloss_sampling: PointSampling | None
 
-    @reported(_OPERATION)
+    @reported(_OPERATION, _NAMES)
     def forward(
         self,
         masks_queries_logits: Tensor | MaskFactors,
@@ -214,7 +216,7 @@ class OneFormerCriterion(PointCriterion):
     count_shape = (1,)
     loss_contrastive: Any
 
-    @reported(_OPERATION)
+    @reported(_OPERATION, _NAMES)
     def forward(
         self,
         masks_queries_logits: Tensor | MaskFactors,
