@@ -72,3 +72,28 @@ def test_a_training_batch_of_each_folder(tmp_path):
 
 def test_the_table_of_the_documentation():
     assert folders.of_page() == folders.table(), "run PYTHONPATH=tests python -m lab.folders"
+
+
+def test_what_a_run_held_out_can_be_held_out_again(tmp_path, no_pictures):
+    """And all of other data is scored, or a part of them."""
+    from maskloss.lab.config import TrainConfig
+    from maskloss.lab.loop.progress import Listener
+    from maskloss.lab.loop.run import train
+    from maskloss.lab.results.predict import evaluate_run
+
+    CASES["share"].make(tmp_path / "data")
+    short = {"steps": 1, "batch_size": 2, "evaluations": 1, "num_points": 16, "size": 32, "workers": 0, "device": "cpu"}
+    config = TrainConfig(**short, data=str(tmp_path / "data"), val="0.4")
+    train(config, tmp_path / "one", Listener.silent())
+    held_out = tmp_path / "one" / "held_out.txt"
+    listed = held_out.read_text().splitlines()
+    assert len(listed) == 2 and set(listed) < {f"images/{number}.png" for number in range(5)}
+    again = FolderScenes(config.data or "", 32, options=DataOptions(val=str(held_out)))
+    assert sorted(again.held_out_files) == sorted(listed)
+    CASES["roboflow"].make(tmp_path / "other")
+    for split, count in ((None, 6), ("all", 6), ("test", 2), ("val", 2)):
+        scores, _, _ = evaluate_run(tmp_path / "one", str(tmp_path / "other"), split=split, device="cpu")
+        assert scores.scenes == count
+    CASES["voc"].make(tmp_path / "unlike")
+    with pytest.raises(MaskLossError, match="the run knows nut; the data have class 3 as well"):
+        evaluate_run(tmp_path / "one", str(tmp_path / "unlike"), device="cpu")
