@@ -60,6 +60,11 @@ def check_group(group: Group) -> None:
         )
 
 
+def world_size(group: Group) -> int:
+    """Count the ranks of a group; False is this rank alone."""
+    return dist.get_world_size(group) if group is not False and _is_distributed() else 1
+
+
 def mean_over_ranks(
     counts: Sequence[float | Tensor], device: torch.device, group: Group = None
 ) -> list[float | Tensor]:
@@ -73,7 +78,7 @@ def mean_over_ranks(
     Returns:
         The counts themselves with one rank; otherwise float tensors on `device`, which are not waited for.
     """
-    size = dist.get_world_size(group) if group is not False and _is_distributed() else 1
+    size = world_size(group)
     if size == 1:
         return list(counts)
     # Filled there and not copied there: a copy from pageable memory waits.

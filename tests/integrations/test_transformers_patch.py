@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskloss import MaskLossError, MaskTargets, PointSampling, ops
+from maskloss import MaskLossError, MaskTargets, PointSampling, distributed, ops
 from maskloss._abi import Draw
 from maskloss.integrations import transformers as transformers_integration
 from maskloss.integrations.transformers import patch, unpatch
@@ -90,6 +90,28 @@ def test_points_may_be_others_than_the_configurations(family: str, monkeypatch: 
     assert {(draw.num_candidates, draw.num_uncertain) for draw in drawn} == {(0, 0), (34, 8)}
     with pytest.raises(MaskLossError, match="sampling must be a PointSampling"):
         patch(model, sampling=17)  # type: ignore[arg-type]
+
+
+def test_mask_terms_may_keep_their_scale_on_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers divides the mean number of masks over the ranks by the number of ranks once more."""
+    model, batch = tiny.mask2former(), tiny.batch_for("mask2former")
+    found = []
+    for scale in (False, True):
+        fix_seed(monkeypatch, 5)
+        monkeypatch.setattr(distributed, "world_size", lambda group: 2)
+        monkeypatch.setattr(distributed, "mean_over_ranks", lambda counts, *_: list(counts))
+        with patch(model, scale_by_ranks=scale):
+            masks = [masks[:2] for masks in batch["mask_labels"]]
+            labels = [labels[:2] for labels in batch["class_labels"]]
+            generator = torch.Generator().manual_seed(0)
+            logits = torch.randn(2, tiny.QUERIES, 8, 8, generator=generator)
+            found.append(model.criterion(logits, torch.zeros(2, tiny.QUERIES, tiny.CLASSES + 1), masks, labels))
+    plain, scaled = found
+    assert plain["loss_cross_entropy"] == scaled["loss_cross_entropy"]
+    for name in ("loss_mask", "loss_dice"):
+        torch.testing.assert_close(scaled[name], 2 * plain[name])
+    with pytest.raises(MaskLossError, match="scale_by_ranks must be True or False"):
+        patch(model, scale_by_ranks=2)  # type: ignore[arg-type]
 
 
 def test_a_model_is_patched_and_undone(family: str) -> None:

@@ -67,8 +67,12 @@ def patch(
     backend: str | None = None,
     sampling: PointSampling | None = None,
     factors: bool = False,
+    scale_by_ranks: bool = False,
 ) -> Patch:
     """Let maskloss compute the loss of a model of Transformers, or of every model built from now on.
+
+    On R ranks with Accelerate, the mask terms are about R times smaller than Transformers', which divides their divisor
+    by R twice (RF-DETR's does not). `scale_by_ranks=True` keeps Transformers' scale.
 
     A module that holds only a criterion of Transformers, or of a subclass as in EoMT's own code and in lightly-train,
     is patched as well. What a subclass overrides is called; the matching and the mask terms that it inherits are
@@ -90,6 +94,9 @@ def patch(
         factors: let the model's mask head hand `MaskFactors` to the criterion while it trains with targets: then the
             masks of all layers and queries are never formed, but for those of the final layer, which the model
             returns. In evaluation, without targets, and while the model is compiled nothing changes. Default False.
+        scale_by_ranks: multiply the mask terms by the number of ranks, as Transformers' own do with Accelerate: for
+            runs whose learning rate or weights were tuned with them. Default False: the same terms for any number of
+            ranks. A subclass whose `forward` divides by a number of its own keeps that number in both cases.
 
     Returns:
         The patch: `undo()` takes it back, and `with patch(model): ...` does at the end of the block.
@@ -107,9 +114,11 @@ def patch(
     require("transformers", "transformers")
     if backend is not None:
         _inputs.check_choice("backend", backend, BACKENDS)
-    if not isinstance(factors, bool):
-        raise Cause("factors must be True or False", f"factors={factors!r}", "False is the default")
-    options = Options(backend, None if sampling is None else _inputs.check_sampling(sampling), factors)
+    for name, value in (("factors", factors), ("scale_by_ranks", scale_by_ranks)):
+        if not isinstance(value, bool):
+            raise Cause(f"{name} must be True or False", f"{name}={value!r}", "False is the default")
+    checked = None if sampling is None else _inputs.check_sampling(sampling)
+    options = Options(backend, checked, factors, scale_by_ranks)
     handle = Patch()
     if model is not None:
         try:

@@ -35,6 +35,12 @@ class Options(NamedTuple):
     backend: str | None = None
     sampling: PointSampling | None = None
     factors: bool = False
+    scale_by_ranks: bool = False
+
+    @property
+    def of_criterion(self) -> dict[str, Any]:
+        """What a criterion has to know."""
+        return {"backend": self.backend, "sampling": self.sampling, "scale_by_ranks": self.scale_by_ranks}
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class Family:
                     f"there is only its criterion, {describe_class(model)}",
                     "patch it without factors, or call it with MaskFactors",
                 )
-            swap(model, options.backend, options.sampling)
+            swap(model, options.of_criterion)
             return
         if self.criterion is None:
             _swap_function(model, options)
@@ -207,7 +213,7 @@ def _swap_criterion(model: nn.Module, name: str, options: Options) -> None:
             f"it is {describe_class(criterion)}, whose changes would be lost",
             "patch the model before its criterion is replaced, or use maskloss.MaskCriterion in yours",
         )
-    swap(criterion, options.backend, options.sampling)
+    swap(criterion, options.of_criterion)
 
 
 def _swap_function(model: Any, options: Options) -> None:

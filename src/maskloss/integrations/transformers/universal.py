@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from maskloss import _inputs, ops
+from maskloss import _inputs, distributed, ops
 from maskloss._classification import softmax_loss
 from maskloss.errors import Cause, reported
 from maskloss.factors import MaskFactors
@@ -40,12 +40,14 @@ class PointCriterion(nn.Module):
     Attributes:
         maskloss_backend: "reference", "cpu" or "gpu"; None: by device.
         maskloss_sampling: instead of the numbers that Transformers keeps; None: these.
+        maskloss_scale_by_ranks: whether the mask terms are those of Transformers under data parallelism.
         count_shape: shape of the number of masks, and so of the mask terms: OneFormer has `[1]`, the others `[]`.
         remembers_masks: whether the model calls its criterion several times in one forward pass, with the same masks.
     """
 
     maskloss_backend: str | None
     maskloss_sampling: PointSampling | None
+    maskloss_scale_by_ranks: bool
     count_shape: tuple[int, ...] = ()
     remembers_masks: bool = False
     matcher: Any
@@ -80,6 +82,9 @@ class PointCriterion(nn.Module):
         step = _targets.begin(self._packed(mask_labels, masks[0].device), class_labels, [*masks, classes])
         found = _matcher_of(self.matcher, self).match(classes, masks, step, no_object_labels=True)
         count = step.divisor(float(step.targets.num_masks))
+        if self.maskloss_scale_by_ranks:
+            # Transformers divides the mean over the ranks by their number once more.
+            count = distributed.at_least_one(count / distributed.world_size(step.group))
         ce_weight, dice_weight = (self.weight_dict.get(name, 1.0) for name in ("loss_mask", "loss_dice"))
         terms = self._mask_loss().layer_terms(masks, found, step, ops.Reduction(ce_weight, dice_weight, count))
         wanted = step.wanted_classes(found, classes.shape[:3], no_object)
@@ -291,8 +296,12 @@ def _original_matcher(matcher: object) -> type[Any] | None:
     return next((each for each in type(matcher).__mro__ if _path(each) in theirs), None)
 
 
-def swap(criterion: nn.Module, backend: str | None, sampling: PointSampling | None) -> None:
+def swap(criterion: nn.Module, options: Mapping[str, Any]) -> None:
     """Give a criterion of Transformers, or of a subclass, maskloss's methods; `restore` takes them back.
+
+    Args:
+        criterion: it.
+        options: values of `backend`, `sampling` and `scale_by_ranks`.
 
     Raises:
         Cause: a subclass overrides what would not be called any more, or neither its matching nor its mask terms would
@@ -318,9 +327,9 @@ def swap(criterion: nn.Module, backend: str | None, sampling: PointSampling | No
             f"{name} has loss_masks, and its matcher is {describe_class(matcher)}: nothing is left to compute",
             "LayerMasks of maskloss.integrations.layerwise can take the place of loss_masks",
         )
-    _swap_class(criterion, _derived(kind, at_once), backend, sampling)
+    _swap_class(criterion, _derived(kind, at_once), options)
     if not at_once and same_matcher:
-        _swap_class(matcher, _derived_matcher(cast("Any", type(matcher))), backend, sampling)
+        _swap_class(matcher, _derived_matcher(cast("Any", type(matcher))), options)
 
 
 def _calls_super(method: Any) -> bool:
@@ -332,10 +341,11 @@ def describe_class(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _swap_class(module: Any, kind: type[Any], backend: str | None, sampling: PointSampling | None) -> None:
+def _swap_class(module: Any, kind: type[Any], options: Mapping[str, Any]) -> None:
     # The object stays, with its buffers, parameters and hooks; only its methods change.
     module.__class__ = kind
-    module.maskloss_backend, module.maskloss_sampling = backend, sampling
+    for name, value in options.items():
+        setattr(module, f"maskloss_{name}", value)
 
 
 def restore(criterion: nn.Module) -> None:
@@ -343,8 +353,8 @@ def restore(criterion: nn.Module) -> None:
     for module in (criterion, vars(criterion)["_modules"].get("matcher")):
         if isinstance(module, (PointCriterion, PointMatcher)):
             module.__class__ = type(module).maskloss_original  # type: ignore[union-attr]
-            vars(module).pop("maskloss_backend", None)
-            vars(module).pop("maskloss_sampling", None)
+            for name in [each for each in vars(module) if each.startswith("maskloss_")]:
+                delattr(module, name)
 
 
 @functools.cache
