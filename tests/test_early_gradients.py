@@ -15,7 +15,7 @@ from maskloss import CriterionOutput, MaskCriterion, MaskLoss, PointSampling
 from maskloss.integrations import detr
 from maskloss.integrations.transformers import patch
 from maskloss.ops import cpu, dense
-from maskloss.ops.cpu import matched
+from maskloss.ops.cpu import loss as cpu_loss
 from maskloss.targets.collate import collate
 from support import tiny
 from support.steps import FEW, SIZES, criterion, entries, predictions
@@ -62,7 +62,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     counted(cpu, "mask_loss_backward", "later")
     counted(cpu, "mask_loss_settle", "settled")
     # Whoever asks for it: the backward pass, or a comparison that failed.
-    counted(matched, "_backward", "computed_later")
+    counted(cpu_loss, "_backward", "computed_later")
     return seen
 
 
@@ -200,7 +200,7 @@ def test_the_backward_pass_only_compares(calls: Calls, monkeypatch: pytest.Monke
     out = criterion("cpu")(classes, masks, entries(), seed=1)
     places = [grad.data_ptr() for grad in early]
     early.clear()
-    monkeypatch.setattr("maskloss.ops.cpu.matched.launch", None)
+    monkeypatch.setattr("maskloss.ops.cpu.loss.launch", None)
     out.total.backward()
     assert (calls.ahead, calls.settled, calls.later) == (1, 1, 0)
     assert [layer.grad.data_ptr() for layer in masks if layer.grad is not None] == places

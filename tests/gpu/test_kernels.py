@@ -296,9 +296,9 @@ def test_matching_costs_of_one_point_and_many_queries(gpu: Any) -> None:
 
 
 def test_matching_costs_of_more_targets_than_a_tile(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from maskloss.ops.gpu import match
+    from maskloss.ops.gpu import cost
 
-    monkeypatch.setattr(match, "tile_of", lambda *_: match.Tile(16, 16, 32, 4))
+    monkeypatch.setattr(cost, "tile_of", lambda *_: cost.Tile(16, 16, 32, 4))
     inputs = Inputs(Case(sizes=((4, 4),)))
     masks = [torch.rand(19, 12, 17) > 0.5, torch.rand(0, 12, 17) > 0.5]
     inputs.targets = MaskTargets.from_masks(masks).to(DEVICE)

@@ -255,7 +255,7 @@ def test_no_exception_of_a_signal_is_lost(threads_of: str) -> None:
         raise Alarm
 
     def work() -> None:
-        cpu_threads.launch(hungarian.assign, 8, (np.float64, np.float32), hungarian.room(3, 3), args)
+        cpu_threads.launch(hungarian.assign, 8, (np.float64, np.float32), hungarian.work_space(3, 3), args)
 
     args = np.zeros((8, 1, 3, 3), np.float32), np.full(1, 3), np.arange(8) * 3, np.zeros((24, 4), np.int64)
     work()  # compiled

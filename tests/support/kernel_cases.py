@@ -131,8 +131,8 @@ def _targets(case: Case) -> MaskTargets:
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from maskloss.ops import gpu
-    from maskloss.ops.gpu import choose, match, scatter
+    from maskloss.ops.gpu import choose, cost, loss, scatter
 
-    for module in (choose, match, scatter, gpu):
+    for module in (choose, cost, loss, scatter, gpu):
         monkeypatch.setattr(module, "BLOCK", 64)
     monkeypatch.setattr(choose, "WIDE", 128)

@@ -22,24 +22,24 @@ from maskloss._abi import (
     is_nearest,
 )
 
-from . import hungarian
-from . import instances as instance_kernels
+from . import hungarian, loss_kernels
 from . import maps as map_kernels
 from . import packing as packing_kernels
 from .arguments import (
     Array,
     array_of,
-    describe,
-    describe_masks,
     dtypes_of,
     given_rows,
     groups,
+    mask_table,
     numbers_of,
     pixels_of,
-    room,
+    plane_table,
+    work_space,
     zeros,
 )
-from .matched import (
+from .cost import match_cost, match_plan, row_costs, sample_features
+from .loss import (
     mask_loss,
     mask_loss_ahead,
     mask_loss_backward,
@@ -47,7 +47,6 @@ from .matched import (
     mask_loss_settle,
     plane_gradients,
 )
-from .pairs import match_cost, match_plan, row_costs, sample_features
 from .planes import buffer_size
 from .sampling import BLOCK
 from .scratch import Dtypes, Sizes
@@ -89,7 +88,7 @@ def pack_masks(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[NDArray[np.
     arrays = [pixels_of(masks) for masks in images]
     counts = [len(array) for array in arrays]
     firsts = np.cumsum([0, *counts])
-    table = describe_masks(arrays, firsts[:-1])
+    table = mask_table(arrays, firsts[:-1])
     place = np.zeros((firsts[-1], PLACE_COLUMNS), np.int64)
     few = sum(array.size for array in arrays) <= _FEW_PIXELS
     launch(packing_kernels.find_boxes, len(place), *_NO_SCRATCH, (table, place), alone=few)
@@ -111,7 +110,7 @@ def assign(cost: Array, num_targets: Sequence[int]) -> NDArray[np.int64]:
     firsts = np.cumsum(matched) - matched
     index = np.empty((int(matched.sum()), INDEX_COLUMNS), np.int64)
     dtypes = np.float64, np.float32 if cost.dtype == np.float32 else np.float64
-    sizes = hungarian.room(queries, int(counts.max(initial=0)))
+    sizes = hungarian.work_space(queries, int(counts.max(initial=0)))
     args = (np.ascontiguousarray(cost), counts, firsts, index)
     launch(hungarian.assign, layers * batch, dtypes, sizes, args, alone=cost.size <= _FEW_COSTS)
     return index
@@ -125,7 +124,7 @@ def point_sample(maps: Tensor, index: Tensor, points: Tensor, mode: str, padding
     rows = array_of(index)
     order, starts = groups(rows)
     if result.size:
-        args = (describe([maps[:, None]]), rows, order, starts, given, is_nearest(mode), is_border(padding), result)
+        args = (plane_table([maps[:, None]]), rows, order, starts, given, is_nearest(mode), is_border(padding), result)
         sizes = (2 * BLOCK + buffer_size(*maps.shape[1:]), 2 * BLOCK, BLOCK)
         launch(map_kernels.point_sample, len(starts) - 1, dtypes, sizes, args)
     del kept
@@ -149,7 +148,7 @@ def point_sample_backward(grad: Tensor, maps: Tensor, index: Tensor, points: Ten
             is_nearest(mode),
             is_border(padding),
             by_value,
-            describe([result[:, None]]),
+            plane_table([result[:, None]]),
         )
         sizes = (2 * BLOCK + buffer_size(*maps.shape[1:]), 2 * BLOCK, BLOCK)
         launch(map_kernels.point_sample_backward, len(starts) - 1, dtypes, sizes, args)
@@ -163,6 +162,6 @@ def uncertain_points(instances: Instances, draw: Draw, windows: Tensor, padding:
     numbers = numbers_of(draw)
     points = np.empty((len(index), draw.num_points, POINT_COLUMNS), np.float32)
     drawn = (array_of(windows), array_of(draw.image_ids), int(draw.seed), numbers)
-    args = (describe(logits), array_of(index), *drawn, is_border(padding), points)
-    launch(instance_kernels.uncertain_points, len(index), dtypes_of(logits[0]), room(logits, numbers), args)
+    args = (plane_table(logits), array_of(index), *drawn, is_border(padding), points)
+    launch(loss_kernels.uncertain_points, len(index), dtypes_of(logits[0]), work_space(logits, numbers), args)
     return torch.from_numpy(points)

@@ -38,7 +38,7 @@ from .blocks import GRADIENT_ROWS, INTEGER_ROWS, POINT_ROWS, ROW, SPARE, VALUE_R
 from .planes import SOURCE_COLUMNS, buffer_size
 from .positions import Given
 from .sampling import BLOCK
-from .scratch import Dtypes
+from .scratch import Dtypes, Sizes
 
 Array = NDArray[Any]
 
@@ -84,7 +84,7 @@ def check_sizes(tensors: Sequence[Tensor]) -> None:
             )
 
 
-def describe(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
+def plane_table(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
     """One row per tensor `[B, Q, h, w]`, in the order of `planes.ADDRESS` to `STRIDE_X`; strides in elements."""
     check_sizes(tensors)
     rows = [(t.data_ptr(), FLOAT_CODES[t.dtype], *t.shape[2:], *t.stride()) for t in tensors]
@@ -97,7 +97,7 @@ def pixels_of(masks: Tensor) -> Array:
     return array
 
 
-def describe_masks(arrays: Sequence[Array], firsts: Array) -> NDArray[np.int64]:
+def mask_table(arrays: Sequence[Array], firsts: Array) -> NDArray[np.int64]:
     """One row per image, in the order of `packing.ADDRESS` to `FIRST_MASK`."""
     rows = [(a.ctypes.data, *a.shape[1:], *a.strides[:2], first) for a, first in zip(arrays, firsts, strict=True)]
     return np.array(rows, np.int64)
@@ -135,13 +135,13 @@ def _own_pages(shape: Sequence[int], dtype: torch.dtype) -> bool:
     return math.prod(shape) * dtype.itemsize >= _HUGE and hasattr(mmap, "MAP_PRIVATE")
 
 
-def describe_gradients(tensors: Sequence[Tensor], sparse: Sequence[bool]) -> NDArray[np.int64]:
-    """As `describe`, with the column MADVISE: planes in ordinary pages of their own get these all at once."""
+def gradient_table(tensors: Sequence[Tensor], sparse: Sequence[bool]) -> NDArray[np.int64]:
+    """As `plane_table`, with the column MADVISE: planes in ordinary pages of their own get these all at once."""
     fresh = [
         _madvise() if few and _own_pages(grad.shape, grad.dtype) else 0
         for grad, few in zip(tensors, sparse, strict=True)
     ]
-    return np.column_stack([describe(tensors), np.array(fresh, np.int64)])
+    return np.column_stack([plane_table(tensors), np.array(fresh, np.int64)])
 
 
 @cache
@@ -166,7 +166,7 @@ def largest(tensors: Sequence[Tensor]) -> int:
     return max(buffer_size(t.shape[2], t.shape[3]) for t in tensors)
 
 
-def room(logits: Sequence[Tensor], numbers: Numbers, loss: bool = False, ahead: bool = False) -> tuple[int, int, int]:
+def work_space(logits: Sequence[Tensor], numbers: Numbers, loss: bool = False, ahead: bool = False) -> Sizes:
     """Sizes of the work space that draws points and reads logits there; for a loss, and with its gradient `ahead`."""
     width = (numbers.points if ahead else BLOCK) if loss else 0
     return (
@@ -194,7 +194,7 @@ def loss_arguments(
     """What the kernel of the loss reads, the numbers of points, and what must stay alive while it runs."""
     given, kept = given_rows(points)
     numbers, data = numbers_of(draw, points), targets.data.contiguous()
-    args: tuple[Any, ...] = (describe(instances.logits), data.data_ptr(), absolute(targets.table, targets.images))
+    args: tuple[Any, ...] = (plane_table(instances.logits), data.data_ptr(), absolute(targets.table, targets.images))
     args += (array_of(targets.ignore), array_of(instances.rows), encode(data, targets.encoding))
     args += (array_of(targets.images), array_of(targets.windows), array_of(draw.image_ids), int(draw.seed), given)
     options = (term.border, term.nearest, float(term.alpha), float(term.gamma))

@@ -36,7 +36,7 @@ def _filled(columns: int) -> int:
 _filled_up = helper()(_filled)
 
 
-def room(queries: int, targets: int) -> tuple[int, int, int]:
+def work_space(queries: int, targets: int) -> tuple[int, int, int]:
     """Sizes of the work space for so many queries and (at most) targets."""
     short, long = min(queries, targets), _filled(max(queries, targets))
     return short * long + short + _NUMBERS * long, 0, short + _INTEGERS * long

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskloss._abi import accumulation_dtype
+from maskloss._abi import accumulation_dtype, num_bytes
 
 from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry
 from .sampling import (
@@ -184,6 +184,17 @@ class Choice(NamedTuple):
 
     order: Tensor | None
     kept: Tensor | None
+
+
+def chosen_bits(index: Tensor, sampling: Sampling) -> Tensor:
+    """Allocate the choice of instances, a bit for each candidate."""
+    return empty((len(index), num_bytes(sampling.num_candidates)), torch.uint8, index.device)
+
+
+def row_bytes(sampling: Sampling, dtype: torch.dtype) -> int:
+    """Scratch memory of an instance in the forward pass."""
+    size = accumulation_dtype(dtype).itemsize
+    return sampling.num_candidates * size + sampling.num_uncertain * (4 + size)
 
 
 def choose(span: Span, index: Tensor, sampling: Sampling, chosen: Tensor) -> Choice:

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, cdiv, empty, geometry
-from .match import Pairs, cells_of
+from maskloss._abi import Term
+
+from .cost import Plan, cells_of
+from .launch import OPTIONS, cdiv, empty, geometry, on_device
 from .sampling import sample_cells
 
 # What one program reads.
@@ -45,14 +47,15 @@ def sample_channels(
     tl.store(sampled + row + i[None, :], value.to(sampled.dtype.element_ty), mask=real)
 
 
-def sample(shared: Pairs, features: Tensor) -> Tensor:
-    """Read features `[B, D, h, w]` at the sorted points: `[B, D, P]`, in their own dtype."""
+def sample_features(plan: Plan, features: Tensor, term: Term) -> Tensor:  # noqa: ARG001 (the plan knows)
+    """Read features `[B, D, h, w]` at the points of a plan, in its order: `[B, D, P]`, in their own dtype."""
     batch, channels, height, width = features.shape
-    cells, fractions = cells_of(shared, height, width)
-    sampled = empty((batch, channels, shared.num_points), features.dtype, features.device)
-    blocks = cdiv(shared.num_points, _POINTS)
-    sample_channels[(batch * cdiv(channels, _CHANNELS) * blocks,)](
-        features, cells, fractions, sampled, shared.order.numel(), shared.num_points, blocks, channels,
-        *geometry(features), CHANNELS=_CHANNELS, POINTS=_POINTS, **OPTIONS,
-    )  # fmt: skip
+    sampled = empty((batch, channels, plan.num_points), features.dtype, features.device)
+    blocks = cdiv(plan.num_points, _POINTS)
+    with on_device(features):
+        cells, fractions = cells_of(plan, height, width)
+        sample_channels[(batch * cdiv(channels, _CHANNELS) * blocks,)](
+            features, cells, fractions, sampled, plan.order.numel(), plan.num_points, blocks, channels,
+            *geometry(features), CHANNELS=_CHANNELS, POINTS=_POINTS, **OPTIONS,
+        )  # fmt: skip
     return sampled

@@ -30,7 +30,7 @@ from maskloss._abi import (
 
 from .choose import list_chosen
 from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry, layer_spans
-from .losses import NUM_SUMS, slope_terms, slopes
+from .loss_kernels import NUM_SUMS, slope_terms, slopes
 from .sampling import (
     IMAGE,
     INDEX_COLUMNS,

@@ -1,7 +1,7 @@
 """The operations in plain PyTorch, for any float dtype and device: the definition that every kernel is compared with.
 
 Written to be read, not to be fast. `formulas` is the mathematics; `sampling` is where points lie and how they are
-drawn; `storage` is how targets are kept. The rooms `cpu` and `gpu` have operations of the same names and arguments.
+drawn; `storage` is how targets are kept. The backends `cpu` and `gpu` have operations of the same names and arguments.
 Shapes: N instances, P points each, K candidates each, L decoder layers of logits `[B, Q, h, w]`.
 """
 

@@ -22,8 +22,8 @@ from .blocks import (
 )
 from .choose import list_marked, pick
 from .compile import helper, kernel
+from .formulas import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses
 from .generator import instance_key
-from .losses import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses
 from .memory import at, bare
 from .planes import ADDRESS, BORDER, DTYPE, HEIGHT, STRIDE_B, STRIDE_Q, WIDTH, read_plane, write_plane
 from .sampling import BLOCK, gather, scatter, scatter_apart

@@ -24,17 +24,17 @@ from maskloss._abi import (
     num_bytes,
 )
 
-from . import instances as kernels
+from . import loss_kernels as kernels
 from .arguments import (
     Array,
     array_of,
     check_sizes,
-    describe_gradients,
     dtypes_of,
     float_of,
+    gradient_table,
     groups,
     loss_arguments,
-    room,
+    work_space,
     zeros,
 )
 from .planes import GRADIENT_COLUMNS
@@ -88,7 +88,7 @@ def mask_loss_settle(
     if factor == 1.0:
         return
     planes = _by_plane(array_of(instances.rows), instances.logits[0], needs_grad)
-    written = _describe_needed(ahead, needs_grad, [False] * len(ahead))
+    written = _needed_table(ahead, needs_grad, [False] * len(ahead))
     if factor is None:
         kept = Kept(*saved, grads.ce.new_empty(len(grads.ce), 0))
         _backward(grads, kept, instances, targets, draw, term, points, planes, written)
@@ -112,15 +112,15 @@ def _new_gradients(instances: Instances, needs_grad: Sequence[bool]) -> _NewGrad
         zeros(layer.shape if need else (0,), layer.dtype, sparse=few)
         for layer, need, few in zip(instances.logits, needs_grad, sparse, strict=True)
     ]
-    return _NewGradients(found, _describe_needed(found, needs_grad, sparse))
+    return _NewGradients(found, _needed_table(found, needs_grad, sparse))
 
 
-def _describe_needed(grads: Sequence[Tensor], needs_grad: Sequence[bool], fresh: Sequence[bool]) -> NDArray[np.int64]:
-    """As `describe_gradients`; the row of a layer that needs no gradient is zeros."""
+def _needed_table(grads: Sequence[Tensor], needs_grad: Sequence[bool], fresh: Sequence[bool]) -> NDArray[np.int64]:
+    """As `gradient_table`; the row of a layer that needs no gradient is zeros."""
     table = np.zeros((len(grads), GRADIENT_COLUMNS), np.int64)
     needed = [layer for layer, need in enumerate(needs_grad) if need]
     if needed:
-        table[needed] = describe_gradients([grads[layer] for layer in needed], [fresh[layer] for layer in needed])
+        table[needed] = gradient_table([grads[layer] for layer in needed], [fresh[layer] for layer in needed])
     return table
 
 
@@ -165,7 +165,7 @@ def _run(
 ) -> None:
     """Run the kernel of both passes on `items` planes. `results` are what it takes behind its options."""
     shared, numbers, alive = loss_arguments(instances, targets, draw, term, points)
-    space = room(instances.logits, numbers, loss=True, ahead=gradient)
+    space = work_space(instances.logits, numbers, loss=True, ahead=gradient)
     launch(kernels.mask_loss, items, dtypes_of(instances.logits[0], points), space, (*shared, *results))
     del alive
 
@@ -201,7 +201,7 @@ def plane_gradients(
     """Overwrite the planes of instances, each of which has one of its own, with their gradients."""
     count = len(instances.rows)
     planes = np.arange(count), np.arange(count + 1)
-    written = describe_gradients(instances.logits, [False] * len(instances.logits))
+    written = gradient_table(instances.logits, [False] * len(instances.logits))
     _backward(grads, kept, instances, targets, draw, term, points, planes, written)
 
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from maskloss._abi import ALL_TARGETS, COUNT, FIRST, MATCHER, X, Y
 
 from .compile import helper, kernel
+from .formulas import power, sigmoid_softplus
 from .generator import counter_of, draw_bits, instance_key, points_of_bits
-from .losses import power, sigmoid_softplus
 from .memory import bare
 from .planes import ADDRESS, BORDER, DTYPE, HEIGHT, STRIDE_B, STRIDE_Q, STRIDE_X, STRIDE_Y, WIDTH, item_bytes, read_rows
 from .positions import locate
@@ -94,8 +94,8 @@ def draw(
 def find_runs(counter, items, _values, _coordinates, integers, points, bands, table, border, owner, first, length):
     """For each target and band the run of points that may touch its crop: first point, padded length `[T, bands]`."""
     integers, points, table = bare(integers), bare(points), bare(table)
-    room = integers.shape[0] // 2
-    inside, space = integers[:room], integers[room:]
+    size = integers.shape[0] // 2
+    inside, space = integers[:size], integers[size:]
     while True:
         item = take(counter)
         if item >= items:
@@ -117,10 +117,10 @@ def fill_runs(
     """The values w t over the runs of each target, 0 in the padding behind a band, and their sums."""
     values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
     points, table, shares = bare(points), bare(table), bare(shares)
-    room = integers.shape[0] // 3
-    ints = integers[: 3 * room].reshape(3, room)
-    t, fx, fy = values[:room], values[room : 2 * room], values[2 * room : 3 * room]
-    xs, ys = coordinates[:room], coordinates[room : 2 * room]
+    size = integers.shape[0] // 3
+    ints = integers[: 3 * size].reshape(3, size)
+    t, fx, fy = values[:size], values[size : 2 * size], values[2 * size : 3 * size]
+    xs, ys = coordinates[:size], coordinates[size : 2 * size]
     while True:
         item = take(counter)
         if item >= items:
@@ -295,8 +295,8 @@ def row_costs(
     starts, first, length, offset, sums = bare(starts), bare(first), bare(length), bare(offset), bare(sums)
     ce, dice = bare(ce), bare(dice)
     rows, num_points = ce.shape[1], weights.shape[1]
-    room = num_points + VECTOR
-    z, s = values[:room], values[room : 2 * room]
+    padded = num_points + VECTOR
+    z, s = values[:padded], values[padded : 2 * padded]
     z[num_points:] = 0
     s[num_points:] = 0
     while True:
@@ -327,11 +327,11 @@ def match_cost(
     ce, dice = bare(ce), bare(dice)
     batch, queries = ce.shape[1], ce.shape[2]
     num_points = weights.shape[1]
-    room = num_points + VECTOR
-    z, s = values[:room], values[room : 2 * room]
+    padded = num_points + VECTOR
+    z, s = values[:padded], values[padded : 2 * padded]
     z[num_points:] = 0
     s[num_points:] = 0
-    buffer = values[2 * room :]
+    buffer = values[2 * padded :]
     width = -1
     item = take(counter)
     while item < items:

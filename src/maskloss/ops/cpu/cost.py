@@ -13,8 +13,8 @@ from torch.nn.functional import grid_sample
 
 from maskloss._abi import POINT_COLUMNS, Draw, Targets, Term
 
-from . import match as kernels
-from .arguments import Array, absolute, array_of, check_sizes, describe, dtypes_of, encode, strata_of
+from . import cost_kernels as kernels
+from .arguments import Array, absolute, array_of, check_sizes, dtypes_of, encode, plane_table, strata_of
 from .choose import GROUP
 from .planes import BORDER
 from .scratch import Dtypes
@@ -51,13 +51,13 @@ class Plan(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the points of a plan lie in maps of some sizes, a band at a time (see `match.place_points`)."""
+    """Where the points of a plan lie in maps of some sizes, a band at a time (see `cost_kernels.place_points`)."""
 
     place: Array
     fx: Array
     fy: Array
     rows: Array
-    room: int
+    size: int
 
 
 def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, maps: Sequence[Tensor]) -> Plan:
@@ -76,15 +76,15 @@ def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: T
     launch(kernels.draw, batch, dtypes, (0, 0, 5 * num_points), args, alone=batch * num_points <= _FEW_DRAWN)
     owner = np.repeat(np.arange(batch), num_targets)
     first, length = np.empty((2, len(table), num_bands), np.int64)
-    room = int(np.diff(bands).max()) + kernels.VECTOR + GROUP
+    size = int(np.diff(bands).max()) + kernels.VECTOR + GROUP
     args = (points, bands, table, term.border, owner, first, length)
     few = len(table) * num_points <= _FEW_VISITED
-    launch(kernels.find_runs, len(table), dtypes, (0, 0, 2 * room), args, alone=few)
+    launch(kernels.find_runs, len(table), dtypes, (0, 0, 2 * size), args, alone=few)
     offset = np.cumsum(length).reshape(length.shape) - length
     shares, sums = np.empty(int(length.sum()), dtype), np.empty(len(table), dtype)
     args = (points, weights, table, data.data_ptr(), encode(data, targets.encoding), term.border, term.nearest)
     args += (bands, owner, first, length, offset, shares, sums)
-    launch(kernels.fill_runs, len(table), dtypes, (3 * room, 2 * room, 3 * room), args, alone=few)
+    launch(kernels.fill_runs, len(table), dtypes, (3 * size, 2 * size, 3 * size), args, alone=few)
     real = length > 0
     starts = np.append(0, np.cumsum(real.sum(axis=1)))
     runs = (starts, first[real], length[real], offset[real], shares, sums)
@@ -118,9 +118,9 @@ def match_cost(
         places = _place(plan, sizes.astype(np.int64), term.border)
         drawn = (places.rows, places.place, places.fx, places.fy, plan.bands)
         shared = (plan.weights, plan.counts, plan.images, *plan.runs, float(term.alpha), float(term.gamma))
-        args = (describe(logits), size_of.reshape(-1).astype(np.int64), *drawn, *shared, ce, dice)
-        room = 2 * (draw.num_points + kernels.VECTOR) + places.room
-        launch(kernels.match_cost, len(logits) * batch * queries, plan.dtypes, (room, 0, 0), args)
+        args = (plane_table(logits), size_of.reshape(-1).astype(np.int64), *drawn, *shared, ce, dice)
+        size = 2 * (draw.num_points + kernels.VECTOR) + places.size
+        launch(kernels.match_cost, len(logits) * batch * queries, plan.dtypes, (size, 0, 0), args)
     return torch.from_numpy(ce), torch.from_numpy(dice)
 
 
@@ -137,8 +137,8 @@ def sample_features(plan: Plan, features: Tensor, term: Term) -> Tensor:
     places = _place(plan, np.array([size], np.int64), term.border)
     sampled = np.empty((batch, channels, plan.points.shape[2]), plan.dtypes[0])
     only = [each.squeeze(1) for each in (places.rows, places.place, places.fx, places.fy)]  # there is one size
-    args = (describe([features]), *only, plan.bands, sampled)
-    launch(kernels.sample_features, batch * channels, plan.dtypes, (places.room, 0, 0), args)
+    args = (plane_table([features]), *only, plan.bands, sampled)
+    launch(kernels.sample_features, batch * channels, plan.dtypes, (places.size, 0, 0), args)
     return torch.from_numpy(sampled)
 
 

@@ -8,31 +8,12 @@ bus once; in random order every read would fetch its cache line anew, because th
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from maskloss import _abi as abi
-from maskloss._abi import ENCODINGS, Draw, Targets, Term
 
-from .launch import (
-    BLOCK,
-    OPTIONS,
-    Span,
-    cdiv,
-    empty,
-    focal_options,
-    geometry,
-    is_simple,
-    runs,
-    split_seed,
-    strata_of,
-)
-from .losses import power, sigmoids
+from .loss_kernels import power, sigmoids
 from .sampling import (
     BASE,
     COUNT,
@@ -54,8 +35,6 @@ from .sampling import (
 
 _ALL_TARGETS: tl.constexpr = tl.constexpr(abi.ALL_TARGETS)
 _GRID: tl.constexpr = tl.constexpr(1024)
-# Programs that keep a large GPU busy.
-_PROGRAMS = 1024
 
 
 @triton.jit(do_not_specialize=["seed_value"])
@@ -244,162 +223,3 @@ def finish_costs(
     cost = (negative - product) / tl.where(count > 1.0, count, 1.0)
     tl.store(ce + element, tl.where(real, cost, 0.0), mask=keep)
     tl.store(dice + element, tl.where(real, 1.0 - (2.0 * overlap + 1.0) / area, 0.0), mask=keep)
-
-
-# -------------------------------------------------------------------------------------------------------- launches
-
-
-class Tile(NamedTuple):
-    """What one step of one program of `match_terms` holds."""
-
-    queries: int
-    targets: int
-    points: int
-    warps: int
-
-    def splits(self, images: int, queries: int, targets: int, num_points: int) -> int:
-        """Into how many parts the points are cut, so that a large GPU is busy."""
-        programs = images * cdiv(queries, self.queries) * cdiv(targets, self.targets)
-        return max(1, min(cdiv(_PROGRAMS, programs), num_points // (8 * self.points)))
-
-
-def tile_of(targets: int, dtype: torch.dtype, gamma: float) -> Tile:
-    """Choose a tile by number of targets, such that no option needs more registers than there are."""
-    if dtype == torch.float64:
-        return Tile(16, 32, 16, 8)
-    wide = min(max(16, 1 << (targets - 1).bit_length()), 128)
-    if wide == 128:
-        return Tile(16, wide, 32, 8)
-    if is_simple(gamma):
-        return Tile(16, wide, 16, 4)
-    return Tile(16, wide, 32, 4 if wide <= 32 else 8)
-
-
-class Pairs(NamedTuple):
-    """What all queries and layers of an image share.
-
-    Attributes:
-        points: `[B, P, 2]`.
-        order: `[B, P]`, which sorts the points.
-        weighted: `[B, T_max, P]`, the targets at the sorted points times the weights.
-        weights: `[B, P]`, 0 or 1.
-        images: `MaskTargets.images`.
-        border: whether maps are continued at their border.
-    """
-
-    points: Tensor
-    order: Tensor
-    weighted: Tensor
-    weights: Tensor
-    images: Tensor
-    border: bool
-
-    @property
-    def widest(self) -> int:
-        """The largest number of targets."""
-        return self.weighted.shape[1]
-
-    @property
-    def num_points(self) -> int:
-        """P."""
-        return self.weights.shape[1]
-
-
-def prepare(targets: Targets, widest: int, draw: Draw, term: Term, dtype: torch.dtype) -> Pairs:
-    """Draw and sort the points of each image, and read its targets there."""
-    encoding, data, table, images, windows, ignore = targets
-    num_points = draw.num_points
-    batch, device, blocks = len(images), images.device, cdiv(num_points, BLOCK)
-    points = empty((batch, num_points, abi.POINT_COLUMNS), torch.float32, device)
-    keys = empty((batch, num_points), torch.int32, device)
-    strata = strata_of(draw.layout, num_points)
-    match_points[(batch * blocks,)](
-        windows,
-        draw.image_ids,
-        *split_seed(draw.seed),
-        strata,
-        points,
-        keys,
-        num_points,
-        blocks,
-        BLOCK=BLOCK,
-        **OPTIONS,
-    )
-    if strata is None:
-        order = keys.sort(dim=1, stable=True).indices
-    else:
-        # Cells come row by row already.
-        order = torch.arange(num_points, device=device).repeat(batch, 1)
-    weighted = empty((batch, widest, num_points), dtype, device)
-    weights = empty((batch, num_points), dtype, device)
-    match_targets[(batch * widest * blocks,)](
-        points, order, data, table, images, ignore if ignore.numel() else None, weighted, weights, num_points, blocks,
-        widest, ENCODING=ENCODINGS[encoding], NEAREST=term.nearest, BORDER=term.border, BLOCK=BLOCK, **OPTIONS,
-    )  # fmt: skip
-    return Pairs(points, order, weighted, weights, images, term.border)
-
-
-def cells_of(shared: Pairs, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Find the sorted points in maps of a size: pixels y, x and fractions, `[2, B * P]` each."""
-    batch, num_points = shared.weights.shape
-    cells = empty((2, batch * num_points), torch.int32, shared.points.device)
-    fractions = empty((2, batch * num_points), shared.weights.dtype, shared.points.device)
-    blocks = cdiv(num_points, BLOCK)
-    match_cells[(batch * blocks,)](
-        shared.points, shared.order, cells, fractions, batch * num_points, num_points, blocks, height, width,
-        BORDER=shared.border, BLOCK=BLOCK, **OPTIONS,
-    )  # fmt: skip
-    return cells, fractions
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How to multiply matrices without losing digits: AMD's units as it is, NVIDIA's in three steps of tf32.
-
-    float64 on NVIDIA adds products up: few of its devices have units for that, and older compilers do not know them.
-    """
-    if torch.version.hip:
-        return "ieee"
-    return "sum" if dtype == torch.float64 else "tf32x3"
-
-
-def add_terms(
-    span: Span,
-    shared: Pairs,
-    parts: Sequence[Tensor],
-    num_rows: int,
-    tile: Tile,
-    focal: tuple[float, float],
-    sampled: bool,
-) -> None:
-    """Sums of all pairs of the layers of a span; `sampled` layers hold the logits at the points, `[B, Q, 1, P]`."""
-    first, widest = span.layers[0], shared.widest
-    batch, queries, height, width = first.shape
-    cells, fractions = (None, None) if sampled else cells_of(shared, height, width)
-    splits, num_points = parts[0].shape[0], shared.num_points
-    per_split = cdiv(cdiv(num_points, splits), tile.points) * tile.points
-    programs = len(span.layers) * batch * cdiv(queries, tile.queries) * splits * cdiv(widest, tile.targets)
-    options = {**focal_options(focal[1], bounded=sampled and tile.targets > 32), "num_warps": tile.warps}
-    match_terms[(programs,)](
-        span.layers, span.first, cells, fractions, shared.weighted, shared.weights, *parts, shared.order.numel(),
-        num_points, splits, per_split, batch, queries, widest, num_rows, *geometry(first),
-        LAYERS=len(span.layers), ALPHA=focal[0], GAMMA=focal[1], PRECISION=_precision(shared.weights.dtype),
-        QUERIES=tile.queries, TARGETS=tile.targets, POINTS=tile.points, **options,
-    )  # fmt: skip
-
-
-def costs(shared: Pairs, layers: Sequence[Tensor], term: Term, *, sampled: bool) -> tuple[Tensor, Tensor]:
-    """Both mask terms of the matching cost of all pairs, `[L, B, Q, T_max]`; see `add_terms`."""
-    batch, queries = layers[0].shape[:2]
-    device, dtype, widest = layers[0].device, shared.weights.dtype, shared.widest
-    num_rows = len(layers) * batch * queries
-    ce, dice = (empty((len(layers), batch, queries, widest), dtype, device) for _ in range(2))
-    tile = tile_of(widest, dtype, term.gamma)
-    splits = tile.splits(len(layers) * batch, queries, widest, shared.num_points)
-    parts = [empty((splits, num_rows * size), dtype, device) for size in (widest, widest, 1, 1)]
-    for run in runs(layers, [0] * len(layers), [True] * len(layers)):
-        add_terms(run, shared, parts, num_rows, tile, term.focal, sampled)
-    finish_costs[(cdiv(ce.numel(), BLOCK),)](
-        *parts, shared.weighted.sum(2), shared.weights.sum(1), shared.images, ce, dice, ce.numel(), splits,
-        num_rows, batch, queries, widest, BLOCK=BLOCK, **OPTIONS,
-    )  # fmt: skip
-    return ce, dice
