@@ -119,10 +119,11 @@ def _factored_operations_copy_nothing() -> None:
     from triton.runtime.jit import JITFunction
 
     from maskloss.ops import gpu
-    from maskloss.ops.gpu import assignment
+    from maskloss.ops.gpu import assignment, cost, loss
 
     JITFunction.run = lambda *_, **__: None  # type: ignore[method-assign]
-    gpu.on_device = assignment.on_device = lambda _: nullcontext()  # type: ignore[attr-defined]
+    for module in (gpu, assignment, cost, loss):
+        module.on_device = lambda _: nullcontext()  # type: ignore[attr-defined]
     for dtype in (torch.float32, torch.bfloat16):
         with watched() as watch, torch.no_grad():
             like = {"dtype": dtype, "device": "cuda"}
@@ -138,9 +139,9 @@ def _factored_operations_copy_nothing() -> None:
             draw, term = Draw(ids, torch.empty((), dtype=torch.int64, device="cuda"), *SAMPLING), Term()
             products = (factors, index, [TARGETS] * (LAYERS * BATCH), group, draw, term, None)
             watch.copies.clear()
-            cost = torch.empty(LAYERS, BATCH, QUERIES, TARGETS, device="cuda")
+            costs = torch.empty(LAYERS, BATCH, QUERIES, TARGETS, device="cuda")
             labels = torch.empty(BATCH * TARGETS, dtype=torch.int64, device="cuda")
-            gpu.assign(cost, labels, targets.images, targets.num_targets, CLASSES, 5)
+            gpu.assign(costs, labels, targets.images, targets.num_targets, CLASSES, 5)
             factored.match_cost(gpu, factors, targets.num_targets, group, draw, term)
             *terms, kept = factored.mask_loss(gpu, *products)
             factored.mask_loss_backward(gpu, Gradients(*terms), kept, *products, needs_grad=[True] * 4)
