@@ -120,9 +120,10 @@ def _factored_operations_copy_nothing() -> None:
 
     from maskloss.ops import gpu
     from maskloss.ops.gpu import assignment, cost, loss
+    from maskloss.ops.gpu import features as sampling
 
     JITFunction.run = lambda *_, **__: None  # type: ignore[method-assign]
-    for module in (gpu, assignment, cost, loss):
+    for module in (gpu, assignment, cost, loss, sampling):
         module.on_device = lambda _: nullcontext()  # type: ignore[attr-defined]
     for dtype in (torch.float32, torch.bfloat16):
         with watched() as watch, torch.no_grad():
