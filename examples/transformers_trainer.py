@@ -10,11 +10,35 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from coco_folder import CocoFolder, collate
 from transformers import Mask2FormerForUniversalSegmentation, Trainer, TrainingArguments
 
+from maskloss import step, step_totals
 from maskloss.integrations.transformers import patch
+
+
+class ExactTrainer(Trainer):
+    """Micro-batches that add up to the step: each divides by the instances of all of them, on all ranks."""
+
+    loss_is_scaled_for_ga = True  # for the Trainer: do not divide by the number of micro-batches
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        """Count the instances of the micro-batches of a step."""
+        batches, _ = super().get_batch_samples(*args)
+        counts = [[len(labels) for labels in batch["class_labels"]] for batch in batches]
+        return batches, step_totals(counts, num_queries=self.model.config.num_queries, device=self.args.device)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Tell the criterion these totals; in evaluation there are none."""
+        with step(totals=num_items_in_batch):
+            loss = super().compute_loss(model, inputs, return_outputs)
+        # Releases that do not ask divide all the same.
+        divided = num_items_in_batch is not None and not hasattr(Trainer, "loss_is_scaled_for_ga")
+        return loss * self.current_gradient_accumulation_steps if divided else loss
 
 
 def main(arguments: Sequence[str] | None = None) -> float:
@@ -55,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> float:
         use_cpu=options.cpu,
         report_to=[],
     )
-    # One line. Everything below is what it would be without maskloss.
+    # One line; the Trainer above is needed for accumulation only.
     patch(model)
-    trainer = Trainer(model=model, args=settings, train_dataset=data, data_collator=collate)
+    trainer = ExactTrainer(model=model, args=settings, train_dataset=data, data_collator=collate)
     result = trainer.train()
     trainer.save_model()
     return float(result.training_loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from maskloss import step, step_totals
 from support import tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -90,6 +92,51 @@ def test_trainer(coco: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monke
     saved = recipe.Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "out")
     assert type(saved.criterion).__name__ == "Mask2FormerLoss"
     assert saved.config.id2label == {0: "blue", 1: "red"}
+
+
+def test_accumulation_with_the_trainer_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    recipe = load("transformers_trainer", monkeypatch)
+    if not hasattr(recipe.Trainer, "loss_is_scaled_for_ga"):
+        pytest.skip("this Trainer divides by the number of micro-batches")
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {
+            "pixel_values": torch.randn(3, tiny.SIZE, tiny.SIZE, generator=generator),
+            "mask_labels": torch.rand(count, tiny.SIZE, tiny.SIZE, generator=generator) > 0.5,
+            "class_labels": torch.zeros(count, dtype=torch.int64),
+        }
+        for count in (1, 1, 3, 4)
+    ]
+
+    def collate(batch: Any) -> Any:
+        lists = {name: [each[name] for each in batch] for name in batch[0]}
+        return lists | {"pixel_values": torch.stack(lists["pixel_values"])}
+
+    first: Any = tiny.mask2former()
+    second = copy.deepcopy(first)
+    for model in (first, second):
+        recipe.patch(model)
+    rate = {"lr": 0.01}
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        remove_unused_columns=False, use_cpu=True, report_to=[], max_grad_norm=0, save_strategy="no",
+        lr_scheduler_type="constant", train_sampling_strategy="sequential",
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(first.parameters(), **rate)
+    trainer = recipe.ExactTrainer(
+        model=first, args=settings, train_dataset=data, data_collator=collate, optimizers=(optimizer, None)
+    )
+    with step(seed=3):
+        trainer.train()
+        by_hand = torch.optim.SGD(second.train().parameters(), **rate)
+        with step(totals=step_totals([[1, 1], [3, 4]], num_queries=tiny.QUERIES)):
+            for batch in (data[:2], data[2:]):
+                second(**collate(batch)).loss.backward()
+        by_hand.step()
+    for mine, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_lightning(coco: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
