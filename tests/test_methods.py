@@ -59,6 +59,7 @@ CHANGES = {
     "oversample_ratio": 2.0,
     "importance_ratio": 0.5,
     "layout": "stratified",
+    "groups": 13,
 }
 # The focal loss's alpha needs its gamma.
 NEEDED = {"focal_alpha": {"focal_gamma": 2.0}}

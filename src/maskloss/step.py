@@ -69,6 +69,7 @@ def step(
         MaskLossError: totals that are no `StepTotals`, or something else than a process group of this rank.
 
     Example:
+        >>> from maskloss import MaskCriterion
         >>> criterion, logits = MaskCriterion(1), (torch.zeros(1, 2, 2), torch.zeros(1, 2, 8, 8))
         >>> targets = [{"masks": torch.ones(1, 8, 8), "labels": torch.tensor([0])}]
         >>> with step(totals=StepTotals(instances=4, queries=8), seed=0):

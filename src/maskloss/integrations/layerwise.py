@@ -62,12 +62,12 @@ class LayerMasks:
         DETR (Carion et al., 2020) for the call, Mask2Former (Cheng et al., 2022) for the terms.
 
     Example:
-        >>> loss_masks = LayerMasks(("loss_mask_ce", "loss_mask_dice"), pixels_per_point=16)
+        >>> loss_masks = LayerMasks(("loss_mask_ce", "loss_mask_dice"), pixels_per_point=16, padding_mode="border")
         >>> outputs = {"pred_masks": torch.zeros(1, 5, 16, 16)}
         >>> targets = [{"masks": torch.ones(2, 32, 32)}]
         >>> found = loss_masks(outputs, targets, [(torch.tensor([0, 3]), torch.tensor([1, 0]))], 2.0)
         >>> {name: round(value.item(), 3) for name, value in found.items()}
-        {'loss_mask_ce': 0.693, 'loss_mask_dice': 0.321}
+        {'loss_mask_ce': 0.693, 'loss_mask_dice': 0.32}
     """
 
     @reported("LayerMasks")

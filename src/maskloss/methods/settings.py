@@ -15,8 +15,8 @@ from maskloss.matcher import HungarianMatcher
 from maskloss.options import MaskOptions
 from maskloss.points import PointSampling
 
-# Options of the constructors that a paragraph leaves out: every backend computes the same formulas.
-NOT_DESCRIBED = frozenset({"backend"})
+# Options of the constructors that a paragraph leaves out: every backend and every solver computes the same.
+NOT_DESCRIBED = frozenset({"assignment", "backend"})
 _DEFAULT_TERM = MaskOptions()
 
 
@@ -251,6 +251,7 @@ def _of_matcher(matcher: HungarianMatcher) -> Matching:
         points=Points(matcher.num_points, layout=matcher.layout),
         classification=matcher.classification,
         term=_without_backend(matcher.options),
+        groups=matcher.groups,
     )
 
 
