@@ -35,11 +35,12 @@ test: $(VENV)/.dev ## Run the tests and doctests
 	@$(PYTEST) $(ARGS)
 
 .PHONY: check
-check: $(VENV)/.dev ## Check formatting, lint, types, import layering and translations
+check: $(VENV)/.dev ## Check formatting, lint, types, import layering, its picture, and translations
 	@echo '· format' && $(VENV)/bin/ruff format --check .
 	@echo '· lint'   && $(VENV)/bin/ruff check .
 	@echo '· types'  && $(VENV)/bin/mypy
 	@echo '· layers' && $(VENV)/bin/lint-imports --no-logo
+	@echo '· picture of the house' && $(PY) scripts/house.py --check
 	@echo '· translations' && $(PY) scripts/translations.py --check
 
 .PHONY: fix

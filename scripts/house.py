@@ -102,7 +102,7 @@ def place(floors: Mapping[str, int], arrows: Mapping[str, set[str]], top: float)
             name: sum(rooms[each].x for each in arrows[name]) / len(arrows[name]) if arrows[name] else WIDTH / 2
             for name in here
         }
-        here.sort(key=lambda name: (middles[name], name))  # noqa: B023 (used at once)
+        here.sort(key=lambda name: (middles[name], name))
         widths = [LETTER * len(name) + 26 for name in here]
         spare = WIDTH - 2 * MARGIN - sum(widths)
         gap = max(spare / (len(here) + 1), GAP)

@@ -672,3 +672,10 @@ def test_latex_compiles(tmp_path, lang):
         log = (tmp_path / "paper.log").read_text(encoding="utf-8", errors="replace")
         assert "undefined" not in log and "Missing character" not in log, log[-3000:]
     assert (tmp_path / "paper.pdf").stat().st_size > 5000
+
+
+def test_what_names_hold_does_not_reach_a_terminal(capsys):
+    from maskloss.lab.commands import methods as command
+
+    command._print("a model \x1b[2Jcalled so\nand a second line")
+    assert capsys.readouterr().out == "a model \\x1b[2Jcalled so\nand a second line\n"

@@ -60,7 +60,7 @@ def animate_points(
     Args:
         snapshots: in the order of their steps.
         path: where to write: .gif, .webp, or .apng (or .png, which is the same format).
-        targets: `[N, H, W]`, bool or float, of which the outlines are drawn. Default: none are.
+        targets: `[N, H, W]`, bool or float; their outlines are drawn. Default: none.
         instances: which to show. Default: the first three.
         seconds: how long a picture stays; the last one stays five times as long. Default 0.45.
         dpi: pixels per inch. Default 100.

@@ -79,7 +79,7 @@ def inspect_points(
     """Compute the loss of pairs once more, and keep all that it looked at.
 
     Args:
-        mask_logits: `[N, h, w]`, float; prediction n goes with target n.
+        mask_logits: `[N, h, w]`, float; prediction n belongs to target n.
         masks: `[N, H, W]`, bool, uint8 or float in [0, 1]. Instance n draws the points of target n of image 0.
         loss: with the sampling, weights and options. Default `MaskLoss()`.
         ignore: bool `[H, W]`, where points weigh nothing. Default: nowhere.
@@ -167,5 +167,5 @@ def _per_point(z: Tensor, t: Tensor, loss: MaskLoss) -> Tensor:
 
 
 def spread(points: Sequence[Tensor] | Tensor, area: float = 1.0) -> float:
-    """Choose the size of so many points, in square typographic points, that they do not drown the picture."""
+    """Marker area (pt²) at which this many points do not drown the picture."""
     return float(min(14.0, max(0.35, 4000.0 * area / max(len(points), 1) ** 0.9)))

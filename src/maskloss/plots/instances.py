@@ -304,7 +304,7 @@ def _scatter(axes: Axes, points: Tensor, size: float, color: str, alpha: float =
 
 
 def _many(points: Tensor) -> bool:
-    """Tell whether so many points are better drawn as pixels in a file that is made of lines."""
+    """Whether this many points are better drawn as pixels in a vector file."""
     return len(points) > 3000
 
 

@@ -159,7 +159,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _names_cpu(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether the device is the CPU by name: a device taken from a tensor may be any."""
+    """Whether the device is the CPU by name: a device taken from a tensor may be any."""
     return "cpu" in [value for value in (*args, *kwargs.values()) if isinstance(value, str)]
 
 

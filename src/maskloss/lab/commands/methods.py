@@ -10,6 +10,7 @@ from typing import Any
 
 from maskloss.errors import Cause, require
 from maskloss.lab import files
+from maskloss.lab.terminal import printable
 from maskloss.methods import FORMATS, FORMULAS, LANGUAGES, STYLES, MethodSettings, bibtex, describe, document
 from maskloss.methods.settings import Augmentation, Training, settings_of
 from maskloss.methods.sources import (
@@ -69,24 +70,29 @@ def main(options: argparse.Namespace) -> int:
                 "--format or --bib asks for something else",
                 "leave it out",
             )
-        print(document(settings, **chosen), end="")
+        _print(document(settings, **chosen).rstrip("\n"))
         return 0
     form = options.format or "text"
     text, entries = describe(settings, format=form, **chosen), bibtex(settings, **chosen)
     if options.bib is not None:
         files.check_writable(options.bib, "--bib")
         files.write_whole(options.bib, lambda partial: partial.write_text(entries + "\n", encoding="utf-8"))
-    print(text)
+    _print(text)
     if options.bib is not None:
         return 0
     if form == "markdown":
-        print(f"\n```bibtex\n{entries}\n```")
+        _print(f"\n```bibtex\n{entries}\n```")
     elif form == "latex":
         # As a comment: the output can be read with \input as it is.
-        print("\n" + "\n".join(f"% {line}".rstrip() for line in entries.splitlines()))
+        _print("\n" + "\n".join(f"% {line}".rstrip() for line in entries.splitlines()))
     else:
-        print(f"\n{entries}")
+        _print(f"\n{entries}")
     return 0
+
+
+def _print(text: str) -> None:
+    """Print text line by line; what names of models and classes hold must not reach a terminal as it is."""
+    print("\n".join(printable(line) for line in text.split("\n")))
 
 
 def settings_of_run(folder: Path) -> MethodSettings:

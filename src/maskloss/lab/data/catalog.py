@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Kinds of instances: one object; many that nobody told apart; an object of which only the box is known.
+# Kinds of instances: one object; many that nobody told apart; an object with a known box and no mask.
 OBJECT, CROWD, BOX = "object", "crowd", "box"
 
 

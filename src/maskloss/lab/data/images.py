@@ -192,7 +192,7 @@ def is_color(path: Path) -> bool:
 
 
 def to_unit(image: Array, percentile: bool) -> NDArray[np.float32]:
-    """Bring an image to [0, 1]: by the range of its type, or between percentiles of each channel.
+    """Scale an image to [0, 1]: by the range of its type, or between percentiles of each channel.
 
     Args:
         image: `[H, W, C]`, uint8 or float32.
@@ -210,7 +210,7 @@ def to_unit(image: Array, percentile: bool) -> NDArray[np.float32]:
 
 
 def to_channels(image: Array, channels: int, path: Path) -> Array:
-    """Bring an image to the number of channels of a data set: gray is repeated, alpha is dropped, a third is added.
+    """Convert an image to the number of channels of a data set: gray is repeated, alpha is dropped, a third is added.
 
     Raises:
         Cause: an image with more channels than the data set has.

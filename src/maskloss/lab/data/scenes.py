@@ -329,7 +329,7 @@ def share(length: int, frame: int, size: int) -> int:
 
 
 def fit(image: NDArray[Any] | Tensor, frame: int, size: int) -> Tensor:
-    """Resize an image and put it into the top left corner of a square, the rest of which has its mean color.
+    """Resize an image and put it into the top left corner of a square filled with its mean color.
 
     An image is brought to the same pixels whatever the other images of its batch are, which is why batches are padded
     to a fixed square and not to their largest image.

@@ -17,7 +17,7 @@ from maskloss.lab.data.images import Array, read_head, read_image
 from maskloss.lab.data.maps import COMPONENTS, map_size, read_map
 from maskloss.targets import MaskTargets
 
-# An instance of which a crop shows less than this many pixels is not asked for; its pixels weigh nothing.
+# An instance with fewer pixels than this in a crop is not asked for; its pixels weigh nothing.
 LEAST_PIXELS = 4
 
 

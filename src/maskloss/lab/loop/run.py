@@ -101,7 +101,7 @@ def resume(folder: Path, listener: Listener, *, device: str | None = None) -> Re
     with _accelerator(config) as accelerator:
         if accelerator.num_processes != facts.ranks:
             raise Cause(
-                "a run must be resumed with as many processes as it began with",
+                "resume with the same number of processes",
                 f"{folder} had {facts.ranks}, there are {accelerator.num_processes}",
                 "which images a process takes depends on it",
             )

@@ -86,7 +86,7 @@ class Learner(nn.Module):
         raise NotImplementedError
 
     def predict(self, images: Tensor, windows: Tensor) -> Output:
-        """Predict `[B, C, S, S]` in [0, 1], of which `windows` `[B, 4]` (left, top, width, height) are images."""
+        """Predict `[B, C, S, S]` in [0, 1]; images fill `windows` `[B, 4]` (left, top, width, height)."""
         raise NotImplementedError
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ class Judged(NamedTuple):
         number: of the scene.
         size: height and width.
         truth: its instances and crowds, as COCO's evaluation takes them.
-        found: the predicted instances likewise.
+        found: the predicted instances, in the same form.
         confused: which pairs of a class in truth and prediction occur, numbers truth * (C + 1) + prediction, where C
             stands for none, and how many pixels each has: int64 `[2, K]`.
         matched: true positives, false positives and false negatives at each IoU threshold, `[10, 3]`.
@@ -188,7 +188,7 @@ def matching(
 
     Args:
         truth: `[H, W]`, 0 for the background.
-        found: `[H, W]`, likewise.
+        found: `[H, W]`, the predictions in the same form.
         threshold: a pair with at least this IoU counts.
 
     Example:

@@ -24,7 +24,7 @@ OVERLAP, SLACK = 0.25, 1.5
 SAME = 0.5
 # What a tile's edge cut off gives way to whole instances of other tiles that cover this share of it.
 INSIDE = 0.75
-# An instance of which better ones leave less than this share is left out of a label map.
+# Drop an instance from a label map if higher-scoring ones cover more than 1 - this share of it.
 VISIBLE = 0.5
 # Masks that are enlarged at once.
 _CHUNK = 16
@@ -275,7 +275,7 @@ def _overlap(one: Sequence[int], other: Sequence[int]) -> tuple[int, int, int, i
 
 
 def _agree(one: tuple[Tile, Instance], other: tuple[Tile, Instance]) -> bool:
-    """Tell whether what two tiles saw is one instance, by the region that both of them see."""
+    """Whether what two tiles saw is one instance, by the region that both of them see."""
     (tile, instance), (its_tile, its_instance) = one, other
     shared = None if tile == its_tile else _overlap(tile, its_tile)
     if shared is None or instance.label != its_instance.label:
@@ -286,7 +286,7 @@ def _agree(one: tuple[Tile, Instance], other: tuple[Tile, Instance]) -> bool:
 
 
 def _is_covered(piece: tuple[Tile, Instance], wholes: Sequence[tuple[Tile, Instance]]) -> bool:
-    """Tell whether whole instances that other tiles saw cover most of what was cut off, each or together."""
+    """Whether whole instances that other tiles saw cover most of what was cut off, each or together."""
     tile, instance = piece
     others = [each for its_tile, each in wholes if its_tile != tile and each.label == instance.label]
     covered = np.logical_or.reduce([_window(each, instance.box) for each in others]) if others else np.False_
@@ -294,7 +294,7 @@ def _is_covered(piece: tuple[Tile, Instance], wholes: Sequence[tuple[Tile, Insta
 
 
 def _is_cut(instance: Instance, tile: Tile, bottom: int, right: int) -> bool:
-    """Tell whether an instance ends at an edge of its tile that is no edge of the image."""
+    """Whether an instance ends at an edge of its tile that is no edge of the image."""
     inner = (tile.top > 0, tile.left > 0, tile.bottom < bottom, tile.right < right)
     return any(there and mine == edge for there, mine, edge in zip(inner, instance.box, tile, strict=True))
 

@@ -66,7 +66,7 @@ def evaluate_run(
 
     Args:
         run: folder that `maskloss train` wrote.
-        data: other data, all of which are scored on; None: those of the run.
+        data: other data, scored on as a whole; None: those of the run.
         split: the part to score on, or "all"; None: what the run held out, or all of other data.
         device: "cpu" or "cuda".
         note: is told what is being done.

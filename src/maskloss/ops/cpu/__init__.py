@@ -70,9 +70,9 @@ __all__ = [
     "uncertain_points",
 ]
 
-# So many are packed in a fraction of a millisecond, and waking and awaiting other threads can take longer.
+# Below this size one thread is faster than waking the others.
 _FEW_PIXELS = 1 << 22
-# So many costs are assigned in as short a time.
+# The same for costs to assign.
 _FEW_COSTS = 60_000
 # Of kernels that need no work space.
 _NO_SCRATCH: tuple[Dtypes, Sizes] = (np.float32, np.float32), (0, 0, 0)

@@ -184,7 +184,7 @@ def numbers_of(draw: Draw, points: Tensor | None = None) -> Numbers:
 
 
 def strata_of(draw: Draw, count: int) -> Strata:
-    """The cells of so many points; without rows where points are independent."""
+    """The cells of this many points; without rows where points are independent."""
     return Strata.of(count) if is_stratified(draw.layout) else Strata(0, 0, 0, 0, 0, 0)
 
 

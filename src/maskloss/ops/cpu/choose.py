@@ -16,7 +16,7 @@ from .lanes import splat
 _I32 = np.int32
 _SMALL = 4096
 _SAMPLE = 2048
-# Of the keys that the sample names, so many low bits need not be known: they are half a percent of |z|.
+# Of the keys that the sample names, this many low bits need not be known: they are half a percent of |z|.
 _COARSE = 15
 # Keys are looked at in groups of this size; an array of keys is filled up to whole groups with the largest key.
 GROUP = 16

@@ -22,7 +22,7 @@ from .lanes import splat
 from .memory import bare
 from .threads import take
 
-# Columns are taken so many at a time, and filled up with some that are never the nearest.
+# Columns are taken this many at a time, padded with some that are never the nearest.
 WIDE = 16
 
 # Rows of work space that are as long as the longer side: numbers and integers.
@@ -37,7 +37,7 @@ _filled_up = helper()(_filled)
 
 
 def work_space(queries: int, targets: int) -> tuple[int, int, int]:
-    """Sizes of the work space for so many queries and (at most) targets."""
+    """Sizes of the work space for this many queries and (at most) targets."""
     short, long = min(queries, targets), _filled(max(queries, targets))
     return short * long + short + _NUMBERS * long, 0, short + _INTEGERS * long
 
@@ -136,7 +136,7 @@ def _nearest(distance, lowest, listed, row_of):
 
 @helper()
 def _solve(table, columns, prices_of_rows, values, column_of, integers):
-    """Give every row of a table one of so many columns, no fewer, at the lowest total: `column_of`.
+    """Give every row of a table a column of its own at the lowest total: `column_of`. Columns are no fewer than rows.
 
     One row after another gets its column along the shortest way, in costs less prices, from the row to a column that is
     free; the rows on the way move on to the next columns. Prices keep all ways at least 0 long.

@@ -198,7 +198,7 @@ def plane_gradients(
     term: Term,
     points: Tensor | None,
 ) -> None:
-    """Overwrite the planes of instances, each of which has one of its own, with their gradients."""
+    """Overwrite the planes of instances, one each, with their gradients."""
     count = len(instances.rows)
     planes = np.arange(count), np.arange(count + 1)
     written = gradient_table(instances.logits, [False] * len(instances.logits))

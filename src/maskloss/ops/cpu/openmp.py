@@ -39,7 +39,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def available() -> bool:
-    """Tell whether this process can lend PyTorch's OpenMP threads.
+    """Whether this process can lend PyTorch's OpenMP threads.
 
     It can on Linux, where PyTorch computes with OpenMP, unless it is a forked child: OpenMP's threads do not survive a
     fork, and a region would wait for them for ever.
@@ -48,7 +48,7 @@ def available() -> bool:
 
 
 def run(function: Callable[[], None], threads: int) -> list[BaseException]:
-    """Call `function` once on each thread of a team, of which the calling thread is one.
+    """Call `function` once on each thread of a team that includes the calling thread.
 
     Args:
         function: called without arguments. A team may turn out smaller than asked for, down to the calling thread, so

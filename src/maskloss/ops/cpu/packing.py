@@ -29,7 +29,7 @@ _GROUP, _WIDE = 8, 32
 def _packs(pixels: int) -> Any:
     @intrinsic
     def pack(typingctx: Any, source: Any, destination: Any) -> Any:
-        """Write which of so many bytes at `source` are not 0, as bits at `destination`. One comparison of a vector."""
+        """Write which of the bytes at `source` are not 0, as bits at `destination`. One comparison of a vector."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             vector, bits = ir.VectorType(ir.IntType(8), pixels), ir.IntType(pixels)
@@ -57,7 +57,7 @@ def _image_of(images, image, item):
 
 @helper()
 def _any(address, size):
-    """Whether one of so many bytes is not 0."""
+    """Whether any of the bytes is not 0."""
     found = np.uint64(0)
     if size < 8:
         for byte in at(address, size, np.uint8):

@@ -29,7 +29,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(function: Callable[[], None], threads: int) -> list[BaseException]:
-    """Call `function` on `threads` threads, of which the calling thread is one; return what they raised."""
+    """Call `function` on `threads` threads, the calling one included; return what they raised."""
     errors: list[BaseException] = []
     asked: list[None] = []
     done: list[None] = []

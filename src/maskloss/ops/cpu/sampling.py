@@ -151,7 +151,7 @@ def scatter(buffer, pitch, index, fx, fy, grad, n):
 
 @helper()
 def scatter_apart(buffer, pitch, index, fx, fy, grad, n):
-    """As `scatter`, for points of which one lies beside the next: from several places of their order in turn.
+    """As `scatter`, for points sorted so that neighbors follow each other: distant parts of the list in turn.
 
     What was just written to one pair of pixels cannot be read as the pair beside it before it has left the core.
     """

@@ -79,7 +79,7 @@ def take(typingctx: Any, counter: Any) -> Any:
     return types.int64(counter), codegen
 
 
-# So many work items must be left for a thread to take its next one early: otherwise another could be left with none.
+# A thread takes its next work item early only if this many are left: otherwise another could be left with none.
 _PLENTY = 64
 
 

@@ -2,7 +2,7 @@
 
 The algorithm is that of `ops.cpu.hungarian`, in the same order of operations and in float64, so that the matches are
 the same ones, also where several are equally good. A program keeps everything about rows and columns in registers, one
-lane for each; what is looked up by a number there is the sum over the lanes of which one has that number.
+lane for each; a lookup by number is a sum over all lanes, where only one is not zero.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls

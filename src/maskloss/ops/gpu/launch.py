@@ -189,7 +189,7 @@ def make_sampling(draw: Draw, windows: Tensor, padding: str, points: Tensor | No
 
 
 def strata_of(layout: str, *counts: int) -> tuple[int, ...] | None:
-    """Return the numbers of `Strata` for draws of so many points, one after another; None: points are independent."""
+    """Return the numbers of `Strata` for one draw after another; None: points are independent."""
     if not is_stratified(layout):
         return None
     return tuple(number for count in counts for number in Strata.of(count))

@@ -113,7 +113,7 @@ def _draw(drawn: Drawn, result: Mapping[str, Any], value: Mapping[str, Any]) -> 
 
 
 def decode_brush(packed: list[Any], height: int, width: int) -> NDArray[np.bool_]:
-    """Decode the run lengths of Label Studio's brush: RGBA bytes, of which alpha is the mask.
+    """Decode the run lengths of Label Studio's brush: RGBA bytes; alpha is the mask.
 
     A stream of bits: 32 for the number of bytes, 5 for the bits of a byte less 1, four times 4 for the bits of lengths
     less 1; then blocks of a flag (1: one byte is repeated), two bits that choose the size of the length, the length

@@ -43,7 +43,7 @@ class Drawn:
             size = f"{entry.height} x {entry.width}"
             raise Cause("annotations must give the size of the image", f"{what} says {size}", "export it again")
         self.entry, self.names, self.what, self.problems = entry, names, what, problems
-        # An image of which an instance is not known would teach that it is background.
+        # An unknown instance would be learned as background.
         self.usable = True
 
     @property
@@ -86,7 +86,7 @@ class Drawn:
         self.polygons(name, [corners])
 
     def bitmap(self, name: str, mask: NDArray[np.bool_], left: int, top: int) -> None:
-        """Add an instance of which a piece of the image says where it is."""
+        """Add an instance whose place a piece of the image shows."""
         whole = np.zeros((self.entry.height, self.entry.width), dtype=bool)
         if max(abs(left), abs(top)) > FARTHEST:
             raise Cause("a mask must lie in its image", f"{self.what} has one at {left}, {top}", "export it again")
