@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from typing_extensions import Unpack
 
 from maskloss import _classification, _inputs, distributed, ops
 from maskloss._abi import LAYER
@@ -22,9 +23,6 @@ from maskloss.options import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, MaskKeyword
 from maskloss.points import PointSampling
 from maskloss.step import Step, check_weights_of_totals
 from maskloss.targets.collate import Targets, collate, joined_weights
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 NO_OBJECT_WEIGHT = 0.1
 

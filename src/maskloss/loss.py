@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from maskloss import _inputs, distributed, layers, ops
 from maskloss._abi import accumulation_dtype
@@ -20,9 +21,6 @@ from maskloss.options import DICE_WEIGHT, MASK_WEIGHT, MaskKeywords, MaskOptions
 from maskloss.points import PointSampling, check_points
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class InstanceLosses(NamedTuple):

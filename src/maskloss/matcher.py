@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from maskloss import _inputs, layers, ops
 from maskloss._classification import KINDS
@@ -20,9 +20,6 @@ from maskloss.points import PointSampling
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
 from maskloss.targets.collate import Targets, collate
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class HungarianMatcher(nn.Module):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
+
+from typing_extensions import Unpack
 
 from maskloss import _abi, _inputs
 from maskloss._numbers import check_number
 from maskloss.errors import Cause, Unexpected, describe, reported
 from maskloss.ops import check_backend
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # Mask2Former's weights, for the loss and for the matching.
 CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from maskloss import _inputs, ops
 from maskloss import matcher as core
@@ -28,9 +29,6 @@ from maskloss.matches import Matches, join_layers
 from maskloss.options import MaskKeywords, MaskOptions, mask_options
 from maskloss.points import PointSampling
 from maskloss.step import Step
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["HungarianMatcher", "SetCriterion"]
 

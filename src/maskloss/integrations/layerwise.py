@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from maskloss._abi import IMAGE, TARGET
 from maskloss._numbers import check_number
@@ -24,9 +25,6 @@ from maskloss.matches import Matches, Pairs
 from maskloss.options import MaskKeywords, MaskOptions, mask_options
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["LayerMasks"]
 

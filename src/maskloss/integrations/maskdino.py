@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from maskloss import _inputs
 from maskloss.errors import Cause, describe, reported
@@ -22,9 +23,6 @@ from maskloss.matches import Matches
 from maskloss.options import MaskKeywords, MaskOptions, mask_options
 from maskloss.points import PointSampling
 from maskloss.step import Step
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["HungarianMatcher", "SetCriterion"]
 
