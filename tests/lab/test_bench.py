@@ -202,7 +202,7 @@ def test_operations_count_forward_and_backward_once() -> None:
     assert "aten::matmul" not in counter.operations
 
 
-def test_a_step_waits_once(inputs: Inputs) -> None:
+def test_a_step_waits_for_the_assignment_on_the_host_alone(inputs: Inputs) -> None:
     counts = {}
     for name in ("maskloss", "reference"):
         arm = make_arm(name, TINY, CPU)
@@ -211,7 +211,7 @@ def test_a_step_waits_once(inputs: Inputs) -> None:
         with counter:
             arm.forward(inputs, targets, 0).backward()
         counts[name] = counter.as_dict()
-        assert counts[name]["transfers_by"] == {"assign": 1}
+        assert counts[name]["transfers_by"] == ({"assign": 1} if name == "reference" else {})
     # The kernels of one are single operations, the other is made of PyTorch's.
     assert counts["reference"]["operations"] > 10 * counts["maskloss"]["operations"]
 
@@ -236,10 +236,10 @@ def test_copies_from_a_device_are_told_from_others() -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_waits_once_on_a_gpu() -> None:
+def test_a_step_does_not_wait_on_a_gpu() -> None:
     device = torch.device("cuda")
     found = make_inputs(TINY, seed=0, dtype=torch.float32, device=device)
-    for name, waits in (("maskloss", 1), ("reference", 1)):
+    for name, waits in (("maskloss", 0), ("reference", 1)):
         arm = make_arm(name, TINY, device)
         targets = arm.prepare(found.masks)
         arm.forward(found, targets, 0).backward()
@@ -392,7 +392,7 @@ def test_a_worker_answers_errors_and_goes_on(arm: str) -> None:
     assert step["result"]["forward"] > 0
     assert step["result"]["packed_forward"] > 0
     assert step["result"]["packed_loss"] == step["result"]["loss"]
-    assert ready["result"]["counts"]["transfers"] == 1
+    assert ready["result"]["counts"]["transfers"] == 0
     assert set(table.STAGES) == set(stages["result"][0])
 
 
@@ -500,10 +500,10 @@ def test_the_command_measures_and_writes(
     assert report["software"]["torch"] == torch.__version__
     [case] = report["cases"]
     assert list(case["arms"]) == [arm for arm in ARMS if arm in arms]
-    for found in case["arms"].values():
+    for arm, found in case["arms"].items():
         assert len(found["samples"]) == 3
         assert found["summary"]["packed"]["median"] > 0
-        assert found["counts"]["transfers"] == 1
+        assert found["counts"]["transfers"] == (arm == "reference")
         assert found.get("stages", {}).keys() <= set(table.STAGES)
         assert ("stages" in found) == bool(stages)
     for arm, found in case["arms"].items():

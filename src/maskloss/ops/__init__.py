@@ -45,6 +45,7 @@ from maskloss.ops.transformed import Derivative
 __all__ = [
     "ASSIGNMENTS",
     "BACKENDS",
+    "WIDEST_ON_DEVICE",
     "Draw",
     "Factors",
     "Instances",

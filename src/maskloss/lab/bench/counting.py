@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from maskloss.ops import WIDEST_ON_DEVICE
+
 # Operations whose result depends on values: the host waits for the device to know a number or a shape.
 _VALUE_DEPENDENT = frozenset(
     {
@@ -46,9 +48,9 @@ class StepCounter:
     Transfers are the times at which a host waits for a GPU. On a GPU these are copies from it and operations whose
     result depends on values (`item`, `nonzero`, indexing with a mask). On a CPU the same ones are counted, and because
     a copy from CPU to CPU does not happen, so are the calls that would make it (`cpu`, `numpy`, `tolist`), except of a
-    tensor that was made on the host or brought there before. The assignment of `maskloss` counts as one: on a GPU it
-    sends all costs and labels in one copy. What its Numba kernels read is not counted, for the GPU kernels that take
-    their place read nothing.
+    tensor that was made on the host or brought there before. What Numba kernels read is not counted: the GPU kernels in
+    their place read nothing. The same holds for an assignment that a GPU would solve. One that the host would solve,
+    after the reference backend or for very large problems, counts as one: all costs and labels go there in one copy.
 
     Args:
         device: where the step runs.
@@ -84,6 +86,8 @@ class _Operations(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.counter, self.device = counter, device
         self.blind = 0
+        # That of the costs that were computed last.
+        self.backend = ""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -100,7 +104,9 @@ class _Operations(TorchDispatchMode):
                 self.counter.transfers[name] += 1
             return func(*args, **kwargs)
         on_cpu = self.device.type == "cpu"
-        if on_cpu and name == "assign":
+        if name.endswith("match_cost"):
+            self.backend = args[-1]
+        if on_cpu and name == "assign" and self._solved_on_host(*args[:1]):
             self.counter.transfers[name] += 1
         hidden = on_cpu and (name == "assign" or "cpu" in args)
         self.blind += hidden
@@ -111,6 +117,9 @@ class _Operations(TorchDispatchMode):
                 return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
         finally:
             self.blind -= hidden
+
+    def _solved_on_host(self, cost: Tensor) -> bool:
+        return self.backend == "reference" or max(cost.shape[2:]) > WIDEST_ON_DEVICE
 
     def _waits(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         if name in _COPIES and self.device.type != "cpu":
