@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib import import_module
@@ -22,6 +23,10 @@ from hypothesis import settings
 
 from maskloss.ops import BACKENDS
 from support import contract, garbage
+
+# Shells start what runs in the background with an interrupt that is ignored, and ignored signals stay ignored.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One for each of several processes that run the tests side by side. Tests of threads set their number.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

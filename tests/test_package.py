@@ -113,11 +113,12 @@ def test_wheel_ships_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name.partition("/")[0] for name in names} == {"maskloss", info}
     assert not [name for name in names if name.endswith((".pyc", ".nbi", ".nbc"))]
     assert "maskloss = maskloss.lab.cli:main" in scripts
-    assert re.findall(r"^Requires-Dist: (\w+)[^;\n]*$", metadata, re.MULTILINE) == [
+    assert re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE) == [
         "numba",
         "numpy",
         "scipy",
         "torch",
+        "typing-extensions",
     ]
 
 

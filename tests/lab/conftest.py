@@ -19,6 +19,10 @@ from pycocotools import mask as codec
 SIZES = ((40, 60), (60, 40), (48, 48), (33, 57), (64, 64), (50, 51))
 
 
+# A package that tests import; collected for doctests it would be imported a second time, in another order.
+collect_ignore = ["folders"]
+
+
 class CocoFolder:
     """A folder with images, and annotations that a test may change."""
 

@@ -228,7 +228,8 @@ class SetCriterion(nn.Module):
 
     Example:
         >>> _ = torch.manual_seed(0)
-        >>> criterion = SetCriterion(3, HungarianMatcher(num_points=64), {"loss_ce": 2.0}, 0.1, ["labels", "masks"], 64)
+        >>> weights = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+        >>> criterion = SetCriterion(3, HungarianMatcher(num_points=64), weights, 0.1, ["labels", "masks"], 64)
         >>> targets = [{"labels": torch.tensor([2]), "masks": torch.ones(1, 32, 32)}]
         >>> outputs = {"pred_logits": torch.zeros(1, 5, 4), "pred_masks": torch.zeros(1, 5, 16, 16)}
         >>> {name: round(value.item(), 3) for name, value in criterion(outputs, targets).items()}

@@ -287,7 +287,9 @@ def _next(loaded: Iterator[Batch | Trouble], workers: Sequence[BaseProcess], ima
     except (RuntimeError, OSError, EOFError) as error:
         if late.is_set():
             raise LostReader(f"those that read images have not answered for {PATIENCE + images} seconds") from None
-        if all(worker.is_alive() for worker in workers):
+        # A connection breaks a moment before the death of its worker is known.
+        broken = isinstance(error, (ConnectionError, EOFError))
+        if not broken and all(worker.is_alive() for worker in workers):
             raise
         raise LostReader(f"one that reads images has ended: {explain(error)}") from None
     finally:
