@@ -286,13 +286,16 @@ def _photographs(root: Path, count: int) -> Path:
     from PIL import Image
 
     (root / "images").mkdir(parents=True)
+    # Beside the folder: a name that two images have would be asked about.
+    originals = root.with_name(f"{root.name} originals")
+    originals.mkdir()
     random_numbers = np.random.default_rng(0)
     for number in range(8):
         pixels = random_numbers.integers(0, 255, (96, 128, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / f"{number}.jpg")
+        Image.fromarray(pixels).save(originals / f"{number}.jpg")
     images, annotations = [], []
     for number in range(count):
-        os.link(root / f"{number % 8}.jpg", root / "images" / f"{number}.jpg")
+        os.link(originals / f"{number % 8}.jpg", root / "images" / f"{number}.jpg")
         images.append({"id": number, "file_name": f"{number}.jpg", "height": 96, "width": 128})
         for _ in range(10):
             x, y = (float(value) for value in random_numbers.integers(0, 80, 2))

@@ -29,7 +29,7 @@ from maskloss._abi import (
 )
 
 from .choose import list_chosen
-from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry, layer_spans
+from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, focal_options, geometry, layer_spans
 from .loss_kernels import NUM_SUMS, slope_terms, slopes
 from .sampling import (
     IMAGE,
@@ -324,13 +324,15 @@ class Scatter:
         values = loss.saved.logits[span.rows] if isinstance(loss.saved, Kept) else empty(shape, dtype, device)
         wanted = loss.saved.soft[span.rows] if has_targets else empty(shape, dtype, device)
         sums = empty((span.count, blocks, NUM_SUMS.value), dtype, device)
+        # Reading labels takes more registers than reading bits.
+        options = focal_options(-1.0, bounded=encoding == "labels")
         slope_terms[(span.count * blocks,)](
             None if has_logits else span.layers, span.first, self.index[span.rows], None if has_targets else data,
             table, images, ignore if ignore.numel() else None, *sampling.source, sampling.given(span), order,
             values, wanted, sums, sampling.num_points, sampling.num_uncertain, blocks,
             *geometry(span.layers[0]), *sampling.strides,
             LAYERS=len(span.layers), ENCODING=ENCODINGS[encoding], NEAREST=loss.term.nearest,
-            BORDER=sampling.border, BLOCK=BLOCK, **OPTIONS,
+            BORDER=sampling.border, BLOCK=BLOCK, **options,
         )  # fmt: skip
         return AtPoints(order, values, wanted, sums)
 
