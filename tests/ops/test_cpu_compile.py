@@ -116,10 +116,8 @@ def test_no_room_for_the_cache(folder: Path, process: Callable[[], Process]) -> 
         said = process().said
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert COMPILING in said
-    assert CANNOT_KEEP in said
+    assert said.count(CANNOT_KEEP) == 1
     assert "File too large" in said
-    assert said.count("\n") == 2
     assert {path.suffix for path in folder.glob("*/*")} <= {".lock"}
     assert process().loaded == [False, False]
     assert process().loaded == [True, True]
