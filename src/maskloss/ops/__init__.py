@@ -190,7 +190,7 @@ def match_cost(
 
 
 ASSIGNMENTS = ("auto", "host", "device")
-# The longer side of the largest problem that is solved on a device.
+# The longer side of the largest problem that is solved on a device; a program's registers hold no more.
 WIDEST_ON_DEVICE = 1024
 _ASSIGN = "Tensor cost, Tensor labels, Tensor images, SymInt[] num_targets, SymInt num_classes, SymInt groups"
 
@@ -262,7 +262,7 @@ def assign(
     fits = where != "host" and choose_backend(cost.device, backend) == "gpu" and longest <= WIDEST_ON_DEVICE
     if where == "device" and not fits:
         raise Cause(
-            "assignment='device' needs the GPU backend and at most 1024 queries and targets",
+            f"assignment='device' needs the GPU backend and at most {WIDEST_ON_DEVICE} queries and targets",
             f"{cost.shape[2] // groups} queries and up to {widest(num_targets)} targets on {cost.device}",
             "leave assignment out, or take 'host'",
         )

@@ -27,9 +27,6 @@ FIRST: tl.constexpr = tl.constexpr(abi.FIRST)
 IMAGE_COLUMNS: tl.constexpr = tl.constexpr(abi.IMAGE_COLUMNS)
 LARGEST: tl.constexpr = tl.constexpr(LARGEST_COST)
 
-# The longer side of the largest problem; registers hold no more.
-WIDEST = 1024
-
 
 @triton.jit
 def at(values, lane, number):
