@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -49,13 +51,7 @@ class Process:
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[], Process]:
-    kept = []  # a kernel is known by its id
-
-    def begin() -> Process:
-        kept.append(Process(monkeypatch, capsys))
-        return kept[-1]
-
-    return begin
+    return lambda: Process(monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -70,6 +66,13 @@ def test_compiled_once_per_machine_and_said_so(folder: Path, process: Callable[[
     assert (first.loaded, first.said) == ([False, False], COMPILING)
     assert (second.loaded, second.said) == ([True, True], "")
     assert len(list(folder.glob("*/*.kernel"))) == 2
+
+
+def test_a_kernel_is_not_taken_for_one_that_is_gone(folder: Path, process: Callable[[], Process]) -> None:
+    """Python gives the id of an object that is gone to a new one: what is compiled is not known by ids."""
+    kernels = [weakref.ref(kernel) for kernel in process().kernels]
+    gc.collect()
+    assert all(kernel() is not None for kernel in kernels)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ _KEPT_VERSIONS = 16
 _PATIENCE = 120.0
 
 _lock = threading.RLock()
-_compiled: set[tuple[int | str, ...]] = set()
+# Kernels themselves, not their ids: the id of one that is gone would soon be another's.
+_compiled: set[tuple[Any, ...]] = set()
 _said: set[str] = set()
 
 # The end of a program waits for a kernel that is being compiled. So does a fork, whose child would inherit a compiler
@@ -71,7 +72,7 @@ def prepare(function: Any, dtypes: Dtypes, sizes: Sizes, args: tuple[Any, ...]) 
     A thread of its own does it. Inside Numba or LLVM, the exception of a signal (a Ctrl-C, a timeout) would get lost or
     leave a compiler that works no more; here it ends the wait, and the kernel is finished all the same.
     """
-    key = (id(function), *(np.dtype(dtype).char for dtype in dtypes))
+    key = (function, *(np.dtype(dtype).char for dtype in dtypes))
     if key in _compiled:
         return
     errors: list[BaseException] = []
