@@ -22,6 +22,7 @@ extensions = [
     "sphinx_copybutton",
     "docstrings",
     "languages",
+    "llms",
     "mathml",
 ]
 exclude_patterns = ["_build", "figures"]
@@ -49,6 +50,10 @@ pygments_dark_style = "github-dark"
 html_title = f"maskloss {version}"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
+llms_description = (
+    "The point-sampled mask loss of Mask2Former and its descendants for PyTorch: matching, classification, and masks "
+    "compared at sampled points; with a command that trains on a folder of images."
+)
 html_favicon = "_static/logo.svg"
 html_theme_options = {
     "light_logo": "logo.svg",

@@ -44,7 +44,8 @@ class MaskFactors:
 
     Source:
         The mask head of MaskFormer (Cheng et al., 2021), section 3.1. Sampling before the product: PointRend (Kirillov
-        et al., 2020) samples features as well, for another purpose.
+        et al., 2020) samples features as well, for another purpose. RF-DETR (Robinson et al., 2025) trained on factors
+        first: its sparse masks form the planes of matched queries.
 
     Example:
         >>> factors = MaskFactors(torch.ones(1, 3, 8), torch.full((1, 8, 4, 4), 0.25), bias=-1.0)
