@@ -24,6 +24,7 @@ COMMANDS = {
     "show": "draw what the loss looks at",
     "methods": "write the paragraph for the paper",
     "bench": "measure time and memory of a training step",
+    "doctor": "check this installation; what a bug report should hold",
 }
 EXAMPLES = """\
 examples:

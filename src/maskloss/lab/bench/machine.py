@@ -27,7 +27,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     """
     psutil = require("psutil", "bench")
     found: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
         "logical_cores": psutil.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -50,19 +50,17 @@ def describe_software() -> dict[str, str]:
 
 def default_threads() -> int:
     """Return the number of CPU cores that this process may use, at most the physical ones."""
-    psutil = require("psutil", "bench")
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
-    return max(min(allowed, psutil.cpu_count(logical=False) or allowed), 1)
+    allowed = allowed_cores()
+    return max(min(allowed, require("psutil", "bench").cpu_count(logical=False) or allowed), 1)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def allowed_cores() -> int:
+    """Return the number of cores that this process may use, those of hyperthreading included."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name the processor."""
     listing = Path("/proc/cpuinfo")
     if listing.exists():
         for line in listing.read_text().splitlines():
@@ -70,3 +68,10 @@ def _cpu_model() -> str:
             if name.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -147,7 +147,7 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
         except OSError:
             return None
         try:
-            if sha256(content[32:]).digest() != content[:32]:
+            if not _is_whole(content):
                 raise ValueError("its digest differs")
             return compiler.CompileResult._rebuild(target_context, *pickle.loads(content[32:]))
         except Exception as error:  # noqa: BLE001 (whatever becomes of a damaged file)
@@ -183,6 +183,23 @@ def directory() -> Path:
     if not path.is_absolute():
         raise FileNotFoundError(f"the user's cache directory, {path}, is not an absolute path")
     return path
+
+
+def survey() -> tuple[list[Path], list[Path]]:
+    """List the kernels on disk that this version can use, and those of them that are damaged."""
+    kept = sorted(_folder().glob("*.kernel"))
+    return kept, [path for path in kept if not _is_whole(path.read_bytes())]
+
+
+def check_writable() -> None:
+    """Raise an OSError where compiled kernels cannot be kept."""
+    with NamedTemporaryFile(dir=_open_folder(), prefix=".") as file:
+        file.write(bytes(100_000))
+        file.flush()
+
+
+def _is_whole(content: bytes) -> bool:
+    return sha256(content[32:]).digest() == content[:32]
 
 
 def _folder() -> Path:
