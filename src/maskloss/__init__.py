@@ -5,6 +5,7 @@ from maskloss.criterion import CriterionOutput, MaskCriterion
 from maskloss.distributed import StepTotals, step_totals
 from maskloss.errors import MaskLossError, MaskLossTypeError, MissingExtraError
 from maskloss.factors import MaskFactors
+from maskloss.instances import FoundInstances, find_instances
 from maskloss.loss import InstanceLosses, MaskLoss, MaskLossOutput
 from maskloss.matcher import HungarianMatcher
 from maskloss.matches import Matches
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CriterionOutput",
+    "FoundInstances",
     "HungarianMatcher",
     "InstanceLosses",
     "MaskCriterion",
@@ -31,6 +33,7 @@ __all__ = [
     "MissingExtraError",
     "PointSampling",
     "StepTotals",
+    "find_instances",
     "functional",
     "step",
     "step_totals",

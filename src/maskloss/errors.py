@@ -194,6 +194,8 @@ _GUESSES = {
     "gamma": ("focal_gamma",),
     "num_boxes": ("num_instances", "totals"),
     "num_masks": ("num_instances", "totals"),
+    "target_sizes": ("size",),
+    "num_select": ("max_instances",),
 }
 
 

@@ -7,22 +7,7 @@ import pytest
 import torch
 
 from maskloss.lab.models.learners import Learner, Output
-from maskloss.lab.results.inference import Instance, Prediction, Predictor, Tile, decode, merge
-
-
-def test_decoding_cuts_away_the_padding_and_sorts_by_score():
-    """Three queries on a square of which the image takes the upper half."""
-    logits = torch.full((3, 10, 10), -8.0)
-    logits[0, :, :2] = 8
-    logits[1, 6:] = 8  # in the padding only
-    logits[2, :3] = 8
-    classes = torch.tensor([[1.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
-    first, second = decode(Output(classes, logits), 20, (10, 20))
-    assert (first.label, second.label) == (1, 0)
-    assert first.box == (0, 0, 6, 20) and first.mask[:5].all()
-    assert second.box == (0, 0, 10, 4)
-    probability = float(classes[2].softmax(0)[1])
-    assert 0.95 * probability < first.score <= probability
+from maskloss.lab.results.inference import Instance, Prediction, Predictor, Tile, merge
 
 
 def blob(top, left, height, width, score=0.9, label=0) -> Instance:
@@ -80,10 +65,10 @@ def test_an_instance_over_three_tiles_is_one():
 
 def test_a_label_map_numbers_the_best_first_and_leaves_out_what_is_covered():
     instances = [blob(0, 0, 4, 4, 0.9), blob(0, 1, 4, 4, 0.8), blob(6, 6, 2, 2, 0.7), blob(6, 0, 2, 2, 0.4)]
-    labels = Prediction(8, 8, instances).label_map()
-    assert sorted(np.unique(labels)) == [0, 1, 2]
+    labels, numbers = Prediction(8, 8, instances).label_map()
+    assert sorted(np.unique(labels)) == [0, 1, 2] and numbers == [1, 0, 2, 0]
     assert (labels[:4, :4] == 1).all() and (labels[6:, 6:] == 2).all() and not labels[:4, 4].any()
-    assert Prediction(8, 8, instances).label_map(0.3).max() == 3
+    assert Prediction(8, 8, instances).label_map(0.3)[1] == [1, 0, 2, 3]
 
 
 class Threshold(Learner):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -114,17 +114,24 @@ class Packed:
         On a device this waits for it.
         """
         row = self.images[self.number_of(image)].tolist()
-        first, count, height, width = row[FIRST], row[COUNT], row[IMAGE_H], row[IMAGE_W]
-        base = row[BASE]
+        count, height, width = row[COUNT], row[IMAGE_H], row[IMAGE_W]
         dtype = self.data.dtype if self.encoding == "values" else torch.bool
         masks = torch.zeros(count, height, width, dtype=dtype, device=self.device)
-        for mask, place in zip(masks, self.table[first : first + count].tolist(), strict=True):
-            offset, stride, top, left, h, w, _, _, label = place
-            if h * w:
-                across = (w + 7) // 8 if self.encoding == "bits" else w
-                pixels = self.data.as_strided((h, across), (stride, 1), base + offset)
-                mask[top : top + h, left : left + w] = self._decode(pixels, w, label)
+        for mask, (pixels, top, left) in zip(masks, self.crops(image), strict=True):
+            mask[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
         return masks
+
+    def crops(self, image: int = 0) -> Iterator[tuple[Tensor, int, int]]:
+        """Unpack what is stored of each mask of image number `image`, with its top and left in the frame.
+
+        On a device this waits for it.
+        """
+        row = self.images[self.number_of(image)].tolist()
+        first, count, base = row[FIRST], row[COUNT], row[BASE]
+        for offset, stride, top, left, h, w, _, _, label in self.table[first : first + count].tolist():
+            across = (w + 7) // 8 if self.encoding == "bits" else w
+            pixels = self.data.as_strided((h, across), (stride, 1), base + offset if h * w else 0)
+            yield self._decode(pixels, w, label), top, left
 
     def _decode(self, pixels: Tensor, width: int, label: int) -> Tensor:
         if self.encoding == "labels":

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from maskloss.errors import Cause, require
+from maskloss.instances import run_lengths
 from maskloss.lab.data.problems import Problems
 from maskloss.lab.data.scenes import Scene
 from maskloss.lab.files import plain
@@ -137,7 +138,8 @@ def judge(number: int, scene: Scene, prediction: Prediction, num_classes: int, o
         truth = np.zeros(size, dtype=np.int32)
         for place, mask in enumerate(scene.masks().numpy(), start=1):
             truth[mask] = place
-        matched = np.array([matching(truth, prediction.label_map(), threshold) for threshold in THRESHOLDS])
+        found, _ = prediction.label_map()
+        matched = np.array([matching(truth, found, threshold) for threshold in THRESHOLDS])
     return Judged(
         number,
         size,
@@ -288,14 +290,8 @@ def _entries_of_crowds(scene: Scene) -> Iterable[dict[str, Any]]:
     return _entries(scene.crowd_masks().numpy(), scene.crowd_labels.tolist(), 1)
 
 
-def encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """Return the run lengths of a mask `[H, W]`, as COCO writes them."""
-    run: dict[str, Any] = require("pycocotools.mask", "train").encode(np.asfortranarray(mask.astype(np.uint8)))
-    return run
-
-
 def _encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    return {"segmentation": encode(mask), "area": int(mask.sum())}
+    return {"segmentation": run_lengths(mask), "area": int(mask.sum())}
 
 
 def _mean(precision: NDArray[np.float64]) -> float:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
 
+from maskloss.errors import Cause
+from maskloss.instances import find_instances, number_pixels, tight
 from maskloss.lab.data.scenes import fit
-from maskloss.lab.models.learners import Learner, Output
+from maskloss.lab.models.learners import Learner
 
 # A prediction of at least this score counts as found: in pictures, label maps and mean IoU. AP needs no such threshold.
 FOUND = 0.5
@@ -24,10 +25,6 @@ OVERLAP, SLACK = 0.25, 1.5
 SAME = 0.5
 # What a tile's edge cut off gives way to whole instances of other tiles that cover this share of it.
 INSIDE = 0.75
-# Drop an instance from a label map if higher-scoring ones cover more than 1 - this share of it.
-VISIBLE = 0.5
-# Masks that are enlarged at once.
-_CHUNK = 16
 
 Mask = NDArray[np.bool_]
 
@@ -75,20 +72,15 @@ class Prediction(NamedTuple):
     width: int
     instances: list[Instance]
 
-    def label_map(self, threshold: float = FOUND) -> NDArray[np.int32]:
-        """Number the instances that score at least `threshold`, from 1; where they overlap, the best one wins."""
-        out = np.zeros((self.height, self.width), dtype=np.int32)
-        count = 0
-        for instance in self.instances:
-            if instance.score < threshold:
-                break
-            top, left, bottom, right = instance.box
-            there = out[top:bottom, left:right]
-            free = instance.mask & (there == 0)
-            if free.sum() >= VISIBLE * instance.mask.sum():
-                count += 1
-                there[free] = count
-        return out
+    def label_map(self, threshold: float = FOUND) -> tuple[NDArray[np.int32], list[int]]:
+        """Number the pixels of the instances that score at least `threshold`; see `number_pixels`.
+
+        Returns:
+            The map `[H, W]`, and the number of each instance in it; 0 for one that is not in it.
+        """
+        crops = [(each.top, each.left, each.mask) for each in self.instances if each.score >= threshold]
+        labels, numbers = number_pixels((self.height, self.width), crops)
+        return labels, numbers + [0] * (len(self.instances) - len(numbers))
 
 
 class Tile(NamedTuple):
@@ -150,7 +142,7 @@ class Predictor:
         return out
 
     def _look(self, images: Sequence[Tensor], jobs: Sequence[tuple[int, Tile]]) -> list[list[Instance]]:
-        inputs, windows, frames = [], [], []
+        inputs, windows, sizes, frames = [], [], [], []
         for number, (top, left, bottom, right) in jobs:
             part = images[number][:, top:bottom, left:right]
             height, width = part.shape[1:]
@@ -158,59 +150,31 @@ class Predictor:
             frame = max(height, width) if whole and not self.cut else max(height, width, self.tile)
             inputs.append(fit(part, frame, self.size))
             windows.append([0.0, 0.0, width / frame, height / frame])
-            frames.append(frame)
+            sizes.append((height, width))
+            frames.append((frame, frame))
         device = next(self.learner.network.parameters()).device
         output = self.learner.predict(torch.stack(inputs).to(device), torch.tensor(windows, device=device))
-        out = []
-        for place, (job, frame) in enumerate(zip(jobs, frames, strict=True)):
-            tile = job[1]
-            size = (tile.bottom - tile.top, tile.right - tile.left)
-            one = Output(output.class_logits[place], output.mask_logits[place])
-            out.append(decode(one, frame, size, (tile.top, tile.left), self.most))
-        return out
+        if not all(bool(logits.isfinite().all()) for logits in output):
+            raise Cause(
+                "what a model predicts must be finite", "it predicts nan or infinity", "train with a lower --lr"
+            )
+        found = find_instances(
+            output.class_logits, output.mask_logits, size=sizes, canvas=frames, threshold=0, max_instances=self.most
+        )
+        return [
+            [
+                Instance(tile.top + top, tile.left + left, mask, label, score)
+                for (top, left, mask), label, score in zip(
+                    each.crops(), each.labels.tolist(), each.scores.tolist(), strict=True
+                )
+            ]
+            for each, (_, tile) in zip(found, jobs, strict=True)
+        ]
 
 
-def decode(
-    output: Output, frame: int, size: tuple[int, int], offset: tuple[int, int] = (0, 0), most: int = MOST
-) -> list[Instance]:
-    """Turn the logits of one image into instances, one for each query with a mask that is not empty, best first.
-
-    The score is the probability of the best class times the mean probability of the pixels inside the mask, as in
-    Mask2Former. Masks are enlarged to the frame and cut to the image.
-
-    Args:
-        output: class logits `[Q, C + 1]`, mask logits `[Q, h, w]`.
-        frame: side of the square that the logits cover, pixels of the image.
-        size: height and width of the image, in the top left corner of the frame.
-        offset: top and left of it within a larger image.
-        most: queries to look at, the most probable ones.
-    """
-    probability, labels = output.class_logits.float().softmax(-1)[:, :-1].max(-1)
-    order = probability.argsort(descending=True, stable=True)[:most]
-    instances = []
-    for start in range(0, len(order), _CHUNK):
-        chosen = order[start : start + _CHUNK]
-        logits = output.mask_logits[chosen].float()
-        sharp = interpolate(logits[None], (frame, frame), mode="bilinear")[0, :, : size[0], : size[1]]
-        masks = sharp > 0
-        area = masks.flatten(1).sum(1)
-        certainty = (sharp.sigmoid() * masks).flatten(1).sum(1) / area.clamp(min=1)
-        scores = (probability[chosen] * certainty).cpu().tolist()
-        for mask, label, score, pixels in zip(
-            masks.cpu().numpy(), labels[chosen].tolist(), scores, area.tolist(), strict=True
-        ):
-            if pixels:
-                instances.append(cropped(mask, label, score, offset))
-    instances.sort(key=lambda each: -each.score)
-    return instances
-
-
-def cropped(mask: Mask, label: int, score: float = 1.0, offset: tuple[int, int] = (0, 0)) -> Instance:
-    """Cut a mask `[H, W]` that is not empty down to its box; `offset` is where it lies in a larger image."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    top, left = int(rows[0]), int(columns[0])
-    inside = mask[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].copy()
-    return Instance(top + offset[0], left + offset[1], inside, label, score)
+def cropped(mask: Mask, label: int, score: float = 1.0) -> Instance:
+    """Cut a mask `[H, W]` that is not empty down to its box."""
+    return Instance(*tight(mask), label, score)
 
 
 def _starts(length: int, tile: int) -> list[int]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from maskloss.errors import Cause, MaskLossError, require
+from maskloss.instances import run_lengths
 from maskloss.lab import files
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.data.images import SUFFIXES, read_image, to_channels, to_unit
@@ -22,7 +23,7 @@ from maskloss.lab.data.split import ALL
 from maskloss.lab.data.tree import without_masks
 from maskloss.lab.models.registry import load_learner, open_source
 from maskloss.lab.results import pictures
-from maskloss.lab.results.evaluate import Evaluation, encode, evaluate
+from maskloss.lab.results.evaluate import Evaluation, evaluate
 from maskloss.lab.results.inference import MOST, Prediction, Predictor
 from maskloss.lab.runfolder import Facts, read_facts
 
@@ -221,7 +222,7 @@ def _write(
     out: Path, name: str, image: torch.Tensor, prediction: Prediction, facts: Facts, threshold: float
 ) -> list[Path]:
     tifffile = require("tifffile", "train")
-    labels = prediction.label_map(threshold)
+    labels, _ = prediction.label_map(threshold)
     # Sixteen bits are what other programs read.
     labels = labels.astype(np.uint16) if labels.max(initial=0) < 1 << 16 else labels
     map_path, overlay_path = out / (name + LABEL_MAP), out / (name + OVERLAY)
@@ -238,14 +239,13 @@ def _write(
 def _results(number: int, path: Path, prediction: Prediction, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     out = []
     for each in prediction.instances:
-        run = encode(each.whole(prediction.height, prediction.width))
         top, left, bottom, right = each.box
         out.append(
             {
                 "image_id": number,
                 "file_name": path.name,
                 "category_id": category_ids[each.label],
-                "segmentation": {"size": run["size"], "counts": run["counts"].decode("ascii")},
+                "segmentation": run_lengths(each.whole(prediction.height, prediction.width)),
                 "bbox": [left, top, right - left, bottom - top],
                 "score": round(each.score, 6),
             }
