@@ -21,7 +21,7 @@ PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 .PHONY: help
 help: ## Show this help
 	@printf '\n  \033[1mmaskloss\033[0m\n\n'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  \033[36mmake %-8s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z ]+:.*## / { printf "  \033[36mmake %-8s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\n  Extra arguments: make train ARGS="--help"\n\n'
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -35,13 +35,14 @@ test: $(VENV)/.dev ## Run the tests and doctests
 	@$(PYTEST) $(ARGS)
 
 .PHONY: check
-check: $(VENV)/.dev ## Check formatting, lint, types, import layering, its picture, and translations
+check: $(VENV)/.dev ## Check formatting, lint, types, import layering, its picture, translations, and workflows
 	@echo '· format' && $(VENV)/bin/ruff format --check .
 	@echo '· lint'   && $(VENV)/bin/ruff check .
 	@echo '· types'  && $(VENV)/bin/mypy
 	@echo '· layers' && $(VENV)/bin/lint-imports --no-logo
 	@echo '· picture of the house' && $(PY) scripts/house.py --check
 	@echo '· translations' && $(PY) scripts/translations.py --check
+	@echo '· workflows' && $(VENV)/bin/zizmor --offline --pedantic -q .github
 
 .PHONY: fix
 fix: $(VENV)/.dev ## Format the code and apply the linter's fixes
@@ -55,6 +56,20 @@ slow: $(VENV)/.dev ## Run the slow tests (marked `slow`), and properties with mo
 .PHONY: long
 long: $(VENV)/.dev ## Train several models to compare what they learn (tests marked `long`)
 	@$(PY) -m pytest -m long $(ARGS)
+
+.PHONY: bounds
+bounds: $(VENV)/.dev ## Run the tests of the operations with bounds checks in the CPU kernels
+	@NUMBA_BOUNDSCHECK=1 $(PYTEST) tests/ops -m "not gpu" $(ARGS)
+
+# In environments of their own, with what pip or uv chooses from the ranges of pyproject.toml.
+.PHONY: oldest newest nightly
+oldest: INSTALL := .venv-oldest/bin/uv pip install -q --python .venv-oldest/bin/python --torch-backend cpu --resolution lowest-direct
+newest: INSTALL := .venv-newest/bin/uv pip install -q --python .venv-newest/bin/python --torch-backend cpu
+nightly: INSTALL := .venv-nightly/bin/uv pip install -q --python .venv-nightly/bin/python --prerelease allow --index https://download.pytorch.org/whl/nightly/cpu
+oldest newest nightly: ## Run the tests with the oldest, newest or nightly versions of what maskloss needs
+	@$(PYTHON) -m venv --clear .venv-$@ && .venv-$@/bin/python -m pip install -qq uv
+	@$(INSTALL) -e '.[test]'
+	@.venv-$@/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 .PHONY: docs
 docs: $(VENV)/.dev ## Build the documentation; warnings are errors
@@ -72,8 +87,8 @@ clean: ## Remove build artifacts; keep .venv and runs/
 	@find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: distclean
-distclean: clean ## Remove build artifacts and .venv
-	@rm -rf $(VENV)
+distclean: clean ## Remove build artifacts and environments
+	@rm -rf $(VENV) .venv-oldest .venv-newest .venv-nightly
 
 # ---------------------------------------------------------------------------------------------------------- environment
 # Each step leaves a stamp, so a second call has nothing to do. An interrupted step leaves none and is repeated.
