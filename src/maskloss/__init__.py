@@ -1,6 +1,7 @@
 """Point-sampled mask losses: match predictions and targets, draw points, and compare them there."""
 
 from maskloss import functional
+from maskloss.clips import ClipOptions
 from maskloss.criterion import CriterionOutput, MaskCriterion
 from maskloss.distributed import StepTotals, step_totals
 from maskloss.errors import MaskLossError, MaskLossTypeError, MissingExtraError
@@ -17,6 +18,7 @@ from maskloss.targets import MaskTargets
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClipOptions",
     "CriterionOutput",
     "FoundInstances",
     "HungarianMatcher",

@@ -106,15 +106,16 @@ def check_layers(name: str, layers: Layer | Sequence[Layer], shape: str) -> list
         raise Cause(f"{name} must have at least one decoder layer", "the sequence is empty", "give the final layer's")
     for layer in listed:
         if not isinstance(layer, MaskFactors):
-            check_maps(name, layer, shape)
+            clips = isinstance(layer, Tensor) and layer.ndim == 5
+            check_maps(name, layer, "[B, Q, T, h, w]" if clips else shape)
     first = listed[0]
     for number, layer in enumerate(listed):
-        same = (layer.shape[:2], layer.dtype, layer.device) == (first.shape[:2], first.dtype, first.device)
+        same = (layer.shape[:-2], layer.dtype, layer.device) == (first.shape[:-2], first.dtype, first.device)
         if not same:
             raise Cause(
                 f"{name} of all decoder layers must agree in batch size, queries, dtype and device",
-                f"layer 0 is {list(first.shape[:2])} {first.dtype} on {first.device}, "
-                f"layer {number} is {list(layer.shape[:2])} {layer.dtype} on {layer.device}",
+                f"layer 0 is {list(first.shape[:-2])} {first.dtype} on {first.device}, "
+                f"layer {number} is {list(layer.shape[:-2])} {layer.dtype} on {layer.device}",
                 "convert them to one dtype and device",
             )
     return listed
@@ -157,5 +158,12 @@ def check_targets(targets: MaskTargets, logits: Layer) -> None:
             "mask_logits and targets must have the same number of images",
             f"{logits.shape[0]} images of logits but {len(targets)} of targets",
             "give an entry for every image; an image without instances has masks [0, H, W]",
+        )
+    frames = logits.shape[2] if logits.ndim == 5 else 1
+    if targets.frames != frames:
+        raise Cause(
+            "mask_logits and targets must have the same frames",
+            f"mask_logits {list(logits.shape)}, targets of {targets.frames} frame(s)",
+            "those of clips are logits [B, Q, T, h, w] and masks [N, T, H, W]",
         )
     check_device("targets", targets.device, logits.device)

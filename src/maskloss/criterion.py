@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from maskloss import _classification, _inputs, distributed, ops
 from maskloss._abi import LAYER
 from maskloss._numbers import check_integer
+from maskloss.clips import ClipOptions, frames_of_divisor, weights_of_divisor
 from maskloss.distributed import Group, StepTotals
 from maskloss.errors import Cause, describe, reported
 from maskloss.layers import Layer
@@ -98,6 +99,7 @@ class MaskCriterion(nn.Module):
             divisor stays the number of instances. Default None: all 1.
         sampling: numbers and layout of points; the default matcher takes `num_points` and `layout` from it. Default
             `PointSampling()`.
+        clips: which frames of clips count, and what divides the sums. Default `ClipOptions()`.
         groups: groups of queries, each matched to all targets on its own, in training mode (see `HungarianMatcher`);
             instances are counted over all of them. Default 1, or what the matcher has.
         matcher: how to match. Default: `HungarianMatcher` with the weights and options given here.
@@ -135,6 +137,7 @@ class MaskCriterion(nn.Module):
         classification: str = "softmax",
         class_weights: Tensor | Sequence[float] | None = None,
         sampling: PointSampling | None = None,
+        clips: ClipOptions | None = None,
         groups: int | None = None,
         matcher: HungarianMatcher | None = None,
         options: MaskOptions | None = None,
@@ -160,7 +163,9 @@ class MaskCriterion(nn.Module):
         self._class_weights = None if class_weights is None else _inputs.class_weights(class_weights, self.num_classes)
         sampling = _inputs.check_sampling(sampling)
         group = mask_options(options, **kwargs)
-        self.mask_loss = MaskLoss(ce_weight=mask_weight, dice_weight=dice_weight, sampling=sampling, options=group)
+        self.mask_loss = MaskLoss(
+            ce_weight=mask_weight, dice_weight=dice_weight, sampling=sampling, clips=clips, options=group
+        )
         self.matcher = _checked_matcher(matcher, classification, groups) or HungarianMatcher(
             class_weight=class_weight,
             mask_weight=mask_weight,
@@ -194,10 +199,12 @@ class MaskCriterion(nn.Module):
             class_logits: `[B, Q, C + 1]` (`[B, Q, C]` for classification "focal"), or a sequence over decoder layers,
                 the final one last.
             mask_logits: `[B, Q, h, w]`, dense or as `MaskFactors`, or a sequence over decoder layers; h and w may
-                differ by layer. Where some layers are dense, factors of the others are formed.
+                differ by layer. Where some layers are dense, factors of the others are formed. Those of clips are
+                `[B, Q, T, h, w]`: a query has one class, and a mask in each of T frames.
             targets: one dict per image: "labels" int64 `[T]` in [0, C), and "masks": a `MaskTargets` of the image,
                 dense `[T, H, W]`, or a label map `[H, W]` along with "ids". Or, already collated, one dict with
-                "masks": the `MaskTargets` of the batch, and "labels": a list of `[T]`.
+                "masks": the `MaskTargets` of the batch, and "labels": a list of `[T]`. The dense masks of a clip are
+                `[N, T, H, W]`, with labels `[N]`.
             matches: which query belongs to which target, instead of running the matcher: `Matches`, a pair
                 (queries, targets) for each image as DETR's matchers return them, or a list with such a list for each
                 layer. Those of a single layer hold for all layers. Several queries may share a target; they share its
@@ -245,8 +252,11 @@ class MaskCriterion(nn.Module):
             joined = joined_weights(instance_weights, step.targets)
             each = check_instance_weights(joined, step.targets.num_masks, logits[0])
             weights = each[found.target_rows(step.targets.first_rows)]
-        counts = self._counts(step, found, weights, wanted, stacked)
-        divisor = distributed.at_least_one(_given_or(counts.instance_weight, counts.instances))
+        clips = self.mask_loss.clips
+        counted = weights_of_divisor(clips, found, step.targets, weights)
+        counts = self._counts(step, found, counted, wanted, stacked)
+        instances = _given_or(counts.instance_weight, counts.instances)
+        divisor = distributed.at_least_one(instances * frames_of_divisor(clips, step.targets))
         reduction = ops.Reduction(self.mask_weight, self.dice_weight, divisor, weights)
         ce, dice, losses = self.mask_loss.layer_terms(logits, found, step, reduction)
         loss_class = self._classify(stacked, wanted, counts)

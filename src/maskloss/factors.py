@@ -33,7 +33,8 @@ class MaskFactors:
 
     Args:
         embeddings: `[B, Q, D]`, float: one vector for each query.
-        features: `[B, D, h, w]`, float: one vector for each pixel.
+        features: `[B, D, h, w]`, float: one vector for each pixel. Those of clips are `[B, D, T, h, w]`: a query has
+            one vector for all T frames.
         bias: what is added to the logits: a number, a tensor `[]`, `[Q]` or `[B, Q]`. Default None: nothing. It is
             rounded to the dtype of the product.
         scratch_mb: bound on the memory for planes and sampled logits that exist at a time, in MiB, above 0; one plane
@@ -65,12 +66,12 @@ class MaskFactors:
 
     @reported("MaskFactors")
     def _check(self) -> None:
-        for name, value, rank, shape in (
-            ("embeddings", self.embeddings, 3, "[B, Q, D]"),
-            ("features", self.features, 4, "[B, D, h, w]"),
+        for name, value, ranks, shape in (
+            ("embeddings", self.embeddings, (3,), "[B, Q, D]"),
+            ("features", self.features, (4, 5), "[B, D, h, w] or [B, D, T, h, w]"),
         ):
             check_layout(name, value)
-            if not isinstance(value, Tensor) or value.ndim != rank or value.dtype not in _FLOATS:
+            if not isinstance(value, Tensor) or value.ndim not in ranks or value.dtype not in _FLOATS:
                 raise Cause(f"{name} must be float {shape}", f"got {describe(value)}", "see the formula of MaskFactors")
         embeddings, features = self.embeddings, self.features
         if (embeddings.shape[0], embeddings.shape[2]) != tuple(features.shape[:2]):
@@ -116,13 +117,13 @@ class MaskFactors:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the logits, `[B, Q, h, w]`."""
+        """The shape of the logits, `[B, Q, h, w]` or `[B, Q, T, h, w]`."""
         return torch.Size((*self.embeddings.shape[:2], *self.features.shape[2:]))
 
     @property
     def ndim(self) -> int:
-        """The rank of the logits: 4."""
-        return 4
+        """The rank of the logits: 4, or 5 for clips."""
+        return self.features.ndim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -143,10 +144,10 @@ class MaskFactors:
         return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
     def dense(self) -> Tensor:
-        """Form the logits `[B, Q, h, w]`: the definition of what the factors stand for; differentiable."""
+        """Form the logits (`[B, Q, h, w]`): the definition of what the factors stand for; differentiable."""
         embeddings, features, bias = self.operands()
-        logits = torch.einsum("bqd,bdhw->bqhw", embeddings, features)
-        return logits if bias is None else logits + bias[..., None, None]
+        logits = torch.einsum("bqd,bd...->bq...", embeddings, features)
+        return logits if bias is None else logits + bias.view(*bias.shape, *[1] * (logits.ndim - 2))
 
     def detach(self) -> MaskFactors:
         """Cut the factors off the graph."""
@@ -223,7 +224,7 @@ def joined(layers: Sequence[MaskFactors]) -> Factors:
         # By the object that was given: what autocast makes of it is another one each time.
         number = seen.setdefault(id(layer.features), len(features))
         if number == len(features):
-            features.append(pad(pixels, (0, 0, 0, 0, 0, missing)) if missing else pixels)
+            features.append(pad(pixels, (0, 0) * (pixels.ndim - 2) + (0, missing)) if missing else pixels)
         embeddings.append(pad(queries, (0, missing)) if missing else queries)
         biases.append(bias)
         features_of.append(number)

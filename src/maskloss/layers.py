@@ -18,7 +18,7 @@ Layer = Tensor | MaskFactors
 def match_cost(
     layers: Sequence[Layer], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Compute both mask terms of the matching cost, `[L, B, Q, T_max]` each."""
+    """Compute both mask terms of the matching cost, `[L, B, Q, T_max]` each; those of clips with targets as planes."""
     dense, factored = _alike(layers, backend)
     if factored:
         return ops.factored_match_cost(joined(factored), num_targets, targets, draw, term, backend)
@@ -35,7 +35,7 @@ def mask_loss(
     backend: str,
     reduction: Reduction | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute cross-entropy and Dice `[N]` of instances.
+    """Compute cross-entropy and Dice `[N]` of instances; of clips they are planes, query q in frame t is q * T + t.
 
     Args:
         layers: of all decoder layers.
@@ -50,6 +50,7 @@ def mask_loss(
     dense, factored = _alike(layers, backend)
     index, sizes = matches.index, matches.layer_sizes
     if not factored:
+        dense = [layer.flatten(1, 2) if layer.ndim == 5 else layer for layer in dense]
         return ops.mask_loss(ops.Instances(dense, index, sizes), targets, draw, term, points, backend, reduction)
     factors, shared = joined(factored), (targets, draw, term)
     if matches.counts is not None:

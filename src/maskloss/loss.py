@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,14 @@ from typing_extensions import Unpack
 from maskloss import _inputs, distributed, layers, ops
 from maskloss._abi import accumulation_dtype
 from maskloss._tracing import on_host, savable
+from maskloss.clips import (
+    ClipOptions,
+    check_clip_options,
+    frames_of_divisor,
+    matches_of_planes,
+    weights_of_divisor,
+    weights_of_planes,
+)
 from maskloss.distributed import Group
 from maskloss.errors import Cause, check_device, check_layout, describe, reported
 from maskloss.factors import MaskFactors
@@ -21,6 +30,7 @@ from maskloss.options import DICE_WEIGHT, MASK_WEIGHT, MaskKeywords, MaskOptions
 from maskloss.points import PointSampling, check_points
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
+from maskloss.targets.clips import planes
 
 
 class InstanceLosses(NamedTuple):
@@ -81,6 +91,7 @@ class MaskLoss(nn.Module):
         dice_weight: weight of Dice, at least 0. Default 5.
         sampling: numbers and layout of points. Default `PointSampling()`: 12544, of 3 times as many candidates, 75%
             uncertain, independent.
+        clips: which frames of clips count, and what divides the sums. Default `ClipOptions()`.
         options: how points are read, focal loss and backend, as a group; `MaskOptions` says what there is.
         kwargs: the same options one by one.
 
@@ -107,6 +118,7 @@ class MaskLoss(nn.Module):
         ce_weight: float = MASK_WEIGHT,
         dice_weight: float = DICE_WEIGHT,
         sampling: PointSampling | None = None,
+        clips: ClipOptions | None = None,
         options: MaskOptions | None = None,
         **kwargs: Unpack[MaskKeywords],
     ) -> None:
@@ -115,6 +127,7 @@ class MaskLoss(nn.Module):
         _inputs.check_weight("dice_weight", dice_weight)
         self.ce_weight, self.dice_weight = float(ce_weight), float(dice_weight)
         self.sampling = _inputs.check_sampling(sampling)
+        self.clips = check_clip_options(clips)
         self.options = mask_options(options, **kwargs)
 
     @reported("MaskLoss")
@@ -136,11 +149,12 @@ class MaskLoss(nn.Module):
 
         Args:
             mask_logits: `[N, h, w]`, prediction n belongs to target n; or `[B, Q, h, w]`, dense or as `MaskFactors`,
-                along with `matches`.
+                along with `matches`. Those of clips are `[B, Q, T, h, w]`.
             masks: the targets: `[N, H, W]`, bool, uint8 or float, or `MaskTargets`; with `matches` the targets of a
                 batch, `MaskTargets` or a list of `[T, H, W]`.
             matches: pairs of (queries, targets) of each image, as DETR's matchers return them, or `Matches`.
-            points: float `[N, P, 2]`, (x, y) in [0, 1]^2: read here, and draw nothing. In the order of the matches.
+            points: float `[N, P, 2]`, (x, y) in [0, 1]^2: read here, and draw nothing. In the order of the matches; of
+                clips `[N * T, P, 2]`, the frames of an instance one after the other.
             instance_weights: bool or float `[N]`, v_i at least 0, in the order of the matches: the terms become
                 `sum_i v_i ce_i / N` with N = sum_i v_i, so that an instance of weight 2 counts as two, and one of
                 weight 0 (or False) as none, whatever its logits are. No gradient flows to the weights.
@@ -166,14 +180,15 @@ class MaskLoss(nn.Module):
         labels = matched.index.new_empty(0)
         step = Step.begin(targets, labels, [logits], image_ids=image_ids, seed=seed, generator=generator, group=group)
         if points is not None:
-            check_points(points, len(matched), logits.device)
-        count: float | Tensor = float(len(matched))
+            check_points(points, len(matched) * targets.frames, logits.device)
         weights = None
         if instance_weights is not None:
             weights = check_instance_weights(instance_weights, len(matched), logits)
-            count = weights.sum()
         if num_instances is None:
-            divisor = step.divisor(count, weighted=weights is not None)
+            counted = weights_of_divisor(self.clips, matched, targets, weights)
+            count = float(len(matched)) if counted is None else counted.sum()
+            times = frames_of_divisor(self.clips, targets)
+            divisor = step.divisor(count, times=times, weighted=counted is not None)
         else:
             divisor = distributed.at_least_one(num_instances)
         reduction = ops.Reduction(self.ce_weight, self.dice_weight, divisor, weights)
@@ -196,13 +211,23 @@ class MaskLoss(nn.Module):
             step: targets, numbers and seed.
             reduction: the weights of the instances, and what their sums are divided by. How the caller will weigh the
                 two terms is only a guess: gradients cost less where it is right.
-            points: float `[N, P, 2]`, or None to draw them.
+            points: float `[N, P, 2]`, or None to draw them; of clips `[N * T, P, 2]`.
+
+        Returns:
+            The terms. Those of the instances of clips are `[N, T]`.
         """
+        shape: tuple[int, ...] = (len(matches),)
+        if logits[0].ndim == 5:
+            frames, shape = step.targets.frames, (*shape, step.targets.frames)
+            reduction = reduction._replace(
+                weights=weights_of_planes(self.clips, matches, step.targets, reduction.weights)
+            )
+            matches, step = matches_of_planes(matches, frames), replace(step, targets=planes(step.targets))
         losses = self.instance_losses(logits, matches, step, points, reduction)
         terms = losses if reduction.weights is None else weighted(losses, reduction.weights)
         # Both terms of all layers at once: on a GPU every small operation costs a launch.
         ce, dice = (by_layer(_inputs.stack(terms), matches) / reduction.divisor).unbind()
-        return LayerTerms(ce, dice, losses)
+        return LayerTerms(ce, dice, InstanceLosses(losses.ce.view(shape), losses.dice.view(shape)))
 
     def instance_losses(
         self,

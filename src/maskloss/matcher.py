@@ -19,6 +19,7 @@ from maskloss.options import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, MaskKeyword
 from maskloss.points import PointSampling
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
+from maskloss.targets.clips import planes
 from maskloss.targets.collate import Targets, collate
 
 
@@ -116,7 +117,8 @@ class HungarianMatcher(nn.Module):
         Args:
             class_logits: `[B, Q, C + 1]`, or a sequence of them; the last class is "no object". `[B, Q, C]` for
                 classification "focal".
-            mask_logits: `[B, Q, h, w]`, dense or as `MaskFactors`, or a sequence of them.
+            mask_logits: `[B, Q, h, w]`, dense or as `MaskFactors`, or a sequence of them. Those of clips are
+                `[B, Q, T, h, w]`: whole clips are matched, at the same P points in each of T frames.
             targets: one dict per image with "masks" and "labels" (see `MaskCriterion`).
             extra_costs: more terms of the cost, of boxes for instance, with their weights: `[Q, T]` for each image, or
                 `[L, Q, T]` for several layers. Default: none.
@@ -191,7 +193,7 @@ class HungarianMatcher(nn.Module):
         ce, dice = layers.match_cost(
             mask_logits,
             targets.num_targets,
-            ops.Targets(targets.encoding, *targets.tensors),
+            ops.Targets(targets.encoding, *planes(targets).tensors),
             ops.Draw(step.image_ids, step.seed, self.num_points, layout=self.layout),
             self.options.term,
             ops.choose_backend(mask_logits[0].device, self.options.backend),

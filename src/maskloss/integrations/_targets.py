@@ -77,7 +77,7 @@ def _canvas(entries: Sequence[Any]) -> Size | None:
 
 def _from_integers(entry: Any) -> Any:
     """Turn dense masks of a wide integer type into bool, and leave everything else as it is."""
-    if not isinstance(entry, Tensor) or entry.ndim != 3 or entry.dtype not in _WIDE:
+    if not isinstance(entry, Tensor) or entry.ndim not in (3, 4) or entry.dtype not in _WIDE:
         return entry
     inside = entry == 1
     # One look at the values, as float masks get one when they are packed.
@@ -119,5 +119,6 @@ def repeat_targets(targets: MaskTargets, times: int) -> MaskTargets:
     which = torch.arange(len(targets), device=targets.device)
     image = which.repeat_interleave(images[:, COUNT], output_size=sum(counts))
     copy = torch.arange(sum(counts), device=targets.device) - images[:, FIRST][image]
-    table = targets.table[targets.first_rows[image] + copy % targets.counts[image]]
-    return replace(targets, table=table, images=images, num_targets=counts)
+    rows = targets.first_rows[image] + copy % targets.counts[image]
+    present = None if targets.present is None else targets.present[rows]
+    return replace(targets, table=targets.table[rows], images=images, num_targets=counts, present=present)

@@ -210,6 +210,9 @@ class SetCriterion(nn.Module):
         classification: "softmax" (default): cross-entropy over C + 1 classes; "focal": the focal loss of C sigmoids
             with alpha 0.25 and gamma 2, summed over queries and classes and divided by the number of instances.
         layout: see `PointSampling`.
+        video: for clips, as in Mask2Former's own code for video: "pred_masks" `[B, Q, T, h, w]` and "masks"
+            `[N, T, H, W]`. All frames count, also where an instance is away, and the sums are divided by the number
+            of instances. Default False: images.
         extra_loss: more losses of the final layer, as DETR's methods compute them: called with (outputs, targets,
             indices, num_boxes), it returns a dict of losses. Default None.
         options: how points are read, focal loss of the masks and backend, as a group; `MaskOptions` says what there is.
@@ -255,6 +258,7 @@ class SetCriterion(nn.Module):
         classification: str = "softmax",
         layout: str = PointSampling.layout,
         extra_loss: ExtraLoss | None = None,
+        video: bool = False,
         options: MaskOptions | None = None,
         **kwargs: Unpack[MaskKeywords],
     ) -> None:
@@ -273,6 +277,9 @@ class SetCriterion(nn.Module):
             )
         self.num_classes, self.matcher, self.weight_dict, self.eos_coef = num_classes, matcher, weight_dict, eos_coef
         self.losses, self.classification, self.extra_loss = list(losses), classification, extra_loss
+        if not isinstance(video, bool):
+            raise Cause("video must be True or False", f"video={video!r}", "True for clips, False for images")
+        self.video = video
         self.layers_by_key = {"interm_outputs": "_interm"}
         self._warned = False
         weights = torch.ones(num_classes + 1)
@@ -319,7 +326,8 @@ class SetCriterion(nn.Module):
                 class C is matched by its mask, and its query learns "no object"); "masks": dense `[T, H, W]` (bool,
                 float or integers), a `MaskTargets`, or a label map `[H, W]` along with "ids"; "boxes" `[T, 4]`
                 (cx, cy, w, h) in [0, 1], where boxes are used. Binary masks on a GPU are best bool: floats there count
-                as soft, at twelve times the memory.
+                as soft, at twelve times the memory. With `video`: "masks" of each clip, `[N, T, H, W]`, and "labels"
+                `[N]`; "ids" are not read.
 
         Returns:
             "loss_ce", "loss_mask", "loss_dice", "loss_bbox", "loss_giou", as far as asked for, of the final layer;
@@ -333,6 +341,13 @@ class SetCriterion(nn.Module):
 
     def matched_losses(self, outputs: Outputs, targets: Targets, step: Step) -> dict[str, Tensor]:
         """Match the layers of checked inputs and compute their losses."""
+        rank = find_masks(outputs).ndim
+        if rank != 4 + self.video:
+            raise Cause(
+                f'"pred_masks" must be {"[B, Q, T, h, w]" if self.video else "[B, Q, h, w]"} where video={self.video}',
+                f"they have {rank} dimensions",
+                f"SetCriterion(video={not self.video}) takes {'images' if self.video else 'clips'}",
+            )
         layers = self._layers(outputs)
         matches = self._match(list(layers.values()), targets, step)
         count = step.divisor(float(step.targets.num_masks))
@@ -470,6 +485,9 @@ def begin(outputs: Outputs, targets: Targets) -> Step:
     """Pack the targets of a step, and check that they fit."""
     logits = find_masks(outputs)
     check_targets(targets, ("labels", "masks"))
+    if logits.ndim == 5:
+        # The "ids" of a clip are numbers of instances; none of its masks is a label map.
+        targets = [{name: entry[name] for name in ("labels", "masks")} for entry in targets]
     others = [each for each in outputs.values() if isinstance(each, (Tensor, MaskFactors))]
     return _targets.begin(mask_entries(targets), [entry["labels"] for entry in targets], [logits, *others])
 

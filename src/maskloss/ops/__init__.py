@@ -29,7 +29,7 @@ from maskloss._abi import (
 )
 from maskloss._tracing import savable
 from maskloss.errors import Cause
-from maskloss.ops import assignment
+from maskloss.ops import assignment, clips
 from maskloss.ops.dense import mask_loss
 from maskloss.ops.dispatch import (
     BACKENDS,
@@ -170,6 +170,8 @@ def uncertain_points(instances: Instances, draw: Draw, windows: Tensor, padding:
 )
 def _match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], *args: Any) -> tuple[Tensor, Tensor]:
     *inputs, backend = grouped(args, Targets, Draw, Term)
+    if logits[0].ndim == 5:
+        return clips.match_cost(load(backend), logits, num_targets, *inputs)
     ce, dice = load(backend).match_cost(logits, num_targets, *inputs)
     return ce, dice
 
@@ -184,7 +186,10 @@ def _(logits: Sequence[Tensor], num_targets: Sequence[int], *_: Any) -> tuple[Te
 def match_cost(
     logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Compute both mask terms of the matching cost, `[L, B, Q, T_max]` each, at uniform points. No gradient."""
+    """Compute both mask terms of the matching cost, `[L, B, Q, T_max]` each, at uniform points. No gradient.
+
+    Logits are `[B, Q, h, w]`; or those of clips, `[B, Q, T, h, w]`, with targets as planes.
+    """
     ce, dice = _match_cost(logits, num_targets, *targets, *draw, *term, backend)
     return ce, dice
 

@@ -31,6 +31,7 @@ from maskloss._abi import (
     accumulation_dtype,
     num_bytes,
 )
+from maskloss.ops.clips import clips_of
 
 # ------------------------------------------------------------------------------------------------------------ matching
 
@@ -39,13 +40,15 @@ def match_cost(
     backend: Any, factors: Factors, num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
 ) -> tuple[Tensor, Tensor]:
     """Both mask terms of the matching cost, `[L, B, Q, T_max]` each."""
+    if factors.features[0].ndim == 5 and factors.features[0].shape[2] == 1:
+        factors = factors._replace(features=[each.squeeze(2) for each in factors.features])
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     for number, features in enumerate(factors.features):
         layers = [layer for layer, which in enumerate(factors.features_of) if which == number]
         rows = torch.stack([factors.embeddings[layer] for layer in layers], 1)
         batch, depth, queries = rows.shape[:3]
         biases = torch.stack([factors.biases[layer] for layer in layers], 1).flatten(1) if factors.biases else None
-        costs = _costs_of_rows(
+        costs = (_costs_of_clips if features.ndim == 5 else _costs_of_rows)(
             backend, rows.flatten(1, 2), biases, features, factors.scratch_bytes, num_targets, targets, draw, term
         )
         by_layer = [cost.view(batch, depth, queries, cost.shape[2]).unbind(1) for cost in costs]
@@ -97,6 +100,37 @@ def _costs_of_rows(
     return ce, dice
 
 
+def _costs_of_clips(
+    backend: Any,
+    rows: Tensor,
+    biases: Tensor | None,
+    features: Tensor,
+    scratch_bytes: int,
+    num_targets: Sequence[int],
+    targets: Targets,
+    draw: Draw,
+    term: Term,
+) -> tuple[Tensor, Tensor]:
+    """As `_costs_of_rows`, of features `[B, D, T, h, w]` and targets as planes."""
+    dtype, widest = accumulation_dtype(features.dtype), max(num_targets, default=0)
+    ce = torch.zeros(*rows.shape[:2], widest, dtype=dtype, device=rows.device)
+    dice = torch.zeros_like(ce)
+    for clip in clips_of(backend, num_targets, targets, draw, term, [features]):
+        base = clip.sample(features[clip.number]).to(features.dtype)
+        inside = None
+        if biases is not None:
+            inside = clip.sample(features.new_ones(1, 1, *features.shape[3:]).expand(1, *features.shape[2:])).to(
+                features.dtype
+            )
+        for part in _chunks(rows.shape[1], scratch_bytes // (base.shape[1] * base.element_size())):
+            logits = rows[clip.number, part] @ base
+            if biases is not None and inside is not None:
+                logits += biases[clip.number, part, None] * inside
+            place = clip.number, part, slice(clip.count)
+            ce[place], dice[place] = clip.costs(logits)
+    return ce, dice
+
+
 def _chunks(count: int, size: int) -> Iterator[slice]:
     """Cut a range into parts of a size, one at least."""
     size = max(1, size)
@@ -115,10 +149,11 @@ class _Part:
         image: number of the image.
         first: whether it is the first part of its features and image.
         opens: whether it is the first part of its features.
-        rows: where the instances are among all, in the order of the parts.
+        own: where the instances are among all, in the order of the parts.
+        rows: where their planes are: one each, or one for each frame of a clip.
         embeddings: `[n, D]`.
         biases: `[n]`, or None.
-        index: rows of the index; QUERY is the number of the plane.
+        index: rows of the index, one for each plane; QUERY is its number.
         layer_sizes: how many rows of the part each layer has.
     """
 
@@ -126,6 +161,7 @@ class _Part:
     image: int
     first: bool
     opens: bool
+    own: slice
     rows: slice
     embeddings: Tensor
     biases: Tensor | None
@@ -138,12 +174,14 @@ class Blocks:
 
     Args:
         factors: of all layers.
-        index: int64 `[N, INDEX_COLUMNS]`, sorted by layer and image.
+        index: int64 `[N, INDEX_COLUMNS]`, sorted by layer and image; for features of clips, `[B, D, T, h, w]`, query q
+            in frame t is q * T + t, and the frames of an instance follow one another.
         counts: how many rows each layer and image has, `[L * B]`; known on the host, so that nothing waits.
     """
 
     def __init__(self, factors: Factors, index: Tensor, counts: Sequence[int]) -> None:
-        self.factors, self.index, self.counts = factors, index, [int(count) for count in counts]
+        self.frames = math.prod(factors.features[0].shape[2:-2])
+        self.factors, self.index, self.counts = factors, index, [int(count) // self.frames for count in counts]
         self.batch = factors.features[0].shape[0]
         self.order = [
             layer * self.batch + image
@@ -155,18 +193,22 @@ class Blocks:
 
     def sorted(self, values: Tensor) -> Tensor:
         """Reorder values `[N, ...]` from the order of the index to that of the parts."""
-        return _reorder(values, self.counts, self.order)
+        return _reorder(values, [self.frames * count for count in self.counts], self.order)
 
     def restored(self, values: Tensor) -> Tensor:
         """Invert `sorted`."""
-        sizes = [self.counts[block] for block in self.order]
+        sizes = [self.frames * self.counts[block] for block in self.order]
         place = {block: position for position, block in enumerate(self.order)}
         return _reorder(values, sizes, [place[block] for block in range(len(self.counts))])
 
     def gathered(self, layers: Sequence[Tensor]) -> Tensor:
         """Pick the rows `[N, ...]` of the instances from `[B, Q, ...]` of each layer, in the order of the parts."""
-        rows = self.sorted(self.index)
-        return torch.stack(list(layers))[rows[:, LAYER], rows[:, IMAGE], rows[:, QUERY]]
+        return torch.stack(list(layers))[self.where()]
+
+    def where(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return layer, image and query `[N]` of the instances, in the order of the parts."""
+        rows = self.sorted(self.index)[:: self.frames]
+        return rows[:, LAYER], rows[:, IMAGE], rows[:, QUERY] // self.frames
 
     def _sizes(self, number: int, image: int) -> list[int]:
         """How many instances each layer has in an image; none if it has other features."""
@@ -180,7 +222,7 @@ class Blocks:
         return max(1, self.factors.scratch_bytes // (math.prod(features.shape[2:]) * features.element_size()))
 
     def space(self, number: int) -> Tensor:
-        """Allocate memory for the planes `[n, h * w]` of the largest part of some features."""
+        """Allocate memory for the planes `[n, h * w]` (`[n, T * h * w]`) of the largest part of some features."""
         features = self.factors.features[number]
         most = max(sum(self._sizes(number, image)) for image in range(self.batch))
         return features.new_empty(min(most, self._planes_at_a_time(number)), math.prod(features.shape[2:]))
@@ -197,12 +239,13 @@ class Blocks:
             for image in range(self.batch):
                 sizes = self._sizes(number, image)
                 for part in _chunks(sum(sizes), self._planes_at_a_time(number)):
-                    rows = slice(start + part.start, start + part.stop)
+                    own = slice(start + part.start, start + part.stop)
+                    rows = slice(own.start * self.frames, own.stop * self.frames)
                     mine = index[rows].clone()
-                    mine[:, QUERY] = torch.arange(part.stop - part.start, device=index.device)
-                    bias = None if biases is None else biases[rows]
-                    inside = _overlaps(sizes, part)
-                    found = _Part(number, image, part.start == 0, opens, rows, embeddings[rows], bias, mine, inside)
+                    mine[:, QUERY] = torch.arange(len(mine), device=index.device)
+                    bias = None if biases is None else biases[own]
+                    inside = [self.frames * size for size in _overlaps(sizes, part)]
+                    found = _Part(number, image, part.start == 0, opens, own, rows, embeddings[own], bias, mine, inside)
                     yield found, None if points is None else points[rows]
                     opens = False
                 start += sum(sizes)
@@ -251,12 +294,12 @@ def mask_loss(
         features = factors.features[part.features]
         if part.opens:
             space = blocks.space(part.features)
-        planes = space[: len(part.index)]
+        planes = space[: len(part.embeddings)]
         matrix = features[part.image].flatten(1)
         torch.mm(part.embeddings, matrix, out=planes)
         if part.biases is not None:
             planes += part.biases[:, None]
-        instances = blocks.instances(part, planes.view(-1, *features.shape[2:]))
+        instances = blocks.instances(part, planes.view(-1, *features.shape[-2:]))
         ce[part.rows], dice[part.rows], mine = backend.mask_loss_keeping(instances, targets, draw, term, at)
         for whole, piece in zip(kept, mine, strict=True):
             whole[part.rows] = piece
@@ -284,7 +327,7 @@ def mask_loss_backward(
     blocks = Blocks(factors, index, counts)
     grads = Gradients(*(blocks.sorted(grad) for grad in grads))
     by_row, by_bias, *by_pixel = needs_grad
-    like, count = factors.features[0], len(index)
+    like, count = factors.features[0], sum(blocks.counts)
     rows = like.new_empty((count, like.shape[1]) if by_row else 0)
     row_sums = like.new_empty(count if by_bias else 0)
     by_features = [_FeatureGradient(each, need) for each, need in zip(factors.features, by_pixel, strict=True)]
@@ -293,17 +336,17 @@ def mask_loss_backward(
         features = factors.features[part.features]
         if part.opens:
             space = blocks.space(part.features)
-        planes = space[: len(part.index)]
-        instances = blocks.instances(part, planes.view(-1, *features.shape[2:]))
+        planes = space[: len(part.embeddings)]
+        instances = blocks.instances(part, planes.view(-1, *features.shape[-2:]))
         mine = Kept(*(each[part.rows] for each in kept))
         slopes = Gradients(*(grad[part.rows] for grad in grads))
         backend.plane_gradients(slopes, mine, instances, targets, draw, term, at)
         if by_row:
-            torch.mm(planes, features[part.image].flatten(1).t(), out=rows[part.rows])
+            torch.mm(planes, features[part.image].flatten(1).t(), out=rows[part.own])
         if by_bias:
-            row_sums[part.rows] = planes.sum(1, dtype=accumulation_dtype(planes.dtype)).to(planes.dtype)
+            row_sums[part.own] = planes.sum(1, dtype=accumulation_dtype(planes.dtype)).to(planes.dtype)
         by_features[part.features].add(part, planes)
-    where = blocks.sorted(index)
+    where = blocks.where()
     return [
         _spread(rows, where, factors.embeddings, by_row),
         _spread(row_sums, where, factors.biases, by_bias),
@@ -354,10 +397,10 @@ class _FeatureGradient:
         return self.total
 
 
-def _spread(rows: Tensor, where: Tensor, layers: Sequence[Tensor], needed: bool) -> Tensor:
+def _spread(rows: Tensor, where: tuple[Tensor, ...], layers: Sequence[Tensor], needed: bool) -> Tensor:
     """Add rows `[N, ...]` up in the gradients of all layers `[L, B, Q, ...]`; a query may have several instances."""
     if not needed:
         return rows.new_empty(0)
     total = rows.new_zeros((len(layers), *layers[0].shape), dtype=accumulation_dtype(rows.dtype))
-    total.index_put_((where[:, LAYER], where[:, IMAGE], where[:, QUERY]), rows.to(total.dtype), accumulate=True)
+    total.index_put_(where, rows.to(total.dtype), accumulate=True)
     return total.to(rows.dtype)

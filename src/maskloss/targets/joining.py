@@ -25,6 +25,13 @@ _ENCODINGS = ("labels", "bits", "values")
 def join(parts: Sequence[P]) -> P:
     """Concatenate; where each image begins follows from the sizes of those before it, without asking a device."""
     full = [part for part in parts if part.num_masks] or [parts[0]]
+    lengths = sorted({(part.present is not None, part.frames) for part in parts})
+    if len(lengths) > 1:
+        raise Cause(
+            "the targets of a batch must be images, or clips with one number of frames",
+            f"got {' and '.join(f'clips of {frames} frames' if clip else 'images' for clip, frames in lengths)}",
+            "cut the clips to one length",
+        )
     kinds = [part.encoding for part in full]
     encoding = [kind for kind in _ENCODINGS if kind in kinds][-1]
     dtypes = [part.data.dtype for part in full if part.encoding == encoding]
@@ -43,6 +50,7 @@ def join(parts: Sequence[P]) -> P:
         windows=torch.cat([part.windows for part in parts]),
         ignore=bits.joined([part.ignore for part in parts if part.ignore.numel()] or [parts[0].ignore]),
         num_targets=tuple(count for part in parts for count in part.num_targets),
+        present=None if parts[0].present is None else torch.cat([p.present for p in parts if p.present is not None]),
     )
 
 
@@ -64,6 +72,7 @@ def _converted(part: P, encoding: str, dtype: torch.dtype) -> P:
     pieces, places, sizes = [], [], []
     for image in range(len(part)):
         masks = part.dense(image)
+        masks = masks if part.present is None else masks.flatten(1, 2)
         if encoding == "bits":
             data, place = bits.crop(bits.pack(masks), masks.shape[2])
         else:
@@ -92,6 +101,7 @@ def single_image(targets: P, image: int) -> P:
         windows=cut(targets.windows, image, 1),
         ignore=cut(targets.ignore, row[IGNORE_BASE], row[IGNORE_SIZE]),
         num_targets=(row[COUNT],),
+        present=None if targets.present is None else cut(targets.present, row[FIRST], row[COUNT]),
     )
 
 
@@ -119,7 +129,8 @@ def select(targets: P, keep: Tensor | Sequence[Any]) -> P:
     images = targets.images.clone()
     images[:, COUNT] = torch.tensor(counts, device="cpu").to(device, non_blocking=True)
     rows = first + torch.cat([numbers.to(device, non_blocking=True) for numbers in kept])
-    return replace(targets, table=targets.table[rows], images=_add_up(images), num_targets=counts)
+    present = None if targets.present is None else targets.present[rows]
+    return replace(targets, table=targets.table[rows], images=_add_up(images), num_targets=counts, present=present)
 
 
 def _numbers(entry: Any, count: int, image: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from maskloss._abi import LABEL
 from maskloss._numbers import check_integer
 from maskloss._tracing import on_host, outside
 from maskloss.errors import Cause, describe, reported
-from maskloss.targets import bits, coco, dense, joining, label_maps
+from maskloss.targets import bits, clips, coco, dense, joining, label_maps
 from maskloss.targets.frames import Box, Frame, Size, Stored, describe_images
 from maskloss.targets.storage import Packed
 
@@ -43,6 +43,8 @@ class MaskTargets(Packed):
         windows: float32 `[B, 4]`: left, top, width, height of the valid window, as fractions of the frame.
         ignore: uint8 1-D, the packed ignore regions; empty if no image has one.
         num_targets: the number of targets of each image.
+        frames: T of clips, whose frames are stored one below the other; 1 for images.
+        present: bool `[T_all, frames]`, in which frames a target of a clip has pixels; None for images.
 
     The frame is what predictions cover: the mask itself, or the canvas in whose top left corner the mask lies. Outside
     the stored crop every pixel is 0.
@@ -69,7 +71,7 @@ class MaskTargets(Packed):
 
         Args:
             masks: `[T, H, W]` of one image, bool, uint8 (non-zero is inside) or float, or a list with one such tensor
-                per image, of any sizes.
+                per image, of any sizes. Or those of clips: `[N, T, H, W]`, N targets in T frames, 0 where one is away.
             soft: whether float masks are soft targets in [0, 1], which are kept as they are, or binary ones, which are
                 packed (non-zero is inside). Default None: on a CPU the values decide; elsewhere, and inside
                 `torch.compile`, float masks count as soft, because looking at their values would stall the device.
@@ -87,6 +89,9 @@ class MaskTargets(Packed):
                 region of another size, or a window that is empty or leaves the frame.
         """
         listed = list(masks) if isinstance(masks, Sequence) else [masks]
+        if clips.are_clips(listed, 3):
+            tall, frames = clips.stacked(listed, "[N, T, H, W]", canvas, ignore)
+            return clips.described(MaskTargets.from_masks(tall, soft=soft), tall, frames, valid)
         for image in listed:
             dense.check_masks(image)
         if not listed:
@@ -152,7 +157,7 @@ class MaskTargets(Packed):
 
         Args:
             labels: `[H, W]`, integers; target i is where the map equals `ids[i]`. Or a list with one map per image,
-                of any sizes.
+                of any sizes. Or those of clips: `[T, H, W]`, in which a target has one id in all T frames.
             ids: the ids to use, in the order of the targets, `[T]`. For a list of maps, a list with those of each.
             allow_missing: accept ids that do not occur in the map, as empty masks (after a crop, say).
             canvas: see `from_masks`.
@@ -173,6 +178,10 @@ class MaskTargets(Packed):
                 f"got {describe(labels)} and {describe(ids)}",
                 "give the ids of each map, in the order of its targets",
             )
+        if clips.are_clips(maps, 2):
+            tall, frames = clips.stacked(maps, "label maps [T, H, W]", canvas, ignore)
+            packed = _from_labels(tall, numbers, allow_missing, Frame(None, None, None))
+            return clips.described(packed, tall, frames, valid)
         return _from_labels(maps, numbers, allow_missing, Frame(canvas, ignore, valid))
 
     @staticmethod
@@ -207,6 +216,29 @@ class MaskTargets(Packed):
         """
         data, place = coco.pack_coco(segmentations, height, width)
         return _build("bits", data, [Stored(place, len(data), (height, width))], Frame(canvas, ignore, valid))
+
+    @reported("MaskTargets.with_presence")
+    def with_presence(self, present: Tensor) -> MaskTargets:
+        """Say in which frames the targets of clips are present, where this isn't where they have pixels.
+
+        Args:
+            present: bool `[T_all, frames]`.
+
+        Returns:
+            The same targets.
+
+        Raises:
+            MaskLossError: targets of images, or something else than bool `[T_all, frames]` on their device.
+        """
+        shape = (self.num_masks, self.frames)
+        fits = isinstance(present, Tensor) and present.dtype == torch.bool and tuple(present.shape) == shape
+        if self.present is None or not fits or present.device != self.device:
+            raise Cause(
+                f"presence must be bool {list(shape)} on {self.device}, for the targets of clips",
+                f"got {describe(present)} for {self!r}",
+                "one row for each target, one column for each frame",
+            )
+        return replace(self, present=present)
 
     @staticmethod
     @reported("MaskTargets.cat")

@@ -25,6 +25,8 @@ class Packed:
     windows: Tensor
     ignore: Tensor
     num_targets: tuple[int, ...]
+    frames: int = 1
+    present: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -47,9 +49,12 @@ class Packed:
     def __repr__(self) -> str:
         if self.device.type == "meta":
             return f"MaskTargets({self.num_masks} masks, {self.encoding}, meta)"
-        sizes = sorted({(row[IMAGE_H], row[IMAGE_W]) for row in self.images.tolist()})
+        sizes = sorted({(row[IMAGE_H] // self.frames, row[IMAGE_W]) for row in self.images.tolist()})
         size = f"{sizes[0][0]} x {sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} sizes"
         masks, images = self.num_masks, len(self)
+        kind, length = "image", ""
+        if self.present is not None:
+            kind, length = "clip", f" of {self.frames} frame{'s' * (self.frames != 1)}"
         extras = "".join(
             text
             for text, given in (
@@ -59,8 +64,8 @@ class Packed:
             if given
         )
         return (
-            f"MaskTargets({masks} mask{'s' * (masks != 1)} in {images} image{'s' * (images != 1)}, {self.encoding}, "
-            f"{size}, {self.nbytes} bytes{extras}, {self.device})"
+            f"MaskTargets({masks} mask{'s' * (masks != 1)} in {images} {kind}{'s' * (images != 1)}{length}, "
+            f"{self.encoding}, {size}, {self.nbytes} bytes{extras}, {self.device})"
         )
 
     @property
@@ -100,18 +105,18 @@ class Packed:
         Raises:
             MaskLossError: anything but a device, such as a dtype.
         """
-        moved = [tensor.to(as_device(device), non_blocking=non_blocking) for tensor in self.tensors]
+        moved = [tensor.to(as_device(device), non_blocking=non_blocking) for tensor in self._all]
         return self if moved[0] is self.data else self._with(moved)
 
     def pin_memory(self) -> Self:
         """Copy into page-locked memory, for a faster transfer; `DataLoader(pin_memory=True)` calls this."""
-        return self._with([tensor.pin_memory() for tensor in self.tensors])
+        return self._with([tensor.pin_memory() for tensor in self._all])
 
     @reported("MaskTargets.dense")
     def dense(self, image: int = 0) -> Tensor:
         """Unpack the masks of image number `image`, to look at: `[T, frame height, frame width]`, bool, float if soft.
 
-        On a device this waits for it.
+        Those of a clip are `[N, T, frame height, frame width]`. On a device this waits for it.
         """
         row = self.images[self.number_of(image)].tolist()
         count, height, width = row[COUNT], row[IMAGE_H], row[IMAGE_W]
@@ -119,7 +124,7 @@ class Packed:
         masks = torch.zeros(count, height, width, dtype=dtype, device=self.device)
         for mask, (pixels, top, left) in zip(masks, self.crops(image), strict=True):
             mask[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
-        return masks
+        return masks if self.present is None else masks.unflatten(1, (self.frames, height // self.frames))
 
     def crops(self, image: int = 0) -> Iterator[tuple[Tensor, int, int]]:
         """Unpack what is stored of each mask of image number `image`, with its top and left in the frame.
@@ -142,8 +147,13 @@ class Packed:
         return ((pixels[..., None] >> shifts) & 1).flatten(1)[:, :width].bool()
 
     def _with(self, tensors: Sequence[Tensor]) -> Self:
-        data, table, images, windows, ignore = tensors
-        return replace(self, data=data, table=table, images=images, windows=windows, ignore=ignore)
+        data, table, images, windows, ignore, *rest = tensors
+        present = rest[0] if rest else None
+        return replace(self, data=data, table=table, images=images, windows=windows, ignore=ignore, present=present)
+
+    @property
+    def _all(self) -> list[Tensor]:
+        return self.tensors if self.present is None else [*self.tensors, self.present]
 
     def _has_windows(self) -> bool:
         return bool((self.windows != self.windows.new_tensor([0.0, 0.0, 1.0, 1.0])).any())

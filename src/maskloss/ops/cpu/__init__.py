@@ -38,7 +38,7 @@ from .arguments import (
     work_space,
     zeros,
 )
-from .cost import match_cost, match_plan, row_costs, sample_features
+from .cost import join_frames, match_cost, match_plan, row_costs, sample_features
 from .loss import (
     mask_loss,
     mask_loss_ahead,
@@ -54,6 +54,7 @@ from .threads import launch
 
 __all__ = [
     "assign",
+    "join_frames",
     "mask_loss",
     "mask_loss_ahead",
     "mask_loss_backward",

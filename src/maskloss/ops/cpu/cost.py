@@ -92,6 +92,28 @@ def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: T
     return Plan(points, bands, weights, counts, images, runs, dtypes, max(num_targets, default=0))
 
 
+def join_frames(plan: Plan) -> Plan:
+    """Put the points of all images side by side: those of one image, with the targets that each of them has.
+
+    Their places are not kept: logits are sampled with the plan of the images.
+    """
+    batch, num_points = plan.weights.shape
+    starts, first, length, offset, shares, sums = plan.runs
+    row = np.repeat(np.arange(len(sums)), np.diff(starts))
+    image, target = np.divmod(row, max(plan.widest, 1))
+    order = np.argsort(target, kind="stable")
+    runs = (first + image * num_points)[order], length[order], offset[order]
+    counts = np.bincount(target, minlength=plan.widest)
+    sums = sums.reshape(batch, plan.widest).sum(axis=0)
+    weights = plan.weights.reshape(1, -1)
+    return plan._replace(
+        weights=weights,
+        counts=np.maximum(weights.sum(axis=1), 1),
+        images=plan.images[:1],
+        runs=(np.append(0, np.cumsum(counts)), *runs, shares, sums),
+    )
+
+
 def _place(plan: Plan, sizes: NDArray[np.int64], border: bool) -> Places:
     batch, _, num_points = plan.points.shape
     index = np.empty((batch, len(sizes), num_points), np.int32)

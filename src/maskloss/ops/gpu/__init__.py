@@ -23,7 +23,7 @@ from maskloss._abi import (
 
 from . import choose as choosing
 from .assignment import assign as assign
-from .cost import match_cost, match_plan, row_costs
+from .cost import join_frames, match_cost, match_plan, row_costs
 from .features import sample_features
 from .launch import (
     BLOCK,
@@ -42,6 +42,7 @@ from .loss import mask_loss, mask_loss_backward, mask_loss_keeping, plane_gradie
 from .scatter import Scatter
 
 __all__ = [
+    "join_frames",
     "mask_loss",
     "mask_loss_backward",
     "mask_loss_keeping",

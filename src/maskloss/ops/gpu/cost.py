@@ -192,6 +192,15 @@ def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: T
         return _prepare(targets, max(num_targets, default=0), draw, term, accumulation_dtype(maps[0].dtype))
 
 
+def join_frames(plan: Plan) -> Plan:
+    """Put the points of all images side by side: those of one image, with the targets that each of them has.
+
+    Their places are not kept: logits are sampled with the plan of the images.
+    """
+    weighted = plan.weighted.transpose(0, 1).reshape(1, plan.widest, -1)
+    return plan._replace(weighted=weighted, weights=plan.weights.view(1, -1), images=plan.images[:1])
+
+
 def match_cost(
     logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
 ) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,26 +147,62 @@ def mask_loss_backward(
     return found
 
 
-def match_cost(
-    logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
-) -> tuple[Tensor, Tensor]:
-    """Compute both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
+class Plan(NamedTuple):
+    """What all queries and layers of an image share.
+
+    Attributes:
+        points: the matcher's, `[B, P, 2]`.
+        t: the targets there, `[B, T_max, P]`.
+        w: weights of the points, `[B, P]`.
+        real: which targets an image has, bool `[B, T_max]`.
+    """
+
+    points: Tensor
+    t: Tensor
+    w: Tensor
+    real: Tensor
+
+
+def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, maps: Sequence[Tensor]) -> Plan:
+    """Draw the points of each image, and read its targets there; `maps` are to be sampled."""
     batch, widest = len(num_targets), max(num_targets, default=0)
     column = torch.arange(widest, device=targets.table.device)
     real = column < targets.images[:, COUNT, None]
     everyone = torch.arange(batch, device=targets.table.device)
     rows = rows_of(everyone.repeat_interleave(widest), column.repeat(batch), targets)
     points = match_points(targets.windows, draw)
-    dtype = accumulation_dtype(logits[0].dtype)
+    dtype = accumulation_dtype(maps[0].dtype)
     cells = target_cells(points.repeat_interleave(widest, dim=0), rows, term.padding, dtype)
     t = target_values(read_targets(cells, rows, targets, term, dtype), cells)
     w = (~ignored(points, targets.images, targets.ignore)).to(dtype)
-    ce, overlap = [], []
-    for layer in logits:
-        z = sample_planes(layer, points[:, None], "bilinear", term.padding)
-        # Mixed precision around the call must not round the matrix products.
-        with torch.autocast(layer.device.type, enabled=False):
-            costs = pairwise_costs(z, t.view(batch, widest, draw.num_points), w, *term.focal)
-        ce.append(torch.where(real[:, None], costs[0], 0.0))
-        overlap.append(torch.where(real[:, None], costs[1], 0.0))
-    return torch.stack(ce), torch.stack(overlap)
+    return Plan(points, t.view(batch, widest, draw.num_points), w, real)
+
+
+def join_frames(plan: Plan) -> Plan:
+    """Put the points of all images side by side: those of one image, with the targets that each of them has."""
+    t = plan.t.transpose(0, 1).flatten(1)
+    return Plan(plan.points.flatten(0, 1)[None], t[None], plan.w.flatten()[None], plan.real[:1])
+
+
+def sample_features(plan: Plan, features: Tensor, term: Term) -> Tensor:
+    """Read features `[B, D, h, w]` at the points of a plan: `[B, D, P]`."""
+    return sample_planes(features, plan.points[:, None], "bilinear", term.padding)
+
+
+def row_costs(plan: Plan, logits: Tensor, term: Term) -> tuple[Tensor, Tensor]:
+    """Both mask terms of the matching cost, `[B, R, T_max]`, from logits `[B, R, P]` at the points of a plan."""
+    # Mixed precision around the call must not round the matrix products.
+    with torch.autocast(logits.device.type, enabled=False):
+        ce, overlap = pairwise_costs(logits, plan.t, plan.w, *term.focal)
+    real = plan.real[:, None]
+    return torch.where(real, ce, 0.0), torch.where(real, overlap, 0.0)
+
+
+def match_cost(
+    logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
+) -> tuple[Tensor, Tensor]:
+    """Compute both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
+    plan = match_plan(num_targets, targets, draw, term, logits)
+    costs = [row_costs(plan, sample_features(plan, layer, term), term) for layer in logits]
+    ce, overlap = (torch.stack(list(part)) for part in zip(*costs, strict=True))
+    return ce, overlap

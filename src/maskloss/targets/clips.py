@@ -1,0 +1,113 @@
+"""The targets of clips: frames stored one below the other, and what the operations read instead, planes.
+
+A target of a clip is one tall mask, `[T * H, W]`. What packs, joins, selects and stores masks need not know of frames.
+The losses read planes: an instance in a frame. They are rows of a table that follows from the tall masks' by
+arithmetic, so that nothing is stored twice and no device is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from maskloss._abi import COUNT, CROP_H, FIRST, FRAME_H, IMAGE_H, LABEL, OFFSET, STRIDE, TOP
+from maskloss.errors import Cause, describe
+from maskloss.targets.frames import Box, Size, frame_size, window_row
+from maskloss.targets.storage import Packed
+
+P = TypeVar("P", bound=Packed)
+
+_SIGNED = {torch.uint8: torch.int16, torch.uint16: torch.int32, torch.uint32: torch.int64}
+
+
+def are_clips(images: Sequence[Any], rank: int) -> bool:
+    """Whether masks, or label maps, have a dimension of frames more than those of images, which have `rank`."""
+    return any(isinstance(each, Tensor) and each.ndim == rank + 1 for each in images)
+
+
+def stacked(clips: Sequence[Any], shape: str, canvas: Size | None, ignore: Tensor | None) -> tuple[list[Tensor], int]:
+    """Put the frames `[..., T, H, W]` of each clip one below the other, on the canvas: `[..., T * H, W]`, and T.
+
+    Args:
+        clips: dense masks or label maps.
+        shape: what they should be, for a message.
+        canvas: height and width that every frame gets.
+        ignore: must be None.
+    """
+    rank, lengths = shape.count(",") + 1, set()
+    for each in clips:
+        if not isinstance(each, Tensor) or each.ndim != rank or each.shape[-3] < 1:
+            raise Cause(
+                f"the targets of all clips must be {shape}", f"got {describe(each)}", "T counts the frames, at least 1"
+            )
+        lengths.add(each.shape[-3])
+    if len(lengths) > 1:
+        raise Cause(
+            "the clips of a batch must have one number of frames", f"got {sorted(lengths)}", "cut them to one length"
+        )
+    if ignore is not None:
+        raise Cause("clips have no ignore regions", f"got {describe(ignore)}", "leave it out")
+    tall = []
+    for each in clips:
+        height, width = frame_size((each.shape[-2], each.shape[-1]), canvas)
+        padding = (0, width - each.shape[-1], 0, height - each.shape[-2])
+        if any(padding):
+            # Beside a label map lies a number that is nobody's id.
+            each = each if rank == 4 else each.to(_SIGNED.get(each.dtype, each.dtype))
+            each = pad(each, padding, value=0 if rank == 4 else torch.iinfo(each.dtype).min)
+        tall.append(each.flatten(-3, -2))
+    return tall, lengths.pop()
+
+
+def described(targets: P, tall: Sequence[Tensor], frames: int, valid: Box | None) -> P:
+    """Say of targets that they are clips: `tall` masks `[N, T * H, W]` or label maps `[T * H, W]`, as they were packed.
+
+    Args:
+        targets: of the tall masks.
+        tall: what they were packed from.
+        frames: T.
+        valid: where points may lie in every frame.
+    """
+    windows = targets.windows
+    if valid is not None:
+        rows = [window_row(valid, each.shape[-2] // frames, each.shape[-1]) for each in tall]
+        windows = torch.cat([torch.from_numpy(row) for row in rows]).to(windows.device)
+    present: list[Tensor] = []
+    for each, ids in zip(tall, targets.table[:, LABEL].split(list(targets.num_targets)), strict=True):
+        # One frame after the other: all pixels of all ids at once would be the dense masks.
+        pixels = each.unflatten(-2, (frames, -1)).movedim(-3, 0).flatten(-2)
+        found = [(frame != 0 if each.ndim == 3 else frame == ids[:, None]).any(1) for frame in pixels]
+        present.append(torch.stack(found, 1))
+    return replace(targets, windows=windows, frames=frames, present=torch.cat(present))
+
+
+def planes(targets: P) -> P:
+    """Describe the frames of each target on their own: an image with N * T targets, target n in frame t as n * T + t.
+
+    Returns:
+        The same pixels as targets of images; themselves if that is what they are.
+    """
+    count = targets.frames
+    if count == 1:
+        return targets
+    table = targets.table.repeat_interleave(count, 0)
+    frame = torch.arange(count, device=table.device).repeat(targets.num_masks)
+    height = table[:, FRAME_H] // count
+    top = table[:, TOP]
+    first = torch.maximum(top, frame * height)
+    last = torch.minimum(top + table[:, CROP_H], (frame + 1) * height)
+    inside = last > first
+    table[:, OFFSET] += torch.where(inside, first - top, 0) * table[:, STRIDE]
+    table[:, TOP] = torch.where(inside, first - frame * height, 0)
+    table[:, CROP_H] = torch.where(inside, last - first, 0)
+    table[:, FRAME_H] = height
+    images = targets.images.clone()
+    images[:, [COUNT, FIRST]] *= count
+    images[:, IMAGE_H] //= count
+    numbers = tuple(number * count for number in targets.num_targets)
+    return replace(targets, table=table, images=images, num_targets=numbers, frames=1, present=None)
