@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from maskloss.lab.bench.arms import PEERS
+from maskloss.lab.bench.cases import PEERS
 from maskloss.lab.bench.runner import ratios
 from maskloss.lab.bench.table import STAGES, factor, memory, seconds
 

@@ -39,7 +39,7 @@ def seen(color, vision):
     [
         (_palette.COLORS, 15),
         # The arms of the benchmark.
-        ([getattr(_palette, name) for name in ("TEAL", "VIOLET", "ORANGE", "WINE", "SAND", "GRAY")], 15),
+        ([getattr(_palette, name) for name in ("TEAL", "VIOLET", "ORANGE", "WINE", "SAND", "GRAY", "NAVY")], 15),
     ],
 )
 def test_colors_stay_apart_for_everybody(colors, apart, vision):

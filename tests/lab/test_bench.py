@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from maskloss import MaskLossError, PointSampling
-from maskloss.lab.bench import measure, plots, runner, table, worker
-from maskloss.lab.bench.arms import ARMS, STRATIFIED, MasklossArm, make_arm
-from maskloss.lab.bench.cases import FAMILIES, PRESETS, Case, choose, family
+from maskloss.lab.bench import measure, plots, rf_detr, runner, table, worker
+from maskloss.lab.bench.arms import ARMS, MasklossArm, make_arm
+from maskloss.lab.bench.cases import FAMILIES, PEERS, PRESETS, STRATIFIED, Case, choose, family
 from maskloss.lab.bench.check import compare
 from maskloss.lab.bench.counting import StepCounter, _copies_to_host
 from maskloss.lab.bench.inputs import Inputs, make_inputs
@@ -47,6 +47,34 @@ def test_presets_are_the_published_ones() -> None:
     assert (crowded.queries, crowded.targets, crowded.instances) == (300, 200, 2000)
     assert PRESETS["cityscapes"].target_size == (1024, 2048)
     assert coco.logit_count == 10 * 2 * 100 * 256 * 256
+
+
+@pytest.mark.parametrize("name", ["rf-detr", "rf-detr-head", "tiny-rf-detr", "tiny-rf-detr-head"])
+def test_presets_of_rf_detr_have_one_point_for_sixteen_pixels(name: str) -> None:
+    case = PRESETS[name]
+    height, width = case.logit_size
+    assert case.points == max(height, height * width // 16)
+    assert case.queries % case.groups == 0
+    # Its matcher draws one set of points for the batch, this library's one for each image.
+    assert case.batch == 1
+    if "tiny" not in name:
+        assert (case.queries, case.groups, case.groups * case.layers, case.instances) == (2600, 13, 78, 1560)
+
+
+def test_queries_of_every_group_know_every_target() -> None:
+    case = PRESETS["tiny-rf-detr"]
+    found = make_inputs(case, seed=0, dtype=torch.float32, device=CPU)
+    assert [tuple(each.shape) for each in found.class_logits] == [(1, 12, 4)] * 3
+    assert [tuple(each.shape) for each in found.boxes] == [(1, 12, 4)] * 3
+    [wanted], [masks] = found.target_boxes, found.masks
+    for (x, y, width, height), mask in zip(wanted.tolist(), masks, strict=True):
+        left, right, top, bottom = (64 * at for at in (x - width / 2, x + width / 2, y - height / 2, y + height / 2))
+        rows, columns = mask.nonzero().unbind(1)
+        assert (left, right) == pytest.approx((int(columns.min()), int(columns.max()) + 1))
+        assert (top, bottom) == pytest.approx((int(rows.min()), int(rows.max()) + 1))
+    # Those of the final layer that have a target have its box, and each group has one for each of them.
+    near = (found.boxes[-1][0].view(2, 6, 1, 4) - wanted).abs().amax(-1) < 1e-6
+    assert bool(near.any(1).all())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -119,6 +147,42 @@ def test_transformers_agrees_when_given_the_same_random_numbers(name: str) -> No
     assert found.pairs == found.pairs_equal == case.instances
     assert found.loss < 1e-5
     assert found.mask_gradient < 5e-3
+
+
+@pytest.mark.parametrize("head", ["", "-head"])
+@pytest.mark.parametrize("other", ["reference", "factors", "transformers", "rfdetr", "stratified/4"])
+def test_criteria_of_rf_detr_agree(other: str, head: str) -> None:
+    if other in PEERS:
+        pytest.importorskip(
+            {"transformers": "transformers.loss.loss_rf_detr", "rfdetr": "rfdetr.models.criterion"}[other]
+        )
+    case = PRESETS[f"tiny-rf-detr{head}"]
+    found = compare(case, make_inputs(case, seed=0, dtype=torch.float32, device=CPU), other, seed=5)
+    assert found.passed
+    assert found.base == {"rfdetr": "maskloss with border padding", "stratified/4": "the reference backend"}.get(
+        other, "maskloss"
+    )
+    assert found.pairs == found.pairs_equal == case.instances == 18
+    assert max(found.loss, found.mask_gradient, found.class_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("what", ["matches", "boxes", "groups"])
+def test_a_wrong_criterion_of_rf_detr_is_caught(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    case = PRESETS["tiny-rf-detr"]
+    inputs, right = make_inputs(case, seed=0, dtype=torch.float32, device=CPU), rf_detr.ours.rf_detr_loss
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        if options["backend"] == "reference":
+            arguments = list(arguments)  # type: ignore[assignment]
+            if what == "groups":
+                arguments[5].num_queries *= 2
+            else:
+                place = 3 if what == "boxes" else 4
+                arguments[place] = arguments[place].flip(1)  # type: ignore[index]
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(rf_detr.ours, "rf_detr_loss", wrong)
+    assert not compare(case, inputs, "reference", seed=5).passed
 
 
 @pytest.mark.parametrize(("name", "points"), [("stratified", TINY.points), ("stratified/4", TINY.points // 4)])
@@ -374,6 +438,26 @@ def test_workers_wait_as_users_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------- workers and runner
 
 
+@pytest.mark.parametrize("name", ["tiny-rf-detr", "tiny-rf-detr-head"])
+def test_a_worker_measures_rf_detr(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = PRESETS[name]
+    # Stages are functions of classes and modules, which other tests call as well.
+    undone = lambda timed, owner, name, stage: monkeypatch.setattr(owner, name, timed(stage, getattr(owner, name)))  # noqa: E731
+    monkeypatch.setattr(rf_detr, "wrap", undone)
+    setup = {"case": case.as_dict(), "device": "cpu", "dtype": "float32", "seed": 0}
+    for arm in ("maskloss", "factors", "transformers"):
+        measuring = worker.Worker()
+        ready = measuring.setup(arm=arm, **setup)
+        assert ready["memory"]["gradient"] == 4 * sum(each.numel() for each in measuring.inputs.logits)
+        if arm != "transformers":
+            assert ready["counts"]["transfers_by"] == {}
+        losses = measuring.step(seed=1)
+        assert losses["forward"] > 0
+        [stages] = measuring.stages(seed=1, steps=1)
+        mine = {"packing"} if arm != "transformers" else set()
+        assert set(stages) == (set(table.STAGES) - {"packing"}) | mine
+
+
 @pytest.mark.parametrize("arm", ["maskloss", *STRATIFIED])
 def test_a_worker_answers_errors_and_goes_on(arm: str) -> None:
     setup = {"case": TINY.as_dict(), "device": "cpu", "dtype": "float32", "seed": 0}
@@ -443,6 +527,19 @@ def test_a_case_that_does_not_fit_is_not_tried() -> None:
     huge = Case("huge", 64, 1000, 1000, 10, 80, (1024, 1024), (8192, 8192))
     report = runner.run_case(huge, SETTINGS, lambda _: None)
     assert re.fullmatch(r"needs about \d+ GB of memory, but \d+ GB are free", report["failed"])
+
+
+def test_a_case_without_any_of_the_arms_says_so() -> None:
+    report = runner.run_case(TINY, replace(SETTINGS, arms=("factors", "rfdetr")), lambda _: None)
+    assert report["failed"] == "has none of the arms factors, rfdetr"
+
+
+def test_the_arm_of_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_command, "find_spec", lambda _: None)
+    with pytest.raises(
+        MaskLossError, match=r"the arm rfdetr needs RF-DETR's package(.|\n)*pip install 'rfdetr\[train\]'"
+    ):
+        run("--preset", "tiny-rf-detr", "--arms", "maskloss", "rfdetr", "--out", str(tmp_path))
 
 
 def test_a_slow_arm_takes_fewer_turns_but_never_less_than_three(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,7 +625,7 @@ def synthetic_report(more: dict[str, float] | None = None) -> dict[str, Any]:
         arms: dict[str, Any] = {}
         for arm, speed in sorted(speeds.items(), key=lambda each: ARMS.index(each[0])):
             steps = ((0, 0.011 * speed), (1, 0.012 * speed), (2, 0.013 * speed))
-            taken = samples(*steps, packed=arm != "transformers")
+            taken = samples(*steps, packed=arm not in PEERS)
             memory = {"peak": None, "extra": None, "gradient": 100} if case is TINY else {"peak": 5e6, "extra": 0}
             memory["not_measured"] = "a reason" if case is TINY else None
             counts = {"operations": 1000, "transfers": 20}

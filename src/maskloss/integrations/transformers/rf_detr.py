@@ -18,6 +18,7 @@ from maskloss.layers import Layer
 from maskloss.loss import LayerTerms, MaskLoss
 from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.matches import Matches
+from maskloss.options import MaskOptions
 from maskloss.points import PointSampling
 from maskloss.step import Step
 
@@ -44,6 +45,7 @@ def rf_detr_loss(
     *,
     backend: str | None = None,
     sampling: PointSampling | None = None,
+    padding_mode: str = "zeros",
     **_: Any,
 ) -> tuple[Tensor, dict[str, Tensor], Layers | None]:
     """Compute the loss of `RfDetrForInstanceSegmentation`, with the arguments and results of Transformers' own.
@@ -64,6 +66,7 @@ def rf_detr_loss(
         enc_outputs_masks: `[B, G * Q, h, w]`.
         backend: see `MaskLoss`.
         sampling: see `patch`; None: one point for as many pixels as the configuration says.
+        padding_mode: see `MaskLoss`; RF-DETR's own code has "border".
 
     Returns:
         The weighted total, the unweighted terms by name, and the auxiliary layers' outputs.
@@ -86,7 +89,8 @@ def rf_detr_loss(
         proposals = {"logits": enc_outputs_class, "pred_boxes": enc_outputs_coord, "pred_masks": enc_outputs_masks}
         layers.append(proposals)
         suffixes.append("_enc")
-    terms = _layer_terms(layers, labels, config, backend, sampling)
+    options = MaskOptions(padding_mode, "nearest", backend=backend)
+    terms = _layer_terms(layers, labels, config, options, sampling)
     losses = {f"{name}{suffix}": values[i] for i, suffix in enumerate(suffixes) for name, values in terms.items()}
     weights = _weights(config, suffixes)
     total = torch.stack([losses[name] * weight for name, weight in weights.items()]).sum()
@@ -110,7 +114,7 @@ def _layer_terms(
     layers: Layers,
     labels: Sequence[Mapping[str, Any]],
     config: Any,
-    backend: str | None,
+    options: MaskOptions,
     sampling: PointSampling | None,
 ) -> dict[str, Tensor]:
     """Compute every term of every layer, `[L]` each, in the order of `layers`."""
@@ -126,11 +130,11 @@ def _layer_terms(
     area = height * width // config.mask_point_sample_ratio
     # One point for this many pixels, in the matching too; there the model has no lower bound of its own.
     for_matching = sampling or PointSampling(max(area, 1))
-    matches = _match(step, logits, boxes, masks, box_targets, groups, config, for_matching, backend)
+    matches = _match(step, logits, boxes, masks, box_targets, groups, config, for_matching, options)
     sampling = sampling or PointSampling(max(height, area), OVERSAMPLE_RATIO, IMPORTANCE_RATIO)
     count = step.divisor(float(step.targets.num_masks), times=groups)
     weights = config.mask_class_loss_coefficient, config.mask_dice_loss_coefficient
-    loss = MaskLoss(sampling=sampling, target_mode="nearest", backend=backend)
+    loss = MaskLoss(sampling=sampling, options=options)
     terms = _mask_terms(step, loss, masks, matches, groups, ops.Reduction(*weights, count))
     layer, image, query, target = matches.index.unbind(1)
     rows = step.targets.first_rows[image] + target
@@ -195,7 +199,7 @@ def _match(
     groups: int,
     config: Any,
     sampling: PointSampling,
-    backend: str | None,
+    options: MaskOptions,
 ) -> Matches:
     """Match every group of queries on its own."""
     matcher = HungarianMatcher(
@@ -205,9 +209,8 @@ def _match(
         num_points=sampling.num_points,
         layout=sampling.layout,
         groups=groups,
-        target_mode="nearest",
         classification="focal",
-        backend=backend,
+        options=options,
     )
     return matcher.match(logits, masks, step, box_costs(boxes, box_targets, config.bbox_cost, config.giou_cost))
 

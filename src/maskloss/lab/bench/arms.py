@@ -11,17 +11,12 @@ from torch import Tensor
 from maskloss import MaskCriterion, MaskTargets, PointSampling
 from maskloss.criterion import CriterionOutput
 from maskloss.errors import require
-from maskloss.lab.bench.cases import Case
+from maskloss.lab.bench import rf_detr
+from maskloss.lab.bench.cases import STRATIFIED, Case
 from maskloss.lab.bench.inputs import Inputs
+from maskloss.lab.bench.measure import Timed, wrap
 
-ARMS = ("maskloss", "stratified", "stratified/4", "factors", "reference", "transformers")
-# Those with stratified points: the criterion, matcher included, takes the case's number of points divided by this.
-STRATIFIED = {"stratified": 1, "stratified/4": 4}
-# Those that are measured with both of OpenMP's ways of waiting; the better one is quoted.
-PEERS = ("transformers",)
-
-# Calls a function and notes how long a stage of the step took.
-Timed = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+ARMS = ("maskloss", "stratified", "stratified/4", "factors", "reference", "transformers", "rfdetr")
 
 
 class Arm(Protocol):
@@ -87,10 +82,10 @@ class MasklossArm:
         """Time packing, the matching costs, the assignment, the mask loss and the classification."""
         self._pack = timed("packing", MaskTargets.from_masks)
         matcher, loss = self.criterion.matcher, self.criterion.mask_loss
-        _wrap(timed, matcher, "costs", "matching cost")
-        _wrap(timed, matcher, "match", "assignment")
-        _wrap(timed, loss, "instance_losses", "mask loss")
-        _wrap(timed, self.criterion, "_classify", "classification")
+        wrap(timed, matcher, "costs", "matching cost")
+        wrap(timed, matcher, "match", "assignment")
+        wrap(timed, loss, "instance_losses", "mask loss")
+        wrap(timed, self.criterion, "_classify", "classification")
 
 
 class TransformersArm:
@@ -145,21 +140,19 @@ class TransformersArm:
 
     def split(self, timed: Timed) -> None:
         """Time the matching costs, the assignment, the mask loss and the classification."""
-        _wrap(timed, self.loss.matcher, "forward", "matching cost")
-        _wrap(timed, self.module, "linear_sum_assignment", "assignment")
-        _wrap(timed, self.loss, "loss_masks", "mask loss")
-        _wrap(timed, self.loss, "loss_labels", "classification")
+        wrap(timed, self.loss.matcher, "forward", "matching cost")
+        wrap(timed, self.module, "linear_sum_assignment", "assignment")
+        wrap(timed, self.loss, "loss_masks", "mask loss")
+        wrap(timed, self.loss, "loss_labels", "classification")
 
 
 def make_arm(name: str, case: Case, device: torch.device) -> Arm:
     """Build an arm by its name, one of `ARMS`."""
+    if case.groups > 1:
+        return rf_detr.make_arm(name, case, device)
     if name == "transformers":
         return TransformersArm(case, device)
     return MasklossArm(case, device, name)
-
-
-def _wrap(timed: Timed, owner: Any, name: str, stage: str) -> None:
-    setattr(owner, name, timed(stage, getattr(owner, name)))
 
 
 def _full(logits: Tensor) -> Tensor:

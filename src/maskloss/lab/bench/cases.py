@@ -10,6 +10,10 @@ from maskloss.errors import Cause, reported
 from maskloss.points import PointSampling
 
 Size = tuple[int, int]
+# The implementations of others. They are measured with both of OpenMP's ways of waiting; the better one is quoted.
+PEERS = ("transformers", "rfdetr")
+# Arms with stratified points: the criterion, matcher included, takes the case's number of points divided by this.
+STRATIFIED = {"stratified": 1, "stratified/4": 4}
 
 
 class Subject(Protocol):
@@ -53,6 +57,9 @@ class Case:
         points: P, points per instance.
         extent: smallest and largest size of an instance: the square root of its area, as a share of the image's.
         channels: D of the mask head, whose product is then a part of the step; 0: the step begins with the logits.
+        groups: G, groups of Q / G queries that are matched each on their own. With more than one the step is that of
+            RF-DETR: sigmoids of C classes, boxes, the encoder's proposals as the first layer, border padding and
+            features of its own in every layer where there is a head.
     """
 
     worker: ClassVar[str] = "maskloss.lab.bench.worker"
@@ -69,11 +76,12 @@ class Case:
     points: int = PointSampling.num_points
     extent: tuple[float, float] = (0.03, 0.5)
     channels: int = 0
+    groups: int = 1
 
     @property
     def instances(self) -> int:
-        """Matched pairs of a prediction and a target, over all images and layers."""
-        return self.batch * self.layers * min(self.targets, self.queries)
+        """Matched pairs of a prediction and a target, over all images, layers and groups."""
+        return self.batch * self.layers * self.groups * min(self.targets, self.queries // self.groups)
 
     @property
     def logit_count(self) -> int:
@@ -86,12 +94,14 @@ class Case:
         return self.batch * self.targets * math.prod(self.target_size)
 
     def arms(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        """Leave out masks as factors where there is no head to factor."""
-        return tuple(arm for arm in asked if self.channels or arm != "factors")
+        """Leave out what this step is not: masks as factors without a head, RF-DETR's package without groups."""
+        missing = {"factors"} if not self.channels else set()
+        missing |= {"rfdetr"} if self.groups == 1 else set()
+        return tuple(arm for arm in asked if arm not in missing)
 
     def working_set(self, arm: str, item_size: int) -> int:
         """Count logits and their gradient, and the targets: bytes if bool, several float copies for Transformers."""
-        return 2 * item_size * self.logit_count + self.target_count * (17 if arm == "transformers" else 1)
+        return 2 * item_size * self.logit_count + self.target_count * (17 if arm in PEERS else 1)
 
     def describe(self) -> str:
         """Write the sizes in one line; of a case of a family, those that all its cases have."""
@@ -110,12 +120,19 @@ class Case:
         grows = self.name.partition("=")[0].replace("-", "_") if "=" in self.name else ""
         if self.channels:
             numbers["channels"] = f"D={self.channels}"
+        if self.groups > 1:
+            numbers["groups"] = f"G={self.groups}"
         parts = [" ".join(text for field, text in numbers.items() if field != grows)]
         return ", ".join(parts + [text for field, text in sizes.items() if field != grows])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the sizes as plain values."""
         return asdict(self)
+
+    @property
+    def smallest(self) -> Case:
+        """The smallest preset of this kind, whose step loads and compiles all code."""
+        return PRESETS[f"tiny{'-rf-detr' if self.groups > 1 else ''}{'-head' if self.channels else ''}"]
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Case:
@@ -134,13 +151,18 @@ PRESETS = {
         Case("cityscapes", 1, 100, 30, 10, 19, (256, 512), (1024, 2048), extent=(0.01, 0.25)),
         Case("small", 8, 50, 8, 4, 80, (64, 64), (256, 256), points=3136),
         Case("tiny", 1, 8, 3, 2, 4, (16, 16), (64, 64), points=128, extent=(0.1, 0.5)),
+        # RF-DETR's segmentation model of middle size: 13 groups of 200 queries, five decoder layers and the encoder's
+        # proposals, 432 pixels; one point for 16 pixels of a mask, in the matching too.
+        Case("rf-detr", 1, 2600, 20, 6, 91, (108, 108), (432, 432), points=729, groups=13),
+        Case("tiny-rf-detr", 1, 12, 3, 3, 4, (32, 32), (64, 64), points=64, extent=(0.1, 0.5), groups=2),
     )
 }
 
 # With the mask head: from embeddings and features to their gradients.
-for _name in ("coco", "crowded", "cityscapes"):
+for _name in ("coco", "crowded", "cityscapes", "rf-detr"):
     PRESETS[f"{_name}-head"] = replace(PRESETS[_name], name=f"{_name}-head", channels=256)
-PRESETS["tiny-head"] = replace(PRESETS["tiny"], name="tiny-head", channels=8)
+for _name in ("tiny", "tiny-rf-detr"):
+    PRESETS[f"{_name}-head"] = replace(PRESETS[_name], name=f"{_name}-head", channels=8)
 
 # One image of `coco`; with 400 queries, so that up to 400 targets can be matched, where the targets grow in number.
 _IMAGE = replace(PRESETS["coco"], batch=1)

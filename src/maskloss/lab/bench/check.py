@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from maskloss import PointSampling
 from maskloss._abi import CANDIDATES, IMAGE, LAYER, RANDOM, TARGET, Draw
-from maskloss.lab.bench.arms import STRATIFIED, MasklossArm, TransformersArm
-from maskloss.lab.bench.cases import Case
+from maskloss.lab.bench import rf_detr
+from maskloss.lab.bench.arms import MasklossArm, TransformersArm
+from maskloss.lab.bench.cases import PEERS, STRATIFIED, Case
 from maskloss.lab.bench.inputs import Inputs
 from maskloss.matches import Matches
 from maskloss.ops.reference.sampling import match_points
@@ -35,12 +36,13 @@ class Agreement:
 
     Attributes:
         other: name of the arm.
-        base: what it is compared with: "maskloss", or "the reference backend" with the arm's own points.
+        base: what it is compared with: "maskloss", with border padding if that is what it has, or "the reference
+            backend" with the arm's own points.
         pairs: matched pairs over all layers and images.
         pairs_equal: how many of them both found.
         loss: largest relative difference of a loss term.
         mask_gradient: largest relative difference of a layer's gradient of the mask logits.
-        class_gradient: the same for the class logits.
+        class_gradient: the same for the class logits, and for boxes.
         passed: all pairs are equal, and no difference is above its tolerance.
     """
 
@@ -90,30 +92,48 @@ def compare(case: Case, inputs: Inputs, other: str, seed: int) -> Agreement:
     if other in STRATIFIED:
         base = "the reference backend"
         mine, theirs = (
-            _run_maskloss(MasklossArm(case, device, other, backend), inputs, seed)[0] for backend in (None, "reference")
+            _run_maskloss(_maskloss(case, device, other, backend), inputs, seed)[0] for backend in (None, "reference")
         )
+    elif other in PEERS and case.groups > 1:
+        arm = rf_detr.MasklossArm(case, "maskloss")
+        if other == "rfdetr":
+            base = "maskloss with border padding"
+            arm = rf_detr.MasklossArm(case, "factors", padding_mode="border")
+        mine, matches = _run_maskloss(arm, inputs, seed)
+        theirs = _run_rf_detr(rf_detr.make_peer(other, case, device), inputs, case, matches, seed)
     else:
-        mine, matches = _run_maskloss(MasklossArm(case, device), inputs, seed)
+        mine, matches = _run_maskloss(_maskloss(case, device), inputs, seed)
         if other == "transformers":
-            theirs = _run_transformers(TransformersArm(case, device), inputs, _draws(case, matches, seed))
+            theirs = _run_transformers(TransformersArm(case, device), inputs, case, matches, seed)
         else:
-            theirs = _run_maskloss(MasklossArm(case, device, other), inputs, seed)[0]
+            theirs = _run_maskloss(_maskloss(case, device, other), inputs, seed)[0]
     return _agreement((other, base), mine, theirs, len(inputs.leaves))
 
 
-def _run_maskloss(arm: MasklossArm, inputs: Inputs, seed: int) -> tuple[_Step, Matches]:
+def _maskloss(case: Case, device: torch.device, name: str = "maskloss", backend: str | None = None) -> Any:
+    if case.groups > 1:
+        return rf_detr.MasklossArm(case, name, backend)
+    return MasklossArm(case, device, name, backend)
+
+
+def _run_maskloss(arm: Any, inputs: Inputs, seed: int) -> tuple[_Step, Matches]:
     inputs.drop_gradients()
     out = arm.compute(inputs, arm.prepare(inputs.masks), seed)
     out.total.backward()
-    pairs = [out.matches.pairs(layer) for layer in range(len(inputs.mask_logits))]
+    counts = [len(each) for each in inputs.labels]
+    # In groups of queries, copies of a target have numbers of their own.
+    pairs = [
+        [(queries, targets % max(count, 1)) for (queries, targets), count in zip(images, counts, strict=True)]
+        for images in (out.matches.pairs(layer) for layer in range(len(inputs.mask_logits)))
+    ]
     return _Step(_values(out.as_dict()), pairs, _take_gradients(inputs)), out.matches
 
 
-def _run_transformers(arm: TransformersArm, inputs: Inputs, draws: Iterator[Tensor]) -> _Step:
+def _run_transformers(arm: TransformersArm, inputs: Inputs, case: Case, matches: Matches, seed: int) -> _Step:
     inputs.drop_gradients()
     found: list[Pairs] = []
     hook = arm.loss.matcher.register_forward_hook(lambda _module, _args, result: found.append(result))
-    with _Draws(draws):
+    with _Draws(_draws(case, matches, seed)):
         terms = arm.terms(inputs, arm.prepare(inputs.masks))
     hook.remove()
     arm.total(terms).backward()
@@ -121,12 +141,35 @@ def _run_transformers(arm: TransformersArm, inputs: Inputs, draws: Iterator[Tens
     return _Step(_values(renamed), [*found[1:], found[0]], _take_gradients(inputs))
 
 
-class _Draws(TorchFunctionMode):
-    """Answers calls of `torch.rand` with given tensors, in order."""
+def _run_rf_detr(
+    arm: rf_detr.TransformersArm | rf_detr.PackageArm, inputs: Inputs, case: Case, matches: Matches, seed: int
+) -> _Step:
+    """Run a criterion of RF-DETR, in Transformers or in its package, whose layers are in the order of `matches`."""
+    inputs.drop_gradients()
+    matcher, instances = _draws_by_layer(case, matches, seed)
+    if arm.name == "transformers":
+        # Layer by layer: the matcher's points, then the loss's.
+        draws = (draw for pair in zip(matcher, instances, strict=True) for part in pair for draw in part)
+    else:
+        draws = (draw for part in (*matcher, *instances) for draw in part)
+    with _Draws(iter(draws), exact=False), arm.watched() as found:
+        total, terms = arm.compute(inputs, arm.prepare(inputs.masks))
+    total.backward()
+    return _Step(_values(terms), found, _take_gradients(inputs))
 
-    def __init__(self, draws: Iterator[Tensor]) -> None:
+
+class _Draws(TorchFunctionMode):
+    """Answers calls of `torch.rand` with given tensors, in order.
+
+    Args:
+        draws: the answers.
+        exact: whether they must have as many points as were asked for. The matcher of Transformers' RF-DETR asks for
+            another number than its configuration says.
+    """
+
+    def __init__(self, draws: Iterator[Tensor], *, exact: bool = True) -> None:
         super().__init__()
-        self.draws = draws
+        self.draws, self.exact = draws, exact
 
     def __torch_function__(
         self,
@@ -138,29 +181,36 @@ class _Draws(TorchFunctionMode):
         if func is not torch.rand:
             return func(*args, **(kwargs or {}))
         values = next(self.draws)
-        if tuple(values.shape) != tuple(args):
+        if values.shape != args and (self.exact or (values.shape[0], *values.shape[2:]) != (args[0], *args[2:])):
             raise RuntimeError(f"expected a draw of shape {list(values.shape)}, but {list(args)} was asked for")
         return values
 
 
 def _draws(case: Case, matches: Matches, seed: int) -> Iterator[Tensor]:
-    """Yield the random numbers of `maskloss` in the order in which Transformers draws its own.
+    """Yield the random numbers of `maskloss` in the order in which Transformers' Mask2Former draws its own.
 
     That is the final layer first, then the others; in each layer the matcher's points of each image, then the
     candidates of all instances, then their uniform points.
     """
+    layers = list(zip(*_draws_by_layer(case, matches, seed), strict=True))
+    for matcher, instances in (layers[-1], *layers[:-1]):
+        yield from (*matcher, *instances)
+
+
+def _draws_by_layer(case: Case, matches: Matches, seed: int) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """List what `maskloss` draws in each layer: the matcher's points of each image; candidates and uniform points."""
     sampling = PointSampling(num_points=case.points)
     device = matches.index.device
     images = torch.arange(case.batch, device=device)
     drawn = torch.tensor(seed, device=device)
     everywhere = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(case.batch, 4)
-    layers = matches.index.split(list(matches.layer_sizes))
     shared = match_points(everywhere, Draw(images, drawn, case.points))
-    for rows in (layers[-1], *layers[:-1]):
-        yield from shared[:, None]
+    instances = []
+    for rows in matches.index.split(list(matches.layer_sizes)):
         keys = instance_keys(drawn, images[rows[:, IMAGE]], rows[:, TARGET])
-        yield uniform_points(keys, sampling.num_candidates, rows[:, LAYER], CANDIDATES)
-        yield uniform_points(keys, sampling.num_random, rows[:, LAYER], RANDOM)
+        candidates = uniform_points(keys, sampling.num_candidates, rows[:, LAYER], CANDIDATES)
+        instances.append([candidates, uniform_points(keys, sampling.num_random, rows[:, LAYER], RANDOM)])
+    return [list(shared[:, None])] * len(instances), instances
 
 
 def _values(terms: Mapping[str, Tensor]) -> dict[str, float]:

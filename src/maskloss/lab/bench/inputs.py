@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,28 +20,33 @@ class Inputs:
     """The inputs of one step.
 
     Attributes:
-        class_logits: L tensors `[B, Q, C + 1]`.
-        mask_logits: L tensors `[B, Q, h, w]`, or factors of them that share their features.
+        class_logits: L tensors `[B, Q, C + 1]`; `[B, Q, C]` where queries are in groups.
+        mask_logits: L tensors `[B, Q, h, w]`, or factors of them; these share their features but in groups.
         masks: B tensors bool `[T, H, W]`.
         labels: B tensors int64 `[T]`.
+        boxes: L tensors `[B, Q, 4]`, center and size as fractions of the image; none without groups.
+        target_boxes: B tensors `[T, 4]`.
     """
 
     class_logits: list[Tensor]
     mask_logits: list[Layer]
     masks: list[Tensor]
     labels: list[Tensor]
+    boxes: list[Tensor] = field(default_factory=list)
+    target_boxes: list[Tensor] = field(default_factory=list)
 
     @property
     def leaves(self) -> list[Tensor]:
         """What the masks are made of, and a gradient flows to: the logits, or embeddings and then the features."""
         dense = [layer for layer in self.mask_logits if isinstance(layer, Tensor)]
         factors = [layer for layer in self.mask_logits if isinstance(layer, MaskFactors)]
-        return [*dense, *(layer.embeddings for layer in factors), *(layer.features for layer in factors[:1])]
+        features = {id(layer.features): layer.features for layer in factors}
+        return [*dense, *(layer.embeddings for layer in factors), *features.values()]
 
     @property
     def logits(self) -> list[Tensor]:
         """All that a gradient flows to."""
-        return [*self.class_logits, *self.leaves]
+        return [*self.class_logits, *self.boxes, *self.leaves]
 
     def dense(self) -> list[Tensor]:
         """Form the mask logits of all layers: where there is a head, this product is a part of the step."""
@@ -55,7 +60,7 @@ class Inputs:
     def digest(self) -> str:
         """Return a fingerprint of every value: processes that agree on it have the same inputs."""
         seen = hashlib.sha256()
-        for tensor in (*self.logits, *self.masks, *self.labels):
+        for tensor in (*self.logits, *self.masks, *self.labels, *self.target_boxes):
             seen.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return seen.hexdigest()[:16]
 
@@ -80,20 +85,25 @@ def make_inputs(case: Case, *, seed: int, dtype: torch.dtype, device: torch.devi
     masks = [_draw_masks(case, generator) for _ in range(case.batch)]
     labels = [torch.randint(case.classes, (case.targets,), generator=generator) for _ in range(case.batch)]
     owners = [_draw_owners(case, generator) for _ in range(case.batch)]
+    boxes: list[list[Tensor]] = [[], []]
+    if case.groups > 1:
+        wanted = [_boxes_of(each) for each in masks]
+        drawn = [_draw_boxes(case, wanted, owners, layer, generator) for layer in range(case.layers)]
+        boxes = [[each.to(device, dtype).requires_grad_() for each in drawn], [each.to(device) for each in wanted]]
     if case.channels:
         factors = _draw_factors(case, masks, owners, generator, dtype, device)
         classes = [_draw_classes(case, labels, owners, layer, generator) for layer in range(case.layers)]
         leaves = [each.to(device, dtype).requires_grad_() for each in classes]
-        return Inputs(leaves, factors, *_moved(masks, labels, device))
+        return Inputs(leaves, factors, *_moved(masks, labels, device), *boxes)
     known = torch.stack([_known(case, *pair) for pair in zip(masks, owners, strict=True)])
     class_logits: list[Tensor] = []
     logits: list[Layer] = []
     for layer in range(case.layers):
-        drawn = _noise(case, generator).add_(known, alpha=(layer + 1) / case.layers)
-        logits.append(drawn.to(device, dtype).requires_grad_())
+        noisy = _noise(case, generator).add_(known, alpha=(layer + 1) / case.layers)
+        logits.append(noisy.to(device, dtype).requires_grad_())
         scores = _draw_classes(case, labels, owners, layer, generator)
         class_logits.append(scores.to(device, dtype).requires_grad_())
-    return Inputs(class_logits, logits, *_moved(masks, labels, device))
+    return Inputs(class_logits, logits, *_moved(masks, labels, device), *boxes)
 
 
 def _moved(masks: list[Tensor], labels: list[Tensor], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
@@ -107,7 +117,33 @@ def _draw_classes(
     for image, owner in enumerate(owners):
         wanted = torch.cat([labels[image], torch.tensor([case.classes])])[owner]
         classes[image, torch.arange(case.queries), wanted] += 3 * (layer + 1) / case.layers
-    return classes
+    # Sigmoids have no class "no object", and are low where there is none.
+    return classes[..., :-1] - 3 if case.groups > 1 else classes
+
+
+def _boxes_of(masks: Tensor) -> Tensor:
+    """Return the boxes around masks, `[T, 4]`: center and size as fractions of the image."""
+    height, width = masks.shape[1:]
+    spans = []
+    for part, size in ((masks.any(1), width), (masks.any(2), height)):
+        first = part.float().argmax(1)
+        last = size - part.flip(1).float().argmax(1)
+        spans.append(((first + last) / (2 * size), (last - first) / size))
+    (x, w), (y, h) = spans
+    return torch.stack([x, y, w, h], 1)
+
+
+def _draw_boxes(
+    case: Case, wanted: list[Tensor], owners: list[Tensor], layer: int, generator: torch.Generator
+) -> Tensor:
+    """Draw boxes near those of the queries' targets, nearer in later layers, and anywhere for queries without one."""
+    boxes = 0.1 + 0.3 * torch.rand(case.batch, case.queries, 4, generator=generator)
+    boxes[..., :2] *= 2
+    for image, owner in enumerate(owners):
+        near = torch.cat([wanted[image], wanted[image].new_zeros(1, 4)])[owner]
+        share = (owner < case.targets).float()[:, None] * (layer + 1) / case.layers
+        boxes[image].lerp_(near, share)
+    return boxes
 
 
 def _draw_factors(
@@ -125,10 +161,11 @@ def _draw_factors(
     """
     everyone = torch.arange(case.targets + 1)
     known = torch.stack([_known(case, each, everyone) for each in masks])
-    noise = _noise(replace(case, queries=case.channels - case.targets - 1), generator)
-    features = torch.cat([known, noise], 1).to(device, dtype).requires_grad_()
     layers: list[Layer] = []
     for layer in range(case.layers):
+        if case.groups > 1 or not layers:
+            noise = _noise(replace(case, queries=case.channels - case.targets - 1), generator)
+            features = torch.cat([known, noise], 1).to(device, dtype).requires_grad_()
         picked = torch.nn.functional.one_hot(torch.stack(owners), case.targets + 1) * (layer + 1) / case.layers
         mixed = torch.randn(case.batch, case.queries, noise.shape[1], generator=generator) / noise.shape[1] ** 0.5
         embeddings = torch.cat([picked.float(), mixed], 2).to(device, dtype).requires_grad_()
@@ -165,7 +202,10 @@ def _draw_blob(mask: Tensor, extent: tuple[float, float], generator: torch.Gener
 
 
 def _draw_owners(case: Case, generator: torch.Generator) -> Tensor:
-    """Give every query its target; T stands for none. The first T queries of a random order have one each."""
+    """Give every query its target; T stands for none. In each group the first T of a random order have one each."""
+    if case.groups > 1:
+        one = replace(case, queries=case.queries // case.groups, groups=1)
+        return torch.cat([_draw_owners(one, generator) for _ in range(case.groups)])
     order = torch.randperm(case.queries, generator=generator)
     spare = torch.randint(2 * case.targets, (case.queries,), generator=generator).clamp(max=case.targets)
     first = torch.arange(case.queries)

@@ -30,6 +30,7 @@ _COLORS = {
     "factors": (_palette.WINE, _palette.WINE_SOFT),
     "reference": (_palette.SAND, _palette.SAND_SOFT),
     "transformers": (GRAY, SOFT),
+    "rfdetr": (_palette.NAVY, _palette.NAVY_SOFT),
 }
 # Height of the two lines at the end of a curve, as a share of the axes.
 _LABEL = 0.16

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from maskloss.errors import require
-from maskloss.lab.bench.arms import PEERS, STRATIFIED
-from maskloss.lab.bench.cases import Subject
+from maskloss.lab.bench.cases import PEERS, STRATIFIED, Subject
 
 # A median and its spread need more than one look.
 _FEWEST = 3
@@ -176,6 +175,8 @@ def run_case(case: Subject, settings: Settings, say: Say) -> dict[str, Any]:
     """
     report: dict[str, Any] = {"name": case.name, "sizes": case.as_dict(), "arms": {}}
     arms = case.arms(settings.arms)
+    if not arms:
+        return report | {"failed": f"has none of the arms {', '.join(settings.arms)}"}
     refusal = _too_large(case, arms, settings)
     if refusal is not None:
         return report | {"failed": refusal}

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from maskloss.errors import require
-from maskloss.lab.bench.arms import PEERS
-from maskloss.lab.bench.cases import Case
+from maskloss.lab.bench.cases import PEERS, Case
 from maskloss.lab.bench.runner import ratios
 
 STAGES = ("packing", "matching cost", "assignment", "mask loss", "classification", "other forward", "backward")
@@ -73,7 +72,7 @@ def range_of(spread: dict[str, float]) -> str:
 
 
 LEGEND = """\
-[dim]step      forward and backward, median; transformers gets float masks, all others pack bool masks within it
+[dim]step      forward and backward, median; maskloss packs bool masks within it, transformers gets float masks
 packed    the step with targets packed before it; for transformers, how it compares with that of maskloss
 relative  compared with the step of maskloss        targets   making them from bool masks, on its own
 peak      memory above the inputs                   extra     the same without the gradients at the end

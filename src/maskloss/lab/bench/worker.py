@@ -10,15 +10,15 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
 from maskloss import MaskTargets, ops
-from maskloss.lab.bench.arms import PEERS, Arm, make_arm
-from maskloss.lab.bench.cases import PRESETS, Case
+from maskloss.lab.bench.arms import Arm, make_arm
+from maskloss.lab.bench.cases import PEERS, Case
 from maskloss.lab.bench.check import compare
 from maskloss.lab.bench.counting import StepCounter
 from maskloss.lab.bench.inputs import Inputs, make_inputs
@@ -69,7 +69,7 @@ class Worker(BaseWorker):
         memory of the step; scratch space that an implementation keeps from one step to the next does count.
         """
         self._start(case, device, dtype)
-        small = PRESETS["tiny-head" if self.case.channels else "tiny"]
+        small = self.case.smallest
         tiny = make_inputs(small, seed=seed, dtype=self.dtype, device=self.device)
         first = make_arm(arm, small, self.device)
         first.forward(tiny, first.prepare(tiny.masks), seed).backward()
@@ -172,8 +172,9 @@ class Worker(BaseWorker):
         }
 
 
-def _target_bytes(targets: MaskTargets | list[Tensor]) -> int:
-    tensors = targets.tensors if isinstance(targets, MaskTargets) else targets
+def _target_bytes(targets: MaskTargets | Sequence[MaskTargets | Tensor]) -> int:
+    parts = [targets] if isinstance(targets, MaskTargets) else targets
+    tensors = [each for part in parts for each in (part.tensors if isinstance(part, MaskTargets) else [part])]
     return sum(each.numel() * each.element_size() for each in tensors)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from maskloss.errors import require
+from maskloss.errors import Cause, reported, require
 from maskloss.lab import files
 from maskloss.lab.bench import plots, table
 from maskloss.lab.bench.arms import ARMS
@@ -29,10 +29,10 @@ LESS_MEMORY = "take a smaller --preset"
 DESCRIPTION = """\
 Measure a training step (matching, classification and mask loss over all decoder layers, forward and backward).
 Every arm runs in an ordinary process of its own, and the arms take turns. maskloss is given dense bool masks
-and packs them within the step; transformers gets float masks, and is measured with both of OpenMP's ways of
-waiting, the better of which counts. Before anything is timed, each must find the matches, the losses and the
-gradients of maskloss, from the same inputs and the same random numbers; with stratified points, those that the
-reference backend finds with the same points.
+and packs them within the step; transformers gets float masks. What others have written is measured with both
+of OpenMP's ways of waiting, the better of which counts. Before anything is timed, each arm must find the
+matches, the losses and the gradients of maskloss, from the same inputs and the same random numbers; with
+stratified points, those that the reference backend finds with the same points.
 """
 
 
@@ -74,8 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ARM",
         help="maskloss; stratified, maskloss with stratified points; stratified/4, the same with a quarter of the "
         "points; factors, maskloss with masks as factors (presets with a head only); reference, its plain PyTorch "
-        "backend; transformers, the loss of Hugging Face's Mask2Former (default: maskloss, factors and transformers, "
-        "or reference where Transformers is not installed)",
+        "backend; transformers, the loss of Hugging Face's Mask2Former or RF-DETR; rfdetr, that of RF-DETR's own "
+        "package (its presets only; default: maskloss, factors, and those of the last two that are installed, or "
+        "reference without Transformers)",
     )
     add("--stages", action="store_true", help="time the stages of the step as well")
     add("--steps", type=_positive, help="timed steps of each arm (default: 15; 5 with --scaling)")
@@ -111,6 +112,7 @@ def main(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     if "transformers" in settings.arms or arguments.model:
         require("transformers", "transformers")
+    _check_package(settings.arms)
     families = [] if arguments.scaling is None else arguments.scaling or list(FAMILIES)
     presets = arguments.preset or ([] if families or arguments.model else ["coco"])
     report: dict[str, Any] = {
@@ -166,9 +168,16 @@ def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
+@reported("maskloss bench")
+def _check_package(arms: tuple[str, ...]) -> None:
+    if "rfdetr" in arms and find_spec("rfdetr") is None:
+        raise Cause("the arm rfdetr needs RF-DETR's package", "it is not installed", "pip install 'rfdetr[train]'")
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
     rival = "transformers" if find_spec("transformers") else "reference"
-    chosen = dict.fromkeys(arguments.arms or ("maskloss", "factors", rival))
+    others = ("rfdetr",) if find_spec("rfdetr") else ()
+    chosen = dict.fromkeys(arguments.arms or ("maskloss", "factors", rival, *others))
     usual = 3 if arguments.quick else 15 if arguments.scaling is None else 5
     return Settings(
         arms=tuple(arm for arm in ARMS if arm in chosen),
