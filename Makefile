@@ -82,7 +82,7 @@ build: $(VENV)/.dev ## Build the source distribution and the wheel into dist/
 
 .PHONY: clean
 clean: ## Remove build artifacts; keep .venv and runs/
-	@rm -rf build dist docs/_build docs/api/generated .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf build dist docs/_build docs/api/generated docs/gallery .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@rm -rf .coverage htmlcov
 	@find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 

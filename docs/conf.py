@@ -20,16 +20,34 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
     "docstrings",
     "languages",
     "llms",
     "mathml",
 ]
-exclude_patterns = ["_build", "figures"]
+exclude_patterns = ["_build", "figures", "sg_execution_times.rst", "gallery/sg_execution_times.rst", "gallery/*.ipynb"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
 myst_heading_anchors = 3
 html_math_renderer = "mathml"
 default_role = "code"
+
+# Scripts that run while the documentation is built, each to a page with its output, its figure and downloads.
+sphinx_gallery_conf = {
+    "examples_dirs": ["../examples/gallery"],
+    "gallery_dirs": ["gallery"],
+    "image_scrapers": ("gallery_figures.scrape",),
+    "reset_modules": (),
+    "capture_repr": (),
+    "within_subsection_order": "gallery_figures.Order",
+    "abort_on_example_error": True,
+    "only_warn_on_example_error": False,
+    "show_memory": False,
+    "show_signature": False,
+    "download_all_examples": False,
+    "min_reported_time": 1e9,
+    "default_thumb_file": str(Path(__file__).parent / "images" / "point_sampling.png"),
+}
 
 # One argument per line and short type names, so that a signature can be read at a glance.
 add_module_names = False
