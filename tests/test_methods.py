@@ -15,7 +15,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from maskloss import HungarianMatcher, MaskCriterion, MaskLoss, MaskLossError, MaskOptions, PointSampling, methods
+from maskloss import (
+    ClipOptions,
+    HungarianMatcher,
+    MaskCriterion,
+    MaskLoss,
+    MaskLossError,
+    MaskOptions,
+    PointSampling,
+    methods,
+)
 from maskloss.lab.cli import main
 from maskloss.methods import chinese, english, facts, sources
 from maskloss.methods.markup import FORMATS, Markup, amount
@@ -60,6 +69,7 @@ CHANGES = {
     "importance_ratio": 0.5,
     "layout": "stratified",
     "groups": 13,
+    "clips": ClipOptions(),
 }
 # The focal loss's alpha needs its gamma.
 NEEDED = {"focal_alpha": {"focal_gamma": 2.0}}
@@ -110,6 +120,14 @@ def test_every_option_changed_alone_changes_the_text(subject, name, lang, style)
             assert amount(value) in new, f"the value of {name} is not named"
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_every_option_of_clips_is_heard(lang, style):
+    options = [None, ClipOptions(), ClipOptions(frames="present"), ClipOptions(divide_by="frames")]
+    texts = {methods.describe(MaskCriterion(80, clips=each), lang=lang, style=style) for each in options}
+    assert len(texts) == 4
+
+
 @pytest.mark.parametrize("lang", LANGUAGES)
 @pytest.mark.parametrize(
     "name", ["class_weight", "dice_weight", "num_points", "target_mode", "padding_mode", "focal_gamma"]
@@ -141,7 +159,8 @@ def changes_of(settings):
         "count": 77, "area": 8, "layout": "stratified", "padding_mode": "border", "target_mode": "nearest",
         "focal_gamma": 1.0, "kind": "focal", "num_classes": 7, "class_weights": (0.5, 2.0), "normalized": "device",
         "classification": "focal", "divisor": "targets", "valid_windows": True, "ignore_regions": True, "groups": 13,
-        "version": None, "model": None, "pretrained": None, "queries": 7, "parameters": 7, "size": 64, "crop": 96,
+        "clips": ClipOptions(), "version": None,
+        "model": None, "pretrained": None, "queries": 7, "parameters": 7, "size": 64, "crop": 96,
         "augmentation": None, "digits": True, "steps": 7, "batch_size": 7, "schedule": "linear", "precision": "no",
     }  # fmt: skip
     for each in fields(settings):
@@ -237,6 +256,7 @@ def test_every_sentence_is_said_by_something():
         replace(base, training=replace(TRAINING, crop=96, augmentation=each))
         for each in (None, Augmentation(1, 2, True))
     ]
+    everything += [replace(base, clips=ClipOptions("present", "frames"))]
     stratified = PointSampling(layout="stratified")
     everything += [settings_of(MaskCriterion(80, sampling=stratified, matcher=HungarianMatcher()))]
     for settings in everything:

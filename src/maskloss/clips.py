@@ -54,17 +54,18 @@ class ClipOptions:
         _inputs.check_choice("divide_by", self.divide_by, DIVISORS)
 
 
-def check_clip_options(clips: ClipOptions | None) -> ClipOptions:
-    """Return the default for None; raise if it is anything else than `ClipOptions`."""
-    if clips is None:
-        return ClipOptions()
-    if not isinstance(clips, ClipOptions):
+_DEFAULT = ClipOptions()
+
+
+def check_clip_options(clips: ClipOptions | None) -> ClipOptions | None:
+    """Raise unless these are `ClipOptions`, or None for the default ones."""
+    if clips is not None and not isinstance(clips, ClipOptions):
         raise Cause("clips must be ClipOptions", f"got {describe(clips)}", 'ClipOptions(frames="present")')
     return clips
 
 
 def weights_of_planes(
-    clips: ClipOptions, matches: Matches, targets: MaskTargets, weights: Tensor | None
+    clips: ClipOptions | None, matches: Matches, targets: MaskTargets, weights: Tensor | None
 ) -> Tensor | None:
     """Return the weights of all planes of the matched instances, `[N * T]`; None where all are 1.
 
@@ -74,6 +75,7 @@ def weights_of_planes(
         targets: of clips.
         weights: of the instances, `[N]`, or None.
     """
+    clips = clips or _DEFAULT
     repeated = None if weights is None else weights.repeat_interleave(targets.frames)
     if clips.frames == "all" or targets.present is None:
         return repeated
@@ -82,17 +84,19 @@ def weights_of_planes(
 
 
 def weights_of_divisor(
-    clips: ClipOptions, matches: Matches, targets: MaskTargets, weights: Tensor | None
+    clips: ClipOptions | None, matches: Matches, targets: MaskTargets, weights: Tensor | None
 ) -> Tensor | None:
     """Return how much each matched instance adds to the divisor, `[N]`; None where it is `frames_of_divisor`."""
+    clips = clips or _DEFAULT
     if clips.divide_by == "instances" or clips.frames == "all" or targets.present is None:
         return weights
     present = targets.present[matches.target_rows(targets.first_rows)].sum(1, dtype=torch.float32)
     return present if weights is None else weights * present
 
 
-def frames_of_divisor(clips: ClipOptions, targets: MaskTargets) -> int:
+def frames_of_divisor(clips: ClipOptions | None, targets: MaskTargets) -> int:
     """Return how often an instance counts in the divisor, beside its weight."""
+    clips = clips or _DEFAULT
     return targets.frames if (clips.divide_by, clips.frames) == ("frames", "all") else 1
 
 

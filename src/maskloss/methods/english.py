@@ -31,6 +31,10 @@ SENTENCES = {
     "points.stratified": "Uniform draws are stratified: the image is divided into cells of equal area, one for each "
     "point to be drawn, and each cell receives one uniform point.",
     "points.windows": "Points are drawn inside the image only, never in the padding of the batch.",
+    "clips.all": "In a clip, an instance has one query in all frames and points of its own in each, also where it is "
+    "absent.",
+    "clips.present": "In a clip, an instance has one query in all frames, and points of its own in each frame in which "
+    "it is present.",
     "logits.loss": "Logits",
     "logits.cost": "In the matching cost, logits",
     "reading.bilinear.zeros": "{logits} {z} and targets {t} are interpolated bilinearly, each at its own resolution.",
@@ -55,6 +59,7 @@ SENTENCES = {
     "number of {counted}.",
     "counted.matches": "matched instances in the batch over all devices (Mask2Former counts targets)",
     "counted.targets": "target instances in the batch over all devices",
+    "counted.frames": "frames of matched instances that count, in the batch over all devices",
     "ignored": "Each point has a weight {w}, which is 0 in ignored regions and 1 elsewhere.",
     "classes.softmax": "Classification is softmax cross-entropy over {over} and “no object” (weight {no_object}); it "
     "has weight {weight}{normalized}.",
@@ -77,6 +82,7 @@ SENTENCES = {
     "symbol.focal": ", where {f} is the focal cost~{lin} of the target class",
     "matching.focal": "Focal is the focal loss~{lin} with {parameters}.",
     "matching.points": "Its mask terms use {number} {drawn} points per image, shared by {shared}.",
+    "matching.clips": "Whole clips are matched, at the same points in each of their frames.",
     "drawn.independent": "uniform",
     "drawn.stratified": "stratified",
     "shared.queries": "all queries",
@@ -134,6 +140,10 @@ SHORT = SENTENCES | {
     "loss.divided": "",
     "counted.matches": "matched instances",
     "counted.targets": "target instances",
+    "counted.frames": "frames of matched instances that count",
+    "clips.all": "Instances of a clip have points in every frame.",
+    "clips.present": "Instances of a clip have points in each frame that they are in.",
+    "matching.clips": "Whole clips are matched.",
     "ignored": "Points in ignored regions have weight {w} = 0.",
     "classes.softmax": "Classification is softmax cross-entropy over {over} and “no object” (weight {no_object}), "
     "weighted {weight}.",

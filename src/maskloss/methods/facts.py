@@ -137,6 +137,8 @@ def _points(settings: MethodSettings, points: Points, equations: list[str]) -> l
         said.append(say("points.size", size=Math(formulas.SIZE)))
     if points.layout == "stratified":
         said.append(say("points.stratified"))
+    if settings.clips is not None:
+        said.append(say(f"clips.{settings.clips.frames}"))
     if settings.valid_windows:
         said.append(say("points.windows"))
     said.append(_reading(settings.term, "loss"))
@@ -193,6 +195,7 @@ def _loss(settings: MethodSettings, equations: list[str]) -> list[Say]:
             parameters=Math(formulas.focal(settings.term)),
             equation=_equation("equations", equations, "ce", "focal"),
         )
+    by_frame = settings.clips is not None and settings.clips.divide_by == "frames"
     slots = {
         "total": _equation("equation", equations, "total"),
         "entropy": entropy,
@@ -201,7 +204,7 @@ def _loss(settings: MethodSettings, equations: list[str]) -> list[Say]:
         "ce_weight": Math(f"{formulas.WEIGHT_CE} = {tex(settings.ce_weight)}"),
         "dice_weight": Math(f"{formulas.WEIGHT_DICE} = {tex(settings.dice_weight)}"),
         "n": Math("N"),
-        "counted": say(f"counted.{settings.divisor}", n=Math("N")),
+        "counted": say(f"counted.{'frames' if by_frame else settings.divisor}", n=Math("N")),
     }
     said = [Say("loss", slots), Say("loss.divided", slots)]
     return [*said, _ignored()] if settings.ignore_regions else said
@@ -228,6 +231,8 @@ def _matching(settings: MethodSettings, matching: Matching) -> list[Say]:
         if term.focal_gamma is not None:
             said.append(say("matching.focal", lin=Cite(("lin2017focal",)), parameters=Math(formulas.focal(term))))
     said.append(Say("matching.points", slots))
+    if settings.clips is not None:
+        said.append(say("matching.clips"))
     if settings.points is None:
         said += [say("points.windows")] if settings.valid_windows else []
         said += [_ignored()] if settings.ignore_regions else []

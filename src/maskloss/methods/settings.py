@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from maskloss import __version__
+from maskloss.clips import ClipOptions
 from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, reported
 from maskloss.loss import MaskLoss
@@ -163,6 +164,7 @@ class MethodSettings:
         contrastive_weight: of OneFormer's contrastive loss of queries and texts, 0 for none.
         box_weight: of the boxes' L1 distance in the loss, 0 for none.
         giou_weight: of the boxes' GIoU in the loss, 0 for none.
+        clips: what the mask terms of clips are made of; None: of images.
         version: of maskloss; None where it is not known.
         training: the run; None where there is none.
     """
@@ -179,6 +181,7 @@ class MethodSettings:
     contrastive_weight: float = 0.0
     box_weight: float = 0.0
     giou_weight: float = 0.0
+    clips: ClipOptions | None = None
     version: str | None = __version__
     training: Training | None = None
 
@@ -231,7 +234,8 @@ def settings_of(module: nn.Module | MethodSettings) -> MethodSettings:
 
 
 def _of_loss(loss: MaskLoss) -> MethodSettings:
-    return MethodSettings(_of_sampling(loss.sampling), loss.ce_weight, loss.dice_weight, _without_backend(loss.options))
+    points, term = _of_sampling(loss.sampling), _without_backend(loss.options)
+    return MethodSettings(points, loss.ce_weight, loss.dice_weight, term, clips=loss.clips)
 
 
 def _of_sampling(sampling: PointSampling) -> Points:
