@@ -12,9 +12,11 @@ from torch import nn
 
 from maskloss import MaskLossError
 from maskloss.lab import files
+from maskloss.lab.config import TrainConfig
 from maskloss.lab.loop import checkpoint
+from maskloss.lab.loop.average import Average
 from maskloss.lab.loop.checkpoint import Position
-from maskloss.lab.runfolder import path_of, steps_of
+from maskloss.lab.runfolder import kept_step, path_of, steps_of
 
 
 def model_and_optimizer():
@@ -65,6 +67,69 @@ def test_only_the_last_two_are_kept(written):
         checkpoint.write(folder, position(step), network, optimizer)
     assert steps_of(folder) == [5, 7]
     assert steps_of(folder / "nowhere") == []
+
+
+def test_an_average_of_the_weights():
+    """average <- d average + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)), buffers too."""
+    network, optimizer = model_and_optimizer()
+    average = Average(network, 0.3)
+    expected = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    for step, decay in ((1, 2 / 11), (2, 3 / 12), (3, 0.3)):
+        train_a_little(network, optimizer, 1)
+        average.update(step)
+        for name, tensor in network.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * tensor if tensor.is_floating_point() else tensor
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with average.shown():
+        for name, tensor in network.state_dict().items():
+            torch.testing.assert_close(tensor, expected[name])
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_the_average_of_tied_weights():
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    network[1].weight = network[0].weight
+    average = Average(network, 0.5)
+    before = network[0].weight.detach().clone()
+    with torch.no_grad():
+        network[0].weight += 1
+    with average.shown():
+        assert torch.equal(network[1].weight, before) and network[0].weight is network[1].weight
+
+
+def test_an_average_goes_on_as_if_nothing_had_happened(tmp_path):
+    network, optimizer = model_and_optimizer()
+    average = Average(network, 0.9)
+    train_a_little(network, optimizer, 2)
+    average.update(2)
+    checkpoint.write(tmp_path, position(2), network, optimizer, average)
+    other, its_optimizer = model_and_optimizer()
+    restored = Average(other, 0.9)
+    checkpoint.read(tmp_path, 2, other, its_optimizer, restored)
+    with average.shown(), restored.shown():
+        for name, tensor in network.state_dict().items():
+            assert torch.equal(tensor, other.state_dict()[name]), name
+    assert not torch.equal(network[0].weight, restored._held[0]) and torch.equal(network[0].weight, other[0].weight)
+    (path_of(tmp_path, 2) / "average.safetensors").unlink()
+    with pytest.raises(MaskLossError, match=r"there is no average\.safetensors"):
+        checkpoint.read(tmp_path, 2, other, its_optimizer, restored)
+
+
+def test_the_best_is_kept_beside_the_last_two(tmp_path):
+    network, optimizer = model_and_optimizer()
+    for step, ap in ((1, 0.1), (2, 0.7), (3, 0.2), (4, None), (5, 0.8), (6, 0.3), (7, 0.1)):
+        line = {"step": step, "held_out": {"ap": ap, "ap50": ap, "mean_iou": ap}}
+        with (tmp_path / "metrics.jsonl").open("a") as opened:
+            opened.write(json.dumps(line) + "\n")
+        checkpoint.write(tmp_path, position(step), network, optimizer, keep_best=True)
+        # The second until nobody who goes back to the last but one can need it.
+        best = {1: {1}, 2: {2}, 3: {2}, 4: {2}, 5: {2, 5}, 6: {5}, 7: {5}}[step]
+        assert set(steps_of(tmp_path)) == best | {each for each in (step - 1, step) if each}
+    assert kept_step(tmp_path, TrainConfig()) == 5 and kept_step(tmp_path, TrainConfig(keep="last")) == 7
+    (path_of(tmp_path, 5) / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(MaskLossError, match=r"is not what was written[\s\S]*remove this folder, to go on from step 7"):
+        checkpoint.load_kept(tmp_path, 5, network)
 
 
 def test_nothing_is_pickled(written):

@@ -408,6 +408,25 @@ def test_a_benchmark_looks_at_its_folder_before_it_measures(capsys, places):
     assert "file exists" in one_sentence(capsys)
 
 
+def test_options_from_a_file_and_the_command_line(tmp_path, capsys, no_pictures):
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps({"epochs": 3, "lr": 1e-3, "augment": False, "ema": True}))
+    given = ["--config", str(path), "--augment", "--no-ema"]
+    # The command line wins: its steps over the file's epochs, too.
+    assert main(["train", *words(out=tmp_path / "run", steps=2), *given]) == 0
+    config = read_facts(tmp_path / "run").config
+    assert (config.steps, config.epochs, config.lr, config.augment, config.ema) == (2, None, 1e-3, True, False)
+    assert "kept the weights of step 2, the best of" in capsys.readouterr().out
+    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
+    assert read_facts(tmp_path / "run").config.steps == 3
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", str(tmp_path / "run"), *given])
+    assert "takes no options but --device, --steps, --epochs, --patience" in capsys.readouterr().err
+    path.write_text(json.dumps({"stepz": 3}))
+    assert main(["train", "--config", str(path)]) == 2
+    assert "there is no stepz, did you mean steps?" in one_sentence(capsys)
+
+
 def test_a_run_can_be_used_from_elsewhere(tmp_path, monkeypatch, capsys):
     from lab.conftest import write_cells
 

@@ -224,7 +224,7 @@ def kill(process: subprocess.Popen[str], run: Path, inside_a_checkpoint: bool, m
 def test_a_run_survives_being_killed_at_any_moment(tmp_path):
     """Ten times: five at random, five while a checkpoint is being written, of which there is one after every step."""
     cells = write_cells(tmp_path / "cells", 6, 32, 3)
-    shared = {"data": cells, "steps": 200, "checkpoint_every": 1}
+    shared = {"data": cells, "steps": 200, "checkpoint_every": 1, "evaluations": 40}
     finished(command(arguments(out=tmp_path / "whole", **shared)))
     run, moments, left_behind = tmp_path / "run", random.Random(4), 0
     words = arguments(out=run, **shared)
@@ -234,6 +234,7 @@ def test_a_run_survives_being_killed_at_any_moment(tmp_path):
         words = ["train", "--resume", str(run)]
     assert left_behind >= 1 and steps_of(run)[-1] < 200
     finished(command(words))
+    assert steps_of(run) == steps_of(tmp_path / "whole")
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not list((run / "checkpoints").glob(".*"))

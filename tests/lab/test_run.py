@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,16 +18,16 @@ from PIL import Image
 
 from maskloss import MaskLossError
 from maskloss.lab import files
-from maskloss.lab.config import TrainConfig
+from maskloss.lab.config import TrainConfig, read_options
 from maskloss.lab.data import scenes
-from maskloss.lab.loop import checkpoint, engine
+from maskloss.lab.loop import checkpoint, engine, signals
 from maskloss.lab.loop.engine import schedule
 from maskloss.lab.loop.progress import Interrupted, Listener
 from maskloss.lab.loop.run import Result, resume, train
 from maskloss.lab.models.registry import open_source
 from maskloss.lab.models.weights import read_tensors
 from maskloss.lab.results.predict import evaluate_run
-from maskloss.lab.runfolder import read_facts, steps_of
+from maskloss.lab.runfolder import kept_step, path_of, read_facts, steps_of
 
 SHORT = {"steps": 6, "batch_size": 4, "held_out": 6, "evaluations": 2, "num_points": 32, "threads": 2, "device": "cpu"}
 # The run of the module's fixture is drawn; the others are compared with it.
@@ -154,13 +155,13 @@ def test_a_signal_that_comes_twice_at_once_leaves_a_checkpoint(tmp_path, every_s
 
 def test_a_second_interrupt_ends_the_run_at_once(tmp_path, every_step_is_logged, monkeypatch):
     """It goes on from the checkpoint before, of which the message tells."""
-    monkeypatch.setattr(engine, "AGAIN", -1.0)
-    config = dataclasses.replace(TrainConfig(**SHORT), checkpoint_every=2)
+    monkeypatch.setattr(signals, "AGAIN", -1.0)
+    config = TrainConfig(**SHORT, checkpoint_every=2, keep="last")
     with pytest.raises(Interrupted, match="stopped at step 2 of 6") as stopped:
         train(config, tmp_path / "run", quiet(step=StopTwice(4)))
     assert stopped.value.signal == signal.SIGINT and steps_of(tmp_path / "run") == [2]
     with pytest.raises(KeyboardInterrupt):
-        train(TrainConfig(**SHORT), tmp_path / "other", quiet(step=StopTwice(4)))
+        train(TrainConfig(**SHORT, keep="last"), tmp_path / "other", quiet(step=StopTwice(4)))
     assert not (tmp_path / "other").exists()
 
 
@@ -214,9 +215,61 @@ def test_terms_that_were_not_yet_logged_are_not_lost(tmp_path, result):
         patched.setattr(engine.Engine, "_step", dies)
         with pytest.raises(Killed):
             train(config, tmp_path / "run", quiet())
-    assert steps_of(tmp_path / "run") == [2, 4]
+    assert steps_of(tmp_path / "run") == [3, 4]  # the third was the best so far
     again = resume(tmp_path / "run", quiet())
     assert_same(again.folder, result.folder)
+
+
+class Scores:
+    """Takes the place of scoring: gives the next AP of a list, and each evaluation the rest of a true one."""
+
+    def __init__(self, aps: list[float]) -> None:
+        self.aps = iter(aps)
+
+    def __call__(self, *arguments, original=engine.evaluate, **options):
+        return dataclasses.replace(original(*arguments, **options), ap=next(self.aps))
+
+
+@pytest.mark.parametrize(("keep", "aps", "kept"), [
+    ("best", [0.9, 0.5, 0.2], 3),  # step 0 is not a trained model
+    ("best", [0.0, 0.2, 0.2], 6),  # the last of equals
+    ("best", [0.0, math.nan, math.nan], 6),
+    ("last", [0.0, 0.5, 0.2], 6),
+])  # fmt: skip
+@pytest.mark.parametrize("ema", [True, False])
+def test_the_weights_that_are_kept(tmp_path, monkeypatch, keep, aps, kept, ema):
+    monkeypatch.setattr(engine, "evaluate", Scores([*aps, 0.7]))
+    finished = train(TrainConfig(**SHORT, keep=keep, ema=ema), tmp_path, quiet())
+    name = "average.safetensors" if ema else "model.safetensors"
+    ours = read_tensors(tmp_path / "model.safetensors")
+    for step in steps_of(tmp_path):
+        theirs = read_tensors(path_of(tmp_path, step) / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours) == (step == kept)
+    assert json.loads((tmp_path / "summary.json").read_text())["kept_step"] == kept
+    assert steps_of(tmp_path) == ([3, 6] if keep == "best" and not math.isnan(aps[1]) else [6])
+    # What is used later is what was scored: that of the checkpoints, too, before a run is finished.
+    monkeypatch.undo()
+    before = evaluate_run(tmp_path, device="cpu")[0]
+    assert dataclasses.replace(before, ap=0.7) == finished.evaluation
+    (tmp_path / "model.safetensors").unlink()
+    assert kept_step(tmp_path, finished_config := read_facts(tmp_path).config) == kept, finished_config
+    assert evaluate_run(tmp_path, device="cpu")[0] == before
+
+
+def test_the_best_checkpoint_stays_and_an_interruption_changes_nothing(tmp_path, every_step_is_logged, monkeypatch):
+    """Six evaluations, the best of them the second; a kill after it, and before the next checkpoint."""
+    aps = [0.0, 0.1, 0.6, 0.3, 0.2, 0.4, 0.5]
+    config = TrainConfig(**SHORT | {"evaluations": 6}, checkpoint_every=3, ema=True)
+    monkeypatch.setattr(engine, "evaluate", Scores([*aps, 0.7]))
+    whole = train(config, tmp_path / "whole", quiet())
+    assert steps_of(tmp_path / "whole") == [2, 3, 6]
+    monkeypatch.setattr(engine, "evaluate", Scores(aps[:5]))
+    monkeypatch.setattr(signals, "AGAIN", -1.0)
+    with pytest.raises(Interrupted, match="stopped at step 3"):
+        train(config, tmp_path / "run", quiet(step=StopTwice(4)))
+    assert kept_step(tmp_path / "run", config) == 2
+    monkeypatch.setattr(engine, "evaluate", Scores([*aps[4:], 0.7]))
+    assert_same(resume(tmp_path / "run", quiet()).folder, whole.folder)
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_leaves_nothing(tmp_path):
@@ -302,6 +355,112 @@ def test_a_failure_while_the_report_is_drawn_costs_no_training(tmp_path, monkeyp
             train(TrainConfig(**SHORT), tmp_path / "run", quiet())
     monkeypatch.setattr(engine.Engine, "_step", None)
     assert_same(resume(tmp_path / "run", quiet()).folder, result.folder)
+
+
+# -------------------------------------------------------------------------------------------------- how long a run is
+
+
+def test_a_run_goes_on_past_its_end(tmp_path, result):
+    """The rate of each step is that of a longer run; what was finished is finished anew."""
+    copy = tmp_path / "run"
+    shutil.copytree(result.folder, copy)
+    told = []
+    longer = resume(copy, quiet(facts=told.append), steps=9)
+    assert "9 steps" in dict(told[0])["run"] and read_facts(copy).config.num_steps == 9
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "total" in line] == [6, 9]
+    # At step 6, schedule(6 / 6); at step 9, schedule(9 / 9); in between, step 7 of 9.
+    assert json.loads((copy / "summary.json").read_text())["steps"] == 9 and longer.evaluation.scenes == 6
+    state = read_tensors(path_of(copy, 9) / "model.safetensors")
+    before = read_tensors(path_of(copy, 6) / "model.safetensors")
+    assert not torch.equal(state["born.weight"], before["born.weight"])
+    for changes, message in (
+        ({}, "is finished[\\s\\S]*go on past its end with --steps"),
+        ({"steps": 9}, "9 are taken of 9"),
+        ({"steps": 4}, "9 are taken of 4"),
+        ({"epochs": 3}, "scenes of digits have no end"),
+    ):
+        with pytest.raises(MaskLossError, match=message):
+            resume(copy, quiet(), **changes)
+    assert (copy / "summary.json").is_file() and (copy / "report.html").is_file()
+
+
+def test_to_go_on_past_the_end_can_be_interrupted(tmp_path, result, every_step_is_logged):
+    for name in ("whole", "run"):
+        shutil.copytree(result.folder, tmp_path / name)
+    whole = resume(tmp_path / "whole", quiet(), steps=9)
+    with pytest.raises(Interrupted, match="stopped at step 8 of 9"):
+        resume(tmp_path / "run", quiet(step=Stop(8)), steps=9)
+    assert not (tmp_path / "run" / "summary.json").exists() and not (tmp_path / "run" / "report.html").exists()
+    again = resume(tmp_path / "run", quiet())
+    assert (again.folder / SAME[0]).read_bytes() == (whole.folder / SAME[0]).read_bytes()
+
+
+def test_epochs(cells, tmp_path):
+    config = TrainConfig(**SHORT | {"data": str(cells), "workers": 0, "steps": None, "epochs": 3})
+    told = []
+    finished = train(config, tmp_path / "run", quiet(facts=told.append))
+    # Five images to train on, four in a step.
+    assert (read_facts(finished.folder).config.steps, read_facts(finished.folder).config.epochs) == (4, None)
+    assert dict(told[0])["run"].startswith("4 steps of 4 images (3.2 epochs)")
+    with pytest.raises(MaskLossError, match="--epochs needs a number of images"):
+        train(TrainConfig(epochs=1, device="cpu"), tmp_path / "other", quiet())
+    with pytest.raises(MaskLossError, match="--steps and --epochs exclude each other"):
+        TrainConfig(epochs=1, steps=1)
+
+
+def test_patience(tmp_path, monkeypatch, every_step_is_logged):
+    """Six evaluations; the second is the best, and two more without a better one are enough."""
+    aps = [0.9, 0.1, 0.6, 0.6, 0.2, 0.7, 0.8]
+    config = TrainConfig(**SHORT | {"evaluations": 6}, patience=2, ema=True)
+    monkeypatch.setattr(engine, "evaluate", Scores([*aps[:5], 0.7]))
+    stopped = train(config, tmp_path / "run", quiet())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["kept_step"], stopped.kept) == (
+        4,
+        3,  # the last of equals
+        "the averaged weights of step 3, the best of 4 evaluations; ended at step 4 of 6, as no score has been higher"
+        " since",
+    )
+    # A failure while the report is drawn costs no step more, and does not take one.
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.setattr(engine, "evaluate", Scores([0.7]))
+    assert resume(tmp_path / "run", quiet()).kept == stopped.kept
+    with pytest.raises(MaskLossError, match=r"2 evaluations without a higher AP[\s\S]*add a larger --patience"):
+        resume(tmp_path / "run", quiet(), steps=6)
+    # With more patience, it reaches what it would have reached.
+    monkeypatch.setattr(engine, "evaluate", Scores([*aps[5:], 0.7]))
+    again = resume(tmp_path / "run", quiet(), steps=6, patience=0)
+    monkeypatch.setattr(engine, "evaluate", Scores([*aps, 0.7]))
+    whole = train(dataclasses.replace(config, patience=0), tmp_path / "whole", quiet())
+    assert_same(again.folder, whole.folder)
+
+
+# ------------------------------------------------------------------------------------------------ options from a file
+
+
+def test_options_from_a_file(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("steps: 7\nlr: 3e-4\nnum-points: 32\nprecision: no\naugment: false\ngrid: null\n")
+    assert read_options(path) == {"steps": 7, "lr": 3e-4, "num_points": 32, "precision": "no", "augment": False}
+    TrainConfig(**read_options(path))
+    for text, message in (
+        ("stepz: 7", r"there is no stepz, did you mean steps\?"),
+        ("- 7", "holds a list"),
+        ("steps: [", "expected the node content"),
+        ("7: 8", "there is no 7"),
+    ):
+        path.write_text(text)
+        with pytest.raises(MaskLossError, match=message):
+            read_options(path)
+    path.write_text("steps: many")
+    with pytest.raises(MaskLossError, match="--steps must be a whole number"):
+        TrainConfig(**read_options(path))
+
+
+def test_the_file_of_a_run_repeats_it(result, tmp_path):
+    options = read_options(result.folder / "run.json")
+    assert_same(train(TrainConfig(**options), tmp_path, quiet()).folder, result.folder)
 
 
 # -------------------------------------------------------------------------------------------------------- lost workers
@@ -480,7 +639,7 @@ def test_a_device_that_is_not_there():
 
 
 def test_an_unknown_option():
-    with pytest.raises(MaskLossError, match="unknown: color"):
+    with pytest.raises(MaskLossError, match="there is no color"):
         TrainConfig.from_dict({"color": "red"})
 
 

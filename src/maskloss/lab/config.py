@@ -4,96 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
 
 from maskloss._abi import LAYOUTS
-from maskloss._numbers import is_number
 from maskloss.errors import Cause
 from maskloss.lab.data.folder import NORMALIZE
 from maskloss.lab.data.options import CROWD, SEMANTIC, DataOptions
 from maskloss.lab.data.problems import ON_ERROR
 from maskloss.lab.data.recognize import FORMATS
+from maskloss.lab.files import read_mapping
+from maskloss.lab.option import Field, Option
+from maskloss.lab.terminal import did_you_mean
 from maskloss.points import PointSampling
 
 COMPACT = "compact"
-HELP = "see maskloss train --help"
-
-
-class Option(NamedTuple):
-    """What is known of an option beside its type and its default.
-
-    Attributes:
-        group: under which the help lists it.
-        metavar: what stands for its value.
-        text: what it does, and what None stands for.
-        least: the smallest value.
-        most: the largest. Beyond it, a machine would run out of memory or threads before it said so.
-        above: the value must be larger than this.
-        choices: all that it may be.
-    """
-
-    group: str
-    metavar: str
-    text: str
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    choices: tuple[str, ...] | None = None
-
-    def check(self, name: str, kind: type, value: Any) -> None:
-        """Raise if a value is not of this kind or not within these bounds.
-
-        Args:
-            name: as it is typed, with dashes.
-            kind: bool, int, float or str.
-            value: that was given.
-        """
-        if self.choices is not None:
-            good, must = value in self.choices, f"one of {', '.join(self.choices)}"
-        elif kind is str:
-            good, must = isinstance(value, str) and bool(value) and "\0" not in value, "a name"
-        elif kind is bool:
-            good, must = isinstance(value, bool), "true or false"
-        else:
-            fits = (int, float) if kind is float else int
-            good = isinstance(value, fits) and is_number(value) and self._holds(value)
-            must = f"a {'finite' if kind is float else 'whole'} number{self._bounds()}"
-        if not good:
-            raise Cause(f"{name} must be {must}", f"got {value!r}", HELP)
-
-    def _holds(self, value: float) -> bool:
-        return (
-            (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.above is None or value > self.above)
-        )
-
-    def _bounds(self) -> str:
-        if self.least is not None and self.most is not None:
-            return f" from {self.least:,} to {self.most:,}"
-        return f", above {self.above:g}" if self.above is not None else f", at least {self.least:g}"
-
-
-class Field(NamedTuple):
-    """An option of a run, read off `TrainConfig`: its name there, its type, whether None is a value, its default."""
-
-    name: str
-    kind: type
-    optional: bool
-    default: Any
-    option: Option
-
-    @property
-    def flag(self) -> str:
-        """How the option is typed."""
-        return ("--no-" if self.default is True else "--") + self.name.replace("_", "-")
+STEPS = 1000
+BEST, LAST = "best", "last"
 
 
 _STEPS = 100_000_000
@@ -227,7 +161,22 @@ class TrainConfig:
         float | None,
         Option("loss", "WEIGHT", "of 'no object' in it; default: 0.4, or what a pretrained model has", 0),
     ] = None
-    steps: Annotated[int, Option("training", "N", "optimizer steps", 1, _STEPS)] = 1000
+    steps: Annotated[
+        int | None, Option("training", "N", f"optimizer steps; default: {STEPS}, unless there are --epochs", 1, _STEPS)
+    ] = None
+    epochs: Annotated[
+        int | None, Option("training", "N", "times that every training image is shown, instead of --steps", 1, _STEPS)
+    ] = None
+    patience: Annotated[
+        int,
+        Option(
+            "training",
+            "N",
+            "evaluations without a higher AP after which training ends before its last step; 0: it does not",
+            0,
+            10_000,
+        ),
+    ] = 0
     batch_size: Annotated[
         int, Option("training", "N", "images of a step, over all processes and micro-batches", 1, _IMAGES)
     ] = 16
@@ -250,12 +199,34 @@ class TrainConfig:
     warmup: Annotated[
         float, Option("training", "SHARE", "share of the steps in which the learning rate rises", 0, 1)
     ] = 0.05
+    ema: Annotated[
+        bool, Option("training", "", "score and keep a moving average of the weights, and not the weights themselves")
+    ] = False
+    ema_decay: Annotated[
+        float,
+        Option(
+            "training",
+            "DECAY",
+            "of the average after a step, at most; after step n it is no more than (1 + n) / (10 + n)",
+            0,
+            1,
+        ),
+    ] = 0.999
     precision: Annotated[
         str, Option("training", "KIND", "no, bf16 or fp16: mixed precision", choices=("no", "bf16", "fp16"))
     ] = "no"
     seed: Annotated[
         int, Option("training", "N", "the same seed gives the same run, bit for bit on one machine", 0, 2**31 - 1)
     ] = 0
+    keep: Annotated[
+        str,
+        Option(
+            "run",
+            "WHICH",
+            "best or last: the weights of the evaluation with the highest AP, or those of the last step",
+            choices=(BEST, LAST),
+        ),
+    ] = BEST
     checkpoint_every: Annotated[int, Option("run", "STEPS", "steps between two checkpoints", 1, _STEPS)] = 250
     evaluations: Annotated[int, Option("run", "N", "evaluations during training", 1, 10_000)] = 8
     threads: Annotated[
@@ -274,6 +245,10 @@ class TrainConfig:
                 f"got {self.batch_size} and {self.accumulate}",
                 "--batch-size counts the images of a whole step",
             )
+        if self.steps is not None and self.epochs is not None:
+            raise Cause(
+                "--steps and --epochs exclude each other", f"got {self.steps} and {self.epochs}", "leave one out"
+            )
         if self.device is not None:
             _check_device(self.device)
 
@@ -288,14 +263,35 @@ class TrainConfig:
         Raises:
             MaskLossError: an option that does not exist, or one outside its range.
         """
-        unknown = sorted(set(options) - {field.name for field in fields()})
+        known = {field.name for field in fields()}
+        unknown = sorted(set(options) - known)
         if unknown:
             raise Cause(
                 "every option of a configuration must be known",
-                f"unknown: {', '.join(unknown)}",
-                "it comes from another version",
+                f"there is no {unknown[0]}{did_you_mean(unknown[0], known)}",
+                "or does it come from another version?",
             )
         return cls(**options)
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps; what --epochs amounts to is known when the data have been read."""
+        return self.steps or STEPS
+
+    def with_steps(self, images: int | None) -> TrainConfig:
+        """Return the options with the steps that their epochs amount to.
+
+        Args:
+            images: to train on; None: they are made as they are needed, without end.
+
+        Raises:
+            Cause: epochs of images without end.
+        """
+        if self.epochs is None:
+            return dataclasses.replace(self, steps=self.num_steps)
+        if images is None:
+            raise Cause("--epochs needs a number of images", "scenes of digits have no end", "take --steps")
+        return dataclasses.replace(self, epochs=None, steps=math.ceil(self.epochs * images / self.batch_size))
 
     @property
     def data_options(self) -> DataOptions:
@@ -338,6 +334,41 @@ def fields() -> tuple[Field, ...]:
         optional = get_origin(hint) is UnionType
         found.append(Field(each.name, get_args(hint)[0] if optional else hint, optional, each.default, option))
     return tuple(found)
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Read options of a run by name from a YAML or JSON file, such as the `run.json` of a run.
+
+    Raises:
+        Cause: a file that cannot be read, or a name that is no option.
+        MissingExtraError: a YAML file, and PyYAML is not installed (extra `train`).
+    """
+    content = read_mapping(path, "--config must be a file with options, as YAML or JSON", "train")
+    if {"schema", "config", "classes"} <= set(content) and isinstance(content["config"], dict):
+        content = content["config"]
+    known = {field.name: field for field in fields()}
+    options: dict[str, Any] = {}
+    for typed, value in content.items():
+        name = str(typed).replace("-", "_")
+        if name not in known:
+            raise Cause(
+                "every name in a --config must be that of an option",
+                f"{path}: there is no {typed}{did_you_mean(name, known)}",
+                "maskloss train --help lists them, here without the leading dashes",
+            )
+        if value is not None:
+            options[name] = _meant(known[name], value)
+    return options
+
+
+def _meant(field: Field, value: Any) -> Any:
+    """Return what a person meant by a value of YAML, where 3e-4 is a text, and no is false."""
+    if field.kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return "no" if value is False and "no" in (field.option.choices or ()) else value
 
 
 def _check_device(name: str) -> None:

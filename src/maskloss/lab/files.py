@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maskloss.errors import Cause
+from maskloss.errors import Cause, require
 
 LOCK = ".maskloss.lock"
 PARTIAL = ".partial"
@@ -113,6 +113,32 @@ def read_any_json(path: Path, rule: str) -> Any:
         raise Cause(rule, f"{path}: {explain(error)}", "is it the right file?") from None
     except OSError as error:
         raise Cause(rule, f"{path}: {explain(error)}", "check the path") from None
+
+
+def read_mapping(path: Path, rule: str, extra: str) -> dict[str, Any]:
+    """Read a file of YAML, by its ending, or of JSON, that holds a dict.
+
+    Raises:
+        Cause: `rule`, with what is wrong with the file.
+        MissingExtraError: a YAML file, and PyYAML is not installed; `extra` is what brings it.
+    """
+    if path.suffix.lower() not in {".yaml", ".yml"}:
+        return read_json(path, rule)
+    yaml = require("yaml", extra)
+    check_file(path, rule)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise Cause(rule, f"{path}: {line}{error.problem}", "indent with spaces") from None
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise Cause(rule, f"{path}: {explain(error)}", "is it the right file?") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError):
+        # PyYAML raises these for values that do not fit their tag, such as `!!int x`.
+        raise Cause(rule, f"{path}: a value does not fit its tag", "leave tags out") from None
+    if not isinstance(content, dict):
+        raise Cause(rule, f"{path} holds a {type(content).__name__}", "a line has the form name: value")
+    return content
 
 
 def plain(value: Any) -> Any:

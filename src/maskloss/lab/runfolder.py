@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from maskloss._numbers import is_number
 from maskloss.errors import Cause
 from maskloss.lab import files
-from maskloss.lab.config import TrainConfig
+from maskloss.lab.config import BEST, TrainConfig
 from maskloss.lab.files import read_json
 
 RUN, METRICS, SUMMARY, REPORT = "run.json", "metrics.jsonl", "summary.json", "report.html"
 WEIGHTS, MODEL, HELD_OUT = "model.safetensors", "model", "held_out.txt"
+# In a checkpoint: the average of the weights, which is what is scored and kept.
+AVERAGE = "average.safetensors"
 CHECKPOINTS, SNAPSHOTS, PICTURES, TENSORBOARD = "checkpoints", "snapshots", "pictures", "tensorboard"
 # The name of a checkpoint and of a snapshot.
 STEP = r"step-[0-9]{8,}"
@@ -96,3 +101,59 @@ def path_of(folder: Path, step: int) -> Path:
 def holds_work(folder: Path) -> bool:
     """Whether a run has come to anything worth keeping."""
     return bool(steps_of(folder)) or (folder / WEIGHTS).exists() or (folder / MODEL / WEIGHTS).exists()
+
+
+def read_lines(folder: Path) -> list[dict[str, Any] | None]:
+    """Read metrics.jsonl; None for a line that a run did not write. A last line that was cut off is left out."""
+    path = folder / METRICS
+    if not path.is_file():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [_read_line(text) for text in lines]
+
+
+def _read_line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        return None
+    scores = line.get("held_out", {"ap": None, "ap50": None, "mean_iou": None})
+    values = [value for name, value in line.items() if name != "held_out"]
+    if not isinstance(scores, dict) or not {"ap", "ap50", "mean_iou"} <= set(scores):
+        return None
+    values += [scores[name] for name in ("ap", "ap50", "mean_iou")]
+    return line if all(value is None or is_number(value) for value in values) else None
+
+
+def scores_of(lines: Iterable[Mapping[str, Any] | None]) -> dict[int, float]:
+    """Return the AP on held-out images of each step that was scored after training had begun, in order."""
+    scored = (line for line in lines if line is not None and "held_out" in line and line["step"] > 0)
+    found = {line["step"]: line["held_out"]["ap"] for line in scored}
+    return {step: ap for step, ap in found.items() if ap is not None}
+
+
+def since_best(lines: Iterable[Mapping[str, Any] | None]) -> int:
+    """Count the evaluations since the one that reached the highest AP first."""
+    scores = list(scores_of(lines).values())
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
+
+
+def best_of(lines: Iterable[Mapping[str, Any] | None], steps: Sequence[int]) -> int | None:
+    """Return the one of some steps with the highest AP on held-out images, the last of equals; None: none has one."""
+    scores = {step: ap for step, ap in scores_of(lines).items() if step in steps}
+    return max(scores, key=lambda step: (scores[step], step)) if scores else None
+
+
+def kept_step(folder: Path, config: TrainConfig) -> int | None:
+    """Return the step whose checkpoint holds the weights that a run keeps; None: there is no checkpoint."""
+    steps = steps_of(folder)
+    best = best_of(read_lines(folder), steps) if config.keep == BEST else None
+    return best or (steps[-1] if steps else None)
+
+
+def kept_weights(folder: Path, step: int) -> Path:
+    """Return the file in a checkpoint with the weights that are used: their average, where there is one."""
+    average = path_of(folder, step) / AVERAGE
+    return average if average.is_file() else path_of(folder, step) / WEIGHTS

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from maskloss.errors import Cause, require
+from maskloss.errors import Cause
 from maskloss.lab import files
 from maskloss.lab.terminal import printable
 from maskloss.methods import FORMATS, FORMULAS, LANGUAGES, STYLES, MethodSettings, bibtex, describe, document
@@ -136,7 +136,7 @@ def settings_of_run(folder: Path) -> MethodSettings:
         crop=config.crop,
         augmentation=Augmentation(augment.SMALLEST, augment.LARGEST, facts.one_class_maps) if config.augment else None,
         digits=not folder_of_images,
-        steps=config.steps,
+        steps=config.num_steps,
         batch_size=config.batch_size,
         lr=config.lr or 0.0,
         backbone_share=share,
@@ -148,32 +148,6 @@ def settings_of_run(folder: Path) -> MethodSettings:
     )
     version = facts.version if re.fullmatch(r"[\w.+-]{1,40}", facts.version or "") else None
     return replace(found, training=training, version=version).with_targets(folder_of_images, folder_of_images)
-
-
-def _options_of_file(path: Path) -> dict[str, Any]:
-    """Read options by name from a JSON or YAML file.
-
-    Raises:
-        MaskLossError: a file that cannot be read, or does not hold a mapping.
-        MissingExtraError: a YAML file, and PyYAML is not installed (extra `methods`).
-    """
-    if path.suffix.lower() not in {".yaml", ".yml"}:
-        return files.read_json(path, _RULE)
-    yaml = require("yaml", "methods")
-    files.check_file(path, _RULE)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
-        raise Cause(_RULE, f"{path}: {line}{error.problem}", "indent with spaces") from None
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise Cause(_RULE, f"{path}: {files.explain(error)}", "is it the right file?") from None
-    except (ArithmeticError, AttributeError, LookupError, TypeError):
-        # PyYAML raises these for values that do not fit their tag, such as `!!int x`.
-        raise Cause(_RULE, f"{path}: a value does not fit its tag", "leave tags out") from None
-    if not isinstance(content, dict):
-        raise Cause(_RULE, f"{path} holds a {type(content).__name__}", "num_points: 12544")
-    return content
 
 
 def _options() -> dict[str, Any]:
@@ -203,7 +177,7 @@ def _settings(options: argparse.Namespace) -> MethodSettings:
             )
         return settings_of_run(options.run_folder) if options.model is None else settings_of_model(options.model)
     own = {name.removeprefix("matcher_"): given.pop(name) for name in [*given] if name.startswith("matcher_")}
-    content = _options_of_file(options.config) if options.config is not None else {}
+    content = files.read_mapping(options.config, _RULE, "methods") if options.config is not None else {}
     # Single options win over the file's.
     for name, values in (("sampling", given), ("matcher", own)):
         if isinstance(content.get(name), dict):

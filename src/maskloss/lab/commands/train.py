@@ -7,12 +7,13 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from maskloss.lab.config import TrainConfig, fields
+from maskloss.lab.config import TrainConfig, fields, read_options
 from maskloss.lab.loop import run
 from maskloss.lab.loop.progress import Begin, Interrupted, Listener, Progress
 from maskloss.lab.results.evaluate import Evaluation
 from maskloss.lab.terminal import Display, count, display, number, open_console, say
 
+_CHANGEABLE = ", ".join(f"--{name}" for name in run.CHANGEABLE)
 LESS_MEMORY = "take a smaller --size, --batch-size, --grid or --num-points"
 EPILOG = """\
 data:
@@ -30,6 +31,8 @@ examples:
   maskloss train --data coco --model facebook/mask2former-swin-tiny-coco-instance --size 512
   torchrun --nproc-per-node 4 -m maskloss train --data coco --batch-size 64
   maskloss train --resume runs/2026-01-31_12-00-00       go on after Ctrl-C, or after a power cut
+  maskloss train --resume runs/cells --steps 4000        go on past the end
+  maskloss train --config runs/cells/run.json --seed 1   the same run with another seed
 """
 
 
@@ -42,9 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups = {field.option.group: parser.add_argument_group(field.option.group) for field in fields()}
     for field in fields():
         add, option = groups[field.option.group].add_argument, field.option
-        # Not given is not the same as the default: a run that is resumed has its own options.
+        # Not given is not the same as the default: a run that is resumed, and a --config, have options of their own.
         if field.kind is bool:
             add(field.flag, action="store_const", const=not field.default, dest=field.name, help=option.text)
+            # What a --config says can be taken back.
+            add(field.back, action="store_const", const=field.default, dest=field.name, help=argparse.SUPPRESS)
         else:
             shown = option.text if field.default is None else f"{option.text} (default: {field.default})"
             add(field.flag, type=field.kind, dest=field.name, metavar=option.metavar, help=shown)
@@ -52,7 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: runs/<time>")
     where.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder")
     where.add_argument(
-        "--resume", type=Path, metavar="RUN", help="go on with an interrupted run; takes no options but --device"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="options by name, as YAML or JSON, or the run.json of a run; the command line wins",
+    )
+    where.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help=f"go on with a run that was interrupted, or past its end with --steps; takes only {_CHANGEABLE}",
     )
     where.add_argument("--tensorboard", action="store_true", help="write logs for TensorBoard into the folder as well")
 
@@ -61,16 +75,21 @@ def main(options: argparse.Namespace) -> int:
     """Begin a run or go on with one."""
     given = {field.name: getattr(options, field.name) for field in fields()}
     given = {name: value for name, value in given.items() if value is not None}
-    config = TrainConfig(**given)
-    if options.resume is not None and (options.out or options.overwrite or set(given) - {"device"}):
-        options.refuse("--resume takes no options but --device: a run knows how it was begun")
+    other = options.out or options.overwrite or options.config or set(given) - set(run.CHANGEABLE)
+    if options.resume is not None and other:
+        options.refuse(f"--resume takes no options but {_CHANGEABLE}: a run knows how it was begun")
+    from_file = {} if options.config is None else read_options(options.config)
+    for name, instead in (("steps", "epochs"), ("epochs", "steps")):
+        if name in given:
+            from_file.pop(instead, None)
+    config = TrainConfig(**from_file | given)
     console = open_console()
     try:
         with display(console, "Reading the data") as shown, _listening(shown, options.tensorboard) as listener:
             if options.resume is None:
                 result = run.train(config, options.out, listener, overwrite=options.overwrite)
             else:
-                result = run.resume(options.resume, listener, device=options.device)
+                result = run.resume(options.resume, listener, **given)
     except Interrupted as stopped:
         if not console.quiet:
             say(stopped)
@@ -79,6 +98,7 @@ def main(options: argparse.Namespace) -> int:
         last = Display(console, None)
         last.print()
         last.print(*scores(result.evaluation), f"  on {count(result.evaluation.scenes, 'held-out image')}")
+        last.print(("kept ", "dim"), result.kept)
         last.print((f"{result.seconds:.0f} s in all; open ", "dim"), str(result.files[0]))
     return 0
 

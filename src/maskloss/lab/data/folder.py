@@ -138,6 +138,11 @@ class FolderScenes:
         return torch.randperm(len(self.found.train), generator=step_generator(seed, epoch))
 
     @property
+    def num_training(self) -> int:
+        """The number of images to train on."""
+        return len(self.found.train)
+
+    @property
     def largest(self) -> int:
         """The longest side of any training image, pixels."""
         return int(self.found.train.sizes.max())

@@ -145,6 +145,10 @@ class Source(Protocol):
         """The channels of the images."""
 
     @property
+    def num_training(self) -> int | None:
+        """The number of images to train on; None: they are made as they are needed, without end."""
+
+    @property
     def most_instances(self) -> int:
         """The most instances of any scene; a model should have as many queries."""
 

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000250/
       model.safetensors       weights and buffers
+      average.safetensors     their average, if the run keeps one
       optimizer.safetensors   moments of each weight
       random-0.safetensors    state of torch's generators of each process, and the terms that are not yet logged
       state.json              step, schedule, and what belongs to the files above
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from maskloss._numbers import is_number
 from maskloss.errors import Cause
 from maskloss.lab import files
+from maskloss.lab.loop.average import Average
 from maskloss.lab.models.weights import load_weights, read_tensors, write_tensors
-from maskloss.lab.runfolder import WEIGHTS, path_of, steps_of
+from maskloss.lab.runfolder import AVERAGE, WEIGHTS, best_of, kept_weights, path_of, read_lines, steps_of
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 KEPT = 2
@@ -59,7 +61,9 @@ def write(
     position: Position,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
+    average: Average | None = None,
     *,
+    keep_best: bool = False,
     rank: int = 0,
     wait: Callable[[], None] = lambda: None,
 ) -> None:
@@ -70,6 +74,8 @@ def write(
         position: where the run is.
         network: whose weights to write.
         optimizer: whose state to write.
+        average: of the weights, to write too.
+        keep_best: whether the checkpoint with the highest score on held-out images is kept beside the last ones.
         rank: of this process; the first one writes what all share.
         wait: for the other processes.
 
@@ -88,6 +94,9 @@ def write(
         wait()
         if rank == 0:
             write_tensors(partial / WEIGHTS, network.state_dict())
+            if average is not None:
+                with average.shown():
+                    write_tensors(partial / AVERAGE, network.state_dict())
             tensors, groups = _flat(optimizer)
             write_tensors(partial / OPTIMIZER, tensors)
             sums = {path.name: _sum(path) for path in sorted(partial.iterdir())}
@@ -97,7 +106,7 @@ def write(
             files.remove(place)
             partial.rename(place)
             files.flush_folder(place.parent)
-            for old in steps_of(folder)[:-KEPT]:
+            for old in _superfluous(folder, keep_best):
                 files.remove(path_of(folder, old))
     except OSError as error:
         _forget(partial)
@@ -108,48 +117,85 @@ def write(
         ) from None
 
 
-def read(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int = 0) -> Position:
-    """Put a checkpoint into a model, an optimizer and torch's generators.
+def _superfluous(folder: Path, keep_best: bool) -> list[int]:
+    """List the checkpoints that are neither among the last ones, nor the best up to any of these.
+
+    So the best one is there too for whoever has to go back to the last checkpoint but one.
+    """
+    steps = steps_of(folder)
+    last = steps[-KEPT:]
+    lines = read_lines(folder) if keep_best else []
+    best = {best_of(lines, [step for step in steps if step <= end]) for end in last}
+    return [step for step in steps if step not in last and step not in best]
+
+
+def read(
+    folder: Path,
+    step: int,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average | None = None,
+    *,
+    rank: int = 0,
+) -> Position:
+    """Put a checkpoint into a model, an optimizer, an average of weights and torch's generators.
 
     Raises:
         Cause: files that are missing, damaged, or belong to another run; nothing is changed then.
     """
     place = path_of(folder, step)
     state = files.read_json(place / STATE, _RULE)
-
-    def rule_broken(what: str) -> Cause:
-        before = [each for each in steps_of(folder) if each < step]
-        hint = f"go on from step {before[-1]:,}" if before else "begin the run again"
-        return Cause(_RULE, f"{place}: {what}", f"remove this folder, to {hint} with --resume")
-
     if state.pop("schema", None) != SCHEMA:
-        raise rule_broken("it is of another version")
+        raise _broken(place, "it is of another version")
     try:
         sums, groups = state.pop("sums"), state.pop("groups")
         position = Position(**state)
         if position.step != step or not isinstance(sums, dict) or not isinstance(groups, list) or not _fits(position):
             raise TypeError("its description does not fit")
     except (KeyError, TypeError) as error:
-        raise rule_broken(files.explain(error)) from None
-    for name in (WEIGHTS, OPTIMIZER, f"random-{rank}.safetensors"):
+        raise _broken(place, files.explain(error)) from None
+    for name in (WEIGHTS, *([AVERAGE] if average else []), OPTIMIZER, f"random-{rank}.safetensors"):
         if not (place / name).is_file():
-            raise rule_broken(f"there is no {name}; it was written by {position.ranks} process(es)")
+            raise _broken(place, f"there is no {name}; it was written by {position.ranks} process(es)")
         if _sum(place / name) != sums.get(name):
-            raise rule_broken(f"{name} is not what was written")
+            raise _broken(place, f"{name} is not what was written")
     weights, moments = read_tensors(place / WEIGHTS), read_tensors(place / OPTIMIZER)
     generators = read_tensors(place / f"random-{rank}.safetensors")
+    averaged = read_tensors(place / AVERAGE) if average else {}
     try:
         restored = _unflattened(optimizer, moments, groups)
+        if average:
+            with average.shown():
+                load_weights(network, averaged, str(place / AVERAGE))
         load_weights(network, weights, str(place / WEIGHTS))
         optimizer.load_state_dict(restored)
     except Cause:
         raise
     except (KeyError, ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
-        raise rule_broken(files.explain(error)) from None
+        raise _broken(place, files.explain(error)) from None
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state(generators["cuda"])
     return position
+
+
+def load_kept(folder: Path, step: int, network: nn.Module) -> None:
+    """Put the weights of a checkpoint that are used, their average where there is one, into a model.
+
+    Raises:
+        Cause: files that are missing or damaged; nothing is changed then.
+    """
+    path = kept_weights(folder, step)
+    sums = files.read_json(path.with_name(STATE), _RULE).get("sums")
+    if not isinstance(sums, dict) or _sum(path) != sums.get(path.name):
+        raise _broken(path.parent, f"{path.name} is not what was written")
+    load_weights(network, read_tensors(path), str(path))
+
+
+def _broken(place: Path, what: str) -> Cause:
+    left = [each for each in steps_of(place.parents[1]) if path_of(place.parents[1], each) != place]
+    hint = f"go on from step {left[-1]:,}" if left else "begin the run again"
+    return Cause(_RULE, f"{place}: {what}", f"remove this folder, to {hint} with --resume")
 
 
 def _fits(position: Position) -> bool:

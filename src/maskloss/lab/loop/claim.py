@@ -44,7 +44,7 @@ _FOLDERS = (MODEL, CHECKPOINTS, SNAPSHOTS, PICTURES, TENSORBOARD)
 _WRITTEN = re.compile(
     rf"({RUN}|{HELD_OUT}|{METRICS}|{SUMMARY}|{REPORT}|{WEIGHTS}"
     rf"|{MODEL}/(config\.json|preprocessor_config\.json|{WEIGHTS})"
-    rf"|{CHECKPOINTS}/{STEP}/(state\.json|(model|optimizer|random-[0-9]+)\.safetensors)"
+    rf"|{CHECKPOINTS}/{STEP}/(state\.json|(model|average|optimizer|random-[0-9]+)\.safetensors)"
     rf"|{SNAPSHOTS}/{STEP}\.safetensors"
     rf"|{PICTURES}/((losses|scores|matching|overview|scene-[0-9]+-\w+|points-[0-9]+-[0-9]+|hard-[0-9]+-\w+)\.png|points\.gif)"
     rf"|{TENSORBOARD}/events\.out\.tfevents\..+)"

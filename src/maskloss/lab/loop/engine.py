@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,28 +16,40 @@ from torch import Tensor, nn
 from maskloss.distributed import step_totals
 from maskloss.errors import Cause
 from maskloss.lab import files
-from maskloss.lab.config import TrainConfig
+from maskloss.lab.config import BEST, TrainConfig
 from maskloss.lab.data.problems import Problems
-from maskloss.lab.data.scenes import STOP_SIGNALS, Batch, Plan, Scene, Source, batches, hashed
+from maskloss.lab.data.scenes import Batch, Plan, Scene, Source, batches, hashed
 from maskloss.lab.loop import checkpoint
+from maskloss.lab.loop.average import Average
 from maskloss.lab.loop.checkpoint import Position
 from maskloss.lab.loop.claim import drop_replaced
 from maskloss.lab.loop.metrics import Metrics
 from maskloss.lab.loop.progress import Interrupted, Listener, Progress
+from maskloss.lab.loop.signals import Signals
 from maskloss.lab.models.learners import Learner
 from maskloss.lab.results.evaluate import Evaluation, Judged, evaluate
 from maskloss.lab.results.inference import MOST, Prediction, Predictor
 from maskloss.lab.results.snapshots import take, write_snapshot
-from maskloss.lab.runfolder import SNAPSHOTS, Facts
+from maskloss.lab.runfolder import SNAPSHOTS, Facts, best_of, scores_of, since_best, steps_of
 
 # Steps that one line of metrics averages, and scenes that an evaluation during training looks at.
 LOG_EVERY, GLANCE = 10, 100
 # One step in ten is measured in its parts: to measure, a GPU has to be waited for.
 MEASURE_EVERY = 10
-# Seconds after which a second Ctrl-C is meant.
-AGAIN = 1.0
 # Snapshots of the points, as shares of the run.
 SNAPSHOT_AT = (0.02, 0.1, 0.3, 1.0)
+
+
+class Kept(NamedTuple):
+    """Which weights a run keeps.
+
+    Attributes:
+        step: that they are from.
+        told: the same in a few words, with what ended the run.
+    """
+
+    step: int
+    told: str
 
 
 class Engine:
@@ -61,10 +70,12 @@ class Engine:
         self.facts, self.source, self.folder = facts, source, folder
         self.accelerator, self.listener = accelerator, listener
         self.config: TrainConfig = facts.config
+        self.steps, self.step = facts.config.num_steps, 0
         self.learner = learner.to(accelerator.device)
         groups = learner.groups(self.config)
         self.shares = [group.pop("share", 1.0) for group in groups]
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr or 0.0, betas=(0.9, 0.99))
+        self.average = Average(learner.network, self.config.ema_decay) if self.config.ema else None
         self.model: nn.Module = accelerator.prepare_model(learner)
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.main = bool(accelerator.is_main_process)
@@ -76,7 +87,7 @@ class Engine:
         self.skipped: list[str] = []
         self._pending: list[Tensor] = []
         self._terms: list[str] = []
-        self._signal = 0
+        self._signals = Signals()
 
     # ------------------------------------------------------------ the loop
 
@@ -97,34 +108,41 @@ class Engine:
         self.metrics = Metrics(self.folder, None if begin is None else begun, self.main)
         self.model.train()
         self.accelerator.wait_for_everyone()
-        loaded = batches(
-            self.source, self.plan, config.seed, range(begun + 1, config.steps + 1), config.num_workers, self._pins
-        )
-        with self._signals(), contextlib.closing(loaded):  # type: ignore[type-var]
+        self.step = begun
+        left = range(begun + 1, begun + 1 if self._has_stalled() else self.steps + 1)
+        loaded = batches(self.source, self.plan, config.seed, left, config.num_workers, self._pins)
+        with self._signals.heeded(self.listener.note), contextlib.closing(loaded):  # type: ignore[type-var]
             self._look_back(begun)
             since, self._reported = time.perf_counter(), time.perf_counter()
-            for step in range(begun + 1, config.steps + 1):
+            for step in left:
                 self.learner.clock.running = step % MEASURE_EVERY == 0
                 with self.learner.clock.part("data"):
                     micro = next(loaded)
                 self._pending.append(self._step(step, micro))
+                if self.average is not None:
+                    self.average.update(step)
                 self.seconds += time.perf_counter() - since
-                if step % LOG_EVERY == 0 or step == config.steps:
+                if step % LOG_EVERY == 0 or step == self.steps:
                     self._log(step)
                 stopped = self._asked_to_stop()
-                self._look_back(step)
-                stopped = stopped or self._asked_to_stop()
-                if stopped or step % config.checkpoint_every == 0 or step == config.steps:
+                best = self._look_back(step)
+                stopped, stalled = stopped or self._asked_to_stop(), self._has_stalled()
+                if stopped or stalled or best or step % config.checkpoint_every == 0 or step == self.steps:
                     self._save(step)
-                if stopped and step < config.steps:
-                    raise Interrupted(self.folder, step, config.steps, self._signal or signal.SIGTERM)
+                self.step = step
+                if stalled:
+                    if self.main and step < self.steps:
+                        self._snapshot(step)
+                    break
+                if stopped and step < self.steps:
+                    raise Interrupted(self.folder, step, self.steps, self._signals.number or signal.SIGTERM)
                 since = time.perf_counter()
         return self.metrics.lines
 
     def _step(self, step: int, micro: list[Batch]) -> Tensor:
         """Take one step, counted from 1, and return the loss and its terms on the device."""
         config, clock = self.config, self.learner.clock
-        rate = (config.lr or 0.0) * schedule(step / config.steps, config.schedule, config.warmup)
+        rate = (config.lr or 0.0) * schedule(step / self.steps, config.schedule, config.warmup)
         for group, portion in zip(self.optimizer.param_groups, self.shares, strict=True):
             group["lr"] = rate * portion
         for text in (each for batch in micro for each in batch.skipped):
@@ -183,22 +201,35 @@ class Engine:
         self.listener.step(Progress(step, terms, speed(count * self.config.batch_size, now - self._reported)))
         self._reported = now
 
-    def _look_back(self, step: int) -> None:
-        """Take a snapshot and glance at held-out scenes, where a step is due for them and has not had them."""
+    def _look_back(self, step: int) -> bool:
+        """Take a snapshot and glance at held-out scenes, where a step is due for them and has not had them.
+
+        Returns:
+            Whether the step is the best so far, and is to be kept for that.
+        """
         config = self.config
-        evaluate_at = {round(config.steps * part / config.evaluations) for part in range(config.evaluations + 1)}
-        snapshot_at = {max(1, round(config.steps * portion)) for portion in SNAPSHOT_AT}
+        evaluate_at = {round(self.steps * part / config.evaluations) for part in range(config.evaluations + 1)}
+        snapshot_at = {max(1, round(self.steps * portion)) for portion in SNAPSHOT_AT}
         if self.main and step in snapshot_at:
-            with self._quick():
-                shot = take(self.learner, self.source, step)
-                write_snapshot(self.folder / SNAPSHOTS, shot)
-        if step in evaluate_at and not self.metrics.has(step, "held_out"):
-            scores = self.evaluate(most=GLANCE, stopped=lambda: bool(self._signal))
-            if scores is not None:
-                self.metrics.add({"step": step, "held_out": scores.as_dict()})
-                if step:
-                    self.listener.evaluation((step, scores))
-            self._reported = time.perf_counter()
+            self._snapshot(step)
+        if step not in evaluate_at or self.metrics.has(step, "held_out"):
+            return False
+        scores = self.evaluate(most=GLANCE, stopped=lambda: bool(self._signals.number))
+        if scores is not None:
+            self.metrics.add({"step": step, "held_out": scores.as_dict()})
+            if step:
+                self.listener.evaluation((step, scores))
+        self._reported = time.perf_counter()
+        found = scores_of(self.metrics.lines)
+        return scores is not None and self.config.keep == BEST and best_of(self.metrics.lines, [*found]) == step
+
+    def _snapshot(self, step: int) -> None:
+        with self._quick():
+            write_snapshot(self.folder / SNAPSHOTS, take(self.learner, self.source, step))
+
+    def _has_stalled(self) -> bool:
+        """Whether the score has not risen for so long that training ends."""
+        return 0 < self.config.patience <= since_best(self.metrics.lines)
 
     def evaluate(
         self,
@@ -209,7 +240,7 @@ class Engine:
         """Score the model on held-out scenes, all of them or the first ones; None if it was stopped."""
         scenes = self.source.held_out if most is None else self.source.held_out[:most]
         problems = Problems(self.config.on_error)
-        with self._quick():
+        with self._quick(), self._averaged():
             scores = evaluate(
                 self.predictor,
                 scenes,
@@ -238,6 +269,10 @@ class Engine:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), self.accelerator.autocast():
             yield
 
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Let the model have the average for its weights, if there is one and it does not have it for good."""
+        return contextlib.nullcontext() if self.average is None else self.average.shown()
+
     # ------------------------------------------------------------ checkpoints, signals
 
     def _save(self, step: int) -> None:
@@ -259,6 +294,8 @@ class Engine:
             position,
             self.learner.network,
             self.optimizer,
+            self.average,
+            keep_best=self.config.keep == BEST,
             rank=self.rank,
             wait=self.accelerator.wait_for_everyone,
         )
@@ -266,7 +303,9 @@ class Engine:
             drop_replaced(self.folder)
 
     def _restore(self, step: int) -> None:
-        position = checkpoint.read(self.folder, step, self.learner.network, self.optimizer, rank=self.rank)
+        position = checkpoint.read(
+            self.folder, step, self.learner.network, self.optimizer, self.average, rank=self.rank
+        )
         self.seconds = position.seconds
         self.learner.clock.seconds.update(position.clock)
         if position.scaler:
@@ -278,61 +317,36 @@ class Engine:
         self._pending = list(torch.tensor(rows, device=self.accelerator.device).unbind())
         self._terms = position.terms
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let a signal end the run after the step that is being taken; Ctrl-C a second time ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        asked = 0.0
-
-        def stop(number: int, _: FrameType | None) -> None:
-            nonlocal asked
-            if self._signal:
-                # A terminal that closes and torchrun send a signal twice within a moment.
-                if number == signal.SIGINT and time.monotonic() - asked > AGAIN:
-                    raise KeyboardInterrupt
-                return
-            self._signal, asked = number, time.monotonic()
-            if number != signal.SIGINT:
-                _leave_dead_terminal()
-            self.listener.note("Stopping after this step (Ctrl-C again: at once)")
-
-        # What a run was told to ignore, as by nohup, stays ignored.
-        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, stop) for number in heeded}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def settle(self) -> Kept:
+        """Leave the model with the weights that the run keeps."""
+        self.accelerator.wait_for_everyone()
+        lines, last = self.metrics.lines, self.step
+        best = best_of(lines, steps_of(self.folder)) if self.config.keep == BEST else None
+        average, self.average = self.average, None
+        if best is not None and best != last:
+            checkpoint.load_kept(self.folder, best, self.learner.network)
+        elif average is not None:
+            average.swap()
+        what = "weights" if average is None else "averaged weights"
+        told = f"the {what} of the last step" if best is None else f"the {what} of step {best:,}, the best of "
+        if best is not None:
+            told += f"{len(scores_of(lines))} evaluations"
+        if last < self.steps:
+            told += f"; ended at step {last:,} of {self.steps:,}, as no score has been higher since"
+        return Kept(best or last, told)
 
     def _asked_to_stop(self) -> bool:
         """Whether any process was asked to stop: all have to stop after the same step."""
+        asked = bool(self._signals.number)
         if self.ranks == 1:
-            return bool(self._signal)
-        asked = torch.tensor(float(bool(self._signal)), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+            return asked
+        flag = torch.tensor(float(asked), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
 
 def speed(images: int, seconds: float) -> float:
     """Return images a second; nan where a clock stands still."""
     return images / seconds if seconds > 0 else math.nan
-
-
-def _leave_dead_terminal() -> None:
-    """Write to nowhere if the terminal has gone: a run must not fail at a line before it has its checkpoint."""
-    for handle in (1, 2):
-        if not _takes_writes(handle):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
-
-
-def _takes_writes(handle: int) -> bool:
-    try:
-        os.write(handle, b"")
-    except OSError:
-        return False
-    return True
 
 
 def schedule(progress: float, kind: str = "cosine", warmup: float = 0.05) -> float:

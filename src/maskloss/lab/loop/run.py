@@ -30,12 +30,25 @@ from maskloss.lab.results import report
 from maskloss.lab.results.evaluate import Evaluation
 from maskloss.lab.results.gallery import Gallery
 from maskloss.lab.results.snapshots import hardest, read_snapshots
-from maskloss.lab.runfolder import HELD_OUT, MODEL, REPORT, SNAPSHOTS, SUMMARY, Facts, read_facts, steps_of
+from maskloss.lab.runfolder import (
+    HELD_OUT,
+    MODEL,
+    REPORT,
+    SNAPSHOTS,
+    SUMMARY,
+    Facts,
+    read_facts,
+    read_lines,
+    since_best,
+    steps_of,
+)
 
 # What gloo and NCCL say when they lose a process.
 _LOST_RANK = r"gloo|NCCL|Application timeout|[Cc]onnection (closed|reset|refused)"
 # Instances with a high loss that the report shows.
 HARDEST = 6
+# Options that a run may be given anew when it is resumed.
+CHANGEABLE = ("device", "steps", "epochs", "patience")
 
 
 class Result(NamedTuple):
@@ -44,6 +57,7 @@ class Result(NamedTuple):
     folder: Path
     files: list[Path]
     evaluation: Evaluation
+    kept: str
     seconds: float
 
 
@@ -68,7 +82,7 @@ def train(config: TrainConfig, folder: Path | None, listener: Listener, *, overw
         claim = held.enter_context(claimed(folder, overwrite=overwrite)) if main else None
         if folder is None:
             # By one clock: other processes may read theirs a second later.
-            with _explained(None, config.steps):
+            with _explained(None, config.num_steps):
                 folder = _told_by_first(claim.folder if claim else None, accelerator)
         prepared = prepare(config, accelerator.num_processes)
         if claim:
@@ -77,27 +91,42 @@ def train(config: TrainConfig, folder: Path | None, listener: Listener, *, overw
             _write_held_out(folder, prepared.source)
             prepared.learner.save_description(folder / MODEL)
             _write_held_out(folder, prepared.source)
-        with _explained(folder, config.steps):
+        with _explained(folder, config.num_steps):
             return _run(prepared, folder, listener, accelerator, None)
 
 
-def resume(folder: Path, listener: Listener, *, device: str | None = None) -> Result:
-    """Go on with an interrupted run, to the weights that the undisturbed run would have reached.
+def resume(folder: Path, listener: Listener, **changes: Any) -> Result:
+    """Go on with a run: with an interrupted one to the weights that it would have reached undisturbed.
+
+    With other `steps` or `epochs`, a run goes on to these, a finished one too. The learning rate of each step is that
+    of a run with as many steps from the beginning, so after the end of the first schedule it rises again.
 
     Args:
         folder: of the run.
         listener: whom to tell.
-        device: where to go on; default: as before.
+        changes: what is not as it was before: options of `CHANGEABLE`.
 
     Raises:
         MaskLossError: no run, one that is finished or in use, or a checkpoint that is damaged.
     """
     facts = read_facts(folder)
-    if (folder / SUMMARY).is_file():
+    longer = bool({"steps", "epochs"} & set(changes))
+    finished = (folder / SUMMARY).is_file()
+    if finished and not longer:
         raise Cause(
-            "only a run that was interrupted can be resumed", f"{folder} is finished", f"open {folder / REPORT}"
+            "only a run that was interrupted can be resumed",
+            f"{folder} is finished",
+            f"open {folder / REPORT}, or go on past its end with --steps",
         )
-    config = facts.config if device is None else dataclasses.replace(facts.config, device=device)
+    steps = steps_of(folder)
+    begun = steps[-1] if steps else 0
+    # Steps that stand in run.json, and epochs that were asked for, would exclude each other.
+    given: dict[str, Any] = ({"steps": None} if longer else {}) | changes
+    config = dataclasses.replace(facts.config, **given)
+    stalled = since_best(read_lines(folder))
+    if longer and 0 < config.patience <= stalled:
+        told = f"there have been {stalled} evaluations without a higher AP, and --patience is {config.patience}"
+        raise Cause("a run must have patience left to go on", told, "add a larger --patience, or 0")
     with _accelerator(config) as accelerator:
         if accelerator.num_processes != facts.ranks:
             raise Cause(
@@ -109,9 +138,20 @@ def resume(folder: Path, listener: Listener, *, device: str | None = None) -> Re
             prepared = prepare(config, facts.ranks, folder)
             if prepared.facts.classes != facts.classes:
                 raise Cause("the data must have the classes of the run", f"{config.data} has others", "see run.json")
-            steps = steps_of(folder)
-            with _explained(folder, config.steps):
-                return _run(prepared, folder, listener, accelerator, steps[-1] if steps else 0)
+            wanted = prepared.facts.config.num_steps
+            if longer and (wanted < begun or (finished and wanted == begun)):
+                raise Cause("a run must have steps left to go on", f"{begun:,} are taken of {wanted:,}", "take more")
+            if accelerator.is_main_process and set(changes) - {"device"}:
+                _reopen(folder, facts._replace(config=prepared.facts.config))
+            with _explained(folder, wanted):
+                return _run(prepared, folder, listener, accelerator, begun)
+
+
+def _reopen(folder: Path, facts: Facts) -> None:
+    """Let a run have other options. It stops being a finished one first, so that it can be resumed at any instant."""
+    for path in (folder / SUMMARY, folder / REPORT, weights_path(folder, facts.config)):
+        path.unlink(missing_ok=True)
+    facts.write(folder)
 
 
 def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any, begin: int | None) -> Result:
@@ -121,11 +161,12 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
     main = accelerator.is_main_process
     if not main:
         listener = Listener.silent()
-    listener.facts([*source.facts, ("model", learner.describe()), ("run", _describe(facts))])
-    listener.begin(Begin(folder, begin or 0, facts.config.steps))
+    listener.facts([*source.facts, ("model", learner.describe()), ("run", _describe(facts, source.num_training))])
+    listener.begin(Begin(folder, begin or 0, facts.config.num_steps))
     with _threads(facts.config.threads), torch.random.fork_rng(devices=[]):
         engine = Engine(facts, source, learner, folder, accelerator, listener)
         history = engine.fit(begin)
+        kept = engine.settle()
         listener.note("Looking at all held-out images")
         gallery = Gallery()
         evaluation = engine.evaluate(gallery.keep)
@@ -133,18 +174,21 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
     if main:
         _save_model(folder, facts.config, learner)
         listener.note("Drawing the report")
-        shots, probe, left_out = read_snapshots(folder / SNAPSHOTS, source, facts.config.steps)
+        shots, probe, left_out = read_snapshots(folder / SNAPSHOTS, source, engine.step)
         left_out += engine.metrics.ruined
         for text in left_out:
             listener.skipped(text)
         summary = {
             "evaluation": evaluation.as_dict(),
+            "steps": engine.step,
+            "kept_step": kept.step,
+            "kept": kept.told,
             "weights": count_weights(learner),
             "model": learner.describe(),
             "data": dict(source.facts),
             "skipped": [*engine.skipped, *left_out],
             "training_seconds": round(engine.seconds, 1),
-            "images_per_second": round(speed(facts.config.steps * facts.config.batch_size, engine.seconds), 1),
+            "images_per_second": round(speed(engine.step * facts.config.batch_size, engine.seconds), 1),
             "time_shares": {name: round(value, 4) for name, value in learner.clock.shares().items()},
             "machine": _machine(facts, accelerator),
         }
@@ -157,14 +201,14 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
             gallery.shown,
             shots,
             probe,
-            hardest(learner, source, facts.config.steps, HARDEST),
+            hardest(learner, source, kept.step, HARDEST),
         )
         written = report.write(folder, made_of)
         # Last: with it the run is finished.
         files.write_json(folder / SUMMARY, summary)
     accelerator.wait_for_everyone()
     paths = [*written, weights_path(folder, facts.config), folder / SUMMARY] if main else []
-    return Result(folder, paths, evaluation, time.perf_counter() - started)
+    return Result(folder, paths, evaluation, kept.told, time.perf_counter() - started)
 
 
 def _write_held_out(folder: Path, source: Source) -> None:
@@ -267,9 +311,11 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _describe(facts: Facts) -> str:
+def _describe(facts: Facts, images: int | None) -> str:
     config = facts.config
-    parts = [f"{config.steps:,} steps of {config.batch_size} images"]
+    parts = [f"{config.num_steps:,} steps of {config.batch_size} images"]
+    if images:
+        parts[0] += f" ({config.num_steps * config.batch_size / images:.3g} epochs)"
     if config.accumulate > 1:
         parts.append(f"{config.accumulate} micro-batches")
     if facts.ranks > 1:

@@ -18,7 +18,7 @@ from maskloss.lab.data.scenes import Source
 from maskloss.lab.models.learners import Compact, Kind, Learner
 from maskloss.lab.models.pretrained import Card
 from maskloss.lab.models.weights import load_weights, read_tensors
-from maskloss.lab.runfolder import WEIGHTS, Facts, path_of, steps_of
+from maskloss.lab.runfolder import Facts, kept_step, kept_weights
 
 DIGIT_SIZE = 64
 
@@ -91,7 +91,7 @@ def prepare(config: TrainConfig, ranks: int = 1, folder: Path | None = None) -> 
         )
     kind = kind_of(config).read(config, folder)
     source = open_source(config, kind.size)
-    config = kind.resolve(config, source, ranks)
+    config = kind.resolve(config.with_steps(source.num_training), source, ranks)
     learner = kind.build(config, source.class_names, source.channels, trained=folder is None)
     source.limit(learner.num_queries)
     reading = source.reading if isinstance(source, FolderScenes) else None
@@ -112,17 +112,17 @@ def prepare(config: TrainConfig, ranks: int = 1, folder: Path | None = None) -> 
 
 
 def load_learner(folder: Path, facts: Facts, device: torch.device) -> Learner:
-    """Build the model of a run, with the weights that it has reached.
+    """Build the model of a run, with the weights that it keeps, or would keep if it ended now.
 
     Raises:
         Cause: no weights, or weights that are damaged.
     """
     path = weights_path(folder, facts.config)
     if not path.is_file():
-        steps = steps_of(folder)
-        if not steps:
+        step = kept_step(folder, facts.config)
+        if step is None:
             raise Cause("a run must have weights", f"{folder} has no checkpoint yet", "wait for the first one")
-        path = path_of(folder, steps[-1]) / WEIGHTS
+        path = kept_weights(folder, step)
     kind = kind_of(facts.config).read(facts.config, folder)
     learner = kind.build(facts.config, facts.classes, facts.channels, trained=False)
     load_weights(learner.network, read_tensors(path), str(path))

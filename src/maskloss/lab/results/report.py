@@ -75,8 +75,8 @@ def write(folder: Path, made_of: Material) -> list[Path]:
     text = _page().render(
         title=f"Learning from {made_of.title}",
         name=folder.resolve().name,
-        lead=f"{facts.config.steps:,} steps in {summary['training_seconds']:.0f} seconds; {summary['model']}; scored "
-        f"on {evaluation.scenes:,} held-out scenes with {evaluation.instances:,} instances.",
+        lead=f"{summary['steps']:,} steps in {summary['training_seconds']:.0f} seconds; {summary['model']}. Kept: "
+        f"{summary['kept']}. Scored on {evaluation.scenes:,} held-out scenes with {evaluation.instances:,} instances.",
         cards=cards,
         paths=paths,
         summary=summary,
