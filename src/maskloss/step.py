@@ -192,14 +192,18 @@ class Step:
         return distributed.at_least_one((self.totals.instances if found is None else found) * times)
 
     def query_weight(self, weights: Tensor) -> Tensor | None:
-        """Sum the class weights `[C + 1]` of all queries of the whole step, where matched classes weigh alike: `[]`.
+        """Sum the class weights `[C + 1]` of all queries of the whole step: `[]`.
 
-        None if the training loop has not told the step's totals.
+        Classes weigh alike, unless the totals know what the matched ones weigh. None if the training loop has not told
+        the step's totals.
         """
         if self.totals is None:
             return None
         weights = weights.to(self.device)
-        return weights[0] * self.totals.instances + weights[-1] * (self.totals.queries - self.totals.instances)
+        matched = self.totals.class_weight
+        if matched is None:
+            matched = weights[0] * self.totals.instances
+        return matched + weights[-1] * (self.totals.queries - self.totals.instances)
 
     @property
     def device(self) -> torch.device:

@@ -153,6 +153,45 @@ def test_micro_batches_add_up_to_the_whole_batch(model_folder, folder):
         torch.testing.assert_close(added[name], grad, rtol=1e-3, atol=1e-5 * largest, msg=name)
 
 
+def test_class_weights_of_micro_batches(model_folder, folder):
+    """The classification is divided by the weights of the whole step's queries, whatever the classes of a part."""
+    source = open_source(config_of(model_folder, folder.root), 64)
+    batch = source.batch(0, range(4), 4, 0)
+    weights = [3.0, 0.5]
+    learner = PretrainedLearner(TrainConfig(num_points=32), read_card(str(model_folder)), ["a", "b"], weights).eval()
+    labels = list(batch.labels.split(list(batch.masks.num_targets)))
+    totals = step_totals([batch.masks.num_targets], learner.num_queries, labels=[labels], class_weights=weights)
+    loss = learner(batch, totals, 7).terms["loss_class"]
+    output = learner.predict(batch.images, batch.masks.windows)
+    # Matched queries are those with another class than the last in the criterion's own targets.
+    criterion = learner.mask_criterion()
+    out = criterion(
+        output.class_logits, output.mask_logits, batch.targets, totals=totals, image_ids=batch.image_ids, seed=7
+    )
+    torch.testing.assert_close(loss, out.loss_class[0].detach(), rtol=0.1, atol=0.02)
+    plain = learner_of(model_folder).eval()
+    plain.network.load_state_dict(
+        learner.network.state_dict() | {"criterion.empty_weight": plain.network.criterion.empty_weight}
+    )
+    counts = step_totals([batch.masks.num_targets], learner.num_queries)
+    assert abs(float(plain(batch, counts, 7).terms["loss_class"] - loss)) > 0.02
+
+
+def test_a_run_begins_with_the_weights_of_another(model_folder, folder, tmp_path):
+    train(config_of(model_folder, folder.root), tmp_path / "first", Listener.silent())
+    model_folder.rename(tmp_path / "gone")
+    told = []
+    folder.content["categories"] = [{"id": 7, "name": "coin"}, {"id": 3, "name": "card"}]
+    folder.save()
+    config = config_of(tmp_path / "first", folder.root, lr=1e-30, weight_decay=0.0)
+    train(config, tmp_path / "second", Listener.silent()._replace(facts=told.append))
+    assert dict(told[0])["begins from"].endswith("with a new classification: its classes are 2: box, disc")
+    first, second = (read_tensors(tmp_path / name / "model" / "model.safetensors") for name in ("first", "second"))
+    # The rate moves none of them so far.
+    other = {name for name, tensor in second.items() if not torch.allclose(tensor, first[name], atol=1e-20, rtol=0)}
+    assert other == {"class_predictor.weight", "class_predictor.bias"}
+
+
 def test_the_terms_are_those_of_the_criterion(model_folder, folder):
     """The learner's losses are what MaskCriterion gives for the same logits, points and targets."""
     source = open_source(config_of(model_folder, folder.root), 64)

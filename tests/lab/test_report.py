@@ -167,6 +167,8 @@ def material(source, learner, names=None, **changes):
         {"step": 10, "held_out": scores.as_dict()},
     ]
     summary = {
+        "steps": 100,
+        "kept": "the weights of step 80, the best of 5 evaluations",
         "data": dict(source.facts),
         "skipped": [],
         "model": "a model",

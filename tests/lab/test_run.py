@@ -12,7 +12,9 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -332,14 +334,14 @@ def test_a_full_disk_during_a_checkpoint(tmp_path, monkeypatch):
         original(path, tensors)
 
     monkeypatch.setattr(checkpoint, "write_tensors", full)
-    config = dataclasses.replace(TrainConfig(**SHORT), checkpoint_every=2)
+    config = TrainConfig(**SHORT, checkpoint_every=2, keep="last")
     with pytest.raises(
         MaskLossError, match=r"step 4 was not: the disk is full[\s\S]*go on from step 2 with: .*--resume"
     ):
         train(config, tmp_path / "run", quiet())
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     monkeypatch.setattr(checkpoint, "write_tensors", original)
-    whole = train(TrainConfig(**SHORT), tmp_path / "whole", quiet())
+    whole = train(TrainConfig(**SHORT, keep="last"), tmp_path / "whole", quiet())
     assert_same(resume(tmp_path / "run", quiet()).folder, whole.folder)
 
 
@@ -434,6 +436,85 @@ def test_patience(tmp_path, monkeypatch, every_step_is_logged):
     monkeypatch.setattr(engine, "evaluate", Scores([*aps, 0.7]))
     whole = train(dataclasses.replace(config, patience=0), tmp_path / "whole", quiet())
     assert_same(again.folder, whole.folder)
+
+
+# ---------------------------------------------------------------------------------------------- from another run
+
+
+def on_shapes(folder, **options) -> TrainConfig:
+    return TrainConfig(**SHORT | {"steps": 2, "size": 48, "data": str(folder.root), "workers": 0} | options)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(folder / "model.safetensors")
+
+
+def test_a_run_begins_with_the_weights_of_another(folder, tmp_path):
+    first = train(on_shapes(folder), tmp_path / "first", quiet())
+    told = []
+    # The rate is too small to move a weight: what it begins with is what it ends with.
+    options = {"lr": 1e-30, "model": str(first.folder), "weight_decay": 0.0}
+    second = train(on_shapes(folder, **options, size=None), tmp_path / "second", quiet(facts=told.append))
+    assert dict(told[0])["begins from"] == f"the weights of {first.folder}"
+    assert read_facts(second.folder).config.size == 48
+    ours, theirs = weights_of(second.folder), weights_of(first.folder)
+    learned = [name for name in ours if "running" not in name and "num_batches" not in name]
+    assert learned and all(torch.equal(ours[name], theirs[name]) for name in learned)
+    # Other classes, as many: the numbers of the old ones mean nothing.
+    folder.content["categories"] = [{"id": 7, "name": "coin"}, {"id": 3, "name": "card"}]
+    folder.save()
+    told.clear()
+    third = train(on_shapes(folder, **options), tmp_path / "third", quiet(facts=told.append))
+    assert dict(told[0])["begins from"].endswith(", with a new classification: its classes are 2: box, disc")
+    other = {
+        name for name, tensor in weights_of(third.folder).items() if name in learned and (tensor != theirs[name]).any()
+    }
+    assert other == {f"head.{part}.2.{kind}" for part in ("label", "classes") for kind in ("weight", "bias")}
+    # It is its own, whatever becomes of the other: evaluated, and gone on with.
+    shutil.rmtree(first.folder)
+    assert evaluate_run(third.folder, device="cpu")[0] == third.evaluation
+    resume(third.folder, quiet(), steps=4)
+
+
+def test_runs_that_do_not_fit_each_other(folder, cells, tmp_path):
+    first = train(on_shapes(folder), tmp_path / "first", quiet())
+    for number in range(6):
+        image = tifffile.imread(cells / f"{number}.tif")
+        tifffile.imwrite(cells / f"{number}.tif", np.stack([image] * 5, axis=-1))
+    for options, message in (
+        ({"norm": "group"}, f"--norm must be that of the weights[\\s\\S]*{first.folder} has batch"),
+        ({"data": str(cells)}, "these have 5, those of .* had 3"),
+    ):
+        with pytest.raises(MaskLossError, match=message):
+            train(on_shapes(folder, **options, model=str(first.folder)), tmp_path / "second", quiet())
+    assert not (tmp_path / "second").exists()
+
+
+def test_rare_classes_weigh_more(folder, tmp_path):
+    """Weights are 1 / sqrt(n), and 1 on average over the instances; a step in parts is the whole step."""
+    box = folder.content["annotations"][1]
+    more = [{**box, "id": 100 + number, "image_id": 100 + number % 6} for number in range(18)]
+    folder.content["annotations"] += more
+    folder.save()
+    told = []
+    config = on_shapes(folder, balance=True, norm="group", lr=3e-4, augment=False)
+    whole = train(config, tmp_path / "whole", quiet(facts=told.append))
+    weights = read_facts(whole.folder).class_weights
+    source = open_source(config)
+    counts = source.class_counts
+    assert source.class_names == ["box", "disc"] and counts[0] > 3 * counts[1]
+    assert weights[1] / weights[0] == pytest.approx(math.sqrt(counts[0] / counts[1]))
+    assert sum(w * n for w, n in zip(weights, counts, strict=True)) == pytest.approx(sum(counts))
+    plain = train(dataclasses.replace(config, balance=False), tmp_path / "plain", quiet())
+    halves = train(dataclasses.replace(config, accumulate=2), tmp_path / "halves", quiet())
+    moved = apart = 0.0
+    for name, tensor in weights_of(whole.folder).items():
+        torch.testing.assert_close(weights_of(halves.folder)[name], tensor, atol=1e-5, rtol=0)
+        moved += float((tensor - weights_of(plain.folder)[name]).abs().sum())
+        apart += float((tensor - weights_of(halves.folder)[name]).abs().sum())
+    assert apart < 0.01 * moved
+    with pytest.raises(MaskLossError, match="--balance needs classes that differ in number"):
+        train(TrainConfig(**SHORT, balance=True), tmp_path / "digits", quiet())
 
 
 # ------------------------------------------------------------------------------------------------ options from a file
@@ -624,7 +705,7 @@ def test_the_learning_rate_rises_and_falls():
         ({"seed": 2**31}, "--seed must be a whole number from 0"),
         ({"threads": 0}, "--threads must be a whole number"),
         ({"device": "abacus"}, "--device must be one that torch knows"),
-        ({"device": "meta"}, "--device must be cpu or cuda"),
+        ({"device": "meta"}, "--device must be one of cpu, cuda, mps"),
     ],
 )
 def test_options_outside_their_range(options, message):
@@ -636,6 +717,12 @@ def test_options_outside_their_range(options, message):
 def test_a_device_that_is_not_there():
     with pytest.raises(MaskLossError, match="torch sees no CUDA device"):
         TrainConfig(device="cuda")
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is a GPU of Apple")
+def test_a_device_of_apple_that_is_not_there():
+    with pytest.raises(MaskLossError, match=r"torch sees no GPU of Apple[\s\S]*take --device cpu"):
+        TrainConfig(device="mps")
 
 
 def test_an_unknown_option():

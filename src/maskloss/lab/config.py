@@ -28,6 +28,8 @@ from maskloss.points import PointSampling
 COMPACT = "compact"
 STEPS = 1000
 BEST, LAST = "best", "last"
+# What can be said where one is not there. On mps, Apple's GPUs, the losses are computed by the reference backend.
+_DEVICES = {"cpu": "", "cuda": "torch sees no CUDA device", "mps": "torch sees no GPU of Apple"}
 
 
 _STEPS = 100_000_000
@@ -126,7 +128,11 @@ class TrainConfig:
     ] = None
     model: Annotated[
         str,
-        Option("model", "NAME", "compact, or the name or the folder of a universal-segmentation model of Transformers"),
+        Option(
+            "model",
+            "NAME",
+            "compact, the name or folder of a segmentation model of Transformers, or a run, to begin with its weights",
+        ),
     ] = COMPACT
     grid: Annotated[
         int | None, Option("model", "N", "the compact model has N x N queries; default: by the fullest image", 1, 64)
@@ -161,6 +167,14 @@ class TrainConfig:
         float | None,
         Option("loss", "WEIGHT", "of 'no object' in it; default: 0.4, or what a pretrained model has", 0),
     ] = None
+    balance: Annotated[
+        bool,
+        Option(
+            "loss",
+            "",
+            "weigh classes in the classification by 1 / sqrt(n), n their instances to train on; mean: 1",
+        ),
+    ] = False
     steps: Annotated[
         int | None, Option("training", "N", f"optimizer steps; default: {STEPS}, unless there are --epochs", 1, _STEPS)
     ] = None
@@ -232,7 +246,10 @@ class TrainConfig:
     threads: Annotated[
         int | None, Option("run", "N", "CPU threads; default: torch's choice", 1, max(64, os.cpu_count() or 1))
     ] = None
-    device: Annotated[str | None, Option("run", "DEVICE", "cpu or cuda; default: cuda where there is a device")] = None
+    device: Annotated[
+        str | None,
+        Option("run", "DEVICE", "cpu, cuda or mps (GPUs of Apple); default: cuda where there is a device, else cpu"),
+    ] = None
 
     def __post_init__(self) -> None:
         for name, kind, optional, _, option in fields():
@@ -375,8 +392,11 @@ def _check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise Cause("--device must be one that torch knows", f"got {name!r}", "take cpu or cuda") from None
-    if device.type not in {"cpu", "cuda"}:
-        raise Cause("--device must be cpu or cuda", f"got {name!r}", "the losses have kernels for these two")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise Cause("the device must be there", f"--device {name}, but torch sees no CUDA device", "take --device cpu")
+        hint = f"take one of {', '.join(_DEVICES)}"
+        raise Cause("--device must be one that torch knows", f"got {name!r}", hint) from None
+    if device.type not in _DEVICES:
+        rule = f"--device must be one of {', '.join(_DEVICES)}"
+        raise Cause(rule, f"got {name!r}", "training has been tried on no other")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[device.type]:
+        raise Cause("the device must be there", f"--device {name}, but {_DEVICES[device.type]}", "take --device cpu")

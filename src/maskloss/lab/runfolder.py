@@ -36,6 +36,7 @@ class Facts(NamedTuple):
         tile: side of the squares into which larger images are cut, pixels.
         one_class_maps: whether the data are label maps of one class.
         ranks: processes that the run began with.
+        class_weights: of the classes in the classification; None: all weigh alike.
         version: of maskloss, that the run began with; None in older runs.
     """
 
@@ -48,6 +49,7 @@ class Facts(NamedTuple):
     one_class_maps: bool
     ranks: int
     version: str | None = None
+    class_weights: list[float] | None = None
 
     def write(self, folder: Path) -> None:
         """Write run.json."""
@@ -81,10 +83,17 @@ def read_facts(folder: Path) -> Facts:
         and len(facts.category_ids) == len(facts.classes)
         and all(isinstance(number, int) and number > 0 for number in (facts.channels, facts.tile, facts.ranks))
         and isinstance(facts.version, (str, type(None)))
+        and (facts.class_weights is None or _are_weights(facts.class_weights, len(facts.classes)))
     )
     if not fits:
         raise Cause(rule, f"{folder / RUN} holds values of the wrong kind", "it was changed by hand")
     return facts
+
+
+def _are_weights(weights: object, count: int) -> bool:
+    return (
+        isinstance(weights, list) and len(weights) == count and all(is_number(each) and each >= 0 for each in weights)
+    )
 
 
 def steps_of(folder: Path) -> list[int]:

@@ -58,7 +58,7 @@ class DigitScenes:
     class_names: Sequence[str] = tuple("0123456789")
     category_ids: Sequence[int] = tuple(range(1, 11))
     channels = 3
-    num_training = None
+    num_training = class_counts = None
     most_instances = MOST
     one_class_maps = False
     findings: Sequence[Finding] = ()

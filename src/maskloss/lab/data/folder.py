@@ -143,6 +143,13 @@ class FolderScenes:
         return len(self.found.train)
 
     @property
+    def class_counts(self) -> list[int]:
+        """The number of training instances of each class."""
+        train = self.found.train
+        labels = [each.label for number in range(len(train)) for each in train[number].objects]
+        return [int(count) for count in np.bincount(labels, minlength=len(self.class_names))]
+
+    @property
     def largest(self) -> int:
         """The longest side of any training image, pixels."""
         return int(self.found.train.sizes.max())

@@ -149,6 +149,10 @@ class Source(Protocol):
         """The number of images to train on; None: they are made as they are needed, without end."""
 
     @property
+    def class_counts(self) -> Sequence[int] | None:
+        """The number of training instances of each class; None where they are drawn alike."""
+
+    @property
     def most_instances(self) -> int:
         """The most instances of any scene; a model should have as many queries."""
 

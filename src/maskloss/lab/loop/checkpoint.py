@@ -176,6 +176,8 @@ def read(
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state(generators["cuda"])
+    if "mps" in generators and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(generators["mps"])
     return position
 
 
@@ -240,6 +242,8 @@ def _generators() -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 

@@ -149,8 +149,13 @@ class Engine:
             if text not in self.skipped:
                 self.skipped.append(text)
                 self.listener.skipped(text)
+        counts, weights = [batch.masks.num_targets for batch in micro], self.learner.class_weights
         totals = step_totals(
-            [batch.masks.num_targets for batch in micro], self.learner.num_queries, device=self.accelerator.device
+            counts,
+            self.learner.num_queries,
+            labels=[each.labels.split(list(each.masks.num_targets)) for each in micro] if weights else None,
+            class_weights=weights,
+            device=self.accelerator.device,
         )
         self.optimizer.zero_grad()
         summed: dict[str, Tensor] = {}

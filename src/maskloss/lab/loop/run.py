@@ -127,7 +127,7 @@ def resume(folder: Path, listener: Listener, **changes: Any) -> Result:
     if longer and 0 < config.patience <= stalled:
         told = f"there have been {stalled} evaluations without a higher AP, and --patience is {config.patience}"
         raise Cause("a run must have patience left to go on", told, "add a larger --patience, or 0")
-    with _accelerator(config) as accelerator:
+    with _accelerator(config, folder) as accelerator:
         if accelerator.num_processes != facts.ranks:
             raise Cause(
                 "resume with the same number of processes",
@@ -157,11 +157,12 @@ def _reopen(folder: Path, facts: Facts) -> None:
 def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any, begin: int | None) -> Result:
     """Train from where the run is, and write what a finished run has."""
     started = time.perf_counter()
-    facts, source, learner = prepared
+    facts, source, learner, told = prepared
+    told = [*source.facts, *told]
     main = accelerator.is_main_process
     if not main:
         listener = Listener.silent()
-    listener.facts([*source.facts, ("model", learner.describe()), ("run", _describe(facts, source.num_training))])
+    listener.facts([*told, ("model", learner.describe()), ("run", _describe(facts, source.num_training))])
     listener.begin(Begin(folder, begin or 0, facts.config.num_steps))
     with _threads(facts.config.threads), torch.random.fork_rng(devices=[]):
         engine = Engine(facts, source, learner, folder, accelerator, listener)
@@ -185,7 +186,7 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
             "kept": kept.told,
             "weights": count_weights(learner),
             "model": learner.describe(),
-            "data": dict(source.facts),
+            "data": dict(told),
             "skipped": [*engine.skipped, *left_out],
             "training_seconds": round(engine.seconds, 1),
             "images_per_second": round(speed(engine.step * facts.config.batch_size, engine.seconds), 1),
@@ -225,7 +226,7 @@ def _save_model(folder: Path, config: TrainConfig, learner: Learner) -> None:
 
 
 @contextlib.contextmanager
-def _accelerator(config: TrainConfig) -> Iterator[Any]:
+def _accelerator(config: TrainConfig, folder: Path | None = None) -> Iterator[Any]:
     """Set up devices and processes, and take them down again.
 
     Accelerate does it: torchrun and its own launcher, gloo and NCCL, mixed precision and loss scaling on every kind of
@@ -237,7 +238,7 @@ def _accelerator(config: TrainConfig) -> Iterator[Any]:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     handlers = [
-        accelerate.DistributedDataParallelKwargs(find_unused_parameters=kind_of(config).has_unused_weights),
+        accelerate.DistributedDataParallelKwargs(find_unused_parameters=kind_of(config, folder).has_unused_weights),
         accelerate.InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE)),
     ]
     accelerator = accelerate.Accelerator(

@@ -86,4 +86,6 @@ class Clock:
     def _now() -> float:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
+        elif torch.backends.mps.is_available():
+            torch.mps.synchronize()
         return time.perf_counter()

@@ -64,12 +64,18 @@ class Learner(nn.Module):
         num_queries: Q.
         num_points: of each instance.
         layout: of these points.
+        class_weights: of the classes in the classification; None: all weigh alike.
+        class_layers: beginnings of the names of the weights whose number depends on the classes.
+        settings: beginnings of the names of buffers that are not learned.
     """
 
+    class_layers: ClassVar[tuple[str, ...]]
+    settings: ClassVar[tuple[str, ...]] = ()
     network: nn.Module
     num_queries: int
     num_points: int
     layout: str
+    class_weights: Sequence[float] | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,13 +153,22 @@ class Kind:
         """
         raise NotImplementedError
 
-    def build(self, config: TrainConfig, class_names: Sequence[str], channels: int, *, trained: bool) -> Learner:
+    def build(
+        self,
+        config: TrainConfig,
+        class_names: Sequence[str],
+        channels: int,
+        *,
+        class_weights: Sequence[float] | None = None,
+        trained: bool,
+    ) -> Learner:
         """Build the model.
 
         Args:
             config: resolved.
             class_names: of the data.
             channels: of the images.
+            class_weights: of the classes in the classification; None: all weigh alike.
             trained: whether its own weights are loaded; False: the caller has others.
         """
         raise NotImplementedError
@@ -187,9 +202,17 @@ class Compact(Kind):
             lr=config.lr or LR,
         )
 
-    def build(self, config: TrainConfig, class_names: Sequence[str], channels: int, *, trained: bool) -> CompactLearner:  # noqa: ARG002 (it has no weights of its own)
+    def build(
+        self,
+        config: TrainConfig,
+        class_names: Sequence[str],
+        channels: int,
+        *,
+        class_weights: Sequence[float] | None = None,
+        trained: bool,  # noqa: ARG002 (it has no weights of its own)
+    ) -> CompactLearner:
         """Build the model."""
-        return CompactLearner(config, len(class_names), channels)
+        return CompactLearner(config, len(class_names), channels, class_weights)
 
 
 class CompactLearner(Learner):
@@ -199,12 +222,17 @@ class CompactLearner(Learner):
         config: resolved.
         num_classes: C.
         channels: of the images.
+        class_weights: of the classes in the classification; None: all weigh alike.
     """
 
+    class_layers = ("head.label.2.", "head.classes.2.")
     network: QueryNet
 
-    def __init__(self, config: TrainConfig, num_classes: int, channels: int) -> None:
+    def __init__(
+        self, config: TrainConfig, num_classes: int, channels: int, class_weights: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
+        self.class_weights = class_weights
         grid, norm, points = config.grid or SMALLEST_GRID, config.norm or BATCH, config.num_points or NUM_POINTS
         # The seed decides the weights; torch's own generator stays as it is.
         with torch.random.fork_rng(devices=[]):
@@ -219,6 +247,7 @@ class CompactLearner(Learner):
             num_classes=num_classes,
             class_weight=config.class_weight or CLASS_WEIGHT,
             no_object_weight=NO_OBJECT_WEIGHT if config.no_object_weight is None else config.no_object_weight,
+            class_weights=class_weights,
             sampling=sampling,
             matcher=HungarianMatcher(num_points=sampling.num_points, layout=sampling.layout),
         )

@@ -99,10 +99,11 @@ class Card(Kind):
         class_names: Sequence[str],
         channels: int,  # noqa: ARG002 (three, as `resolve` has checked)
         *,
+        class_weights: Sequence[float] | None = None,
         trained: bool,
     ) -> PretrainedLearner:
         """Build the model."""
-        return PretrainedLearner(config, self, class_names, pretrained=trained)
+        return PretrainedLearner(config, self, class_names, class_weights, pretrained=trained)
 
 
 def read_card(name: str) -> Card:
@@ -149,11 +150,23 @@ class PretrainedLearner(Learner):
         config: resolved.
         card: of the model.
         class_names: of the data; the head is resized to them.
+        class_weights: of the classes in the classification; None: all weigh alike.
         pretrained: whether to load weights; False: the caller has others.
     """
 
-    def __init__(self, config: TrainConfig, card: Card, class_names: Sequence[str], *, pretrained: bool = True) -> None:
+    class_layers, settings = ("class_predictor.",), ("criterion.",)
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        card: Card,
+        class_names: Sequence[str],
+        class_weights: Sequence[float] | None = None,
+        *,
+        pretrained: bool = True,
+    ) -> None:
         super().__init__()
+        self.class_weights = class_weights
         transformers = require("transformers", "transformers")
         self.card = card
         wanted = card.config
@@ -178,9 +191,8 @@ class PretrainedLearner(Learner):
                 network = auto.from_config(wanted)
         network = network.float()
         # A buffer, of the size of the head: a checkpoint with other classes leaves it undefined.
-        weights = torch.ones(len(class_names) + 1)
-        weights[-1] = wanted.no_object_weight
-        network.criterion.empty_weight = weights
+        weights = [1.0] * len(class_names) if class_weights is None else class_weights
+        network.criterion.empty_weight = torch.tensor([*weights, wanted.no_object_weight])
         # The one place where the model is given this library's losses.
         sampling = PointSampling(
             int(wanted.train_num_points), wanted.oversample_ratio, wanted.importance_sample_ratio, config.layout
@@ -264,6 +276,7 @@ class PretrainedLearner(Learner):
             mask_weight=config.mask_weight,
             dice_weight=config.dice_weight,
             no_object_weight=config.no_object_weight,
+            class_weights=self.class_weights,
             sampling=PointSampling(config.train_num_points, config.oversample_ratio, config.importance_sample_ratio),
         )
 
