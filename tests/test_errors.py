@@ -72,7 +72,7 @@ def test_the_whole_message() -> None:
         (lambda: MaskCriterion(3)(class_queries_logits=PAIRS), "'class_logits'", "use class_logits="),
         (lambda: MaskLoss(pading_mode="border"), "'pading_mode'", "use padding_mode="),
         (lambda: detr.SetCriterion(3, len, {}, 0.1, [], importance_ratio=1), "importance", "importance_sample_ratio="),
-        (lambda: MaskLoss(5.0), "too many positional", "it takes ce_weight, dice_weight, sampling, options"),
+        (lambda: MaskLoss(5.0), "too many positional", "it takes ce_weight, dice_weight, sampling, clips, options"),
         (lambda: MaskLoss(class_queries_logits=PAIRS), "'class_queries_logits'", "it takes ce_weight,"),
     ],
 )

@@ -318,8 +318,8 @@ TARGETS = {
     "packed an array": Bad(
         "MaskTargets.from_packed", "must be uint8", "numpy", lambda: From.from_packed(np.zeros((1, 4, 1), np.uint8), 8)
     ),
-    "map of rank 3": Bad(
-        "MaskTargets.from_label_map", "[H, W]", "[1, 2, 2]", lambda: From.from_label_map(MAP[None], [7])
+    "map of rank 4": Bad(
+        "MaskTargets.from_label_map", "[H, W]", "[1, 1, 2, 2]", lambda: From.from_label_map(MAP[None, None], [7])
     ),
     "map of floats": Bad(
         "MaskTargets.from_label_map", "[H, W]", "float", lambda: From.from_label_map(MAP.float(), [7])
