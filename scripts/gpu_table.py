@@ -41,7 +41,7 @@ from maskloss._abi import (
     Factors,
     Gradients,
     Instances,
-    Saved,
+    Job,
     Targets,
     Term,
     accumulation_dtype,
@@ -192,7 +192,8 @@ def operations_of(case: Case) -> dict[str, list[Launch]]:
     instances = Instances(logits, index, [rows] * layers)
     draw = Draw(integers(batch), seed, num_points, sampling.num_candidates, sampling.num_uncertain, case.layout)
     term = Term(case.padding, case.target_mode, *case.focal)
-    inputs = (instances, targets, draw, term, given if case.given else None)
+    job = Job(targets, draw, term)
+    inputs = (instances, job._replace(points=given) if case.given else job)
     maps, mode = logits[0][0], case.target_mode
     channels, planes = 256, layers * case.widest
     embeddings = [torch.empty(batch, queries, channels, dtype=case.dtype, device=meta) for _ in range(layers)]
@@ -205,21 +206,20 @@ def operations_of(case: Case) -> dict[str, list[Launch]]:
     torch.use_deterministic_algorithms(case.deterministic)
     try:
         with recorded() as result["match_cost"]:
-            gpu.match_cost(logits, [case.widest] * batch, targets, draw, term)
+            gpu.match_cost(logits, [case.widest] * batch, job)
         with recorded() as result["assign"]:
             cost = torch.empty(layers, batch, queries, case.widest, dtype=accumulation_dtype(case.dtype), device=meta)
             gpu.assign(cost, integers(rows), described[1], [case.widest] * batch, 80, 1)
         with recorded() as result["mask_loss"]:
-            ce, dice, chosen, soft = gpu.mask_loss(*inputs)
+            ce, dice, saved = gpu.mask_loss(*inputs)
         with recorded() as result["mask_loss_backward"]:
-            gpu.mask_loss_backward(Gradients(ce, dice), Saved(chosen, soft), *inputs, [True] * layers)
+            gpu.mask_loss_backward(Gradients(ce, dice), saved, *inputs, [True] * layers)
         with recorded() as result["factored_match_cost"]:
-            factored.match_cost(gpu, factors, [case.widest] * batch, targets, draw, term)
+            factored.match_cost(gpu, factors, [case.widest] * batch, job)
         with recorded() as result["factored_mask_loss"]:
             *terms, kept = factored.mask_loss(gpu, *products)
         with recorded() as result["factored_mask_loss_backward"]:
-            needed = [True, True, True]
-            factored.mask_loss_backward(gpu, Gradients(*terms), kept, *products, needs_grad=needed)
+            factored.mask_loss_backward(gpu, Gradients(*terms), kept, *products, [True, True, True])
         with recorded() as result["uncertain_points"]:
             gpu.uncertain_points(instances, draw, windows, case.padding)
         with recorded() as result["point_sample"]:

@@ -267,7 +267,7 @@ def costs(work: Step, *, dense: bool = False, num_points: int = 60) -> tuple[Ten
     )
     draw = ops.Draw(torch.arange(len(work.targets)), SEED, num_points)
     detached = [layer.detach() for layer in layers]
-    return match_cost(detached, work.targets.num_targets, group(work.targets), draw, term, work.backend)
+    return match_cost(detached, work.targets.num_targets, ops.Job(group(work.targets), draw, term), work.backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -109,13 +109,13 @@ def test_the_scratch_memory_is_bounded(scratch_mb: float, planes: int, monkeypat
     targets = some_targets(counts=(3, 1))
     work = Step(list(some_factors([LARGE] * 2, scratch_mb=scratch_mb)), some_matches(targets, layers=2), targets)
     seen: list[int] = []
-    for name in ("mask_loss_keeping", "plane_gradients"):
+    for name in ("mask_loss", "plane_gradients"):
         original = getattr(cpu, name)
 
-        def run(*args: Any, original: Any = original) -> Any:
+        def run(*args: Any, original: Any = original, **options: Any) -> Any:
             instances = next(each for each in args if hasattr(each, "logits") and hasattr(each, "rows"))
             seen.append(instances.logits[0].shape[1])
-            return original(*args)
+            return original(*args, **options)
 
         monkeypatch.setattr(cpu, name, run)
     work.results()
@@ -271,7 +271,7 @@ def test_gradient_accumulation() -> None:
 
 def test_threads_do_not_change_the_kernels() -> None:
     """The products are BLAS's; what the kernels make of the planes is the same for any number of threads."""
-    from maskloss._abi import Draw, Gradients, Instances, Term
+    from maskloss._abi import Draw, Gradients, Instances, Job, Term
     from maskloss.ops import cpu
     from support.batches import group
 
@@ -279,17 +279,17 @@ def test_threads_do_not_change_the_kernels() -> None:
     planes = torch.randn(6, *LARGE)
     number = torch.arange(6)
     index = torch.stack([number * 0, number // 3, number, number % 3], 1)
-    rest = (group(targets), Draw(torch.arange(2), torch.tensor(3), 60, 180, 45), Term(), None)
+    job = Job(group(targets), Draw(torch.arange(2), torch.tensor(3), 60, 180, 45), Term())
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
             instances = Instances([planes[None].expand(2, -1, -1, -1)], index, [6])
-            ce, dice, kept = cpu.mask_loss_keeping(instances, *rest)
-            room = torch.full_like(planes, float("nan"))
-            written = Instances([room[None].expand(2, -1, -1, -1)], index, [6])
-            cpu.plane_gradients(Gradients(ce, dice), kept, written, *rest)
-            results.append((ce, dice, *kept, room))
+            ce, dice, saved = cpu.mask_loss(instances, job, keep=True)
+            grads = torch.full_like(planes, float("nan"))
+            written = Instances([grads[None].expand(2, -1, -1, -1)], index, [6])
+            cpu.plane_gradients(Gradients(ce, dice), saved, written, job)
+            results.append((ce, dice, *saved, grads))
     finally:
         torch.set_num_threads(threads)
     for one, two in zip(*results, strict=True):

@@ -187,7 +187,7 @@ def test_matcher_points_are_those_of_the_image(backend: str) -> None:
         batch = MaskTargets.cat([targets] * copies)
         layers = [logits.expand(copies, -1, -1, -1)] * 2
         group, drawn = ops.Targets("bits", *batch.tensors), ops.Draw(torch.tensor(numbers), draw_seed(seed), 50)
-        return ops.match_cost(layers, batch.num_targets, group, drawn, ops.Term(), backend)[0]
+        return ops.match_cost(layers, batch.num_targets, ops.Job(group, drawn, ops.Term()), backend)[0]
 
     both = costs(2, [7, 8])
     torch.testing.assert_close(both[0], both[1], rtol=0, atol=0)

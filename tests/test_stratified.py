@@ -327,7 +327,7 @@ def test_matching_costs_are_quieter() -> None:
         costs = []
         for seed in range(200):
             draw = ops.Draw(torch.tensor([0]), torch.tensor(seed), 784, layout=layout)
-            costs.append(torch.stack(ops.match_cost([logits[None]], [8], group, draw, ops.Term(), "cpu")))
+            costs.append(torch.stack(ops.match_cost([logits[None]], [8], ops.Job(group, draw, ops.Term()), "cpu")))
         return torch.stack(costs).double().var(0).flatten(1).mean(1).sqrt()
 
     assert bool((spread("stratified") <= 0.5 * spread("independent")).all())

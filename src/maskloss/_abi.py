@@ -163,12 +163,6 @@ class Draw(NamedTuple):
     num_uncertain: int = 0
     layout: str = LAYOUTS[0]
 
-    def for_points(self, points: Tensor | None) -> Draw:
-        """Leave out the numbers that mean nothing: those of candidates where none are drawn."""
-        if points is None and self.num_uncertain:
-            return self
-        return self._replace(num_candidates=0, num_uncertain=0)
-
 
 class Term(NamedTuple):
     """How logits and targets are read, and which cross-entropy is computed."""
@@ -194,6 +188,49 @@ class Term(NamedTuple):
         return self.alpha, self.gamma
 
 
+class Job(NamedTuple):
+    """What is computed of predictions: the targets, and where and how both are read.
+
+    Attributes:
+        targets: of the batch.
+        draw: how points are drawn.
+        term: how logits and targets are read.
+        points: float `[N, P, 2]`, the caller's points of instances; None: they are drawn, as those of costs always are.
+    """
+
+    targets: Targets
+    draw: Draw
+    term: Term
+    points: Tensor | None = None
+
+    @property
+    def drawn(self) -> Draw:
+        """`draw` without numbers that mean nothing: those of candidates where none are drawn."""
+        if self.points is None and self.draw.num_uncertain:
+            return self.draw
+        return self.draw._replace(num_candidates=0, num_uncertain=0)
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        """The arguments as schemas have them."""
+        return (*self.targets, *self.draw, *self.term, self.points)
+
+    @staticmethod
+    def of(flat: Iterable[Any]) -> Job:
+        """Invert `flat`; the points may be missing."""
+        return Job(*grouped(flat, Targets, Draw, Term))
+
+    def new_losses(
+        self, count: int, dtype: torch.dtype, device: torch.device, *, keep: bool
+    ) -> tuple[Tensor, Tensor, Saved]:
+        """Allocate both losses of this many instances, and what is saved of them; `keep`: the logits too."""
+        num_points, soft = self.draw.num_points, self.targets.encoding == "values"
+        ce, dice = (torch.empty(count, dtype=dtype, device=device) for _ in range(2))
+        chosen = torch.empty(count, num_bytes(self.drawn.num_candidates), dtype=torch.uint8, device=device)
+        widths = num_points if soft else 0, num_points if keep else 0
+        return ce, dice, Saved(chosen, *(torch.empty(count, width, dtype=dtype, device=device) for width in widths))
+
+
 class Saved(NamedTuple):
     """What the forward pass keeps for the backward pass. Everything else is read again, as it is in memory anyway.
 
@@ -201,14 +238,8 @@ class Saved(NamedTuple):
         chosen: the chosen candidates, a bit each, uint8 `[N, ceil(K / 8)]`.
         soft: t at the points, -1 where it is ignored, `[N, P]`. Without columns for bits and labels: to read those
             again costs less than to write and read what was found.
+        logits: z at the points, `[N, P]`. Without columns, unless the planes will be gone: those of factors.
     """
-
-    chosen: Tensor
-    soft: Tensor
-
-
-class Kept(NamedTuple):
-    """What the backward pass of factored instances needs: as `Saved`, and the logits at the points `[N, P]`."""
 
     chosen: Tensor
     soft: Tensor

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from maskloss.matches import Matches, Pairs
 from maskloss.options import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, MaskKeywords, MaskOptions, mask_options
 from maskloss.points import PointSampling
 from maskloss.step import Step, check_weights_of_totals
-from maskloss.targets.collate import Targets, collate, joined_weights
+from maskloss.targets.collate import Entries, collate, joined_weights
 
 NO_OBJECT_WEIGHT = 0.1
 
@@ -182,7 +182,7 @@ class MaskCriterion(nn.Module):
         self,
         class_logits: Tensor | Sequence[Tensor],
         mask_logits: Layer | Sequence[Layer],
-        targets: Targets,
+        targets: Entries | Mapping[str, Any],
         *,
         matches: Matches | Pairs | Sequence[Pairs] | None = None,
         extra_costs: Sequence[Tensor] | None = None,

@@ -10,40 +10,28 @@ from maskloss import ops
 from maskloss._abi import IMAGE, LAYER
 from maskloss.factors import MaskFactors, joined
 from maskloss.matches import Matches
-from maskloss.ops import Draw, Reduction, Targets, Term
+from maskloss.ops import Job, Reduction
 
 Layer = Tensor | MaskFactors
 
 
-def match_cost(
-    layers: Sequence[Layer], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, backend: str
-) -> tuple[Tensor, Tensor]:
+def match_cost(layers: Sequence[Layer], num_targets: Sequence[int], job: Job, backend: str) -> tuple[Tensor, Tensor]:
     """Compute both mask terms of the matching cost, `[L, B, Q, T_max]` each; those of clips with targets as planes."""
     dense, factored = _alike(layers, backend)
     if factored:
-        return ops.factored_match_cost(joined(factored), num_targets, targets, draw, term, backend)
-    return ops.match_cost(dense, num_targets, targets, draw, term, backend)
+        return ops.factored_match_cost(joined(factored), num_targets, job, backend)
+    return ops.match_cost(dense, num_targets, job, backend)
 
 
 def mask_loss(
-    layers: Sequence[Layer],
-    matches: Matches,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    backend: str,
-    reduction: Reduction | None = None,
+    layers: Sequence[Layer], matches: Matches, job: Job, backend: str, reduction: Reduction | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute cross-entropy and Dice `[N]` of instances; of clips they are planes, query q in frame t is q * T + t.
 
     Args:
         layers: of all decoder layers.
         matches: the instances.
-        targets: of the batch.
-        draw: how points are drawn (for this and the others see `maskloss.ops`).
-        term: how logits and targets are read.
-        points: the caller's, or None.
+        job: targets, and where and how they and the logits are read.
         backend: which one.
         reduction: how the losses will be summed, if that is known.
     """
@@ -51,15 +39,15 @@ def mask_loss(
     index, sizes = matches.index, matches.layer_sizes
     if not factored:
         dense = [layer.flatten(1, 2) if layer.ndim == 5 else layer for layer in dense]
-        return ops.mask_loss(ops.Instances(dense, index, sizes), targets, draw, term, points, backend, reduction)
-    factors, shared = joined(factored), (targets, draw, term)
+        return ops.mask_loss(ops.Instances(dense, index, sizes), job, backend, reduction)
+    factors = joined(factored)
     if matches.counts is not None:
-        return ops.factored_mask_loss(factors, index, matches.counts, *shared, points, backend)
+        return ops.factored_mask_loss(factors, index, matches.counts, job, backend)
     block = index[:, LAYER] * matches.batch_size + index[:, IMAGE]
     counts = block.bincount(minlength=len(layers) * matches.batch_size).tolist()
     order = block.argsort(stable=True)
-    given = None if points is None else points[order]
-    ce, dice = ops.factored_mask_loss(factors, index[order], counts, *shared, given, backend)
+    given = job if job.points is None else job._replace(points=job.points[order])
+    ce, dice = ops.factored_mask_loss(factors, index[order], counts, given, backend)
     back = order.argsort()
     return ce[back], dice[back]
 

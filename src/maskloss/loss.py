@@ -240,23 +240,15 @@ class MaskLoss(nn.Module):
         """Compute both terms of each instance, in the order of the matches (see `layer_terms`)."""
         targets, sampling = step.targets, self.sampling
         num_points = sampling.num_points if points is None else points.shape[1]
-        ce, dice = layers.mask_loss(
-            logits,
-            matches,
+        numbers = (num_points, sampling.num_candidates, sampling.num_uncertain, sampling.layout)
+        job = ops.Job(
             ops.Targets(targets.encoding, *targets.tensors),
-            ops.Draw(
-                step.image_ids,
-                step.seed,
-                num_points,
-                sampling.num_candidates,
-                sampling.num_uncertain,
-                sampling.layout,
-            ),
+            ops.Draw(step.image_ids, step.seed, *numbers),
             self.options.term,
             points,
-            ops.choose_backend(logits[0].device, self.options.backend),
-            reduction,
         )
+        backend = ops.choose_backend(logits[0].device, self.options.backend)
+        ce, dice = layers.mask_loss(logits, matches, job, backend, reduction)
         return InstanceLosses(ce, dice)
 
     def extra_repr(self) -> str:

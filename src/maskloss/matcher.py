@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from maskloss.points import PointSampling
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
 from maskloss.targets.clips import planes
-from maskloss.targets.collate import Targets, collate
+from maskloss.targets.collate import Entries, collate
 
 
 class HungarianMatcher(nn.Module):
@@ -105,7 +106,7 @@ class HungarianMatcher(nn.Module):
         self,
         class_logits: Tensor | Sequence[Tensor],
         mask_logits: Layer | Sequence[Layer],
-        targets: Targets,
+        targets: Entries | Mapping[str, Any],
         *,
         extra_costs: Sequence[Tensor] | None = None,
         image_ids: Tensor | Sequence[int] | None = None,
@@ -190,14 +191,13 @@ class HungarianMatcher(nn.Module):
     ) -> Tensor:
         """Compute the costs `[L, B, Q, T_max]` of checked inputs; meaningless beyond an image's targets."""
         targets = step.targets
-        ce, dice = layers.match_cost(
-            mask_logits,
-            targets.num_targets,
+        job = ops.Job(
             ops.Targets(targets.encoding, *planes(targets).tensors),
             ops.Draw(step.image_ids, step.seed, self.num_points, layout=self.layout),
             self.options.term,
-            ops.choose_backend(mask_logits[0].device, self.options.backend),
         )
+        backend = ops.choose_backend(mask_logits[0].device, self.options.backend)
+        ce, dice = layers.match_cost(mask_logits, targets.num_targets, job, backend)
         padded = _by_image(step.labels, targets)
         by_class = class_cost if self.classification == "softmax" else focal_class_cost
         cost = torch.add(self.mask_weight * ce, dice, alpha=self.dice_weight)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloss._abi import IMAGE, LAYER, QUERY, Draw, Factors, Gradients, Instances, Saved
+from maskloss._abi import IMAGE, LAYER, QUERY, Draw, Factors, Gradients, Instances, Job
 from maskloss.ops import factored, reference
 from support.accuracy import assert_no_worse
 from support.batches import group
@@ -51,17 +51,17 @@ class Planes:
         sizes = [int((self.rows[:, LAYER] == layer).sum()) for layer in range(self.depth)]
         self.index, self.sizes = self.rows, sizes
         draw = Draw(inputs.image_ids, inputs.seed, *case.sampling)
-        self.rest: tuple[Any, ...] = (group(inputs.targets), draw, case.term(), inputs.points)
+        self.job = Job(group(inputs.targets), draw, case.term(), inputs.points)
 
     def instances(self, planes: Tensor) -> Instances:
         return Instances([planes[None].expand(2, *planes.shape)] * self.depth, self.rows, self.sizes)
 
     def expected(self, planes: Tensor, points: Tensor | None, grads: Gradients) -> tuple[Any, Tensor]:
         """What `mask_loss` of the reference returns, and the gradient of each plane."""
-        instances, rest = self.instances(planes), (*self.rest[:3], points)
-        found = reference.mask_loss(instances, *rest)
+        instances, job = self.instances(planes), self.job._replace(points=points)
+        found = reference.mask_loss(instances, job)
         exact = Gradients(*(grad.to(found[0].dtype) for grad in grads))
-        dense = reference.mask_loss_backward(exact, Saved(*found[2:]), instances, *rest, [True] * self.depth)
+        dense = reference.mask_loss_backward(exact, found[2], instances, job, [True] * self.depth)
         picked = torch.stack(dense)[self.rows[:, LAYER], self.rows[:, IMAGE], self.rows[:, QUERY]]
         return found, picked
 
@@ -76,24 +76,24 @@ FIXED = ("plain", "bfloat16, ignored pixels, windows")
 def test_planes_are_overwritten_with_their_gradients(gpu: Any, name: str, deterministic: bool) -> None:
     case = CASES[name]
     work = Planes(case)
-    ce, dice, kept = gpu.mask_loss_keeping(work.instances(work.planes), *work.rest)
+    ce, dice, kept = gpu.mask_loss(work.instances(work.planes), work.job, keep=True)
     grads = Gradients(torch.linspace(0.5, 1.5, len(ce), dtype=ce.dtype, device=DEVICE), torch.ones_like(ce) * 2)
-    points = work.rest[3]
+    points = work.job.points
     if points is None:
         instances = work.instances(work.planes)
-        points = reference.uncertain_points(instances, work.rest[1], work.inputs.targets.windows, case.padding)
-    plain, wanted = work.expected(work.planes, work.rest[3], grads)
+        points = reference.uncertain_points(instances, work.job.draw, work.inputs.targets.windows, case.padding)
+    plain, wanted = work.expected(work.planes, work.job.points, grads)
     exact, right = work.expected(work.planes.double(), points, grads)
     for mine, theirs, true in zip((ce, dice), plain[:2], exact[:2], strict=True):
         assert_no_worse(mine, theirs, true, TOLERANCE[mine.dtype], everywhere=True)
-    assert torch.equal(kept.chosen, plain[2])
+    assert torch.equal(kept.chosen, plain[2].chosen)
     at_points = reference.point_sample(work.planes, work.rows[:, QUERY], points, "bilinear", case.padding)
     torch.testing.assert_close(kept.logits, at_points, atol=1e-5, rtol=1e-5)
     # The planes of logits are gone by then.
     planes = torch.full_like(work.planes, float("nan"))
     torch.use_deterministic_algorithms(deterministic)
     try:
-        gpu.plane_gradients(grads, kept, work.instances(planes), *work.rest)
+        gpu.plane_gradients(grads, kept, work.instances(planes), work.job)
     finally:
         torch.use_deterministic_algorithms(False)
     assert_no_worse(planes, wanted, right, TOLERANCE[planes.dtype], everywhere=True)
@@ -110,11 +110,11 @@ def test_scratch_memory_of_planes_is_bounded(
     work = Planes(Case(dtype, rows=ROWS, sampling=(9, 27, 6)))
     grads = Gradients(*(torch.ones(3, device=DEVICE) for _ in range(2)))
     monkeypatch.setattr(launch, "SCRATCH_BYTES", 1)
-    _, _, kept = gpu.mask_loss_keeping(work.instances(work.planes), *work.rest)
+    _, _, kept = gpu.mask_loss(work.instances(work.planes), work.job, keep=True)
     planes = torch.empty_like(work.planes)
     torch.use_deterministic_algorithms(deterministic)
     try:
-        gpu.plane_gradients(grads, kept, work.instances(planes), *work.rest)
+        gpu.plane_gradients(grads, kept, work.instances(planes), work.job)
     finally:
         torch.use_deterministic_algorithms(False)
     _, wanted = work.expected(work.planes, None, grads)
@@ -124,9 +124,9 @@ def test_scratch_memory_of_planes_is_bounded(
 def test_a_plane_that_is_not_finite_spoils_no_other(gpu: Any) -> None:
     work = Planes(Case(rows=ROWS[:2], sampling=(20, 60, 15)))
     work.planes[0, 5, 5] = float("inf")
-    ce, _, kept = gpu.mask_loss_keeping(work.instances(work.planes), *work.rest)
+    ce, _, kept = gpu.mask_loss(work.instances(work.planes), work.job, keep=True)
     planes = torch.empty_like(work.planes)
-    gpu.plane_gradients(Gradients(ce * 0 + 1, ce * 0 + 1), kept, work.instances(planes), *work.rest)
+    gpu.plane_gradients(Gradients(ce * 0 + 1, ce * 0 + 1), kept, work.instances(planes), work.job)
     assert not ce[0].isfinite()
     assert ce[1].isfinite()
     assert planes[0].isnan().any()
@@ -139,8 +139,9 @@ def test_features_and_costs_at_the_points(gpu: Any, dtype: torch.dtype, padding:
     """Sampling first and matching then costs what it does at once; 19 channels and 70 points are two blocks each."""
     inputs = Inputs(Case(dtype, padding=padding, extra=True))
     maps = torch.randn(2, 11, 19, 7, device=DEVICE).to(dtype).permute(0, 2, 1, 3)  # rows of channels: strided
-    draw, term = Draw(inputs.image_ids, inputs.seed, 70), inputs.case.term()
-    arguments = (inputs.targets.num_targets, group(inputs.targets), draw, term)
+    term = inputs.case.term()
+    job = Job(group(inputs.targets), Draw(inputs.image_ids, inputs.seed, 70), term)
+    arguments = (inputs.targets.num_targets, job)
     plan = gpu.match_plan(*arguments, [maps])
     sampled = gpu.sample_features(plan, maps, term)
     assert sampled.dtype == dtype
@@ -162,15 +163,13 @@ def test_factored_operations_follow_the_reference(gpu: Any, dtype: torch.dtype) 
     features = [torch.randn(2, 5, 13, 9, device=DEVICE).to(dtype) for _ in range(2)]
     factors = Factors(embeddings, biases, features, [0, 0, 1], 1)
     counts, sizes = [1, 1, 0, 1, 1, 0], [2, 1, 1]
-    rest = (group(inputs.targets), Draw(inputs.image_ids, inputs.seed, *inputs.case.sampling), inputs.case.term())
-    ce, dice, kept = factored.mask_loss(gpu, factors, inputs.index, counts, *rest, None)
+    draw = Draw(inputs.image_ids, inputs.seed, *inputs.case.sampling)
+    job = Job(group(inputs.targets), draw, inputs.case.term())
+    ce, dice, kept = factored.mask_loss(gpu, factors, inputs.index, counts, job)
     grads = Gradients(torch.ones_like(ce), torch.ones_like(ce) * 2)
-    found = factored.mask_loss_backward(
-        gpu, grads, kept, factors, inputs.index, counts, *rest, None, needs_grad=[True] * 4
-    )
-    costs = factored.match_cost(
-        gpu, factors, inputs.targets.num_targets, rest[0], Draw(inputs.image_ids, inputs.seed, 20), rest[2]
-    )
+    found = factored.mask_loss_backward(gpu, grads, kept, factors, inputs.index, counts, job, [True] * 4)
+    matching = job._replace(draw=Draw(inputs.image_ids, inputs.seed, 20))
+    costs = factored.match_cost(gpu, factors, inputs.targets.num_targets, matching)
 
     leaves = [each.double().requires_grad_() for each in (*embeddings, *biases, *features)]
     by_row, by_bias, by_pixel = leaves[:3], leaves[3:6], leaves[6:]
@@ -180,16 +179,14 @@ def test_factored_operations_follow_the_reference(gpu: Any, dtype: torch.dtype) 
     ]
     maps = [each.detach().to(dtype) for each in logits]
     instances = Instances(maps, inputs.index, sizes)
-    *terms, chosen, soft = reference.mask_loss(instances, *rest, None)
-    gradient = reference.mask_loss_backward(grads, Saved(chosen, soft), instances, *rest, None, [True] * 3)
+    *terms, saved = reference.mask_loss(instances, job)
+    gradient = reference.mask_loss_backward(grads, saved, instances, job, [True] * 3)
     wanted = torch.autograd.grad(logits, leaves, [each.double() for each in gradient])
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     for mine, theirs in zip((ce, dice), terms, strict=True):
         torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
     for mine, theirs in zip(found, (torch.stack(wanted[:3]), torch.stack(wanted[3:6]), *wanted[6:]), strict=True):
         torch.testing.assert_close(mine.double(), theirs, atol=10 * tolerance, rtol=tolerance)
-    plain = reference.match_cost(
-        maps, inputs.targets.num_targets, rest[0], Draw(inputs.image_ids, inputs.seed, 20), rest[2]
-    )
+    plain = reference.match_cost(maps, inputs.targets.num_targets, matching)
     for mine, theirs in zip(costs, plain, strict=True):
         torch.testing.assert_close(mine, theirs, atol=2 * tolerance, rtol=tolerance)

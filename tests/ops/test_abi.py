@@ -121,7 +121,7 @@ def test_schemas_are_the_groups_one_after_another() -> None:
     assert arguments("mask_loss") == loss
     assert loss[-6:] == ["padding", "target_mode", "focal_alpha", "focal_gamma", "points", "backend"]
     assert len(fields(abi.Term)) == 4
-    backward = ["grad_ce", "grad_dice", "chosen", "soft", *loss[:-1], "needs_grad", "backend"]
+    backward = ["grad_ce", "grad_dice", "chosen", "soft", "kept_logits", *loss[:-1], "needs_grad", "backend"]
     assert arguments("mask_loss_backward") == backward
     assert arguments("match_cost") == ["logits", "num_targets", *fields(abi.Targets, abi.Draw), *loss[-6:-2], "backend"]
     assert ops.BACKENDS == ("reference", "cpu", "gpu")
@@ -129,6 +129,9 @@ def test_schemas_are_the_groups_one_after_another() -> None:
 
 def test_numbers_of_candidates_that_mean_nothing() -> None:
     draw = abi.Draw(torch.zeros(1, dtype=torch.int64), torch.tensor(0), 10, 30, 7)
-    assert draw.for_points(None) is draw
-    for other in (draw.for_points(torch.rand(1, 10, 2)), draw._replace(num_uncertain=0).for_points(None)):
-        assert (other.num_points, other.num_candidates, other.num_uncertain) == (10, 0, 0)
+    targets = abi.Targets("bits", *MaskTargets.from_masks(torch.ones(1, 2, 2, dtype=torch.bool)).tensors)
+    assert abi.Job(targets, draw, abi.Term()).drawn is draw
+    given = abi.Job(targets, draw, abi.Term(), torch.rand(1, 10, 2))
+    for job in (given, abi.Job(targets, draw._replace(num_uncertain=0), abi.Term())):
+        assert (job.drawn.num_points, job.drawn.num_candidates, job.drawn.num_uncertain) == (10, 0, 0)
+        assert abi.Job.of(job.flat) == job

@@ -67,9 +67,9 @@ def mask_loss(backend: str, encoding: str = "bits", *, given: bool = False, dtyp
 def mask_loss_backward(backend: str, encoding: str = "bits") -> Args:
     logits, *rest, _ = mask_loss(backend, encoding)
     plain = [layer.detach() for layer in logits]
-    _, _, chosen, soft = dense._mask_loss(plain, *rest, backend)
+    _, _, *saved = dense._mask_loss(plain, *rest, backend)
     gradients = torch.randn(len(INDEX)), torch.randn(len(INDEX))
-    return *gradients, chosen, soft, plain, *rest, [True, False], backend
+    return *gradients, *saved, plain, *rest, [True, False], backend
 
 
 def match_cost(backend: str, encoding: str = "bits") -> Args:

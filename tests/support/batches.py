@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskloss import MaskTargets
-from maskloss._abi import Draw, Gradients, Instances, Saved, Targets, Term
+from maskloss._abi import Draw, Gradients, Instances, Job, Saved, Targets, Term
 
 # P, K, the number of uncertain points, and the layout if it is not the default.
 Sampling = tuple[int, int, int] | tuple[int, int, int, str]
@@ -34,8 +34,12 @@ class Batch(NamedTuple):
     def draw(self, *numbers: Any) -> Draw:
         return Draw(self.image_ids, self.seed, *numbers)
 
+    def job(self, sampling: Sampling, term: Term = PLAIN, points: Tensor | None = None) -> Job:
+        return Job(group(self.targets), self.draw(*sampling), term, points)
+
     def loss(self, ops: Any, sampling: Sampling, term: Term = PLAIN, points: Tensor | None = None) -> Any:
-        return ops.mask_loss(self.instances, group(self.targets), self.draw(*sampling), term, points)
+        ce, dice, saved = ops.mask_loss(self.instances, self.job(sampling, term, points))
+        return ce, dice, *saved
 
     def gradients(
         self,
@@ -49,15 +53,17 @@ class Batch(NamedTuple):
     ) -> list[Tensor]:
         """Gradients of a weighted sum of the losses; `saved` is what `loss` returned, `live` weighs the instances."""
         needed = needs_grad or [True] * len(self.logits)
-        rest = (self.instances, group(self.targets), self.draw(*sampling), term, points, needed)
-        return ops.mask_loss_backward(self._weights(saved[0].dtype, live), Saved(*saved[2:]), *rest)
+        weights = self._weights(saved[0].dtype, live)
+        return ops.mask_loss_backward(
+            weights, Saved(*saved[2:]), self.instances, self.job(sampling, term, points), needed
+        )
 
     def early_gradients(
         self, ops: Any, dtype: torch.dtype, sampling: Sampling, term: Term = PLAIN, points: Tensor | None = None
     ) -> list[Tensor]:
         """The same gradients, computed along with losses of this dtype."""
-        rest = (self.instances, group(self.targets), self.draw(*sampling), term, points, [True] * len(self.logits))
-        found: list[Tensor] = ops.mask_loss_ahead(self._weights(dtype, 1.0), *rest)[-1]
+        job, needed = self.job(sampling, term, points), [True] * len(self.logits)
+        found: list[Tensor] = ops.mask_loss_ahead(self._weights(dtype, 1.0), self.instances, job, needed)[-1]
         return found
 
     def _weights(self, dtype: torch.dtype, live: Tensor | float) -> Gradients:
@@ -70,8 +76,7 @@ class Batch(NamedTuple):
     def costs(
         self, ops: Any, num_points: int, term: Term = PLAIN, layout: str = "independent"
     ) -> tuple[Tensor, Tensor]:
-        targets, draw = self.targets, self.draw(num_points, 0, 0, layout)
-        return ops.match_cost(self.logits, targets.num_targets, group(targets), draw, term)
+        return ops.match_cost(self.logits, self.targets.num_targets, self.job((num_points, 0, 0, layout), term))
 
     def exact(self) -> Batch:
         """The same in float64."""

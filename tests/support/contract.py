@@ -28,10 +28,11 @@ from maskloss._abi import (
     Draw,
     Gradients,
     Instances,
-    Kept,
+    Job,
     Saved,
     Targets,
     Term,
+    num_bytes,
 )
 
 Run = Callable[..., Any]
@@ -67,11 +68,6 @@ def _check_draw(draw: Draw) -> None:
     assert isinstance(draw.image_ids, Int64[Tensor, " B"])
     assert isinstance(draw.seed, Int64[Tensor, ""])
     assert 0 <= draw.num_uncertain <= draw.num_candidates or draw.num_uncertain == 0
-
-
-def _check_term(term: Term) -> None:
-    assert term.padding in PADDING_MODES
-    assert term.target_mode in TARGET_MODES
 
 
 @shaped
@@ -110,70 +106,64 @@ def uncertain_points(
     return points
 
 
-def _kept_values(targets: Targets, draw: Draw) -> int:
-    """Target values that are kept of an instance: those of soft masks only."""
-    return draw.num_points if targets.encoding == "values" else 0
+def _check_job(job: Job, count: int | None = None) -> None:
+    _check_targets(job.targets)
+    _check_draw(job.draw)
+    assert job.term.padding in PADDING_MODES
+    assert job.term.target_mode in TARGET_MODES
+    if job.points is not None:
+        assert isinstance(job.points, Float[Tensor, f"{count} P 2"])
+
+
+def _check_saved(saved: Saved, instances: Instances, job: Job, *, keep: bool) -> None:
+    count, num_points = len(instances.rows), job.draw.num_points
+    assert saved.chosen.shape == (count, num_bytes(job.drawn.num_candidates))
+    assert saved.chosen.dtype == torch.uint8
+    assert saved.soft.shape == (count, num_points if job.targets.encoding == "values" else 0)
+    assert saved.logits.shape == (count, num_points if keep else 0)
+    assert saved.soft.dtype == saved.logits.dtype == instances.accumulation_dtype
 
 
 @shaped
-def mask_loss(
-    run: Run, instances: Instances, targets: Targets, draw: Draw, term: Term, points: Float[Tensor, "N P 2"] | None
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], UInt8[Tensor, "N choice"], Float[Tensor, "N kept"]]:
-    _check_instances(instances)
-    _check_targets(targets)
-    _check_draw(draw)
-    _check_term(term)
-    result = run(instances, targets, draw, term, points)
-    assert result[3].shape[1] == _kept_values(targets, draw)
-    return result
+def _check_losses(_ce: Float[Tensor, " N"], _dice: Float[Tensor, " N"], _rows: Int64[Tensor, "N _"]) -> None:
+    pass
 
 
-@shaped
+def mask_loss(run: Run, instances: Instances, job: Job, *, keep: bool = False) -> tuple[Tensor, Tensor, Saved]:
+    _check_planes(instances) if keep else _check_instances(instances)
+    _check_job(job, len(instances.rows))
+    ce, dice, saved = run(instances, job, keep=keep)
+    _check_losses(ce, dice, instances.rows)
+    assert ce.dtype == dice.dtype == instances.accumulation_dtype
+    _check_saved(saved, instances, job, keep=keep)
+    return ce, dice, saved
+
+
 def mask_loss_backward(
-    run: Run,
-    grads: Gradients,
-    saved: Saved,
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Float[Tensor, "N P 2"] | None,
-    needs_grad: Sequence[bool],
+    run: Run, grads: Gradients, saved: Saved, instances: Instances, job: Job, needs_grad: Sequence[bool]
 ) -> list[Tensor]:
     _check_instances(instances)
-    _check_targets(targets)
-    _check_draw(draw)
-    _check_term(term)
-    for grad in grads:
-        assert isinstance(grad, Float[Tensor, " N"])
-    assert isinstance(saved.chosen, UInt8[Tensor, "N choice"])
-    assert saved.soft.shape[1] == _kept_values(targets, draw)
-    gradients = run(grads, saved, instances, targets, draw, term, points, needs_grad)
+    _check_job(job, len(instances.rows))
+    _check_losses(*grads, instances.rows)
+    _check_saved(saved, instances, job, keep=False)
+    gradients = run(grads, saved, instances, job, needs_grad)
     _check_gradients(instances, gradients, needs_grad)
     return gradients
 
 
 def mask_loss_ahead(
-    run: Run,
-    expected: Gradients,
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    needs_grad: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    for grad in expected:
-        assert isinstance(grad, Float[Tensor, " N"])
-        assert len(grad) == len(instances.rows)
+    run: Run, expected: Gradients, instances: Instances, job: Job, needs_grad: Sequence[bool]
+) -> tuple[Tensor, Tensor, Saved, list[Tensor]]:
+    _check_losses(*expected, instances.rows)
     gradients: list[Tensor] = []
 
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ce, dice, chosen, soft, found = run(expected, *args, needs_grad)
+    def forward(*args: Any, keep: bool) -> tuple[Tensor, Tensor, Saved]:
+        assert not keep
+        *losses, found = run(expected, *args, needs_grad)
         gradients.extend(found)
-        return ce, dice, chosen, soft
+        return losses
 
-    losses = mask_loss(forward, instances, targets, draw, term, points)
+    losses = mask_loss(forward, instances, job)
     _check_gradients(instances, gradients, needs_grad)
     return *losses, gradients
 
@@ -194,13 +184,12 @@ def _check_gradients(instances: Instances, gradients: Sequence[Tensor], needs_gr
 
 @shaped
 def match_cost(
-    run: Run, logits: Layers, num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
+    run: Run, logits: Layers, num_targets: Sequence[int], job: Job
 ) -> tuple[Float[Tensor, "L B Q width"], Float[Tensor, "L B Q width"]]:
     _check_layers(logits)
-    _check_targets(targets)
-    _check_draw(draw)
-    _check_term(term)
-    ce, dice = run(logits, num_targets, targets, draw, term)
+    _check_job(job)
+    assert job.points is None
+    ce, dice = run(logits, num_targets, job)
     assert ce.shape[0] == len(logits)
     assert ce.shape[3] == max(num_targets, default=0)
     return ce, dice
@@ -215,40 +204,12 @@ def _check_planes(instances: Instances) -> None:
     assert first.shape[1] == len(instances.rows)
 
 
-def mask_loss_keeping(
-    run: Run, instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
-) -> tuple[Tensor, Tensor, Kept]:
+def plane_gradients(run: Run, grads: Gradients, saved: Saved, instances: Instances, job: Job) -> None:
     _check_planes(instances)
-    _check_targets(targets)
-    _check_draw(draw)
-    _check_term(term)
-    ce, dice, kept = run(instances, targets, draw, term, points)
-    count, dtype = len(instances.rows), instances.accumulation_dtype
-    for terms in (ce, dice):
-        assert terms.shape == (count,)
-        assert terms.dtype == dtype
-    assert kept.chosen.dtype == torch.uint8
-    assert kept.soft.shape == (count, _kept_values(targets, draw))
-    assert kept.logits.shape == (count, draw.num_points)
-    assert kept.logits.dtype == dtype
-    return ce, dice, kept
-
-
-def plane_gradients(
-    run: Run,
-    grads: Gradients,
-    kept: Kept,
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-) -> None:
-    _check_planes(instances)
-    for each in (*grads, *kept):
-        assert len(each) == len(instances.rows)
-    assert kept.logits.shape == (len(instances.rows), draw.num_points)
-    run(grads, kept, instances, targets, draw, term, points)
+    _check_job(job, len(instances.rows))
+    _check_losses(*grads, instances.rows)
+    _check_saved(saved, instances, job, keep=True)
+    run(grads, saved, instances, job)
 
 
 @shaped
@@ -272,7 +233,7 @@ OPERATIONS = (
     match_cost,
 )
 # What backends with kernels do for masks as factors; the reference forms dense logits.
-FOR_FACTORS = (mask_loss_keeping, plane_gradients, sample_features, row_costs)
+FOR_FACTORS = (plane_gradients, sample_features, row_costs)
 # What a backend does that computes gradients ahead of the backward pass.
 AHEAD = (mask_loss_ahead, mask_loss_settle)
 

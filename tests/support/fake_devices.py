@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from maskloss import MaskCriterion, MaskFactors, MaskTargets
-from maskloss._abi import INDEX_COLUMNS, Draw, Factors, Gradients, Instances, Saved, Targets, Term
+from maskloss._abi import INDEX_COLUMNS, Draw, Factors, Gradients, Instances, Job, Targets, Term
 from maskloss.ops import choose_backend, factored, reference
 
 # Places in c10::DeviceType.
@@ -138,14 +138,15 @@ def _factored_operations_copy_nothing() -> None:
             index = torch.empty(LAYERS * BATCH * TARGETS, INDEX_COLUMNS, dtype=torch.int64, device="cuda")
             ids = torch.arange(BATCH, device="cuda")
             draw, term = Draw(ids, torch.empty((), dtype=torch.int64, device="cuda"), *SAMPLING), Term()
-            products = (factors, index, [TARGETS] * (LAYERS * BATCH), group, draw, term, None)
+            job = Job(group, draw, term)
+            products = (factors, index, [TARGETS] * (LAYERS * BATCH), job)
             watch.copies.clear()
             costs = torch.empty(LAYERS, BATCH, QUERIES, TARGETS, device="cuda")
             labels = torch.empty(BATCH * TARGETS, dtype=torch.int64, device="cuda")
             gpu.assign(costs, labels, targets.images, targets.num_targets, CLASSES, 5)
-            factored.match_cost(gpu, factors, targets.num_targets, group, draw, term)
+            factored.match_cost(gpu, factors, targets.num_targets, job)
             *terms, kept = factored.mask_loss(gpu, *products)
-            factored.mask_loss_backward(gpu, Gradients(*terms), kept, *products, needs_grad=[True] * 4)
+            factored.mask_loss_backward(gpu, Gradients(*terms), kept, *products, [True] * 4)
         assert not watch.copies, watch.copies
 
 
@@ -179,12 +180,12 @@ def reference_stays_on(device: str) -> None:
         index = torch.empty(count, INDEX_COLUMNS, dtype=torch.int64, device=device)
         instances = Instances(logits, index, [BATCH * TARGETS] * LAYERS)
         draw, group = Draw(ids, torch.tensor(5), *SAMPLING), Targets("bits", *targets.tensors)
-        inputs = (instances, group, draw, Term(alpha=0.25, gamma=2.0), None)
+        job = Job(group, draw, Term(alpha=0.25, gamma=2.0))
         watch.copies.clear()
-        reference.match_cost(logits, targets.num_targets, *inputs[1:4])
+        reference.match_cost(logits, targets.num_targets, job)
         reference.uncertain_points(instances, draw, targets.windows, "zeros")
-        ce, dice, *saved = reference.mask_loss(*inputs)
-        reference.mask_loss_backward(Gradients(ce, dice), Saved(*saved), *inputs, [True] * LAYERS)
+        ce, dice, saved = reference.mask_loss(instances, job)
+        reference.mask_loss_backward(Gradients(ce, dice), saved, instances, job, [True] * LAYERS)
     assert not watch.copies, watch.copies
     assert device != "mps" or torch.float64 not in watch.dtypes
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskloss import distributed, layers
-from maskloss._abi import CANDIDATES, IMAGE, LAYER, QUERY, RANDOM, TARGET, Draw
+from maskloss._abi import CANDIDATES, IMAGE, LAYER, QUERY, RANDOM, TARGET, Draw, Job
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches
 from maskloss.ops.reference.sampling import match_points
@@ -77,9 +77,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, *, one_image: bool = False) -> Ite
         recorder.calls.append(Call(step, loss, matches, matched[-1]))
         return terms(loss, logits, matches, step, reduction, *points)
 
-    def spy_cost(logits: Any, num_targets: Any, targets: Any, draw: Draw, *rest: Any) -> Any:
-        matched.append(draw.num_points)
-        return cost(logits, num_targets, targets, draw, *rest)
+    def spy_cost(logits: Any, num_targets: Any, job: Job, backend: str) -> Any:
+        matched.append(job.draw.num_points)
+        return cost(logits, num_targets, job, backend)
 
     with monkeypatch.context() as patch, step(seed=SEED):
         patch.setattr(MaskLoss, "layer_terms", spy_terms)

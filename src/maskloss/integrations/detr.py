@@ -25,17 +25,16 @@ from maskloss.integrations import _targets
 from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
-from maskloss.matches import Matches, join_layers
+from maskloss.matches import Matches, Pairs, join_layers
 from maskloss.options import MaskKeywords, MaskOptions, mask_options
 from maskloss.points import PointSampling
 from maskloss.step import Step
+from maskloss.targets.collate import Entries
 
 __all__ = ["HungarianMatcher", "SetCriterion"]
 
 Outputs = Mapping[str, Any]
-Targets = Sequence[Mapping[str, Any]]
-Pairs = list[tuple[Tensor, Tensor]]
-ExtraLoss = Callable[[Outputs, Targets, Pairs, "float | Tensor"], Mapping[str, Tensor]]
+ExtraLoss = Callable[[Outputs, Entries, Pairs, "float | Tensor"], Mapping[str, Tensor]]
 
 _CONVENTION = 'give [{"labels": [T], "masks": [T, H, W]}, ...]'
 # What the library's own checks call these code bases' entries.
@@ -154,7 +153,7 @@ class HungarianMatcher(nn.Module):
         return "\n".join([f"{type(self).__name__}:", *lines])
 
     @reported("HungarianMatcher", NAMES)
-    def forward(self, outputs: Outputs, targets: Targets) -> Pairs:
+    def forward(self, outputs: Outputs, targets: Entries) -> Pairs:
         """Match the outputs of one layer.
 
         Args:
@@ -173,7 +172,7 @@ class HungarianMatcher(nn.Module):
         step = begin(outputs, targets)
         return self.match([outputs], targets, step).pairs()
 
-    def match(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Matches:
+    def match(self, layers: Sequence[Outputs], targets: Entries, step: Step) -> Matches:
         """Match several layers with the same numbers of queries and classes, with one host sync."""
         softmax = self.core.classification == "softmax"
         logits, masks = core.check_predictions(*_columns(layers), no_object=softmax)
@@ -188,7 +187,7 @@ class HungarianMatcher(nn.Module):
             extra = torch.cat(more) if extra is None else extra + torch.cat(more)
         return self.core.match(logits, masks, step, extra, no_object_labels=True)
 
-    def box_costs(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Tensor:
+    def box_costs(self, layers: Sequence[Outputs], targets: Entries, step: Step) -> Tensor:
         """Compute the boxes' part of the cost: `[L, B, Q, T_max]`."""
         boxes = _predicted_boxes(layers)
         return box_costs(boxes, _boxes(targets, boxes, step), self.cost_box, self.cost_giou)
@@ -247,7 +246,7 @@ class SetCriterion(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        matcher: Callable[[Outputs, Targets], Pairs],
+        matcher: Callable[[Outputs, Entries], Pairs],
         weight_dict: Mapping[str, float],
         eos_coef: float,
         losses: Sequence[str],
@@ -316,7 +315,7 @@ class SetCriterion(nn.Module):
         return self.mask_loss.sampling.importance_ratio
 
     @reported("SetCriterion", NAMES)
-    def forward(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    def forward(self, outputs: Outputs, targets: Entries) -> dict[str, Tensor]:
         """Match all layers and compute their losses.
 
         Args:
@@ -339,7 +338,7 @@ class SetCriterion(nn.Module):
         step = begin(outputs, targets)
         return self.matched_losses(outputs, targets, step)
 
-    def matched_losses(self, outputs: Outputs, targets: Targets, step: Step) -> dict[str, Tensor]:
+    def matched_losses(self, outputs: Outputs, targets: Entries, step: Step) -> dict[str, Tensor]:
         """Match the layers of checked inputs and compute their losses."""
         rank = find_masks(outputs).ndim
         if rank != 4 + self.video:
@@ -390,7 +389,7 @@ class SetCriterion(nn.Module):
         losses: Sequence[str],
         layers: Mapping[str, Outputs],
         matches: Matches,
-        targets: Targets,
+        targets: Entries,
         step: Step,
         count: float | Tensor,
     ) -> dict[str, Tensor]:
@@ -409,7 +408,7 @@ class SetCriterion(nn.Module):
         # Tensors of their own: training loops multiply them by their weights in place.
         return {f"{name}{suffix}": term[i].clone() for i, suffix in enumerate(layers) for name, term in terms.items()}
 
-    def _match(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Matches:
+    def _match(self, layers: Sequence[Outputs], targets: Entries, step: Step) -> Matches:
         matcher = self.matcher
         # A subclass with a forward of its own is asked layer by layer, like any other matcher.
         if isinstance(matcher, HungarianMatcher) and type(matcher).forward is HungarianMatcher.forward:
@@ -436,7 +435,7 @@ class SetCriterion(nn.Module):
         return focal_sums(logits, wanted) / count
 
     def _compare_boxes(
-        self, outputs: Sequence[Outputs], matches: Matches, targets: Targets, step: Step, count: float | Tensor
+        self, outputs: Sequence[Outputs], matches: Matches, targets: Entries, step: Step, count: float | Tensor
     ) -> dict[str, Tensor]:
         """Compute the boxes' losses of each layer, `[L]` each."""
         boxes = _predicted_boxes(outputs)
@@ -481,7 +480,7 @@ def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def begin(outputs: Outputs, targets: Targets) -> Step:
+def begin(outputs: Outputs, targets: Entries) -> Step:
     """Pack the targets of a step, and check that they fit."""
     logits = find_masks(outputs)
     check_targets(targets, ("labels", "masks"))
@@ -492,7 +491,7 @@ def begin(outputs: Outputs, targets: Targets) -> Step:
     return _targets.begin(mask_entries(targets), [entry["labels"] for entry in targets], [logits, *others])
 
 
-def check_targets(targets: Targets, names: Sequence[str]) -> None:
+def check_targets(targets: Entries, names: Sequence[str]) -> None:
     """Raise unless targets are a list of dicts with these entries."""
     if not _is_list(targets):
         raise Cause("targets must be a list with one dict per image", f"got {describe(targets)}", _CONVENTION)
@@ -503,7 +502,7 @@ def check_targets(targets: Targets, names: Sequence[str]) -> None:
             raise Cause(f"each entry of targets must be a dict with {wanted}", f"entry {image} is {got}", _CONVENTION)
 
 
-def mask_entries(targets: Targets) -> list[Any]:
+def mask_entries(targets: Entries) -> list[Any]:
     """List the masks of each image as `pack_masks` takes them."""
     return [(entry["masks"], entry["ids"]) if "ids" in entry else entry["masks"] for entry in targets]
 
@@ -544,7 +543,7 @@ def _columns(layers: Sequence[Outputs]) -> tuple[list[Tensor], list[Layer]]:
     return classes, masks
 
 
-def _boxes(targets: Targets, boxes: Tensor, step: Step) -> list[Tensor]:
+def _boxes(targets: Entries, boxes: Tensor, step: Step) -> list[Tensor]:
     """List the boxes `[T, 4]` of each image, on the device of the predicted ones."""
     found = []
     for image, (entry, count) in enumerate(zip(targets, step.targets.num_targets, strict=True)):

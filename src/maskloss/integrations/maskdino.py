@@ -18,11 +18,12 @@ from maskloss import _inputs
 from maskloss.errors import Cause, describe, reported
 from maskloss.integrations import detr
 from maskloss.integrations._targets import repeat_targets
-from maskloss.integrations.detr import Outputs, Pairs, Targets
-from maskloss.matches import Matches
+from maskloss.integrations.detr import Outputs
+from maskloss.matches import Matches, Pairs
 from maskloss.options import MaskKeywords, MaskOptions, mask_options
 from maskloss.points import PointSampling
 from maskloss.step import Step
+from maskloss.targets.collate import Entries
 
 __all__ = ["HungarianMatcher", "SetCriterion"]
 
@@ -84,7 +85,7 @@ class HungarianMatcher(detr.HungarianMatcher):
         )
         self.panoptic_on = panoptic_on
 
-    def box_costs(self, layers: Sequence[Outputs], targets: Targets, step: Step) -> Tensor:
+    def box_costs(self, layers: Sequence[Outputs], targets: Entries, step: Step) -> Tensor:
         """Compute the boxes' part of the cost: `[L, B, Q, T_max]`."""
         costs = super().box_costs(layers, targets, step)
         if self.panoptic_on:
@@ -130,7 +131,7 @@ class SetCriterion(detr.SetCriterion):
     def __init__(
         self,
         num_classes: int,
-        matcher: Callable[[Outputs, Targets], Pairs],
+        matcher: Callable[[Outputs, Entries], Pairs],
         weight_dict: Mapping[str, float],
         eos_coef: float,
         losses: Sequence[str],
@@ -159,7 +160,7 @@ class SetCriterion(detr.SetCriterion):
 
     @reported("SetCriterion", detr.NAMES)
     def forward(
-        self, outputs: Outputs, targets: Targets, mask_dict: Mapping[str, Any] | None = None
+        self, outputs: Outputs, targets: Entries, mask_dict: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:
         """Match all layers and compute their losses, and those of the denoised queries.
 
@@ -189,7 +190,7 @@ class SetCriterion(detr.SetCriterion):
         return losses | self._denoised(layers, targets, step, mask_dict["scalar"], mask_dict["pad_size"])
 
     def _denoised(
-        self, layers: Mapping[str, Outputs], targets: Targets, step: Step, times: int, size: int
+        self, layers: Mapping[str, Outputs], targets: Entries, step: Step, times: int, size: int
     ) -> dict[str, Tensor]:
         """Compute the losses of queries made from targets: query s * size / times + t is target t, noised anew."""
         if size % times:

@@ -22,11 +22,13 @@ from maskloss.functional import focal_class_cost
 from maskloss.integrations import _targets
 from maskloss.integrations._boxes import box_costs
 from maskloss.integrations._undo import Undo
-from maskloss.integrations.detr import Outputs, Pairs, Targets, find_masks, mask_entries
+from maskloss.integrations.detr import Outputs, find_masks, mask_entries
 from maskloss.integrations.layerwise import LayerMasks
 from maskloss.matcher import HungarianMatcher, check_predictions
+from maskloss.matches import Pairs
 from maskloss.options import MaskOptions
 from maskloss.points import PointSampling
+from maskloss.targets.collate import Entries
 
 __all__ = ["NAMES", "patch"]
 
@@ -102,7 +104,7 @@ def _loss_masks(theirs: Callable[..., Any], sampling: PointSampling | None, opti
     by_ratio: dict[int | None, LayerMasks] = {}
 
     @functools.wraps(theirs)
-    def loss_masks(self: Any, outputs: Outputs, targets: Targets, indices: Any, num_boxes: Any) -> dict[str, Tensor]:
+    def loss_masks(self: Any, outputs: Outputs, targets: Entries, indices: Any, num_boxes: Any) -> dict[str, Tensor]:
         if targets and "valid" in targets[0]:
             found: dict[str, Tensor] = theirs(self, outputs, targets, indices, num_boxes)
             return found
@@ -119,7 +121,7 @@ def _packed_forward(theirs: Callable[..., Any]) -> Any:
     """Pack the masks of a step before the criterion sees them."""
 
     @functools.wraps(theirs)
-    def forward(self: Any, outputs: Outputs, targets: Targets, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, outputs: Outputs, targets: Entries, *args: Any, **kwargs: Any) -> Any:
         if targets and all("masks" in entry and "valid" not in entry for entry in targets):
             packed = _targets.pack_masks(mask_entries(targets), outputs["pred_logits"].device)
             targets = [{**entry, "masks": masks} for entry, masks in zip(targets, packed, strict=True)]
@@ -132,7 +134,7 @@ def _match_one(theirs: Callable[..., Any], match: Callable[..., list[Pairs]]) ->
     """Make what takes the place of the matcher's `forward`: one layer."""
 
     @functools.wraps(theirs)
-    def forward(self: Any, outputs: Outputs, targets: Targets, group_detr: int = 1, **options: Any) -> Pairs:
+    def forward(self: Any, outputs: Outputs, targets: Entries, group_detr: int = 1, **options: Any) -> Pairs:
         if _is_other(outputs, targets):
             found: Pairs = theirs(self, outputs, targets, group_detr, **options)
             return found
@@ -145,7 +147,7 @@ def _match_all(theirs: Callable[..., Any], match: Callable[..., list[Pairs]]) ->
     """Make what takes the place of the matcher's `_match_many`: all layers at once."""
 
     @functools.wraps(theirs)
-    def match_many(self: Any, layers: Sequence[Outputs], targets: Targets, group_detr: int = 1, **options: Any) -> Any:
+    def match_many(self: Any, layers: Sequence[Outputs], targets: Entries, group_detr: int = 1, **options: Any) -> Any:
         if any(_is_other(layer, targets) for layer in layers):
             return theirs(self, layers, targets, group_detr, **options)
         return match(self, layers, targets, group_detr)
@@ -153,7 +155,7 @@ def _match_all(theirs: Callable[..., Any], match: Callable[..., list[Pairs]]) ->
     return match_many
 
 
-def _is_other(outputs: Outputs, targets: Targets) -> bool:
+def _is_other(outputs: Outputs, targets: Entries) -> bool:
     """Whether a batch has no masks, or more than boxes, classes and masks."""
     plain = all("masks" in entry and "valid" not in entry and "keypoints" not in entry for entry in targets)
     return not targets or not plain or outputs.get("pred_masks") is None
@@ -163,7 +165,7 @@ def _is_other(outputs: Outputs, targets: Targets) -> bool:
 def _match(
     theirs: Any,
     layers: Sequence[Outputs],
-    targets: Targets,
+    targets: Entries,
     groups: int,
     *,
     sampling: PointSampling | None,

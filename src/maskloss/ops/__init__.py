@@ -18,6 +18,7 @@ from maskloss._abi import (
     Draw,
     Factors,
     Instances,
+    Job,
     Reduction,
     Targets,
     Term,
@@ -49,6 +50,7 @@ __all__ = [
     "Draw",
     "Factors",
     "Instances",
+    "Job",
     "Reduction",
     "Targets",
     "Term",
@@ -169,10 +171,10 @@ def uncertain_points(instances: Instances, draw: Draw, windows: Tensor, padding:
     **NOT_CAPTURED,
 )
 def _match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], *args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, backend = grouped(args, Targets, Draw, Term)
+    *flat, backend = args
     if logits[0].ndim == 5:
-        return clips.match_cost(load(backend), logits, num_targets, *inputs)
-    ce, dice = load(backend).match_cost(logits, num_targets, *inputs)
+        return clips.match_cost(load(backend), logits, num_targets, Job.of(flat))
+    ce, dice = load(backend).match_cost(logits, num_targets, Job.of(flat))
     return ce, dice
 
 
@@ -183,14 +185,12 @@ def _(logits: Sequence[Tensor], num_targets: Sequence[int], *_: Any) -> tuple[Te
     return logits[0].new_empty(shape, dtype=dtype), logits[0].new_empty(shape, dtype=dtype)
 
 
-def match_cost(
-    logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, backend: str
-) -> tuple[Tensor, Tensor]:
+def match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job, backend: str) -> tuple[Tensor, Tensor]:
     """Compute both mask terms of the matching cost, `[L, B, Q, T_max]` each, at uniform points. No gradient.
 
     Logits are `[B, Q, h, w]`; or those of clips, `[B, Q, T, h, w]`, with targets as planes.
     """
-    ce, dice = _match_cost(logits, num_targets, *targets, *draw, *term, backend)
+    ce, dice = _match_cost(logits, num_targets, *job.flat[:-1], backend)
     return ce, dice
 
 

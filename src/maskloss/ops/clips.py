@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._abi import BASE, COUNT, FIRST, OFFSET, Draw, Targets, Term, accumulation_dtype
+from maskloss._abi import BASE, COUNT, FIRST, OFFSET, Job, Targets, accumulation_dtype
 
 # Logits at the matcher's points that exist at a time.
 _SCRATCH_BYTES = 1 << 25
@@ -27,28 +27,19 @@ class Clip:
         backend: its module.
         number: of the clip.
         num_targets: N of each clip.
-        targets: those of all clips, as planes.
-        draw: how points are drawn.
-        term: how they are read.
+        job: the targets of all clips, as planes, and how they are read.
         maps: `[B, _, T, h, w]`, some to be sampled of each size.
     """
 
-    def __init__(
-        self,
-        backend: Any,
-        number: int,
-        num_targets: Sequence[int],
-        targets: Targets,
-        draw: Draw,
-        term: Term,
-        maps: Sequence[Tensor],
-    ) -> None:
+    def __init__(self, backend: Any, number: int, num_targets: Sequence[int], job: Job, maps: Sequence[Tensor]) -> None:
         frames = maps[0].shape[2]
-        self.backend, self.number, self.count, self.term = backend, number, num_targets[number], term
-        own = _frames_of(targets, num_targets, number, frames)
-        same = draw._replace(image_ids=draw.image_ids[number].repeat(frames))
+        self.backend, self.number, self.count, self.term = backend, number, num_targets[number], job.term
+        own = job._replace(
+            targets=_frames_of(job.targets, num_targets, number, frames),
+            draw=job.draw._replace(image_ids=job.draw.image_ids[number].repeat(frames)),
+        )
         by_frame = [each[number].transpose(0, 1) for each in maps]
-        self.by_frame = backend.match_plan([self.count] * frames, own, same, term, by_frame)
+        self.by_frame = backend.match_plan([self.count] * frames, own, by_frame)
         self.joined = backend.join_frames(self.by_frame)
 
     def sample(self, maps: Tensor) -> Tensor:
@@ -62,13 +53,11 @@ class Clip:
         return ce[0], dice[0]
 
 
-def clips_of(
-    backend: Any, num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, maps: Sequence[Tensor]
-) -> Iterator[Clip]:
+def clips_of(backend: Any, num_targets: Sequence[int], job: Job, maps: Sequence[Tensor]) -> Iterator[Clip]:
     """Yield the clips that have targets (see `Clip`)."""
     for number, count in enumerate(num_targets):
         if count:
-            yield Clip(backend, number, num_targets, targets, draw, term, maps)
+            yield Clip(backend, number, num_targets, job, maps)
 
 
 def _frames_of(targets: Targets, num_targets: Sequence[int], clip: int, frames: int) -> Targets:
@@ -84,19 +73,17 @@ def _frames_of(targets: Targets, num_targets: Sequence[int], clip: int, frames: 
     return targets._replace(table=table, images=images, windows=targets.windows[clip].repeat(frames, 1))
 
 
-def match_cost(
-    backend: Any, logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
-) -> Costs:
+def match_cost(backend: Any, logits: Sequence[Tensor], num_targets: Sequence[int], job: Job) -> Costs:
     """Both mask terms of the matching cost, `[L, B, Q, N_max]`, of logits `[B, Q, T, h, w]` and targets as planes."""
     if logits[0].shape[2] == 1:
-        ce, dice = backend.match_cost([layer.squeeze(2) for layer in logits], num_targets, targets, draw, term)
+        ce, dice = backend.match_cost([layer.squeeze(2) for layer in logits], num_targets, job)
         return ce, dice
     batch, queries, frames = logits[0].shape[:3]
     shape = (len(logits), batch, queries, max(num_targets, default=0))
     ce = torch.zeros(shape, dtype=accumulation_dtype(logits[0].dtype), device=logits[0].device)
     dice = torch.zeros_like(ce)
-    size = max(1, _SCRATCH_BYTES // (frames * draw.num_points * ce.element_size()))
-    for clip in clips_of(backend, num_targets, targets, draw, term, logits):
+    size = max(1, _SCRATCH_BYTES // (frames * job.draw.num_points * ce.element_size()))
+    for clip in clips_of(backend, num_targets, job, logits):
         for which, layer in enumerate(logits):
             for start in range(0, queries, size):
                 part = slice(start, start + size)

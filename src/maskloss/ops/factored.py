@@ -21,24 +21,19 @@ from maskloss._abi import (
     IMAGE,
     LAYER,
     QUERY,
-    Draw,
     Factors,
     Gradients,
     Instances,
-    Kept,
-    Targets,
-    Term,
+    Job,
+    Saved,
     accumulation_dtype,
-    num_bytes,
 )
 from maskloss.ops.clips import clips_of
 
 # ------------------------------------------------------------------------------------------------------------ matching
 
 
-def match_cost(
-    backend: Any, factors: Factors, num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
-) -> tuple[Tensor, Tensor]:
+def match_cost(backend: Any, factors: Factors, num_targets: Sequence[int], job: Job) -> tuple[Tensor, Tensor]:
     """Both mask terms of the matching cost, `[L, B, Q, T_max]` each."""
     if factors.features[0].ndim == 5 and factors.features[0].shape[2] == 1:
         factors = factors._replace(features=[each.squeeze(2) for each in factors.features])
@@ -49,7 +44,7 @@ def match_cost(
         batch, depth, queries = rows.shape[:3]
         biases = torch.stack([factors.biases[layer] for layer in layers], 1).flatten(1) if factors.biases else None
         costs = (_costs_of_clips if features.ndim == 5 else _costs_of_rows)(
-            backend, rows.flatten(1, 2), biases, features, factors.scratch_bytes, num_targets, targets, draw, term
+            backend, rows.flatten(1, 2), biases, features, factors.scratch_bytes, num_targets, job
         )
         by_layer = [cost.view(batch, depth, queries, cost.shape[2]).unbind(1) for cost in costs]
         parts |= dict(zip(layers, zip(*by_layer, strict=True), strict=True))
@@ -64,9 +59,7 @@ def _costs_of_rows(
     features: Tensor,
     scratch_bytes: int,
     num_targets: Sequence[int],
-    targets: Targets,
-    draw: Draw,
-    term: Term,
+    job: Job,
 ) -> tuple[Tensor, Tensor]:
     """Costs `[B, R, T_max]` of rows of embeddings `[B, R, D]` that share their features."""
     batch, count = rows.shape[:2]
@@ -77,25 +70,25 @@ def _costs_of_rows(
         return ce, dice
     height, width = features.shape[2:]
     # Maps with fewer pixels than there are points are cheaper to form than to sample.
-    small = height * width <= draw.num_points
+    small = height * width <= job.draw.num_points
     if small:
         base = features.flatten(2)
     else:
-        plan = backend.match_plan(num_targets, targets, draw, term, [features])
-        base = backend.sample_features(plan, features, term).to(features.dtype)
+        plan = backend.match_plan(num_targets, job, [features])
+        base = backend.sample_features(plan, features, job.term).to(features.dtype)
         if biases is not None:
             # A point at the edge reads zeros beside the map, which the bias is not added to.
             ones = features.new_ones(1, 1, height, width).expand(batch, 1, height, width)
-            inside = backend.sample_features(plan, ones, term).to(features.dtype)
+            inside = backend.sample_features(plan, ones, job.term).to(features.dtype)
     for part in _chunks(count, scratch_bytes // (batch * base.shape[2] * base.element_size())):
         logits = torch.bmm(rows[:, part], base)
         if biases is not None:
             logits += biases[:, part, None] if small else biases[:, part, None] * inside
         if small:
             maps = logits.view(*logits.shape[:2], height, width)
-            costs = [cost[0] for cost in backend.match_cost([maps], num_targets, targets, draw, term)]
+            costs = [cost[0] for cost in backend.match_cost([maps], num_targets, job)]
         else:
-            costs = backend.row_costs(plan, logits, term)
+            costs = backend.row_costs(plan, logits, job.term)
         ce[:, part], dice[:, part] = costs
     return ce, dice
 
@@ -107,15 +100,13 @@ def _costs_of_clips(
     features: Tensor,
     scratch_bytes: int,
     num_targets: Sequence[int],
-    targets: Targets,
-    draw: Draw,
-    term: Term,
+    job: Job,
 ) -> tuple[Tensor, Tensor]:
     """As `_costs_of_rows`, of features `[B, D, T, h, w]` and targets as planes."""
     dtype, widest = accumulation_dtype(features.dtype), max(num_targets, default=0)
     ce = torch.zeros(*rows.shape[:2], widest, dtype=dtype, device=rows.device)
     dice = torch.zeros_like(ce)
-    for clip in clips_of(backend, num_targets, targets, draw, term, [features]):
+    for clip in clips_of(backend, num_targets, job, [features]):
         base = clip.sample(features[clip.number]).to(features.dtype)
         inside = None
         if biases is not None:
@@ -227,12 +218,12 @@ class Blocks:
         most = max(sum(self._sizes(number, image)) for image in range(self.batch))
         return features.new_empty(min(most, self._planes_at_a_time(number)), math.prod(features.shape[2:]))
 
-    def parts(self, points: Tensor | None) -> Iterator[tuple[_Part, Tensor | None]]:
-        """Yield the parts, with their points, if these are given."""
+    def parts(self, job: Job) -> Iterator[tuple[_Part, Job]]:
+        """Yield the parts, and for each the job with its points, if these are given."""
         factors, index = self.factors, self.sorted(self.index)
         embeddings = self.gathered(factors.embeddings)
         biases = self.gathered(factors.biases) if factors.biases else None
-        points = None if points is None else self.sorted(points)
+        points = None if job.points is None else self.sorted(job.points)
         start = 0
         for number in range(len(factors.features)):
             opens = True
@@ -246,7 +237,7 @@ class Blocks:
                     bias = None if biases is None else biases[own]
                     inside = [self.frames * size for size in _overlaps(sizes, part)]
                     found = _Part(number, image, part.start == 0, opens, own, rows, embeddings[own], bias, mine, inside)
-                    yield found, None if points is None else points[rows]
+                    yield found, job if points is None else job._replace(points=points[rows])
                     opens = False
                 start += sum(sizes)
 
@@ -270,27 +261,14 @@ def _overlaps(sizes: Sequence[int], part: slice) -> list[int]:
 
 
 def mask_loss(
-    backend: Any,
-    factors: Factors,
-    index: Tensor,
-    counts: Sequence[int],
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-) -> tuple[Tensor, Tensor, Kept]:
+    backend: Any, factors: Factors, index: Tensor, counts: Sequence[int], job: Job
+) -> tuple[Tensor, Tensor, Saved]:
     """Cross-entropy and Dice `[N]` in the order of the index; what the backward pass needs in that of the parts."""
     blocks = Blocks(factors, index, counts)
-    dtype, count, device = accumulation_dtype(factors.features[0].dtype), len(index), index.device
-    used = draw.for_points(points)
-    ce, dice = torch.empty(2, count, dtype=dtype, device=device)
-    kept = Kept(
-        torch.empty(count, num_bytes(used.num_candidates), dtype=torch.uint8, device=device),
-        torch.empty(count, used.num_points if targets.encoding == "values" else 0, dtype=dtype, device=device),
-        torch.empty(count, used.num_points, dtype=dtype, device=device),
-    )
+    dtype = accumulation_dtype(factors.features[0].dtype)
+    ce, dice, saved = job.new_losses(len(index), dtype, index.device, keep=True)
     space = dice
-    for part, at in blocks.parts(points):
+    for part, mine in blocks.parts(job):
         features = factors.features[part.features]
         if part.opens:
             space = blocks.space(part.features)
@@ -300,24 +278,20 @@ def mask_loss(
         if part.biases is not None:
             planes += part.biases[:, None]
         instances = blocks.instances(part, planes.view(-1, *features.shape[-2:]))
-        ce[part.rows], dice[part.rows], mine = backend.mask_loss_keeping(instances, targets, draw, term, at)
-        for whole, piece in zip(kept, mine, strict=True):
+        ce[part.rows], dice[part.rows], kept = backend.mask_loss(instances, mine, keep=True)
+        for whole, piece in zip(saved, kept, strict=True):
             whole[part.rows] = piece
-    return blocks.restored(ce), blocks.restored(dice), kept
+    return blocks.restored(ce), blocks.restored(dice), saved
 
 
 def mask_loss_backward(
     backend: Any,
     grads: Gradients,
-    kept: Kept,
+    saved: Saved,
     factors: Factors,
     index: Tensor,
     counts: Sequence[int],
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    *,
+    job: Job,
     needs_grad: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of all embeddings `[L, B, Q, D]`, of all biases `[L, B, Q]`, and of each of the features.
@@ -332,15 +306,14 @@ def mask_loss_backward(
     row_sums = like.new_empty(count if by_bias else 0)
     by_features = [_FeatureGradient(each, need) for each, need in zip(factors.features, by_pixel, strict=True)]
     space = rows
-    for part, at in blocks.parts(points):
+    for part, mine in blocks.parts(job):
         features = factors.features[part.features]
         if part.opens:
             space = blocks.space(part.features)
         planes = space[: len(part.embeddings)]
         instances = blocks.instances(part, planes.view(-1, *features.shape[-2:]))
-        mine = Kept(*(each[part.rows] for each in kept))
         slopes = Gradients(*(grad[part.rows] for grad in grads))
-        backend.plane_gradients(slopes, mine, instances, targets, draw, term, at)
+        backend.plane_gradients(slopes, Saved(*(each[part.rows] for each in saved)), instances, mine)
         if by_row:
             torch.mm(planes, features[part.image].flatten(1).t(), out=rows[part.own])
         if by_bias:

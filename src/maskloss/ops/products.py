@@ -8,28 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._abi import (
-    Draw,
-    Factors,
-    Gradients,
-    Kept,
-    Targets,
-    Term,
-    accumulation_dtype,
-    grouped,
-    num_bytes,
-    widest,
-)
-from maskloss._tracing import savable
+from maskloss._abi import Factors, Gradients, Job, Saved, accumulation_dtype, grouped, widest
 from maskloss.ops import factored
 from maskloss.ops.dispatch import load
-from maskloss.ops.schemas import DRAW, FACTORED_LOSS, FACTORS, NOT_CAPTURED, TARGETS, TERM, operation
-from maskloss.ops.transformed import Derivative
+from maskloss.ops.schemas import (
+    DRAW,
+    FACTORS,
+    GRADIENTS,
+    JOB,
+    LOSSES,
+    MATCHED,
+    NOT_CAPTURED,
+    SAVED,
+    TARGETS,
+    TERM,
+    operation,
+)
+from maskloss.ops.transformed import Derivative, keep, kept
 
 
-def _products_as_they_are(args: Sequence[Any]) -> torch.autocast:
+def _products_as_they_are(factors: Factors) -> torch.autocast:
     """Switch autocast off: it must not round operands whose dtype was chosen on purpose."""
-    return torch.autocast(args[2][0].device.type, enabled=False)
+    return torch.autocast(factors.features[0].device.type, enabled=False)
 
 
 @operation(
@@ -39,10 +39,9 @@ def _products_as_they_are(args: Sequence[Any]) -> torch.autocast:
     **NOT_CAPTURED,
 )
 def _factored_match_cost(*args: Any) -> tuple[Tensor, Tensor]:
-    factors, num_targets, *rest = grouped(args, Factors)
-    *inputs, backend = grouped((*rest,), Targets, Draw, Term)
-    with _products_as_they_are(args):
-        return factored.match_cost(load(backend), factors, num_targets, *inputs)
+    factors, num_targets, *flat, backend = grouped(args, Factors)
+    with _products_as_they_are(factors):
+        return factored.match_cost(load(backend), factors, num_targets, Job.of(flat))
 
 
 @_factored_match_cost.register_fake
@@ -54,58 +53,44 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
 
 
-def factored_match_cost(
-    factors: Factors, num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, backend: str
-) -> tuple[Tensor, Tensor]:
+def factored_match_cost(factors: Factors, num_targets: Sequence[int], job: Job, backend: str) -> tuple[Tensor, Tensor]:
     """Compute what `match_cost` does, for logits as factors. No gradient."""
-    ce, dice = _factored_match_cost(*factors, num_targets, *targets, *draw, *term, backend)
+    ce, dice = _factored_match_cost(*factors, num_targets, *job.flat[:-1], backend)
     return ce, dice
 
 
-@operation(
-    "factored_mask_loss", f"{FACTORED_LOSS}, str backend", "(Tensor, Tensor, Tensor, Tensor, Tensor)", **NOT_CAPTURED
-)
-def _factored_mask_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    factors, index, counts, *rest = grouped(args, Factors)
-    *inputs, backend = grouped(rest, Targets, Draw, Term)
-    with _products_as_they_are(args):
-        ce, dice, kept = factored.mask_loss(load(backend), factors, index, counts, *inputs)
-    return ce, dice, *kept
+@operation("factored_mask_loss", f"{FACTORS}, {MATCHED}, {JOB}, str backend", LOSSES, **NOT_CAPTURED)
+def _factored_mask_loss(*args: Any) -> tuple[Tensor, ...]:
+    factors, index, counts, *flat, backend = grouped(args, Factors)
+    with _products_as_they_are(factors):
+        ce, dice, saved = factored.mask_loss(load(backend), factors, index, counts, Job.of(flat))
+    return ce, dice, *saved
 
 
 @_factored_mask_loss.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    factors, index, _, *rest = grouped(args, Factors)
-    targets, draw, _, points, _ = grouped(rest, Targets, Draw, Term)
-    count, dtype = index.shape[0], accumulation_dtype(factors.features[0].dtype)
-    width = num_bytes(draw.num_candidates) if points is None and draw.num_uncertain else 0
-    shapes: list[tuple[Any, torch.dtype]] = [((count,), dtype), ((count,), dtype), ((count, width), torch.uint8)]
-    shapes.append(((count, draw.num_points if targets.encoding == "values" else 0), dtype))
-    shapes.append(((count, draw.num_points), dtype))
-    ce, dice, chosen, soft, logits = (index.new_empty(shape, dtype=kind) for shape, kind in shapes)
-    return ce, dice, chosen, soft, logits
+def _(*args: Any) -> tuple[Tensor, ...]:
+    factors, index, _, *flat, _ = grouped(args, Factors)
+    dtype = accumulation_dtype(factors.features[0].dtype)
+    ce, dice, saved = Job.of(flat).new_losses(index.shape[0], dtype, index.device, keep=True)
+    return ce, dice, *saved
 
 
 @operation(
     "factored_mask_loss_backward",
-    f"Tensor grad_ce, Tensor grad_dice, Tensor chosen, Tensor soft, Tensor logits, {FACTORED_LOSS}, "
-    "bool[] needs_grad, str backend",
+    f"{GRADIENTS}, {SAVED}, {FACTORS}, {MATCHED}, {JOB}, bool[] needs_grad, str backend",
     "Tensor[]",
     **NOT_CAPTURED,
 )
 def _factored_mask_loss_backward(*args: Any) -> list[Tensor]:
-    grads, kept, factors, index, counts, *rest = grouped(args, Gradients, Kept, Factors)
-    targets, draw, term, points, needs_grad, backend = grouped(rest, Targets, Draw, Term)
-    inputs = (targets, draw, term, points)
+    grads, saved, factors, index, counts, *flat, needs_grad, backend = grouped(args, Gradients, Saved, Factors)
+    inputs = (grads, saved, factors, index, counts, Job.of(flat), needs_grad)
     with _products_as_they_are(factors):
-        return factored.mask_loss_backward(
-            load(backend), grads, kept, factors, index, counts, *inputs, needs_grad=needs_grad
-        )
+        return factored.mask_loss_backward(load(backend), *inputs)
 
 
 @_factored_mask_loss_backward.register_fake
 def _(*args: Any) -> list[Tensor]:
-    _, _, factors, *_ = grouped(args, Gradients, Kept, Factors)
+    _, _, factors, *_ = grouped(args, Gradients, Saved, Factors)
     like, needs_grad = factors.features[0], args[-2]
     shapes = [
         (len(layers), *layers[0].shape) if layers else (0,) for layers in (factors.embeddings, factors.biases)
@@ -114,35 +99,25 @@ def _(*args: Any) -> list[Tensor]:
 
 
 def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *lists, features_of, scratch_bytes = inputs[: len(Factors._fields)]
-    *rest, ctx.backend = inputs[len(Factors._fields) :]
     ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
-    ctx.lengths = [len(each) for each in lists]
-    tensors = [value for value in rest if isinstance(value, Tensor)]
-    ctx.save_for_backward(*map(savable, (*output[2:], *(tensor for each in lists for tensor in each), *tensors)))
-    ctx.facts = features_of, scratch_bytes
-    ctx.options = [None if isinstance(value, Tensor) else (value,) for value in rest]
+    keep(ctx, output[2:], inputs)
 
 
 def _factored_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    saved = iter(ctx.saved_tensors)
-    kept = Kept(*(next(saved) for _ in Kept._fields))
-    lists = [[next(saved) for _ in range(length)] for length in ctx.lengths]
-    rest = [next(saved) if option is None else option[0] for option in ctx.options]
-    needs = [[bool(need) for need in ctx.needs_input_grad[which]] if each else [] for which, each in enumerate(lists)]
-    zero = kept.logits.new_zeros(kept.logits.shape[0])
-    given = [zero if grad is None else grad.contiguous() for grad in (grad_ce, grad_dice)]
+    *inputs, backend = kept(ctx, grad_ce, grad_dice)
+    factors = tuple(grouped(inputs, Gradients, Saved, Factors))[2]
+    needs = [
+        [bool(need) for need in which] if each else []
+        for which, each in zip(ctx.needs_input_grad[:3], factors[:3], strict=True)
+    ]
     wanted = [any(needs[0]), any(needs[1]), *needs[2]]
-    by_row, by_bias, *by_pixel = _factored_mask_loss_backward(
-        *given, *kept, *lists, *ctx.facts, *rest, wanted, ctx.backend
-    )
+    by_row, by_bias, *by_pixel = _factored_mask_loss_backward(*inputs, wanted, backend)
     found = [
         [grad[layer] if need else None for layer, need in enumerate(each)]
         for grad, each in zip((by_row, by_bias), needs[:2], strict=True)
     ]
     found.append([grad if need else None for grad, need in zip(by_pixel, needs[2], strict=True)])
-    return *found, None, None, *[None] * len(rest), None
+    return *found, *[None] * (len(ctx.kinds) - len(found))
 
 
 _factored_mask_loss.register_autograd(_factored_derivative, setup_context=_factored_setup)
@@ -150,14 +125,7 @@ _differentiable_factored_mask_loss = Derivative(_factored_mask_loss, _factored_s
 
 
 def factored_mask_loss(
-    factors: Factors,
-    index: Tensor,
-    counts: Sequence[int],
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    backend: str,
+    factors: Factors, index: Tensor, counts: Sequence[int], job: Job, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Compute what `mask_loss` does, for logits as factors; gradients to all of them.
 
@@ -165,11 +133,8 @@ def factored_mask_loss(
         factors: of all layers.
         index: int64 `[N, INDEX_COLUMNS]`, sorted by layer and image.
         counts: how many rows each layer and image has, `[L * B]`.
-        targets: of the batch.
-        draw: see `mask_loss`, as for the others.
-        term: how logits and targets are read.
-        points: the caller's, or None.
+        job: see `mask_loss`.
         backend: one that has kernels.
     """
-    ce, dice, *_ = _differentiable_factored_mask_loss(*factors, index, counts, *targets, *draw, *term, points, backend)
+    ce, dice, *_ = _differentiable_factored_mask_loss(*factors, index, counts, *job.flat, backend)
     return ce, dice

@@ -15,8 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._tracing import active, is_mapped, mapped, nested
+from maskloss._abi import Saved
+from maskloss._tracing import active, is_mapped, mapped, materialized, nested, savable
 from maskloss.errors import MaskLossError
+
+
+def keep(ctx: Any, saved: Sequence[Tensor], inputs: Sequence[Any]) -> None:
+    """Keep what a backward pass needs: what `Saved` has, and the inputs of an operation, also lists of tensors."""
+    # Unused losses, and outputs that only the backward pass reads, need no gradients of zeros.
+    ctx.set_materialize_grads(False)
+    tensors = list(saved)
+    for value in inputs:
+        tensors += value if _is_list(value) else [value] if isinstance(value, Tensor) else []
+    ctx.save_for_backward(*map(savable, tensors))
+    ctx.kinds = [len(value) if _is_list(value) else None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+
+def kept(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Return gradients of both losses in one piece, zeros for one that was not used, and what `keep` has kept."""
+    tensors = iter(ctx.saved_tensors)
+    saved = Saved(*islice(tensors, len(Saved._fields)))
+    zero = torch.zeros(saved.logits.shape[:1], dtype=saved.logits.dtype, device=saved.logits.device)
+    given = (zero if grad is None else materialized(grad).contiguous() for grad in grads)
+    inputs = (
+        kind[0] if isinstance(kind, tuple) else next(tensors) if kind is None else list(islice(tensors, kind))
+        for kind in ctx.kinds
+    )
+    return *given, *saved, *inputs
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,10 +14,11 @@ from maskloss.targets.mask_targets import MaskTargets
 
 _CONVENTION = 'give [{"masks": [T, H, W], "labels": [T]}, ...]'
 
-Targets = Sequence[Mapping[str, Any]] | Mapping[str, Any]
+# What users give for a batch, one for each image.
+Entries = Sequence[Mapping[str, Any]]
 
 
-def collate(targets: Targets) -> tuple[MaskTargets, Tensor]:
+def collate(targets: Entries | Mapping[str, Any]) -> tuple[MaskTargets, Tensor]:
     """Turn a list with one dict per image, torchvision's detection convention, into targets and labels.
 
     Args:

@@ -17,11 +17,9 @@ from maskloss.lab.bench import rf_detr
 from maskloss.lab.bench.arms import MasklossArm, TransformersArm
 from maskloss.lab.bench.cases import PEERS, STRATIFIED, Case
 from maskloss.lab.bench.inputs import Inputs
-from maskloss.matches import Matches
+from maskloss.matches import Matches, Pairs
 from maskloss.ops.reference.sampling import match_points
 from maskloss.points import instance_keys, uniform_points
-
-Pairs = list[tuple[Tensor, Tensor]]
 
 # Largest differences that pass. Losses: of any term of any layer, relative. Gradients: |a - b| / |b|, over a layer.
 # Two candidates whose |logit| differ by rounding only may be chosen one for the other; that moves a gradient at
@@ -65,7 +63,7 @@ class _Step:
     """What one step computed: terms by `CriterionOutput.as_dict`'s names, pairs of each layer, gradients."""
 
     terms: dict[str, float]
-    pairs: list[Pairs]
+    pairs: Sequence[Pairs]
     gradients: list[Tensor]
 
 

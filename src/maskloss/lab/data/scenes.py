@@ -194,7 +194,7 @@ class LostReader(RuntimeError):
     """A worker has ended, or does not answer; the message goes on from "a run must keep all of its processes"."""
 
 
-class Plan(NamedTuple):
+class Sharing(NamedTuple):
     """Which images of a step this process takes.
 
     Attributes:
@@ -219,7 +219,7 @@ class Plan(NamedTuple):
 class Steps(Dataset["Batch | Trouble"]):
     """Micro-batches, found by their step and their number in it."""
 
-    def __init__(self, source: Source, plan: Plan, seed: int) -> None:
+    def __init__(self, source: Source, plan: Sharing, seed: int) -> None:
         self.source, self.plan, self.seed = source, plan, seed
 
     def __getitem__(self, key: tuple[int, int]) -> Batch | Trouble:
@@ -230,7 +230,7 @@ class Steps(Dataset["Batch | Trouble"]):
             return Trouble(*(error.parts or ("the data must be readable", str(error), "")))
 
 
-def batches(source: Source, plan: Plan, seed: int, steps: range, workers: int, pin: bool) -> Iterator[list[Batch]]:
+def batches(source: Source, plan: Sharing, seed: int, steps: range, workers: int, pin: bool) -> Iterator[list[Batch]]:
     """Load the micro-batches of this process, step by step.
 
     Args:

@@ -18,7 +18,7 @@ from maskloss.errors import Cause
 from maskloss.lab import files
 from maskloss.lab.config import BEST, TrainConfig
 from maskloss.lab.data.problems import Problems
-from maskloss.lab.data.scenes import Batch, Plan, Scene, Source, batches, hashed
+from maskloss.lab.data.scenes import Batch, Scene, Sharing, Source, batches, hashed
 from maskloss.lab.loop import checkpoint
 from maskloss.lab.loop.average import Average
 from maskloss.lab.loop.checkpoint import Position
@@ -79,7 +79,7 @@ class Engine:
         self.model: nn.Module = accelerator.prepare_model(learner)
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.main = bool(accelerator.is_main_process)
-        self.plan = Plan(self.config.batch_size, self.config.accumulate, self.rank, self.ranks)
+        self.plan = Sharing(self.config.batch_size, self.config.accumulate, self.rank, self.ranks)
         self.predictor = Predictor(
             learner, self.config.size or 0, facts.tile, self.config.crop is not None, max(MOST, learner.num_queries)
         )

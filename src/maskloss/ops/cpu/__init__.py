@@ -39,14 +39,7 @@ from .arguments import (
     zeros,
 )
 from .cost import join_frames, match_cost, match_plan, row_costs, sample_features
-from .loss import (
-    mask_loss,
-    mask_loss_ahead,
-    mask_loss_backward,
-    mask_loss_keeping,
-    mask_loss_settle,
-    plane_gradients,
-)
+from .loss import mask_loss, mask_loss_ahead, mask_loss_backward, mask_loss_settle, plane_gradients
 from .planes import buffer_size
 from .sampling import BLOCK
 from .scratch import Dtypes, Sizes
@@ -58,7 +51,6 @@ __all__ = [
     "mask_loss",
     "mask_loss_ahead",
     "mask_loss_backward",
-    "mask_loss_keeping",
     "mask_loss_settle",
     "match_cost",
     "match_plan",

@@ -27,8 +27,7 @@ from maskloss._abi import (
     OFFSET,
     Draw,
     Instances,
-    Targets,
-    Term,
+    Job,
     is_stratified,
 )
 from maskloss.errors import Cause
@@ -176,11 +175,10 @@ def work_space(logits: Sequence[Tensor], numbers: Numbers, loss: bool = False, a
     )
 
 
-def numbers_of(draw: Draw, points: Tensor | None = None) -> Numbers:
-    """How many points and candidates are drawn."""
-    used = draw.for_points(points)
-    cells = strata_of(used, used.num_candidates), strata_of(used, used.num_points - used.num_uncertain)
-    return Numbers(used.num_points, used.num_candidates, used.num_uncertain, *cells)
+def numbers_of(drawn: Draw) -> Numbers:
+    """How many points and candidates are drawn (see `Job.drawn`)."""
+    cells = strata_of(drawn, drawn.num_candidates), strata_of(drawn, drawn.num_points - drawn.num_uncertain)
+    return Numbers(drawn.num_points, drawn.num_candidates, drawn.num_uncertain, *cells)
 
 
 def strata_of(draw: Draw, count: int) -> Strata:
@@ -188,12 +186,11 @@ def strata_of(draw: Draw, count: int) -> Strata:
     return Strata.of(count) if is_stratified(draw.layout) else Strata(0, 0, 0, 0, 0, 0)
 
 
-def loss_arguments(
-    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
-) -> tuple[tuple[Any, ...], Numbers, tuple[Tensor | None, ...]]:
+def loss_arguments(instances: Instances, job: Job) -> tuple[tuple[Any, ...], Numbers, tuple[Tensor | None, ...]]:
     """What the kernel of the loss reads, the numbers of points, and what must stay alive while it runs."""
+    targets, draw, term, points = job
     given, kept = given_rows(points)
-    numbers, data = numbers_of(draw, points), targets.data.contiguous()
+    numbers, data = numbers_of(job.drawn), targets.data.contiguous()
     args: tuple[Any, ...] = (plane_table(instances.logits), data.data_ptr(), absolute(targets.table, targets.images))
     args += (array_of(targets.ignore), array_of(instances.rows), encode(data, targets.encoding))
     args += (array_of(targets.images), array_of(targets.windows), array_of(draw.image_ids), int(draw.seed), given)

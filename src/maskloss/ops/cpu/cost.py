@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from maskloss._abi import POINT_COLUMNS, Draw, Targets, Term
+from maskloss._abi import POINT_COLUMNS, Job, Term
 
 from . import cost_kernels as kernels
 from .arguments import Array, absolute, array_of, check_sizes, dtypes_of, encode, plane_table, strata_of
@@ -60,8 +60,9 @@ class Places(NamedTuple):
     size: int
 
 
-def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, maps: Sequence[Tensor]) -> Plan:
+def match_plan(num_targets: Sequence[int], job: Job, maps: Sequence[Tensor]) -> Plan:
     """Draw and sort the points of each image, and read its targets there; `maps` `[B, _, h, w]` are to be sampled."""
+    targets, draw, term, _ = job
     check_sizes(maps)
     dtypes, num_points = dtypes_of(maps[0]), draw.num_points
     batch, dtype = len(num_targets), dtypes[0]
@@ -126,16 +127,15 @@ def _place(plan: Plan, sizes: NDArray[np.int64], border: bool) -> Places:
     return Places(index, fx, fy, rows, int(highest.max()))
 
 
-def match_cost(
-    logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
-) -> tuple[Tensor, Tensor]:
+def match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job) -> tuple[Tensor, Tensor]:
     """Both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
+    draw, term = job.draw, job.term
     batch, queries = logits[0].shape[:2]
     dtype = dtypes_of(logits[0])[0]
     shape = (len(logits), batch, queries, max(num_targets, default=0))
     ce, dice = np.empty(shape, dtype), np.empty(shape, dtype)
     if ce.size:
-        plan = match_plan(num_targets, targets, draw, term, logits)
+        plan = match_plan(num_targets, job, logits)
         sizes, size_of = np.unique([t.shape[2:] for t in logits], axis=0, return_inverse=True)
         places = _place(plan, sizes.astype(np.int64), term.border)
         drawn = (places.rows, places.place, places.fx, places.fy, plan.bands)

@@ -10,19 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss._abi import (
-    IMAGE,
-    LAYER,
-    QUERY,
-    Draw,
-    Gradients,
-    Instances,
-    Kept,
-    Saved,
-    Targets,
-    Term,
-    num_bytes,
-)
+from maskloss._abi import IMAGE, LAYER, QUERY, Gradients, Instances, Job, Saved
 
 from . import loss_kernels as kernels
 from .arguments import (
@@ -41,34 +29,23 @@ from .planes import GRADIENT_COLUMNS
 from .threads import launch
 
 
-def mask_loss(
-    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy `[N]`, Dice `[N]`, and `Saved`: chosen candidates as bits, and soft targets at the points."""
-    ce, dice, kept = _forward(instances, targets, draw, term, points)
-    return ce, dice, kept.chosen, kept.soft
-
-
-def mask_loss_keeping(
-    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
-) -> tuple[Tensor, Tensor, Kept]:
-    """As `mask_loss`, with the logits at the points among what the backward pass needs."""
-    return _forward(instances, targets, draw, term, points, keep=True)
+def mask_loss(instances: Instances, job: Job, *, keep: bool = False) -> tuple[Tensor, Tensor, Saved]:
+    """Cross-entropy `[N]`, Dice `[N]`, and what the backward pass needs; `keep`: also without the logits."""
+    count, nothing = len(instances.rows), np.empty(0, float_of(instances.logits[0].dtype))
+    gradient = _Gradient(
+        Planes(np.arange(count), np.arange(count + 1)), (nothing, nothing), np.empty((0, GRADIENT_COLUMNS), np.int64)
+    )
+    return _forward(instances, job, gradient, keep=keep)
 
 
 def mask_loss_ahead(
-    expected: Gradients,
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    needs_grad: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    expected: Gradients, instances: Instances, job: Job, needs_grad: Sequence[bool]
+) -> tuple[Tensor, Tensor, Saved, list[Tensor]]:
     """As `mask_loss`, with the dense gradients of the logits for the expected gradients of the losses."""
-    ahead = _new_gradients(instances, needs_grad)
-    ce, dice, kept = _forward(instances, targets, draw, term, points, expected=expected, ahead=ahead)
-    return ce, dice, kept.chosen, kept.soft, ahead.tensors
+    ahead, table = _new_gradients(instances, needs_grad)
+    # The instances of a plane follow one another also where no gradient is needed.
+    planes = _by_plane(instances, [True] * len(instances.logits))
+    return *_forward(instances, job, _Gradient(planes, _slopes(expected), table)), ahead
 
 
 def mask_loss_settle(
@@ -77,34 +54,61 @@ def mask_loss_settle(
     grads: Gradients,
     saved: Saved,
     instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
+    job: Job,
     needs_grad: Sequence[bool],
 ) -> None:
     """Turn gradients for the expected gradients of the losses into those for the real ones, in place."""
     factor = common_factor(expected, grads)
     if factor == 1.0:
         return
-    planes = _by_plane(array_of(instances.rows), instances.logits[0], needs_grad)
+    planes = _by_plane(instances, needs_grad)
     written = _needed_table(ahead, needs_grad, [False] * len(ahead))
     if factor is None:
-        kept = Kept(*saved, grads.ce.new_empty(len(grads.ce), 0))
-        _backward(grads, kept, instances, targets, draw, term, points, planes, written)
+        _backward(saved, instances, job, _Gradient(planes, _slopes(grads), written))
     else:
         args = (array_of(instances.rows), *planes, written, factor)
-        launch(kernels.scale_planes, len(planes[1]) - 1, dtypes_of(instances.logits[0]), (0, 0, 0), args)
+        launch(kernels.scale_planes, len(planes.starts) - 1, dtypes_of(instances.logits[0]), (0, 0, 0), args)
 
 
-class _NewGradients(NamedTuple):
-    """Gradients of all layers, empty for one that needs none, and their table."""
+def mask_loss_backward(
+    grads: Gradients, saved: Saved, instances: Instances, job: Job, needs_grad: Sequence[bool]
+) -> list[Tensor]:
+    """Dense gradients of the logits; an empty tensor for each layer that needs none."""
+    found, table = _new_gradients(instances, needs_grad)
+    if any(needs_grad):
+        _backward(saved, instances, job, _Gradient(_by_plane(instances, needs_grad), _slopes(grads), table))
+    return found
 
-    tensors: list[Tensor]
+
+def plane_gradients(grads: Gradients, saved: Saved, instances: Instances, job: Job) -> None:
+    """Overwrite the planes of instances, one each, with their gradients."""
+    count = len(instances.rows)
+    planes = Planes(np.arange(count), np.arange(count + 1))
+    written = gradient_table(instances.logits, [False] * len(instances.logits))
+    _backward(saved, instances, job, _Gradient(planes, _slopes(grads), written))
+
+
+class Planes(NamedTuple):
+    """The order of instances by their planes, and where each plane starts."""
+
+    order: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+
+class _Gradient(NamedTuple):
+    """Planes to work on, gradients of the losses, and the table of the gradients to write, or one without rows."""
+
+    planes: Planes
+    slopes: tuple[Array, Array]
     table: NDArray[np.int64]
 
 
-def _new_gradients(instances: Instances, needs_grad: Sequence[bool]) -> _NewGradients:
+def _slopes(grads: Gradients) -> tuple[Array, Array]:
+    return array_of(grads.ce), array_of(grads.dice)
+
+
+def _new_gradients(instances: Instances, needs_grad: Sequence[bool]) -> tuple[list[Tensor], NDArray[np.int64]]:
+    """Gradients of all layers, empty for one that needs none, and their table."""
     check_sizes(instances.logits)
     sizes = instances.layer_sizes
     sparse = [2 * count < layer.shape[0] * layer.shape[1] for layer, count in zip(instances.logits, sizes, strict=True)]
@@ -112,7 +116,7 @@ def _new_gradients(instances: Instances, needs_grad: Sequence[bool]) -> _NewGrad
         zeros(layer.shape if need else (0,), layer.dtype, sparse=few)
         for layer, need, few in zip(instances.logits, needs_grad, sparse, strict=True)
     ]
-    return _NewGradients(found, _needed_table(found, needs_grad, sparse))
+    return found, _needed_table(found, needs_grad, sparse)
 
 
 def _needed_table(grads: Sequence[Tensor], needs_grad: Sequence[bool], fresh: Sequence[bool]) -> NDArray[np.int64]:
@@ -125,113 +129,40 @@ def _needed_table(grads: Sequence[Tensor], needs_grad: Sequence[bool], fresh: Se
 
 
 def _forward(
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    *,
-    keep: bool = False,
-    expected: Gradients | None = None,
-    ahead: _NewGradients | None = None,
-) -> tuple[Tensor, Tensor, Kept]:
-    count, used = len(instances.rows), draw.for_points(points)
-    kind = float_of(instances.logits[0].dtype)
-    ce, dice = np.empty(count, kind), np.empty(count, kind)
-    chosen = np.empty((count, num_bytes(used.num_candidates)), np.uint8)
-    soft = np.empty((count, draw.num_points if targets.encoding == "values" else 0), kind)
-    logits = np.empty((count, draw.num_points if keep else 0), kind)
-    if expected is None or ahead is None:
-        planes, slopes = (np.arange(count), np.arange(count + 1)), (ce[:0], dice[:0])
-        written = np.empty((0, GRADIENT_COLUMNS), np.int64)
-    else:
-        # Those of a plane follow one another also where no gradient is needed.
-        planes = _by_plane(array_of(instances.rows), instances.logits[0], [True] * len(instances.logits))
-        slopes, written = (array_of(expected.ce), array_of(expected.dice)), ahead.table
-    results = (False, ce, dice, chosen, soft, logits, *planes, *slopes, written)
-    _run(instances, targets, draw, term, points, results, len(planes[1]) - 1, ahead is not None)
-    return torch.from_numpy(ce), torch.from_numpy(dice), Kept(*map(torch.from_numpy, (chosen, soft, logits)))
+    instances: Instances, job: Job, gradient: _Gradient, *, keep: bool = False
+) -> tuple[Tensor, Tensor, Saved]:
+    dtype, device = instances.accumulation_dtype, instances.rows.device
+    ce, dice, saved = job.new_losses(len(instances.rows), dtype, device, keep=keep)
+    _run(instances, job, gradient, (False, array_of(ce), array_of(dice)), saved)
+    return ce, dice, saved
 
 
-def _run(
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    results: tuple[Any, ...],
-    items: int,
-    gradient: bool,
-) -> None:
-    """Run the kernel of both passes on `items` planes. `results` are what it takes behind its options."""
-    shared, numbers, alive = loss_arguments(instances, targets, draw, term, points)
-    space = work_space(instances.logits, numbers, loss=True, ahead=gradient)
-    launch(kernels.mask_loss, items, dtypes_of(instances.logits[0], points), space, (*shared, *results))
+def _backward(saved: Saved, instances: Instances, job: Job, gradient: _Gradient) -> None:
+    """Write the gradients of planes. The losses are known: nothing is written there."""
+    nothing = gradient.slopes[0][:0]
+    _run(instances, job, gradient, (True, nothing, nothing), saved)
+
+
+def _run(instances: Instances, job: Job, gradient: _Gradient, losses: tuple[Any, ...], saved: Saved) -> None:
+    """Run the kernel of both passes. `losses`: whether they are known, and where they are written."""
+    shared, numbers, alive = loss_arguments(instances, job)
+    planes, slopes, written = gradient
+    space = work_space(instances.logits, numbers, loss=True, ahead=len(written) > 0)
+    args = (*shared, *losses, *map(array_of, saved), *planes, *slopes, written)
+    launch(kernels.mask_loss, len(planes.starts) - 1, dtypes_of(instances.logits[0], job.points), space, args)
     del alive
 
 
-def mask_loss_backward(
-    grads: Gradients,
-    saved: Saved,
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    needs_grad: Sequence[bool],
-) -> list[Tensor]:
-    """Dense gradients of the logits; an empty tensor for each layer that needs none."""
-    found = _new_gradients(instances, needs_grad)
-    if any(needs_grad):
-        kept = Kept(*saved, grads.ce.new_empty(len(grads.ce), 0))
-        planes = _by_plane(array_of(instances.rows), instances.logits[0], needs_grad)
-        _backward(grads, kept, instances, targets, draw, term, points, planes, found.table)
-    return found.tensors
-
-
-def plane_gradients(
-    grads: Gradients,
-    kept: Kept,
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-) -> None:
-    """Overwrite the planes of instances, one each, with their gradients."""
-    count = len(instances.rows)
-    planes = np.arange(count), np.arange(count + 1)
-    written = gradient_table(instances.logits, [False] * len(instances.logits))
-    _backward(grads, kept, instances, targets, draw, term, points, planes, written)
-
-
-def _backward(
-    grads: Gradients,
-    kept: Kept,
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    planes: tuple[NDArray[np.int64], NDArray[np.int64]],
-    written: NDArray[np.int64],
-) -> None:
-    """Write the gradients of planes; `planes` are the instances in their order, and where each plane starts."""
-    slopes = array_of(grads.ce), array_of(grads.dice)
-    # The losses are known: nothing is written there.
-    results = (True, slopes[0][:0], slopes[0][:0], *map(array_of, kept), *planes, *slopes, written)
-    _run(instances, targets, draw, term, points, results, len(planes[1]) - 1, True)
-
-
-def _by_plane(rows: Array, layer: Tensor, needs_grad: Sequence[bool]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Instances in the order of their planes, and where each plane starts; without layers that need no gradient."""
-    batch, queries = layer.shape[:2]
+def _by_plane(instances: Instances, needs_grad: Sequence[bool]) -> Planes:
+    """Planes of instances, without those of layers that need no gradient."""
+    rows = array_of(instances.rows)
+    batch, queries = instances.logits[0].shape[:2]
     order, starts = groups((rows[:, LAYER] * batch + rows[:, IMAGE]) * queries + rows[:, QUERY])
     needed = np.asarray(needs_grad, bool)[rows[order[starts[:-1]], LAYER]] if len(rows) else np.zeros(0, bool)
     if not needed.all():
         keep = np.repeat(needed, np.diff(starts))
         order, starts = order[keep], np.append(0, np.cumsum(np.diff(starts)[needed]))
-    return order, starts
+    return Planes(order, starts)
 
 
 def common_factor(expected: Gradients, grads: Gradients) -> float | None:

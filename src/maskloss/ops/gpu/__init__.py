@@ -38,14 +38,13 @@ from .launch import (
     on_device,
     spans,
 )
-from .loss import mask_loss, mask_loss_backward, mask_loss_keeping, plane_gradients
+from .loss import mask_loss, mask_loss_backward, plane_gradients
 from .scatter import Scatter
 
 __all__ = [
     "join_frames",
     "mask_loss",
     "mask_loss_backward",
-    "mask_loss_keeping",
     "match_cost",
     "match_plan",
     "plane_gradients",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskloss._abi import ENCODINGS, POINT_COLUMNS, Draw, Targets, Term, accumulation_dtype
+from maskloss._abi import ENCODINGS, POINT_COLUMNS, Job, Term, accumulation_dtype
 
 from .cost_kernels import finish_costs, match_cells, match_points, match_targets, match_terms
 from .launch import (
@@ -86,9 +86,9 @@ class Plan(NamedTuple):
         return self.weights.shape[1]
 
 
-def _prepare(targets: Targets, widest: int, draw: Draw, term: Term, dtype: torch.dtype) -> Plan:
+def _prepare(job: Job, widest: int, dtype: torch.dtype) -> Plan:
     """Draw and sort the points of each image, and read its targets there."""
-    encoding, data, table, images, windows, ignore = targets
+    (encoding, data, table, images, windows, ignore), draw, term, _ = job
     num_points = draw.num_points
     batch, device, blocks = len(images), images.device, cdiv(num_points, BLOCK)
     points = empty((batch, num_points, POINT_COLUMNS), torch.float32, device)
@@ -186,10 +186,10 @@ def costs(shared: Plan, layers: Sequence[Tensor], term: Term, *, sampled: bool) 
     return ce, dice
 
 
-def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, maps: Sequence[Tensor]) -> Plan:
+def match_plan(num_targets: Sequence[int], job: Job, maps: Sequence[Tensor]) -> Plan:
     """Draw and sort the points of each image, and read its targets there; `maps` `[B, _, h, w]` are to be sampled."""
     with on_device(maps[0]):
-        return _prepare(targets, max(num_targets, default=0), draw, term, accumulation_dtype(maps[0].dtype))
+        return _prepare(job, max(num_targets, default=0), accumulation_dtype(maps[0].dtype))
 
 
 def join_frames(plan: Plan) -> Plan:
@@ -201,17 +201,15 @@ def join_frames(plan: Plan) -> Plan:
     return plan._replace(weighted=weighted, weights=plan.weights.view(1, -1), images=plan.images[:1])
 
 
-def match_cost(
-    logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
-) -> tuple[Tensor, Tensor]:
+def match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job) -> tuple[Tensor, Tensor]:
     """Both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
     shape = (len(logits), *logits[0].shape[:2], max(num_targets, default=0))
     if 0 in shape:
         none = empty(shape, accumulation_dtype(logits[0].dtype), logits[0].device)
         return none, torch.empty_like(none)
-    plan = match_plan(num_targets, targets, draw, term, logits)
+    plan = match_plan(num_targets, job, logits)
     with on_device(logits[0]):
-        return costs(plan, logits, term, sampled=False)
+        return costs(plan, logits, job.term, sampled=False)
 
 
 def row_costs(plan: Plan, logits: Tensor, term: Term) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._abi import Draw, is_border, is_stratified
+from maskloss._abi import Draw, Job, is_border, is_stratified
 from maskloss.points import Strata
 
 # Scratch memory of an operation: logits of candidates, or the planes in which half precision adds up its gradients.
@@ -179,13 +179,18 @@ def split_seed(seed: Tensor) -> tuple[int, Tensor | None]:
     return (int(seed), None) if seed.device.type == "cpu" else (0, seed)
 
 
-def make_sampling(draw: Draw, windows: Tensor, padding: str, points: Tensor | None = None) -> Sampling:
-    """Gather what points depend on."""
-    ids, seed, num_points, candidates, uncertain, layout = draw.for_points(points)
+def make_sampling(drawn: Draw, windows: Tensor, padding: str, points: Tensor | None = None) -> Sampling:
+    """Gather what points depend on (see `Job.drawn`)."""
+    ids, seed, num_points, candidates, uncertain, layout = drawn
     given = None if points is None else float_points(points)
     strata = None if given is not None else strata_of(layout, candidates, num_points - uncertain)
     numbers = (num_points, candidates, uncertain)
     return Sampling(given, windows, ids, split_seed(seed), *numbers, is_border(padding), strata)
+
+
+def sampling_of(job: Job) -> Sampling:
+    """Gather what the points of the loss depend on."""
+    return make_sampling(job.drawn, job.targets.windows, job.term.padding, job.points)
 
 
 def strata_of(layout: str, *counts: int) -> tuple[int, ...] | None:

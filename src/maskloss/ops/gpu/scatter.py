@@ -21,7 +21,6 @@ from maskloss._abi import (
     ENCODINGS,
     NO_FOCAL,
     Gradients,
-    Kept,
     Saved,
     Targets,
     Term,
@@ -171,9 +170,14 @@ class LossGradient(NamedTuple):
     """What the gradient of the loss at the points depends on."""
 
     grads: Gradients
-    saved: Saved | Kept
+    saved: Saved
     targets: Targets
     term: Term
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the logits were kept: instances have planes of their own then, numbered by QUERY."""
+        return self.saved.logits.shape[1] > 0
 
 
 class AtPoints(NamedTuple):
@@ -320,8 +324,8 @@ class Scatter:
         blocks, shape = cdiv(sampling.num_points, BLOCK), (span.count, sampling.num_points)
         dtype, device = accumulation_dtype(span.layers[0].dtype), self.index.device
         encoding, data, table, images, _, ignore = loss.targets
-        has_logits, has_targets = isinstance(loss.saved, Kept), encoding == "values"
-        values = loss.saved.logits[span.rows] if isinstance(loss.saved, Kept) else empty(shape, dtype, device)
+        has_logits, has_targets = loss.has_logits, encoding == "values"
+        values = loss.saved.logits[span.rows] if has_logits else empty(shape, dtype, device)
         wanted = loss.saved.soft[span.rows] if has_targets else empty(shape, dtype, device)
         sums = empty((span.count, blocks, NUM_SUMS.value), dtype, device)
         # Reading labels takes more registers than reading bits.
@@ -351,7 +355,7 @@ class Scatter:
         if isinstance(loss, LossGradient):
             grads, focal = tuple(grad[rows] for grad in loss.grads), loss.term.focal
         batch, queries, height, width = span.layers[0].shape
-        if isinstance(loss, LossGradient) and isinstance(loss.saved, Kept):
+        if isinstance(loss, LossGradient) and loss.has_logits:
             batch = queries = 0  # QUERY alone numbers the planes
         # Scratch planes are numbered from the first layer of the span, gradients from that of the run.
         first, layers = (span.first, len(span.layers)) if scratch.slots is None else (span.first + span.low, 1)

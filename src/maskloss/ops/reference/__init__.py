@@ -22,6 +22,7 @@ from maskloss._abi import (
     Draw,
     Gradients,
     Instances,
+    Job,
     Saved,
     Targets,
     Term,
@@ -75,28 +76,27 @@ def uncertain_points(instances: Instances, draw: Draw, windows: Tensor, padding:
     return torch.cat(drawn)
 
 
-def mask_loss(
-    instances: Instances, targets: Targets, draw: Draw, term: Term, points: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mask_loss(instances: Instances, job: Job, *, keep: bool = False) -> tuple[Tensor, Tensor, Saved]:
     """Draw points, read logits and targets there, and sum up the losses of each instance.
 
     Returns:
-        Cross-entropy `[N]`, Dice `[N]`, and `Saved`: the chosen candidates as bits, and soft targets at the points.
+        Cross-entropy `[N]`, Dice `[N]`, and what the backward pass needs; `keep`: also without the logits.
     """
-    draw = draw.for_points(points)
+    targets, draw, term = job.targets, job.drawn, job.term
     dtype = instances.accumulation_dtype
     parts = []
-    for layer, rows, at in _by_layer(instances, points):
+    for layer, rows, at in _by_layer(instances, job.points):
         z_at = partial(sample_planes, _planes(layer, rows), mode="bilinear", padding=term.padding)
         chosen = rows.new_empty(len(rows), 0)
         if at is None:
             at, chosen = draw_points(z_at, rows, targets.windows, draw)
         t, w = _targets_at(at, rows, targets, term, dtype)
-        losses = instance_losses(z_at(at), t, w, *term.focal)
+        z = z_at(at)
         soft = torch.where(w > 0, t, -1.0) if targets.encoding == "values" else t[:, :0]
-        parts.append((*losses, pack_bits(chosen, draw.num_candidates), soft))
-    ce, dice, chosen, soft = (torch.cat(part) for part in zip(*parts, strict=True))
-    return ce, dice, chosen, soft
+        saved = pack_bits(chosen, draw.num_candidates), soft, z if keep else z[:, :0]
+        parts.append((*instance_losses(z, t, w, *term.focal), *saved))
+    ce, dice, *kept = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ce, dice, Saved(*kept)
 
 
 def _targets_at(
@@ -110,27 +110,21 @@ def _targets_at(
 
 
 def mask_loss_backward(
-    grads: Gradients,
-    saved: Saved,
-    instances: Instances,
-    targets: Targets,
-    draw: Draw,
-    term: Term,
-    points: Tensor | None,
-    needs_grad: Sequence[bool],
+    grads: Gradients, saved: Saved, instances: Instances, job: Job, needs_grad: Sequence[bool]
 ) -> list[Tensor]:
     """Scatter the gradient of `mask_loss` to the logits of the layers that need one; others get an empty tensor."""
+    targets, draw, term = job.targets, job.draw, job.term
     parts = zip(*(tensor.split(list(instances.layer_sizes)) for tensor in (*grads, *saved)), strict=True)
     found = []
-    for (layer, rows, at), need, (d_ce, d_dice, bits, soft) in zip(
-        _by_layer(instances, points), needs_grad, parts, strict=True
+    for (layer, rows, at), need, (d_ce, d_dice, bits, soft, kept) in zip(
+        _by_layer(instances, job.points), needs_grad, parts, strict=True
     ):
         if not need:
             found.append(layer.new_empty(0))
             continue
         if at is None:
             at = redraw_points(unpack_bits(bits, draw.num_uncertain), rows, targets.windows, draw)
-        z = sample_planes(_planes(layer, rows), at, "bilinear", term.padding)
+        z = kept if kept.shape[1] else sample_planes(_planes(layer, rows), at, "bilinear", term.padding)
         if soft.shape[1]:
             t, w = soft.clamp(min=0), (~(soft < 0)).to(z.dtype)
         else:
@@ -163,8 +157,9 @@ class Plan(NamedTuple):
     real: Tensor
 
 
-def match_plan(num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term, maps: Sequence[Tensor]) -> Plan:
+def match_plan(num_targets: Sequence[int], job: Job, maps: Sequence[Tensor]) -> Plan:
     """Draw the points of each image, and read its targets there; `maps` are to be sampled."""
+    targets, draw, term, _ = job
     batch, widest = len(num_targets), max(num_targets, default=0)
     column = torch.arange(widest, device=targets.table.device)
     real = column < targets.images[:, COUNT, None]
@@ -198,11 +193,9 @@ def row_costs(plan: Plan, logits: Tensor, term: Term) -> tuple[Tensor, Tensor]:
     return torch.where(real, ce, 0.0), torch.where(real, overlap, 0.0)
 
 
-def match_cost(
-    logits: Sequence[Tensor], num_targets: Sequence[int], targets: Targets, draw: Draw, term: Term
-) -> tuple[Tensor, Tensor]:
+def match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job) -> tuple[Tensor, Tensor]:
     """Compute both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
-    plan = match_plan(num_targets, targets, draw, term, logits)
+    plan, term = match_plan(num_targets, job, logits), job.term
     costs = [row_costs(plan, sample_features(plan, layer, term), term) for layer in logits]
     ce, overlap = (torch.stack(list(part)) for part in zip(*costs, strict=True))
     return ce, overlap
