@@ -101,6 +101,14 @@ def widest(num_targets: Sequence[int]) -> int:
     return reduce(torch.sym_max, num_targets, 0)
 
 
+def price_of_broken(pairs: int, largest: float) -> float:
+    """Price a pair whose cost is no number: above all assignments of this many pairs whose costs are at most `largest`.
+
+    No larger than that, as a huge number would drown their digits.
+    """
+    return 1.0 + 2.0 * pairs * largest
+
+
 def count_matches(num_targets: Sequence[int], num_queries: int) -> int:
     """Return the number of matched instances of a layer."""
     return sum(matched_counts(num_targets, num_queries))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maskloss import MaskTargets
 from maskloss.ops import cpu
+from maskloss.ops.cpu import threads as cpu_threads
 from maskloss.targets import bits
 from support.encodings_of_masks import SIZES, some_masks
 from support.examples import number
@@ -24,7 +25,7 @@ from support.examples import number
 @pytest.fixture(autouse=True, scope="module")
 def _on_several_threads() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_FEW_PIXELS", 0)
+        patch.setattr(cpu_threads, "FEW_PIXELS", 0)
         yield
     torch.set_num_threads(2)
 
@@ -129,11 +130,11 @@ def test_a_few_pixels_are_packed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many pixels with little inside are searched together and packed alone."""
     teams: list[bool] = []
     launch = cpu.launch
-    monkeypatch.setattr(cpu, "launch", lambda *args, alone: teams.append(not alone) or launch(*args, alone=alone))
+    monkeypatch.setattr(cpu, "launch", lambda *args: teams.append(args[-1] > cpu_threads.FEW_PIXELS) or launch(*args))
     masks = torch.zeros(2, 16, 32, dtype=torch.bool)
     masks[:, 4:8, 8:24] = True
     for few, wanted in ((1024, [False, False]), (1023, [True, False]), (128, [True, False]), (127, [True, True])):
-        monkeypatch.setattr(cpu, "_FEW_PIXELS", few)
+        monkeypatch.setattr(cpu_threads, "FEW_PIXELS", few)
         assert_same([masks])
         assert teams == 2 * wanted
         teams.clear()

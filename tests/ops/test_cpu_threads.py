@@ -33,7 +33,7 @@ RUN_ON_POOL = cpu_pool.run
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_FEW_PIXELS", 0)  # masks are packed on several threads, however few
+        patch.setattr(cpu_threads, "FEW_PIXELS", 0)  # masks are packed on several threads, however few
         yield
     torch.set_num_threads(2)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskloss._abi import IMAGE, INDEX_COLUMNS, LARGEST_COST, LAYER, QUERY, TARGET
+from maskloss._abi import IMAGE, INDEX_COLUMNS, LARGEST_COST, LAYER, QUERY, TARGET, price_of_broken
 from maskloss.errors import Cause
 
 if TYPE_CHECKING:
@@ -99,9 +99,8 @@ def solve_with_scipy(cost: NDArray[Any], num_targets: Sequence[int]) -> NDArray[
         table = np.asarray(cost[layer, image, :, : num_targets[image]], dtype=np.float64)
         usable = np.abs(table) <= LARGEST_COST
         if not usable.all():
-            # Dearer than any assignment of the others, and no larger: a huge number would drown their digits.
             largest = float(np.abs(table[usable]).max(initial=0.0))
-            table = np.where(usable, table, 1.0 + 2.0 * min(table.shape) * largest)
+            table = np.where(usable, table, price_of_broken(min(table.shape), largest))
         queries, targets = linear_sum_assignment(table)
         rows = np.empty((len(queries), INDEX_COLUMNS), dtype=np.int64)
         rows[:, LAYER], rows[:, IMAGE], rows[:, QUERY], rows[:, TARGET] = layer, image, queries, targets

@@ -63,10 +63,8 @@ __all__ = [
     "uncertain_points",
 ]
 
-# Below this size one thread is faster than waking the others.
-_FEW_PIXELS = 1 << 22
-# The same for costs to assign.
-_FEW_COSTS = 60_000
+# How many pixels of masks can be looked at while a cost is assigned (see `launch`).
+_PIXELS_PER_COST = 70
 # Of kernels that need no work space.
 _NO_SCRATCH: tuple[Dtypes, Sizes] = (np.float32, np.float32), (0, 0, 0)
 
@@ -83,12 +81,12 @@ def pack_masks(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[NDArray[np.
     firsts = np.cumsum([0, *counts])
     table = mask_table(arrays, firsts[:-1])
     place = np.zeros((firsts[-1], PLACE_COLUMNS), np.int64)
-    few = sum(array.size for array in arrays) <= _FEW_PIXELS
-    launch(packing_kernels.find_boxes, len(place), *_NO_SCRATCH, (table, place), alone=few)
+    pixels = sum(array.size for array in arrays)
+    launch(packing_kernels.find_boxes, len(place), *_NO_SCRATCH, (table, place), pixels)
     begins = np.append(0, np.cumsum(place[:, STRIDE] * place[:, CROP_H]))
     data = torch.from_numpy(np.empty(begins[-1], np.uint8))
-    few = 8 * len(data) <= _FEW_PIXELS
-    launch(packing_kernels.pack_boxes, len(place), *_NO_SCRATCH, (table, place, begins, data.data_ptr()), alone=few)
+    args = (table, place, begins, data.data_ptr())
+    launch(packing_kernels.pack_boxes, len(place), *_NO_SCRATCH, args, 8 * len(data))
     bounds = begins[firsts]
     place[:, OFFSET] = begins[:-1] - np.repeat(bounds[:-1], counts)
     sizes = np.diff(bounds).tolist()
@@ -105,7 +103,7 @@ def assign(cost: Array, num_targets: Sequence[int]) -> NDArray[np.int64]:
     dtypes = np.float64, np.float32 if cost.dtype == np.float32 else np.float64
     sizes = hungarian.work_space(queries, int(counts.max(initial=0)))
     args = (np.ascontiguousarray(cost), counts, firsts, index)
-    launch(hungarian.assign, layers * batch, dtypes, sizes, args, alone=cost.size <= _FEW_COSTS)
+    launch(hungarian.assign, layers * batch, dtypes, sizes, args, _PIXELS_PER_COST * cost.size)
     return index
 
 

@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .compile import helper
-from .lanes import splat
+from .lanes import WORD, Code, words
 
 _I32 = np.int32
 _SMALL = 4096
@@ -37,31 +37,20 @@ _COUNTS = np.array([int(byte).bit_count() for byte in range(256)], np.uint8)
 
 
 @intrinsic
-def _within(typingctx: Any, array: Any, first: Any, low: Any, span: Any) -> Any:
-    """16 bits: which of `array[first:first + 16]` (int32) lie in [low, low + span). One comparison of a vector."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        vector = ir.VectorType(ir.IntType(32), GROUP)
-        keys = builder.load(builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer()), align=4)
-        low, span = (splat(builder, value, vector) for value in args[2:])
-        return builder.bitcast(builder.icmp_unsigned("<", builder.sub(keys, low), span), ir.IntType(16))
-
-    return types.uint16(array, types.uintp, types.int32, types.int32), codegen
-
-
-@intrinsic
 def _within_and_below(typingctx: Any, array: Any, first: Any, low: Any, span: Any) -> Any:
-    """As `_within`, and in the bits above how many of the 16 are smaller than `low`; no key is negative."""
+    """16 bits: which of `array[first:first + 16]` (int32) lie in [low, low + span). One comparison of a vector.
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        vector, word = ir.VectorType(ir.IntType(32), GROUP), ir.IntType(32)
-        keys = builder.load(builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer()), align=4)
-        low, span = (splat(builder, value, vector) for value in args[2:])
+    The bits above are the number of those that are smaller than `low`, if none is negative.
+    """
+
+    def codegen(*given: Any) -> Any:
+        code, vector = Code(*given), words(GROUP)
+        builder, args = code.builder, code.args
+        keys = code.load(code.place(0, args[1]), vector)
+        low, span = (code.everywhere(value, vector) for value in args[2:])
         inside, below = builder.icmp_unsigned("<", builder.sub(keys, low), span), builder.icmp_signed("<", keys, low)
-        marks, smaller = (builder.zext(builder.bitcast(mask, ir.IntType(GROUP)), word) for mask in (inside, below))
-        return builder.or_(builder.shl(builder.ctpop(smaller), word(GROUP)), marks)
+        marks, smaller = (builder.zext(builder.bitcast(mask, ir.IntType(GROUP)), WORD) for mask in (inside, below))
+        return builder.or_(builder.shl(builder.ctpop(smaller), WORD(GROUP)), marks)
 
     return types.uint32(array, types.uintp, types.int32, types.int32), codegen
 
@@ -70,14 +59,12 @@ def _within_and_below(typingctx: Any, array: Any, first: Any, low: Any, span: An
 def _put(typingctx: Any, out: Any, place: Any, table: Any, row: Any, base: Any) -> Any:
     """`out[place:place + 8] = base + table[row]`, as one vector: LLVM cannot know that the arrays do not overlap."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        out, table = (context.make_array(signature.args[k])(context, builder, args[k]).data for k in (0, 2))
-        vector = ir.VectorType(ir.IntType(32), 8)
-        start = builder.gep(table, [builder.mul(args[3], args[3].type(8))])
-        positions = builder.load(builder.bitcast(start, vector.as_pointer()), align=4)
-        total = builder.add(positions, splat(builder, args[4], vector))
-        builder.store(total, builder.bitcast(builder.gep(out, [args[1]]), vector.as_pointer()), align=4)
-        return context.get_dummy_value()
+    def codegen(*given: Any) -> Any:
+        code, vector = Code(*given), words(8)
+        _, place, _, row, base = code.args
+        positions = code.load(code.place(2, code.builder.mul(row, row.type(8))), vector)
+        code.store(code.builder.add(positions, code.everywhere(base, vector)), code.place(0, place))
+        return code.nothing()
 
     return types.void(out, types.uintp, table, types.uintp, types.int32), codegen
 
@@ -148,10 +135,10 @@ def threshold(keys, n, rank, space, bits):
 def _collect(keys, n, low, high, space, bits):
     """Copy the keys in [low, high] to `space`, which needs room for 8 more than there are; count those below."""
     span, below = _I32(_I32(high - low) + _I32(1)), np.int64(0)
-    words = bits[: n // GROUP * 2].view(np.uint16)
+    marks = bits[: n // GROUP * 2].view(np.uint16)
     for k in range(n // GROUP):
         found = _within_and_below(keys, np.uintp(k * GROUP), low, span)
-        words[k] = np.uint16(found)
+        marks[k] = np.uint16(found)
         below += np.int64(found >> np.uint32(GROUP))
     if n % GROUP:
         first = n // GROUP * GROUP
@@ -166,16 +153,16 @@ def _collect(keys, n, low, high, space, bits):
 @helper()
 def mark(keys, n, low, span, bits):
     """Write a bit mask `[ceil(n / 8)]` of the keys in [low, low + span)."""
-    words = bits[: n // GROUP * 2].view(np.uint16)
+    found = bits[: n // GROUP * 2].view(np.uint16)
     for k in range(n // GROUP):
-        words[k] = _within(keys, np.uintp(k * GROUP), low, span)
+        found[k] = np.uint16(_within_and_below(keys, np.uintp(k * GROUP), low, span))
     if n % GROUP:
         _mark_rest(keys, n // GROUP * GROUP, low, span, bits)
 
 
 @helper()
 def _mark_rest(keys, first, low, span, bits):
-    rest = _within(keys, np.uintp(first), low, span)
+    rest = np.uint16(_within_and_below(keys, np.uintp(first), low, span))
     bits[first >> 3] = np.uint8(rest & 255)
     if (first >> 3) + 1 < bits.shape[0]:
         bits[(first >> 3) + 1] = np.uint8(rest >> 8)

@@ -20,9 +20,8 @@ from .planes import BORDER
 from .scratch import Dtypes
 from .threads import launch
 
-# So many points are drawn and sorted, or looked at for a target, in a fraction of a millisecond. Waking other threads
-# and awaiting them can take longer.
-_FEW_DRAWN, _FEW_VISITED = 1 << 15, 1 << 19
+# How many pixels of masks can be looked at while a point is drawn and sorted, or looked at for a target (see `launch`).
+_PER_DRAWN, _PER_VISITED = 128, 8
 
 
 class Plan(NamedTuple):
@@ -74,18 +73,18 @@ def match_plan(num_targets: Sequence[int], job: Job, maps: Sequence[Tensor]) -> 
     weights = np.empty((batch, num_points), dtype)
     args: tuple[Any, ...] = (array_of(draw.image_ids), int(draw.seed), array_of(targets.windows), images)
     args += (array_of(targets.ignore), strata_of(draw, num_points), num_points, num_bands, points, weights, bands)
-    launch(kernels.draw, batch, dtypes, (0, 0, 5 * num_points), args, alone=batch * num_points <= _FEW_DRAWN)
+    launch(kernels.draw, batch, dtypes, (0, 0, 5 * num_points), args, _PER_DRAWN * batch * num_points)
     owner = np.repeat(np.arange(batch), num_targets)
     first, length = np.empty((2, len(table), num_bands), np.int64)
     size = int(np.diff(bands).max()) + kernels.VECTOR + GROUP
     args = (points, bands, table, term.border, owner, first, length)
-    few = len(table) * num_points <= _FEW_VISITED
-    launch(kernels.find_runs, len(table), dtypes, (0, 0, 2 * size), args, alone=few)
+    pixels = _PER_VISITED * len(table) * num_points
+    launch(kernels.find_runs, len(table), dtypes, (0, 0, 2 * size), args, pixels)
     offset = np.cumsum(length).reshape(length.shape) - length
     shares, sums = np.empty(int(length.sum()), dtype), np.empty(len(table), dtype)
     args = (points, weights, table, data.data_ptr(), encode(data, targets.encoding), term.border, term.nearest)
     args += (bands, owner, first, length, offset, shares, sums)
-    launch(kernels.fill_runs, len(table), dtypes, (3 * size, 2 * size, 3 * size), args, alone=few)
+    launch(kernels.fill_runs, len(table), dtypes, (3 * size, 2 * size, 3 * size), args, pixels)
     real = length > 0
     starts = np.append(0, np.cumsum(real.sum(axis=1)))
     runs = (starts, first[real], length[real], offset[real], shares, sums)
@@ -121,8 +120,8 @@ def _place(plan: Plan, sizes: NDArray[np.int64], border: bool) -> Places:
     fx, fy = (np.empty((batch, len(sizes), num_points), plan.dtypes[0]) for _ in range(2))
     rows = np.empty((batch, len(sizes), plan.bands.shape[1] - 1, kernels.ROW_COLUMNS), np.int64)
     args = (plan.points, plan.bands, sizes, border, index, fx, fy, rows)
-    few = batch * len(sizes) * num_points <= _FEW_DRAWN
-    launch(kernels.place_points, batch * len(sizes), plan.dtypes, (0, 0, 0), args, alone=few)
+    pixels = _PER_DRAWN * batch * len(sizes) * num_points
+    launch(kernels.place_points, batch * len(sizes), plan.dtypes, (0, 0, 0), args, pixels)
     highest = (rows[..., kernels.ROWS].max(axis=(0, 2)) + 1) * (sizes[:, 1] + 2 * BORDER)
     return Places(index, fx, fy, rows, int(highest.max()))
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
 from maskloss._abi import (
@@ -26,7 +25,7 @@ from maskloss._abi import (
 )
 
 from .compile import helper
-from .lanes import LANES, splat
+from .lanes import LANES, Code, check_literals, constant, words
 
 U32 = np.uint32
 _U64 = np.uint64
@@ -38,7 +37,7 @@ def _encrypt(builder: Any, key: tuple[Any, Any], counter: tuple[Any, Any]) -> tu
     kind = key[0].type
 
     def number(value: int) -> Any:
-        return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+        return constant(kind, value) if isinstance(kind, ir.VectorType) else kind(value)
 
     keys = (*key, builder.xor(builder.xor(*key), number(THREEFRY_PARITY)))
     x0, x1 = (builder.add(word, part) for word, part in zip(counter, key, strict=True))
@@ -72,25 +71,17 @@ def _threefry_lanes(
 
     Left to itself, LLVM takes vectors of 256 bits also where there are larger ones.
     """
-    for name, value in (("drop", drop), ("lanes", lanes)):
-        if not isinstance(value, types.IntegerLiteral):
-            raise RequireLiteralValue(name)
-    vector, shift = ir.VectorType(ir.IntType(32), lanes.literal_value), drop.literal_value
+    check_literals(drop=drop, lanes=lanes)
+    vector, dropped = words(lanes.literal_value), constant(words(lanes.literal_value), drop.literal_value)
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def place(which: int) -> Any:
-            data = context.make_array(signature.args[which])(context, builder, args[which]).data
-            return builder.bitcast(builder.gep(data, [args[3]]), vector.as_pointer())
-
-        def everywhere(value: Any) -> Any:
-            return splat(builder, value, vector)
-
-        keys = everywhere(builder.extract_value(args[0], 0)), everywhere(builder.extract_value(args[0], 1))
-        words = _encrypt(builder, keys, (builder.load(place(2), align=4), everywhere(args[1])))
-        dropped = ir.Constant(vector, [shift] * vector.count)
-        for which, word in zip((5, 6), words, strict=True):
-            builder.store(builder.lshr(word, dropped), place(which), align=4)
-        return context.get_dummy_value()
+    def codegen(*given: Any) -> Any:
+        code = Code(*given)
+        builder, (key, stream, _, first, *_) = code.builder, code.args
+        low, high = (code.everywhere(builder.extract_value(key, which), vector) for which in (0, 1))
+        counter = code.load(code.place(2, first), vector), code.everywhere(stream, vector)
+        for which, word in zip((5, 6), _encrypt(builder, (low, high), counter), strict=True):
+            code.store(builder.lshr(word, dropped), code.place(which, first))
+        return code.nothing()
 
     return types.void(key, stream, counters, types.uintp, drop, ones, others, lanes), codegen
 
@@ -139,7 +130,7 @@ def draw_bits(key, stream, counters, n, strata, bits):
 
 
 @helper()
-def _words_of_pairs(key, stream, first, n, words, space):
+def _words_of_pairs(key, stream, first, n, found, space):
     """Two words of each counter from `first` on. Three simple loops beat one that stores at every other place."""
     half = n // 2
     even, odd = space[:half], space[half:]
@@ -147,19 +138,19 @@ def _words_of_pairs(key, stream, first, n, words, space):
         even[m] = first + m
     _threefry_block(key, stream, even, half, 0, even, odd)
     for m in range(half):
-        words[2 * m] = even[m]
-        words[2 * m + 1] = odd[m]
+        found[2 * m] = even[m]
+        found[2 * m + 1] = odd[m]
     if n & 1:
-        words[n - 1] = np.int32(threefry(key, U32(first + half), stream)[0])
+        found[n - 1] = np.int32(threefry(key, U32(first + half), stream)[0])
 
 
 @helper()
-def _words(key, stream, counters, n, words):
+def _words(key, stream, counters, n, found):
     for i in range(n):
         number = U32(counters[i])
         r0, r1 = threefry(key, U32(number >> U32(1)), stream)
         odd = U32(U32(0) - U32(number & U32(1)))  # all bits or none: a branch would go the wrong way every other time
-        words[i] = np.int32(r0 ^ U32(U32(r0 ^ r1) & odd))
+        found[i] = np.int32(r0 ^ U32(U32(r0 ^ r1) & odd))
 
 
 @helper()

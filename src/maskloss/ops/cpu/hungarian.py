@@ -15,10 +15,10 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
-from maskloss._abi import IMAGE, LARGEST_COST, LAYER, QUERY, TARGET
+from maskloss._abi import IMAGE, LARGEST_COST, LAYER, QUERY, TARGET, price_of_broken
 
 from .compile import helper, kernel
-from .lanes import splat
+from .lanes import Code, words
 from .memory import bare
 from .threads import take
 
@@ -34,6 +34,7 @@ def _filled(columns: int) -> int:
 
 
 _filled_up = helper()(_filled)
+_price_of_broken = helper()(price_of_broken)
 
 
 def work_space(queries: int, targets: int) -> tuple[int, int, int]:
@@ -53,7 +54,7 @@ def _arrange(cost, rows, columns, transposed, table):
             table[row, column] = value
             if abs(value) <= LARGEST_COST:
                 largest = max(largest, abs(value))
-    last = 1.0 + 2.0 * rows * largest
+    last = _price_of_broken(rows, largest)
     for row in range(rows):
         for column in range(columns):
             if not abs(table[row, column]) <= LARGEST_COST:
@@ -66,30 +67,21 @@ def _relax_lanes(
     first: Any,
 ) -> Any:  # fmt: skip
     """`_relax` for WIDE columns from `first` on. Left to itself, LLVM takes the smallest value one by one."""
-    double = ir.DoubleType()
-    vector, integers = ir.VectorType(double, WIDE), ir.VectorType(ir.IntType(32), WIDE)
+    double, integers = ir.DoubleType(), words(WIDE)
+    vector = ir.VectorType(double, WIDE)
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def place(which: int, kind: Any) -> Any:
-            data = context.make_array(signature.args[which])(context, builder, args[which]).data
-            return builder.bitcast(builder.gep(data, [args[8]]), kind.as_pointer())
-
-        def load(which: int) -> Any:
-            return builder.load(place(which, vector), align=8)
-
-        def everywhere(which: int) -> Any:
-            return splat(builder, args[which], integers if which == 4 else vector)
-
-        way = builder.fsub(builder.fadd(everywhere(1), load(0)), everywhere(2))
-        way = builder.fsub(way, load(3))
-        bound = load(6)
+    def codegen(*given: Any) -> Any:
+        code = Code(*given)
+        builder, (_, base, price, _, row, *_, first) = code.builder, code.args
+        costs, prices, distance, limit, previous = (code.place(which, first) for which in (0, 3, 5, 6, 7))
+        way = builder.fadd(code.everywhere(base, vector), code.load(costs, vector))
+        way = builder.fsub(builder.fsub(way, code.everywhere(price, vector)), code.load(prices, vector))
+        bound = code.load(limit, vector)
         shorter = builder.fcmp_ordered("<", way, bound)
-        builder.store(builder.select(shorter, way, bound), place(6, vector), align=8)
-        found = builder.select(shorter, way, load(5))
-        builder.store(found, place(5, vector), align=8)
-        where = place(7, integers)
-        before = builder.load(where, align=4)
-        builder.store(builder.select(shorter, everywhere(4), before), where, align=4)
+        code.store(builder.select(shorter, way, bound), limit)
+        found = builder.select(shorter, way, code.load(distance, vector))
+        code.store(found, distance)
+        code.store(builder.select(shorter, code.everywhere(row, integers), code.load(previous, integers)), previous)
         kind = ir.FunctionType(double, [vector])
         smallest = builder.module.declare_intrinsic(f"llvm.vector.reduce.fmin.v{WIDE}f64", (), kind)
         return builder.call(smallest, [found], fastmath=("nnan",))

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
 from maskloss._abi import X, Y
 
 from .compile import helper
-from .lanes import LANES, alignment, splat
+from .lanes import LANES, Code, check_literals, constant, words
 from .memory import at
 from .planes import BORDER
 
@@ -80,40 +79,35 @@ def _locate_lanes(
     lanes: Any,
 ) -> Any:  # fmt: skip
     """`locate_bits` for `lanes` points (a literal) from `first` on."""
-    if not isinstance(lanes, types.IntegerLiteral):
-        raise RequireLiteralValue("lanes")
-    vector = ir.VectorType(ir.IntType(32), lanes.literal_value)
+    check_literals(lanes=lanes)
+    vector = words(lanes.literal_value)
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def place(which: int) -> Any:
-            data = context.make_array(signature.args[which])(context, builder, args[which]).data
-            return builder.gep(data, [args[2]])
+    def number(value: int) -> Any:
+        return constant(vector, value)
 
-        def number(value: int) -> Any:
-            return ir.Constant(vector, [value] * vector.count)
+    def codegen(*given: Any) -> Any:
+        code = Code(*given)
+        builder, (_, _, first, width, height, pitch, *_) = code.builder, code.args
 
-        def axis(bits: int, size: int, fraction: int) -> Any:
+        def axis(bits: int, size: Any, fraction: int) -> Any:
             """`bits * size / 2**24 - 0.5` as whole part and 24 bits of fraction, 12 bits at a time."""
-            given = builder.load(builder.bitcast(place(bits), vector.as_pointer()), align=4)
-            size = splat(builder, args[size], vector)
-            low = builder.mul(builder.and_(given, number(4095)), size)
-            high = builder.mul(builder.lshr(given, number(12)), size)
+            drawn, size = code.load(code.place(bits, first), vector), code.everywhere(size, vector)
+            low = builder.mul(builder.and_(drawn, number(4095)), size)
+            high = builder.mul(builder.lshr(drawn, number(12)), size)
             high = builder.sub(builder.add(high, builder.lshr(low, number(12))), number(2048))
             rest = builder.or_(
                 builder.shl(builder.and_(high, number(4095)), number(12)), builder.and_(low, number(4095))
             )
             single = ir.VectorType(ir.FloatType(), vector.count)
-            share = builder.fmul(builder.sitofp(rest, single), ir.Constant(single, [2.0**-24] * vector.count))
-            where = place(fraction)
+            share = builder.fmul(builder.sitofp(rest, single), constant(single, 2.0**-24))
+            where = code.place(fraction, first)
             kind = ir.VectorType(where.type.pointee, vector.count)
-            share = share if kind.element == single.element else builder.fpext(share, kind)
-            builder.store(share, builder.bitcast(where, kind.as_pointer()), align=alignment(kind))
+            code.store(share if kind.element == single.element else builder.fpext(share, kind), where)
             return builder.add(builder.ashr(high, number(12)), number(BORDER))
 
-        column, row = axis(0, 3, 7), axis(1, 4, 8)
-        found = builder.add(builder.mul(row, splat(builder, args[5], vector)), column)
-        builder.store(found, builder.bitcast(place(6), vector.as_pointer()), align=4)
-        return context.get_dummy_value()
+        column, row = axis(0, width, 7), axis(1, height, 8)
+        code.store(builder.add(builder.mul(row, code.everywhere(pitch, vector)), column), code.place(6, first))
+        return code.nothing()
 
     return types.void(xs, ys, types.uintp, types.int32, types.int32, types.int32, index, fx, fy, lanes), codegen
 

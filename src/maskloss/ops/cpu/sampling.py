@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
 from .compile import helper
-from .lanes import alignment
+from .lanes import WORD, Code, check_literals
 from .memory import prefetch
 
 BLOCK = 512
@@ -29,78 +28,54 @@ def _bilinear(
     Two neighboring pixels come with one load, and shuffles bring them into vectors over the points; left to itself
     LLVM gathers four times. There are no fused operations: selections agree bit for bit with those of other devices.
     """
-    if not isinstance(lanes, types.IntegerLiteral):
-        raise RequireLiteralValue("lanes")
+    check_literals(lanes=lanes)
     count = lanes.literal_value
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        arrays = [context.make_array(signature.args[k])(context, builder, args[k]).data for k in (0, 2, 3, 4, 5)]
-        data, index, fx, fy, z = arrays
-        first = args[6]
+    def codegen(*given: Any) -> Any:
+        code = Code(*given)
+        builder, (_, pitch, *_, first, _) = code.builder, code.args
+        data = code.place(0)
         vector = ir.VectorType(data.type.pointee, count)
-        places = [
-            builder.zext(builder.load(builder.gep(index, [builder.add(first, first.type(k))])), first.type)
-            for k in range(count)
-        ]
+        indices = [code.place(2, builder.add(first, first.type(k))) for k in range(count)]
+        places = [builder.zext(builder.load(index), first.type) for index in indices]
         sides = []
-        for start in (data, builder.gep(data, [args[1]])):
-            pixels = _concatenate(builder, [_pair(builder, start, place) for place in places])
-            left, right = (_shuffle(builder, pixels, pixels, *range(side, 2 * count, 2)) for side in (0, 1))
+        for start in (data, builder.gep(data, [pitch])):
+            pixels = [_pair(code, builder.gep(start, [place])) for place in places]
+            while len(pixels) > 1:
+                width = range(2 * pixels[0].type.count)
+                pixels = [code.shuffle(*pair, *width) for pair in zip(pixels[::2], pixels[1::2], strict=True)]
+            left, right = (code.shuffle(pixels[0], pixels[0], *range(side, 2 * count, 2)) for side in (0, 1))
             sides.append((left, right))
-        across, down = (_vector(builder, array, first, vector) for array in (fx, fy))
+        across, down = (code.load(code.place(which, first), vector) for which in (3, 4))
 
         def mix(one: Any, other: Any, share: Any) -> Any:
             return builder.fadd(one, builder.fmul(share, builder.fsub(other, one)))
 
-        value = mix(mix(*sides[0], across), mix(*sides[1], across), down)
-        pointer = builder.bitcast(builder.gep(z, [first]), vector.as_pointer())
-        builder.store(value, pointer, align=alignment(vector))
-        return context.get_dummy_value()
+        code.store(mix(mix(*sides[0], across), mix(*sides[1], across), down), code.place(5, first))
+        return code.nothing()
 
     return types.void(buffer, pitch, index, fx, fy, z, types.uintp, lanes), codegen
 
 
-def _concatenate(builder: Any, vectors: list[Any]) -> Any:
-    while len(vectors) > 1:
-        width = range(2 * vectors[0].type.count)
-        vectors = [
-            _shuffle(builder, one, other, *width) for one, other in zip(vectors[::2], vectors[1::2], strict=True)
-        ]
-    return vectors[0]
-
-
-def _vector(builder: Any, data: Any, first: Any, vector: Any) -> Any:
-    return builder.load(builder.bitcast(builder.gep(data, [first]), vector.as_pointer()), align=alignment(vector))
+def _pair(code: Code, place: Any) -> Any:
+    """Two neighboring pixels."""
+    return code.load(place, ir.VectorType(place.type.pointee, 2))
 
 
 @intrinsic
 def _add_pair(typingctx: Any, buffer: Any, place: Any, first: Any, second: Any) -> Any:
     """Add to two neighboring pixels at once."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        total = builder.fadd(_pair(builder, array.data, args[1]), _both(builder, args[2], args[3]))
-        pointer = builder.bitcast(builder.gep(array.data, [args[1]]), total.type.as_pointer())
-        builder.store(total, pointer, align=alignment(total.type))
-        return context.get_dummy_value()
+    def codegen(*given: Any) -> Any:
+        code = Code(*given)
+        where = code.place(0, code.args[1])
+        both = ir.Constant(ir.VectorType(where.type.pointee, 2), ir.Undefined)
+        for lane, value in enumerate(code.args[2:]):
+            both = code.builder.insert_element(both, value, WORD(lane))
+        code.store(code.builder.fadd(_pair(code, where), both), where)
+        return code.nothing()
 
     return types.void(buffer, types.uintp, buffer.dtype, buffer.dtype), codegen
-
-
-def _pair(builder: Any, data: Any, place: Any) -> Any:
-    return _vector(builder, data, place, ir.VectorType(data.type.pointee, 2))
-
-
-def _both(builder: Any, first: Any, second: Any) -> Any:
-    vector = ir.Constant(ir.VectorType(first.type, 2), ir.Undefined)
-    for lane, value in enumerate((first, second)):
-        vector = builder.insert_element(vector, value, ir.IntType(32)(lane))
-    return vector
-
-
-def _shuffle(builder: Any, one: Any, other: Any, *lanes: int) -> Any:
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes))
-    return builder.shuffle_vector(one, other, mask)
 
 
 @helper()

@@ -23,8 +23,13 @@ from . import openmp, pool
 from .compile import helper, prepare
 from .scratch import Dtypes, Sizes, scratch
 
+# As long as it takes to look at this many pixels of masks, one thread is faster than waking the others.
+FEW_PIXELS = 1 << 22
 
-def launch(function: Any, items: int, dtypes: Dtypes, sizes: Sizes, args: tuple[Any, ...], alone: bool = False) -> None:
+
+def launch(
+    function: Any, items: int, dtypes: Dtypes, sizes: Sizes, args: tuple[Any, ...], pixels: int | None = None
+) -> None:
     """Run `function(counter, items, values, points, integers, *args)` on `torch.get_num_threads()` threads.
 
     Every thread takes item numbers from `counter` until none is left; the calling thread is one of them.
@@ -35,7 +40,8 @@ def launch(function: Any, items: int, dtypes: Dtypes, sizes: Sizes, args: tuple[
         dtypes: element types of the first two scratch arrays, for values and for coordinates of points.
         sizes: of the three scratch arrays, in elements.
         args: what the kernel takes after its scratch arrays.
-        alone: run on the calling thread only, for work that is done before others could help.
+        pixels: how many pixels of masks could be looked at in the same time. Few: the calling thread works alone, as
+            it is done before others could help. Default: many.
 
     Raises:
         BaseException: what a thread raised, or a signal's handler meanwhile, once no thread is working any more.
@@ -49,7 +55,7 @@ def launch(function: Any, items: int, dtypes: Dtypes, sizes: Sizes, args: tuple[
         with scratch(dtypes, sizes) as arrays:
             function(counter, items, *arrays, *args)
 
-    threads = 1 if alone else torch.get_num_threads()
+    threads = 1 if pixels is not None and pixels <= FEW_PIXELS else torch.get_num_threads()
     if threads == 1 or items == 1:
         work()
     elif openmp.available():
