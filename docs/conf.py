@@ -17,6 +17,7 @@ version = release = maskloss.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -25,6 +26,7 @@ extensions = [
     "languages",
     "llms",
     "mathml",
+    "summaries",
 ]
 exclude_patterns = ["_build", "figures", "sg_execution_times.rst", "gallery/sg_execution_times.rst", "gallery/*.ipynb"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
@@ -53,6 +55,7 @@ sphinx_gallery_conf = {
 add_module_names = False
 autodoc_default_options = {"members": True, "exclude-members": "extra_repr"}
 autodoc_member_order = "bysource"
+autosummary_generate = False
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 88
