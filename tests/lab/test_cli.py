@@ -173,7 +173,7 @@ def test_predict_knows_its_own_files(run, data, tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_results", full)
+        patched.setattr(module, "coco_results", full)
         assert predicted(run, out, data / "2.tif") == 2
     assert (out / "2_found.tif").is_file()
     assert predicted(run, out, data / "2.tif", data / "1.tif") == 0

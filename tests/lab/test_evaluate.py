@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -13,7 +14,8 @@ from hypothesis.extra.numpy import arrays
 
 from maskloss import MaskTargets
 from maskloss.lab.data.scenes import Scene
-from maskloss.lab.results.evaluate import THRESHOLDS, judge, matching, summarize
+from maskloss.lab.results.details import average_precision, rank
+from maskloss.lab.results.evaluate import THRESHOLDS, _coco, judge, matching, summarize
 from maskloss.lab.results.inference import Instance, Prediction
 from support.examples import number
 
@@ -60,7 +62,7 @@ def test_the_truth_scores_one():
     predictions = [found((TOP, 0, 0.9), (BOTTOM, 1, 0.8)), found((BOTTOM, 0, 0.7))]
     scores = score(scenes, predictions, ["a", "b"], maps=True)
     assert (scores.ap, scores.ap50, scores.ap75, scores.mean_iou) == pytest.approx((1, 1, 1, 1))
-    assert scores.class_ap50 == pytest.approx({"a": 1, "b": 1})
+    assert [each.ap50 for each in scores.by_class.values()] == pytest.approx([1, 1])
     assert (scores.scenes, scores.instances) == (2, 3)
     assert set(scores.matching.values()) == {1.0} and len(scores.matching) == 10
 
@@ -96,15 +98,18 @@ def test_iou_decides_at_which_thresholds_a_mask_counts():
 
 def test_the_right_mask_with_the_wrong_class_counts_for_neither():
     scores = score([scene([(TOP, 0), (BOTTOM, 1)])], [found((TOP, 1, 0.9), (BOTTOM, 1, 0.8))], ["a", "b"])
-    assert scores.class_ap50 == {"a": 0, "b": pytest.approx(0.5)}
+    assert scores.by_class["a"].ap50 == 0 and scores.by_class["b"].ap50 == pytest.approx(0.5)
     # Class b: 100 pixels right of the 200 found; class a: none.
     assert scores.mean_iou == pytest.approx(0.25)
 
 
 def test_a_class_that_does_not_occur_is_left_out():
     scores = score([scene([(TOP, 0)])], [found((TOP, 0, 0.9))], ["a", "b"])
-    assert scores.ap50 == pytest.approx(1) and math.isnan(scores.class_ap50["b"])
-    assert scores.as_dict()["class_ap50"] == {"a": scores.ap50, "b": None}
+    assert scores.ap50 == pytest.approx(1) and math.isnan(scores.by_class["b"].ap50)
+    assert scores.as_dict()["by_class"]["b"] == {
+        **dict.fromkeys(("ap", "ap50", "precision", "recall")),
+        **dict.fromkeys(("images", "instances", "found"), 0),
+    }
 
 
 def test_ap_by_size():
@@ -143,6 +148,99 @@ def test_more_instances_than_coco_looks_at():
     cells = [block(row, column, 1, 1) for row in range(10) for column in range(15)]
     scores = score([scene([(cell, 0) for cell in cells])], [found(*((cell, 0, 0.9) for cell in cells))], ["a"])
     assert scores.ap50 == pytest.approx(1)
+
+
+def test_precision_and_recall_count_what_scores_half_at_least():
+    """Of class a: one right of the two found, one of two instances; of b: what is found scores too little."""
+    alarm = block(0, 12, 6, 6)
+    scenes = [scene([(TOP, 0)]), scene([(BOTTOM, 0), (TOP, 1)])]
+    predictions = [found((TOP, 0, 0.9), (alarm, 0, 0.5)), found((BOTTOM, 0, 0.49), (TOP, 1, 0.49))]
+    first, second = score(scenes, predictions, ["a", "b"]).by_class.values()
+    assert (first.precision, first.recall) == (0.5, 0.5)
+    assert (first.images, first.instances, first.found) == (2, 2, 2)
+    assert math.isnan(second.precision) and second.recall == 0 and second.ap50 == pytest.approx(1)
+    assert (second.images, second.instances, second.found) == (1, 1, 0)
+
+
+def test_what_is_taken_for_what():
+    """A right one, one of the wrong class, a missed one, a false alarm, and two that do not count."""
+    crowd, inside, alarm = block(10, 0, 10, 10), block(12, 2, 5, 5), block(0, 12, 6, 6)
+    scenes = [scene([(TOP, 0)], [(crowd, 0)]), scene([(TOP, 0), (BOTTOM, 1)])]
+    predictions = [
+        found((TOP, 0, 0.9), (inside, 0, 0.8), (alarm, 1, 0.7)),
+        found((TOP, 1, 0.9), (alarm, 0, 0.4), (BOTTOM, 1, 0.3)),
+    ]
+    scores = score(scenes, predictions, ["a", "b"])
+    assert scores.confusion == [[1, 1, 0], [0, 0, 1], [0, 1, 0]]
+    assert scores.confused == [(1, "a", "b")]
+
+
+def boxes_at_random(random, count):
+    boxes = zip(
+        *(random.integers(0, high, count) for high in (14, 14)), *random.integers(2, 6, (2, count)), strict=True
+    )
+    return [block(*map(int, box)) for box in boxes]
+
+
+def random_scores(seed=0, images=12):
+    random = np.random.default_rng(seed)
+    scenes, predictions = [], []
+    for _ in range(images):
+        truth = [(mask, int(random.integers(2))) for mask in boxes_at_random(random, random.integers(0, 5))]
+        # Some instances are found, moved a little, some of them twice, others are made up.
+        some = [(mask.roll(int(random.integers(3)), 0), label) for mask, label in truth if random.random() < 0.7]
+        some += [(mask, int(random.integers(2))) for mask in boxes_at_random(random, random.integers(0, 4))]
+        crowds = [(mask, 0) for mask in boxes_at_random(random, random.integers(0, 2))]
+        scenes.append(scene(truth, crowds))
+        predictions.append(found(*((mask, label, float(random.random())) for mask, label in some)))
+    judged = [judge(number, *pair, 2) for number, pair in enumerate(zip(scenes, predictions, strict=True))]
+    return judged, summarize(judged, ["a", "b"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ap50_of_resampled_images_is_that_of_pycocotools(seed):
+    """On the images as they are, and on copies of some of them."""
+    judged, scores = random_scores(seed)
+    ranked = [rank(_coco(judged, ["a", "b"]), len(judged), label) for label in range(2)]
+    ones = np.ones(len(judged), dtype=np.int64)
+    assert [average_precision(each, ones) for each in ranked] == pytest.approx(
+        [each.ap50 for each in scores.by_class.values()]
+    )
+    copies = np.random.default_rng(seed).integers(0, 3, len(judged))
+    copied = [one for one, times in zip(judged, copies, strict=True) for _ in range(times)]
+    again = summarize([one._replace(number=number) for number, one in enumerate(copied)], ["a", "b"])
+    assert [average_precision(each, copies) for each in ranked] == pytest.approx(
+        [each.ap50 for each in again.by_class.values()]
+    )
+
+
+def test_the_range_of_ap50_is_wider_with_fewer_images():
+    _, few = random_scores(images=6)
+    _, many = random_scores(images=60)
+    for scores in (few, many):
+        low, high = scores.ap50_range
+        assert low < scores.ap50 < high
+    assert few.ap50_range[1] - few.ap50_range[0] > many.ap50_range[1] - many.ap50_range[0]
+    assert few.ap50_range == random_scores(images=6)[1].ap50_range
+    assert all(map(math.isnan, score([scene([(TOP, 0)])], [found((TOP, 0, 0.9))], ["a"]).ap50_range))
+
+
+def test_curves_are_those_of_coco():
+    scores = score([scene([(TOP, 0), (BOTTOM, 0)])], [found((TOP, 0, 0.9))], ["a", "b"])
+    assert scores.curves == {"a": pytest.approx([1.0] * 51 + [0.0] * 50)}
+    assert "curves" in scores.as_dict(whole=True) and "curves" not in scores.as_dict()
+    assert json.loads(json.dumps(scores.as_dict(whole=True)))["confusion"] == scores.confusion
+
+
+def test_a_word_of_caution_where_scores_rest_on_few_images():
+    assert score([scene([(TOP, 0)])] * 3, [found()] * 3, ["a"]).cautions == [
+        "all scores rest on 3 images: others of the same kind may score quite differently"
+    ]
+    scenes = [scene([(TOP, 0)])] * 9 + [scene([(TOP, 0), (BOTTOM, 1)])] * 2
+    assert score(scenes, [found()] * 11, ["a", "b", "c"]).cautions == [
+        "AP may be chance for classes in fewer than 10 images: b (2)"
+    ]
+    assert score([scene([(TOP, 0)])] * 10, [found()] * 10, ["a", "b"]).cautions == []
 
 
 # Label maps and what StarDist's `matching` counts on them at IoU 0.5, 0.7 and 0.9: true positives, false positives,

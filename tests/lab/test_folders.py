@@ -79,7 +79,7 @@ def test_what_a_run_held_out_can_be_held_out_again(tmp_path, no_pictures):
     from maskloss.lab.config import TrainConfig
     from maskloss.lab.loop.progress import Listener
     from maskloss.lab.loop.run import train
-    from maskloss.lab.results.predict import evaluate_run
+    from maskloss.lab.results.scoring import evaluate_run
 
     CASES["share"].make(tmp_path / "data")
     short = {"steps": 1, "batch_size": 2, "evaluations": 1, "num_points": 16, "size": 32, "workers": 0, "device": "cpu"}

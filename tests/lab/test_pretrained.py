@@ -19,7 +19,8 @@ from maskloss.lab.models.learners import CompactLearner
 from maskloss.lab.models.pretrained import PretrainedLearner, read_card
 from maskloss.lab.models.registry import open_source
 from maskloss.lab.models.weights import read_tensors
-from maskloss.lab.results.predict import evaluate_run, predict_images
+from maskloss.lab.results.predict import predict_images
+from maskloss.lab.results.scoring import evaluate_run
 from support import tiny
 
 transformers = pytest.importorskip("transformers")

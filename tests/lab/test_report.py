@@ -17,10 +17,11 @@ from maskloss.lab.data.digits import DigitScenes
 from maskloss.lab.loop.metrics import Metrics
 from maskloss.lab.models.clock import PARTS, Clock
 from maskloss.lab.models.learners import CompactLearner
-from maskloss.lab.results import pictures, report, snapshots
+from maskloss.lab.results import report, snapshots
 from maskloss.lab.results.evaluate import evaluate
 from maskloss.lab.results.gallery import Gallery
 from maskloss.lab.results.inference import Prediction, Predictor
+from maskloss.lab.results.lettering import literal
 from maskloss.lab.runfolder import Facts
 
 
@@ -225,7 +226,7 @@ def test_a_report_with_nothing_in_it(source, learner, tmp_path):
     ("name", "shown"), [("$x$", r"\$x\$"), ("a\nb", "a b"), ("x" * 30, "x" * 23 + "…"), ("plain", "plain")]
 )
 def test_names_are_shown_letter_by_letter(name, shown):
-    assert pictures.literal(name) == shown
+    assert literal(name) == shown
 
 
 def test_the_clock_measures_what_is_inside_once():

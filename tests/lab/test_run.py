@@ -28,7 +28,7 @@ from maskloss.lab.loop.progress import Interrupted, Listener
 from maskloss.lab.loop.run import Result, resume, train
 from maskloss.lab.models.registry import open_source
 from maskloss.lab.models.weights import read_tensors
-from maskloss.lab.results.predict import evaluate_run
+from maskloss.lab.results.scoring import evaluate_run
 from maskloss.lab.runfolder import kept_step, path_of, read_facts, steps_of
 
 SHORT = {"steps": 6, "batch_size": 4, "held_out": 6, "evaluations": 2, "num_points": 32, "threads": 2, "device": "cpu"}
@@ -602,7 +602,7 @@ def test_a_run_on_a_folder(folder, tmp_path, monkeypatch):
     config = TrainConfig(**SHORT | {"steps": 2, "size": 48, "data": str(folder.root), "workers": 0})
     told = []
     finished = train(config, tmp_path / "run", quiet(facts=told.append))
-    assert finished.evaluation.scenes == 1 and set(finished.evaluation.class_ap50) == {"$a_{$", "箱 <b>"}
+    assert finished.evaluation.scenes == 1 and set(finished.evaluation.by_class) == {"$a_{$", "箱 <b>"}
     page = (tmp_path / "run" / "report.html").read_text()
     assert "images of shapes" in page and "<b>box" not in page and "箱 &lt;b&gt;" in page
     assert dict(told[0])["images"] == "5 for training, 1 held out"

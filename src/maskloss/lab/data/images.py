@@ -83,7 +83,15 @@ def read_image(path: Path, *, upright: bool = True) -> Array:
     Raises:
         Cause: a file that is missing, broken, too large, or a stack of planes.
     """
-    array = read_pixels(path, upright=upright)
+    return as_image(read_pixels(path, upright=upright), path)
+
+
+def as_image(array: Array, path: Path) -> Array:
+    """Bring pixels `[H, W]` or `[H, W, C]` into the form that `read_image` returns; `path` is what to call them.
+
+    Raises:
+        Cause: values that are no numbers or not finite, or a stack of planes.
+    """
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] > MOST_CHANNELS:

@@ -74,7 +74,7 @@ def recognize(
     names, numbers = [name for _, name in merged.classes], [number for number, _ in merged.classes]
     if classes is not None:
         train, held_out = (_as_known(part, names, classes) for part in (train, held_out))
-        names, numbers = list(classes), [dict(zip(names, numbers, strict=True)).get(name, 0) for name in classes]
+        names, numbers = list(classes), [dict(zip(names, numbers, strict=True)).get(name, -1) for name in classes]
     microscopy = merged.reader.microscopy and len(names) == 1
     how = [*merged.how, *how]
     return Found(merged.reader.name, how, names, numbers, Catalog(train), Catalog(held_out), microscopy)

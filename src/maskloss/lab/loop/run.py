@@ -180,7 +180,7 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
         for text in left_out:
             listener.skipped(text)
         summary = {
-            "evaluation": evaluation.as_dict(),
+            "evaluation": evaluation.as_dict(whole=True),
             "steps": engine.step,
             "kept_step": kept.step,
             "kept": kept.told,

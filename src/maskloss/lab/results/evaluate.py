@@ -11,13 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from maskloss.errors import Cause, require
 from maskloss.instances import run_lengths
 from maskloss.lab.data.problems import Problems
 from maskloss.lab.data.scenes import Scene
 from maskloss.lab.files import plain
+from maskloss.lab.results.details import (
+    FEW,
+    ClassScores,
+    interval,
+    matched_pairs,
+    rank,
+    score_class,
+    taken_for,
+)
 from maskloss.lab.results.inference import FOUND, MOST, Prediction, Predictor
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
@@ -37,10 +45,14 @@ class Evaluation:
         ap_medium: of those up to 96 x 96 pixels.
         ap_large: of larger ones.
         mean_iou: IoU of the pixels of each class over all scenes, the mean over classes.
-        class_ap50: AP at IoU 0.50 of each class.
+        ap50_range: in which AP50 would lie on 95 % of other images of the same kind, as far as these can tell.
+        by_class: scores of each class.
         matching: for label maps of one class, TP / (TP + FP + FN) over all scenes at each IoU threshold; else empty.
         scenes: number of scenes.
         instances: number of instances in the truth.
+        confusion: instances by their class (rows) and the class of the prediction that found them (columns), with
+            "none" last: missed instances, and false alarms; IoU and score are at least 0.5.
+        curves: precision of each class at COCO's 101 recalls, at IoU 0.50.
     """
 
     ap: float
@@ -50,15 +62,39 @@ class Evaluation:
     ap_medium: float
     ap_large: float
     mean_iou: float
-    class_ap50: dict[str, float]
+    ap50_range: tuple[float, float]
+    by_class: dict[str, ClassScores]
     matching: dict[str, float]
     scenes: int
     instances: int
+    confusion: list[list[int]]
+    curves: dict[str, list[float]]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the scores as JSON can hold them: nan becomes None."""
+    def as_dict(self, *, whole: bool = False) -> dict[str, Any]:
+        """Return the scores as JSON can hold them, where nan becomes None; confusion and curves on request."""
         held: dict[str, Any] = plain(asdict(self))
-        return held
+        return held if whole else {name: held[name] for name in held if name not in {"confusion", "curves"}}
+
+    @property
+    def cautions(self) -> list[str]:
+        """Say which scores rest on few images."""
+        if self.scenes < FEW:
+            images = f"{self.scenes} image{'s' * (self.scenes != 1)}"
+            return [f"all scores rest on {images}: others of the same kind may score quite differently"]
+        few = [f"{name} ({each.images})" for name, each in self.by_class.items() if 0 < each.images < FEW]
+        return [f"AP may be chance for classes in fewer than {FEW} images: {', '.join(few)}"] if few else []
+
+    @property
+    def confused(self) -> list[tuple[int, str, str]]:
+        """List which classes were taken for which others: how often, the true one, the found one; the most first."""
+        names = list(self.by_class)
+        listed = [
+            (count, names[truth], names[found])
+            for truth, row in enumerate(self.confusion[:-1])
+            for found, count in enumerate(row[:-1])
+            if count and truth != found
+        ]
+        return sorted(listed, key=lambda each: -each[0])
 
 
 class Judged(NamedTuple):
@@ -69,8 +105,9 @@ class Judged(NamedTuple):
         size: height and width.
         truth: its instances and crowds, as COCO's evaluation takes them.
         found: the predicted instances, in the same form.
-        confused: which pairs of a class in truth and prediction occur, numbers truth * (C + 1) + prediction, where C
+        pixels: which pairs of a class in truth and prediction occur, numbers truth * (C + 1) + prediction, where C
             stands for none, and how many pixels each has: int64 `[2, K]`.
+        taken: the same numbers of instances, see `taken_for`.
         matched: true positives, false positives and false negatives at each IoU threshold, `[10, 3]`.
     """
 
@@ -78,7 +115,8 @@ class Judged(NamedTuple):
     size: tuple[int, int]
     truth: list[dict[str, Any]]
     found: list[dict[str, Any]]
-    confused: NDArray[np.int64]
+    pixels: NDArray[np.int64]
+    taken: NDArray[np.int64]
     matched: NDArray[np.int64]
 
 
@@ -138,17 +176,20 @@ def judge(number: int, scene: Scene, prediction: Prediction, num_classes: int, o
         truth = np.zeros(size, dtype=np.int32)
         for place, mask in enumerate(scene.masks().numpy(), start=1):
             truth[mask] = place
-        found, _ = prediction.label_map()
-        matched = np.array([matching(truth, found, threshold) for threshold in THRESHOLDS])
+        labels, _ = prediction.label_map()
+        matched = np.array([matching(truth, labels, threshold) for threshold in THRESHOLDS])
+    entries = truth_entries(scene)
+    found = [
+        {**_encode(each.whole(*size)), "category_id": each.label, "score": each.score, "iscrowd": 0}
+        for each in prediction.instances
+    ]
     return Judged(
         number,
         size,
-        [*_entries(scene.masks().numpy(), scene.labels.tolist(), 0), *_entries_of_crowds(scene)],
-        [
-            {**_encode(each.whole(*size)), "category_id": each.label, "score": each.score, "iscrowd": 0}
-            for each in prediction.instances
-        ],
-        confusion(scene, prediction, num_classes),
+        entries,
+        found,
+        pixels_by_class(scene, prediction, num_classes),
+        taken_for(entries, found, num_classes),
         matched,
     )
 
@@ -157,9 +198,13 @@ def summarize(judged: Sequence[Judged], class_names: Sequence[str], one_class_ma
     """Compute the scores of all scenes."""
     if not judged:
         raise Cause("there must be held-out images to score on", "none could be read", "see what was skipped")
-    precision = _coco_precision(judged, class_names)
+    judge = _coco(judged, class_names)
+    precision: NDArray[np.float64] = judge.eval["precision"][..., -1]
     every, small, medium, large = (precision[..., area] for area in range(4))
     matched = np.sum([one.matched for one in judged], axis=0)
+    ranked = [rank(judge, len(judged), label) for label in range(len(class_names))]
+    base = len(class_names) + 1
+    taken = np.bincount(np.concatenate([one.taken for one in judged]), minlength=base**2).reshape(base, base)
     return Evaluation(
         ap=_mean(every),
         ap50=_mean(every[0]),
@@ -167,8 +212,12 @@ def summarize(judged: Sequence[Judged], class_names: Sequence[str], one_class_ma
         ap_small=_mean(small),
         ap_medium=_mean(medium),
         ap_large=_mean(large),
-        mean_iou=mean_iou(_confusion(judged, len(class_names))),
-        class_ap50={name: _mean(every[0, :, label]) for label, name in enumerate(class_names)},
+        mean_iou=mean_iou(_pixels(judged, len(class_names))),
+        ap50_range=interval(ranked),
+        by_class={
+            name: score_class(ranked[label], _mean(every[..., label]), _mean(every[0, :, label]))
+            for label, name in enumerate(class_names)
+        },
         matching={
             f"{threshold:.2f}": float(row[0] / row.sum()) if row.sum() else float("nan")
             for threshold, row in zip(THRESHOLDS, matched, strict=True)
@@ -177,6 +226,10 @@ def summarize(judged: Sequence[Judged], class_names: Sequence[str], one_class_ma
         else {},
         scenes=len(judged),
         instances=sum(not each["iscrowd"] for one in judged for each in one.truth),
+        confusion=taken.tolist(),
+        curves={
+            name: every[0, :, label].tolist() for label, name in enumerate(class_names) if ranked[label].instances.any()
+        },
     )
 
 
@@ -206,15 +259,11 @@ def matching(
     either = areas[:, None] + other_areas[None] - shared
     iou = (shared / either)[ids != 0][:, others != 0]
     count, other_count = iou.shape
-    fewer = min(count, other_count)
-    good = 0
-    if fewer and (iou >= threshold).any():
-        chosen = linear_sum_assignment((iou >= threshold) + iou / (2 * fewer), maximize=True)
-        good = int((iou[chosen] >= threshold).sum())
+    good = len(matched_pairs(iou, threshold)[0])
     return good, other_count - good, count - good
 
 
-def confusion(scene: Scene, prediction: Prediction, num_classes: int) -> NDArray[np.int64]:
+def pixels_by_class(scene: Scene, prediction: Prediction, num_classes: int) -> NDArray[np.int64]:
     """Count pixels by their class in the truth and in the prediction: the pairs that occur, as in `Judged`.
 
     A pixel is of the class of the best prediction that covers it and scores at least `FOUND`, else of none. Crowds and
@@ -234,11 +283,11 @@ def confusion(scene: Scene, prediction: Prediction, num_classes: int) -> NDArray
     return np.stack(np.unique(truth[counted] * (num_classes + 1) + found[counted], return_counts=True))
 
 
-def _confusion(judged: Sequence[Judged], num_classes: int) -> NDArray[np.int64]:
+def _pixels(judged: Sequence[Judged], num_classes: int) -> NDArray[np.int64]:
     """Add up the pixels of all scenes: `[C + 1, C + 1]`."""
     whole = np.zeros((num_classes + 1) ** 2, dtype=np.int64)
     for one in judged:
-        whole[one.confused[0]] += one.confused[1]
+        whole[one.pixels[0]] += one.pixels[1]
     return whole.reshape(num_classes + 1, num_classes + 1)
 
 
@@ -250,8 +299,8 @@ def mean_iou(confused: NDArray[np.int64]) -> float:
     return float((hits[known] / either[known]).mean()) if known.any() else float("nan")
 
 
-def _coco_precision(judged: Sequence[Judged], class_names: Sequence[str]) -> NDArray[np.float64]:
-    """Return COCO's precision `[IoU thresholds, recall points, classes, sizes]`, -1 where a class does not occur."""
+def _coco(judged: Sequence[Judged], class_names: Sequence[str]) -> Any:
+    """Let pycocotools evaluate; its precision is `[thresholds, recalls, classes, sizes, 1]`, -1 without the class."""
     coco, cocoeval = require("pycocotools.coco", "train"), require("pycocotools.cocoeval", "train")
     truth, found = coco.COCO(), coco.COCO()
     truth.dataset = _dataset(judged, class_names, ((one.number, one.truth) for one in judged))
@@ -265,8 +314,7 @@ def _coco_precision(judged: Sequence[Judged], class_names: Sequence[str]) -> NDA
         judge.params.maxDets = [most]
         judge.evaluate()
         judge.accumulate()
-    precision: NDArray[np.float64] = judge.eval["precision"][..., -1]
-    return precision
+    return judge
 
 
 def _dataset(
@@ -286,8 +334,12 @@ def _entries(masks: Iterable[Any], labels: Sequence[int], crowd: int) -> Iterabl
         yield {"category_id": label, "iscrowd": crowd, **_encode(mask)}
 
 
-def _entries_of_crowds(scene: Scene) -> Iterable[dict[str, Any]]:
-    return _entries(scene.crowd_masks().numpy(), scene.crowd_labels.tolist(), 1)
+def truth_entries(scene: Scene) -> list[dict[str, Any]]:
+    """Return the instances and crowds of a scene as COCO's evaluation takes them, with labels for categories."""
+    return [
+        *_entries(scene.masks().numpy(), scene.labels.tolist(), 0),
+        *_entries(scene.crowd_masks().numpy(), scene.crowd_labels.tolist(), 1),
+    ]
 
 
 def _encode(mask: NDArray[np.bool_]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The pictures of a run: predictions beside the truth, the points that the loss chose, and curves.
+"""The pictures of a run: predictions beside the truth, and the points that the loss chose.
 
 Each is small and carries no caption: the report sets them side by side and writes its text itself, so that both can be
 read on a telephone.
@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskloss import plots
-from maskloss.lab.data.scenes import Probe
+from maskloss.errors import require
+from maskloss.lab.data.scenes import Probe, Scene
 from maskloss.lab.files import write_whole
+from maskloss.lab.results import charts
 from maskloss.lab.results.evaluate import Evaluation
 from maskloss.lab.results.gallery import Shown
-from maskloss.lab.results.inference import FOUND, Instance, cropped
+from maskloss.lab.results.inference import FOUND, Instance, Prediction, cropped
+from maskloss.lab.results.lettering import Lettering, literal, short
 from maskloss.lab.results.snapshots import Hard, Snapshot
 
 if TYPE_CHECKING:
@@ -83,31 +86,6 @@ def hard(found: Hard) -> list[Figure]:
     return [first, second]
 
 
-def losses(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the terms of the loss."""
-    figure, axes = _chart()
-    _draw_losses(axes, history)
-    return figure
-
-
-def scores(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the scores on held-out scenes during training."""
-    figure, axes = _chart()
-    _draw_scores(axes, history)
-    return figure
-
-
-def matching(evaluation: Evaluation) -> Figure:
-    """Draw the AP of microscopy over IoU thresholds."""
-    figure, axes = _chart()
-    thresholds = [float(threshold) for threshold in evaluation.matching]
-    plots.draw_curves(
-        axes, {"AP": (thresholds, list(evaluation.matching.values()))}, title="TP / (TP + FP + FN)", markers=True
-    )
-    axes.set(ylim=(0, 1), xlabel="IoU threshold")
-    return figure
-
-
 def overview(
     shown: Sequence[Shown],
     class_names: Sequence[str],
@@ -130,17 +108,22 @@ def overview(
             axes = figure.add_subplot(grid[0, 7 + side])
             _draw_points(axes, shots[-1], target, masks[target], size=4)
             axes.set_title("Points of the loss", fontsize=9, pad=4)
-    _draw_scores(figure.add_subplot(grid[1, 7:]), history)
+    charts.draw_scores(figure.add_subplot(grid[1, 7:]), history)
     return figure
 
 
-def overlay(image: Tensor, instances: Sequence[Instance], classes: int) -> NDArray[np.uint8]:
-    """Color instances over an image, for `maskloss predict`: `[H, W, 3]`, enlarged if it is small.
+def overlay(
+    image: Tensor, instances: Sequence[Instance], letters: Lettering, *, scores: bool = True
+) -> NDArray[np.uint8]:
+    """Color instances over an image, with their names and scores: `[H, W, 3]`, enlarged if it is small.
+
+    Where there are many, only those that are as wide as their names have one.
 
     Args:
         image: `[3, H, W]` in [0, 1].
         instances: best first; the best lie on top.
-        classes: colors are those of the classes, or of one instance after the other if there is one class.
+        letters: names of the classes; colors are theirs, or of one instance after the other if there is one class.
+        scores: whether to write them.
     """
     times = max(1, -(-_OVERLAY // max(image.shape[1:])))
     large = image.repeat_interleave(times, 1).repeat_interleave(times, 2)
@@ -150,8 +133,45 @@ def overlay(image: Tensor, instances: Sequence[Instance], classes: int) -> NDArr
         )
         for each in instances
     ]
-    colored = _colored(large, enlarged, _colors([each.label for each in instances], classes), dim=0.85)
-    return np.asarray((255 * colored).round().astype(np.uint8))
+    classes = len(letters.names)
+    colors = _colors([each.label for each in instances], classes)
+    colored = np.asarray((255 * _colored(large, enlarged, colors, dim=0.85)).round().astype(np.uint8))
+    drawn = require("PIL.Image", "train").fromarray(colored)
+    draw = require("PIL.ImageDraw", "train").Draw(drawn)
+    size = max(11, max(drawn.size) // 55)
+    # The best last, on top.
+    for instance, color in zip(reversed(enlarged), reversed(colors), strict=True):
+        parts = [short(letters.names[instance.label])] if classes > 1 else []
+        text = " ".join([*parts, f"{100 * instance.score:.0f}"] if scores else parts)
+        wide, high = letters.width(text, size) + 6, size + 6
+        if not text or (len(instances) > _NAMED and wide > instance.mask.shape[1]):
+            continue
+        left = max(0, min(instance.left, drawn.width - wide))
+        top = max(0, min(instance.top, drawn.height - high))
+        background = plots.rgb(color)
+        draw.rectangle(
+            (left, top, left + wide - 1, top + high - 1), fill=tuple(round(255 * each) for each in background)
+        )
+        # As bright as the background is to the eye.
+        dark = float(background @ np.array([0.299, 0.587, 0.114])) > 0.55
+        letters.write(draw, (left + 3, top + high / 2), text, size, "black" if dark else "white")
+    return np.asarray(drawn)
+
+
+def compared(scene: Scene, prediction: Prediction, letters: Lettering) -> NDArray[np.uint8]:
+    """Color the truth and what was found, side by side: `[H, W, 3]`."""
+    picture = scene.picture()
+    truth = zip(scene.masks().numpy(), scene.labels.tolist(), strict=True)
+    listed = [cropped(mask, label) for mask, label in truth if mask.any()]
+    found = [each for each in prediction.instances if each.score >= FOUND]
+    left, right = overlay(picture, listed, letters, scores=False), overlay(picture, found, letters)
+    return np.concatenate([left, np.full((len(left), 8, 3), 255, dtype=np.uint8), right], axis=1)
+
+
+def write_pixels(pixels: NDArray[np.uint8], path: Path) -> None:
+    """Write a picture of pixels whole."""
+    drawn = require("PIL.Image", "train").fromarray(pixels)
+    write_whole(path, lambda partial: drawn.save(partial, format="PNG"))
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -166,12 +186,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
         yield
-
-
-def literal(name: str) -> str:
-    """Return a name as matplotlib shows it letter by letter: a dollar would begin a formula."""
-    line = " ".join(name.split())
-    return (line if len(line) <= 24 else line[:23] + "…").replace("$", r"\$")
 
 
 def zoom(axes: Axes, mask: Tensor) -> None:
@@ -192,11 +206,6 @@ def _panel(aspect: float = 1.0) -> tuple[Figure, Axes]:
     figure = plots.new_figure(PANEL, PANEL * min(max(aspect, 0.5), 2.0))
     figure.set_layout_engine("none")
     return figure, figure.add_axes((0.005, 0.005, 0.99, 0.99))
-
-
-def _chart() -> tuple[Figure, Axes]:
-    figure = plots.new_figure(4.7, 3.3)
-    return figure, figure.subplots()
 
 
 def _draw_part(axes: Axes, part: int, shown: Shown, class_names: Sequence[str], text_size: float) -> None:
@@ -258,41 +267,22 @@ def _largest(masks: Tensor) -> list[int]:
     return masks.flatten(1).sum(1).argsort(descending=True, stable=True).tolist()
 
 
-def _draw_losses(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
-    lines = [entry for entry in history if "total" in entry]
-    steps = [entry["step"] for entry in lines]
-    terms = {"class": "loss_class", "mask": "loss_mask", "Dice": "loss_dice"}
-    smooth = {
-        name: (steps, _smooth([entry[key] for entry in lines]))
-        for name, key in terms.items()
-        if lines and all(entry.get(key) is not None for entry in lines)
-    }
-    if smooth:
-        plots.draw_curves(axes, smooth, title="Loss terms of the final layer, unweighted")
-        axes.set_ylim(bottom=0)
-
-
-def _draw_scores(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
-    # No scores without instances to find.
-    lines = [entry for entry in history if "held_out" in entry and entry["held_out"]["ap"] is not None]
-    steps = [entry["step"] for entry in lines]
-    names = {"AP50": "ap50", "mean IoU": "mean_iou", "AP": "ap"}
-    found = {name: (steps, [entry["held_out"][key] for entry in lines]) for name, key in names.items()}
-    if lines:
-        plots.draw_curves(axes, found, title="Scores on held-out scenes", markers=True)
-    axes.set_ylim(0, 1)
-
-
-def _smooth(values: Sequence[float], share: float = 0.8) -> list[float]:
-    """Smooth exponentially, with the bias towards the first value taken out."""
-    mean, weight, out = 0.0, 0.0, []
-    for value in values:
-        mean, weight = share * mean + (1 - share) * value, share * weight + 1 - share
-        out.append(mean / weight)
-    return out
-
-
 def draw_all(
+    folder: Path,
+    shown: Sequence[Shown],
+    letters: Lettering,
+    history: Sequence[Mapping[str, Any]],
+    evaluation: Evaluation,
+    shots: Sequence[Snapshot],
+    probe: Probe | None,
+    hardest: Sequence[Hard],
+) -> dict[str, Path]:
+    """Write all pictures into a folder; return name to path."""
+    with letters.used():
+        return _draw_all(folder, shown, letters.names, history, evaluation, shots, probe, hardest)
+
+
+def _draw_all(
     folder: Path,
     shown: Sequence[Shown],
     class_names: Sequence[str],
@@ -302,11 +292,11 @@ def draw_all(
     probe: Probe | None,
     hardest: Sequence[Hard],
 ) -> dict[str, Path]:
-    """Write all pictures into a folder; return name to path."""
     folder.mkdir(exist_ok=True)
-    figures: dict[str, Figure] = {"losses": losses(history), "scores": scores(history)}
+    figures: dict[str, Figure] = {"losses": charts.losses(history), "scores": charts.scores(history)}
     if evaluation.matching:
-        figures["matching"] = matching(evaluation)
+        figures["matching"] = charts.matching(evaluation)
+    figures |= charts.in_detail(evaluation, class_names)
     for number, each in enumerate(shown):
         for part, figure in zip(("image", "truth", "found"), panels(each, class_names), strict=True):
             figures[f"scene-{number}-{part}"] = figure

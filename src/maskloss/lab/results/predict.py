@@ -1,31 +1,27 @@
-"""`maskloss predict` and `maskloss evaluate`: using the folder that a run leaves."""
+"""`maskloss predict`: instances of images that nobody annotated, as files."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from maskloss.errors import Cause, MaskLossError, require
 from maskloss.instances import run_lengths
 from maskloss.lab import files
-from maskloss.lab.config import TrainConfig
-from maskloss.lab.data.images import SUFFIXES, read_image, to_channels, to_unit
+from maskloss.lab.data.images import SUFFIXES
 from maskloss.lab.data.problems import Problems
 from maskloss.lab.data.scenes import in_color
-from maskloss.lab.data.split import ALL
 from maskloss.lab.data.tree import without_masks
-from maskloss.lab.models.registry import load_learner, open_source
 from maskloss.lab.results import pictures
-from maskloss.lab.results.evaluate import Evaluation, evaluate
-from maskloss.lab.results.inference import MOST, Prediction, Predictor
-from maskloss.lab.runfolder import Facts, read_facts
+from maskloss.lab.results.inference import FOUND, Prediction
+from maskloss.lab.results.lettering import Lettering
+from maskloss.lab.results.trained import load_run
 
 RESULTS, IMAGES = "predictions.json", "images.json"
 # Not `_masks`, by which training knows the truth beside an image.
@@ -33,87 +29,20 @@ LABEL_MAP, OVERLAY = "_found.tif", "_overlay.png"
 _WRITTEN_BY = "maskloss predict"
 
 
-def open_run(run: Path, device: str | None, tile: int | None = None) -> tuple[Facts, Predictor]:
-    """Load the model of a run, ready to predict.
-
-    Args:
-        run: folder that `maskloss train` wrote.
-        device: "cpu" or "cuda"; None: cuda where there is a device.
-        tile: side of the tiles, pixels; None: as in training.
-
-    Raises:
-        Cause: no run, or weights that are missing or damaged.
-    """
-    facts = read_facts(run)
-    where = TrainConfig(device=device).torch_device
-    learner = load_learner(run, facts, where)
-    if tile is not None and tile < 16:
-        raise Cause("--tile must be at least 16 pixels", f"got {tile}", "leave it out to take that of the run")
-    cut = tile is not None or facts.config.crop is not None
-    predictor = Predictor(learner, facts.config.size or 0, tile or facts.tile, cut, max(MOST, learner.num_queries))
-    return facts, predictor
-
-
-def evaluate_run(
-    run: Path,
-    data: str | None = None,
-    *,
-    split: str | None = None,
-    device: str | None = None,
-    note: Callable[[str], None] = lambda _: None,
-    advance: Callable[[int, int], None] = lambda *_: None,
-) -> tuple[Evaluation, list[tuple[str, str]], list[str]]:
-    """Score the model of a run on held-out images.
-
-    Args:
-        run: folder that `maskloss train` wrote.
-        data: other data, scored on as a whole; None: those of the run.
-        split: the part to score on, or "all"; None: what the run held out, or all of other data.
-        device: "cpu" or "cuda".
-        note: is told what is being done.
-        advance: is told how many images were looked at, and how many there are.
-
-    Returns:
-        The scores, what the data are, and what was left out.
-
-    Raises:
-        Cause: no run, data that cannot be read, or that have other classes.
-    """
-    facts, predictor = open_run(run, device)
-    note("Reading the data")
-    # Other data may come in another format; how images are brought to the model must not change.
-    normalize = "percentile" if facts.percentile else "range"
-    config = facts.config
-    if data is not None:
-        # All of them are new to the model.
-        config = dataclasses.replace(config, data=data, format=None, annotations=None, images=None, val=None)
-        split = split or ALL
-    source = open_source(dataclasses.replace(config, normalize=normalize), score=split, classes=facts.classes)
-    note("Looking at the images" if split else "Looking at the held-out images")
-    problems = Problems(facts.config.on_error)
-    scenes = source.held_out
-    scores = evaluate(
-        predictor,
-        scenes,
-        facts.classes,
-        one_class_maps=source.one_class_maps,
-        problems=problems,
-        each=lambda number, *_: advance(number + 1, len(scenes)),
-    )
-    assert scores is not None
-    return scores, source.facts, problems.skipped
-
-
 def predict_images(
     run: Path,
     images: Sequence[Path],
     out: Path,
     *,
-    threshold: float = 0.5,
+    threshold: float = FOUND,
+    least: float = 0.0,
+    ids: Path | None = None,
     tile: int | None = None,
     device: str | None = None,
     on_error: str = "stop",
     done: Callable[[Path, int], None] = lambda *_: None,
+    advance: Callable[[int, int], None] = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Path], list[str]]:
     """Find instances in images, and write label maps, overlays and COCO results.
 
@@ -121,11 +50,15 @@ def predict_images(
         run: folder that `maskloss train` wrote.
         images: files, or folders of them.
         out: where to write.
-        threshold: least score of what is shown, in [0, 1].
+        threshold: least score of what label maps and overlays show, in [0, 1].
+        least: least score of what predictions.json lists, in [0, 1].
+        ids: annotations in COCO's form, whose images have the ids to use; None: images are counted from 1.
         tile: side of the tiles, pixels; None: as in training.
         device: "cpu" or "cuda".
         on_error: "stop" or "skip", at an image that cannot be read.
-        done: is told each image and how many instances were found in it.
+        done: is told each image and how many instances it shows.
+        advance: is told how many images were looked at, and how many there are.
+        say: is told what a person should know of what is written.
 
     Returns:
         What was written, and what was left out.
@@ -133,12 +66,17 @@ def predict_images(
     Raises:
         Cause: no run, images that cannot be read, or a file in the way that an earlier call did not write.
     """
-    if not 0 <= threshold <= 1:
-        raise Cause("--threshold must be a score from 0 to 1", f"got {threshold:g}", "0.5 is usual")
+    for name, score in (("--threshold", threshold), ("--least-score", least)):
+        if not 0 <= score <= 1:
+            raise Cause(f"{name} must be a score from 0 to 1", f"got {score:g}", "leave it out")
     problems = Problems(on_error)
     listed = _list_images(images, problems)
-    names = _names(listed)
-    facts, predictor = open_run(run, device, tile)
+    names = file_names(listed)
+    numbers = list(range(1, len(listed) + 1)) if ids is None else _known_ids(ids, listed)
+    trained = load_run(run, device=device, tile=tile)
+    facts, letters = trained.facts, Lettering(trained.facts.classes, trained.facts.category_ids)
+    if letters.note:
+        say(letters.note)
     earlier = _own_files(out)
     planned = [RESULTS, IMAGES, *(name + ending for name in names for ending in (LABEL_MAP, OVERLAY))]
     _check_free(out, planned, earlier, facts.config.data)
@@ -155,32 +93,40 @@ def predict_images(
     written: list[Path] = []
     results: list[dict[str, Any]] = []
     try:
-        for number, (path, name) in enumerate(zip(listed, names, strict=True), start=1):
+        for place, (number, path, name) in enumerate(zip(numbers, listed, names, strict=True)):
+            advance(place, len(listed))
             with problems.tolerated():
-                pixels = to_unit(to_channels(read_image(path), facts.channels, path), facts.percentile)
-                image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-                [prediction] = predictor([image])
-                kept = [each for each in prediction.instances if each.score >= threshold]
-                prediction = prediction._replace(instances=kept)
+                image = trained.read(path)
+                [prediction] = trained.predictor([image])
                 if not written:
                     # Before the first of them: whatever happens, the next call knows what is its own.
                     files.write_json(out / IMAGES, content)
-                written += _write(out, name, image, prediction, facts, threshold)
-                results += _results(number, path, prediction, facts.category_ids)
+                labels, shown = prediction.label_map(threshold)
+                map_path, overlay_path = out / (name + LABEL_MAP), out / (name + OVERLAY)
+                _write_map(map_path, labels)
+                visible = [each for each in prediction.instances if each.score >= threshold]
+                pictures.write_pixels(pictures.overlay(in_color(image), visible, letters), overlay_path)
+                written += [map_path, overlay_path]
+                results += [
+                    {**entry, "label_map_number": in_map}
+                    for entry, in_map in zip(
+                        coco_results(number, path.name, prediction, facts.category_ids), shown, strict=True
+                    )
+                    if entry["score"] >= least
+                ]
                 content["images"].append(
                     {
                         "id": number,
                         "file_name": path.name,
                         "height": prediction.height,
                         "width": prediction.width,
-                        "label_map": name + LABEL_MAP,
-                        "overlay": name + OVERLAY,
+                        "label_map": map_path.name,
+                        "overlay": overlay_path.name,
                     }
                 )
-                done(path, len(kept))
+                done(path, len(visible))
         files.write_json(out / IMAGES, content)
-        text = json.dumps(results, indent=1) + "\n"
-        files.write_whole(out / RESULTS, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_list(out / RESULTS, results)
     finally:
         files.unmake(made)
     return [*written, out / RESULTS, out / IMAGES], problems.skipped
@@ -218,39 +164,66 @@ def _check_free(out: Path, planned: Iterable[str], own: set[str], data: str | No
             raise Cause("--out must be a folder apart from images", f"{path} lies in it", hint)
 
 
-def _write(
-    out: Path, name: str, image: torch.Tensor, prediction: Prediction, facts: Facts, threshold: float
-) -> list[Path]:
+def _write_map(path: Path, labels: NDArray[np.int32]) -> None:
+    """Write a label map as TIFF, in sixteen bits where they do: that is what other programs read."""
     tifffile = require("tifffile", "train")
-    labels, _ = prediction.label_map(threshold)
-    # Sixteen bits are what other programs read.
-    labels = labels.astype(np.uint16) if labels.max(initial=0) < 1 << 16 else labels
-    map_path, overlay_path = out / (name + LABEL_MAP), out / (name + OVERLAY)
+    fitting = labels.astype(np.uint16) if labels.max(initial=0) < 1 << 16 else labels
     files.write_whole(
-        map_path, lambda partial: tifffile.imwrite(partial, labels, compression="zlib", photometric="minisblack")
+        path, lambda partial: tifffile.imwrite(partial, fitting, compression="zlib", photometric="minisblack")
     )
-    drawn = require("PIL.Image", "train").fromarray(
-        pictures.overlay(in_color(image), prediction.instances, len(facts.classes))
-    )
-    files.write_whole(overlay_path, lambda partial: drawn.save(partial, format="PNG"))
-    return [map_path, overlay_path]
 
 
-def _results(number: int, path: Path, prediction: Prediction, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def write_list(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Write COCO results whole, one in a line."""
+    text = "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n"
+    files.write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def coco_results(
+    image_id: int | str, file_name: str, prediction: Prediction, category_ids: Sequence[int | None]
+) -> list[dict[str, Any]]:
+    """Return the instances of an image as COCO results, without those of classes that have no number."""
     out = []
     for each in prediction.instances:
+        if category_ids[each.label] is None:
+            continue
         top, left, bottom, right = each.box
         out.append(
             {
-                "image_id": number,
-                "file_name": path.name,
+                "image_id": image_id,
+                "file_name": file_name,
                 "category_id": category_ids[each.label],
                 "segmentation": run_lengths(each.whole(prediction.height, prediction.width)),
                 "bbox": [left, top, right - left, bottom - top],
-                "score": round(each.score, 6),
+                "score": each.score,
             }
         )
     return out
+
+
+def _known_ids(path: Path, images: Sequence[Path]) -> list[int | str]:
+    """Look up the ids of images by their file names in annotations of COCO's form."""
+    rule = "--ids must be annotations in COCO's form that list every image"
+    listed = files.read_json(path, rule).get("images")
+    entries = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    named: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if isinstance(entry.get("file_name"), str) and isinstance(entry.get("id"), (int, str)):
+            file = entry["file_name"].replace("\\", "/")
+            named.setdefault(file.rpartition("/")[2], {})[file] = entry["id"]
+    ids: list[int | str] = []
+    for image in images:
+        found = named.get(image.name, {})
+        # Several of one name: the one whose folders are those of the image.
+        exact = {file: number for file, number in found.items() if image.absolute().as_posix().endswith(f"/{file}")}
+        chosen = set(found.values()) if len(set(found.values())) == 1 else set(exact.values())
+        if len(chosen) != 1:
+            cause = f"{path} has {len(found) or 'no'} images of the name {image.name}"
+            raise Cause(rule, cause, "without --ids images are counted from 1")
+        ids += chosen
+    if len(set(ids)) < len(ids):
+        raise Cause(rule, f"two of the images have one id in {path}", "name each image once")
+    return ids
 
 
 def _list_images(paths: Sequence[Path], problems: Problems) -> list[Path]:
@@ -275,7 +248,7 @@ def _list_images(paths: Sequence[Path], problems: Problems) -> list[Path]:
     return found
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def file_names(paths: Sequence[Path]) -> list[str]:
     """Name what is written after the images; images of one name are numbered. Letter case makes no difference."""
     names: dict[str, str] = {}
     for path in paths:

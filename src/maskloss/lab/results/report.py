@@ -15,9 +15,10 @@ from maskloss.lab.files import write_whole
 from maskloss.lab.results import pictures
 from maskloss.lab.results.evaluate import Evaluation
 from maskloss.lab.results.gallery import Shown
+from maskloss.lab.results.lettering import Lettering
 from maskloss.lab.results.snapshots import Hard, Snapshot
 from maskloss.lab.runfolder import PICTURES, REPORT, Facts
-from maskloss.lab.terminal import number
+from maskloss.lab.terminal import number, say
 
 _PART_NAMES = {
     "data": "reading data",
@@ -57,10 +58,13 @@ class Material(NamedTuple):
 def write(folder: Path, made_of: Material) -> list[Path]:
     """Draw the pictures and write report.html; return what was written, the page first."""
     facts, evaluation, summary = made_of.facts, made_of.evaluation, made_of.summary
+    letters = Lettering(facts.classes, facts.category_ids)
+    if letters.note:
+        say(letters.note)
     paths = pictures.draw_all(
         folder / PICTURES,
         made_of.shown,
-        facts.classes,
+        letters,
         made_of.history,
         evaluation,
         made_of.shots,
@@ -82,7 +86,11 @@ def write(folder: Path, made_of: Material) -> list[Path]:
         summary=summary,
         shown=made_of.shown,
         sizes=sizes.items(),
-        classes=sorted(evaluation.class_ap50.items(), key=lambda each: (math.isnan(each[1]), -each[1])),
+        cautions=evaluation.cautions,
+        classes=sorted(
+            ((name, each.ap50) for name, each in evaluation.by_class.items()),
+            key=lambda each: (math.isnan(each[1]), -each[1]),
+        ),
         followed=sum(f"points-{place}-0" in paths for place in range(pictures.FOLLOWED)),
         steps=[shot.step for shot in made_of.shots],
         hardest=[(f"{name}, {each.probe.name}", each.loss) for name, each in zip(names, made_of.hardest, strict=True)],
