@@ -189,10 +189,11 @@ def test_the_report_carries_everything_along(source, learner, tmp_path):
     paths = report.write(tmp_path, made)
     page = paths[0].read_text()
     assert paths[0].name == "report.html" and all(path.is_file() for path in paths)
-    # Two scenes of three pictures, two instances with one snapshot, two hard ones, two curves; and the animation.
-    assert page.count('src="data:image/png;base64,') == 6 + 4 + 4 + 2
+    # Two scenes of three pictures, two instances with one snapshot, two hard ones, two charts of the steps,
+    # two of the classes; and the animation.
+    assert page.count('src="data:image/png;base64,') == 6 + 4 + 4 + 2 + 2
     assert page.count('src="data:image/gif;base64,') == 1
-    assert page.count("<img ") == 6 + 4 + 4 + 2 + 1
+    assert page.count("<img ") == 6 + 4 + 4 + 2 + 2 + 1
     assert "http" not in page and "$" not in page
     for text in ("loss, forward and backward <b>30.0%</b>", "large above 96 x 96", "step 5", "12 seconds"):
         assert text in page, text

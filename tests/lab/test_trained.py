@@ -203,7 +203,8 @@ def test_ids_of_images_of_one_name_are_told_apart_by_their_folders(tmp_path):
 
 def test_the_example_of_the_documentation(run, tmp_path, monkeypatch, capsys):
     page = Path(__file__).parents[2] / "docs" / "training.md"
-    [code] = re.findall(r"^```python\n(from maskloss\.lab import load_run.*?)^```$", page.read_text(), re.M | re.S)
+    block = re.compile(r"^```python\n(from maskloss\.lab import load_run.*?)^```$", re.MULTILINE | re.DOTALL)
+    [code] = block.findall(page.read_text())
     shutil.copytree(run, tmp_path / "runs" / "cells")
     shutil.copy(run.parent / "shapes" / "images" / "0.png", tmp_path / "plate.png")
     monkeypatch.chdir(tmp_path)
