@@ -88,7 +88,7 @@ def test_metrics_hold_the_terms_of_every_layer_and_the_scores(result):
     assert {f"loss_{term}{layer}" for term in ("class", "mask", "dice") for layer in ("", "_0", "_1")} <= set(losses)
     assert [line["step"] for line in lines if "held_out" in line] == [0, 3, 6]
     summary = json.loads((result.folder / "summary.json").read_text())
-    assert summary["evaluation"] == result.evaluation.as_dict()
+    assert summary["evaluation"] == result.evaluation.as_dict(whole=True)
 
 
 def test_the_configuration_is_kept_with_what_was_chosen(result):

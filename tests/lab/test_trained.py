@@ -164,7 +164,7 @@ def test_evaluate_says_how_far_an_interrupted_run_is(run, tmp_path, capsys):
     for name in ("summary.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
     assert main(["evaluate", str(tmp_path / "run"), "--device", "cpu"]) == 0
-    assert "interrupted at step 2 of 2: these are the scores that it has reached" in capsys.readouterr().out
+    assert "interrupted at step 2 of 2: these are the scores of step 2" in capsys.readouterr().out
 
 
 def test_predict_takes_ids_from_annotations(run, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -89,8 +90,8 @@ def score_class(ranked: Ranked, ap: float, ap50: float) -> ClassScores:
     return ClassScores(
         ap=ap,
         ap50=ap50,
-        precision=right / found if found else float("nan"),
-        recall=right / instances if instances else float("nan"),
+        precision=right / found if found else math.nan,
+        recall=right / instances if instances else math.nan,
         images=int((ranked.instances > 0).sum()),
         instances=instances,
         found=found,
@@ -101,7 +102,7 @@ def average_precision(ranked: Ranked, copies: NDArray[np.int64]) -> float:
     """Compute COCO's AP50 of a class, as if each image were there so many times; nan where the class is not."""
     positives = int(copies @ ranked.instances)
     if not positives:
-        return float("nan")
+        return math.nan
     weight = copies[ranked.image]
     right, looked_at = np.cumsum(weight * ranked.right), np.cumsum(weight)
     precision = np.maximum.accumulate((right / np.maximum(looked_at, 1))[::-1])[::-1]
@@ -118,7 +119,7 @@ def interval(classes: Sequence[Ranked]) -> tuple[float, float]:
     present = [each for each in classes if each.instances.any()]
     images = len(present[0].instances) if present else 0
     if images < 2:
-        return float("nan"), float("nan")
+        return math.nan, math.nan
     random = np.random.default_rng(0)
     found = []
     for _ in range(_DRAWS):
@@ -126,7 +127,7 @@ def interval(classes: Sequence[Ranked]) -> tuple[float, float]:
         each = np.array([average_precision(ranked, copies) for ranked in present])
         if not np.isnan(each).all():
             found.append(np.nanmean(each))
-    low, high = np.quantile(found, [(1 - _HELD) / 2, (1 + _HELD) / 2]) if found else (float("nan"), float("nan"))
+    low, high = np.quantile(found, [(1 - _HELD) / 2, (1 + _HELD) / 2]) if found else (math.nan, math.nan)
     return float(low), float(high)
 
 

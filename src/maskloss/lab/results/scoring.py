@@ -20,7 +20,7 @@ from maskloss.lab.results.inference import Prediction
 from maskloss.lab.results.lettering import Lettering
 from maskloss.lab.results.predict import RESULTS, coco_results, file_names, write_list
 from maskloss.lab.results.trained import load_run
-from maskloss.lab.runfolder import PICTURES, SUMMARY, read_facts, steps_of
+from maskloss.lab.runfolder import PICTURES, SUMMARY, kept_step, read_facts, steps_of
 
 SCORES, TRUTH = "scores.json", "truth.json"
 
@@ -96,10 +96,11 @@ def evaluate_run(
 
 def unfinished(run: Path) -> str | None:
     """Say how far an interrupted run is whose scores these are; None for one that is finished."""
-    facts, steps = read_facts(run), steps_of(run)
+    config, steps = read_facts(run).config, steps_of(run)
     if (run / SUMMARY).is_file() or not steps:
         return None
-    return f"interrupted at step {steps[-1]:,} of {facts.config.steps:,}: these are the scores that it has reached"
+    kept = kept_step(run, config)
+    return f"interrupted at step {steps[-1]:,} of {config.steps:,}: these are the scores of step {kept:,}"
 
 
 class _Detail:

@@ -134,7 +134,7 @@ def load_run(folder: str | os.PathLike[str], *, device: str | None = None, tile:
     """Load the model of a run.
 
     Args:
-        folder: that `maskloss train` wrote. An interrupted run has the weights of its last checkpoint.
+        folder: that `maskloss train` wrote. An interrupted run has the weights that it would keep.
         device: "cpu" or "cuda". Default: cuda where there is a device.
         tile: side of the tiles into which large images are cut, in pixels, at least 16. Default: as in training.
 
