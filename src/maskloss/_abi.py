@@ -1,7 +1,6 @@
 """What the backends share: columns of the tables, random streams, codes, options, and the groups of arguments.
 
-This module imports nothing of the package, and no number of it is written a second time elsewhere: kernels make
-their compile-time constants from these names.
+This module imports nothing of the package. Kernels make their compile-time constants from these names.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def plot_presets(report: dict[str, Any], path: Path) -> bool:
         _draw_times(left, case)
         _draw_memory(right, case)
         _title(left, case["name"], Case.from_dict(case["sizes"]).describe())
-    time = "Time of a step: forward (dark) and backward; line: 10 to 90 %; compared with maskloss"
+    time = "Time of a step: forward (dark) and backward; line: 10 to 90%; compared with maskloss"
     _finish(figure, (time, "Peak memory above the inputs; dark, and second: without the gradient"), report, path)
     return True
 

@@ -21,7 +21,7 @@ LESS_MEMORY = "close other programs, or score fewer images with --data"
 EPILOG = """\
 scores:
   AP is COCO's mask AP, by size and by class as well; mean IoU is that of the pixels of each class. The range behind
-  AP50 is where it would lie on 95 % of other images of the same kind, as far as these images can tell. Precision,
+  AP50 is where it would lie on 95% of other images of the same kind, as far as these images can tell. Precision,
   recall and what is taken for what are of predictions that score at least 0.5, at IoU 0.5. For label maps,
   TP / (TP + FP + FN) at IoU thresholds from 0.5 to 0.95 is the average precision of microscopy.
 
@@ -81,7 +81,7 @@ def main(options: argparse.Namespace) -> int:
     told.print(*scores(found), f"  on {count(found.scenes, 'image')}")
     low, high = found.ap50_range
     if not math.isnan(low):
-        told.print(f"AP50 on other such images  {number(low)} to {number(high)} (95 %)")
+        told.print(f"AP50 on other such images  {number(low)} to {number(high)} (95%)")
     sizes = {"small": found.ap_small, "medium": found.ap_medium, "large": found.ap_large}
     told.print("AP by size  " + "  ".join(f"{name} {number(value)}" for name, value in sizes.items()))
     if found.matching:

@@ -111,7 +111,7 @@ def average_precision(ranked: Ranked, copies: NDArray[np.int64]) -> float:
 
 
 def interval(classes: Sequence[Ranked]) -> tuple[float, float]:
-    """Estimate in which range AP50 would lie on other images of the same kind: 95 % of draws of images (bootstrap).
+    """Estimate in which range AP50 would lie on other images of the same kind: 95% of draws of images (bootstrap).
 
     Returns:
         Both ends; nan for fewer than two images, or none with an instance.

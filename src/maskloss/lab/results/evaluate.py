@@ -45,7 +45,7 @@ class Evaluation:
         ap_medium: of those up to 96 x 96 pixels.
         ap_large: of larger ones.
         mean_iou: IoU of the pixels of each class over all scenes, the mean over classes.
-        ap50_range: in which AP50 would lie on 95 % of other images of the same kind, as far as these can tell.
+        ap50_range: in which AP50 would lie on 95% of other images of the same kind, as far as these can tell.
         by_class: scores of each class.
         matching: for label maps of one class, TP / (TP + FP + FN) over all scenes at each IoU threshold; else empty.
         scenes: number of scenes.
