@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+
 # Text, what is beside the point, and lines that should hardly be seen.
 INK, GRAY, PALE = "#343a40", "#868e96", "#dee2e6"
 # Predictions and what is good; points that were chosen and what stands out. Soft ones lie beside the strong ones.
@@ -16,5 +18,16 @@ CONFIDENCE = ("#ffffff", "#c5e9ef", "#3bb0c4", TEAL)
 LOSS = ("#f8e3b0", "#f5a300", "#d9480f", "#7a1d2e", "#33071f")
 # Instances. Bright enough for dark pictures, dark enough for white paper.
 COLORS = ("#f5a300", "#66d0ff", "#0fa37a", "#f7ec59", "#4c74e6", "#d9480f", "#b86bb0", "#ced4da")
+# Between the hues of two classes that follow each other: the golden angle, so that none comes again.
+_TURN = 0.381966
 # Curves.
 LINES = (TEAL, ORANGE, "#4c74e6", "#b86bb0", GRAY)
+
+
+def class_color(number: int) -> str:
+    """Return the color of a class: none is that of another one, however many there are."""
+    if number < len(COLORS):
+        return COLORS[number]
+    lightness, saturation = ((0.6, 0.9), (0.4, 0.8), (0.78, 0.7), (0.5, 0.45))[number % 4]
+    red, green, blue = colorsys.hls_to_rgb(_TURN * number % 1, lightness, saturation)
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"

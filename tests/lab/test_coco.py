@@ -17,6 +17,7 @@ from lab.conftest import reads_little, write_panoptic
 from maskloss import MaskLossError
 from maskloss.lab.data import recognize
 from maskloss.lab.data.folder import FolderScenes
+from maskloss.lab.data.problems import by_kind
 
 DISC_AND_BOX = [1, 0]
 
@@ -253,7 +254,7 @@ def test_what_is_wrong_can_be_left_out(folder, case):
     source = open_folder(folder, on_error="skip")
     [skipped] = source.problems.skipped
     assert re.search(message, skipped)
-    assert "broken: 1" in dict(source.facts)["left out"]
+    assert "broken: 1" in dict(by_kind(source.findings))["left out"]
     # What is in the image of a broken annotation is not known, so the image goes too.
     assert len(all_entries(source)) == 5
 
@@ -316,7 +317,7 @@ def test_classes_that_one_file_lists(folder):
     # By their names: the numbers of the two files differ.
     assert source.class_names == ["box", "disc", "star"] and source.category_ids == [3, 7, 9]
     assert all_scenes(source)["1.png"].labels.tolist() == [1, 0]
-    facts = dict(source.facts)
+    facts = dict(by_kind(source.findings))
     assert "classes that only one part lists: 1 ('star')" in facts["mended"]
     assert "classes without an instance to learn from: 1 ('star')" in facts["suspicious"]
     assert "images in both parts" in facts["suspicious"]

@@ -20,6 +20,7 @@ from maskloss.lab.data.folder import FolderScenes
 from maskloss.lab.data.images import read_image, read_size, to_unit
 from maskloss.lab.data.maps import read_map
 from maskloss.lab.data.options import DataOptions
+from maskloss.lab.data.problems import by_kind
 
 
 def test_images_side_by_side_with_their_maps(cells):
@@ -100,7 +101,7 @@ def test_a_map_of_another_size_than_its_image(cells):
         FolderScenes(str(cells), 32)
     tolerant = FolderScenes(str(cells), 32, on_error="skip")
     assert len(tolerant.found.train) + len(tolerant.held_out) == 5
-    assert "2_masks.tif" in dict(tolerant.facts)["left out"]
+    assert "2_masks.tif" in dict(by_kind(tolerant.findings))["left out"]
 
 
 @pytest.mark.parametrize(

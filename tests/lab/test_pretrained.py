@@ -257,7 +257,7 @@ def test_more_instances_than_queries(model_folder, folder, tmp_path):
     told = []
     train(config_of(model_folder, folder.root), tmp_path / "run", Listener.silent()._replace(facts=told.append))
     # Eleven instances of an image.
-    assert "instances beyond the 6 that the model can find in an image" in dict(told[0])["decided"]
+    assert "instances beyond the 6 that the model can find in an image" in dict(told[0])["suspicious"]
     assert ": 5 (0.png" in dict(told[0])["decided"]
 
 

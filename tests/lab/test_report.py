@@ -171,6 +171,7 @@ def material(source, learner, names=None, **changes):
         "steps": 100,
         "kept": "the weights of step 80, the best of 5 evaluations",
         "data": dict(source.facts),
+        "findings": [{"kind": "suspicious", "text": "a <thing>: 2"}],
         "skipped": [],
         "model": "a model",
         "training_seconds": 12.0,

@@ -18,6 +18,7 @@ from maskloss.lab.terminal import Parser, did_you_mean, explain_error, quiet_lib
 # A command is the file of its name in `commands`, imported when it is asked for. It has `add_arguments(parser)`,
 # `main(options)`, which returns the exit status, and LESS_MEMORY, what to do where there is too little of it.
 COMMANDS = {
+    "check": "look at a folder of data as training would see it",
     "train": "train a query model and write a report",
     "evaluate": "score a trained model on held-out images",
     "predict": "find instances in images with a trained model",
@@ -29,7 +30,8 @@ COMMANDS = {
 EXAMPLES = """\
 examples:
   maskloss train                                  handwritten digits, two minutes on two cores
-  maskloss train --data photos                    your own images, see maskloss train --help
+  maskloss check photos                           your own images, before anything is trained on
+  maskloss train --data photos                    and then, see maskloss train --help
   maskloss evaluate runs/2026-01-31_12-00-00      score a trained model
   maskloss predict runs/2026-01-31_12-00-00 *.png find instances in images
   maskloss bench                                  time and memory of the losses on this machine

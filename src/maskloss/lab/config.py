@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,6 +310,16 @@ class TrainConfig:
         if images is None:
             raise Cause("--epochs needs a number of images", "scenes of digits have no end", "take --steps")
         return dataclasses.replace(self, epochs=None, steps=math.ceil(self.epochs * images / self.batch_size))
+
+    @property
+    def command(self) -> str:
+        """The command that begins such a run."""
+        words = ["maskloss", "train"]
+        for field in fields():
+            value = getattr(self, field.name)
+            if value != field.default:
+                words += [field.flag] if field.kind is bool else [field.flag, str(value)]
+        return shlex.join(words)
 
     @property
     def data_options(self) -> DataOptions:

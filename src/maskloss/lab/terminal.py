@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
@@ -86,6 +86,19 @@ def number(value: float) -> str:
 def count(how_many: int, what: str) -> str:
     """Count things: "1 image", "2 images"."""
     return f"{how_many:,} {what}{'s' * (how_many != 1)}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay out a table: the first column to the left, the others to the right. A wide character takes two places."""
+    cells = require("rich.cells", "train")
+    texts = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(cells.cell_len, column)) for column in zip(*texts, strict=True)]
+    lines = []
+    for row in texts:
+        gaps = [" " * (width - cells.cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        rest = "".join(f"  {gap}{cell}" for gap, cell in zip(gaps[1:], row[1:], strict=True))
+        lines.append(f"{row[0]}{gaps[0]}{rest}".rstrip())
+    return lines
 
 
 def quiet_libraries() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from maskloss.lab.config import TrainConfig, fields, read_options
+from maskloss.lab.config import Field, TrainConfig, fields, read_options
 from maskloss.lab.loop import run
 from maskloss.lab.loop.progress import Begin, Interrupted, Listener, Progress
 from maskloss.lab.results.evaluate import Evaluation
@@ -42,17 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "maskloss train [--data FOLDER] [--model NAME] [--out FOLDER] [options]"
     parser.description = "Train a query model on images with masks, score it on held-out images, and write a report."
     parser.epilog = EPILOG
-    groups = {field.option.group: parser.add_argument_group(field.option.group) for field in fields()}
-    for field in fields():
-        add, option = groups[field.option.group].add_argument, field.option
-        # Not given is not the same as the default: a run that is resumed, and a --config, have options of their own.
-        if field.kind is bool:
-            add(field.flag, action="store_const", const=not field.default, dest=field.name, help=option.text)
-            # What a --config says can be taken back.
-            add(field.back, action="store_const", const=field.default, dest=field.name, help=argparse.SUPPRESS)
-        else:
-            shown = option.text if field.default is None else f"{option.text} (default: {field.default})"
-            add(field.flag, type=field.kind, dest=field.name, metavar=option.metavar, help=shown)
+    add_options(parser, fields())
     where = parser.add_argument_group("folder")
     where.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: runs/<time>")
     where.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder")
@@ -71,18 +62,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--tensorboard", action="store_true", help="write logs for TensorBoard into the folder as well")
 
 
+def add_options(parser: argparse.ArgumentParser, listed: Sequence[Field]) -> None:
+    """Add options of a run to the arguments of a command."""
+    groups = {field.option.group: parser.add_argument_group(field.option.group) for field in listed}
+    for field in listed:
+        add, option = groups[field.option.group].add_argument, field.option
+        # Not given is not the same as the default: a run that is resumed, and a --config, have options of their own.
+        if field.kind is bool:
+            add(field.flag, action="store_const", const=not field.default, dest=field.name, help=option.text)
+            # What a --config says can be taken back.
+            add(field.back, action="store_const", const=field.default, dest=field.name, help=argparse.SUPPRESS)
+        else:
+            shown = option.text if field.default is None else f"{option.text} (default: {field.default})"
+            add(field.flag, type=field.kind, dest=field.name, metavar=option.metavar, help=shown)
+
+
+def given(options: argparse.Namespace, listed: Sequence[Field]) -> dict[str, Any]:
+    """Return the options of a run that were typed."""
+    return {field.name: value for field in listed if (value := getattr(options, field.name)) is not None}
+
+
 def main(options: argparse.Namespace) -> int:
     """Begin a run or go on with one."""
-    given = {field.name: getattr(options, field.name) for field in fields()}
-    given = {name: value for name, value in given.items() if value is not None}
-    other = options.out or options.overwrite or options.config or set(given) - set(run.CHANGEABLE)
+    typed = given(options, fields())
+    other = options.out or options.overwrite or options.config or set(typed) - set(run.CHANGEABLE)
     if options.resume is not None and other:
         options.refuse(f"--resume takes no options but {_CHANGEABLE}: a run knows how it was begun")
     from_file = {} if options.config is None else read_options(options.config)
     for name, instead in (("steps", "epochs"), ("epochs", "steps")):
-        if name in given:
+        if name in typed:
             from_file.pop(instead, None)
-    config = TrainConfig(**from_file | given)
+    config = TrainConfig(**from_file | typed)
     console = open_console()
     try:
         with display(console, "Reading the data") as shown, _listening(shown, options.tensorboard) as listener:

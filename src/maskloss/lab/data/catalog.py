@@ -160,3 +160,7 @@ class Found(NamedTuple):
     train: Catalog
     held_out: Catalog
     microscopy: bool
+
+    def part(self, held_out: bool) -> Catalog:
+        """Return one of the two catalogs."""
+        return self.held_out if held_out else self.train

@@ -9,6 +9,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from maskloss.errors import Cause, MaskLossError
@@ -17,7 +18,7 @@ from maskloss.lab.data.augment import LARGEST, plain_view, random_view, recolor
 from maskloss.lab.data.catalog import Catalog, Found
 from maskloss.lab.data.images import common_channels, read_image, to_channels, to_unit
 from maskloss.lab.data.options import DataOptions
-from maskloss.lab.data.problems import DECIDED, SKIP, Finding, Problems, sentence
+from maskloss.lab.data.problems import SKIP, SUSPICIOUS, Finding, Problems, sentence
 from maskloss.lab.data.recognize import recognize
 from maskloss.lab.data.scenes import Batch, Probe, Scene, fit, in_color, step_generator
 from maskloss.lab.data.split import relative
@@ -103,18 +104,19 @@ class FolderScenes:
         self.channels = common_channels(_first_image(usual, self.problems))
         self.reading = Reading(size or _usual_size(usual, crop), crop, percentile, self.channels, augment)
         self.held_out: Sequence[Scene] = HeldOut(self.found.held_out, self.reading)
-        self.most_instances = max(_most_instances(each, crop) for each in (self.found.train, self.found.held_out))
+        parts = self.found.train, self.found.held_out
+        self.most_instances = max(int(_expected(each, crop).max(initial=0)) for each in parts)
         self._order = lru_cache(maxsize=4)(self._permutation)
 
     def limit(self, most: int) -> None:
         """Ask for as many instances of an image as a model can find; the smallest others become ignore regions."""
         self.reading = self.reading._replace(most=most)
-        crowded = self.found.train.counts - most
-        if self.reading.crop is None and (crowded > 0).any():
-            first = self.found.train[int(crowded.argmax())]
-            count = int(crowded[crowded > 0].sum())
-            what = f"instances beyond the {most} that the model can find in an image: the smallest made ignore regions"
-            self.problems.note(DECIDED, what, first.name, count)
+        where = "an image" if self.reading.crop is None else "a crop, by the usual share of its image,"
+        what = f"instances beyond the {most} that the model can find in {where} made ignore regions, the smallest ones"
+        beyond = _expected(self.found.train, self.reading.crop) - most
+        crowded = np.flatnonzero(beyond > 0)
+        for number in crowded[np.argsort(-beyond[crowded], kind="stable")]:
+            self.problems.note(SUSPICIOUS, what, self.found.train[int(number)].name, int(beyond[number]))
 
     @property
     def findings(self) -> list[Finding]:
@@ -228,7 +230,6 @@ class FolderScenes:
             ("classes", f"{len(self.class_names)}: {names}"),
             ("channels", f"{self.channels}, values {depth}"),
             ("shown to the model", shown),
-            *_told(self.findings),
         ]
 
 
@@ -282,16 +283,10 @@ def _usual_size(catalog: Catalog, crop: int | None) -> int:
     return max(32, min(256, round(side / 16) * 16))
 
 
-def _most_instances(catalog: Catalog, crop: int | None) -> int:
-    """Return the most instances that the model has to find at once; of crops, about how many the fullest has."""
+def _expected(catalog: Catalog, crop: int | None) -> NDArray[np.int64]:
+    """Return how many instances of each image the model has to find at once; of crops, about as many as the fullest."""
     if crop is None:
-        return int(catalog.counts.max(initial=0))
+        return catalog.counts
     shown = np.minimum(1.0, (LARGEST * crop) ** 2 / catalog.sizes.prod(1))
-    expected = np.ceil(np.minimum(catalog.counts, _CROWDED * shown * catalog.counts))
-    return int(expected.max(initial=0))
-
-
-def _told(findings: Sequence[Finding]) -> list[tuple[str, str]]:
-    """Return a line for each kind of finding."""
-    kinds = dict.fromkeys(each.kind for each in findings)
-    return [(kind, "; ".join(str(each) for each in findings if each.kind == kind)) for kind in kinds]
+    expected: NDArray[np.int64] = np.ceil(np.minimum(1.0, _CROWDED * shown) * catalog.counts).astype(np.int64)
+    return expected

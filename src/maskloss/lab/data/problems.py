@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -10,6 +10,8 @@ from maskloss.errors import MaskLossError
 
 STOP, SKIP = "stop", "skip"
 ON_ERROR = (STOP, SKIP)
+# Nothing is trained: what is broken is left out, and questions are kept.
+LOOK = "look"
 # Kinds of findings, in the order in which they are told: what may be wrong comes first.
 SUSPICIOUS, DECIDED, LEFT_OUT, MENDED = "suspicious", "decided", "left out", "mended"
 KINDS = (SUSPICIOUS, DECIDED, LEFT_OUT, MENDED)
@@ -41,15 +43,17 @@ class Problems:
     """Collects what was left out, mended or decided.
 
     Args:
-        on_error: "stop" or "skip".
+        on_error: "stop", "skip" or "look".
 
     Attributes:
         skipped: what is broken and was left out, one sentence each.
+        asked: what has to be answered before anything is trained.
     """
 
     def __init__(self, on_error: str = STOP) -> None:
         self.on_error = on_error
         self.skipped: list[str] = []
+        self.asked: list[MaskLossError] = []
         self._found: dict[tuple[str, str], tuple[int, list[str]]] = {}
 
     @contextmanager
@@ -62,9 +66,18 @@ class Problems:
 
     def tolerate(self, error: MaskLossError) -> None:
         """Raise an error, or with "skip" keep its sentence."""
-        if self.on_error != SKIP:
+        if self.on_error == STOP:
             raise error
-        self.skipped.append(sentence(error))
+        if sentence(error) not in self.skipped:
+            self.skipped.append(sentence(error))
+
+    def ask(self, error: MaskLossError) -> None:
+        """Raise what only a person can decide; where nothing is trained, keep it and go on."""
+        if self.on_error != LOOK:
+            raise error
+        self.asked.append(error)
+        _, cause, hint = error.parts or ("", str(error), "")
+        self.note(SUSPICIOUS, f"training would not start: {cause} ({hint})", count=0)
 
     def note(self, kind: str, what: str, example: str = "", count: int = 1) -> None:
         """Note a finding, or count one that was noted before.
@@ -88,6 +101,13 @@ class Problems:
             broken = Finding(LEFT_OUT, "broken", len(self.skipped), tuple(self.skipped[:_EXAMPLES]))
             found.append(broken)
         return sorted(found, key=lambda each: KINDS.index(each.kind))
+
+
+def by_kind(findings: Iterable[Finding]) -> list[tuple[str, str]]:
+    """Return a line for each kind of finding."""
+    found = list(findings)
+    kinds = dict.fromkeys(each.kind for each in found)
+    return [(kind, "; ".join(str(each) for each in found if each.kind == kind)) for kind in kinds]
 
 
 def sentence(error: MaskLossError) -> str:

@@ -19,6 +19,8 @@ from maskloss.lab.data.tree import TEST, TRAIN, VAL, Tree
 LAYOUT = "see the table of what is read in the documentation of training, or name the annotations with --annotations"
 # More heads of files than this are not read before training; workers check the rest as they come to it.
 _HEADS = 2000
+# A polygon may leave its image by this many pixels, or by this share of its own side, before it is suspicious.
+_ROUNDING, _BEYOND = 2.0, 0.1
 
 
 class _Merged(NamedTuple):
@@ -68,9 +70,11 @@ def recognize(
     else:
         train, held_out, how = split.divide(merged.parts, options.val, folder, problems)
     for name, each in (("training image", train), ("held-out image", held_out)):
-        if not (score is not None and each is train) and not any(entry.objects for entry in each):
-            raise _no_instances(name, folder, each, problems)
-    _compare(train, held_out, merged.classes, problems)
+        wanted = (each or not problems.asked) and not (score is not None and each is train)
+        if wanted and not any(entry.objects for entry in each):
+            problems.ask(_no_instances(name, folder, each, problems))
+    if train and held_out:
+        _compare(train, held_out, merged.classes, problems)
     names, numbers = [name for _, name in merged.classes], [number for number, _ in merged.classes]
     if classes is not None:
         train, held_out = (_as_known(part, names, classes) for part in (train, held_out))
@@ -219,9 +223,9 @@ def _compare(
     counts = [Counter(each.label for entry in part for each in entry.objects) for part in (train, held_out)]
     for label, (_, name) in enumerate(classes):
         seen = [bool(count[label]) for count in counts]
-        if train and seen == [False, True]:
+        if seen == [False, True]:
             problems.note(SUSPICIOUS, "classes without an instance to learn from", repr(name))
-        elif train and seen == [True, False]:
+        elif seen == [True, False]:
             problems.note(SUSPICIOUS, "classes without a held-out instance", repr(name))
         elif not any(seen):
             problems.note(SUSPICIOUS, "classes without any instance", repr(name))
@@ -270,7 +274,20 @@ def _within(entry: Entry, problems: Problems) -> Entry:
         xs, ys = ([value for polygon in source for value in polygon[place::2]] for place in (0, 1))
         return bool(max(xs) > 0 and max(ys) > 0 and min(xs) < entry.width and min(ys) < entry.height)
 
+    def reaches_beyond(source: Any) -> bool:
+        """Whether a polygon leaves its image by more than rounding explains."""
+        if not isinstance(source, list):
+            return False
+        for place, side in ((0, entry.width), (1, entry.height)):
+            values = [value for polygon in source for value in polygon[place::2]]
+            if max(-min(values), max(values) - side) > max(_ROUNDING, _BEYOND * (max(values) - min(values))):
+                return True
+        return False
+
     lost = [each for each in entry.instances if not is_seen(each.source)]
+    beyond = sum(reaches_beyond(each.source) for each in entry.instances) - len(lost)
+    if beyond:
+        problems.note(SUSPICIOUS, "instances that reach beyond their image, cut at its edge", entry.name, beyond)
     if not lost:
         return entry
     problems.note(SUSPICIOUS, "instances outside of their image left out", entry.name, len(lost))

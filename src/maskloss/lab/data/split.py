@@ -67,13 +67,14 @@ def divide(parts: Parts, val: str | None, folder: Path, problems: Problems, *, a
     if val is not None:
         _leave(problems, TEST, test)
         pool = [*trained, *valid]
-        return _listed(pool, Path(val), folder) if _share(val) is None else _random(pool, _share(val) or 0, folder)
+        share = _share(val)
+        return _listed(pool, Path(val), folder) if share is None else _random(pool, share, folder, problems)
     if valid:
         _leave(problems, TEST, test)
         return trained, valid, [f"{len(valid)} images of the part {VAL} held out"]
     if test:
         return trained, test, [f"{len(test)} images of the part {TEST} held out"]
-    return _random(trained, _SHARE, folder)
+    return _random(trained, _SHARE, folder, problems)
 
 
 def _leave(problems: Problems, name: str, entries: Sequence[Entry]) -> None:
@@ -91,10 +92,11 @@ def _share(val: str) -> float | None:
     return share
 
 
-def _random(entries: list[Entry], share: float, folder: Path) -> Divided:
+def _random(entries: list[Entry], share: float, folder: Path, problems: Problems) -> Divided:
     if len(entries) < 2:
         found = f"{folder} has {len(entries)} that can be used"
-        raise Cause("there must be at least two images", found, "one is held out")
+        problems.ask(Cause("there must be at least two images", found, "one is held out"))
+        return entries, [], []
     count = min(len(entries) - 1, max(1, int(len(entries) * share + 1e-9)))
     order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(_SEED)).tolist()
     # Images without an object score nothing: they are held out only in their share.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,9 @@ from maskloss.targets import MaskTargets
 
 # An instance with fewer pixels than this in a crop is not asked for; its pixels weigh nothing.
 LEAST_PIXELS = 4
+_CORNERS = ([0, 0, -1, -1], [0, -1, 0, -1])
+# Top, left, bottom and right, in pixels of an image.
+Box = tuple[int, int, int, int]
 
 
 class View(NamedTuple):
@@ -72,6 +77,24 @@ class Packed(NamedTuple):
     labels: Tensor
 
 
+class Measured(NamedTuple):
+    """An instance of a whole image.
+
+    Attributes:
+        source: as in the catalog.
+        label: its class.
+        area: pixels.
+        box: zeros without a pixel.
+        corners: whether it has all four corners of the image.
+    """
+
+    source: Any
+    label: int
+    area: int
+    box: Box
+    corners: bool
+
+
 class Loaded(NamedTuple):
     """An image with its annotations.
 
@@ -112,6 +135,32 @@ class Loaded(NamedTuple):
             void = [-1] if described.reading == COMPONENTS else described.void
             regions.append(np.isin(self.map, void))
         return np.logical_or.reduce(regions) if regions else None
+
+    def measured(self) -> Iterator[Measured]:
+        """Measure the instances to find, one after the other."""
+        if self.map is None:
+            for number, (source, label, _) in enumerate(self.entry.objects):
+                with _naming(self.entry, number):
+                    mask = self.mask(source)
+                rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+                box = (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1) if len(rows) else (0, 0, 0, 0)
+                area, corners = int(np.count_nonzero(mask)), bool(mask[_CORNERS].all())
+                yield Measured(source, label, area, (int(box[0]), int(box[1]), int(box[2]), int(box[3])), corners)
+            return
+        from scipy.ndimage import find_objects
+
+        numbers, ranks = np.unique(self.map, return_inverse=True)
+        ranks = ranks.reshape(self.map.shape)
+        areas, boxes = np.bincount(ranks.ravel()), find_objects(ranks + 1)
+        place = {int(number): rank for rank, number in enumerate(numbers)}
+        for source, label, _ in self.entry.objects:
+            rank = place.get(source)
+            if rank is None:
+                yield Measured(source, label, 0, (0, 0, 0, 0), corners=False)
+                continue
+            rows, columns = boxes[rank]
+            box = (rows.start, columns.start, rows.stop, columns.stop)
+            yield Measured(source, label, int(areas[rank]), box, corners=bool((ranks[_CORNERS] == rank).all()))
 
     def mask(self, source: Any) -> NDArray[np.bool_]:
         """Return the pixels of an instance, bool `[H, W]`."""
@@ -181,11 +230,8 @@ def _pack_masks(loaded: Loaded, view: View, frame: tuple[int, int], most: int | 
     least = 1 if _is_whole(view, entry) else LEAST_PIXELS
     ignored = _seen(loaded, view)
     for number, (source, label, _) in enumerate(entry.objects):
-        try:
+        with _naming(entry, number):
             mask = view.apply(decode(source, entry.height, entry.width))
-        except MaskLossError as error:
-            rule, cause, hint = error.parts or (str(error), "", "")
-            raise Cause(rule, f"{entry.name}, annotation {number}: {cause}", hint) from None
         seen = int(np.count_nonzero(mask))
         if seen >= least:
             rows.append(np.packbits(mask, axis=-1, bitorder="little"))
@@ -206,6 +252,16 @@ def _pack_masks(loaded: Loaded, view: View, frame: tuple[int, int], most: int | 
         valid=(0, 0, height, width),
     )
     return Packed(masks, torch.tensor([kept[place] for place in chosen], dtype=torch.int64))
+
+
+@contextmanager
+def _naming(entry: Entry, number: int) -> Iterator[None]:
+    """Name the annotation in errors."""
+    try:
+        yield
+    except MaskLossError as error:
+        rule, cause, hint = error.parts or (str(error), "", "")
+        raise Cause(rule, f"{entry.name}, annotation {number}: {cause}", hint) from None
 
 
 def _largest(areas: list[int], most: int | None) -> list[int]:

@@ -19,7 +19,9 @@ from maskloss.errors import Cause, require
 from maskloss.lab import files
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.data.folder import FolderScenes
+from maskloss.lab.data.problems import by_kind
 from maskloss.lab.data.scenes import PATIENCE, LostReader, Source
+from maskloss.lab.data.survey import LOOKED_AT, survey
 from maskloss.lab.loop.claim import claimed, reopened
 from maskloss.lab.loop.engine import Engine, speed
 from maskloss.lab.loop.progress import Begin, Interrupted, Listener
@@ -162,7 +164,10 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
     main = accelerator.is_main_process
     if not main:
         listener = Listener.silent()
-    listener.facts([*told, ("model", learner.describe()), ("run", _describe(facts, source.num_training))])
+    if main and isinstance(source, FolderScenes):
+        survey(source, LOOKED_AT)
+    about = [("model", learner.describe()), ("run", _describe(facts, source.num_training))]
+    listener.facts([*told, *by_kind(source.findings), *about])
     listener.begin(Begin(folder, begin or 0, facts.config.num_steps))
     with _threads(facts.config.threads), torch.random.fork_rng(devices=[]):
         engine = Engine(facts, source, learner, folder, accelerator, listener)
@@ -187,6 +192,7 @@ def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any,
             "weights": count_weights(learner),
             "model": learner.describe(),
             "data": dict(told),
+            "findings": [{"kind": each.kind, "text": str(each)} for each in source.findings],
             "skipped": [*engine.skipped, *left_out],
             "training_seconds": round(engine.seconds, 1),
             "images_per_second": round(speed(engine.step * facts.config.batch_size, engine.seconds), 1),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskloss import plots
+from maskloss._palette import class_color
 from maskloss.errors import require
 from maskloss.lab.data.scenes import Probe, Scene
 from maskloss.lab.files import write_whole
@@ -258,8 +259,9 @@ def _draw_points(axes: Axes, shot: Snapshot, target: int, mask: Tensor, size: fl
 
 def _colors(labels: Sequence[int], classes: int) -> list[str]:
     """Color by class, or one instance after the other where there is one class."""
-    keys = labels if classes > 1 else range(len(labels))
-    return [PALETTE[key % len(PALETTE)] for key in keys]
+    if classes > 1:
+        return [class_color(label) for label in labels]
+    return [PALETTE[number % len(PALETTE)] for number in range(len(labels))]
 
 
 def _largest(masks: Tensor) -> list[int]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import math
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskloss.errors import require
+from maskloss._palette import class_color
 from maskloss.lab.data.scenes import Probe
-from maskloss.lab.files import write_whole
 from maskloss.lab.results import pictures
 from maskloss.lab.results.evaluate import Evaluation
 from maskloss.lab.results.gallery import Shown
+from maskloss.lab.results.inference import FOUND
 from maskloss.lab.results.lettering import Lettering
+from maskloss.lab.results.page import embedded, write_page
 from maskloss.lab.results.snapshots import Hard, Snapshot
 from maskloss.lab.runfolder import PICTURES, REPORT, Facts
-from maskloss.lab.terminal import number, say
+from maskloss.lab.terminal import count, number, say
 
 _PART_NAMES = {
     "data": "reading data",
@@ -27,6 +26,8 @@ _PART_NAMES = {
     "loss": "loss, forward and backward",
     "optimizer": "optimizer",
 }
+# Classes whose color the legend explains.
+_LEGEND = 24
 
 
 class Material(NamedTuple):
@@ -75,41 +76,57 @@ def write(folder: Path, made_of: Material) -> list[Path]:
     if evaluation.matching:
         cards["microscopy AP at 0.5"] = evaluation.matching["0.50"]
     sizes = {"small": evaluation.ap_small, "medium": evaluation.ap_medium, "large": evaluation.ap_large}
+    classes = _bars((name, each.ap50) for name, each in evaluation.by_class.items())
     names = [facts.classes[int(each.probe.labels[each.target])] for each in made_of.hardest]
-    text = _page().render(
+    path = folder / REPORT
+    write_page(
+        path,
+        "report.html",
+        generator="maskloss train",
         title=f"Learning from {made_of.title}",
         name=folder.resolve().name,
         lead=f"{summary['steps']:,} steps in {summary['training_seconds']:.0f} seconds; {summary['model']}. Kept: "
-        f"{summary['kept']}. Scored on {evaluation.scenes:,} held-out scenes with {evaluation.instances:,} instances.",
-        cards=cards,
-        paths=paths,
+        f"{summary['kept']}. Scored on {count(evaluation.scenes, 'held-out image')} with "
+        f"{count(evaluation.instances, 'instance')}.",
+        cards={name: number(value) for name, value in cards.items()},
+        raised=["AP50"],
+        pictures={name: embedded(path.read_bytes(), path.suffix[1:]) for name, path in paths.items()},
         summary=summary,
+        findings=[{"examples": (), "pictures": (), **each} for each in summary["findings"]],
         shown=made_of.shown,
-        sizes=sizes.items(),
+        sizes=_bars(sizes.items()),
         cautions=evaluation.cautions,
-        classes=sorted(
-            ((name, each.ap50) for name, each in evaluation.by_class.items()),
-            key=lambda each: (math.isnan(each[1]), -each[1]),
-        ),
+        classes=sorted(classes, key=lambda each: -each[1]),
+        unseen=[name for name, each in evaluation.by_class.items() if math.isnan(each.ap50)],
+        legend=_legend(facts.classes, made_of.shown),
         followed=sum(f"points-{place}-0" in paths for place in range(pictures.FOLLOWED)),
         steps=[shot.step for shot in made_of.shots],
         hardest=[(f"{name}, {each.probe.name}", each.loss) for name, each in zip(names, made_of.hardest, strict=True)],
         parts=_PART_NAMES,
-        options={**facts.config.as_dict(), **summary["machine"]},
+        command=facts.config.command,
+        options=_options(facts),
+        versions={"maskloss": facts.version, **summary["machine"]},
     )
-    path = folder / REPORT
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return [path, *paths.values()]
 
 
-def _page() -> Any:
-    """Compile the page. What is put into it is escaped, and a name that is missing is an error."""
-    jinja = require("jinja2", "train")
-    environment = jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined)
-    environment.filters |= {"score": number, "embedded": _embedded}
-    return environment.from_string(files("maskloss.lab.results").joinpath("report.html").read_text(encoding="utf-8"))
+def _bars(values: Iterable[tuple[str, float]]) -> list[tuple[str, float, str]]:
+    """Return bars of scores; what has none has no bar."""
+    return [(name, value, number(value)) for name, value in values if not math.isnan(value)]
 
 
-def _embedded(path: Path) -> str:
-    """Return the address of a picture that carries its content."""
-    return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+def _legend(classes: Sequence[str], shown: Sequence[Shown]) -> list[tuple[str, str]]:
+    """Return the colors of the classes in the pictures, where there is more than one."""
+    if len(classes) == 1:
+        return []
+    seen = {int(label) for each in shown for label in each.scene.labels}
+    seen |= {found.label for each in shown for found in each.prediction.instances if found.score >= FOUND}
+    return [(classes[label], class_color(label)) for label in sorted(seen)][:_LEGEND]
+
+
+def _options(facts: Facts) -> dict[str, Any]:
+    """Return the options that were in force; those of digits mean nothing for a folder."""
+    options = facts.config.as_dict()
+    if facts.config.data is not None:
+        del options["held_out"]
+    return options

@@ -10,7 +10,7 @@ from maskloss.errors import Cause, MaskLossError, describe
 from maskloss.lab.data.catalog import BOX, CROWD, OBJECT, Entry, Instance, Part
 from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
-from maskloss.lab.data.problems import DECIDED, MENDED, Problems
+from maskloss.lab.data.problems import DECIDED, MENDED, SUSPICIOUS, Problems
 from maskloss.lab.data.readers.segmentation import Frame, box_of, integer, number, segmentation
 from maskloss.lab.data.tree import Tree, part_of
 
@@ -354,7 +354,10 @@ def _crowds(parts: list[Part], options: DataOptions, problems: Problems) -> list
         why = "as --crowd asks" if options.crowd else "since all run lengths are, as CVAT's brush writes them"
         only = "run lengths with iscrowd 1" if options.crowd is None else "annotations with iscrowd 1"
         problems.note(
-            DECIDED, f"{only} counted as instances, {why}; --crowd ignore makes them regions", "", len(crowds)
+            DECIDED if options.crowd else SUSPICIOUS,
+            f"{only} counted as instances, {why}; --crowd ignore makes them regions",
+            "",
+            len(crowds),
         )
         chosen = {id(each) for each in (crowds if options.crowd else brush)}
         return [part._replace(entries=[_turned(entry, chosen) for entry in part.entries]) for part in parts]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -12,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloss.errors import Cause, MaskLossError
+from maskloss.lab.data.ahead import in_order
 from maskloss.lab.data.catalog import Entry, Instance, Map, Part
 from maskloss.lab.data.images import read_head
 from maskloss.lab.data.maps import COMPONENTS, NUMBERS, components, map_size, read_map
-from maskloss.lab.data.options import CLASSES, DataOptions
+from maskloss.lab.data.options import CLASSES, INSTANCES, DataOptions
 from maskloss.lab.data.options import COMPONENTS as OF_CLASSES
 from maskloss.lab.data.problems import DECIDED, LEFT_OUT, SUSPICIOUS, Problems
 from maskloss.lab.data.readers import names
@@ -33,6 +32,8 @@ _APART = 0.3
 _MOST_CLASSES = 64
 # A part of fewer pixels is a stray, not a second object.
 _STRAY = 8
+# A value in this many strays is scattered; a map of at least this many such values was a JPEG.
+_PIECES, _NOISE = 4, 5
 
 
 class Pair(NamedTuple):
@@ -49,12 +50,14 @@ class Scan(NamedTuple):
         size: height and width of the image as the map has them.
         values: its numbers without 0.
         apart: how many of them have pixels in several places.
+        scattered: how many of them lie scattered in pieces of a few pixels, as the values that JPEG invents do.
         value_of: value of each connected region, where regions were asked for.
     """
 
     size: tuple[int, int]
     values: list[int]
     apart: int
+    scattered: int
     value_of: dict[int, int]
 
 
@@ -105,15 +108,15 @@ def _rank(path: str) -> tuple[bool, int, str]:
 def read_pairs(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems: Problems) -> list[Part]:
     """Look into every map: which instances it has, and whether it fits its image."""
     scans: list[tuple[Pair, Scan]] = []
-    # Decoding PNG and TIFF leaves the interpreter to other threads.
-    with ThreadPoolExecutor() as pool:
-        for pair, found in zip(pairs, _bounded(pool, tree, pairs, options), strict=True):
+    with in_order(lambda each: _scan(tree, each[1], each[0], options), enumerate(pairs), 64) as found:
+        for pair, scan in zip(pairs, found, strict=True):
             with problems.tolerated():
-                if isinstance(found, MaskLossError):
-                    raise found
-                scans.append((pair, found))
+                if isinstance(scan, MaskLossError):
+                    raise scan
+                scans.append((pair, scan))
     every = {value for _, scan in scans for value in scan.values}
     how = options.semantic
+    _ask_about_noise(tree, scans, how, problems)
     if how is None and not all(_is_sure(pair.map) for pair in pairs):
         _ask(tree, scans, every, problems)
     void = _void(every, options, problems)
@@ -130,7 +133,7 @@ def read_pairs(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems
         parts.setdefault(part_of(pair.image), []).append(entry)
     first = pairs[0]
     kind = {OF_CLASSES: "regions of semantic maps", CLASSES: "classes of semantic maps"}.get(how or "", "label maps")
-    text = f"{kind}: {len(pairs)} pairs such as {first.image} and {first.map}"
+    text = f"{kind}: {len(pairs)} pair{'s' * (len(pairs) > 1)} such as {first.image} and {first.map}"
     return [Part(part, classes, entries, f"{text}{f', {part}' if part else ''}") for part, entries in parts.items()]
 
 
@@ -162,12 +165,27 @@ def _classes(tree: Tree, values: set[int]) -> dict[int, str]:
     return {value: known.get(value, f"class {value}") for value in sorted(values)}
 
 
-def _ask(tree: Tree, scans: list[tuple[Pair, Scan]], every: set[int], problems: Problems) -> None:
-    """Raise if the numbers of the maps look like classes: only a person knows what their instances are.
+def _ask_about_noise(tree: Tree, scans: list[tuple[Pair, Scan]], how: str | None, problems: Problems) -> None:
+    """Ask if maps hold what JPEG makes of sharp edges, although they are no JPEG any more."""
+    noisy = [(pair, scan) for pair, scan in scans if scan.scattered >= _NOISE and 2 * scan.scattered > len(scan.values)]
+    if not noisy:
+        return
+    pair, scan = noisy[0]
+    why = f"{scan.scattered} of the {len(scan.values)} values of {pair.map} lie scattered in pieces of a few pixels"
+    if how == INSTANCES:
+        problems.note(SUSPICIOUS, "label maps with the noise of a JPEG, taken as they are", why, len(noisy))
+        return
+    problems.ask(
+        Cause(
+            "label maps must hold values that somebody drew",
+            f"{len(noisy)} in {tree.root} look like a JPEG that was stored again: {why}",
+            "export the masks again as PNG or TIFF; --semantic instances takes the numbers as they are",
+        )
+    )
 
-    Raises:
-        Cause: the question.
-    """
+
+def _ask(tree: Tree, scans: list[tuple[Pair, Scan]], every: set[int], problems: Problems) -> None:
+    """Ask if the numbers of the maps look like classes: only a person knows what their instances are."""
     some = [scan for _, scan in scans[:_LOOKED_AT] if scan.values]
     count, apart = sum(len(scan.values) for scan in some), sum(scan.apart for scan in some)
     shown = ", ".join(map(str, sorted(every)[:6])) + (", ..." if len(every) > 6 else "")
@@ -179,25 +197,16 @@ def _ask(tree: Tree, scans: list[tuple[Pair, Scan]], every: set[int], problems: 
     elif VOID in every and VOID - 1 not in every and any(VOID in scan.values for scan in some):
         why = f"they have the values {shown} and {VOID}, which usually stands for void"
     if why is not None:
-        raise Cause(
-            "the numbers of label maps must be known to be instances or classes",
-            f"those of {tree.path(scans[0][0].map).parent} look like classes: {why}",
-            "--semantic components makes each connected region an instance, --semantic classes each class one mask, "
-            "--semantic instances takes the numbers as they are",
+        problems.ask(
+            Cause(
+                "the numbers of label maps must be known to be instances or classes",
+                f"those of {tree.path(scans[0][0].map).parent} look like classes: {why}",
+                "--semantic components makes each connected region an instance, --semantic classes each class one "
+                "mask, --semantic instances takes the numbers as they are",
+            )
         )
     if every == {1} and len(scans) > 1:
         problems.note(SUSPICIOUS, "every map has one instance, number 1: objects that touch would be one", "", 0)
-
-
-def _bounded(
-    pool: ThreadPoolExecutor, tree: Tree, pairs: Sequence[Pair], options: DataOptions, ahead: int = 64
-) -> Iterator[Scan | MaskLossError]:
-    """Read maps in order, a bounded number of them ahead."""
-    waiting = iter(enumerate(pairs))
-    futures = [pool.submit(_scan, tree, pair, number, options) for number, pair in islice(waiting, ahead)]
-    while futures:
-        yield futures.pop(0).result()
-        futures += [pool.submit(_scan, tree, pair, number, options) for number, pair in islice(waiting, 1)]
 
 
 def _scan(tree: Tree, pair: Pair, number: int, options: DataOptions) -> Scan | MaskLossError:
@@ -207,12 +216,14 @@ def _scan(tree: Tree, pair: Pair, number: int, options: DataOptions) -> Scan | M
         labels = read_map(mapped)
         void = () if options.ignore_value is None else (options.ignore_value,)
         values = [int(value) for value in np.unique(labels) if value]
+        scattered = apart = 0
+        if number < _LOOKED_AT and len(values) <= 4 * _MOST_CLASSES:
+            apart, scattered = _count_apart(labels, values)
         if options.semantic == OF_CLASSES:
             if not void and VOID in values and values != [VOID]:
                 void = (VOID,)
-            return Scan(size, values, 0, components(labels, void)[1])
-        looked_at = options.semantic is None and number < _LOOKED_AT and len(values) <= 4 * _MOST_CLASSES
-        return Scan(size, values, _count_apart(labels, values) if looked_at else 0, {})
+            return Scan(size, values, apart, scattered, components(labels, void)[1])
+        return Scan(size, values, apart, scattered, {})
     except MaskLossError as error:
         return error
 
@@ -234,14 +245,16 @@ def fitting_size(image: Path, mapped: Path) -> tuple[int, int]:
     return found
 
 
-def _count_apart(labels: NDArray[np.int32], values: list[int]) -> int:
-    """Count the values with pixels in several places."""
+def _count_apart(labels: NDArray[np.int32], values: list[int]) -> tuple[int, int]:
+    """Count the values with pixels in several places, and those in many pieces of a few pixels."""
     from scipy.ndimage import find_objects, label
 
-    apart = 0
+    apart = scattered = 0
     ranks = np.searchsorted(np.array([0, *values]), labels)
     for place, box in enumerate(find_objects(ranks), start=1):
         if box is not None:
             regions, _ = label(ranks[box] == place, structure=np.ones((3, 3), dtype=np.int8))
-            apart += int((np.bincount(regions.ravel())[1:] >= _STRAY).sum() > 1)
-    return apart
+            pieces = np.bincount(regions.ravel())[1:]
+            apart += int((pieces >= _STRAY).sum() > 1)
+            scattered += int(len(pieces) >= _PIECES and pieces.mean() < _STRAY)
+    return apart, scattered
