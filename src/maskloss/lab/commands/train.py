@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from maskloss.lab.config import Field, TrainConfig, fields, read_options
+from maskloss.lab.config import TrainConfig, fields, read_options
 from maskloss.lab.loop import run
 from maskloss.lab.loop.progress import Begin, Interrupted, Listener, Progress
+from maskloss.lab.option import Field
 from maskloss.lab.results.evaluate import Evaluation
 from maskloss.lab.terminal import Display, count, display, number, open_console, say
 
@@ -99,7 +100,7 @@ def main(options: argparse.Namespace) -> int:
             if options.resume is None:
                 result = run.train(config, options.out, listener, overwrite=options.overwrite)
             else:
-                result = run.resume(options.resume, listener, **given)
+                result = run.resume(options.resume, listener, **typed)
     except Interrupted as stopped:
         if not console.quiet:
             say(stopped)
