@@ -137,7 +137,7 @@ def test_matching_costs_over_all_frames(backend: str, focal: bool) -> None:
     weights = {"class_weight": 0.0, "mask_weight": 1.0, "dice_weight": 10.0}
     matcher = HungarianMatcher(**weights, num_points=50, backend=backend, **options)
     logits = [layer.detach() for layer in setup.logits]
-    begun = Step.begin(*collate(setup.targets), logits, seed=5)
+    begun = Step.begin(collate(setup.targets), logits, seed=5)
     found = matcher.costs(torch.stack(setup.classes), logits, begun)
     ids = torch.arange(3)
     keys = instance_keys(torch.tensor(5), ids, torch.full_like(ids, ALL_TARGETS))

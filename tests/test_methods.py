@@ -68,6 +68,7 @@ CHANGES = {
     "oversample_ratio": 2.0,
     "importance_ratio": 0.5,
     "layout": "stratified",
+    "ignore_value": 255,
     "groups": 13,
     "clips": ClipOptions(),
 }

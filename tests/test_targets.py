@@ -31,7 +31,9 @@ from support.encodings_of_masks import LABEL_DTYPES, SIZES, WAYS, every_way, pac
     [
         pytest.param(lambda masks: masks, "bits", id="bool"),
         pytest.param(lambda masks: masks.byte(), "bits", id="uint8"),
-        pytest.param(lambda masks: masks.byte() * 255, "bits", id="uint8 of 255"),
+        pytest.param(lambda masks: masks.long(), "bits", id="int64"),
+        pytest.param(lambda masks: masks.numpy(), "bits", id="array of bool"),
+        pytest.param(lambda masks: masks.numpy()[:, ::-1].astype(np.uint8)[:, ::-1], "bits", id="array of uint8"),
         pytest.param(lambda masks: masks.float(), "bits", id="float32"),
         pytest.param(lambda masks: masks.bfloat16(), "bits", id="bfloat16"),
         pytest.param(lambda masks: masks.transpose(1, 2).contiguous().transpose(1, 2), "bits", id="not contiguous"),
@@ -71,7 +73,7 @@ def test_packing_where_values_may_not_be_looked_at() -> None:
     """On a device masks are packed by a product of eight bytes, not by NumPy: the bits are the same."""
     every_byte = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
     images = [every_byte[None], torch.rand(0, 4, 4) > 0.5, torch.rand(1, 1, 7), (torch.rand(2, 5, 13) > 0.5)[:, ::2]]
-    images += [torch.randint(3, (2, 3, 16), dtype=torch.uint8), torch.rand(3, 2, 9, dtype=torch.float64) > 0.5]
+    images += [torch.randint(2, (2, 3, 16), dtype=torch.uint8), torch.rand(3, 2, 9, dtype=torch.float64) > 0.5]
     wanted = [np.packbits((image != 0).numpy(), axis=-1, bitorder="little").reshape(-1) for image in images]
     assert torch.equal(bits.pack_elsewhere(images), torch.from_numpy(np.concatenate(wanted)))
     one = torch.rand(3, 8 * 6)[:, 1:25].unflatten(-1, (4, 6)) > 0.5  # begins in the middle of a word

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from maskloss.ops.reference import formulas
 from maskloss.options import CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA
+from maskloss.step import IGNORED
 
 KINDS = ("softmax", "focal")
 
@@ -21,7 +22,7 @@ def softmax_loss(
 
     Args:
         class_logits: `[L, B, Q, C + 1]`, float32 or float64; the last class is "no object".
-        wanted: int64 `[L, B, Q]`, the class g_q of each query.
+        wanted: int64 `[L, B, Q]`, the class g_q of each query; the sums leave IGNORED ones out.
         weights: `[C + 1]`, the weight of each class.
         total_weight: the sum of the weights of all queries that the loss is averaged over. Default: of these queries.
             0 if there is nothing to divide.
@@ -35,11 +36,11 @@ def softmax_loss(
 
 
 def weight_sums(wanted: Tensor, weights: Tensor) -> Tensor:
-    """Sum the weights `[C + 1]` of the classes of all queries of each layer: `[L]`."""
-    return weights[wanted].flatten(1).sum(1)
+    """Sum the weights `[C + 1]` of the classes of all queries of each layer, but for IGNORED ones: `[L]`."""
+    return pad(weights, (0, 1))[wanted.clamp(min=-1)].flatten(1).sum(1)
 
 
-def focal_sums(class_logits: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
+def focal_sums(class_logits: Tensor, wanted: Tensor, weights: Tensor | None = None, *, ignores: bool = False) -> Tensor:
     """Sum the sigmoid focal loss of all queries and classes of each layer: `[L]`.
 
         sum_q sum_c weights[c] * a_t (1 - p_t)^2 bce(class_logits[q, c], [c = g_q]),  a = 0.25
@@ -48,9 +49,11 @@ def focal_sums(class_logits: Tensor, wanted: Tensor, weights: Tensor | None = No
         class_logits: `[L, B, Q, C]`, float32 or float64; there is no "no object".
         wanted: int64 `[L, B, Q]`, the class g_q of each query, C for one without a target.
         weights: `[C]`, the weight of each class. Default: 1.
+        ignores: whether `wanted` has IGNORED ones, which are left out.
     """
     layers, batch, queries, classes = class_logits.shape
     one_hot = class_logits.new_zeros(layers, batch, queries, classes + 1)
-    hot = one_hot.scatter_(3, wanted[..., None], 1)[..., :-1]
+    hot = one_hot.scatter_(3, (wanted.clamp(min=0) if ignores else wanted)[..., None], 1)[..., :-1]
     terms = formulas.focal(class_logits, hot, CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA)
-    return (terms if weights is None else terms * weights.to(terms)).flatten(1).sum(1)
+    terms = terms if weights is None else terms * weights.to(terms)
+    return (terms.masked_fill((wanted == IGNORED)[..., None], 0) if ignores else terms).flatten(1).sum(1)

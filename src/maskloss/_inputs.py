@@ -164,6 +164,6 @@ def check_targets(targets: MaskTargets, logits: Layer) -> None:
         raise Cause(
             "mask_logits and targets must have the same frames",
             f"mask_logits {list(logits.shape)}, targets of {targets.frames} frame(s)",
-            "those of clips are logits [B, Q, T, h, w] and masks [N, T, H, W]",
+            "those of clips are logits [B, Q, T, h, w] and masks [N, T, H, W]; list(...) takes stacked layers apart",
         )
     check_device("targets", targets.device, logits.device)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from maskloss.errors import Cause, describe
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Integer types without arithmetic in torch, and what holds their values.
+_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -30,6 +34,38 @@ def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     if isinstance(value, Tensor):
         return value if dtype is None else value.to(dtype)
     return torch.as_tensor(value, dtype=dtype, device="cpu")
+
+
+def plain(value: Any) -> Any:
+    """Convert what NumPy makes an array of numbers to a tensor; of anything else make nothing.
+
+    Tensors stay where they are, and a list of them is stacked.
+    """
+    if isinstance(value, (list, tuple)) and value and all(isinstance(each, Tensor) for each in value):
+        same = len({(each.shape, each.dtype, each.device) for each in value}) == 1
+        return torch.stack(list(value)) if same else value
+    if value is not None and not isinstance(value, (Tensor, str, bytes)):
+        try:
+            value = _from_numpy(np.asarray(value), value)
+        except ValueError:  # lists of different lengths
+            return value
+    return value.to(_WIDER[value.dtype]) if isinstance(value, Tensor) and value.dtype in _WIDER else value
+
+
+def _from_numpy(array: Any, value: Any) -> Any:
+    """Convert an array of numbers without a copy where its type and strides allow it; return `value` for any other."""
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        return value
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    # A tensor cannot have negative strides.
+    return torch.from_numpy(array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy())
+
+
+def listed(value: Any) -> Any:
+    """List the numbers of an array, or of a tensor that has some; leave anything else as it is."""
+    plain_tensor = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type != "meta"
+    return value.tolist() if plain_tensor or isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def as_device(device: Any) -> torch.device:

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from typing_extensions import Unpack
 
 from maskloss import _classification, _inputs, distributed, ops
-from maskloss._abi import LAYER
+from maskloss._abi import LAYER, accumulation_dtype
 from maskloss._numbers import check_integer
 from maskloss.clips import ClipOptions, frames_of_divisor, weights_of_divisor
 from maskloss.distributed import Group, StepTotals
@@ -20,7 +20,15 @@ from maskloss.layers import Layer
 from maskloss.loss import InstanceLosses, MaskLoss, by_layer, check_instance_weights
 from maskloss.matcher import HungarianMatcher, check_predictions, stack_costs
 from maskloss.matches import Matches, Pairs
-from maskloss.options import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, MaskKeywords, MaskOptions, mask_options
+from maskloss.options import (
+    CLASS_WEIGHT,
+    DICE_WEIGHT,
+    MASK_WEIGHT,
+    MaskKeywords,
+    MaskOptions,
+    TargetRules,
+    mask_options,
+)
 from maskloss.points import PointSampling
 from maskloss.step import Step, check_weights_of_totals
 from maskloss.targets.collate import Entries, collate, joined_weights
@@ -51,6 +59,15 @@ class CriterionOutput(NamedTuple):
     matches: Matches
     seed: Tensor
     weights: tuple[float, float, float]
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return a term by its name in `as_dict()`, or a field by its number."""
+        if not isinstance(key, str):
+            return tuple.__getitem__(self, key)
+        terms = self.as_dict()
+        if key not in terms:
+            raise KeyError(f"there is no {key!r}; the terms are {', '.join(terms)}")
+        return terms[key]
 
     def as_dict(self, *, weighted: bool = False) -> dict[str, Tensor]:
         """Name the terms of each layer: loss_class, loss_mask, loss_dice for the final one, loss_class_0 … before it.
@@ -103,6 +120,12 @@ class MaskCriterion(nn.Module):
         groups: groups of queries, each matched to all targets on its own, in training mode (see `HungarianMatcher`);
             instances are counted over all of them. Default 1, or what the matcher has.
         matcher: how to match. Default: `HungarianMatcher` with the weights and options given here.
+        ignore_value: the value of void pixels in masks and label maps that are packed here (see
+            `MaskTargets.from_masks`). Default None.
+        ignore_label: the label of targets whose class is unknown, 255 or -1 for instance: they are matched by their
+            masks, which are learned, and their queries have no classification. Default None.
+        drop_empty: a target whose mask is empty, after a crop for instance, counts as one without a mask: it is matched
+            by its class alone and has no mask terms. Default False: an empty mask is learned, as in Mask2Former.
         options: how points are read, focal loss of the masks and backend, as a group; `MaskOptions` says what there is.
         kwargs: the same options one by one.
 
@@ -140,6 +163,9 @@ class MaskCriterion(nn.Module):
         clips: ClipOptions | None = None,
         groups: int | None = None,
         matcher: HungarianMatcher | None = None,
+        ignore_value: int | None = None,
+        ignore_label: int | None = None,
+        drop_empty: bool = False,
         options: MaskOptions | None = None,
         **kwargs: Unpack[MaskKeywords],
     ) -> None:
@@ -162,7 +188,9 @@ class MaskCriterion(nn.Module):
         # Not a buffer, which `module.half()` would round; it moves to the logits with the first step.
         self._class_weights = None if class_weights is None else _inputs.class_weights(class_weights, self.num_classes)
         sampling = _inputs.check_sampling(sampling)
+        self.rules = TargetRules(ignore_value, ignore_label, drop_empty)
         group = mask_options(options, **kwargs)
+        self.rules.check_matcher(TargetRules() if matcher is None else getattr(matcher, "rules", TargetRules()))
         self.mask_loss = MaskLoss(
             ce_weight=mask_weight, dice_weight=dice_weight, sampling=sampling, clips=clips, options=group
         )
@@ -175,6 +203,9 @@ class MaskCriterion(nn.Module):
             layout=sampling.layout,
             classification=classification,
             options=group,
+            ignore_value=ignore_value,
+            ignore_label=ignore_label,
+            drop_empty=drop_empty,
         )
 
     @reported("MaskCriterion")
@@ -202,8 +233,10 @@ class MaskCriterion(nn.Module):
                 differ by layer. Where some layers are dense, factors of the others are formed. Those of clips are
                 `[B, Q, T, h, w]`: a query has one class, and a mask in each of T frames.
             targets: one dict per image: "labels" int64 `[T]` in [0, C), and "masks": a `MaskTargets` of the image,
-                dense `[T, H, W]`, or a label map `[H, W]` along with "ids". Or, already collated, one dict with
-                "masks": the `MaskTargets` of the batch, and "labels": a list of `[T]`. The dense masks of a clip are
+                dense `[T, H, W]`, or a label map `[H, W]` along with "ids" (default: all that occur in it but 0). A
+                target with "has_mask" False, bool `[T]`, or with "boxes" and no "masks", is matched by its class and
+                `extra_costs` alone and has no mask terms. Or, already collated, one dict with "masks": the
+                `MaskTargets` of the batch, and "labels": a list of `[T]`. The dense masks of a clip are
                 `[N, T, H, W]`, with labels `[N]`.
             matches: which query belongs to which target, instead of running the matcher: `Matches`, a pair
                 (queries, targets) for each image as DETR's matchers return them, or a list with such a list for each
@@ -237,8 +270,9 @@ class MaskCriterion(nn.Module):
                 'num_classes excludes "no object". Softmax logits have one extra entry for it; sigmoid logits do not',
             )
         step = Step.begin(
-            *collate(targets),
+            collate(targets, self.rules.ignore_value),
             [*logits, stacked],
+            self.rules,
             totals=totals,
             image_ids=image_ids,
             seed=seed,
@@ -247,14 +281,14 @@ class MaskCriterion(nn.Module):
         )
         found = self._matches(matches, extra_costs, stacked, logits, step)
         wanted = step.wanted_classes(found, stacked.shape[:3], self.num_classes)
-        weights = None
+        weights, weighs = None, "drop_empty" if self.rules.drop_empty else '"has_mask" of the targets'
         if instance_weights is not None:
-            joined = joined_weights(instance_weights, step.targets)
-            each = check_instance_weights(joined, step.targets.num_masks, logits[0])
-            weights = each[found.target_rows(step.targets.first_rows)]
+            joined, weighs = joined_weights(instance_weights, step.targets), "instance_weights"
+            weights = check_instance_weights(joined, step.targets.num_masks, logits[0])
+        weights = step.mask_weights(found, weights, accumulation_dtype(logits[0].dtype))
         clips = self.mask_loss.clips
         counted = weights_of_divisor(clips, found, step.targets, weights)
-        counts = self._counts(step, found, counted, wanted, stacked)
+        counts = self._counts(step, found, counted, weighs if weights is not None else "clips", wanted, stacked)
         instances = _given_or(counts.instance_weight, counts.instances)
         divisor = distributed.at_least_one(instances * frames_of_divisor(clips, step.targets))
         reduction = ops.Reduction(self.mask_weight, self.dice_weight, divisor, weights)
@@ -282,12 +316,17 @@ class MaskCriterion(nn.Module):
         return step.given(given, len(mask_logits), class_logits.shape[2], self.num_classes)
 
     def _counts(
-        self, step: Step, matches: Matches, weights: Tensor | None, wanted: Tensor, logits: Tensor
+        self, step: Step, matches: Matches, weights: Tensor | None, weighs: str, wanted: Tensor, logits: Tensor
     ) -> StepTotals:
-        """Take the step's totals, or count this batch over the ranks; of layers that differ, `[L]`."""
-        weighs_classes = self.classification == "softmax" and self._class_weights is not None
+        """Take the step's totals, or count this batch over the ranks; of layers that differ, `[L]`.
+
+        `weighs` is the option by which instances have weights, if they have.
+        """
+        weighs_classes = self._weighs_classes
         if step.totals is not None:
-            check_weights_of_totals(step.totals, instance_weights=weights is not None, class_weights=weighs_classes)
+            check_weights_of_totals(
+                step.totals, instance_weight=None if weights is None else weighs, class_weight=weighs_classes
+            )
             if not matches.is_even:
                 raise Cause(
                     "totals need the same number of matches in every layer",
@@ -326,12 +365,21 @@ class MaskCriterion(nn.Module):
     def _classify(self, class_logits: Tensor, wanted: Tensor, counts: StepTotals) -> Tensor:
         """Compute the classification of each layer, `[L]`, from `[L, B, Q, C (+ 1)]` and the classes `[L, B, Q]`."""
         if self.classification == "focal":
-            sums = _classification.focal_sums(class_logits, wanted, self._moved_class_weights(class_logits))
+            weights, ignores = self._moved_class_weights(class_logits), self.rules.ignore_label is not None
+            sums = _classification.focal_sums(class_logits, wanted, weights, ignores=ignores)
             return sums / distributed.at_least_one(counts.instances)
         # The sum of the weights; without class weights known without asking the device.
         unmatched = counts.queries - counts.instances
         weight = _given_or(counts.class_weight, counts.instances) + self.no_object_weight * unmatched
         return _classification.softmax_loss(class_logits, wanted, self._query_weights(class_logits), weight)
+
+    @property
+    def _weighs_classes(self) -> str | None:
+        """Name the option by which the divisor of the classification depends on the labels, if it does."""
+        if self.classification != "softmax":
+            return None
+        by_label = None if self.rules.ignore_label is None else "ignore_label"
+        return by_label if self._class_weights is None else "class_weights"
 
     def _query_weights(self, like: Tensor, no_object: float | None = None) -> Tensor:
         """Return the weights of all classes and of "no object", `[C + 1]`, with the dtype and device of logits."""

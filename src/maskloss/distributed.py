@@ -100,6 +100,7 @@ def step_totals(
     instance_weights: Sequence[Sequence[Tensor]] | None = None,
     labels: Sequence[Sequence[Tensor]] | None = None,
     class_weights: Tensor | Sequence[float] | None = None,
+    ignore_label: int | None = None,
     device: torch.device | str = "cpu",
     group: Group = None,
 ) -> StepTotals:
@@ -114,8 +115,10 @@ def step_totals(
         num_queries: Q, queries per image; an image with more targets has Q matched instances.
         instance_weights: for each micro-batch, the weights `[T]` of each of its images, where the criterion is given
             `instance_weights`. Default None.
-        labels: for each micro-batch, the labels `[T]` of each of its images; needed along with `class_weights`.
+        labels: for each micro-batch, the labels `[T]` of each of its images; needed along with `class_weights` or
+            `ignore_label`.
         class_weights: `[C]`, those of the criterion, where it classifies by a softmax. Default None.
+        ignore_label: that of the criterion, where it classifies by a softmax. Default None.
         device: where the sum over the ranks runs; a CUDA device for NCCL.
         group: the process group over whose ranks to sum; False: this rank alone. Default None: all ranks.
 
@@ -142,14 +145,14 @@ def step_totals(
     counts = [count for micro_batch in num_targets for count in micro_batch]
     for count in counts:
         check_integer("a number of targets", count, 0, hint="count the masks of each image")
-    if (labels is None) != (class_weights is None):
+    by_class = class_weights is not None or ignore_label is not None
+    if (labels is None) == by_class:
         raise Cause(
-            "labels need class_weights, and class_weights labels",
+            "labels need class_weights or ignore_label, and these need labels",
             "one of them is None",
             "the weight of a target is that of its class",
         )
-    weighs = instance_weights is not None or class_weights is not None
-    if weighs and max(counts, default=0) > num_queries:
+    if (instance_weights is not None or by_class) and max(counts, default=0) > num_queries:
         raise Cause(
             "with weights, no image may have more targets than queries",
             f"an image has {max(counts)} targets for {num_queries} queries",
@@ -163,15 +166,13 @@ def step_totals(
     if instance_weights is not None:
         parts = _by_image("instance_weights", instance_weights, num_targets)
         found.append(_total([part.to(torch.float32) for part in parts], target))
-    if class_weights is not None and labels is not None:
-        weight = _inputs.class_weights(class_weights)
+    if labels is not None:
         parts = _by_image("labels", labels, num_targets)
-        for part in parts:
-            check_labels(part, len(weight))
-        found.append(_total([weight.to(part.device)[part.long()] for part in parts], target))
+        weight = None if class_weights is None else _inputs.class_weights(class_weights)
+        found.append(_total([_class_weight(part, weight, ignore_label) for part in parts], target))
     means = mean_over_ranks(found, target, group)
     instance_weight = means[2] if instance_weights is not None else None
-    return StepTotals(means[0], means[1], instance_weight, means[-1] if class_weights is not None else None)
+    return StepTotals(means[0], means[1], instance_weight, means[-1] if by_class else None)
 
 
 def _by_image(name: str, given: Sequence[Sequence[Tensor]], num_targets: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -190,6 +191,16 @@ def _by_image(name: str, given: Sequence[Sequence[Tensor]], num_targets: Sequenc
             "one entry for each target, in the order of num_targets",
         )
     return listed
+
+
+def _class_weight(labels: Tensor, weights: Tensor | None, ignore_label: int | None) -> Tensor:
+    """Look up the weights of the classes of an image's targets: `[T]`, 0 where the class is unknown."""
+    unknown = torch.zeros_like(labels, dtype=torch.bool) if ignore_label is None else labels == ignore_label
+    labels = labels.masked_fill(unknown, 0)
+    if weights is not None:
+        check_labels(labels, len(weights))
+    found = (~unknown).float() if weights is None else weights.to(labels.device)[labels.long()]
+    return found.masked_fill(unknown, 0)
 
 
 def _total(parts: Sequence[Tensor], device: torch.device) -> Tensor:

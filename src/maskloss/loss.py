@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from maskloss import _inputs, distributed, layers, ops
-from maskloss._abi import accumulation_dtype
+from maskloss._abi import TARGET, accumulation_dtype
 from maskloss._tracing import on_host, savable
 from maskloss.clips import (
     ClipOptions,
@@ -31,6 +31,7 @@ from maskloss.points import PointSampling, check_points
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
 from maskloss.targets.clips import planes
+from maskloss.targets.collate import Batch
 
 
 class InstanceLosses(NamedTuple):
@@ -68,6 +69,7 @@ class MaskLossOutput(NamedTuple):
         dice: `[]`, the same for Dice.
         per_instance: both terms of each instance, `[N]` each.
         seed: int64 `[]`, the seed of the points; passing it again draws them again.
+        best: int64 `[N]`, which of the candidates counted, with `best_of`; else None.
     """
 
     total: Tensor
@@ -75,6 +77,7 @@ class MaskLossOutput(NamedTuple):
     dice: Tensor
     per_instance: InstanceLosses
     seed: Tensor
+    best: Tensor | None = None
 
 
 class MaskLoss(nn.Module):
@@ -137,6 +140,7 @@ class MaskLoss(nn.Module):
         masks: Tensor | MaskTargets | Sequence[Tensor],
         matches: Matches | Pairs | None = None,
         *,
+        best_of: bool = False,
         points: Tensor | None = None,
         instance_weights: Tensor | None = None,
         num_instances: float | Tensor | None = None,
@@ -148,11 +152,14 @@ class MaskLoss(nn.Module):
         """Compute the loss of pairs, or of matched queries.
 
         Args:
-            mask_logits: `[N, h, w]`, prediction n belongs to target n; or `[B, Q, h, w]`, dense or as `MaskFactors`,
-                along with `matches`. Those of clips are `[B, Q, T, h, w]`.
-            masks: the targets: `[N, H, W]`, bool, uint8 or float, or `MaskTargets`; with `matches` the targets of a
-                batch, `MaskTargets` or a list of `[T, H, W]`.
+            mask_logits: `[N, h, w]` or `[N, 1, h, w]`, prediction n belongs to target n; or `[N, M, h, w]` with
+                `best_of`; or `[B, Q, h, w]`, dense or as `MaskFactors`, along with `matches`. Those of clips are
+                `[B, Q, T, h, w]`.
+            masks: the targets: `[N, H, W]` or `[N, 1, H, W]`, bool, integers or float, or `MaskTargets`; with `matches`
+                the targets of a batch, `MaskTargets` or a list of `[T, H, W]`.
             matches: pairs of (queries, targets) of each image, as DETR's matchers return them, or `Matches`.
+            best_of: of M candidates for each target only the one with the lowest weighted loss counts, and gets a
+                gradient, as in SAM. Their points are chosen from the same candidates. Default False.
             points: float `[N, P, 2]`, (x, y) in [0, 1]^2: read here, and draw nothing. In the order of the matches; of
                 clips `[N * T, P, 2]`, the frames of an instance one after the other.
             instance_weights: bool or float `[N]`, v_i at least 0, in the order of the matches: the terms become
@@ -174,26 +181,43 @@ class MaskLoss(nn.Module):
         Raises:
             MaskLossError: wrong rank, dtype or device, numbers that do not pair up, or an index out of range.
         """
-        logits, targets, matched = self._paired(mask_logits, masks, matches)
+        if not isinstance(best_of, bool):
+            raise Cause("best_of must be True or False", f"best_of={best_of!r}", "False is the default")
+        logits, targets, matched, candidates = self._paired(mask_logits, masks, matches, best_of)
         if num_instances is not None:
             _inputs.check_count("num_instances", num_instances)
-        labels = matched.index.new_empty(0)
-        step = Step.begin(targets, labels, [logits], image_ids=image_ids, seed=seed, generator=generator, group=group)
+        batch = Batch(targets, matched.index.new_empty(0))
+        step = Step.begin(batch, [logits], image_ids=image_ids, seed=seed, generator=generator, group=group)
+        instances = len(matched) // candidates
         if points is not None:
-            check_points(points, len(matched) * targets.frames, logits.device)
+            check_points(points, instances * targets.frames, logits.device)
+            points = points.repeat_interleave(candidates, dim=0) if best_of else points
         weights = None
         if instance_weights is not None:
-            weights = check_instance_weights(instance_weights, len(matched), logits)
+            weights = check_instance_weights(instance_weights, instances, logits)
         if num_instances is None:
-            counted = weights_of_divisor(self.clips, matched, targets, weights)
-            count = float(len(matched)) if counted is None else counted.sum()
+            counted = weights if best_of else weights_of_divisor(self.clips, matched, targets, weights)
+            count = float(instances) if counted is None else counted.sum()
             times = frames_of_divisor(self.clips, targets)
             divisor = step.divisor(count, times=times, weighted=counted is not None)
         else:
             divisor = distributed.at_least_one(num_instances)
-        reduction = ops.Reduction(self.ce_weight, self.dice_weight, divisor, weights)
-        [ce], [dice], losses = self.layer_terms([logits], matched, step, reduction, points)
-        return MaskLossOutput(self.ce_weight * ce + self.dice_weight * dice, ce, dice, losses, step.seed)
+        best = None
+        if best_of:
+            losses, best = self._best(self.instance_losses([logits], matched, step, points), candidates)
+            terms = losses if weights is None else weighted(losses, weights)
+            ce, dice = terms.ce.sum() / divisor, terms.dice.sum() / divisor
+        else:
+            reduction = ops.Reduction(self.ce_weight, self.dice_weight, divisor, weights)
+            [ce], [dice], losses = self.layer_terms([logits], matched, step, reduction, points)
+        total = self.ce_weight * ce + self.dice_weight * dice
+        return MaskLossOutput(total, ce, dice, losses, step.seed, best)
+
+    def _best(self, losses: InstanceLosses, candidates: int) -> tuple[InstanceLosses, Tensor]:
+        """Keep the losses of the best of each instance's candidates, and say which it is, `[N]`."""
+        ce, dice = (term.view(-1, candidates) for term in losses)
+        best = (self.ce_weight * ce + self.dice_weight * dice).detach().argmin(1, keepdim=True)
+        return InstanceLosses(ce.gather(1, best)[:, 0], dice.gather(1, best)[:, 0]), best[:, 0]
 
     def layer_terms(
         self,
@@ -227,7 +251,9 @@ class MaskLoss(nn.Module):
         terms = losses if reduction.weights is None else weighted(losses, reduction.weights)
         # Both terms of all layers at once: on a GPU every small operation costs a launch.
         ce, dice = (by_layer(_inputs.stack(terms), matches) / reduction.divisor).unbind()
-        return LayerTerms(ce, dice, InstanceLosses(losses.ce.view(shape), losses.dice.view(shape)))
+        if len(shape) > 1:
+            losses = InstanceLosses(losses.ce.view(shape), losses.dice.view(shape))
+        return LayerTerms(ce, dice, losses)
 
     def instance_losses(
         self,
@@ -260,26 +286,43 @@ class MaskLoss(nn.Module):
         mask_logits: Layer,
         masks: Tensor | MaskTargets | Sequence[Tensor],
         matches: Matches | Pairs | None,
-    ) -> tuple[Layer, MaskTargets, Matches]:
-        """Convert both forms of the call to one: logits `[B, Q, h, w]`, targets, matches."""
+        best_of: bool,
+    ) -> tuple[Layer, MaskTargets, Matches, int]:
+        """Convert all forms of the call to one: logits `[B, Q, h, w]`, targets, matches, and candidates per target."""
+        four = isinstance(mask_logits, Tensor) and mask_logits.ndim == 4
+        if best_of and (matches is not None or not four):
+            raise Cause(
+                "best_of needs mask_logits [N, M, h, w], M candidates for each target, without matches",
+                f"got {describe(mask_logits)}" if matches is None else "matches were given",
+                "best_of=False is the loss of one prediction for each target",
+            )
+        if matches is None and getattr(masks, "ndim", 0) == 4 and masks.shape[1] == 1:  # type: ignore[union-attr]
+            masks = masks[:, 0]  # type: ignore[index, call-overload]
         targets = masks if isinstance(masks, MaskTargets) else MaskTargets.from_masks(masks)
         if matches is None:
-            if isinstance(mask_logits, MaskFactors) or (isinstance(mask_logits, Tensor) and mask_logits.ndim == 4):
+            if isinstance(mask_logits, MaskFactors) or (four and mask_logits.shape[1] != 1 and not best_of):
                 raise Cause(
                     "mask_logits [B, Q, h, w] need matches",
                     "matches is None",
-                    "give the (queries, targets) of each image, or pick the matched predictions: [N, h, w]",
+                    "give the (queries, targets) of each image, or pick the matched predictions: [N, h, w]; "
+                    "best_of=True if they are candidates [N, M, h, w]",
                 )
+            candidates = mask_logits.shape[1] if best_of else 1
+            mask_logits = mask_logits.flatten(0, 1) if four else mask_logits
             _inputs.check_maps("mask_logits", mask_logits, "[N, h, w]")
-            count = len(mask_logits)
-            if len(targets) != 1 or targets.num_masks != count:
+            count = len(mask_logits) // max(candidates, 1)
+            if len(targets) != 1 or targets.num_masks != count or candidates < 1:
                 raise Cause(
                     "mask_logits and masks must pair up",
                     f"{count} predictions but {targets.num_masks} targets in {len(targets)} image(s)",
                     "give one target mask for each prediction, or matches along with [B, Q, h, w] logits",
                 )
             check_device("masks", targets.device, mask_logits.device)
-            return mask_logits[None], targets, Matches.one_to_one(count, mask_logits.device)
+            pairs = Matches.one_to_one(len(mask_logits), mask_logits.device)
+            if candidates > 1:
+                pairs.index[:, TARGET] //= candidates
+                pairs = replace(pairs, num_targets=(count,))
+            return mask_logits[None], targets, pairs, candidates
         _inputs.check_layers("mask_logits", [mask_logits], "[B, Q, h, w]")
         _inputs.check_targets(targets, mask_logits)
         if not isinstance(matches, Matches):
@@ -291,7 +334,7 @@ class MaskLoss(nn.Module):
                 "use MaskCriterion for several decoder layers, or take the pairs of one: matches.pairs(layer)",
             )
         check_fit(matches, mask_logits.shape[1], targets.num_targets)
-        return mask_logits, targets, matches.to(mask_logits.device)
+        return mask_logits, targets, matches.to(mask_logits.device), 1
 
 
 def check_instance_weights(weights: Tensor, count: int, logits: Layer) -> Tensor:

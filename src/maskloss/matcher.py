@@ -16,7 +16,7 @@ from maskloss.errors import Cause, check_device, check_layout, describe, reporte
 from maskloss.functional import class_cost, focal_class_cost
 from maskloss.layers import Layer
 from maskloss.matches import Matches
-from maskloss.options import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, MaskKeywords, MaskOptions, mask_options
+from maskloss.options import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, MaskOptions, TargetKeywords, all_options
 from maskloss.points import PointSampling
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
@@ -48,7 +48,8 @@ class HungarianMatcher(nn.Module):
         classification: "softmax" (default), or "focal": the class logits have no "no object", and the class term is
             `functional.focal_class_cost`.
         options: how points are read, focal cost and backend, as a group; `MaskOptions` says what there is.
-        kwargs: the same options one by one.
+        kwargs: the same options one by one; and `ignore_value`, `ignore_label` and `drop_empty`, as in
+            `MaskCriterion`, whose own hold where it calls the matcher.
 
     Raises:
         MaskLossError: an option outside its range, or all weights 0.
@@ -80,7 +81,7 @@ class HungarianMatcher(nn.Module):
         layout: str = PointSampling.layout,
         classification: str = "softmax",
         options: MaskOptions | None = None,
-        **kwargs: Unpack[MaskKeywords],
+        **kwargs: Unpack[TargetKeywords],
     ) -> None:
         super().__init__()
         weights = {"class_weight": class_weight, "mask_weight": mask_weight, "dice_weight": dice_weight}
@@ -99,7 +100,7 @@ class HungarianMatcher(nn.Module):
         self.num_points, self.layout = sampling.num_points, sampling.layout
         _inputs.check_choice("classification", classification, KINDS)
         self.classification = classification
-        self.options = mask_options(options, **kwargs)
+        self.options, self.rules = all_options(options, **kwargs)
 
     @reported("HungarianMatcher")
     def forward(
@@ -134,7 +135,8 @@ class HungarianMatcher(nn.Module):
             MaskLossError: wrong rank, dtype or device, numbers that do not pair up, or labels outside the classes.
         """
         stacked, logits = check_predictions(class_logits, mask_logits, no_object=self.classification == "softmax")
-        step = Step.begin(*collate(targets), logits, image_ids=image_ids, seed=seed, generator=generator)
+        batch = collate(targets, self.rules.ignore_value)
+        step = Step.begin(batch, logits, self.rules, image_ids=image_ids, seed=seed, generator=generator)
         extra = None if extra_costs is None else stack_costs(extra_costs, stacked, step.targets)
         return self.match(stacked, logits, step, extra)
 
@@ -142,22 +144,20 @@ class HungarianMatcher(nn.Module):
     def match(
         self,
         class_logits: Tensor,
-        mask_logits: Sequence[Layer],
+        mask_logits: Sequence[Layer | None],
         step: Step,
         extra_costs: Tensor | None = None,
-        *,
-        no_object_labels: bool = False,
     ) -> Matches:
         """Match checked inputs.
 
         Args:
             class_logits: `[L, B, Q, C + 1]`, or `[L, B, Q, C]` for classification "focal".
-            mask_logits: one `[B, Q, h, w]` per layer.
-            step: targets, numbers and seed.
+            mask_logits: one `[B, Q, h, w]` per layer, None for one without masks.
+            step: targets, numbers, seed, and whether labels may be C: "no object".
             extra_costs: `[L, B, Q, T_max]`, or None.
-            no_object_labels: whether labels may be C, as in criteria that train on targets of class "no object".
         """
         cost = self.costs(class_logits, mask_logits, step, extra_costs)
+        no_object_labels = step.rules.no_object_label != "error"
         counts, (depth, _, queries, outputs) = step.targets.num_targets, class_logits.shape
         num_classes = outputs - (self.classification == "softmax")
         # Unmatched queries have the first number that is no label.
@@ -187,22 +187,38 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def costs(
-        self, class_logits: Tensor, mask_logits: Sequence[Layer], step: Step, extra_costs: Tensor | None = None
+        self, class_logits: Tensor, mask_logits: Sequence[Layer | None], step: Step, extra_costs: Tensor | None = None
     ) -> Tensor:
         """Compute the costs `[L, B, Q, T_max]` of checked inputs; meaningless beyond an image's targets."""
         targets = step.targets
+        by_class = class_cost if self.classification == "softmax" else focal_class_cost
+        classes = by_class(class_logits.detach(), _by_image(step.labels, targets))
+        if step.unknown is not None:
+            classes = classes.masked_fill(_by_image(step.unknown, targets)[:, None], 0)
+        cost = torch.add(self._mask_costs(mask_logits, step, classes), classes, alpha=self.class_weight)
+        return cost if extra_costs is None else cost + extra_costs
+
+    def _mask_costs(self, mask_logits: Sequence[Layer | None], step: Step, like: Tensor) -> Tensor:
+        """Compute the mask terms of the costs, `[L, B, Q, T_max]`; 0 in layers without masks and for such targets."""
+        targets = step.targets
+        present = [number for number, layer in enumerate(mask_logits) if layer is not None]
+        given = [layer for layer in mask_logits if layer is not None]
+        if not given:
+            return torch.zeros_like(like)
         job = ops.Job(
             ops.Targets(targets.encoding, *planes(targets).tensors),
             ops.Draw(step.image_ids, step.seed, self.num_points, layout=self.layout),
             self.options.term,
         )
-        backend = ops.choose_backend(mask_logits[0].device, self.options.backend)
-        ce, dice = layers.match_cost(mask_logits, targets.num_targets, job, backend)
-        padded = _by_image(step.labels, targets)
-        by_class = class_cost if self.classification == "softmax" else focal_class_cost
+        backend = ops.choose_backend(given[0].device, self.options.backend)
+        ce, dice = layers.match_cost(given, targets.num_targets, job, backend)
         cost = torch.add(self.mask_weight * ce, dice, alpha=self.dice_weight)
-        cost = torch.add(cost, by_class(class_logits.detach(), padded), alpha=self.class_weight)
-        return cost if extra_costs is None else cost + extra_costs
+        if step.has_mask is not None:
+            cost = cost.masked_fill(~_by_image(step.has_mask, targets)[:, None], 0)
+        if len(present) == len(mask_logits):
+            return cost
+        where = torch.tensor(present, device="cpu").to(cost.device, non_blocking=True)
+        return cost.new_zeros(like.shape).index_copy(0, where, cost)
 
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
@@ -234,7 +250,7 @@ def stack_costs(costs: Sequence[Tensor], class_logits: Tensor, targets: MaskTarg
 
 
 def _by_image(labels: Tensor, targets: MaskTargets) -> Tensor:
-    """Arrange labels `[T_all]` by image, `[B, T_max]`; columns beyond an image's targets hold some other label."""
+    """Arrange values of targets `[T_all]` by image, `[B, T_max]`; columns beyond an image's targets are meaningless."""
     widest = ops.widest(targets.num_targets)
     if widest == 0:
         return labels.new_empty(len(targets), 0)
@@ -262,7 +278,7 @@ def check_predictions(
         raise Cause(
             "class_logits and mask_logits must have the same decoder layers",
             f"{len(classes)} layers of classes but {len(masks)} of masks",
-            "give both for every layer",
+            "give both for every layer; list(...) takes stacked ones apart",
         )
     wanted, shape = masks[0].shape[:2], "[B, Q, C + 1]" if no_object else "[B, Q, C]"
     for layer, logits in enumerate(classes):
@@ -271,7 +287,11 @@ def check_predictions(
             raise Cause(
                 f"class_logits must be float {shape}",
                 f"those of layer {layer} are {describe(logits)}",
-                "the last class is 'no object'" if no_object else "there is no 'no object' among the classes",
+                "list(class_logits) and list(mask_logits) have one tensor for each decoder layer"
+                if isinstance(logits, Tensor) and logits.ndim == 4
+                else "the last class is 'no object'"
+                if no_object
+                else "there is no 'no object' among the classes",
             )
         if logits.shape[:2] != wanted or logits.shape[2] != classes[0].shape[2] or logits.shape[2] < 1 + no_object:
             raise Cause(

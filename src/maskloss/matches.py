@@ -60,6 +60,21 @@ class Matches:
         """Number the matched targets over the whole batch, int64 `[N]`; `first_rows` `[B]`: where each image begins."""
         return first_rows[self.index[:, IMAGE]] + self.index[:, TARGET]
 
+    def of_layers(self, layers: Sequence[int]) -> Matches:
+        """Keep the pairs of some layers, in their order, which are numbered anew."""
+        if len(layers) == len(self.layer_sizes):
+            return self
+        parts, batch = self.index.split(list(self.layer_sizes)), self.batch_size
+        index = torch.cat([parts[layer] for layer in layers])
+        sizes = tuple(self.layer_sizes[layer] for layer in layers)
+        fresh = [torch.full((size,), number, device=index.device) for number, size in enumerate(sizes)]
+        index[:, LAYER] = torch.cat(fresh)
+        classes = None if self.classes is None else torch.stack([self.classes[layer] for layer in layers])
+        counts = None
+        if self.counts is not None:
+            counts = tuple(n for layer in layers for n in self.counts[layer * batch : (layer + 1) * batch])
+        return replace(self, index=index, layer_sizes=sizes, classes=classes, counts=counts)
+
     @reported("Matches.pairs")
     def pairs(self, layer: int = -1) -> list[tuple[Tensor, Tensor]]:
         """List the pairs of one layer as DETR does: (queries, targets) of each image, both int64."""

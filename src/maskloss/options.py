@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from typing_extensions import Unpack
 
 from maskloss import _abi, _inputs
-from maskloss._numbers import check_number
+from maskloss._numbers import check_integer, check_number
 from maskloss.errors import Cause, Unexpected, describe, reported
 from maskloss.ops import check_backend
 
@@ -90,7 +91,52 @@ class MaskKeywords(TypedDict, total=False):
     backend: str | None
 
 
+@dataclass(frozen=True)
+class TargetRules:
+    """How targets are understood; `MaskCriterion` documents the options.
+
+    Attributes:
+        ignore_value: the value of void pixels in dense masks and label maps.
+        ignore_label: the label of targets whose class is unknown.
+        drop_empty: whether a target whose mask is empty counts as one without a mask.
+        no_object_label: "warn" about targets with the label "no object", "allow" them, or "error".
+    """
+
+    ignore_value: int | None = None
+    ignore_label: int | None = None
+    drop_empty: bool = False
+    no_object_label: str = "error"
+
+    def __post_init__(self) -> None:
+        for name in ("ignore_value", "ignore_label"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), -(2**63), hint="255 and -1 are usual; None: there is none")
+        if not isinstance(self.drop_empty, bool):
+            raise Cause("drop_empty must be True or False", f"drop_empty={self.drop_empty!r}", "False is the default")
+        _inputs.check_choice("no_object_label", self.no_object_label, ("warn", "allow", "error"))
+
+    def check_matcher(self, matcher: TargetRules) -> None:
+        """Raise if a matcher was told something else than its criterion, whose rules hold for both."""
+        for name in _RULE_NAMES:
+            theirs, own = getattr(matcher, name), getattr(self, name)
+            if theirs not in (own, None, False):
+                raise Cause(
+                    f"matcher and criterion must have the same {name}",
+                    f"the matcher has {theirs!r}, the criterion {own!r}",
+                    f"give {name} to the criterion, which tells its matcher",
+                )
+
+
+class TargetKeywords(MaskKeywords, total=False):
+    """The options of `MaskOptions`, and those of targets, as keyword arguments."""
+
+    ignore_value: int | None
+    ignore_label: int | None
+    drop_empty: bool
+
+
 _NAMES = tuple(field.name for field in fields(MaskOptions))
+_RULE_NAMES = tuple(name for name in TargetKeywords.__annotations__ if name not in _NAMES)
 
 
 def mask_options(options: MaskOptions | None, **kwargs: Unpack[MaskKeywords]) -> MaskOptions:
@@ -100,17 +146,30 @@ def mask_options(options: MaskOptions | None, **kwargs: Unpack[MaskKeywords]) ->
         Unexpected: a keyword that is no option.
         Cause: both a group and single options, or something else than a group.
     """
-    unknown = [name for name in kwargs if name not in _NAMES]
+    return all_options(options, (), **kwargs)[0]
+
+
+def all_options(
+    options: MaskOptions | None,
+    rules: Sequence[str] = _RULE_NAMES,
+    no_object_label: str = "error",
+    **kwargs: Unpack[TargetKeywords],
+) -> tuple[MaskOptions, TargetRules]:
+    """Take the options as a group or one by one, and those of targets, as far as `rules` names them."""
+    unknown = [name for name in kwargs if name not in (*_NAMES, *rules)]
     if unknown:
-        raise Unexpected(unknown[0], _NAMES)
+        raise Unexpected(unknown[0], (*_NAMES, *rules))
+    given: dict[str, Any] = {name: value for name, value in kwargs.items() if name not in rules}
+    understood: dict[str, Any] = {name: value for name, value in kwargs.items() if name in rules}
+    found = TargetRules(**understood, no_object_label=no_object_label)
     if options is None:
-        return MaskOptions(**kwargs)
+        return MaskOptions(**given), found
     if not isinstance(options, MaskOptions):
         raise Cause("options must be a MaskOptions", f"got {describe(options)}", 'MaskOptions(padding_mode="border")')
-    if kwargs:
+    if given:
         raise Cause(
             "give a group of options, or single ones",
-            f"options and {', '.join(kwargs)} were given",
+            f"options and {', '.join(given)} were given",
             "dataclasses.replace(options, ...) changes one of a group",
         )
-    return options
+    return options, found

@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from maskloss import _inputs, distributed
+from maskloss._abi import IMAGE, LAYER, QUERY
 from maskloss._tracing import active
 from maskloss.distributed import Group, StepTotals
 from maskloss.errors import Cause, describe, reported
 from maskloss.layers import Layer
 from maskloss.matches import Matches, Pairs, matches_of_layers, wanted_classes
+from maskloss.options import TargetRules
 from maskloss.points import draw_seed
 from maskloss.targets import MaskTargets
-from maskloss.targets.collate import check_labels
+from maskloss.targets.collate import Batch, check_labels
+
+# The class of a query that is matched with a target of an unknown one; PyTorch's cross-entropy leaves it out too.
+IGNORED = -100
+_NO_RULES = TargetRules()
 
 
 class _Told(NamedTuple):
@@ -113,6 +119,9 @@ class Step:
         seed: int64 `[]`.
         totals: of the whole step, if the training loop has told them.
         group: whom to count with: None, all ranks; a process group; False, nobody.
+        unknown: bool `[T_all]`, whether the class of a target is unknown, and its label means nothing; None: none is.
+        has_mask: bool `[T_all]`, whether a target has a mask; None: all have.
+        rules: how targets are understood.
     """
 
     targets: MaskTargets
@@ -121,12 +130,15 @@ class Step:
     seed: Tensor
     totals: StepTotals | None = None
     group: Group = None
+    unknown: Tensor | None = None
+    has_mask: Tensor | None = None
+    rules: TargetRules = _NO_RULES
 
     @staticmethod
     def begin(
-        targets: MaskTargets,
-        labels: Tensor,
+        batch: Batch,
         predictions: Sequence[Layer],
+        rules: TargetRules = _NO_RULES,
         *,
         totals: StepTotals | None = None,
         image_ids: Tensor | Sequence[int] | None = None,
@@ -137,9 +149,9 @@ class Step:
         """Check the targets, number the images and draw a seed; what is not given is taken from `step(...)`.
 
         Args:
-            targets: of the batch.
-            labels: int64 `[T_all]`.
+            batch: targets and labels.
             predictions: all of them; the first is `[B, Q, h, w]`.
+            rules: how labels and masks are understood.
             totals: see `step`, also the others.
             image_ids: default: consecutive over the ranks.
             seed: of the points.
@@ -147,7 +159,13 @@ class Step:
             group: default: all ranks if a gradient is wanted, else nobody.
         """
         told, logits = _current(), predictions[0]
+        targets, labels, has_mask = batch
         _inputs.check_targets(targets, logits)
+        unknown = None
+        if rules.ignore_label is not None:
+            unknown = labels == rules.ignore_label
+            labels = labels.masked_fill(unknown, 0)
+        has_mask = masks_that_count(targets, has_mask, rules)
         if totals is not None:
             check_totals(totals)
         totals = told.totals if totals is None else totals
@@ -159,11 +177,34 @@ class Step:
             group = False
         device = logits.device
         numbers = distributed.image_numbers(ids, logits.shape[0], device)
-        return Step(targets, labels, numbers, draw_seed(seed, generator, device), totals, group)
+        drawn = draw_seed(seed, generator, device)
+        return Step(targets, labels, numbers, drawn, totals, group, unknown, has_mask, rules)
 
     def wanted_classes(self, matches: Matches, shape: Sequence[int], no_object: int) -> Tensor:
-        """Write the classes that queries should have, int64 `[L, B, Q]`; the unmatched ones get `no_object`."""
-        return wanted_classes(matches, self.labels, self.targets.first_rows, shape, no_object)
+        """Write the classes that queries should have, int64 `[L, B, Q]`; the unmatched ones get `no_object`.
+
+        IGNORED for those whose target's class is unknown.
+        """
+        first_rows = self.targets.first_rows
+        wanted = wanted_classes(matches, self.labels, first_rows, shape, no_object)
+        if self.unknown is None:
+            return wanted
+        place = matches.index[:, LAYER], matches.index[:, IMAGE], matches.index[:, QUERY]
+        found = wanted[place].masked_fill(self.unknown[matches.target_rows(first_rows)], IGNORED)
+        return wanted.index_put(place, found)
+
+    def mask_weights(self, matches: Matches, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return the weight of each matched instance in the mask terms, `[N]`: 0 without a mask. None: all are 1.
+
+        Args:
+            matches: the instances.
+            weights: of the targets, `[T_all]`, or None.
+            dtype: of the result.
+        """
+        if self.has_mask is not None:
+            shown = self.has_mask.to(dtype)
+            weights = shown if weights is None else weights * shown
+        return None if weights is None else weights[matches.target_rows(self.targets.first_rows)]
 
     def given(self, matches: Matches | Pairs | Sequence[Pairs], layers: int, queries: int, num_classes: int) -> Matches:
         """Take matches that were made elsewhere, for labels below `num_classes`."""
@@ -187,7 +228,7 @@ class Step:
         """
         if self.totals is None:
             return distributed.at_least_one(self.means([count * times])[0])
-        check_weights_of_totals(self.totals, instance_weights=weighted)
+        check_weights_of_totals(self.totals, instance_weight="instance_weights" if weighted else None)
         found = self.totals.instance_weight if weighted else self.totals.instances
         return distributed.at_least_one((self.totals.instances if found is None else found) * times)
 
@@ -211,6 +252,14 @@ class Step:
         return self.image_ids.device
 
 
+def masks_that_count(targets: MaskTargets, has_mask: Tensor | None, rules: TargetRules) -> Tensor | None:
+    """Join what the targets say of their masks with what is seen of these: bool `[T_all]`, None if all count."""
+    if not rules.drop_empty:
+        return has_mask
+    inhabited = targets.inhabited()
+    return inhabited if has_mask is None else has_mask & inhabited
+
+
 def _wants_gradient(predictions: Sequence[Layer]) -> bool:
     return active() or (torch.is_grad_enabled() and any(each.requires_grad for each in predictions))
 
@@ -224,14 +273,17 @@ def check_totals(totals: StepTotals) -> None:
             _inputs.check_count(f"totals.{name}", count)
 
 
-def check_weights_of_totals(totals: StepTotals, **used: bool) -> None:
-    """Raise if totals have weights that a call does not use, or lack those that it uses, by the name of its option."""
-    for option, is_used in used.items():
-        field = option.removesuffix("s")
-        value = getattr(totals, field)
-        if is_used != (value is not None):
-            raise Cause(
-                f"totals.{field} belongs to {option}",
-                f"there are {'' if is_used else 'no '}{option}, and totals.{field} is {value!r}",
-                f"step_totals takes the {option} of the step",
-            )
+# The option by which totals have a weight, in the ordinary case, and how to count it.
+_WEIGHTS_OF_TOTALS = {
+    "instance_weight": ("instance_weights", "step_totals takes instance_weights: 0 for a target without a mask"),
+    "class_weight": ("class_weights", "step_totals takes labels along with class_weights or ignore_label"),
+}
+
+
+def check_weights_of_totals(totals: StepTotals, **used_by: str | None) -> None:
+    """Raise if totals have a weight that a call does not use, or lack one; by field, the option that uses it."""
+    for field, option in used_by.items():
+        value, (usual, hint) = getattr(totals, field), _WEIGHTS_OF_TOTALS[field]
+        if (option is None) != (value is None):
+            used = "nothing here weighs by it" if option is None else f"{option} needs it"
+            raise Cause(f"totals.{field} belongs to {option or usual}", f"{used}, and it is {value!r}", hint)

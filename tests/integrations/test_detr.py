@@ -313,7 +313,7 @@ ERRORS = {
     'outputs must have "pred_masks"': lambda: mask2former_criterion()(
         {"pred_logits": torch.zeros(2, 6, 4)}, targets_of()
     ),
-    'dict with "labels" and "masks"': lambda: mask2former_criterion()(outputs_of(), [{}, {}]),
+    'dict with "masks" and "labels"': lambda: mask2former_criterion()(outputs_of(), [{}, {}]),
     "pred_logits must have 4 entries for 3 classes": lambda: mask2former_criterion()(
         outputs_of(classes=6), targets_of()
     ),
@@ -425,7 +425,7 @@ def test_a_target_without_a_class_is_matched_by_its_mask(monkeypatch: pytest.Mon
     modeling = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
     outputs, targets = outputs_of(auxiliary=0), targets_of()
     targets[1]["labels"][1] = tiny.CLASSES
-    with recorded(monkeypatch) as recorder:
+    with recorded(monkeypatch) as recorder, pytest.warns(UserWarning, match="subtract 1"):
         losses = mask2former_criterion()(outputs, targets)
     config = transformers.Mask2FormerConfig(num_labels=tiny.CLASSES, train_num_points=POINTS)
     with answered(monkeypatch, recorder, final_first=False, shared=False):

@@ -464,10 +464,10 @@ def test_wrong_targets_are_refused() -> None:
         wrong = {
             "masks and labels must pair up": {"class_labels": [torch.tensor([0]), torch.tensor([0, 1, 2])]},
             "labels must lie in [0, 4)": {"class_labels": [torch.tensor([0, 4]), torch.tensor([0, 1, 2])]},
-            "the masks of an image must be": {"mask_labels": ["mask", "mask"]},
+            '"masks" must be a tensor, an array or a MaskTargets': {"mask_labels": ["mask", "mask"]},
             "the same number of images": {"mask_labels": batch["mask_labels"][:1]},
             "masks must have one entry per image": {"mask_labels": 3},
-            "labels must be an integer tensor [T]": {"class_labels": [[0, 1], [0, 1, 2]]},
+            "labels must be an integer tensor [T]": {"class_labels": [[0.5, 1], [0, 1, 2]]},
         }
         for message, change in wrong.items():
             with pytest.raises(MaskLossError, match=re.escape(message)) as error:

@@ -143,12 +143,17 @@ LOSS = {
         "masks on meta",
         lambda: loss(masks=From.from_masks(MASKS).to("meta")),
     ),
-    "masks None": Bad("MaskLoss", "masks must be a tensor [T, H, W]", "got None", lambda: loss(masks=None)),
+    "masks None": Bad("MaskLoss", "must pair up", "2 predictions but 0 targets", lambda: loss(masks=None)),
     "masks of rank 2": Bad(
-        "MaskLoss", "masks must be a tensor [T, H, W]", "[10, 12] bool", lambda: loss(masks=MASKS[0])
+        "MaskLoss", "masks must be a tensor or an array [T, H, W]", "[10, 12] bool", lambda: loss(masks=MASKS[0])
     ),
-    "masks an array": Bad("MaskLoss", "must be a tensor [T, H, W]", "numpy [2, 10,", lambda: loss(masks=MASKS.numpy())),
-    "integer masks": Bad("MaskLoss", "must be bool, uint8 or float", "int64", lambda: loss(masks=MASKS.long())),
+    "array of text": Bad("MaskLoss", "must be a tensor or an array", "numpy", lambda: loss(masks=np.array([[["x"]]]))),
+    "complex masks": Bad(
+        "MaskLoss", "must be bool, integer or float", "complex64", lambda: loss(masks=MASKS.to(torch.complex64))
+    ),
+    "integer masks": Bad(
+        "MaskLoss", "integer masks must be 0 or 1", "from 2 to 2", lambda: loss(masks=MASKS.long() + 2)
+    ),
     "images": Bad(
         "MaskLoss", "the same number of images", "2 images of logits but 1", lambda: loss(LAYER, [MASKS], [])
     ),
@@ -293,12 +298,18 @@ TARGETS = {
     ),
     "ignore of floats": Bad(
         "MaskTargets.from_masks",
-        "bool tensor [H, W]",
+        "must be bool [H, W]",
         "float32",
         lambda: From.from_masks(MASKS, ignore=torch.zeros(10, 12)),
     ),
-    "ignore an array": Bad(
-        "MaskTargets.from_masks", "bool tensor [H, W]", "numpy", lambda: From.from_masks(MASKS, ignore=MASKS[0].numpy())
+    "ignore a text": Bad(
+        "MaskTargets.from_masks", "must be bool [H, W]", "'x'", lambda: From.from_masks(MASKS, ignore="x")
+    ),
+    "no void value": Bad(
+        "MaskTargets.from_masks", "must be neither 0 nor 1", "=1", lambda: From.from_masks(MASKS, ignore_value=1)
+    ),
+    "void id": Bad(
+        "MaskTargets.from_label_map", "no target's id", "7", lambda: From.from_label_map(MAP, [7], ignore_value=7)
     ),
     "ignore elsewhere": Bad(
         "MaskTargets.from_masks",
@@ -315,8 +326,8 @@ TARGETS = {
     "packed of floats": Bad(
         "MaskTargets.from_packed", "must be uint8", "float32", lambda: From.from_packed(torch.zeros(1, 4, 1), 8)
     ),
-    "packed an array": Bad(
-        "MaskTargets.from_packed", "must be uint8", "numpy", lambda: From.from_packed(np.zeros((1, 4, 1), np.uint8), 8)
+    "packed of another type": Bad(
+        "MaskTargets.from_packed", "must be uint8", "int16", lambda: From.from_packed(np.zeros((1, 4, 1), np.int16), 8)
     ),
     "map of rank 4": Bad(
         "MaskTargets.from_label_map", "[H, W]", "[1, 1, 2, 2]", lambda: From.from_label_map(MAP[None, None], [7])
@@ -324,8 +335,9 @@ TARGETS = {
     "map of floats": Bad(
         "MaskTargets.from_label_map", "[H, W]", "float", lambda: From.from_label_map(MAP.float(), [7])
     ),
-    "map an array": Bad("MaskTargets.from_label_map", "[H, W]", "numpy", lambda: From.from_label_map(MAP.numpy(), [7])),
-    "no ids": Bad("MaskTargets.from_label_map", "needs the ids", "no ids", lambda: From.from_label_map(MAP, None)),
+    "array of floats": Bad(
+        "MaskTargets.from_label_map", "[H, W]", "[2, 2] float64", lambda: From.from_label_map(MAP.numpy() / 2, [7])
+    ),
     "missing ids": Bad(
         "MaskTargets.from_label_map",
         "every id must occur",
@@ -381,12 +393,6 @@ TARGETS = {
     ),
     "no height": Bad(
         "MaskTargets.from_coco", "height must be an integer, at least 1", "=0", lambda: From.from_coco([], 0, 4)
-    ),
-    "maps without ids": Bad(
-        "MaskTargets.from_label_map",
-        "a list of label maps needs a list of their ids",
-        "None",
-        lambda: From.from_label_map([MAP], None),
     ),
     "fewer ids than maps": Bad(
         "MaskTargets.from_label_map",
@@ -469,11 +475,17 @@ CRITERION = {
         "entry 1 has ['masks']",
         lambda: criterion(targets=[entry(), {"masks": MASKS}]),
     ),
-    "masks as arrays": Bad(
+    "masks as text": Bad(
         "MaskCriterion",
-        "must be a tensor or a MaskTargets",
-        "image 0 is numpy",
-        lambda: criterion(targets=[entry(masks=MASKS.numpy())] * 2),
+        "must be a tensor, an array or a MaskTargets",
+        "image 0 is 'mask'",
+        lambda: criterion(targets=[entry(masks="mask")] * 2),
+    ),
+    "masks of several sizes": Bad(
+        "MaskCriterion",
+        "must be a tensor, an array or a MaskTargets",
+        "image 0 is 2 x [10, 12]",
+        lambda: criterion(targets=[entry(masks=[MASKS[0], MAP])] * 2),
     ),
     "labels too few": Bad(
         "MaskCriterion",
@@ -485,7 +497,7 @@ CRITERION = {
         "MaskCriterion", "an integer tensor [T]", "[2] float32", lambda: criterion(targets=[entry((0.0, 1.0))] * 2)
     ),
     "labels a list": Bad(
-        "MaskCriterion", "an integer tensor [T]", "[0, 1]", lambda: criterion(targets=[entry([0, 1])] * 2)
+        "MaskCriterion", "an integer tensor [T]", "[0.5, 1]", lambda: criterion(targets=[entry([0.5, 1])] * 2)
     ),
     "labels elsewhere": Bad(
         "MaskCriterion",
@@ -503,7 +515,7 @@ CRITERION = {
         "HungarianMatcher", "labels must lie in [0, 4)", "is 4", lambda: matching(targets=[entry((0, 4))] * 2)
     ),
     "map without ids": Bad(
-        "MaskCriterion", "needs the ids", "no ids", lambda: criterion(targets=[entry((0,), MAP)] * 2)
+        "MaskCriterion", "must pair up", "has 2 masks but 1 labels", lambda: criterion(targets=[entry((0,), MAP)] * 2)
     ),
     "batch in an entry": Bad(
         "MaskCriterion",

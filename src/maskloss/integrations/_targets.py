@@ -1,107 +1,142 @@
-"""The targets of other libraries as `MaskTargets`."""
+"""The targets of other libraries as a step of this one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from maskloss import _inputs
 from maskloss._abi import COUNT, FIRST
+from maskloss._tracing import on_host, plain
 from maskloss.errors import Cause, describe
 from maskloss.layers import Layer
+from maskloss.options import TargetRules
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
-from maskloss.targets.collate import collate
+from maskloss.targets.collate import Columns, check_packed, joined, pack, read
 from maskloss.targets.frames import Size
 
-_WIDE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
-
-def begin(masks: Any, labels: Sequence[Tensor], predictions: Sequence[Layer]) -> Step:
+def begin(
+    packed: MaskTargets,
+    labels: Sequence[Any],
+    predictions: Sequence[Layer],
+    rules: TargetRules,
+    *,
+    no_object: int | None,
+    has_mask: Sequence[Any] | None = None,
+) -> Step:
     """Begin a step with the targets of another library.
 
     Args:
-        masks: see `pack_masks`.
+        packed: the masks, on the device of the predictions.
         labels: int64 `[T]` of each image, on any device.
         predictions: all of them; the first is `[B, Q, h, w]`.
+        rules: how labels and masks are understood.
+        no_object: the label of "no object", None if there is none.
+        has_mask: see `read`. Default: all targets have one.
     """
-    device = predictions[0].device
-    packed = pack_masks(masks, device)
     # Before the labels are joined: "one entry per image" is the first thing that goes wrong.
     _inputs.check_targets(packed, predictions[0])
+    if no_object is not None and rules.no_object_label == "warn":
+        _warn_of_no_object(labels, no_object)
+    device = packed.device
     moved = [each.to(device, non_blocking=True) if isinstance(each, Tensor) else each for each in labels]
-    return Step.begin(*collate({"masks": packed, "labels": moved}), predictions)
+    return Step.begin(joined(packed, moved, has_mask or [None] * len(packed)), predictions, rules)
 
 
-def pack_masks(masks: Any, device: torch.device) -> MaskTargets:
-    """Pack the masks of a batch, in any of the forms that users have, and move them to a device.
+def begin_entries(
+    targets: Sequence[Mapping[str, Any]],
+    label: str,
+    predictions: Sequence[Layer],
+    rules: TargetRules,
+    *,
+    no_object: int | None,
+) -> Step:
+    """Begin a step with one dict per image, whose labels have the name `label` (see `read`)."""
+    found = read(targets, label)
+    packed = pack_entries(found, predictions[0].device, rules.ignore_value)
+    return begin(packed, found.labels, predictions, rules, no_object=no_object, has_mask=found.has_mask)
+
+
+def _warn_of_no_object(labels: Sequence[Any], no_object: int) -> None:
+    """Warn of targets with the label "no object", as far as labels can be looked at without waiting for a device."""
+    seen = [each for each in labels if isinstance(each, Tensor) and each.layout is torch.strided and on_host(each)]
+    if any(bool((each == no_object).any()) for each in seen):
+        warnings.warn(
+            f'maskloss: targets have the label {no_object}, which means "no object": their masks are learned, and '
+            "their queries learn that there is nothing. If labels count from 1, subtract 1; "
+            'no_object_label="allow" accepts them, no_object_label="error" does not',
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def pack_entries(found: Columns, device: torch.device, ignore_value: int | None = None) -> MaskTargets:
+    """Pack the masks of a batch, and move them to a device.
 
     Dense masks and label maps of different sizes lie in the top left corner of one canvas, the largest height and
-    width of the batch, because predictions cover the padded batch. Integer masks are accepted too, since the original
-    criteria convert targets to float.
+    width of the batch, because predictions cover the padded batch.
+    """
+    return pack(found.masks, found.ids, ignore_value, _canvas(found.masks)).to(device, non_blocking=True)
+
+
+def pack_masks(masks: Any, device: torch.device, ignore_value: int | None = None) -> MaskTargets:
+    """Pack the masks of a batch without dicts, in any of the forms that users have (see `pack_entries`).
 
     Args:
         masks: `MaskTargets` of the batch, or one entry per image: a dense `[T, H, W]`, a `MaskTargets`, or a pair of a
-            label map `[H, W]` and its ids.
+            label map `[H, W]` and its ids. None and `[0]` are an image without targets.
         device: of the predictions.
-
-    Returns:
-        The targets of the batch.
+        ignore_value: the value of void pixels.
 
     Raises:
         Cause: an entry that is none of these, or an integer mask with other values than 0 and 1.
     """
     if isinstance(masks, MaskTargets):
-        return masks.to(device, non_blocking=True)
-    if not isinstance(masks, Iterable):
+        return check_packed(masks, ignore_value).to(device, non_blocking=True)
+    if isinstance(masks, (str, bytes, Mapping)) or not hasattr(masks, "__iter__"):
         raise Cause("masks must have one entry per image", f"got {describe(masks)}", "give a list, or a MaskTargets")
-    entries = [_from_integers(entry) for entry in masks]
-    canvas = _canvas(entries)
-    if entries and all(isinstance(entry, Tensor) for entry in entries):
-        # Together, so that all images of the batch get one encoding.
-        return MaskTargets.from_masks(entries, canvas=canvas).to(device, non_blocking=True)
-    return MaskTargets.cat([_pack_one(entry, canvas) for entry in entries]).to(device, non_blocking=True)
+    pairs = [each if isinstance(each, tuple) and len(each) == 2 else (each, None) for each in masks]
+    for entry, ids in pairs:
+        if ids is None and getattr(entry, "ndim", 3) == 2:
+            raise Cause(
+                "the masks of an image must be [T, H, W], a MaskTargets, or a pair (label map, ids)",
+                f"got {describe(entry)}",
+                "masks[None] is a single mask; MaskTargets.from_label_map takes a map alone",
+            )
+    return pack_entries(Columns([each for each, _ in pairs], [ids for _, ids in pairs], [], []), device, ignore_value)
+
+
+def boxes_of(targets: Sequence[Mapping[str, Any]], counts: Sequence[int], like: Tensor) -> list[Tensor]:
+    """List the boxes `[T, 4]` of each image with the dtype and device of the predicted ones."""
+    found = []
+    for image, (entry, count) in enumerate(zip(targets, counts, strict=True)):
+        given = plain(entry.get("boxes"))
+        if not count and (given is None or not len(given)):
+            # What a mapper leaves of an image without objects.
+            given = like.new_zeros(0, 4)
+        if not isinstance(given, Tensor) or tuple(given.shape) != (count, 4):
+            raise Cause(
+                'targets must have "boxes" [T, 4], one for each label',
+                f"image {image} has {count} targets and boxes {describe(given)}",
+                "give (cx, cy, w, h) as fractions of the image",
+            )
+        found.append(given.to(like))
+    return found
 
 
 def _canvas(entries: Sequence[Any]) -> Size | None:
-    maps = [entry[0] if isinstance(entry, tuple) else entry for entry in entries]
-    sizes = [tuple(each.shape[-2:]) for each in maps if isinstance(each, Tensor) and each.ndim >= 2]
+    sizes = [each.shape[-2:] for each in entries if isinstance(each, (Tensor, np.ndarray)) and each.ndim >= 2]
     if not sizes:
         return None
-    return max(1, *(height for height, _ in sizes)), max(1, *(width for _, width in sizes))
-
-
-def _from_integers(entry: Any) -> Any:
-    """Turn dense masks of a wide integer type into bool, and leave everything else as it is."""
-    if not isinstance(entry, Tensor) or entry.ndim not in (3, 4) or entry.dtype not in _WIDE:
-        return entry
-    inside = entry == 1
-    # One look at the values, as float masks get one when they are packed.
-    if bool((inside | (entry == 0)).all()):
-        return inside
-    raise Cause(
-        "integer masks must be 0 or 1",
-        f"values reach from {int(entry.min())} to {int(entry.max())}",
-        "an integer map of instance ids goes in as a pair (label map, ids)",
-    )
-
-
-def _pack_one(entry: Any, canvas: Size | None) -> MaskTargets:
-    if isinstance(entry, MaskTargets) and len(entry) == 1:
-        return entry
-    if isinstance(entry, Tensor):
-        return MaskTargets.from_masks(entry, canvas=canvas)
-    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], Tensor):
-        return MaskTargets.from_label_map(entry[0], entry[1], canvas=canvas)
-    raise Cause(
-        "the masks of an image must be a dense [T, H, W], a MaskTargets of that image, or a pair (label map, ids)",
-        f"got {type(entry).__name__}: {describe(entry)}",
-        "MaskTargets.from_masks, from_label_map and from_coco make packed masks",
-    )
+    return max(1, *(int(height) for height, _ in sizes)), max(1, *(int(width) for _, width in sizes))
 
 
 def repeat_targets(targets: MaskTargets, times: int) -> MaskTargets:

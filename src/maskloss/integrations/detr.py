@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches, Pairs, join_layers
-from maskloss.options import MaskKeywords, MaskOptions, mask_options
+from maskloss.options import MaskOptions, TargetKeywords, TargetRules, all_options
 from maskloss.points import PointSampling
 from maskloss.step import Step
 from maskloss.targets.collate import Entries
@@ -36,7 +37,6 @@ __all__ = ["HungarianMatcher", "SetCriterion"]
 Outputs = Mapping[str, Any]
 ExtraLoss = Callable[[Outputs, Entries, Pairs, "float | Tensor"], Mapping[str, Tensor]]
 
-_CONVENTION = 'give [{"labels": [T], "masks": [T, H, W]}, ...]'
 # What the library's own checks call these code bases' entries.
 NAMES = {"class_logits": "pred_logits", "mask_logits": "pred_masks"}
 LOSSES = ("labels", "masks", "boxes")
@@ -67,7 +67,8 @@ class HungarianMatcher(nn.Module):
         layout: "independent" (default) or "stratified" (see `PointSampling`).
         classification: "softmax" (default) or "focal" (see `maskloss.HungarianMatcher`).
         options: how points are read, focal cost and backend, as a group; `MaskOptions` says what there is.
-        kwargs: the same options one by one.
+        kwargs: the same options one by one; and `ignore_value`, `ignore_label` and `drop_empty`, as in
+            `maskloss.MaskCriterion`, whose own hold where a criterion calls the matcher.
 
     Raises:
         MaskLossError: an option outside its range, or all weights 0.
@@ -97,7 +98,7 @@ class HungarianMatcher(nn.Module):
         layout: str = PointSampling.layout,
         classification: str = "softmax",
         options: MaskOptions | None = None,
-        **kwargs: Unpack[MaskKeywords],
+        **kwargs: Unpack[TargetKeywords],
     ) -> None:
         super().__init__()
         costs = {"cost_class": cost_class, "cost_mask": cost_mask, "cost_dice": cost_dice}
@@ -112,7 +113,8 @@ class HungarianMatcher(nn.Module):
             num_points=num_points,
             layout=layout,
             classification=classification,
-            options=mask_options(options, **kwargs),
+            options=options,
+            **kwargs,
         )
 
     @reported("HungarianMatcher")
@@ -169,13 +171,12 @@ class HungarianMatcher(nn.Module):
         Raises:
             MaskLossError: wrong or missing outputs or targets.
         """
-        step = begin(outputs, targets)
+        step = begin(outputs, targets, replace(self.core.rules, no_object_label="allow"))
         return self.match([outputs], targets, step).pairs()
 
     def match(self, layers: Sequence[Outputs], targets: Entries, step: Step) -> Matches:
-        """Match several layers with the same numbers of queries and classes, with one host sync."""
-        softmax = self.core.classification == "softmax"
-        logits, masks = core.check_predictions(*_columns(layers), no_object=softmax)
+        """Match several layers with the same numbers of queries and classes; some may have no masks."""
+        logits, masks = _predictions(layers, no_object=self.core.classification == "softmax")
         extra = self.box_costs(layers, targets, step) if self.cost_box or self.cost_giou else None
         if any("extra_costs" in layer for layer in layers):
             given = [layer.get("extra_costs") for layer in layers]
@@ -185,12 +186,13 @@ class HungarianMatcher(nn.Module):
                 )
             more = [core.stack_costs(costs, logits[:1], step.targets) for costs in given if costs is not None]
             extra = torch.cat(more) if extra is None else extra + torch.cat(more)
-        return self.core.match(logits, masks, step, extra, no_object_labels=True)
+        return self.core.match(logits, masks, step, extra)
 
     def box_costs(self, layers: Sequence[Outputs], targets: Entries, step: Step) -> Tensor:
         """Compute the boxes' part of the cost: `[L, B, Q, T_max]`."""
         boxes = _predicted_boxes(layers)
-        return box_costs(boxes, _boxes(targets, boxes, step), self.cost_box, self.cost_giou)
+        given = _targets.boxes_of(targets, step.targets.num_targets, boxes)
+        return box_costs(boxes, given, self.cost_box, self.cost_giou)
 
 
 class SetCriterion(nn.Module):
@@ -214,8 +216,12 @@ class SetCriterion(nn.Module):
             of instances. Default False: images.
         extra_loss: more losses of the final layer, as DETR's methods compute them: called with (outputs, targets,
             indices, num_boxes), it returns a dict of losses. Default None.
+        no_object_label: "warn" (default) says once that targets have the label C, where labels are on a CPU; "allow"
+            does not; with "error" such a label is rejected.
         options: how points are read, focal loss of the masks and backend, as a group; `MaskOptions` says what there is.
-        kwargs: the same options one by one.
+        kwargs: the same options one by one; and `ignore_value`, `ignore_label` and `drop_empty`, as in
+            `maskloss.MaskCriterion`. Sums are divided by the number of all targets, with a mask or not, as in the code
+            bases.
 
     Attributes:
         layers_by_key: the suffix of the losses of each entry of the outputs that is one more layer, besides
@@ -258,8 +264,9 @@ class SetCriterion(nn.Module):
         layout: str = PointSampling.layout,
         extra_loss: ExtraLoss | None = None,
         video: bool = False,
+        no_object_label: str = "warn",
         options: MaskOptions | None = None,
-        **kwargs: Unpack[MaskKeywords],
+        **kwargs: Unpack[TargetKeywords],
     ) -> None:
         super().__init__()
         _inputs.check_weight("eos_coef", eos_coef)
@@ -280,12 +287,15 @@ class SetCriterion(nn.Module):
             raise Cause("video must be True or False", f"video={video!r}", "True for clips, False for images")
         self.video = video
         self.layers_by_key = {"interm_outputs": "_interm"}
+        group, self.rules = all_options(options, no_object_label=no_object_label, **kwargs)
+        if isinstance(matcher, HungarianMatcher):
+            self.rules.check_matcher(matcher.core.rules)
         self._warned = False
         weights = torch.ones(num_classes + 1)
         weights[-1] = eos_coef
         self.register_buffer("empty_weight", weights)
         sampling = PointSampling(num_points, oversample_ratio, importance_sample_ratio, layout)
-        self.mask_loss = MaskLoss(sampling=sampling, options=mask_options(options, **kwargs))
+        self.mask_loss = MaskLoss(sampling=sampling, options=group)
 
     @reported("SetCriterion")
     def __init_subclass__(cls, **options: Any) -> None:
@@ -324,9 +334,12 @@ class SetCriterion(nn.Module):
             targets: one dict per image: "labels" int64 `[T]`, in [0, C] for classification "softmax" (a target of
                 class C is matched by its mask, and its query learns "no object"); "masks": dense `[T, H, W]` (bool,
                 float or integers), a `MaskTargets`, or a label map `[H, W]` along with "ids"; "boxes" `[T, 4]`
-                (cx, cy, w, h) in [0, 1], where boxes are used. Binary masks on a GPU are best bool: floats there count
-                as soft, at twelve times the memory. With `video`: "masks" of each clip, `[N, T, H, W]`, and "labels"
-                `[N]`; "ids" are not read.
+                (cx, cy, w, h) in [0, 1], where boxes are used; "has_mask", bool `[T]`: False for a target that is
+                matched by its class and box alone, and has no mask terms, as are all those of an image with "boxes"
+                and no "masks". Binary masks on a GPU are best bool: floats there count as soft, at twelve times the
+                memory. With `video`: "masks" of each clip, `[N, T, H, W]`, and "labels" `[N]`; "ids" are not read.
+
+            A layer other than the final one may come without "pred_masks"; it has no mask terms then.
 
         Returns:
             "loss_ce", "loss_mask", "loss_dice", "loss_bbox", "loss_giou", as far as asked for, of the final layer;
@@ -335,8 +348,11 @@ class SetCriterion(nn.Module):
         Raises:
             MaskLossError: wrong or missing outputs or targets.
         """
-        step = begin(outputs, targets)
-        return self.matched_losses(outputs, targets, step)
+        return self.matched_losses(outputs, targets, self.begin(outputs, targets))
+
+    def begin(self, outputs: Outputs, targets: Entries) -> Step:
+        """Pack the targets of a step, and check that they fit."""
+        return begin(outputs, targets, self.rules, self.num_classes if self.classification == "softmax" else None)
 
     def matched_losses(self, outputs: Outputs, targets: Entries, step: Step) -> dict[str, Tensor]:
         """Match the layers of checked inputs and compute their losses."""
@@ -395,18 +411,27 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """Compute losses of layers of one shape, by their suffixes, and divide those of instances by `count`."""
         outputs = list(layers.values())
-        classes, masks = core.check_predictions(*_columns(outputs), no_object=self.classification == "softmax")
-        terms: dict[str, Tensor] = {}
+        classes, masks = _predictions(outputs, no_object=self.classification == "softmax")
+        terms: dict[str, Tensor | dict[int, Tensor]] = {}
         if "labels" in losses:
             terms["loss_ce"] = self._classify(classes, matches, step, count)
         if "masks" in losses:
             ce_weight, dice_weight = (self.weight_dict.get(name, 1.0) for name in ("loss_mask", "loss_dice"))
-            found = self.mask_loss.layer_terms(masks, matches, step, ops.Reduction(ce_weight, dice_weight, count))
-            terms |= {"loss_mask": found.ce, "loss_dice": found.dice}
+            present = [i for i, each in enumerate(masks) if each is not None]
+            given, shown = [each for each in masks if each is not None], matches.of_layers(present)
+            reduction = ops.Reduction(ce_weight, dice_weight, count, step.mask_weights(shown, None, classes.dtype))
+            found = self.mask_loss.layer_terms(given, shown, step, reduction)
+            by_layer = [dict(zip(present, term, strict=True)) for term in (found.ce, found.dice)]
+            terms |= {"loss_mask": by_layer[0], "loss_dice": by_layer[1]}
         if "boxes" in losses:
             terms |= self._compare_boxes(outputs, matches, targets, step, count)
         # Tensors of their own: training loops multiply them by their weights in place.
-        return {f"{name}{suffix}": term[i].clone() for i, suffix in enumerate(layers) for name, term in terms.items()}
+        return {
+            f"{name}{suffix}": term[i].clone()
+            for i, suffix in enumerate(layers)
+            for name, term in terms.items()
+            if isinstance(term, Tensor) or i in term
+        }
 
     def _match(self, layers: Sequence[Outputs], targets: Entries, step: Step) -> Matches:
         matcher = self.matcher
@@ -432,7 +457,7 @@ class SetCriterion(nn.Module):
         wanted = step.wanted_classes(matches, logits.shape[:3], self.num_classes)
         if softmax:
             return softmax_loss(logits, wanted, self.empty_weight, step.query_weight(self.empty_weight))
-        return focal_sums(logits, wanted) / count
+        return focal_sums(logits, wanted, ignores=self.rules.ignore_label is not None) / count
 
     def _compare_boxes(
         self, outputs: Sequence[Outputs], matches: Matches, targets: Entries, step: Step, count: float | Tensor
@@ -441,7 +466,8 @@ class SetCriterion(nn.Module):
         boxes = _predicted_boxes(outputs)
         layer, image, query, _ = matches.index.unbind(1)
         rows = matches.target_rows(step.targets.first_rows)
-        terms = box_terms(boxes[layer, image, query], torch.cat(_boxes(targets, boxes, step))[rows])
+        given = _targets.boxes_of(targets, step.targets.num_targets, boxes)
+        terms = box_terms(boxes[layer, image, query], torch.cat(given)[rows])
         counted = self.has_box(step.labels[rows])
         l1, giou = (
             torch.stack([part.sum() for part in torch.where(counted, term, 0.0).split(list(matches.layer_sizes))])
@@ -480,31 +506,11 @@ def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def begin(outputs: Outputs, targets: Entries) -> Step:
+def begin(outputs: Outputs, targets: Entries, rules: TargetRules, no_object: int | None = None) -> Step:
     """Pack the targets of a step, and check that they fit."""
     logits = find_masks(outputs)
-    check_targets(targets, ("labels", "masks"))
-    if logits.ndim == 5:
-        # The "ids" of a clip are numbers of instances; none of its masks is a label map.
-        targets = [{name: entry[name] for name in ("labels", "masks")} for entry in targets]
     others = [each for each in outputs.values() if isinstance(each, (Tensor, MaskFactors))]
-    return _targets.begin(mask_entries(targets), [entry["labels"] for entry in targets], [logits, *others])
-
-
-def check_targets(targets: Entries, names: Sequence[str]) -> None:
-    """Raise unless targets are a list of dicts with these entries."""
-    if not _is_list(targets):
-        raise Cause("targets must be a list with one dict per image", f"got {describe(targets)}", _CONVENTION)
-    for image, entry in enumerate(targets):
-        if not isinstance(entry, Mapping) or not set(names) <= set(entry):
-            got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
-            wanted = " and ".join(f'"{name}"' for name in names)
-            raise Cause(f"each entry of targets must be a dict with {wanted}", f"entry {image} is {got}", _CONVENTION)
-
-
-def mask_entries(targets: Entries) -> list[Any]:
-    """List the masks of each image as `pack_masks` takes them."""
-    return [(entry["masks"], entry["ids"]) if "ids" in entry else entry["masks"] for entry in targets]
+    return _targets.begin_entries(targets, "labels", [logits, *others], rules, no_object=no_object)
 
 
 def _checked(outputs: Any) -> Outputs:
@@ -514,16 +520,17 @@ def _checked(outputs: Any) -> Outputs:
     return outputs
 
 
-def _entry(outputs: Outputs, name: str) -> Tensor:
+def _entry(outputs: Outputs, name: str, layer: int = 0) -> Tensor:
     found = _checked(outputs).get(name)
     if not isinstance(found, Tensor) or found.ndim < 3:
-        raise Cause(f'outputs must have "{name}"', f"there are {', '.join(map(str, outputs))}", "of every layer")
+        where = f"entry {layer - 1} of the other layers has" if layer else "those of the final layer have"
+        raise Cause(f'outputs must have "{name}"', f"{where} {', '.join(map(str, outputs))}", "give it in every layer")
     return found
 
 
 def _predicted_boxes(layers: Sequence[Outputs]) -> Tensor:
     """Stack the boxes of each layer: `[L, B, Q, 4]`, float32 or float64."""
-    boxes = [_entry(layer, "pred_boxes") for layer in layers]
+    boxes = [_entry(layer, "pred_boxes", number) for number, layer in enumerate(layers)]
     for each in boxes:
         if each.shape != (*boxes[0].shape[:2], 4):
             raise Cause('"pred_boxes" must be [B, Q, 4]', f"got {describe(each)}", "(cx, cy, w, h) of every query")
@@ -538,22 +545,20 @@ def find_masks(outputs: Outputs) -> Layer:
     return found if isinstance(found, MaskFactors) else _entry(outputs, "pred_masks")
 
 
-def _columns(layers: Sequence[Outputs]) -> tuple[list[Tensor], list[Layer]]:
-    classes, masks = [_entry(layer, "pred_logits") for layer in layers], [find_masks(layer) for layer in layers]
-    return classes, masks
-
-
-def _boxes(targets: Entries, boxes: Tensor, step: Step) -> list[Tensor]:
-    """List the boxes `[T, 4]` of each image, on the device of the predicted ones."""
-    found = []
-    for image, (entry, count) in enumerate(zip(targets, step.targets.num_targets, strict=True)):
-        given = entry.get("boxes")
-        if not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] != 4 or count % max(len(given), 1):
+def _predictions(layers: Sequence[Outputs], *, no_object: bool) -> tuple[Tensor, list[Layer | None]]:
+    """Check the class logits, and the masks of those layers that have some; the first must have them."""
+    classes = [_entry(layer, "pred_logits", number) for number, layer in enumerate(layers)]
+    masks = [None if n and layer.get("pred_masks") is None else find_masks(layer) for n, layer in enumerate(layers)]
+    present = [number for number, each in enumerate(masks) if each is not None]
+    given = [each for each in masks if each is not None]
+    stacked, _ = core.check_predictions([classes[number] for number in present], given, no_object=no_object)
+    if len(present) == len(layers):
+        return stacked, masks
+    for number, each in enumerate(classes):
+        if each.shape != classes[0].shape or each.device != classes[0].device:
             raise Cause(
-                'targets must have "boxes" [T, 4], one for each mask',
-                f"image {image} has {count} masks and boxes {describe(given)}",
-                "give (cx, cy, w, h) as fractions of the image",
+                "pred_logits of all layers must agree in shape and device",
+                f"the final layer's are {describe(classes[0])}, entry {number - 1} of the others has {describe(each)}",
+                "both heads must read the same queries",
             )
-        # Denoising lists every target several times, one list after the other.
-        found.append(given.to(boxes).repeat(count // max(len(given), 1), 1))
-    return found
+    return _inputs.accumulated(torch.stack(classes)), masks

@@ -7,9 +7,10 @@ that the criterion does, its matching included, to the criterion.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -18,13 +19,15 @@ from maskloss._abi import IMAGE, TARGET
 from maskloss._numbers import check_number
 from maskloss.errors import Cause, describe, reported
 from maskloss.integrations import _targets
-from maskloss.integrations.detr import check_targets, find_masks, mask_entries
+from maskloss.integrations.detr import find_masks
 from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches, Pairs
-from maskloss.options import MaskKeywords, MaskOptions, mask_options
+from maskloss.options import MaskKeywords, MaskOptions, TargetRules, mask_options
 from maskloss.points import PointSampling
+from maskloss.step import masks_that_count
 from maskloss.targets import MaskTargets
+from maskloss.targets.collate import joined_flags, read
 
 __all__ = ["LayerMasks"]
 
@@ -33,8 +36,9 @@ class _Packed(NamedTuple):
     """The targets of the last step, by what tells steps apart; none of it keeps dense masks alive."""
 
     step: object
-    sources: tuple[weakref.ref[Any], ...]
+    sources: tuple[Callable[[], Any], ...]
     targets: MaskTargets
+    has_mask: Tensor | None
 
 
 class LayerMasks:
@@ -50,6 +54,8 @@ class LayerMasks:
         sampling: numbers and layout of points. Default `PointSampling()`.
         pixels_per_point: one point for this many pixels of the prediction, but at least as many as it has rows, instead
             of the number in `sampling`; RF-DETR has 16. Default None.
+        ignore_value: the value of void pixels in masks (see `MaskTargets.from_masks`). Default None.
+        drop_empty: a target whose mask is empty has no mask terms. Default False.
         options: how points are read, focal loss and backend, as a group; `MaskOptions` says what there is.
         kwargs: the same options one by one.
 
@@ -75,6 +81,8 @@ class LayerMasks:
         *,
         sampling: PointSampling | None = None,
         pixels_per_point: float | None = None,
+        ignore_value: int | None = None,
+        drop_empty: bool = False,
         options: MaskOptions | None = None,
         **kwargs: Unpack[MaskKeywords],
     ) -> None:
@@ -84,6 +92,7 @@ class LayerMasks:
         if pixels_per_point is not None:
             check_number("pixels_per_point", pixels_per_point, 1, hint="RF-DETR has 16")
         self.names, self.pixels_per_point = tuple(names), pixels_per_point
+        self.rules = TargetRules(ignore_value, drop_empty=drop_empty)
         self.loss = MaskLoss(sampling=sampling, options=mask_options(options, **kwargs))
         self._last: _Packed | None = None
 
@@ -99,7 +108,7 @@ class LayerMasks:
 
         Args:
             outputs: "pred_masks": `[B, Q, h, w]`, a `MaskFactors`, or the dict that `MaskFactors.from_dict` takes.
-            targets: one dict per image with "masks" (see `detr.SetCriterion`).
+            targets: one dict per image with "masks", and "has_mask" where some have none (see `detr.SetCriterion`).
             indices: (queries, targets) of each image.
             num_boxes: what sums over instances are divided by, at least 1.
 
@@ -112,8 +121,8 @@ class LayerMasks:
         if isinstance(outputs, Mapping) and outputs.get("pred_masks") is None:
             return {}
         logits = find_masks(outputs)
-        masks = self._pack(targets, num_boxes, logits.device)
-        found = layer_loss(self._loss_for(logits), logits, masks, indices, num_boxes)
+        packed = self._pack(targets, num_boxes, logits.device)
+        found = layer_loss(self._loss_for(logits), logits, packed.targets, indices, num_boxes, packed.has_mask)
         return dict(zip(self.names, found, strict=True))
 
     def _loss_for(self, logits: Layer) -> MaskLoss:
@@ -125,21 +134,19 @@ class LayerMasks:
         sampling = PointSampling(points, given.oversample_ratio, given.importance_ratio, given.layout)
         return MaskLoss(sampling=sampling, options=self.loss.options)
 
-    def _pack(self, targets: Sequence[Mapping[str, Any]], num_boxes: object, device: torch.device) -> MaskTargets:
+    def _pack(self, targets: Sequence[Mapping[str, Any]], num_boxes: object, device: torch.device) -> _Packed:
         """Pack the targets, or return those of the last call if this is one of the same step."""
-        check_targets(targets, ("masks",))
-        entries = mask_entries(targets)
-        sources = [entry[0] if isinstance(entry, tuple) else entry for entry in entries]
-        last = self._last
+        found, last = read(targets, None), self._last
         # Whole numbers may be one object in all steps.
         if last is not None and last.step is num_boxes and not isinstance(num_boxes, int):
             known = [source() for source in last.sources]
-            same = len(known) == len(sources) and all(a is b for a, b in zip(known, sources, strict=True))
+            same = len(known) == len(found.masks) and all(a is b for a, b in zip(known, found.masks, strict=True))
             if same and last.targets.device == device:
-                return last.targets
-        packed = _targets.pack_masks(entries, device)
-        self._last = _Packed(num_boxes, tuple(weakref.ref(source) for source in sources), packed)
-        return packed
+                return last
+        packed = _targets.pack_entries(found, device, self.rules.ignore_value)
+        has_mask = masks_that_count(packed, joined_flags(found.has_mask, packed), self.rules)
+        self._last = _Packed(num_boxes, tuple(map(_reference, found.masks)), packed, has_mask)
+        return self._last
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last step behind in copies and pickles."""
@@ -149,11 +156,27 @@ class LayerMasks:
         return f"LayerMasks({self.names}, pixels_per_point={self.pixels_per_point}, {self.loss.extra_repr()})"
 
 
+def _reference(value: Any) -> Callable[[], Any]:
+    """Refer to masks without keeping them; to lists one cannot, and they are packed anew."""
+    return weakref.ref(value) if isinstance(value, (Tensor, np.ndarray, MaskTargets)) else object
+
+
 def layer_loss(
-    loss: MaskLoss, logits: Layer, targets: MaskTargets, indices: Pairs, count: float | Tensor
+    loss: MaskLoss,
+    logits: Layer,
+    targets: MaskTargets,
+    indices: Pairs,
+    count: float | Tensor,
+    has_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute cross-entropy and Dice of one layer's pairs, which another matcher found, divided by `count`."""
+    """Compute cross-entropy and Dice of one layer's pairs, which another matcher found, divided by `count`.
+
+    Targets without a mask, where `has_mask` `[T_all]` is False, have none.
+    """
     matches = Matches.from_pairs(indices, num_queries=logits.shape[1], num_targets=targets.num_targets)
+    weights = None
+    if has_mask is not None:
+        weights = has_mask[matches.target_rows(targets.first_rows.cpu()).to(has_mask.device)]
     earlier = _earlier(matches.index[:, IMAGE] * (max(targets.num_targets, default=0) + 1) + matches.index[:, TARGET])
     times = int(earlier.max()) + 1 if len(earlier) else 1
     if times > 1:
@@ -163,7 +186,7 @@ def layer_loss(
         matches = Matches(
             matches.index, matches.layer_sizes, matches.num_queries, targets.num_targets, counts=matches.counts
         )
-    found = loss(logits, targets, matches, num_instances=count)
+    found = loss(logits, targets, matches, instance_weights=weights, num_instances=count)
     # Tensors of their own: training loops multiply them by their weights in place.
     return found.ce.clone(), found.dice.clone()
 

@@ -16,11 +16,10 @@ from typing_extensions import Unpack
 
 from maskloss import _inputs
 from maskloss.errors import Cause, describe, reported
-from maskloss.integrations import detr
-from maskloss.integrations._targets import repeat_targets
+from maskloss.integrations import _targets, detr
 from maskloss.integrations.detr import Outputs
 from maskloss.matches import Matches, Pairs
-from maskloss.options import MaskKeywords, MaskOptions, mask_options
+from maskloss.options import MaskOptions, TargetKeywords
 from maskloss.points import PointSampling
 from maskloss.step import Step
 from maskloss.targets.collate import Entries
@@ -50,7 +49,7 @@ class HungarianMatcher(detr.HungarianMatcher):
         panoptic_on: give stuff (labels from 80 on) the mean of the things' box costs. Default False.
         layout: see `PointSampling`.
         options: see `detr.HungarianMatcher`.
-        kwargs: the same options one by one.
+        kwargs: see `detr.HungarianMatcher`.
 
     Raises:
         MaskLossError: an option outside its range, or all weights 0.
@@ -72,7 +71,7 @@ class HungarianMatcher(detr.HungarianMatcher):
         *,
         layout: str = PointSampling.layout,
         options: MaskOptions | None = None,
-        **kwargs: Unpack[MaskKeywords],
+        **kwargs: Unpack[TargetKeywords],
     ) -> None:
         masks = (cost_class, cost_mask, cost_dice, num_points)
         super().__init__(
@@ -81,7 +80,8 @@ class HungarianMatcher(detr.HungarianMatcher):
             cost_giou=cost_giou,
             layout=layout,
             classification="focal",
-            options=mask_options(options, **kwargs),
+            options=options,
+            **kwargs,
         )
         self.panoptic_on = panoptic_on
 
@@ -114,8 +114,9 @@ class SetCriterion(detr.SetCriterion):
         panoptic_on: the boxes of stuff (labels from 80 on) do not count. Default False.
         semantic_ce_loss: classify by a softmax over C + 1 classes. Default False: sigmoids.
         layout: see `PointSampling`.
+        no_object_label: see `detr.SetCriterion`.
         options: see `detr.SetCriterion`.
-        kwargs: the same options one by one.
+        kwargs: see `detr.SetCriterion`.
 
     Raises:
         MaskLossError: an unknown loss or kind of denoising, or an option outside its range.
@@ -144,8 +145,9 @@ class SetCriterion(detr.SetCriterion):
         semantic_ce_loss: bool = False,
         *,
         layout: str = PointSampling.layout,
+        no_object_label: str = "warn",
         options: MaskOptions | None = None,
-        **kwargs: Unpack[MaskKeywords],
+        **kwargs: Unpack[TargetKeywords],
     ) -> None:
         detr.check_losses("dn_losses", dn_losses)
         _inputs.check_choice("dn", dn, ("no", *_DENOISED))
@@ -154,8 +156,14 @@ class SetCriterion(detr.SetCriterion):
         points = (num_points, oversample_ratio, importance_sample_ratio)
         classification = "softmax" if semantic_ce_loss else "focal"
         given = (num_classes, matcher, weight_dict, eos_coef, losses, *points)
-        group = mask_options(options, **kwargs)
-        super().__init__(*given, classification=classification, layout=layout, options=group)
+        super().__init__(
+            *given,
+            classification=classification,
+            layout=layout,
+            no_object_label=no_object_label,
+            options=options,
+            **kwargs,
+        )
         self.dn, self.dn_losses, self.panoptic_on = dn, list(dn_losses), panoptic_on
 
     @reported("SetCriterion", detr.NAMES)
@@ -176,7 +184,7 @@ class SetCriterion(detr.SetCriterion):
         Raises:
             MaskLossError: wrong or missing outputs or targets.
         """
-        step = detr.begin(outputs, targets)
+        step = self.begin(outputs, targets)
         losses = self.matched_losses(outputs, targets, step)
         if self.dn == "no":
             return losses
@@ -206,9 +214,16 @@ class SetCriterion(detr.SetCriterion):
             for target in range(count)
         ]
         index = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 4).to(step.device, non_blocking=True)
-        repeated = repeat_targets(step.targets, times)
-        labels = torch.cat([part.repeat(times) for part in step.labels.split(list(counts))])
-        known = replace(step, targets=repeated, labels=labels)
+        repeated = _targets.repeat_targets(step.targets, times)
+        again: dict[str, Any] = {
+            name: torch.cat([part.repeat(times) for part in values.split(list(counts))])
+            for name in ("labels", "unknown", "has_mask")
+            if (values := getattr(step, name)) is not None
+        }
+        known = replace(step, targets=repeated, **again)
+        if "boxes" in self.dn_losses:
+            boxes = _targets.boxes_of(targets, counts, layers["_dn"]["pred_boxes"])
+            targets = [{"boxes": each.repeat(times, 1)} for each in boxes]
         blocks = repeated.num_targets * len(layers)
         matches = Matches(index, (repeated.num_masks,) * len(layers), size, repeated.num_targets, counts=blocks)
         count = step.divisor(float(step.targets.num_masks)) * times

@@ -22,13 +22,13 @@ from maskloss.functional import focal_class_cost
 from maskloss.integrations import _targets
 from maskloss.integrations._boxes import box_costs
 from maskloss.integrations._undo import Undo
-from maskloss.integrations.detr import Outputs, find_masks, mask_entries
+from maskloss.integrations.detr import Outputs, find_masks
 from maskloss.integrations.layerwise import LayerMasks
 from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.matches import Pairs
-from maskloss.options import MaskOptions
+from maskloss.options import MaskOptions, TargetRules
 from maskloss.points import PointSampling
-from maskloss.targets.collate import Entries
+from maskloss.targets.collate import Entries, read
 
 __all__ = ["NAMES", "patch"]
 
@@ -43,7 +43,14 @@ class _Patch(Undo):
 
 
 @reported("patch")
-def patch(criterion: type | None = None, *, sampling: PointSampling | None = None, backend: str | None = None) -> Undo:
+def patch(
+    criterion: type | None = None,
+    *,
+    sampling: PointSampling | None = None,
+    ignore_value: int | None = None,
+    drop_empty: bool = False,
+    backend: str | None = None,
+) -> Undo:
     """Let maskloss compute the mask terms of RF-DETR's criterion, and the costs and assignments of its matcher.
 
     All criteria of the class are changed, those that exist and those that are built later. Batches without masks, and
@@ -54,6 +61,9 @@ def patch(criterion: type | None = None, *, sampling: PointSampling | None = Non
             replaced, and its matching stays as it is. Default None: `SetCriterion` and `HungarianMatcher` of rfdetr.
         sampling: numbers and layout of the points, in the matching too. Default None: one point for
             `mask_point_sample_ratio` pixels, as in RF-DETR.
+        ignore_value: the value of void pixels in masks: their points weigh nothing, in loss and matching. Default None.
+        drop_empty: a target whose mask is empty has no mask terms, in loss and matching. Default False: it is learned,
+            as in RF-DETR.
         backend: "reference", "cpu" or "gpu". Default: by device, or MASKLOSS_BACKEND.
 
     Returns:
@@ -67,7 +77,7 @@ def patch(criterion: type | None = None, *, sampling: PointSampling | None = Non
         matched last; the matcher has one set of points for each image and step, not one for each batch and layer.
     """
     handle = _Patch()
-    options = MaskOptions("border", "nearest", backend=backend)
+    options, rules = MaskOptions("border", "nearest", backend=backend), TargetRules(ignore_value, drop_empty=drop_empty)
     if sampling is not None:
         _inputs.check_sampling(sampling)
     if criterion is None:
@@ -82,10 +92,10 @@ def patch(criterion: type | None = None, *, sampling: PointSampling | None = Non
             f"got {describe(criterion)}",
             "give SetCriterion of rfdetr or of a copy; undo() takes a patch back",
         )
-    handle.replace(criterion, "loss_masks", _loss_masks(theirs, sampling, options))
+    handle.replace(criterion, "loss_masks", _loss_masks(theirs, sampling, options, rules))
     if matcher is not None:
-        handle.replace(criterion, "forward", _packed_forward(criterion.forward))  # type: ignore[union-attr]
-        match = functools.partial(_match, sampling=sampling, options=options)
+        handle.replace(criterion, "forward", _packed_forward(criterion.forward, rules))  # type: ignore[union-attr]
+        match = functools.partial(_match, sampling=sampling, options=options, rules=rules)
         handle.replace(matcher, "forward", _match_one(matcher.forward, match))
         if hasattr(matcher, "_match_many"):
             handle.replace(matcher, "_match_many", _match_all(matcher._match_many, match))
@@ -99,9 +109,12 @@ def _their_module(name: str) -> Any:
         raise Cause("rfdetr must be installed", str(error), "pip install 'rfdetr[train]', or give a class") from None
 
 
-def _loss_masks(theirs: Callable[..., Any], sampling: PointSampling | None, options: MaskOptions) -> Any:
+def _loss_masks(
+    theirs: Callable[..., Any], sampling: PointSampling | None, options: MaskOptions, rules: TargetRules
+) -> Any:
     """Make what takes the place of `loss_masks`."""
     by_ratio: dict[int | None, LayerMasks] = {}
+    shared: dict[str, Any] = {"ignore_value": rules.ignore_value, "drop_empty": rules.drop_empty, "options": options}
 
     @functools.wraps(theirs)
     def loss_masks(self: Any, outputs: Outputs, targets: Entries, indices: Any, num_boxes: Any) -> dict[str, Tensor]:
@@ -110,20 +123,20 @@ def _loss_masks(theirs: Callable[..., Any], sampling: PointSampling | None, opti
             return found
         ratio = self.mask_point_sample_ratio if sampling is None else None
         if ratio not in by_ratio:
-            by_ratio[ratio] = LayerMasks(NAMES, sampling=sampling, pixels_per_point=ratio, options=options)
+            by_ratio[ratio] = LayerMasks(NAMES, sampling=sampling, pixels_per_point=ratio, **shared)
         return by_ratio[ratio](outputs, targets, indices, num_boxes)
 
     loss_masks._maskloss = True  # type: ignore[attr-defined]
     return loss_masks
 
 
-def _packed_forward(theirs: Callable[..., Any]) -> Any:
+def _packed_forward(theirs: Callable[..., Any], rules: TargetRules) -> Any:
     """Pack the masks of a step before the criterion sees them."""
 
     @functools.wraps(theirs)
     def forward(self: Any, outputs: Outputs, targets: Entries, *args: Any, **kwargs: Any) -> Any:
         if targets and all("masks" in entry and "valid" not in entry for entry in targets):
-            packed = _targets.pack_masks(mask_entries(targets), outputs["pred_logits"].device)
+            packed = _targets.pack_entries(read(targets, None), outputs["pred_logits"].device, rules.ignore_value)
             targets = [{**entry, "masks": masks} for entry, masks in zip(targets, packed, strict=True)]
         return theirs(self, outputs, targets, *args, **kwargs)
 
@@ -170,14 +183,15 @@ def _match(
     *,
     sampling: PointSampling | None,
     options: MaskOptions,
+    rules: TargetRules,
 ) -> list[Pairs]:
     """Match every group of queries of every layer on its own: (queries, targets) of each image, on the CPU."""
     logits, masks = check_predictions(
         [layer["pred_logits"] for layer in layers], [find_masks(layer) for layer in layers], no_object=False
     )
-    labels = [entry["labels"].to(logits.device) for entry in targets]
     boxes = _inputs.accumulated(torch.stack([layer["pred_boxes"] for layer in layers]))
-    step = _targets.begin(mask_entries(targets), labels, [*masks, logits])
+    step = _targets.begin_entries(targets, "labels", [*masks, logits], rules, no_object=None)
+    counts = step.targets.num_targets
     height, width = masks[0].shape[2:]
     points = sampling or PointSampling(max(height * width // theirs.mask_point_sample_ratio, 1))
     matcher = HungarianMatcher(
@@ -191,9 +205,10 @@ def _match(
         options=options,
     )
     # Apart, because RF-DETR lets its users choose alpha.
-    by_class = focal_class_cost(logits, pad_sequence(labels, batch_first=True), alpha=theirs.focal_alpha)
-    boxes_of = [entry["boxes"].to(logits.device) for entry in targets]
-    extra = box_costs(boxes, boxes_of, theirs.cost_bbox, theirs.cost_giou) + theirs.cost_class * by_class
+    labels = pad_sequence(step.labels.split(list(counts)), batch_first=True)
+    by_class = focal_class_cost(logits, labels, alpha=theirs.focal_alpha)
+    given = _targets.boxes_of(targets, counts, boxes)
+    extra = box_costs(boxes, given, theirs.cost_bbox, theirs.cost_giou) + theirs.cost_class * by_class
     matches = matcher.match(logits, masks, step, extra)
     rows = matches.index.cpu().split(list(matches.counts or ()))
     pairs = [(each[:, QUERY], each[:, TARGET]) for each in rows]

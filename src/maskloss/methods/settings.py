@@ -16,8 +16,9 @@ from maskloss.matcher import HungarianMatcher
 from maskloss.options import MaskOptions
 from maskloss.points import PointSampling
 
-# Options of the constructors that a paragraph leaves out: every backend and every solver computes the same.
-NOT_DESCRIBED = frozenset({"assignment", "backend"})
+# Options of the constructors that a paragraph leaves out: every backend and every solver computes the same, and what
+# is unknown or empty belongs to the data.
+NOT_DESCRIBED = frozenset({"assignment", "backend", "ignore_label", "drop_empty"})
 _DEFAULT_TERM = MaskOptions()
 
 
@@ -224,7 +225,10 @@ def settings_of(module: nn.Module | MethodSettings) -> MethodSettings:
         return MethodSettings(None, matching=_of_matcher(module))
     if isinstance(module, MaskCriterion):
         return replace(
-            _of_loss(module.mask_loss), classification=_of_classes(module), matching=_of_matcher(module.matcher)
+            _of_loss(module.mask_loss),
+            classification=_of_classes(module),
+            matching=_of_matcher(module.matcher),
+            ignore_regions=module.rules.ignore_value is not None,
         )
     raise Cause(
         "only losses of maskloss can be described",

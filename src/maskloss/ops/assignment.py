@@ -79,7 +79,7 @@ def check_labels(labels: NDArray[Any], num_classes: int) -> None:
         raise Cause(
             f"labels must lie in [0, {num_classes})",
             f"{wrong.size} of {labels.size} labels do not, the first is {int(wrong[0])}",
-            f"num_classes={num_classes} counts the classes without 'no object', and labels start at 0",
+            "labels start at 0: subtract 1 from those that count from 1",
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from maskloss import ops
 from maskloss._abi import OFFSET, PLACE_COLUMNS
 from maskloss._tracing import materialized, on_host
+from maskloss.errors import Cause
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Gathers the lowest bits of eight bytes in the highest byte, the first of them lowest.
 _GATHER = 0x0102040810204080
+VOID_HINT = "MaskTargets.from_masks(masks, ignore_value=255) leaves void pixels out"
 
 
 def pack(masks: Tensor) -> Tensor:
@@ -40,7 +42,10 @@ def pack_elsewhere(images: Sequence[Tensor]) -> Tensor:
         images = [torch.cat(list(images))]
     rows = []
     for masks in images:
-        inside = masks if masks.dtype == torch.bool else masks != 0
+        inside = masks
+        if masks.dtype != torch.bool:
+            inside = masks != 0
+            check_unseen(masks == (masks.clamp(0, 1) if masks.is_floating_point() else inside))
         width = masks.shape[-1]
         rows.append((torch.nn.functional.pad(inside, (0, -width % 8)) if width % 8 else inside).reshape(-1))
     joined = torch.cat(rows) if len(rows) > 1 else rows[0]
@@ -49,6 +54,14 @@ def pack_elsewhere(images: Sequence[Tensor]) -> Tensor:
     # Eight bytes that are 0 or 1 make a word; the product moves byte i to bit 56 + i, and no two terms meet.
     words = joined.view(torch.int64) * _GATHER
     return words.view(torch.uint8)[7::8].contiguous()
+
+
+def check_unseen(fits: Tensor) -> None:
+    """Raise unless all pixels fit, by an assertion of the device where a look would wait for it, or cannot be had."""
+    if fits.device.type in ("cpu", "cuda", "meta") or torch.compiler.is_compiling():
+        torch._assert_async(fits.all(), f"maskloss: masks must be 0 or 1; {VOID_HINT}")
+    elif not bool(fits.all()):
+        raise Cause("masks must be 0 or 1", "there are other values", VOID_HINT)
 
 
 def crop(packed: Tensor, width: int) -> tuple[Tensor, NDArray[np.int64]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from maskloss._abi import COUNT, CROP_H, FIRST, FRAME_H, IMAGE_H, LABEL, OFFSET, STRIDE, TOP
-from maskloss.errors import Cause, describe
+from maskloss.errors import Cause, check_layout, describe
 from maskloss.targets.frames import Box, Size, frame_size, window_row
 from maskloss.targets.storage import Packed
 
@@ -30,17 +30,19 @@ def are_clips(images: Sequence[Any], rank: int) -> bool:
     return any(isinstance(each, Tensor) and each.ndim == rank + 1 for each in images)
 
 
-def stacked(clips: Sequence[Any], shape: str, canvas: Size | None, ignore: Tensor | None) -> tuple[list[Tensor], int]:
+def stacked(clips: Sequence[Any], shape: str, canvas: Size | None, ignore: Any) -> tuple[list[Tensor], int]:
     """Put the frames `[..., T, H, W]` of each clip one below the other, on the canvas: `[..., T * H, W]`, and T.
 
     Args:
         clips: dense masks or label maps.
         shape: what they should be, for a message.
         canvas: height and width that every frame gets.
-        ignore: must be None.
+        ignore: a region or a value of void pixels; must be None.
     """
     rank, lengths = shape.count(",") + 1, set()
+    clips = _filled(clips) if rank == 4 else clips
     for each in clips:
+        check_layout(shape, each)
         if not isinstance(each, Tensor) or each.ndim != rank or each.shape[-3] < 1:
             raise Cause(
                 f"the targets of all clips must be {shape}", f"got {describe(each)}", "T counts the frames, at least 1"
@@ -51,7 +53,7 @@ def stacked(clips: Sequence[Any], shape: str, canvas: Size | None, ignore: Tenso
             "the clips of a batch must have one number of frames", f"got {sorted(lengths)}", "cut them to one length"
         )
     if ignore is not None:
-        raise Cause("clips have no ignore regions", f"got {describe(ignore)}", "leave it out")
+        raise Cause("clips have no ignore regions and no ignore_value", f"got {describe(ignore)}", "leave it out")
     tall = []
     for each in clips:
         height, width = frame_size((each.shape[-2], each.shape[-1]), canvas)
@@ -62,6 +64,13 @@ def stacked(clips: Sequence[Any], shape: str, canvas: Size | None, ignore: Tenso
             each = pad(each, padding, value=0 if rank == 4 else torch.iinfo(each.dtype).min)
         tall.append(each.flatten(-3, -2))
     return tall, lengths.pop()
+
+
+def _filled(clips: Sequence[Any]) -> list[Any]:
+    """Give clips without targets, of which a mapper leaves None or `[0]`, the frames of another."""
+    [some, *_] = [each for each in clips if isinstance(each, Tensor) and each.ndim == 4]
+    nothing = some[:0, :, :1, :1]
+    return [nothing if each is None or tuple(getattr(each, "shape", ())) == (0,) else each for each in clips]
 
 
 def described(targets: P, tall: Sequence[Tensor], frames: int, valid: Box | None) -> P:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskloss._abi import PLACE_COLUMNS
 from maskloss._numbers import check_integer
+from maskloss._tracing import listed
 from maskloss.errors import Cause, describe, require
 from maskloss.targets.bits import crop_one, join_crops
 
@@ -27,6 +28,7 @@ _FAR = 1 << 20
 def pack_coco(segmentations: Sequence[Any], height: int, width: int) -> tuple[Tensor, NDArray[np.int64]]:
     """Pack COCO segmentations (RLE or polygons), one at a time: bytes of all crops, and the place of each `[T, 6]`."""
     api = require("pycocotools.mask", "coco")
+    segmentations = listed(segmentations)
     if not isinstance(segmentations, Sequence) or isinstance(segmentations, (str, bytes)):
         raise Cause(
             "segmentations must be a list with one per target",
@@ -50,15 +52,19 @@ def pack_coco(segmentations: Sequence[Any], height: int, width: int) -> tuple[Te
 
 
 def _run_length(api: Any, segmentation: Any, target: int, height: int, width: int) -> Any:
-    """Bring one segmentation into compressed run lengths, and check that they fill the image."""
+    """Convert one segmentation to compressed run lengths, and check that they fill the image."""
+    if isinstance(segmentation, Mapping) and "segmentation" in segmentation:
+        segmentation = segmentation["segmentation"]
     if isinstance(segmentation, Mapping):
         return _checked_rle(api, segmentation, target, height, width)
+    segmentation = listed(segmentation)
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, (str, bytes)) or not segmentation:
         raise Cause(
             "a segmentation must be an RLE dict or a non-empty list of polygons",
             f"segmentation {target} is {type(segmentation).__name__}",
             'use {"size": [height, width], "counts": ...} or [[x0, y0, x1, y1, x2, y2, ...], ...]',
         )
+    segmentation = [listed(polygon) for polygon in segmentation]
     for polygon in segmentation:
         if not isinstance(polygon, Sequence) or isinstance(polygon, (str, bytes)):
             raise Cause(
@@ -94,7 +100,7 @@ def _checked_rle(api: Any, rle: Mapping[str, Any], target: int, height: int, wid
             f"segmentation {target} has {sorted(map(str, rle))}",
             'use {"size": [height, width], "counts": ...}',
         )
-    size, counts = rle["size"], rle["counts"]
+    size, counts = listed(rle["size"]), listed(rle["counts"])
     if not isinstance(size, Sequence) or list(size) != [height, width]:
         raise Cause(
             "the size of an RLE must be that of its image",

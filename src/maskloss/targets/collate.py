@@ -3,62 +3,122 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from maskloss._tracing import on_host
+from maskloss._tracing import on_host, plain
 from maskloss.errors import Cause, check_layout, describe
+from maskloss.targets.frames import Size
 from maskloss.targets.mask_targets import MaskTargets
 
-_CONVENTION = 'give [{"masks": [T, H, W], "labels": [T]}, ...]'
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 # What users give for a batch, one for each image.
 Entries = Sequence[Mapping[str, Any]]
 
 
-def collate(targets: Entries | Mapping[str, Any]) -> tuple[MaskTargets, Tensor]:
-    """Turn a list with one dict per image, torchvision's detection convention, into targets and labels.
+class Columns(NamedTuple):
+    """What the target dicts of a batch hold, one of each for an image.
+
+    Attributes:
+        masks: dense, a label map, a `MaskTargets`, or None.
+        ids: of a label map, or None.
+        labels: of the targets, if they were asked for.
+        has_mask: see `Batch`; None for an image whose targets all have a mask.
+    """
+
+    masks: list[Any]
+    ids: list[Any]
+    labels: list[Any]
+    has_mask: list[Any]
+
+
+class Batch(NamedTuple):
+    """The targets of all images.
+
+    Attributes:
+        masks: of the batch.
+        labels: int64 `[T_all]`.
+        has_mask: bool `[T_all]`, False for a target that has a class, and perhaps a box, but no mask; None: all have.
+    """
+
+    masks: MaskTargets
+    labels: Tensor
+    has_mask: Tensor | None = None
+
+
+def collate(targets: Entries | Mapping[str, Any], ignore_value: int | None = None) -> Batch:
+    """Convert a list with one dict per image, torchvision's detection convention, to targets and labels.
 
     Args:
-        targets: per image `{"masks": ..., "labels": int64 [T]}`. "masks" is a dense `[T, H, W]` tensor, a
-            `MaskTargets` of that image, or an integer label map `[H, W]` along with `"ids"`. Other keys are left
-            alone: data sets carry more than a loss needs. Or one dict of a collated batch: "masks" is the `MaskTargets`
-            of all images, "labels" a list of `[T]` per image or one `[T_all]`.
-
-    Returns:
-        The targets of the batch, and the labels of all images, int64 `[T_all]`.
+        targets: see `read`. Or one dict of a collated batch: "masks" is the `MaskTargets` of all images, "labels" and
+            "has_mask" a list of `[T]` per image or one `[T_all]`.
+        ignore_value: the value of void pixels (see `pack`).
     """
     if isinstance(targets, Mapping):
-        return _collated(targets)
-    if not isinstance(targets, Sequence) or not targets:
-        raise Cause("targets must be a list with one dict per image", f"got {describe(targets)}", _CONVENTION)
+        return _collated(targets, ignore_value)
+    found = read(targets)
+    return joined(pack(found.masks, found.ids, ignore_value), found.labels, found.has_mask)
+
+
+def read(targets: Any, label: str | None = "labels") -> Columns:
+    """Read the dicts of a batch.
+
+    Args:
+        targets: per image `{"masks": ..., "labels": int64 [T]}`. "masks" is a dense `[T, H, W]`, a `MaskTargets` of
+            that image, or an integer label map `[H, W]`, with its "ids" or with all that occur but 0. "has_mask", bool
+            `[T]`, is False for targets without a mask; with "boxes" and no "masks" none has one. Other keys are left
+            alone: data sets carry more than a loss needs.
+        label: the name of the labels; None: there need not be any, but masks.
+    """
+    names = '"masks"' if label is None else f'"masks" and "{label}"'
+    convention = f'give [{{"masks": [T, H, W], "{label or "labels"}": [T]}}, ...]'
+    if not isinstance(targets, Sequence) or isinstance(targets, (str, bytes)) or not targets:
+        raise Cause("targets must be a list with one dict per image", f"got {describe(targets)}", convention)
     for image, entry in enumerate(targets):
-        if not isinstance(entry, Mapping) or "masks" not in entry or "labels" not in entry:
-            got = f"has {sorted(map(str, entry))}" if isinstance(entry, Mapping) else f"is {describe(entry)}"
-            raise Cause(
-                'each entry of targets must be a dict with "masks" and "labels"', f"entry {image} {got}", _CONVENTION
-            )
-    packed = _pack([entry["masks"] for entry in targets], [entry.get("ids") for entry in targets])
-    labels = [entry["labels"] for entry in targets]
-    for image, (found, count) in enumerate(zip(labels, packed.num_targets, strict=True)):
-        _check_labels(found, count, f"image {image}", packed.device)
-    return packed, torch.cat(labels).long()
+        has = set(entry) if isinstance(entry, Mapping) else set()
+        if not ("masks" in has if label is None else label in has and has & {"masks", "boxes"}):
+            got = f"has {sorted(map(str, has))}" if isinstance(entry, Mapping) else f"is {describe(entry)}"
+            raise Cause(f"each entry of targets must be a dict with {names}", f"entry {image} {got}", convention)
+    labels = [] if label is None else [entry[label] for entry in targets]
+    masks, has_mask = [entry.get("masks") for entry in targets], [entry.get("has_mask") for entry in targets]
+    for image, (given, entry) in enumerate(zip(labels, targets, strict=label is not None)):
+        if masks[image] is None and "boxes" in entry and given is not None and len(given):
+            device = given.device if isinstance(given, Tensor) else "cpu"
+            masks[image] = torch.zeros(len(given), 1, 1, dtype=torch.bool, device=device)
+            has_mask[image] = False
+    return Columns(masks, [entry.get("ids") for entry in targets], labels, has_mask)
+
+
+def joined(packed: MaskTargets, labels: Sequence[Any], has_mask: Sequence[Any]) -> Batch:
+    """Join the labels of each image, after checking that there is one for each mask."""
+    sizes, device = packed.num_targets, packed.device
+    listed = [_labels(each, n, f"image {i}", device) for i, (each, n) in enumerate(zip(labels, sizes, strict=True))]
+    return Batch(packed, torch.cat(listed).long(), joined_flags(has_mask, packed))
+
+
+def joined_flags(has_mask: Sequence[Any], packed: MaskTargets) -> Tensor | None:
+    """Join what is said of the targets' masks, bool `[T_all]`; None where nothing is said."""
+    if all(each is None for each in has_mask):
+        return None
+    return torch.cat([_flags(each, n, packed.device) for each, n in zip(has_mask, packed.num_targets, strict=True)])
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raise if labels `[T_all]` are outside the classes, where checking needs no wait for a device."""
+    """Raise if labels `[T_all]` lie outside the classes, where that needs no wait for a device."""
     if on_host(labels) and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise Cause(
             f"labels must lie in [0, {num_classes})",
             f"they reach from {int(labels.min())} to {int(labels.max())}",
-            f"num_classes={num_classes} counts the classes without 'no object', and labels start at 0",
+            "labels start at 0: subtract 1 from those that count from 1",
         )
 
 
 def joined_weights(weights: Tensor | Sequence[Tensor], targets: MaskTargets) -> Tensor:
-    """Join the weights of the targets of each image, `[T]`, to `[T_all]`."""
+    """Join the weights of the targets of each image, `[T]`: `[T_all]`."""
     if isinstance(weights, Tensor):
         return weights
     counts = targets.num_targets
@@ -75,59 +135,110 @@ def joined_weights(weights: Tensor | Sequence[Tensor], targets: MaskTargets) -> 
     return torch.cat(parts)
 
 
-def _collated(targets: Mapping[str, Any]) -> tuple[MaskTargets, Tensor]:
-    masks, labels = targets.get("masks"), targets.get("labels")
-    if isinstance(masks, MaskTargets) and isinstance(labels, Tensor):
-        _check_labels(labels, masks.num_masks, "the batch", masks.device)
-        return masks, labels.long()
-    if not isinstance(masks, MaskTargets) or not isinstance(labels, Sequence) or len(labels) != len(masks):
+def _collated(targets: Mapping[str, Any], ignore_value: int | None) -> Batch:
+    masks, labels, has_mask = targets.get("masks"), targets.get("labels"), targets.get("has_mask")
+    if not isinstance(masks, MaskTargets) or not isinstance(labels, (Tensor, Sequence)):
+        labels = None
+    elif isinstance(labels, Tensor):
+        labels = _labels(labels, masks.num_masks, "the batch", masks.device).split(list(masks.num_targets))
+    if not isinstance(masks, MaskTargets) or labels is None or len(labels) != len(masks):
         raise Cause(
             'a dict must hold a collated batch: a MaskTargets in "masks", a list of [T] per image in "labels"',
             f"got {describe(targets)}",
             "give a list with one dict per image, or join the images with MaskTargets.cat",
         )
-    for image, (found, count) in enumerate(zip(labels, masks.num_targets, strict=True)):
-        _check_labels(found, count, f"image {image}", masks.device)
-    return masks, torch.cat(list(labels)).long()
+    if isinstance(has_mask, (Tensor, np.ndarray)):
+        has_mask = _flags(has_mask, masks.num_masks, masks.device).split(list(masks.num_targets))
+    return joined(check_packed(masks, ignore_value), labels, [None] * len(masks) if has_mask is None else has_mask)
 
 
-def _pack(masks: Sequence[Any], ids: Sequence[Any]) -> MaskTargets:
-    if all(isinstance(each, Tensor) and each.ndim == 3 for each in masks):
-        # Together, so that all images of the batch get one encoding.
-        return MaskTargets.from_masks(masks)
-    if all(isinstance(each, Tensor) and each.ndim == 2 for each in masks):
-        return MaskTargets.from_label_map(masks, ids)
+def pack(
+    masks: Sequence[Any], ids: Sequence[Any], ignore_value: int | None = None, canvas: Size | None = None
+) -> MaskTargets:
+    """Pack what each image has: dense masks, nothing at all, a label map with or without ids, or a `MaskTargets`.
+
+    Args:
+        masks: of each image.
+        ids: of the targets in a label map, or None.
+        ignore_value: the value of void pixels; a `MaskTargets` must have been packed with it, or with an ignore region.
+        canvas: what predictions cover. Default: the masks themselves.
+    """
+    masks = [each if each is None or isinstance(each, MaskTargets) else plain(each) for each in masks]
+    kinds = [_kind(each, image) for image, each in enumerate(masks)]
+    options: dict[str, Any] = {"ignore_value": ignore_value, "canvas": canvas}
+    # Together if possible, so that all images of the batch get one encoding.
+    if set(kinds) == {"dense"}:
+        return MaskTargets.from_masks(list(masks), **options)
+    if set(kinds) == {"map"}:
+        return MaskTargets.from_label_map(list(masks), list(ids), **options)
     parts = []
-    for image, (each, numbers) in enumerate(zip(masks, ids, strict=True)):
-        if isinstance(each, MaskTargets):
-            if len(each) != 1:
-                raise Cause(
-                    "a MaskTargets in an entry must hold one image",
-                    f"that of entry {image} holds {len(each)}",
-                    "give each image its own",
-                )
-            parts.append(each)
-        elif isinstance(each, Tensor):
-            parts.append(MaskTargets.from_label_map(each, numbers) if each.ndim == 2 else MaskTargets.from_masks(each))
+    for kind, each, listed in zip(kinds, masks, ids, strict=True):
+        if kind == "packed":
+            parts.append(check_packed(each, ignore_value))
+        elif kind == "map":
+            parts.append(MaskTargets.from_label_map(each, listed, **options))
         else:
-            raise Cause(
-                '"masks" must be a tensor or a MaskTargets',
-                f"that of image {image} is {describe(each)}",
-                "use torch.as_tensor, or MaskTargets.from_coco for RLE and polygons",
-            )
+            parts.append(MaskTargets.from_masks([each], **options))
     return MaskTargets.cat(parts)
 
 
-def _check_labels(labels: Any, count: int, where: str, device: torch.device) -> None:
-    integers = (torch.uint8, torch.int16, torch.int32, torch.int64)
-    check_layout("labels", labels)
-    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in integers:
+def check_packed(masks: MaskTargets, ignore_value: int | None) -> MaskTargets:
+    """Raise if masks were packed without a word on void pixels, although there are some; return them."""
+    if ignore_value is not None and masks.num_masks and not masks.ignore.numel():
+        raise Cause(
+            "with ignore_value, masks that are packed already must have an ignore region",
+            f"got {describe(masks)}",
+            "MaskTargets.from_masks and from_label_map take ignore_value themselves",
+        )
+    return masks
+
+
+def _kind(masks: Any, image: int) -> str:
+    if isinstance(masks, MaskTargets):
+        if len(masks) != 1:
+            raise Cause(
+                "a MaskTargets in an entry must hold one image",
+                f"that of entry {image} holds {len(masks)}",
+                "give each image its own",
+            )
+        return "packed"
+    if masks is not None and not isinstance(masks, Tensor):
+        raise Cause(
+            '"masks" must be a tensor, an array or a MaskTargets',
+            f"that of image {image} is {describe(masks)}",
+            "give one [T, H, W], or MaskTargets.from_coco for RLE and polygons",
+        )
+    return "map" if masks is not None and masks.ndim == 2 else "dense"
+
+
+def _flags(given: Any, count: int, device: torch.device) -> Tensor:
+    """Convert what an entry says of its targets' masks: bool `[T]`."""
+    single = given is None or isinstance(given, (bool, np.bool_))
+    flags = torch.full((count,), given is None or bool(given), device=device) if single else plain(given)
+    if isinstance(flags, Tensor) and not flags.numel() and not count:
+        return torch.ones(0, dtype=torch.bool, device=device)
+    if not isinstance(flags, Tensor) or flags.dtype != torch.bool or tuple(flags.shape) != (count,):
+        raise Cause(
+            "has_mask must be bool [T], one for each target",
+            f"got {describe(given)} for {count} targets",
+            "False for a target that has a class and perhaps a box, but no mask",
+        )
+    return flags.to(device)
+
+
+def _labels(given: Any, count: int, where: str, device: torch.device) -> Tensor:
+    check_layout("labels", given)
+    labels = plain(given)
+    if count == 0 and (labels is None or (isinstance(labels, Tensor) and not labels.numel())):
+        # What a mapper leaves of an image without objects: float, of any shape, or nothing.
+        return torch.zeros(0, dtype=torch.int64, device=device)
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in _INTEGERS:
         raise Cause(
             "labels must be an integer tensor [T]",
-            f"those of {where} are {describe(labels)}",
+            f"those of {where} are {describe(given)}",
             "give one class per mask",
         )
-    if labels.device != device:
+    if labels.device != device and isinstance(given, Tensor):
         raise Cause(
             "labels must be on the device of the masks",
             f"those of {where} are on {labels.device}, the masks on {device}",
@@ -139,3 +250,4 @@ def _check_labels(labels: Any, count: int, where: str, device: torch.device) -> 
             f"{where} has {count} masks but {len(labels)} labels",
             "give one label for each mask",
         )
+    return labels.to(device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskloss._abi import FRAME_H, LABEL, PLACE_COLUMNS, TABLE_COLUMNS
 from maskloss._numbers import check_integer, check_number
+from maskloss._tracing import listed, plain
 from maskloss.errors import Cause, describe
 from maskloss.targets import bits
 
@@ -23,15 +24,28 @@ Box = tuple[int, int, int, int]
 
 
 class Frame(NamedTuple):
-    """Frame options shared by the constructors."""
+    """Frame options shared by the constructors, and the void pixels of each image, which are ignored too."""
 
     canvas: Size | None
-    ignore: Tensor | None
+    ignore: Any
     valid: Box | None
+    void: Sequence[Tensor] = ()
+
+    def regions(self, stored: Sequence[Stored], device: torch.device) -> list[Tensor]:
+        """Pack the ignore region of each image: uint8 1-D. None at all if there are none."""
+        ignore = plain(self.ignore)
+        if ignore is not None:
+            for image in stored:
+                check_ignore(ignore, image.size, device)
+            ignore = ignore != 0
+            if not self.void:
+                return [bits.pack(ignore).flatten()] * len(stored)
+        return [bits.pack(each if ignore is None else each | ignore).flatten() for each in self.void]
 
 
 def frame_size(size: Size, canvas: Size | None) -> Size:
     """Return the height and width of the frame: the canvas, which must hold the masks, or the masks' own."""
+    canvas = listed(canvas)
     if canvas is None:
         return max(size[0], 1), max(size[1], 1)
     if not isinstance(canvas, Sequence) or isinstance(canvas, str) or len(canvas) != 2:
@@ -71,26 +85,24 @@ def describe_images(stored: Sequence[Stored], frame: Frame, device: torch.device
     Returns:
         `table`, `images`, `windows` and `ignore` of `MaskTargets`, on `device`.
     """
-    ignore = torch.empty(0, dtype=torch.uint8, device=device)
-    if frame.ignore is not None:
-        for image in stored:
-            check_ignore(frame.ignore, image.size, device)
-        ignore = bits.pack(frame.ignore).flatten().repeat(len(stored))
-    ignored = len(ignore) // len(stored)
+    regions = frame.regions(stored, device)
+    ignore = bits.joined(regions) if regions else torch.empty(0, dtype=torch.uint8, device=device)
     tables, images, windows = [], [], []
-    first = base = 0
+    first = base = ignore_base = 0
     for number, (place, elements, size, ids) in enumerate(stored):
         height, width = frame_size(size, frame.canvas)
         table = np.zeros((len(place), TABLE_COLUMNS), dtype=np.int64)
         table[:, :PLACE_COLUMNS] = place
         table[:, FRAME_H:LABEL] = height, width
         table[:, LABEL] = 0 if ids is None else ids
-        region = (number * ignored, (size[1] + 7) // 8, *size) if ignored else (0, 0, 0, 0)
+        ignored = len(regions[number]) if regions else 0
+        region = (ignore_base, (size[1] + 7) // 8, *size) if ignored else (0, 0, 0, 0)
         images.append((len(place), elements, ignored, first, base, *region, height, width))
         windows.append(window_row(frame.valid, height, width))
         tables.append(table)
         first += len(place)
         base += elements
+        ignore_base += ignored
     rows = np.array(images, dtype=np.int64)
     return *_upload([np.concatenate(tables), rows, np.concatenate(windows)], device), ignore
 
@@ -120,7 +132,7 @@ def check_ignore(ignore: Tensor, size: Size, device: torch.device) -> None:
     fits = isinstance(ignore, Tensor) and tuple(ignore.shape) == tuple(size)
     if not fits or ignore.dtype not in (torch.bool, torch.uint8):
         raise Cause(
-            "the ignore region must be a bool tensor [H, W] of the size of the masks",
+            "the ignore region must be bool [H, W], of the size of the masks",
             f"got {describe(ignore)}, masks are {size[0]} x {size[1]}",
             "mark the pixels to leave out with True",
         )
@@ -134,6 +146,7 @@ def check_ignore(ignore: Tensor, size: Size, device: torch.device) -> None:
 
 def window_row(valid: Box | None, height: int, width: int) -> NDArray[np.float32]:
     """Write the valid window as fractions of the frame, float32 `[1, 4]`: left, top, width, height."""
+    valid = listed(valid)
     if valid is None:
         return np.array([[0, 0, 1, 1]], dtype=np.float32)
     if not isinstance(valid, Sequence) or isinstance(valid, str) or len(valid) != 4:

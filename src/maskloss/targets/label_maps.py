@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskloss._abi import OFFSET, PLACE_COLUMNS, TOP
 from maskloss._numbers import check_integer
-from maskloss._tracing import materialized, on_host
+from maskloss._tracing import materialized, on_host, plain
 from maskloss.errors import Cause, check_layout, describe
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
-# Integer types without arithmetic in torch, and what holds their values.
-_WIDER = {torch.int8: torch.int16, torch.uint16: torch.int32, torch.uint32: torch.int64}
+# What kernels do not read, and what holds its values.
+_WIDER = {torch.int8: torch.int16}
 # Label maps with values below this are ranked through a table, others by binary search.
 _LARGEST_TABLE = 1 << 22
 
@@ -77,16 +77,23 @@ def _ranks(values: NDArray[Any], wanted: NDArray[np.int64]) -> NDArray[np.int32]
     return np.where(wanted[position] == values, position + 1, 0).astype(np.int32)
 
 
+def present_ids(labels: Tensor, ignore_value: int | None) -> list[int]:
+    """List the ids that occur in a label map, but for 0 and the value of void pixels."""
+    found: list[int] = labels.unique().tolist()
+    return [number for number in found if number not in (0, ignore_value)]
+
+
 def check_label_map(labels: Any) -> Tensor:
     """Convert a label map to a dtype that the kernels read."""
     check_layout("a label map", labels)
+    given, labels = labels, plain(labels)
     if isinstance(labels, Tensor) and labels.dtype in _WIDER:
         labels = labels.to(_WIDER[labels.dtype])
     if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.dtype not in _INTEGERS:
         raise Cause(
-            "a label map must be a tensor [H, W] with an integer dtype",
-            f"got {describe(labels)}",
-            "give one map per image; masks of shape [T, H, W] go to from_masks",
+            "a label map must be a tensor or an array [H, W] with an integer dtype",
+            f"got {describe(given)}",
+            "give one map per image; masks [T, H, W] go to from_masks, a single one as masks[None]",
         )
     return labels
 
@@ -102,12 +109,8 @@ def check_ids(ids: Tensor) -> Tensor:
 def listed_ids(ids: Any) -> list[int]:
     """List ids on the host, and check that each is a 64-bit integer."""
     check_layout("ids", ids)
-    if ids is None or (isinstance(ids, Tensor) and ids.device.type == "meta"):
-        raise Cause(
-            "a label map needs the ids of its targets",
-            "no ids were given" if ids is None else f"got {describe(ids)}",
-            "list the ids to use, in the order of the labels; the background's is usually left out",
-        )
+    if isinstance(ids, Tensor) and ids.device.type == "meta":
+        raise Cause("a label map needs the ids of its targets", f"got {describe(ids)}", "list the ids to use")
     try:
         listed = list(ids.tolist() if isinstance(ids, Tensor) else ids)
     except TypeError:

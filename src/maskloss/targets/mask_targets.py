@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskloss._abi import LABEL
 from maskloss._numbers import check_integer
-from maskloss._tracing import on_host, outside
+from maskloss._tracing import on_host, outside, plain
 from maskloss.errors import Cause, describe, reported
 from maskloss.targets import bits, clips, coco, dense, joining, label_maps
 from maskloss.targets.frames import Box, Frame, Size, Stored, describe_images
@@ -60,8 +60,9 @@ class MaskTargets(Packed):
     @reported("MaskTargets.from_masks")
     @outside
     def from_masks(
-        masks: Tensor | Sequence[Tensor],
+        masks: Any,
         *,
+        ignore_value: int | None = None,
         soft: bool | None = None,
         canvas: Size | None = None,
         ignore: Tensor | None = None,
@@ -70,14 +71,17 @@ class MaskTargets(Packed):
         """Pack dense masks.
 
         Args:
-            masks: `[T, H, W]` of one image, bool, uint8 (non-zero is inside) or float, or a list with one such tensor
-                per image, of any sizes. Or those of clips: `[N, T, H, W]`, N targets in T frames, 0 where one is away.
-            soft: whether float masks are soft targets in [0, 1], which are kept as they are, or binary ones, which are
+            masks: `[T, H, W]` of one image, bool, integers that are 0 or 1, or float, a tensor or an array; or a list
+                with one per image, of any sizes. `[0]` and None are an image without targets. Or those of clips:
+                `[N, T, H, W]`, N targets in T frames, 0 where one is away.
+            ignore_value: the value of void pixels, 255 for instance: their points weigh nothing. A pixel that is void
+                in one mask of an image is void for all of them. Default None: there is no such value.
+            soft: whether float masks in [0, 1] are soft targets, which are kept as they are, or binary ones, which are
                 packed (non-zero is inside). Default None: on a CPU the values decide; elsewhere, and inside
                 `torch.compile`, float masks count as soft, because looking at their values would stall the device.
             canvas: (height, width) of the padded canvas in whose top left corner the masks lie and which the
                 predictions cover. Default: the masks fill the frame.
-            ignore: bool `[H, W]`, pixels whose points weigh nothing (void, crowd).
+            ignore: bool `[H, W]`, tensor or array: pixels whose points weigh nothing (void, crowd).
             valid: (top, left, height, width) in pixels of the frame, the part inside which points are drawn.
                 Default: all of it. `canvas`, `ignore` and `valid` hold for every image of a list.
 
@@ -85,26 +89,35 @@ class MaskTargets(Packed):
             The targets, on the device of the masks.
 
         Raises:
-            MaskLossError: wrong rank or dtype, float values outside [0, 1], a canvas smaller than the masks, an ignore
-                region of another size, or a window that is empty or leaves the frame.
+            MaskLossError: wrong rank or dtype, integers other than 0 and 1 or floats outside [0, 1], a canvas smaller
+                than the masks, an ignore region of another size, or a window that is empty or leaves the frame. Where
+                looking at values would stall a device, and inside `torch.compile`, what is packed has an assertion of
+                the device instead, and what is kept as floats becomes NaN, and so does the loss.
         """
-        listed = list(masks) if isinstance(masks, Sequence) else [masks]
-        if clips.are_clips(listed, 3):
-            tall, frames = clips.stacked(listed, "[N, T, H, W]", canvas, ignore)
+        given = [plain(each) for each in masks] if isinstance(masks, (list, tuple)) else [plain(masks)]
+        if clips.are_clips(given, 3):
+            tall, frames = clips.stacked(
+                given, "[N, T, H, W]", canvas, ignore if ignore_value is None else ignore_value
+            )
             return clips.described(MaskTargets.from_masks(tall, soft=soft), tall, frames, valid)
-        for image in listed:
-            dense.check_masks(image)
-        if not listed:
+        if not given:
             raise Cause("masks must hold one tensor per image", "the list is empty", "an empty image is [0, H, W]")
-        dense.check_devices(listed)
-        make = _from_values if dense.are_soft(listed, soft) else _from_binary
-        return make(listed, Frame(canvas, ignore, valid))
+        value = dense.check_void(ignore_value, dense=True)
+        devices = [each.device for each in given if isinstance(each, Tensor)] or [torch.device("cpu")]
+        images, void = [dense.check_masks(each, devices[0]) for each in given], []
+        dense.check_devices(images)
+        if value is not None:
+            images, void = map(list, zip(*(dense.without_void(each, value) for each in images), strict=True))
+        kept = dense.are_soft(images, soft)
+        for each in filter(on_host, images):
+            dense.check_values(each)
+        return (_from_values if kept else _from_binary)(images, Frame(canvas, ignore, valid, void))
 
     @staticmethod
     @reported("MaskTargets.from_packed")
     @outside
     def from_packed(
-        packed: Tensor,
+        packed: Any,
         width: int,
         *,
         canvas: Size | None = None,
@@ -114,7 +127,7 @@ class MaskTargets(Packed):
         """Take masks that are bit-packed already, by `numpy.packbits(masks, axis=-1, bitorder="little")`.
 
         Args:
-            packed: uint8 `[T, H, ceil(width / 8)]`; the lowest bit is the leftmost pixel.
+            packed: uint8 `[T, H, ceil(width / 8)]`, a tensor or an array; the lowest bit is the leftmost pixel.
             width: pixels in a row.
             canvas: see `from_masks`.
             ignore: see `from_masks`.
@@ -126,7 +139,7 @@ class MaskTargets(Packed):
         Raises:
             MaskLossError: not uint8 `[T, H, ceil(width / 8)]`, or as in `from_masks`.
         """
-        width = check_integer("width", width, 0, hint="the number of pixels in a row")
+        width, packed = check_integer("width", width, 0, hint="the number of pixels in a row"), plain(packed)
         fits = isinstance(packed, Tensor) and packed.dtype == torch.uint8 and packed.ndim == 3
         if not fits or packed.shape[2] != (width + 7) // 8:
             raise Cause(
@@ -145,9 +158,10 @@ class MaskTargets(Packed):
     @reported("MaskTargets.from_label_map")
     @outside
     def from_label_map(
-        labels: Tensor | Sequence[Tensor],
-        ids: Tensor | Sequence[int] | Sequence[Tensor | Sequence[int]] | None,
+        labels: Any,
+        ids: Any = None,
         *,
+        ignore_value: int | None = None,
         allow_missing: bool = False,
         canvas: Size | None = None,
         ignore: Tensor | None = None,
@@ -156,9 +170,13 @@ class MaskTargets(Packed):
         """Take a label map: one integer map for all masks of an image.
 
         Args:
-            labels: `[H, W]`, integers; target i is where the map equals `ids[i]`. Or a list with one map per image,
-                of any sizes. Or those of clips: `[T, H, W]`, in which a target has one id in all T frames.
+            labels: `[H, W]`, integers, a tensor or an array; target i is where the map equals `ids[i]`. Or a list with
+                one map per image, of any sizes. Or those of clips: `[T, H, W]`, in which a target has one id in all T
+                frames.
             ids: the ids to use, in the order of the targets, `[T]`. For a list of maps, a list with those of each.
+                Default None: all that occur in the map but 0, the background, in ascending order; on a device this
+                waits for it.
+            ignore_value: the value of void pixels, 255 for instance: their points weigh nothing, and it is no target.
             allow_missing: accept ids that do not occur in the map, as empty masks (after a crop, say).
             canvas: see `from_masks`.
             ignore: see `from_masks`.
@@ -168,21 +186,31 @@ class MaskTargets(Packed):
             The targets, on the device of the map, with a copy of it. A map on a CPU is searched for the box of each id.
 
         Raises:
-            MaskLossError: a map that is not `[H, W]` of integers, no ids, ids that do not occur in the map (looked for
-                on a CPU only), maps and ids that do not pair up, or as in `from_masks`.
+            MaskLossError: a map that is not `[H, W]` of integers, ids that do not occur in the map (looked for on a CPU
+                only) or that are void, maps and ids that do not pair up, or as in `from_masks`.
         """
-        maps, numbers = (list(labels), ids) if isinstance(labels, Sequence) else ([labels], [ids])
-        if not maps or not isinstance(numbers, Sequence) or len(numbers) != len(maps):
+        several = isinstance(labels, (list, tuple))
+        maps, numbers = (list(labels), [None] * len(labels) if ids is None else ids) if several else ([labels], [ids])
+        if not maps or not isinstance(numbers, (list, tuple)) or len(numbers) != len(maps):
             raise Cause(
                 "a list of label maps needs a list of their ids",
                 f"got {describe(labels)} and {describe(ids)}",
                 "give the ids of each map, in the order of its targets",
             )
+        maps, value = [plain(each) for each in maps], dense.check_void(ignore_value, dense=False)
+        tall, frames = maps, 0
         if clips.are_clips(maps, 2):
-            tall, frames = clips.stacked(maps, "label maps [T, H, W]", canvas, ignore)
-            packed = _from_labels(tall, numbers, allow_missing, Frame(None, None, None))
+            tall, frames = clips.stacked(maps, "label maps [T, H, W]", canvas, ignore if value is None else value)
+        tall = [label_maps.check_label_map(each) for each in tall]
+        numbers = [
+            label_maps.present_ids(each, value) if listed is None else listed
+            for each, listed in zip(maps, numbers, strict=True)
+        ]
+        if frames:
+            packed = _from_labels(tall, numbers, allow_missing, Frame(None, None, None), None)
             return clips.described(packed, tall, frames, valid)
-        return _from_labels(maps, numbers, allow_missing, Frame(canvas, ignore, valid))
+        void = [] if value is None else [dense.where_void(each, value) for each in tall]
+        return _from_labels(tall, numbers, allow_missing, Frame(canvas, ignore, valid, void), value)
 
     @staticmethod
     @reported("MaskTargets.from_coco")
@@ -199,7 +227,8 @@ class MaskTargets(Packed):
 
         Args:
             segmentations: one per target: an RLE dict ("size", "counts" compressed or as a list), or a list of
-                polygons `[[x0, y0, x1, y1, ...], ...]` in pixels.
+                polygons `[[x0, y0, x1, y1, ...], ...]` in pixels, or an annotation with one of these as
+                "segmentation". Arrays count as lists.
             height: of the image, pixels.
             width: of the image, pixels.
             canvas: see `from_masks`.
@@ -314,13 +343,18 @@ def _from_binary(images: Sequence[Tensor], frame: Frame) -> MaskTargets:
 
 
 def _from_values(images: Sequence[Tensor], frame: Frame) -> MaskTargets:
-    values = [masks if masks.is_floating_point() else (masks != 0).float() for masks in images]
+    values = [masks.detach() if masks.is_floating_point() else masks.float() for masks in images]
+    join = bits.owned
+    if not all(map(on_host, values)):
+        # Nobody has looked at these: a value outside [0, 1] shows as a loss that is not finite.
+        values, join = [each.masked_fill((each < 0) | (each > 1), float("nan")) for each in values], bits.joined
     stored = [dense.whole(masks, masks.shape[2]) for masks in images]
-    return _build("values", bits.owned([masks.detach().reshape(-1) for masks in values]), stored, frame)
+    return _build("values", join([masks.reshape(-1) for masks in values]), stored, frame)
 
 
-def _from_labels(maps: Sequence[Tensor], ids: Sequence[Any], allow_missing: bool, frame: Frame) -> MaskTargets:
-    maps = [label_maps.check_label_map(labels) for labels in maps]
+def _from_labels(
+    maps: Sequence[Tensor], ids: Sequence[Any], allow_missing: bool, frame: Frame, void: int | None
+) -> MaskTargets:
     dense.check_devices(maps)
     parts, stored = [], []
     unread: list[tuple[int, Tensor]] = []
@@ -330,6 +364,8 @@ def _from_labels(maps: Sequence[Tensor], ids: Sequence[Any], allow_missing: bool
         listed = label_maps.listed_ids(numbers) if known else [0] * len(label_maps.check_ids(numbers))
         if not known:
             unread.append((first, numbers))
+        elif void in listed:
+            raise Cause("ignore_value must be no target's id", f"ignore_value={void} is among the ids", "leave it out")
         place = label_maps.label_places(labels, listed, allow_missing)
         # Without targets there is nothing to read, and such an image fits any encoding.
         parts.append(labels.detach().reshape(-1) if listed else labels.new_empty(0))

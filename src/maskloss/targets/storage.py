@@ -8,8 +8,20 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from maskloss._abi import BASE, COUNT, FIRST, IMAGE_H, IMAGE_W
+from maskloss._abi import (
+    BASE,
+    COUNT,
+    CROP_H,
+    FIRST,
+    IMAGE_H,
+    IMAGE_W,
+    LABEL,
+    OFFSET,
+    SIZE,
+    STRIDE,
+)
 from maskloss._tracing import as_device
 from maskloss.errors import Cause, describe, reported
 
@@ -98,6 +110,31 @@ class Packed:
         """What the operations take: `[data, table, images, windows, ignore]`."""
         return [self.data, self.table, self.images, self.windows, self.ignore]
 
+    def inhabited(self) -> Tensor:
+        """Return which masks have a pixel inside, bool `[T_all]`, without waiting for a device."""
+        size = self.table[:, CROP_H] * self.table[:, STRIDE]
+        image = torch.arange(len(self), device=self.device).repeat_interleave(self.counts, output_size=self.num_masks)
+        if self.encoding == "labels":
+            return (size > 0) & self._occurs(image)
+        start = self.images[image, BASE] + self.table[:, OFFSET]
+        before = pad((self.data != 0).cumsum(0, dtype=torch.int32), (1, 0))
+        return before[start + size] > before[start]
+
+    def _occurs(self, image: Tensor) -> Tensor:
+        """Look for the id of each target in the label map of its image, whose number is given: bool `[T_all]`."""
+        if not self.num_masks:
+            return image > 0
+        ids = self.table[:, LABEL].sort().values
+        where = torch.arange(len(self), device=self.device)
+        pixel_image = where.repeat_interleave(self.images[:, SIZE], output_size=len(self.data))
+        values = self.data.long()
+        rank = torch.searchsorted(ids, values)
+        wanted = ids[rank.clamp(max=len(ids) - 1)] == values
+        # One more place for pixels of no target.
+        seen = torch.zeros(len(self) * len(ids) + 1, dtype=torch.bool, device=self.device)
+        seen.scatter_(0, torch.where(wanted, pixel_image * len(ids) + rank, len(seen) - 1), True)
+        return seen[image * len(ids) + torch.searchsorted(ids, self.table[:, LABEL].contiguous())]
+
     @reported("MaskTargets.to")
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Self:
         """Move to a device; returns self if it is there already. The types of the tensors are part of the encoding.
@@ -135,7 +172,7 @@ class Packed:
         first, count, base = row[FIRST], row[COUNT], row[BASE]
         for offset, stride, top, left, h, w, _, _, label in self.table[first : first + count].tolist():
             across = (w + 7) // 8 if self.encoding == "bits" else w
-            pixels = self.data.as_strided((h, across), (stride, 1), base + offset if h * w else 0)
+            pixels = self.data[base + offset if h * w else 0 :].as_strided((h, across), (stride, 1))
             yield self._decode(pixels, w, label), top, left
 
     def _decode(self, pixels: Tensor, width: int, label: int) -> Tensor:

@@ -14,6 +14,7 @@ from maskloss.errors import Cause, reported, require
 from maskloss.integrations._undo import Undo
 from maskloss.integrations.transformers.families import FAMILIES, Family, Options, find, is_patched, supported
 from maskloss.ops import BACKENDS
+from maskloss.options import TargetRules
 from maskloss.points import PointSampling
 
 __all__ = ["Patch", "patch", "unpatch"]
@@ -68,6 +69,10 @@ def patch(
     sampling: PointSampling | None = None,
     factors: bool = False,
     scale_by_ranks: bool = False,
+    ignore_value: int | None = None,
+    ignore_label: int | None = None,
+    drop_empty: bool = False,
+    no_object_label: str = "warn",
 ) -> Patch:
     """Let maskloss compute the loss of a model of Transformers, or of every model built from now on.
 
@@ -97,6 +102,15 @@ def patch(
         scale_by_ranks: multiply the mask terms by the number of ranks, as Transformers' own do with Accelerate: for
             runs whose learning rate or weights were tuned with them. Default False: the same terms for any number of
             ranks. A subclass whose `forward` divides by a number of its own keeps that number in both cases.
+        ignore_value: the value of void pixels in `mask_labels`, 255 in many data sets: their points weigh nothing, in
+            loss and matching. Default None: any value but 0 and 1 in integer masks is an error.
+        ignore_label: the label of targets whose class is unknown, 255 or -1 for instance: they are matched by their
+            masks, which are learned, and their queries have no classification. Default None.
+        drop_empty: a target whose mask is empty has no mask terms, in loss and matching. Default False: an empty mask
+            is learned, as Transformers does.
+        no_object_label: what a target with the label "no object" (the number of labels) does. "warn" (default) and
+            "allow": its mask is learned, and its query learns "no object", as in Transformers; people who count labels
+            from 1 do not expect it, so "warn" says it once, where labels are on a CPU. "error": it is rejected.
 
     Returns:
         The patch: `undo()` takes it back, and `with patch(model): ...` does at the end of the block.
@@ -118,7 +132,8 @@ def patch(
         if not isinstance(value, bool):
             raise Cause(f"{name} must be True or False", f"{name}={value!r}", "False is the default")
     checked = None if sampling is None else _inputs.check_sampling(sampling)
-    options = Options(backend, checked, factors, scale_by_ranks)
+    rules = TargetRules(ignore_value, ignore_label, drop_empty, no_object_label)
+    options = Options(backend, checked, factors, scale_by_ranks, rules)
     handle = Patch()
     if model is not None:
         try:

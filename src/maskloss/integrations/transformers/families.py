@@ -21,6 +21,7 @@ from maskloss.integrations.transformers.universal import (
     restore,
     swap,
 )
+from maskloss.options import TargetRules
 from maskloss.points import PointSampling
 
 _WHY_NOT = {
@@ -36,11 +37,12 @@ class Options(NamedTuple):
     sampling: PointSampling | None = None
     factors: bool = False
     scale_by_ranks: bool = False
+    rules: TargetRules = TargetRules(no_object_label="warn")
 
     @property
     def of_criterion(self) -> dict[str, Any]:
         """What a criterion has to know."""
-        return {"backend": self.backend, "sampling": self.sampling, "scale_by_ranks": self.scale_by_ranks}
+        return {name: value for name, value in self._asdict().items() if name != "factors"}
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,9 @@ def _swap_function(model: Any, options: Options) -> None:
             f"the model was given another one, {current!r}",
             "patch the model before its loss function is replaced",
         )
-    model.loss_function = functools.partial(rf_detr_loss, backend=options.backend, sampling=options.sampling)
+    model.loss_function = functools.partial(
+        rf_detr_loss, backend=options.backend, sampling=options.sampling, rules=options.rules
+    )
 
 
 def _is_ours(function: object) -> bool:

@@ -49,10 +49,10 @@ class ForwardPass:
     shared: SharedWork = field(default_factory=SharedWork)
     members: WeakSet[nn.Module] = field(default_factory=WeakSet)
 
-    def pack(self, masks: Any, device: torch.device) -> MaskTargets:
+    def pack(self, masks: Any, device: torch.device, ignore_value: int | None) -> MaskTargets:
         """Pack the masks, or return what was packed if this is the object of the last call."""
         if self.packed is None or self.packed[0] is not masks or self.packed[1].device != device:
-            self.packed = masks, pack_masks(masks, device)
+            self.packed = masks, pack_masks(masks, device, ignore_value)
         return self.packed[1]
 
 

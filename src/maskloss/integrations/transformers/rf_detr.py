@@ -18,7 +18,7 @@ from maskloss.layers import Layer
 from maskloss.loss import LayerTerms, MaskLoss
 from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.matches import Matches
-from maskloss.options import MaskOptions
+from maskloss.options import MaskOptions, TargetRules
 from maskloss.points import PointSampling
 from maskloss.step import Step
 
@@ -26,6 +26,7 @@ from maskloss.step import Step
 OVERSAMPLE_RATIO, IMPORTANCE_RATIO, FOCAL_GAMMA, LEAST_QUALITY = 3.0, 0.75, 2.0, 0.01
 
 Layers = list[dict[str, Any]]
+_RULES = TargetRules()
 
 
 @reported("maskloss in Transformers")
@@ -46,6 +47,7 @@ def rf_detr_loss(
     backend: str | None = None,
     sampling: PointSampling | None = None,
     padding_mode: str = "zeros",
+    rules: TargetRules = _RULES,
     **_: Any,
 ) -> tuple[Tensor, dict[str, Tensor], Layers | None]:
     """Compute the loss of `RfDetrForInstanceSegmentation`, with the arguments and results of Transformers' own.
@@ -65,6 +67,7 @@ def rf_detr_loss(
         enc_outputs_coord: `[B, G * Q, 4]`.
         enc_outputs_masks: `[B, G * Q, h, w]`.
         backend: see `MaskLoss`.
+        rules: how targets are understood (see `patch`).
         sampling: see `patch`; None: one point for as many pixels as the configuration says.
         padding_mode: see `MaskLoss`; RF-DETR's own code has "border".
 
@@ -90,7 +93,7 @@ def rf_detr_loss(
         layers.append(proposals)
         suffixes.append("_enc")
     options = MaskOptions(padding_mode, "nearest", backend=backend)
-    terms = _layer_terms(layers, labels, config, options, sampling)
+    terms = _layer_terms(layers, labels, config, options, sampling, rules)
     losses = {f"{name}{suffix}": values[i] for i, suffix in enumerate(suffixes) for name, values in terms.items()}
     weights = _weights(config, suffixes)
     total = torch.stack([losses[name] * weight for name, weight in weights.items()]).sum()
@@ -116,6 +119,7 @@ def _layer_terms(
     config: Any,
     options: MaskOptions,
     sampling: PointSampling | None,
+    rules: TargetRules,
 ) -> dict[str, Tensor]:
     """Compute every term of every layer, `[L]` each, in the order of `layers`."""
     logits, masks = check_predictions(
@@ -125,7 +129,8 @@ def _layer_terms(
     )
     boxes = _inputs.accumulated(torch.stack([layer["pred_boxes"] for layer in layers]))
     groups = _groups(logits.shape[2], config.num_queries)
-    step, box_targets = _begin(labels, [*masks, logits, boxes])
+    step = _targets.begin_entries(labels, "class_labels", [*masks, logits, boxes], rules, no_object=None)
+    box_targets = _targets.boxes_of(labels, step.targets.num_targets, boxes)
     height, width = masks[0].shape[2:]
     area = height * width // config.mask_point_sample_ratio
     # One point for this many pixels, in the matching too; there the model has no lower bound of its own.
@@ -135,7 +140,8 @@ def _layer_terms(
     count = step.divisor(float(step.targets.num_masks), times=groups)
     weights = config.mask_class_loss_coefficient, config.mask_dice_loss_coefficient
     loss = MaskLoss(sampling=sampling, options=options)
-    terms = _mask_terms(step, loss, masks, matches, groups, ops.Reduction(*weights, count))
+    shown = step.mask_weights(matches, None, logits.dtype)
+    terms = _mask_terms(step, loss, masks, matches, groups, ops.Reduction(*weights, count, shown))
     layer, image, query, target = matches.index.unbind(1)
     rows = step.targets.first_rows[image] + target
     pairs = box_terms(boxes[layer, image, query], torch.cat(box_targets)[rows])
@@ -144,8 +150,12 @@ def _layer_terms(
     def per_layer(values: Tensor) -> Tensor:
         return values.reshape(len(layers), values.numel() // len(layers)).sum(1) / count
 
+    by_class = _quality_loss(logits, place, pairs.iou.detach(), config.focal_alpha)
+    if step.unknown is not None:
+        hidden = torch.zeros(logits.shape[:3], dtype=torch.bool, device=logits.device)
+        by_class = by_class.masked_fill(hidden.index_put((layer, image, query), step.unknown[rows])[..., None], 0)
     return {
-        "loss_ce": per_layer(_quality_loss(logits, place, pairs.iou.detach(), config.focal_alpha)),
+        "loss_ce": per_layer(by_class),
         "loss_bbox": per_layer(pairs.l1),
         "loss_giou": per_layer(pairs.giou),
         "cardinality_error": _cardinality_error(logits.detach(), step),
@@ -164,30 +174,6 @@ def _groups(queries: int, per_group: int) -> int:
             "train with the configuration that the model was built with",
         )
     return groups
-
-
-def _begin(labels: Sequence[Mapping[str, Any]], predictions: Sequence[Layer]) -> tuple[Step, list[Tensor]]:
-    """Pack the targets, and list the boxes of each image."""
-    wanted = {"class_labels", "boxes", "masks"}
-    for image, entry in enumerate(labels):
-        if not isinstance(entry, Mapping) or not wanted <= set(entry):
-            got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
-            raise Cause(
-                'each entry of labels must be a dict with "class_labels", "boxes" and "masks"',
-                f"entry {image} is {got}",
-                "RF-DETR is trained on boxes and masks",
-            )
-    entries = [(entry["masks"], entry["ids"]) if "ids" in entry else entry["masks"] for entry in labels]
-    step = _targets.begin(entries, [entry["class_labels"] for entry in labels], predictions)
-    box_targets = [entry["boxes"].to(predictions[-1]) for entry in labels]
-    for image, (found, count) in enumerate(zip(box_targets, step.targets.num_targets, strict=True)):
-        if found.shape != (count, 4):
-            raise Cause(
-                "boxes must be [T, 4], one for each mask",
-                f"image {image} has {count} masks and boxes {list(found.shape)}",
-                "give (cx, cy, w, h) as fractions of the image",
-            )
-    return step, box_targets
 
 
 def _match(

@@ -26,7 +26,9 @@ from maskloss.integrations.transformers import forward_pass
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.matches import Pairs
+from maskloss.options import TargetRules
 from maskloss.points import PointSampling
+from maskloss.step import masks_that_count
 from maskloss.targets import MaskTargets
 
 _OPERATION = "maskloss in Transformers"
@@ -41,6 +43,7 @@ class PointCriterion(nn.Module):
         maskloss_backend: "reference", "cpu" or "gpu"; None: by device.
         maskloss_sampling: instead of the numbers that Transformers keeps; None: these.
         maskloss_scale_by_ranks: whether the mask terms are those of Transformers under data parallelism.
+        maskloss_rules: how targets are understood.
         count_shape: shape of the number of masks, and so of the mask terms: OneFormer has `[1]`, the others `[]`.
         remembers_masks: whether the model calls its criterion several times in one forward pass, with the same masks.
     """
@@ -48,6 +51,7 @@ class PointCriterion(nn.Module):
     maskloss_backend: str | None
     maskloss_sampling: PointSampling | None
     maskloss_scale_by_ranks: bool
+    maskloss_rules: TargetRules
     count_shape: tuple[int, ...] = ()
     remembers_masks: bool = False
     matcher: Any
@@ -79,14 +83,16 @@ class PointCriterion(nn.Module):
         """
         classes, masks = check_predictions(class_logits, mask_logits)
         no_object = classes.shape[3] - 1
-        step = _targets.begin(self._packed(mask_labels, masks[0].device), class_labels, [*masks, classes])
-        found = _matcher_of(self.matcher, self).match(classes, masks, step, no_object_labels=True)
+        packed = _packed(self, mask_labels, masks[0].device)
+        step = _targets.begin(packed, class_labels, [*masks, classes], self.maskloss_rules, no_object=no_object)
+        found = _matcher_of(self.matcher, self).match(classes, masks, step)
         count = step.divisor(float(step.targets.num_masks))
         if self.maskloss_scale_by_ranks:
             # Transformers divides the mean over the ranks by their number once more.
             count = distributed.at_least_one(count / distributed.world_size(step.group))
         ce_weight, dice_weight = (self.weight_dict.get(name, 1.0) for name in ("loss_mask", "loss_dice"))
-        terms = self._mask_loss().layer_terms(masks, found, step, ops.Reduction(ce_weight, dice_weight, count))
+        shown = step.mask_weights(found, None, classes.dtype)
+        terms = self._mask_loss().layer_terms(masks, found, step, ops.Reduction(ce_weight, dice_weight, count, shown))
         wanted = step.wanted_classes(found, classes.shape[:3], no_object)
         by_class = softmax_loss(classes, wanted, self.empty_weight, step.query_weight(self.empty_weight))
         return [
@@ -97,10 +103,6 @@ class PointCriterion(nn.Module):
             }
             for layer in range(len(masks))
         ]
-
-    def _packed(self, masks: Any, device: torch.device) -> Any:
-        """Pack the masks if several calls in one forward pass of the model share them."""
-        return _packed(self, masks, device) if self.remembers_masks else masks
 
     def _mask_loss(self) -> MaskLoss:
         own = (self.num_points, self.oversample_ratio, self.importance_sample_ratio)
@@ -155,7 +157,8 @@ class LayerMethods(PointCriterion):
     ) -> dict[str, Tensor]:
         """Compute the mask terms of one layer, divided by `num_masks`."""
         masks = _packed(self, mask_labels, masks_queries_logits.device)
-        ce, dice = layer_loss(self._mask_loss(), masks_queries_logits, masks, indices, num_masks)
+        has_mask = masks_that_count(masks, None, self.maskloss_rules)
+        ce, dice = layer_loss(self._mask_loss(), masks_queries_logits, masks, indices, num_masks, has_mask)
         return {"loss_mask": ce.reshape(self.count_shape), "loss_dice": dice.reshape(self.count_shape)}
 
 
@@ -181,6 +184,7 @@ class PointMatcher(nn.Module):
 
     maskloss_backend: str | None
     maskloss_sampling: PointSampling | None
+    maskloss_rules: TargetRules
 
     @reported(_OPERATION, _NAMES)
     def forward(
@@ -193,13 +197,14 @@ class PointMatcher(nn.Module):
         """Match one layer: (queries, targets) of each image, on the CPU."""
         classes, masks = check_predictions(class_queries_logits, masks_queries_logits)
         targets = _packed(self, mask_labels, masks[0].device)
-        step = _targets.begin(targets, class_labels, [*masks, classes])
-        return _matcher_of(self, self).match(classes, masks, step, no_object_labels=True).to("cpu").pairs()
+        no_object = classes.shape[3] - 1
+        step = _targets.begin(targets, class_labels, [*masks, classes], self.maskloss_rules, no_object=no_object)
+        return _matcher_of(self, self).match(classes, masks, step).to("cpu").pairs()
 
 
-def _packed(module: nn.Module, masks: Any, device: torch.device) -> MaskTargets:
-    found = forward_pass.current(module)
-    return _targets.pack_masks(masks, device) if found is None else found.pack(masks, device)
+def _packed(module: Any, masks: Any, device: torch.device) -> MaskTargets:
+    found, void = forward_pass.current(module), module.maskloss_rules.ignore_value
+    return _targets.pack_masks(masks, device, void) if found is None else found.pack(masks, device, void)
 
 
 def _matcher_of(theirs: Any, options: PointCriterion | PointMatcher) -> HungarianMatcher:
@@ -320,6 +325,12 @@ def swap(criterion: nn.Module, options: Mapping[str, Any]) -> None:
             "a subclass must not override what is not called any more",
             f"{name} has {', '.join(ignored)}",
             "sampling= of patch says how points are drawn",
+        )
+    if not at_once and options["rules"].ignore_label is not None:
+        raise Cause(
+            "ignore_label needs the classification to be computed here",
+            f"{name} overrides {', '.join(overridden) or 'the matcher'}, and so Transformers computes it",
+            "give such targets a class, or leave them out",
         )
     if not same_matcher and "loss_masks" in overridden and not _calls_super(criterion.loss_masks):
         raise Cause(
