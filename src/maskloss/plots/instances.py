@@ -167,7 +167,7 @@ def draw_terms(axes: Axes, found: Inspection) -> None:
     axes.barh(1, dice, color=TEAL, height=0.52)
     widest = max(ce, dice) or 1.0
     share = by_uncertain / ce if ce else 0.0
-    kinds = f"{100 * share:.0f} % of it at uncertain points" if found.num_uncertain else ""
+    kinds = f"{share:.0%} of it at uncertain points" if found.num_uncertain else ""
     rows = (
         (0, "cross-entropy", found.ce, found.ce_weight, ce),
         (1, "Dice", found.dice, found.dice_weight, dice),
