@@ -1,7 +1,7 @@
 # maskloss: everything runs in .venv, which make creates on first use. All you need is python3 and make.
 #
 #   PYTHON=python3.12   the interpreter used to create .venv
-#   ARGS="..."          extra arguments for `make train`, `make test`, `make slow` or `make long`
+#   ARGS="..."          extra arguments for `make train`, `make test`, `make slow`, `make long` or `make gpu`
 #   WORKERS=0           run tests in this process, not in one for each core (for a debugger)
 
 SHELL       := bash
@@ -70,6 +70,10 @@ oldest newest nightly: ## Run the tests with the oldest, newest or nightly versi
 	@$(PYTHON) -m venv --clear .venv-$@ && .venv-$@/bin/python -m pip install -qq uv
 	@$(INSTALL) -e '.[test]'
 	@.venv-$@/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+.PHONY: gpu
+gpu: $(VENV)/.dev ## On a machine with a GPU: its tests, races, and times, on a page in runs/gpu, within eight minutes
+	@$(VENV)/bin/maskloss bench --verify --device cuda --out runs/gpu $(ARGS)
 
 .PHONY: docs
 docs: $(VENV)/.dev ## Build the documentation; warnings are errors

@@ -16,7 +16,7 @@ from maskloss.ops.assignment import solve_with_scipy
 from support.assignments import KINDS
 from support.kernel_cases import DEVICE, INTERPRETED
 
-pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [pytest.mark.gpu] * (not INTERPRETED)
 
 CLASSES = 5
 # Numbers of queries and of the targets of each image.

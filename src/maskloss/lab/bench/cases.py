@@ -103,6 +103,15 @@ class Case:
         """Count logits and their gradient, and the targets: bytes if bool, several float copies for Transformers."""
         return 2 * item_size * self.logit_count + self.target_count * (17 if arm in PEERS else 1)
 
+    def least_bytes(self, item_size: int) -> int:
+        """Count what every algorithm must move: logits, or factors of them, read once, and their gradient written."""
+        entries = self.logit_count
+        if self.channels:
+            features = self.batch * self.channels * math.prod(self.logit_size)
+            embeddings = self.layers * self.batch * self.queries * self.channels
+            entries = embeddings + features * (self.layers if self.groups > 1 else 1)
+        return 2 * item_size * entries
+
     def describe(self) -> str:
         """Write the sizes in one line; of a case of a family, those that all its cases have."""
         numbers = {

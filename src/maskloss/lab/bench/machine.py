@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,17 @@ def describe_machine(device: str) -> dict[str, Any]:
     if device != "cpu":
         chosen = torch.cuda.get_device_properties(device)
         found["gpu"] = {"name": chosen.name, "memory": chosen.total_memory, "cuda": torch.version.cuda}
+        found["gpu"]["driver"] = _driver()
     return found
+
+
+def _driver() -> str | None:
+    """Return the version of NVIDIA's driver, where its tool is there to ask."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    return answer.stdout.strip().partition("\n")[0] or None
 
 
 def describe_software() -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from maskloss.integrations.transformers import patch
 from maskloss.lab.bench.cases import Case
 from maskloss.lab.bench.check import _Draws, _draws
-from maskloss.lab.bench.measure import PeakMemory
+from maskloss.lab.bench.measure import Clock, PeakMemory
 from maskloss.lab.bench.model import ModelCase, build, make_batch, to_device
 from maskloss.lab.bench.worker import BaseWorker, serve_process
 from maskloss.loss import LayerTerms, MaskLoss
@@ -61,10 +61,19 @@ class ModelWorker(BaseWorker):
         return {"digest": "", "memory": {"peak": meter.peak(), "not_measured": meter.why_not}}
 
     def step(self, seed: int) -> dict[str, float]:
-        """Time forward and backward of one step, targets packed within it; seconds."""
+        """Time forward and backward of one step, targets packed within it, and the criterion in the first; seconds."""
         self._drop_gradients()
         torch.manual_seed(seed)
-        return self.timed(lambda: self.model(**self.batch).loss)
+        clock = Clock(self.device)
+        # Before and after: every other span is one of the criterion.
+        hooks = [
+            self.model.criterion.register_forward_pre_hook(lambda *_: clock.mark()),
+            self.model.criterion.register_forward_hook(lambda *_: clock.mark()),
+        ]
+        found = self.timed(lambda: self.model(**self.batch).loss)
+        for hook in hooks:
+            hook.remove()
+        return {**found, "criterion": sum(clock.spans()[::2])}
 
     def _start(self, case: dict[str, Any], device: str, dtype: str, seed: int) -> ModelCase:
         self.start(device)

@@ -78,6 +78,7 @@ class Worker(BaseWorker):
         self.inputs = make_inputs(self.case, seed=seed, dtype=self.dtype, device=self.device)
         found = {"digest": self.inputs.digest(), "backend": self._backend(arm), "memory": self._memory(seed)}
         found["counts"] = self._count(seed)
+        found["launches"] = self._launches(seed)
         self.step(seed)
         return found
 
@@ -117,6 +118,19 @@ class Worker(BaseWorker):
         with counter:
             self.arm.forward(self.inputs, targets, seed).backward()
         return counter.as_dict()
+
+    def _launches(self, seed: int) -> dict[str, int] | None:
+        """Count the kernels of a step with prepared targets, and the copies, as the driver saw them; None on a CPU."""
+        if self.device.type == "cpu":
+            return None
+        self.inputs.drop_gradients()
+        targets = self.arm.prepare(self.inputs.masks)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.arm.forward(self.inputs, targets, seed).backward()
+            torch.cuda.synchronize()
+        cuda = torch.profiler.DeviceType.CUDA
+        return count_launches([event.name for event in profile.events() if event.device_type == cuda])
 
     def stages(self, seed: int, steps: int) -> list[dict[str, float]]:
         """Time the stages of some steps; from then on the arm is slower than it was."""
@@ -170,6 +184,16 @@ class Worker(BaseWorker):
             "extra": None if peak is None or held is None else max(peak - held, 0),
             "not_measured": meter.why_not,
         }
+
+
+def count_launches(names: Sequence[str]) -> dict[str, int]:
+    """Count kernels, copies to the host and copies to the device among what the profiler calls by these names."""
+    copies = [name for name in names if name.startswith(("Memcpy", "Memset"))]
+    return {
+        "kernels": len(names) - len(copies),
+        "to host": sum("DtoH" in name for name in copies),
+        "to device": sum("HtoD" in name for name in copies),
+    }
 
 
 def _target_bytes(targets: MaskTargets | Sequence[MaskTargets | Tensor]) -> int:

@@ -18,7 +18,7 @@ import torch
 
 from maskloss.errors import Cause, reported, require
 from maskloss.lab import files
-from maskloss.lab.bench import plots, table
+from maskloss.lab.bench import plots, table, verify
 from maskloss.lab.bench.arms import ARMS
 from maskloss.lab.bench.cases import FAMILIES, PRESETS, choose
 from maskloss.lab.bench.machine import default_threads, describe_machine, describe_software
@@ -78,6 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "package (its presets only; default: maskloss, factors, and those of the last two that are installed, or "
         "reference without Transformers)",
     )
+    add(
+        "--verify",
+        action="store_true",
+        help="for a machine with a GPU, within eight minutes: its tests, races, memory that nobody writes, then the "
+        "presets and models, on a page in --out; goes on where one part fails, and a second run does what is missing. "
+        "With --device cpu a rehearsal of small sizes, under Triton's interpreter",
+    )
     add("--stages", action="store_true", help="time the stages of the step as well")
     add("--steps", type=_positive, help="timed steps of each arm (default: 15; 5 with --scaling)")
     add(
@@ -106,6 +113,8 @@ def main(arguments: argparse.Namespace) -> int:
     # Before anything is measured, which takes minutes.
     files.unmake(files.make_folder(arguments.out, "--out"))
     console = require("rich.console", "bench").Console(highlight=False)
+    if arguments.verify:
+        return _verify(arguments, console)
     console.width = max(console.width, 124)  # narrower, the table would lose digits
     for module in ("matplotlib", "psutil"):
         require(module, "bench")
@@ -166,6 +175,26 @@ def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
     if plots.plot_families(report, families):
         written.append(families)
     return written
+
+
+@reported("maskloss bench --verify")
+def _verify(arguments: argparse.Namespace, console: Any) -> int:
+    """Verify a device; 1 unless every part has passed, or cannot run here."""
+    ignored = ("preset", "scaling", "model", "arms", "stages", "steps", "quick", "threads")
+    given = [f"--{name}" for name in ignored if getattr(arguments, name) not in (None, False)]
+    given += ["--dtype"] if arguments.dtype != "float32" else []
+    if given:
+        raise Cause(
+            "--verify decides what is run", f"it was given {', '.join(given)}", "--device and --out are its own"
+        )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with _sigterm_raises():
+        report = verify.run(
+            verify.Plan.on(arguments.device), arguments.out, lambda text: console.print(text, markup=False)
+        )
+    for name in (verify.RESULTS, verify.PAGE):
+        console.print(f"[dim]wrote[/] {arguments.out / name}")
+    return int(not all(verify.is_fine(part) for part in report["parts"].values()))
 
 
 @reported("maskloss bench")
