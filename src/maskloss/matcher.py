@@ -174,7 +174,7 @@ class HungarianMatcher(nn.Module):
             step.labels,
             step.targets.images,
             counts,
-            outputs if no_object_labels else num_classes,
+            num_classes + no_object_labels,
             groups=groups,
             where=self.assignment,
             backend=self.options.backend,

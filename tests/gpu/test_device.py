@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloss import MaskCriterion, MaskFactors, MaskLoss, MaskTargets, PointSampling
+from maskloss import MaskCriterion, MaskFactors, MaskLoss, MaskTargets, PointSampling, graphs
 from maskloss.matches import Matches
 
 pytestmark = pytest.mark.gpu
@@ -167,6 +167,41 @@ def test_a_captured_graph_draws_new_points_from_its_seed() -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
         seen.append(float(captured.total))
     assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("form", ["dense", "factors"])
+def test_the_whole_criterion_in_a_graph(form: str) -> None:
+    """Captured once, replayed with targets of other numbers: the losses and gradients of the eager criterion."""
+    criterion = MaskCriterion(10).cuda()
+    classes = torch.randn(BATCH, QUERIES, 11, device="cuda", requires_grad=True)
+    layer, leaves = make_factors(torch.float32) if form == "factors" else (logits := make_logits(), [logits])
+    leaves = [classes, *leaves]
+
+    def drawn(counts: tuple[int, int]) -> list[dict[str, Any]]:
+        masks = [torch.rand(count, 4 * SIZE, 4 * SIZE) > 0.7 for count in counts]
+        return [{"masks": each, "labels": torch.randint(10, (len(each),))} for each in masks]
+
+    def pad(targets: list[dict[str, Any]]) -> graphs.PaddedTargets:
+        return graphs.pad_targets(targets, 8, data_size=2**20)
+
+    static, seed = pad(drawn((3, 6))).to("cuda"), torch.tensor(0, device="cuda")
+
+    def one() -> tuple[Any, tuple[Tensor, ...]]:
+        out = graphs.padded_loss(criterion, classes, layer, static, seed=seed)
+        return out, torch.autograd.grad(out.total, leaves)
+
+    captured = graphs.capture(one)
+    for number, counts in enumerate(((6, 2), (0, 8), (0, 0))):
+        targets = drawn(counts)
+        static.copy_(pad(targets))
+        seed.fill_(number)
+        found, gradients = captured.replay()
+        moved = [{name: each.cuda() for name, each in entry.items()} for entry in targets]
+        eager = criterion(classes, layer, moved, seed=number)
+        torch.testing.assert_close(found.total, eager.total, rtol=1e-5, atol=1e-6)
+        wanted = torch.autograd.grad(eager.total, leaves)
+        for mine, theirs in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own parts

@@ -26,6 +26,11 @@ def test_the_criterion_neither_copies_nor_waits() -> None:
     run("criterion")
 
 
+def test_a_step_that_is_to_be_captured_copies_nothing() -> None:
+    pytest.importorskip("triton")
+    run("padded")
+
+
 def test_factors_copy_nothing_either() -> None:
     pytest.importorskip("triton")
     run("factors")

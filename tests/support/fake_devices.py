@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maskloss import MaskCriterion, MaskFactors, MaskTargets
+from maskloss import MaskCriterion, MaskFactors, MaskTargets, graphs
 from maskloss._abi import INDEX_COLUMNS, Draw, Factors, Gradients, Instances, Job, Targets, Term
 from maskloss.ops import choose_backend, factored, reference
 
@@ -94,6 +94,27 @@ def criterion_copies_nothing() -> None:
         assert "maskloss::assign" not in watch.operations
         assert out.total.device.type == "cuda"
         assert out.total.requires_grad
+
+
+def padded_targets_copy_nothing() -> None:
+    """A step that is to be captured: a seed and padded targets on the device, for dense logits and for factors."""
+    with watched() as watch:
+        packed = MaskTargets.from_masks(masks("cuda"))
+        labels, counts, seed = (
+            torch.empty(shape, dtype=torch.int64, device="cuda") for shape in ((BATCH * TARGETS,), (BATCH,), ())
+        )
+        targets = graphs.PaddedTargets(packed, labels, counts)
+        classes, logits = predictions("cuda")
+        features = torch.empty(BATCH, 32, SIZE, SIZE, device="cuda", requires_grad=True)
+        factors = [MaskFactors(torch.empty(BATCH, QUERIES, 32, device="cuda"), features) for _ in range(LAYERS)]
+        watch.copies.clear()
+        for masks_ in (logits, factors):
+            out = graphs.padded_loss(MaskCriterion(CLASSES).cuda(), classes, masks_, targets, seed=seed)
+            assert out.total.device.type == "cuda"
+            assert out.total.requires_grad
+    # Ids of the images follow from their number, and are made on the device.
+    assert not watch.copies, watch.copies
+    assert not watch.operations & {"aten::_local_scalar_dense", "aten::nonzero", "aten::item"}
 
 
 def factors_copy_nothing() -> None:
@@ -194,6 +215,8 @@ if __name__ == "__main__":
     lend_guards()
     if sys.argv[1] == "criterion":
         criterion_copies_nothing()
+    elif sys.argv[1] == "padded":
+        padded_targets_copy_nothing()
     elif sys.argv[1] == "factors":
         factors_copy_nothing()
     elif sys.argv[1] == "compile":

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from maskloss import MaskTargets
-from maskloss._abi import Draw, Factors, Gradients, Instances, Saved, Targets, Term
+from maskloss._abi import Draw, Factors, Gradients, Instances, Job, Targets, Term
 from maskloss.factors import MaskFactors
 from maskloss.lab.bench.cases import PRESETS, Case
 from maskloss.lab.bench.inputs import make_inputs
@@ -46,11 +46,11 @@ class Operations:
         inputs = make_inputs(case, seed=0, dtype=torch.float32, device=device)
         self.case, self.inputs = case, inputs
         self.targets = MaskTargets.from_masks(inputs.masks)
-        self.group = Targets(self.targets.encoding, *self.targets.tensors)
         sampling = PointSampling(case.points)
         images = torch.arange(case.batch, device=device)
         numbers = (case.points, sampling.num_candidates, sampling.num_uncertain)
-        self.draw = Draw(images, torch.tensor(7), *numbers)
+        group = Targets(self.targets.encoding, *self.targets.tensors)
+        self.job = Job(group, Draw(images, torch.tensor(7), *numbers), Term())
         rows = [(layer, image, target, target) for layer in range(case.layers) for image in images.tolist()
                 for target in range(case.targets)]  # fmt: skip
         self.index = torch.tensor(rows, device=device)
@@ -74,44 +74,39 @@ class Operations:
         return found
 
     def _dense(self, ops: Any, logits: list[Tensor], name: str) -> dict[str, list[Tensor]]:
-        instances, term, counts = Instances(logits, self.index, self.sizes), Term(), self.targets.num_targets
-        cost = ops.match_cost(logits, counts, self.group, self.draw._replace(num_candidates=0, num_uncertain=0), term)
-        found = {f"match_cost, {name}": list(cost)}
-        loss = ops.mask_loss(instances, self.group, self.draw, term, None)
-        found[f"mask_loss, {name}"] = list(loss[:3])
+        instances, counts = Instances(logits, self.index, self.sizes), self.targets.num_targets
+        cost = ops.match_cost(logits, counts, self.job)
+        *loss, saved = ops.mask_loss(instances, self.job)
         weight = torch.linspace(0.5, 1.5, len(self.index), dtype=loss[0].dtype, device=self.index.device)
-        arguments = (Saved(*loss[2:]), instances, self.group, self.draw, term, None, [True] * len(logits))
-        found[f"mask_loss_backward, {name}"] = ops.mask_loss_backward(Gradients(weight, 2 - weight), *arguments)
-        points = ops.uncertain_points(instances, self.draw, self.targets.windows, "zeros")
-        found[f"uncertain_points, {name}"] = [points]
-        maps, rows = logits[0].flatten(0, 1), torch.arange(len(logits[0][0]), device=self.index.device)
-        some = points[: len(rows)]
-        rows = rows[: len(some)]
-        found[f"point_sample, {name}"] = [ops.point_sample(maps, rows, some, "bilinear", "zeros")]
-        slope = torch.ones(some.shape[:2], dtype=torch.float32, device=some.device)
-        found[f"point_sample_backward, {name}"] = [
-            ops.point_sample_backward(slope, maps, rows, some, "bilinear", "zeros")
-        ]
+        slopes = Gradients(weight, 2 - weight)
+        points = ops.uncertain_points(instances, self.job.draw, self.targets.windows, "zeros")
+        maps = logits[0].flatten(0, 1)
+        some = points[: len(maps)]
+        reading = (maps, torch.arange(len(some), device=some.device), some, "bilinear", "zeros")
+        found = {
+            "match_cost": list(cost),
+            "mask_loss": [*loss, saved.chosen],
+            "mask_loss_backward": ops.mask_loss_backward(slopes, saved, instances, self.job, [True] * len(logits)),
+            "uncertain_points": [points],
+            "point_sample": [ops.point_sample(*reading)],
+            "point_sample_backward": [ops.point_sample_backward(torch.ones_like(some[..., 0]), *reading)],
+        }
         if ops is not reference and name == "float32":
             # The host's solver is compared with it in the tests.
             given = (cost[0] + cost[1], self.labels, self.targets.images, counts, self.case.classes, 1)
             found["assign"] = [ops.assign(*given)]
-        return found
+        return {f"{key}, {name}": values for key, values in found.items()}
 
     def _factored(self, ops: Any) -> dict[str, list[Tensor]]:
         layers = [each for each in self.inputs.mask_logits if isinstance(each, MaskFactors)]
         features = layers[0].features.detach()
         embeddings = [each.embeddings.detach() for each in layers]
         factors = Factors(embeddings, [], [features], [0] * len(layers), 1 << 25)
-        counts, term = self.targets.num_targets, Term()
-        products = (factors, self.index, [self.case.targets] * (len(layers) * self.case.batch), self.group)
-        drawn = (self.draw, term, None)
-        matching = self.draw._replace(num_candidates=0, num_uncertain=0)
-        cost = factored.match_cost(ops, factors, counts, self.group, matching, term)
-        *losses, kept = factored.mask_loss(ops, *products, *drawn)
+        products = (factors, self.index, [self.case.targets] * (len(layers) * self.case.batch), self.job)
+        cost = factored.match_cost(ops, factors, self.targets.num_targets, self.job)
+        *losses, kept = factored.mask_loss(ops, *products)
         slopes = Gradients(*(torch.ones_like(each) for each in losses))
-        needs = [True, False, True]
-        gradients = factored.mask_loss_backward(ops, slopes, kept, *products, *drawn, needs_grad=needs)
+        gradients = factored.mask_loss_backward(ops, slopes, kept, *products, needs_grad=[True, False, True])
         return {
             "factored match_cost": list(cost),
             "factored mask_loss": losses,
