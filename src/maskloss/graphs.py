@@ -97,7 +97,9 @@ def bucket(count: int, sizes: Sequence[int] = (8, 16, 32, 64, 128, 256, 512, 102
 
 
 @reported("pad_targets")
-def pad_targets(targets: Entries | Mapping[str, Any], size: int, *, data_size: int, ignore_size: int = 0) -> PaddedTargets:
+def pad_targets(
+    targets: Entries | Mapping[str, Any], size: int, *, data_size: int, ignore_size: int = 0
+) -> PaddedTargets:
     """Fill the targets of a batch up to `size` in each image.
 
     What is added is empty, matched last and weighs nothing: `padded_loss` of padded targets is the loss of the targets.
@@ -213,7 +215,7 @@ def padded_loss(
     # Not a number: a pair that is taken only where no other is left.
     last = torch.where(real, 0.0, float("nan")).view(1, batch, 1, -1).to(stacked.dtype)
     costs = last.expand(*stacked.shape[:3], -1) if extra_costs is None else extra_costs + last
-    matches = criterion.matcher.match(stacked, logits, step, costs, no_object_labels=True)
+    matches = criterion.matcher.match(stacked, logits, step, costs)
     groups = criterion.matcher.groups if criterion.matcher.training else 1
     instances = targets.counts.clamp(max=queries // groups).sum().to(stacked.dtype)
     # The classes are those that the matching has found.

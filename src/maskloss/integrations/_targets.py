@@ -44,7 +44,9 @@ def begin(
     """
     # Before the labels are joined: "one entry per image" is the first thing that goes wrong.
     _inputs.check_targets(packed, predictions[0])
-    if no_object is not None and rules.no_object_label == "warn":
+    if no_object is None:
+        rules = replace(rules, no_object_label="error")
+    elif rules.no_object_label == "warn":
         _warn_of_no_object(labels, no_object)
     device = packed.device
     moved = [each.to(device, non_blocking=True) if isinstance(each, Tensor) else each for each in labels]
