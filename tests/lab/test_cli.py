@@ -52,13 +52,64 @@ def run(tmp_path_factory):
 
 def test_a_run_says_what_it_does_how_good_it_is_and_where_it_is(tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(["train", *words(out=out), "--tensorboard"]) == 0
+    assert main(["train", *words(out=out), "--log", "tensorboard"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^AP50 \d\.\d{3}  AP \d\.\d{3}  AP75 \d\.\d{3}  mean IoU \d\.\d{3}", printed, re.MULTILINE)
     assert re.search(r"model  the compact model, 16 queries", printed)
     assert str(out / "report.html") in printed
     [events] = (out / "tensorboard").iterdir()
     assert events.stat().st_size > 200
+
+
+def test_a_logger_that_is_not_installed(tmp_path, capsys, monkeypatch):
+    import accelerate.tracking
+
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", ["tensorboard"])
+    assert main(["train", *words(out=tmp_path / "run"), "--log", "tensorboard", "wandb"]) == 2
+    assert one_sentence(capsys).strip().endswith("wandb is not installed (pip install wandb)")
+    assert main(["train", "--log", "paper"]) == 2
+    assert "--log must be some of tensorboard, wandb, mlflow" in one_sentence(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_loggers_are_told_all_and_end_with_the_run(tmp_path, monkeypatch, capsys):
+    import accelerate.tracking
+
+    told = []
+
+    class Tracker:
+        requires_logging_directory = False
+
+        def __init__(self, project, **options):
+            told.append(("made", project, options))
+
+        def start(self):
+            told.append("start")
+
+        def store_init_configuration(self, values):
+            told.append(values)
+
+        def log(self, values, step):
+            told.append((step, sorted(values)))
+
+        def finish(self):
+            told.append("finish")
+
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", ["wandb"])
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    out = tmp_path / "run"
+    assert main(["train", *words(out=out), "--log", "wandb"]) == 0
+    made, start, config, losses, scores, finish = told
+    assert made == ("made", "maskloss", {"name": "run"}) and (start, finish) == ("start", "finish")
+    assert config["steps"] == 3 and "data" not in config
+    assert losses[0] == scores[0] == 3 and {"loss/total", "loss/loss_mask", "speed/images per second"} <= set(losses[1])
+    assert scores[1] == ["held out/ap", "held out/ap50", "held out/ap75", "held out/mean_iou"]
+    assert read_facts(out).config.log == ("wandb",)
+    monkeypatch.setattr(Tracker, "start", lambda _: 1 / 0)
+    capsys.readouterr()
+    assert main(["train", *words(out=tmp_path / "other"), "--log", "wandb"]) == 2
+    assert "a logger must be able to begin: wandb: division by zero" in one_sentence(capsys)
+    assert not (tmp_path / "other").exists()
 
 
 def test_without_out_a_run_goes_to_a_folder_named_after_the_time(tmp_path, capsys, monkeypatch):
@@ -371,10 +422,17 @@ def test_every_option_of_the_configuration_can_be_given():
     nothing = parser.parse_args([])
     for name, kind, _, default, option in fields():
         assert getattr(nothing, name) is None and option.text
-        value = {int: 32, float: 0.5, str: (option.choices or ("cpu",))[-1], bool: not default}[kind]
+        value = {
+            int: 32,
+            float: 0.5,
+            str: (option.choices or ("cpu",))[-1],
+            bool: not default,
+            tuple: (option.choices or ("cpu",))[:1],
+        }[kind]
         flag = next(field.flag for field in fields() if field.name == name)
-        options = parser.parse_args([flag] if kind is bool else [flag, str(value)])
-        assert getattr(options, name) == value and type(value) is kind
+        typed = [] if kind is bool else value if kind is tuple else [str(value)]
+        options = parser.parse_args([flag, *typed])
+        assert kind(getattr(options, name)) == value and type(value) is kind
         assert getattr(TrainConfig(**{name: value, "batch_size": 32} | {name: value}), name) == value
     assert [field.name for field in dataclasses.fields(TrainConfig)] == [field.name for field in fields()]
 
@@ -384,7 +442,7 @@ def test_the_documentation_lists_every_option():
     rows = ["| option | default | what it does |", "| --- | --- | --- |"]
     for field in fields():
         value = f" {field.option.metavar}" if field.option.metavar else ""
-        shown = "" if field.default is None or field.kind is bool else f"{field.default}"
+        shown = "" if field.default is None or field.kind in {bool, tuple} else f"{field.default}"
         rows.append(f"| `{field.flag}{value}` | {shown} | {field.option.text} |")
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     table = "\n".join(rows)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 
 import pytest
 import torch
 
 from maskloss import MaskLossError, methods
 from maskloss.distributed import StepTotals, step_totals
+from maskloss.lab.cli import main
 from maskloss.lab.commands.methods import settings_of_run
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.loop.progress import Listener
-from maskloss.lab.loop.run import train
-from maskloss.lab.models import pretrained
+from maskloss.lab.loop.run import resume, train
+from maskloss.lab.models.cards import Card, read_card
+from maskloss.lab.models.families import FAMILIES, backbone_shares
 from maskloss.lab.models.learners import CompactLearner
-from maskloss.lab.models.pretrained import PretrainedLearner, read_card
+from maskloss.lab.models.pretrained import PretrainedLearner
 from maskloss.lab.models.registry import open_source
 from maskloss.lab.models.weights import read_tensors
 from maskloss.lab.results.predict import predict_images
 from maskloss.lab.results.scoring import evaluate_run
+from maskloss.lab.runfolder import path_of
 from support import tiny
 
 transformers = pytest.importorskip("transformers")
@@ -39,11 +44,21 @@ PROCESSOR = {
 
 @pytest.fixture(params=["mask2former", "eomt"])
 def model_folder(request, tmp_path):
+    return write_model(request.param, tmp_path / "model")
+
+
+def write_model(family, path):
     torch.manual_seed(0)
-    model = getattr(tiny, request.param)()
-    model.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    return tmp_path / "model"
+    # Of another number of classes than the data.
+    getattr(tiny, family)().save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    if family == "oneformer":
+        # A tokenizer of single letters.
+        letters = sorted(set("the task is instance") - {" "})
+        words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+        vocabulary = {word: number for number, word in enumerate(words)}
+        transformers.CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(path)
+    return path
 
 
 def config_of(model, data, **options):
@@ -107,7 +122,7 @@ def test_weights_are_loaded_and_the_head_is_new(model_folder):
 
 def test_the_processors_normalization_is_respected(model_folder):
     learner = learner_of(model_folder)
-    pixels = learner._inputs(torch.full((1, 3, 64, 64), 0.4), torch.tensor([[0.0, 0.0, 1.0, 0.5]]))
+    pixels = learner.inputs(torch.full((1, 3, 64, 64), 0.4), torch.tensor([[0.0, 0.0, 1.0, 0.5]]))
     expected = (0.4 - torch.tensor(PROCESSOR["image_mean"])) / torch.tensor(PROCESSOR["image_std"])
     torch.testing.assert_close(pixels["pixel_values"][0, :, 5, 5], expected)
     if "pixel_mask" in pixels:
@@ -124,7 +139,7 @@ def test_other_processors(model_folder, changes, value):
         path.unlink()  # ImageNet's
     else:
         path.write_text(json.dumps(PROCESSOR | changes))
-    pixels = learner_of(model_folder)._inputs(torch.full((1, 3, 64, 64), 0.4), torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+    pixels = learner_of(model_folder).inputs(torch.full((1, 3, 64, 64), 0.4), torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
     assert float(pixels["pixel_values"][0, 0, 0, 0]) == pytest.approx(value, abs=0.01)
 
 
@@ -211,6 +226,143 @@ def test_the_terms_are_those_of_the_criterion(model_folder, folder):
         torch.testing.assert_close(terms[name], getattr(out, name)[0].detach(), rtol=0.15, atol=0.05)
 
 
+# ------------------------------------------------------------------------------------------------ RF-DETR, OneFormer
+
+OTHERS = {
+    "rf_detr": ("class_embed.weight", "enc_out_class_embed.0.weight"),
+    "oneformer": ("decoder.class_embed.weight",),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_run_of_another_family(family, folder, tmp_path):
+    path = write_model(family, tmp_path / "model")
+    config = config_of(path, folder.root, num_points=24, checkpoint_every=2)
+    finished = train(config, tmp_path / "run", Listener.silent())
+    # What it leaves is a folder of Transformers, and all that is needed.
+    kind = {"rf_detr": transformers.RfDetrForInstanceSegmentation}.get(
+        family, transformers.AutoModelForUniversalSegmentation
+    )
+    loaded = kind.from_pretrained(tmp_path / "run" / "model")
+    assert loaded.config.id2label == {0: "box", 1: "disc"}
+    state = loaded.state_dict()
+    for ending in OTHERS[family]:
+        [found] = {len(tensor) for name, tensor in state.items() if name.endswith(ending)}
+        assert found == 2 + (family == "oneformer")
+    path.rename(tmp_path / "gone")
+    assert evaluate_run(tmp_path / "run", device="cpu")[0] == finished.evaluation
+    # Interrupted, it reaches the same weights.
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(path_of(tmp_path / "again", 3))
+    (tmp_path / "again" / "summary.json").unlink()
+    resume(tmp_path / "again", Listener.silent())
+    ours, theirs = (read_tensors(tmp_path / name / "model" / "model.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # It can be looked at, and described.
+    assert main(["show", str(tmp_path / "run"), "--out", str(tmp_path / "show.png")]) == 0
+    text = " ".join(methods.describe(settings_of_run(tmp_path / "run")).split())
+    assert "contrastive" not in text and "(0.1 times that for the backbone)" in text
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_another_family_learns(family, folder, tmp_path):
+    """Masks, labels, boxes and images belong together: the loss of a batch falls."""
+    path = write_model(family, tmp_path / "model")
+    config = config_of(path, folder.root, num_points=64, lr=3e-3, augment=False)
+    source = open_source(config, 64)
+    batch = source.batch(0, range(4), 4, 0)
+    card = read_card(str(path))
+    learner = card.build(card.resolve(config, source, 1), source.class_names, 3, trained=True).train()
+    optimizer = torch.optim.AdamW(learner.network.parameters(), lr=3e-3)
+    totals = step_totals([batch.masks.num_targets], learner.num_queries)
+    losses = []
+    for number in range(30):
+        optimizer.zero_grad()
+        found = learner(batch, totals, number)
+        found.total.backward()
+        optimizer.step()
+        losses.append(float(found.total.detach()))
+    assert {"loss_class", "loss_mask", "loss_dice"} <= set(found.terms)
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+def test_boxes_are_those_of_the_masks(folder, cells):
+    for data in (folder.root, cells):
+        batch = open_source(TrainConfig(data=str(data)), 64).batch(0, range(3), 3, 0)
+        masks = [mask for image in range(3) for mask in batch.masks[image].dense()]
+        boxes = torch.cat(batch.boxes())
+        assert len(masks) == len(boxes) > 3
+        for mask, box in zip(masks, boxes, strict=True):
+            y, x = mask.nonzero(as_tuple=True)
+            low, high = torch.stack([x.min(), y.min()]), torch.stack([x.max(), y.max()]) + 1
+            sides = torch.tensor([mask.shape[1], mask.shape[0]])
+            torch.testing.assert_close(box, torch.cat([(low + high) / 2 / sides, (high - low) / sides]))
+
+
+def test_what_oneformer_is_asked(tmp_path):
+    """The task as its processor writes it: numbers of tokens, and zeros."""
+    card = read_card(str(write_model("oneformer", tmp_path)))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert card.config.task_tokens == [*tokenizer("the task is instance")["input_ids"][:4], tokenizer.eos_token_id]
+    learner = PretrainedLearner(TrainConfig(num_points=32), card, ["a"])
+    tokens = learner.inputs(torch.zeros(2, 3, 64, 64), torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2))["task_inputs"]
+    assert tokens.tolist() == [card.config.task_tokens] * 2
+
+
+def test_what_rf_detr_does_not_take(folder, tmp_path):
+    path = write_model("rf_detr", tmp_path / "model")
+    for options, message in (
+        ({"balance": True}, "--balance is for a softmax"),
+        ({"no_object_weight": 0.2}, "--no-object-weight is for a softmax"),
+        ({"size": 56}, "--size must be a multiple of 16 for this model"),
+    ):
+        with pytest.raises(MaskLossError, match=message):
+            train(config_of(path, folder.root, **options), tmp_path / "run", Listener.silent())
+
+
+# ---------------------------------------------------------------------------------------------------------- backbones
+
+
+def test_a_frozen_backbone_stays_as_it_is(tmp_path, folder):
+    path = write_model("mask2former", tmp_path / "model")
+    train(config_of(path, folder.root, freeze_backbone=True, lr=1e-2), tmp_path / "run", Listener.silent())
+    before = transformers.AutoModelForUniversalSegmentation.from_pretrained(path).state_dict()
+    after = read_tensors(tmp_path / "run" / "model" / "model.safetensors")
+    same = {name for name in before if name in after and torch.equal(before[name], after[name])}
+    backbone = {name for name in before if name.startswith(FAMILIES["mask2former"].backbone)}
+    moved = {name for name in before if "transformer_module" in name and "weight" in name and before[name].ndim > 1}
+    assert backbone <= same and not moved & same
+    learner = PretrainedLearner(TrainConfig(num_points=32, freeze_backbone=True), read_card(str(path)), ["a"]).train()
+    assert not learner.network.model.pixel_level_module.encoder.training and learner.network.class_predictor.training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rates_fall_from_block_to_block(family, tmp_path):
+    network = getattr(tiny, family)()
+    names = [name for name, _ in network.named_parameters()]
+    shares = backbone_shares(names, FAMILIES[family], 0.5, 0.1)
+    inside = [name for name in names if name.startswith(FAMILIES[family].backbone)]
+    assert {shares[name] for name in names if name not in inside} == {1.0}
+    blocks = {"eomt": 3, "eomt_dinov3": 3, "rf_detr": 2}.get(family, 4)
+    assert sorted({round(shares[name], 9) for name in inside}) == [
+        round(0.5 * 0.1**depth, 9) for depth in range(blocks, -1, -1)
+    ]
+    first = next(name for name in inside if "patch_embed" in name)
+    last = next(name for name in reversed(inside) if re.search(rf"layers?\.{blocks - 1}\.", name))
+    assert shares[first] == pytest.approx(0.5 * 0.1**blocks) and shares[last] == 0.5
+
+
+def test_options_of_backbones(tmp_path, folder):
+    path = write_model("mask2former", tmp_path / "model")
+    config = TrainConfig(num_points=32, lr=1e-3, backbone_lr=5e-4, layer_decay=0.5)
+    groups = PretrainedLearner(config, read_card(str(path)), ["a"]).groups(config)
+    assert {round(group["share"], 6) for group in groups} == {1.0, *(0.5 * 0.5**depth for depth in range(5))}
+    with pytest.raises(MaskLossError, match="--layer-decay is for a backbone that is trained"):
+        TrainConfig(freeze_backbone=True, layer_decay=0.5)
+    with pytest.raises(MaskLossError, match="--freeze-backbone is for a pretrained model"):
+        train(TrainConfig(data=str(folder.root), freeze_backbone=True), tmp_path / "run", Listener.silent())
+
+
 def test_the_backbone_is_moved_less(tmp_path):
     tiny.mask2former().save_pretrained(tmp_path)
     groups = learner_of(tmp_path).groups(TrainConfig())
@@ -258,12 +410,11 @@ def test_more_instances_than_queries(model_folder, folder, tmp_path):
     train(config_of(model_folder, folder.root), tmp_path / "run", Listener.silent()._replace(facts=told.append))
     # Eleven instances of an image.
     assert "instances beyond the 6 that the model can find in an image" in dict(told[0])["suspicious"]
-    assert ": 5 (0.png" in dict(told[0])["decided"]
+    assert ": 5 (0.png" in dict(told[0])["suspicious"]
 
 
 def test_an_interrupted_run_goes_on(tmp_path, folder, monkeypatch):
     from maskloss.lab.loop import engine
-    from maskloss.lab.loop.run import resume
 
     model = tiny.mask2former()
     model.config.backbone_config.drop_path_rate = 0.3  # drawn from torch's own generator
@@ -288,6 +439,6 @@ def test_an_interrupted_run_goes_on(tmp_path, folder, monkeypatch):
 
 
 def test_the_size_is_the_processors():
-    card = pretrained.Card("m", tiny.config("mask2former", "Mask2FormerConfig"), {"size": {"shortest_edge": 380}})
+    card = Card("m", tiny.config("mask2former", "Mask2FormerConfig"), {"size": {"shortest_edge": 380}})
     assert card.size == 384
     assert dataclasses.replace(card, processor={}).size == 512

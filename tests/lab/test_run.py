@@ -20,7 +20,8 @@ from PIL import Image
 
 from maskloss import MaskLossError
 from maskloss.lab import files
-from maskloss.lab.config import TrainConfig, read_options
+from maskloss.lab.commands.train import read_options
+from maskloss.lab.config import TrainConfig
 from maskloss.lab.data import scenes
 from maskloss.lab.loop import checkpoint, engine, signals
 from maskloss.lab.loop.engine import schedule
@@ -522,8 +523,9 @@ def test_rare_classes_weigh_more(folder, tmp_path):
 
 def test_options_from_a_file(tmp_path):
     path = tmp_path / "options.yaml"
-    path.write_text("steps: 7\nlr: 3e-4\nnum-points: 32\nprecision: no\naugment: false\ngrid: null\n")
-    assert read_options(path) == {"steps": 7, "lr": 3e-4, "num_points": 32, "precision": "no", "augment": False}
+    path.write_text("steps: 7\nlr: 3e-4\nnum-points: 32\nprecision: no\naugment: false\ngrid: null\nlog: wandb\n")
+    expected = {"steps": 7, "lr": 3e-4, "num_points": 32, "precision": "no", "augment": False, "log": ("wandb",)}
+    assert read_options(path) == expected
     TrainConfig(**read_options(path))
     for text, message in (
         ("stepz: 7", r"there is no stepz, did you mean steps\?"),

@@ -21,7 +21,6 @@ from maskloss.lab.data.folder import NORMALIZE
 from maskloss.lab.data.options import CROWD, SEMANTIC, DataOptions
 from maskloss.lab.data.problems import ON_ERROR
 from maskloss.lab.data.recognize import FORMATS
-from maskloss.lab.files import read_mapping
 from maskloss.lab.option import Field, Option
 from maskloss.lab.terminal import did_you_mean
 from maskloss.points import PointSampling
@@ -29,6 +28,8 @@ from maskloss.points import PointSampling
 COMPACT = "compact"
 STEPS = 1000
 BEST, LAST = "best", "last"
+# What Accelerate has trackers for.
+LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 # What can be said where one is not there. On mps, Apple's GPUs, the losses are computed by the reference backend.
 _DEVICES = {"cpu": "", "cuda": "torch sees no CUDA device", "mps": "torch sees no GPU of Apple"}
 
@@ -200,6 +201,20 @@ class TrainConfig:
         float | None,
         Option("training", "RATE", "highest learning rate; default: 0.003, or 0.0001 for a pretrained model", above=0),
     ] = None
+    backbone_lr: Annotated[
+        float | None,
+        Option(
+            "training",
+            "RATE",
+            "that of a pretrained backbone; default: a tenth of --lr, and --lr for EoMT, which is hardly anything else",
+            above=0,
+        ),
+    ] = None
+    layer_decay: Annotated[
+        float,
+        Option("training", "FACTOR", "of the rate, from a block of a pretrained backbone to the one before it", 0, 1),
+    ] = 1.0
+    freeze_backbone: Annotated[bool, Option("training", "", "leave a pretrained backbone as it is")] = False
     weight_decay: Annotated[float, Option("training", "DECAY", "of AdamW, on matrices and kernels", 0)] = 0.05
     clip: Annotated[float, Option("training", "NORM", "the most that the gradient's norm may be; 0: any", 0)] = 1.0
     schedule: Annotated[
@@ -244,6 +259,10 @@ class TrainConfig:
     ] = BEST
     checkpoint_every: Annotated[int, Option("run", "STEPS", "steps between two checkpoints", 1, _STEPS)] = 250
     evaluations: Annotated[int, Option("run", "N", "evaluations during training", 1, 10_000)] = 8
+    log: Annotated[
+        tuple[str, ...],
+        Option("run", "LOGGER", f"loggers to write to as well: {', '.join(LOGGERS)}", choices=LOGGERS),
+    ] = ()
     threads: Annotated[
         int | None, Option("run", "N", "CPU threads; default: torch's choice", 1, max(64, os.cpu_count() or 1))
     ] = None
@@ -253,6 +272,7 @@ class TrainConfig:
     ] = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "log", tuple(self.log))  # JSON has lists
         for name, kind, optional, _, option in fields():
             value = getattr(self, name)
             if value is not None or not optional:
@@ -267,6 +287,9 @@ class TrainConfig:
             raise Cause(
                 "--steps and --epochs exclude each other", f"got {self.steps} and {self.epochs}", "leave one out"
             )
+        if self.freeze_backbone and (self.backbone_lr is not None or self.layer_decay < 1):
+            given = "--layer-decay" if self.backbone_lr is None else "--backbone-lr"
+            raise Cause(f"{given} is for a backbone that is trained", "got --freeze-backbone as well", "leave one out")
         if self.device is not None:
             _check_device(self.device)
 
@@ -360,43 +383,9 @@ def fields() -> tuple[Field, ...]:
     for each in dataclasses.fields(TrainConfig):
         hint, option = get_args(hints[each.name])
         optional = get_origin(hint) is UnionType
-        found.append(Field(each.name, get_args(hint)[0] if optional else hint, optional, each.default, option))
+        kind = get_args(hint)[0] if optional else get_origin(hint) or hint
+        found.append(Field(each.name, kind, optional, each.default, option))
     return tuple(found)
-
-
-def read_options(path: Path) -> dict[str, Any]:
-    """Read options of a run by name from a YAML or JSON file, such as the `run.json` of a run.
-
-    Raises:
-        Cause: a file that cannot be read, or a name that is no option.
-        MissingExtraError: a YAML file, and PyYAML is not installed (extra `train`).
-    """
-    content = read_mapping(path, "--config must be a file with options, as YAML or JSON", "train")
-    if {"schema", "config", "classes"} <= set(content) and isinstance(content["config"], dict):
-        content = content["config"]
-    known = {field.name: field for field in fields()}
-    options: dict[str, Any] = {}
-    for typed, value in content.items():
-        name = str(typed).replace("-", "_")
-        if name not in known:
-            raise Cause(
-                "every name in a --config must be that of an option",
-                f"{path}: there is no {typed}{did_you_mean(name, known)}",
-                "maskloss train --help lists them, here without the leading dashes",
-            )
-        if value is not None:
-            options[name] = _meant(known[name], value)
-    return options
-
-
-def _meant(field: Field, value: Any) -> Any:
-    """Return what a person meant by a value of YAML, where 3e-4 is a text, and no is false."""
-    if field.kind is float and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return "no" if value is False and "no" in (field.option.choices or ()) else value
 
 
 def _check_device(name: str) -> None:

@@ -36,10 +36,13 @@ class Option(NamedTuple):
 
         Args:
             name: as it is typed, with dashes.
-            kind: bool, int, float or str.
+            kind: bool, int, float or str; tuple: of some of the choices.
             value: that was given.
         """
-        if self.choices is not None:
+        if kind is tuple:
+            good = isinstance(value, tuple) and set(value) <= set(self.choices or ())
+            must = f"some of {', '.join(self.choices or ())}"
+        elif self.choices is not None:
             good, must = value in self.choices, f"one of {', '.join(self.choices)}"
         elif kind is str:
             good, must = isinstance(value, str) and bool(value) and "\0" not in value, "a name"

@@ -105,8 +105,8 @@ def settings_of_run(folder: Path) -> MethodSettings:
     import torch
 
     from maskloss.lab.data import augment
-    from maskloss.lab.models.learners import CompactLearner, count_weights
-    from maskloss.lab.models.pretrained import BACKBONE_SHARE
+    from maskloss.lab.models.learners import count_weights
+    from maskloss.lab.models.pretrained import PretrainedLearner
     from maskloss.lab.models.registry import load_learner
     from maskloss.lab.runfolder import read_facts
 
@@ -114,10 +114,11 @@ def settings_of_run(folder: Path) -> MethodSettings:
     config = facts.config
     learner = load_learner(folder, facts, torch.device("cpu"))
     model, pretrained, share = None, None, 1.0
-    if isinstance(learner, CompactLearner):
-        found = settings_of(learner.criterion)
+    if not isinstance(learner, PretrainedLearner):
+        found = settings_of(learner.mask_criterion())
     else:
-        model, share = type(learner.network).__name__.removesuffix("ForUniversalSegmentation"), BACKBONE_SHARE
+        model = re.sub("For(Universal|Instance)Segmentation$", "", type(learner.network).__name__)
+        share = learner.backbone_share
         # The path of a folder says nothing to a reader; names on the Hub have a slash, too.
         path = Path(config.model)
         pretrained = path.name if path.is_absolute() or path.exists() else config.model

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maskloss.lab.config import TrainConfig, fields, read_options
+from maskloss.errors import Cause
+from maskloss.lab.config import TrainConfig, fields
+from maskloss.lab.files import read_mapping
 from maskloss.lab.loop import run
 from maskloss.lab.loop.progress import Begin, Interrupted, Listener, Progress
 from maskloss.lab.option import Field
 from maskloss.lab.results.evaluate import Evaluation
-from maskloss.lab.terminal import Display, count, display, number, open_console, say
+from maskloss.lab.terminal import Display, count, did_you_mean, display, number, open_console, say
 
 _CHANGEABLE = ", ".join(f"--{name}" for name in run.CHANGEABLE)
 LESS_MEMORY = "take a smaller --size, --batch-size, --grid or --num-points"
@@ -60,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help=f"go on with a run that was interrupted, or past its end with --steps; takes only {_CHANGEABLE}",
     )
-    where.add_argument("--tensorboard", action="store_true", help="write logs for TensorBoard into the folder as well")
 
 
 def add_options(parser: argparse.ArgumentParser, listed: Sequence[Field]) -> None:
@@ -73,6 +73,8 @@ def add_options(parser: argparse.ArgumentParser, listed: Sequence[Field]) -> Non
             add(field.flag, action="store_const", const=not field.default, dest=field.name, help=option.text)
             # What a --config says can be taken back.
             add(field.back, action="store_const", const=field.default, dest=field.name, help=argparse.SUPPRESS)
+        elif field.kind is tuple:
+            add(field.flag, nargs="+", dest=field.name, metavar=option.metavar, help=option.text)
         else:
             shown = option.text if field.default is None else f"{option.text} (default: {field.default})"
             add(field.flag, type=field.kind, dest=field.name, metavar=option.metavar, help=shown)
@@ -96,7 +98,8 @@ def main(options: argparse.Namespace) -> int:
     config = TrainConfig(**from_file | typed)
     console = open_console()
     try:
-        with display(console, "Reading the data") as shown, _listening(shown, options.tensorboard) as listener:
+        with display(console, "Reading the data") as shown:
+            listener = _listening(shown)
             if options.resume is None:
                 result = run.train(config, options.out, listener, overwrite=options.overwrite)
             else:
@@ -114,6 +117,43 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
+def read_options(path: Path) -> dict[str, Any]:
+    """Read options of a run by name from a YAML or JSON file, such as the `run.json` of a run.
+
+    Raises:
+        Cause: a file that cannot be read, or a name that is no option.
+        MissingExtraError: a YAML file, and PyYAML is not installed (extra `train`).
+    """
+    content = read_mapping(path, "--config must be a file with options, as YAML or JSON", "train")
+    if {"schema", "config", "classes"} <= set(content) and isinstance(content["config"], dict):
+        content = content["config"]
+    known = {field.name: field for field in fields()}
+    options: dict[str, Any] = {}
+    for typed, value in content.items():
+        name = str(typed).replace("-", "_")
+        if name not in known:
+            raise Cause(
+                "every name in a --config must be that of an option",
+                f"{path}: there is no {typed}{did_you_mean(name, known)}",
+                "maskloss train --help lists them, here without the leading dashes",
+            )
+        if value is not None:
+            options[name] = _meant(known[name], value)
+    return options
+
+
+def _meant(field: Field, value: Any) -> Any:
+    """Return what a person meant by a value of YAML, where 3e-4 is a text, and no is false."""
+    if field.kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if field.kind is tuple and isinstance(value, str):
+        return (value,)
+    return "no" if value is False and "no" in (field.option.choices or ()) else value
+
+
 def scores(evaluation: Evaluation) -> list[str | tuple[str, str]]:
     """Show the scores in one line: texts and their styles."""
     more = {"AP": evaluation.ap, "AP75": evaluation.ap75, "mean IoU": evaluation.mean_iou}
@@ -121,8 +161,7 @@ def scores(evaluation: Evaluation) -> list[str | tuple[str, str]]:
     return [(f"AP50 {number(evaluation.ap50)}", "bold"), others]
 
 
-@contextlib.contextmanager
-def _listening(shown: Display, tensorboard: bool) -> Iterator[Listener]:
+def _listening(shown: Display) -> Listener:
     """Show what the data are, the loss terms and the speed, and a line for each evaluation."""
     steps = [0]
 
@@ -147,11 +186,4 @@ def _listening(shown: Display, tensorboard: bool) -> Iterator[Listener]:
     def on_skipped(text: str) -> None:
         shown.print(f"left out: {text}")
 
-    listener = Listener(on_facts, on_begin, on_step, on_evaluation, shown.note, on_skipped)
-    if not tensorboard:
-        yield listener
-        return
-    from maskloss.lab.loop.board import logging_for
-
-    with logging_for(listener) as both:
-        yield both
+    return Listener(on_facts, on_begin, on_step, on_evaluation, shown.note, on_skipped)

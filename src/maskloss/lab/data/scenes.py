@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
+from maskloss._abi import IMAGE_H, IMAGE_W
 from maskloss.errors import Cause, MaskLossError
 from maskloss.lab.data.problems import Finding
 from maskloss.lab.files import explain
@@ -56,6 +57,21 @@ class Batch(NamedTuple):
             self.image_ids.to(device, non_blocking=True),
             self.skipped,
         )
+
+    def boxes(self) -> list[Tensor]:
+        """Return the boxes of each image's instances, (cx, cy, w, h) as fractions of what the model sees, `[T, 4]`."""
+        masks = self.masks.to("cpu")
+        found = []
+        for image, count in enumerate(masks.num_targets):
+            frame = masks.images[image, [IMAGE_W, IMAGE_H]]
+            corners = torch.zeros(count, 2, 2)
+            for corner, (pixels, top, left) in zip(corners, masks.crops(image), strict=True):
+                inside = [pixels.any(axis).nonzero() for axis in (0, 1)]
+                corner[0] = torch.stack([each[0, 0] for each in inside]) + torch.tensor([left, top])
+                corner[1] = torch.stack([each[-1, 0] for each in inside]) + torch.tensor([left, top]) + 1
+            low, high = (corners / frame).unbind(1)
+            found.append(torch.cat([(low + high) / 2, high - low], dim=1).to(self.images.device))
+        return found
 
     @property
     def targets(self) -> dict[str, Any]:

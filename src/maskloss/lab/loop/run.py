@@ -24,6 +24,7 @@ from maskloss.lab.data.scenes import PATIENCE, LostReader, Source
 from maskloss.lab.data.survey import LOOKED_AT, survey
 from maskloss.lab.loop.claim import claimed, reopened
 from maskloss.lab.loop.engine import Engine, speed
+from maskloss.lab.loop.loggers import check_loggers, logging_for
 from maskloss.lab.loop.progress import Begin, Interrupted, Listener
 from maskloss.lab.models.learners import Learner, count_weights
 from maskloss.lab.models.registry import Prepared, kind_of, prepare, weights_path
@@ -79,6 +80,7 @@ def train(config: TrainConfig, folder: Path | None, listener: Listener, *, overw
         Interrupted: a signal ended it; there is a checkpoint.
         MissingExtraError: a package of the extra `train` is not installed.
     """
+    check_loggers(config.log)
     with _accelerator(config) as accelerator, contextlib.ExitStack() as held:
         main = accelerator.is_main_process
         claim = held.enter_context(claimed(folder, overwrite=overwrite)) if main else None
@@ -129,6 +131,7 @@ def resume(folder: Path, listener: Listener, **changes: Any) -> Result:
     if longer and 0 < config.patience <= stalled:
         told = f"there have been {stalled} evaluations without a higher AP, and --patience is {config.patience}"
         raise Cause("a run must have patience left to go on", told, "add a larger --patience, or 0")
+    check_loggers(config.log)
     with _accelerator(config, folder) as accelerator:
         if accelerator.num_processes != facts.ranks:
             raise Cause(
@@ -157,13 +160,18 @@ def _reopen(folder: Path, facts: Facts) -> None:
 
 
 def _run(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any, begin: int | None) -> Result:
-    """Train from where the run is, and write what a finished run has."""
+    """Train from where the run is, and write what a finished run has. The first process tells, and logs."""
+    if not accelerator.is_main_process:
+        return _finish(prepared, folder, Listener.silent(), accelerator, begin)
+    with logging_for(prepared.facts, listener) as both:
+        return _finish(prepared, folder, both, accelerator, begin)
+
+
+def _finish(prepared: Prepared, folder: Path, listener: Listener, accelerator: Any, begin: int | None) -> Result:
     started = time.perf_counter()
     facts, source, learner, told = prepared
     told = [*source.facts, *told]
     main = accelerator.is_main_process
-    if not main:
-        listener = Listener.silent()
     if main and isinstance(source, FolderScenes):
         survey(source, LOOKED_AT)
     about = [("model", learner.describe()), ("run", _describe(facts, source.num_training))]

@@ -47,7 +47,7 @@ class Output(NamedTuple):
     """Predictions of the final layer.
 
     Attributes:
-        class_logits: `[B, Q, C + 1]`, "no object" last.
+        class_logits: `[B, Q, C + 1]`, "no object" last; `[B, Q, C]` of a learner whose classification is "focal".
         mask_logits: `[B, Q, h, w]`.
     """
 
@@ -65,11 +65,13 @@ class Learner(nn.Module):
         num_points: of each instance.
         layout: of these points.
         class_weights: of the classes in the classification; None: all weigh alike.
+        classification: "softmax", or "focal" where there is no "no object".
         class_layers: beginnings of the names of the weights whose number depends on the classes.
         settings: beginnings of the names of buffers that are not learned.
     """
 
-    class_layers: ClassVar[tuple[str, ...]]
+    classification: ClassVar[str] = "softmax"
+    class_layers: tuple[str, ...]
     settings: ClassVar[tuple[str, ...]] = ()
     network: nn.Module
     num_queries: int
@@ -189,6 +191,10 @@ class Compact(Kind):
 
     def resolve(self, config: TrainConfig, source: Source, ranks: int) -> TrainConfig:
         """Choose what was left open: by the most instances of an image, and by whether a batch is divided."""
+        for option in ("backbone_lr", "layer_decay", "freeze_backbone"):
+            if getattr(config, option) != getattr(TrainConfig, option):
+                name = option.replace("_", "-")
+                raise Cause(f"--{name} is for a pretrained model", "--model is compact", "leave it out")
         wanted = math.ceil(math.sqrt(QUERIES_PER_INSTANCE * source.most_instances))
         grid = config.grid or min(LARGEST_GRID, max(SMALLEST_GRID, wanted))
         divided = ranks > 1 or config.accumulate > 1

@@ -15,8 +15,9 @@ from maskloss.lab.config import COMPACT, TrainConfig
 from maskloss.lab.data.digits import DigitScenes
 from maskloss.lab.data.folder import FolderScenes
 from maskloss.lab.data.scenes import Source
+from maskloss.lab.models.cards import Card
 from maskloss.lab.models.learners import Compact, Kind, Learner
-from maskloss.lab.models.pretrained import MODEL_FILE, Card
+from maskloss.lab.models.pretrained import MODEL_FILE
 from maskloss.lab.models.weights import load_weights, read_tensors
 from maskloss.lab.runfolder import MODEL, RUN, Facts, kept_step, kept_weights, read_facts
 

@@ -159,7 +159,13 @@ class Predictor:
                 "what a model predicts must be finite", "it predicts nan or infinity", "train with a lower --lr"
             )
         found = find_instances(
-            output.class_logits, output.mask_logits, size=sizes, canvas=frames, threshold=0, max_instances=self.most
+            output.class_logits,
+            output.mask_logits,
+            size=sizes,
+            canvas=frames,
+            threshold=0,
+            max_instances=self.most,
+            classification=self.learner.classification,
         )
         return [
             [

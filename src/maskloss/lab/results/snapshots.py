@@ -78,7 +78,9 @@ def look(learner: Learner, probe: Probe, number: int, step: int) -> Snapshot:
     learner.train(training)
     logits = output.mask_logits.float()
     sampling = PointSampling(learner.num_points, layout=learner.layout)
-    criterion = MaskCriterion(output.class_logits.shape[-1] - 1, sampling=sampling)
+    kind = learner.classification
+    classes = output.class_logits.shape[-1] - (kind == "softmax")
+    criterion = MaskCriterion(classes, classification=kind, sampling=sampling)
     entry = {"masks": probe.masks.to(device), "labels": probe.labels.to(device)}
     # Only one process looks: with totals of its own the criterion does not ask the others for theirs.
     totals = StepTotals(float(len(probe.labels)), float(learner.num_queries))
