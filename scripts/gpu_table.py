@@ -80,6 +80,7 @@ class Case:
     padding: str = "zeros"
     target_mode: str = "bilinear"
     focal: tuple[float, float] = (-1.0, -1.0)
+    dice: str = "standard"
     ignore: bool = False
     given: torch.dtype | None = None
     seed_on_device: bool = False
@@ -191,7 +192,7 @@ def operations_of(case: Case) -> dict[str, list[Launch]]:
     index = integers(count, INDEX_COLUMNS)
     instances = Instances(logits, index, [rows] * layers)
     draw = Draw(integers(batch), seed, num_points, sampling.num_candidates, sampling.num_uncertain, case.layout)
-    term = Term(case.padding, case.target_mode, *case.focal)
+    term = Term(case.padding, case.target_mode, *case.focal, case.dice)
     job = Job(targets, draw, term)
     inputs = (instances, job._replace(points=given) if case.given else job)
     maps, mode = logits[0][0], case.target_mode

@@ -69,6 +69,8 @@ def test_every_encoding_and_dtype(dtype: torch.dtype, encoding: str) -> None:
         {"target_mode": "nearest"},
         {"focal_alpha": 0.25, "focal_gamma": 2.0},
         {"padding_mode": "border", "target_mode": "nearest", "focal_gamma": 1.5},
+        {"dice": "soft"},
+        {"dice": "semimetric"},
     ],
     ids=str,
 )
@@ -264,6 +266,7 @@ def costs(work: Step, *, dense: bool = False, num_points: int = 60) -> tuple[Ten
         options.get("target_mode", "bilinear"),
         options.get("focal_alpha", -1.0),
         options.get("focal_gamma", -1.0),
+        options.get("dice", "standard"),
     )
     draw = ops.Draw(torch.arange(len(work.targets)), SEED, num_points)
     detached = [layer.detach() for layer in layers]
@@ -285,7 +288,10 @@ def test_matching_costs(dtype: torch.dtype, size: tuple[int, int], scratch_mb: f
 @pytest.mark.parametrize("encoding", ["bits", "labels", "values"])
 @pytest.mark.parametrize(
     "options",
-    [{"padding_mode": "border", "target_mode": "nearest"}, {"focal_alpha": 0.25, "focal_gamma": 2.0}],
+    [
+        {"padding_mode": "border", "target_mode": "nearest", "dice": "soft"},
+        {"focal_alpha": 0.25, "focal_gamma": 2.0, "dice": "semimetric"},
+    ],
     ids=str,
 )
 def test_matching_costs_of_every_option(encoding: str, options: dict[str, Any]) -> None:

@@ -64,6 +64,7 @@ CHANGES = {
     "padding_mode": "border",
     "target_mode": "nearest",
     "focal_gamma": 1.5,
+    "dice": "soft",
     "num_points": 100,
     "oversample_ratio": 2.0,
     "importance_ratio": 0.5,
@@ -131,7 +132,7 @@ def test_every_option_of_clips_is_heard(lang, style):
 
 @pytest.mark.parametrize("lang", LANGUAGES)
 @pytest.mark.parametrize(
-    "name", ["class_weight", "dice_weight", "num_points", "target_mode", "padding_mode", "focal_gamma"]
+    "name", ["class_weight", "dice_weight", "num_points", "target_mode", "padding_mode", "focal_gamma", "dice"]
 )
 def test_a_matcher_of_ones_own_is_described(name, lang):
     own = HungarianMatcher(**{name: CHANGES[name]})
@@ -158,9 +159,9 @@ def changes_of(settings):
     """Settings with one field changed, for every field however deep."""
     other = {
         "count": 77, "area": 8, "layout": "stratified", "padding_mode": "border", "target_mode": "nearest",
-        "focal_gamma": 1.0, "kind": "focal", "num_classes": 7, "class_weights": (0.5, 2.0), "normalized": "device",
-        "classification": "focal", "divisor": "targets", "valid_windows": True, "ignore_regions": True, "groups": 13,
-        "clips": ClipOptions(), "version": None,
+        "focal_gamma": 1.0, "dice": "semimetric", "kind": "focal", "num_classes": 7, "class_weights": (0.5, 2.0),
+        "normalized": "device", "classification": "focal", "divisor": "targets", "valid_windows": True,
+        "ignore_regions": True, "groups": 13, "clips": ClipOptions(), "version": None,
         "model": None, "pretrained": None, "queries": 7, "parameters": 7, "size": 64, "crop": 96,
         "augmentation": None, "digits": True, "steps": 7, "batch_size": 7, "schedule": "linear", "precision": "no",
     }  # fmt: skip
@@ -249,6 +250,9 @@ def test_every_sentence_is_said_by_something():
     everything += [settings_of(MaskLoss(sampling=PointSampling(importance_ratio=each))) for each in (0, 1)]
     everything += [sources.settings_from({}), settings_of(MaskCriterion(99, class_weights=[1.0] * 98 + [2.0]))]
     everything += [settings_of(MaskCriterion(80, matcher=HungarianMatcher(focal_gamma=2.0)))]
+    for kind in ("soft", "semimetric"):
+        everything += [settings_of(MaskCriterion(80, dice=kind, matcher=each)) for each in (None, HungarianMatcher())]
+        everything += [settings_of(HungarianMatcher(dice=kind))]
     everything += [
         replace(base, training=replace(TRAINING, schedule=kind, precision="fp16", augmentation=None))
         for kind in ("linear", "constant")

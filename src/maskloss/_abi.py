@@ -68,6 +68,9 @@ ENCODINGS = {"bits": BITS, "labels": LABELS, "values": VALUES}
 PADDING_MODES = ("zeros", "border")
 TARGET_MODES = ("bilinear", "nearest")
 NO_FOCAL = (-1.0, -1.0)
+# Kinds of Dice by number, for kernels, and by name.
+STANDARD, SOFT, SEMIMETRIC = range(3)
+DICE_KINDS = ("standard", "soft", "semimetric")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -172,12 +175,18 @@ class Draw(NamedTuple):
 
 
 class Term(NamedTuple):
-    """How logits and targets are read, and which cross-entropy is computed."""
+    """How logits and targets are read, and which cross-entropy and Dice are computed."""
 
     padding: str = "zeros"
     target_mode: str = "bilinear"
     alpha: float = NO_FOCAL[0]
     gamma: float = NO_FOCAL[1]
+    dice: str = DICE_KINDS[STANDARD]
+
+    @property
+    def dice_kind(self) -> int:
+        """The number of the kind of Dice."""
+        return DICE_KINDS.index(self.dice)
 
     @property
     def border(self) -> bool:

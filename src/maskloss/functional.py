@@ -245,30 +245,36 @@ def mask_focal(
 
 
 @reported("mask_dice")
-def mask_dice(z: Tensor, t: Tensor, w: Tensor | None = None) -> Tensor:
+def mask_dice(z: Tensor, t: Tensor, w: Tensor | None = None, *, dice: str = "standard") -> Tensor:
     """Compute the Dice loss of each instance.
 
         1 - (2 sum_p w s(z) t + 1) / (sum_p w s(z) + sum_p w t + 1)
+
+    It is not smallest at s = t where t is between 0 and 1. Two other kinds are: "soft" has s^2 and t^2 in the
+    denominator, "semimetric" has min(s, t) in place of s t, which is the same where t is 0 or 1.
 
     Args:
         z: logits `[..., P]`, float.
         t: targets `[..., P]` in [0, 1].
         w: weights in {0, 1} that broadcast to `[..., P]`; default: 1.
+        dice: "standard" (default), "soft" or "semimetric".
 
     Returns:
         `[...]` in [0, 1), in the dtype of `z`. Gradients flow to `z` and `t`.
 
     Raises:
-        MaskLossError: shapes that differ, or a dtype that is not float.
+        MaskLossError: shapes that differ, a dtype that is not float, or an unknown kind.
 
     Source:
-        V-Net (Milletari et al., 2016), without squares and with 1 added above and below, as in DETR and Mask2Former.
+        V-Net (Milletari et al., 2016), without squares and with 1 added above and below, as in DETR and Mask2Former;
+        "soft" has V-Net's squares. "semimetric": Wang et al., "Dice semimetric losses" (2023), the first of their two.
 
     Example:
         >>> mask_dice(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
         tensor([0.3333])
     """
-    return formulas.dice(z, t, _paired_weights(z, t, w))
+    _inputs.check_choice("dice", dice, options.DICE_KINDS)
+    return formulas.dice(z, t, _paired_weights(z, t, w), dice)
 
 
 class PairwiseCost(NamedTuple):
@@ -291,12 +297,14 @@ def pairwise_mask_cost(
     *,
     focal_alpha: float | None = None,
     focal_gamma: float | None = None,
+    dice: str = "standard",
 ) -> PairwiseCost:
     """Compute cross-entropy and Dice of all pairs of predictions and targets.
 
         ce[q, t] = mask_bce(z[q], t[t]),  dice[q, t] = mask_dice(z[q], t[t])
 
-    both through matrix products, since bce(z, t) = softplus(z) - z t is linear in t. With `focal_gamma` ce is the focal
+    both through matrix products, since bce(z, t) = softplus(z) - z t is linear in t (`dice="semimetric"` is not, and
+    looks at every pair at every point). With `focal_gamma` ce is the focal
     cost, linear in t too, which for t in {0, 1} is that of `mask_focal`:
 
         ce[q, t] = mean_p [a t (1 - s)^gamma softplus(-z) + (1 - a)(1 - t) s^gamma softplus(z)]
@@ -307,6 +315,7 @@ def pairwise_mask_cost(
         w: weights of the points in {0, 1} that broadcast to `[..., P]`; default: 1.
         focal_alpha: a, the weight of the foreground, in [0, 1]; needs `focal_gamma`. Default None: both factors are 1.
         focal_gamma: take the focal cost with this exponent, at least 0. Default None: cross-entropy.
+        dice: the kind of Dice, see `mask_dice`.
 
     Returns:
         Two tensors `[..., Q, T]`, in the dtype of `z`.
@@ -323,7 +332,7 @@ def pairwise_mask_cost(
         tensor([[0.0181, 4.0181]])
     """
     _check_floats(z, t)
-    focal = options.MaskOptions(focal_alpha=focal_alpha, focal_gamma=focal_gamma).focal
+    term = options.MaskOptions(focal_alpha=focal_alpha, focal_gamma=focal_gamma, dice=dice).term
     if z.ndim < 2 or t.ndim < 2 or z.shape[-1] != t.shape[-1]:
         raise Cause(
             "z and t must be [..., Q, P] and [..., T, P]",
@@ -331,7 +340,7 @@ def pairwise_mask_cost(
             "sample both at the same P points",
         )
     weights = _weights(w, (*z.shape[:-2], z.shape[-1]), z)
-    return PairwiseCost(*formulas.pairwise_costs(z, t.to(z.dtype), weights, *focal))
+    return PairwiseCost(*formulas.pairwise_costs(z, t.to(z.dtype), weights, *term.focal, dice))
 
 
 @reported("class_cost")

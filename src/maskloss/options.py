@@ -18,12 +18,12 @@ CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0
 # The focal loss of classes by sigmoids, for the loss and for the matching (Lin et al., 2017).
 CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA = 0.25, 2.0
 
-PADDING_MODES, TARGET_MODES = _abi.PADDING_MODES, _abi.TARGET_MODES
+PADDING_MODES, TARGET_MODES, DICE_KINDS = _abi.PADDING_MODES, _abi.TARGET_MODES, _abi.DICE_KINDS
 
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """How the mask terms of a loss or of a matching cost read their points, and which cross-entropy they use.
+    """How the mask terms of a loss or of a matching cost read their points, and which cross-entropy and Dice they use.
 
     `MaskLoss`, `HungarianMatcher`, `MaskCriterion` and the classes of `maskloss.integrations` take them as one group,
     `options=MaskOptions(...)`, or one by one under the same names.
@@ -33,6 +33,8 @@ class MaskOptions:
         target_mode: how targets are read: "bilinear" (default) or "nearest".
         focal_alpha: alpha of the focal loss in [0, 1]; needs `focal_gamma`. Default None: no class balance.
         focal_gamma: use the focal loss with this exponent instead of the cross-entropy. Default None: off.
+        dice: "standard" (default), or a kind that is smallest at the target also where that is between 0 and 1: "soft",
+            with squares in the denominator, or "semimetric", which equals "standard" where targets are 0 or 1.
         backend: "reference", "cpu" or "gpu". Default None: by device, or MASKLOSS_BACKEND.
 
     Raises:
@@ -47,6 +49,7 @@ class MaskOptions:
     target_mode: str = "bilinear"
     focal_alpha: float | None = None
     focal_gamma: float | None = None
+    dice: str = "standard"
     backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -56,6 +59,7 @@ class MaskOptions:
     def _check(self) -> None:
         _inputs.check_choice("padding_mode", self.padding_mode, PADDING_MODES)
         _inputs.check_choice("target_mode", self.target_mode, TARGET_MODES)
+        _inputs.check_choice("dice", self.dice, DICE_KINDS)
         if self.backend is not None:
             check_backend(self.backend)
         if self.focal_alpha is not None and self.focal_gamma is None:
@@ -78,7 +82,7 @@ class MaskOptions:
     @property
     def term(self) -> _abi.Term:
         """What the operations take."""
-        return _abi.Term(self.padding_mode, self.target_mode, *self.focal)
+        return _abi.Term(self.padding_mode, self.target_mode, *self.focal, self.dice)
 
 
 class MaskKeywords(TypedDict, total=False):
@@ -88,6 +92,7 @@ class MaskKeywords(TypedDict, total=False):
     target_mode: str
     focal_alpha: float | None
     focal_gamma: float | None
+    dice: str
     backend: str | None
 
 

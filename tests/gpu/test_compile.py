@@ -59,6 +59,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"widest": 50, "dtype": torch.bfloat16},
     {"widest": 200},
     {"widest": 200, "focal": (0.25, 2.0)},
+    {"dice": "soft", "encoding": "values", "data": torch.float32},
+    {"dice": "semimetric", "encoding": "values", "data": torch.float32, "focal": (0.25, 1.5)},
+    {"dice": "semimetric", "widest": 200, "dtype": torch.bfloat16},
     {"layout": "stratified"},
     {"layout": "stratified", "dtype": torch.bfloat16, "seed_on_device": True},
 ]

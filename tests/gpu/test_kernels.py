@@ -45,6 +45,8 @@ CASES = {
     "two layers of different sizes": Case(
         sizes=((5, 6), (9, 4)), rows=((0, 1, 1, 0), (1, 0, 0, 2)), sampling=(30, 90, 22), focal=(-1.0, 1.0)
     ),
+    "Dice soft, soft targets": Case(dice="soft", targets="values float32", sampling=(64, 192, 48), extra=True),
+    "Dice semimetric, soft targets": Case(dice="semimetric", targets="values float16", sampling=(64, 192, 48)),
     "stratified": Case(sampling=(123, 371, 92, "stratified")),
     "stratified, uniform points alone, windows": Case(
         torch.bfloat16, sampling=(37, 111, 0, "stratified"), extra=True, sizes=((7, 21),)
@@ -270,6 +272,8 @@ MATCHING = {
     "float64, focal without alpha, two sizes": Case(torch.float64, focal=(-1.0, 1.5), sizes=((5, 6), (9, 4))),
     "float16, labels": Case(torch.float16, targets="labels uint8"),
     "soft": Case(targets="values float32", extra=True),
+    "Dice soft, soft targets": Case(dice="soft", targets="values float32", extra=True),
+    "Dice semimetric, soft targets": Case(dice="semimetric", targets="values float32", extra=True),
     "stratified": Case(sampling=(1, 1, 0, "stratified"), extra=True),
 }
 

@@ -117,13 +117,13 @@ def test_schemas_are_the_groups_one_after_another() -> None:
     def fields(*groups: Any) -> list[str]:
         return [field for group in groups for field in group._fields]
 
-    loss = [*fields(abi.Instances, abi.Targets, abi.Draw), *arguments("mask_loss")[-6:]]
+    loss = [*fields(abi.Instances, abi.Targets, abi.Draw), *arguments("mask_loss")[-7:]]
     assert arguments("mask_loss") == loss
-    assert loss[-6:] == ["padding", "target_mode", "focal_alpha", "focal_gamma", "points", "backend"]
-    assert len(fields(abi.Term)) == 4
+    assert loss[-7:] == ["padding", "target_mode", "focal_alpha", "focal_gamma", "dice", "points", "backend"]
+    assert len(fields(abi.Term)) == 5
     backward = ["grad_ce", "grad_dice", "chosen", "soft", "kept_logits", *loss[:-1], "needs_grad", "backend"]
     assert arguments("mask_loss_backward") == backward
-    assert arguments("match_cost") == ["logits", "num_targets", *fields(abi.Targets, abi.Draw), *loss[-6:-2], "backend"]
+    assert arguments("match_cost") == ["logits", "num_targets", *fields(abi.Targets, abi.Draw), *loss[-7:-2], "backend"]
     assert ops.BACKENDS == ("reference", "cpu", "gpu")
 
 

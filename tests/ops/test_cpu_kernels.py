@@ -27,6 +27,8 @@ OPTIONS = {
     "focal": Term(alpha=0.25, gamma=2.0),
     "focal without alpha": Term("border", "nearest", -1.0, 1.5),
     "focal with gamma 0": Term(alpha=0.75, gamma=0.0),
+    "Dice soft": Term(dice="soft"),
+    "Dice semimetric, focal": Term(alpha=0.25, gamma=2.0, dice="semimetric"),
 }
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

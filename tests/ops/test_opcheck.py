@@ -54,13 +54,20 @@ def uncertain_points(backend: str, num_uncertain: int = UNCERTAIN) -> Args:
     return plain, INDEX, LAYER_SIZES, *drawn, windows, "border", backend
 
 
-def mask_loss(backend: str, encoding: str = "bits", *, given: bool = False, dtype: torch.dtype = torch.float32) -> Args:
+def mask_loss(
+    backend: str,
+    encoding: str = "bits",
+    *,
+    given: bool = False,
+    dtype: torch.dtype = torch.float32,
+    dice: str = "standard",
+) -> Args:
     packed = targets(encoding)
     points = torch.rand(len(INDEX), POINTS, 2) if given else None
     return (
         *(layers(dtype), INDEX, LAYER_SIZES, packed.encoding, *packed.tensors),
         *(IMAGE_IDS, SEED, POINTS, CANDIDATES, UNCERTAIN, LAYOUT),
-        *("zeros", "bilinear", *FOCAL, points, backend),
+        *("zeros", "bilinear", *FOCAL, dice, points, backend),
     )
 
 
@@ -75,7 +82,7 @@ def mask_loss_backward(backend: str, encoding: str = "bits") -> Args:
 def match_cost(backend: str, encoding: str = "bits") -> Args:
     packed = targets(encoding)
     plain = [layer.detach() for layer in layers()]
-    options = ("zeros", "nearest", *FOCAL, backend)
+    options = ("zeros", "nearest", *FOCAL, "soft", backend)
     return plain, packed.num_targets, packed.encoding, *packed.tensors, *DRAW_FOR_MATCHING, *options
 
 
@@ -90,20 +97,25 @@ def factors(dtype: torch.dtype = torch.float32) -> Args:
 def factored_match_cost(backend: str, num_points: int = POINTS) -> Args:
     packed = targets("bits")
     lists = [[each.detach() for each in listed] for listed in factors()[:3]]
-    options = ("zeros", "bilinear", *FOCAL, backend)
+    options = ("zeros", "bilinear", *FOCAL, "semimetric", backend)
     described = (packed.num_targets, packed.encoding, *packed.tensors)
     return *lists, *factors()[3:], *described, IMAGE_IDS, SEED, num_points, 0, 0, LAYOUT, *options
 
 
 def factored_mask_loss(
-    backend: str, encoding: str = "bits", *, given: bool = False, dtype: torch.dtype = torch.float32
+    backend: str,
+    encoding: str = "bits",
+    *,
+    given: bool = False,
+    dtype: torch.dtype = torch.float32,
+    dice: str = "semimetric",
 ) -> Args:
     packed = targets(encoding)
     points = torch.rand(len(INDEX), POINTS, 2) if given else None
     return (
         *(*factors(dtype), INDEX, [1, 1, 2, 1], packed.encoding, *packed.tensors),
         *(IMAGE_IDS, SEED, POINTS, CANDIDATES, UNCERTAIN, LAYOUT),
-        *("zeros", "bilinear", *FOCAL, points, backend),
+        *("zeros", "bilinear", *FOCAL, dice, points, backend),
     )
 
 
@@ -126,7 +138,7 @@ def factored_mask_loss_backward(backend: str, encoding: str = "bits", *, needed:
         pytest.param(ops._uncertain_points, lambda backend: uncertain_points(backend, 0), id="uniform points"),
         pytest.param(dense._mask_loss, mask_loss, id="mask_loss"),
         pytest.param(dense._mask_loss, lambda backend: mask_loss(backend, "labels"), id="mask_loss, label maps"),
-        pytest.param(dense._mask_loss, lambda backend: mask_loss(backend, "values"), id="mask_loss, soft"),
+        pytest.param(dense._mask_loss, lambda backend: mask_loss(backend, "values", dice="soft"), id="mask_loss, soft"),
         pytest.param(dense._mask_loss, lambda backend: mask_loss(backend, given=True), id="mask_loss, given points"),
         pytest.param(
             dense._mask_loss,

@@ -40,6 +40,7 @@ class Case:
     padding: str = "zeros"
     target_mode: str = "bilinear"
     focal: tuple[float, float] = (-1.0, -1.0)
+    dice: str = "standard"
     extra: bool = False
     given: bool = False
     rows: tuple[tuple[int, int, int, int], ...] = ((0, 0, 1, 1), (0, 1, 0, 0))
@@ -49,7 +50,7 @@ class Case:
         return self.sampling[3] if len(self.sampling) > 3 else "independent"
 
     def term(self) -> Term:
-        return Term(self.padding, self.target_mode, *self.focal)
+        return Term(self.padding, self.target_mode, *self.focal, self.dice)
 
 
 class Inputs:

@@ -57,6 +57,10 @@ SENTENCES = {
     "equations": " (Eqs.~{number0} and~{number1})",
     "loss.divided": "The former is averaged over points; both are summed over instances and divided by {n}, the "
     "number of {counted}.",
+    "dice.soft": "Dice squares both areas in its denominator, so that it is smallest at the target also where that is "
+    "soft.",
+    "dice.semimetric": "Dice takes the smaller of prediction and target as their overlap~{wang}, so that it is "
+    "smallest at the target also where that is soft.",
     "counted.matches": "matched instances in the batch over all devices (Mask2Former counts targets)",
     "counted.targets": "target instances in the batch over all devices",
     "counted.frames": "frames of matched instances that count, in the batch over all devices",
@@ -80,6 +84,9 @@ SENTENCES = {
     "matching.groups": ", separately in each of {groups} groups of queries,",
     "symbol.softmax": ", where {p} is the predicted probability of the target class",
     "symbol.focal": ", where {f} is the focal cost~{lin} of the target class",
+    "matching.dice.standard": "The cost has the usual Dice.",
+    "matching.dice.soft": "Dice squares both areas in its denominator.",
+    "matching.dice.semimetric": "Dice takes the smaller of prediction and target as their overlap~{wang}.",
     "matching.focal": "Focal is the focal loss~{lin} with {parameters}.",
     "matching.points": "Its mask terms use {number} {drawn} points per image, shared by {shared}.",
     "matching.clips": "Whole clips are matched, at the same points in each of their frames.",

@@ -207,6 +207,8 @@ def _loss(settings: MethodSettings, equations: list[str]) -> list[Say]:
         "counted": say(f"counted.{'frames' if by_frame else settings.divisor}", n=Math("N")),
     }
     said = [Say("loss", slots), Say("loss.divided", slots)]
+    if settings.term.dice != "standard":
+        said.append(say(f"dice.{settings.term.dice}", wang=Cite(("wang2023dice",))))
     return [*said, _ignored()] if settings.ignore_regions else said
 
 
@@ -230,6 +232,8 @@ def _matching(settings: MethodSettings, matching: Matching) -> list[Say]:
         said.append(_reading(term, "cost"))
         if term.focal_gamma is not None:
             said.append(say("matching.focal", lin=Cite(("lin2017focal",)), parameters=Math(formulas.focal(term))))
+    if term.dice != (settings.term.dice if settings.points is not None else "standard"):
+        said.append(say(f"matching.dice.{term.dice}", wang=Cite(("wang2023dice",))))
     said.append(Say("matching.points", slots))
     if settings.clips is not None:
         said.append(say("matching.clips"))

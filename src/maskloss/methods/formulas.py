@@ -70,6 +70,9 @@ def display(name: str, settings: MethodSettings) -> tuple[str, str]:
     mean = r"\frac{1}{\max(\sum_p w_{np}, 1)}" if weighted else r"\frac{1}{P}"
     mean_plain = "1/max(Σ_p w_np, 1)" if weighted else "1/P"
     area, area_plain = rf"\sum_p {w}\sigma(z)", f"Σ_p {w_plain}σ(z)"
+    soft, common, common_plain = settings.term.dice == "soft", rf"{area}\, t", f"{area_plain} t"
+    if settings.term.dice == "semimetric":
+        common, common_plain = rf"\sum_p {w}\min(\sigma(z), t)", f"Σ_p {w_plain}min(σ(z), t)"
     mean_of = rf"\frac{{1}}{{N}} \sum_{{n=1}}^{{N}} {mean} \sum_{{p=1}}^{{P}} {w}"
     written = {
         "uncertainty": ("U(z) = −|z|", UNCERTAINTY),
@@ -90,9 +93,10 @@ def display(name: str, settings: MethodSettings) -> tuple[str, str]:
             rf"{CE} = -{mean_of}\left[ t \log \sigma(z) + (1 - t) \log (1 - \sigma(z)) \right]",
         ),
         "dice": (
-            f"L_dice = 1/N Σ_n [1 − (2 {area_plain} t + 1) / ({area_plain} + Σ_p {w_plain}t + 1)]",
+            f"L_dice = 1/N Σ_n [1 − (2 {common_plain} + 1) / "
+            f"({area_plain}{'²' * soft} + Σ_p {w_plain}t{'²' * soft} + 1)]",
             rf"{DICE} = \frac{{1}}{{N}} \sum_{{n=1}}^{{N}} \left[ 1 - "
-            rf"\frac{{2 {area}\, t + 1}}{{{area} + \sum_p {w}t + 1}} \right]",
+            rf"\frac{{2 {common} + 1}}{{{area}{'^2' * soft} + \sum_p {w}t{'^2' * soft} + 1}} \right]",
         ),
     }
     if settings.term.focal_gamma is not None:

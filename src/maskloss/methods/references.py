@@ -88,6 +88,16 @@ REFERENCES = {
   year      = {2019}
 }""",
     ),
+    "wang2023dice": Reference(
+        "Z. Wang, T. Popordanoska, J. Bertels, R. Lemmens, M. B. Blaschko. Dice Semimetric Losses: Optimizing the Dice "
+        "Score with Soft Labels. MICCAI 2023.",
+        r"""@inproceedings{wang2023dice,
+  author    = {Wang, Zifu and Popordanoska, Teodora and Bertels, Jeroen and Lemmens, Robin and Blaschko, Matthew B.},
+  title     = {{Dice} Semimetric Losses: Optimizing the {Dice} Score with Soft Labels},
+  booktitle = {Medical Image Computing and Computer Assisted Intervention (MICCAI)},
+  year      = {2023}
+}""",
+    ),
     "maskloss": Reference(
         "The maskloss authors. maskloss: point-sampled mask losses for PyTorch. VERSION. "
         "https://github.com/maskloss/maskloss.",

@@ -10,7 +10,7 @@ import torch
 INSTANCES = "Tensor[] logits, Tensor rows, SymInt[] layer_sizes"
 TARGETS = "str encoding, Tensor data, Tensor table, Tensor images, Tensor windows, Tensor ignore"
 DRAW = "Tensor image_ids, Tensor seed, SymInt num_points, SymInt num_candidates, SymInt num_uncertain, str layout"
-TERM = "str padding, str target_mode, float focal_alpha, float focal_gamma"
+TERM = "str padding, str target_mode, float focal_alpha, float focal_gamma, str dice"
 JOB = f"{TARGETS}, {DRAW}, {TERM}, Tensor? points"
 GRADIENTS = "Tensor grad_ce, Tensor grad_dice"
 LOSSES = "(Tensor, Tensor, Tensor, Tensor, Tensor)"

@@ -194,5 +194,5 @@ def loss_arguments(instances: Instances, job: Job) -> tuple[tuple[Any, ...], Num
     args: tuple[Any, ...] = (plane_table(instances.logits), data.data_ptr(), absolute(targets.table, targets.images))
     args += (array_of(targets.ignore), array_of(instances.rows), encode(data, targets.encoding))
     args += (array_of(targets.images), array_of(targets.windows), array_of(draw.image_ids), int(draw.seed), given)
-    options = (term.border, term.nearest, float(term.alpha), float(term.gamma))
+    options = (term.border, term.nearest, float(term.alpha), float(term.gamma), term.dice_kind)
     return (*args, numbers, *options), numbers, (kept, data)

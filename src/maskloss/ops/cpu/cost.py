@@ -83,7 +83,7 @@ def match_plan(num_targets: Sequence[int], job: Job, maps: Sequence[Tensor]) -> 
     offset = np.cumsum(length).reshape(length.shape) - length
     shares, sums = np.empty(int(length.sum()), dtype), np.empty(len(table), dtype)
     args = (points, weights, table, data.data_ptr(), encode(data, targets.encoding), term.border, term.nearest)
-    args += (bands, owner, first, length, offset, shares, sums)
+    args += (term.dice_kind, bands, owner, first, length, offset, shares, sums)
     launch(kernels.fill_runs, len(table), dtypes, (3 * size, 2 * size, 3 * size), args, pixels)
     real = length > 0
     starts = np.append(0, np.cumsum(real.sum(axis=1)))
@@ -126,6 +126,11 @@ def _place(plan: Plan, sizes: NDArray[np.int64], border: bool) -> Places:
     return Places(index, fx, fy, rows, int(highest.max()))
 
 
+def _options(term: Term) -> tuple[float, float, int]:
+    """Options of the kernels that compute costs."""
+    return float(term.alpha), float(term.gamma), term.dice_kind
+
+
 def match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job) -> tuple[Tensor, Tensor]:
     """Both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
     draw, term = job.draw, job.term
@@ -138,7 +143,7 @@ def match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job) -
         sizes, size_of = np.unique([t.shape[2:] for t in logits], axis=0, return_inverse=True)
         places = _place(plan, sizes.astype(np.int64), term.border)
         drawn = (places.rows, places.place, places.fx, places.fy, plan.bands)
-        shared = (plan.weights, plan.counts, plan.images, *plan.runs, float(term.alpha), float(term.gamma))
+        shared = (plan.weights, plan.counts, plan.images, *plan.runs, *_options(term))
         args = (plane_table(logits), size_of.reshape(-1).astype(np.int64), *drawn, *shared, ce, dice)
         size = 2 * (draw.num_points + kernels.VECTOR) + places.size
         launch(kernels.match_cost, len(logits) * batch * queries, plan.dtypes, (size, 0, 0), args)
@@ -168,6 +173,6 @@ def row_costs(plan: Plan, logits: Tensor, term: Term) -> tuple[Tensor, Tensor]:
     batch, rows, num_points = logits.shape
     ce, dice = (np.empty((batch, rows, plan.widest), plan.dtypes[0]) for _ in range(2))
     values = array_of(logits if logits.dtype == torch.float64 else logits.float())
-    args = (values, plan.weights, plan.counts, plan.images, *plan.runs, float(term.alpha), float(term.gamma), ce, dice)
+    args = (values, plan.weights, plan.counts, plan.images, *plan.runs, *_options(term), ce, dice)
     launch(kernels.row_costs, batch * rows, plan.dtypes, (2 * (num_points + kernels.VECTOR), 0, 0), args)
     return torch.from_numpy(ce), torch.from_numpy(dice)

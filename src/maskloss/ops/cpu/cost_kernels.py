@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloss._abi import ALL_TARGETS, COUNT, FIRST, MATCHER, X, Y
+from maskloss._abi import ALL_TARGETS, COUNT, FIRST, MATCHER, SEMIMETRIC, SOFT, X, Y
 
 from .compile import helper, kernel
 from .formulas import power, sigmoid_softplus
@@ -112,9 +112,9 @@ def find_runs(counter, items, _values, _coordinates, integers, points, bands, ta
 @kernel
 def fill_runs(
     counter, items, values, coordinates, integers,
-    points, weights, table, data, encoding, border, nearest, bands, owner, first, length, offset, shares, sums,
+    points, weights, table, data, encoding, border, nearest, kind, bands, owner, first, length, offset, shares, sums,
 ):  # fmt: skip
-    """The values w t over the runs of each target, 0 in the padding behind a band, and their sums."""
+    """The values w t over the runs of each target, 0 in the padding behind a band, and the sums of w t or w t^2."""
     values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
     points, table, shares = bare(points), bare(table), bare(shares)
     size = integers.shape[0] // 3
@@ -137,7 +137,7 @@ def fill_runs(
                 shares[place + i] = t[i] * weights[image, start + i]
             shares[place + n : place + padded] = 0
             for i in range(n):
-                total += shares[place + i]
+                total += shares[place + i] * (shares[place + i] if kind == SOFT else 1)
         sums[item] = total
 
 
@@ -243,14 +243,32 @@ def _products(z, s, shares, n):
     return by_z, by_s
 
 
+@helper(fastmath={"contract", "reassoc", "nsz"})
+def _sum_smaller(s, shares, n):
+    total = s.dtype.type(0)
+    for k in range(n):
+        total += min(s[k], shares[k])
+    return total
+
+
+@helper(fastmath={"contract", "reassoc", "nsz"})
+def _sum_squares(s, w, n):
+    total = s.dtype.type(0)
+    for i in range(n):
+        total += w[i] * s[i] * s[i]
+    return total
+
+
 @helper()
-def _pair_costs(z, s, w, count, image, starts, first, length, offset, shares, sums, alpha, gamma, ce, dice):
+def _pair_costs(z, s, w, count, image, starts, first, length, offset, shares, sums, alpha, gamma, kind, ce, dice):
     """Both terms of a query with all targets `[T_max]`, from its logits at the sorted points; s is work space."""
     num_points = w.shape[0]
     if gamma < 0:
         negative, area = _terms(z, w, num_points, s)
     else:
         negative, area = _focal_terms(z, w, num_points, alpha, gamma, s)
+    if kind == SOFT:
+        area = _sum_squares(s, w, num_points)
     for target in range(image[COUNT]):
         row = image[FIRST] + target
         by_z, by_s = 0.0, 0.0
@@ -258,7 +276,10 @@ def _pair_costs(z, s, w, count, image, starts, first, length, offset, shares, su
             n = length[run]
             one = _products(z[first[run] : first[run] + n], s[first[run] : first[run] + n], shares[offset[run] :], n)
             by_z += one[0]
-            by_s += one[1]
+            if kind == SEMIMETRIC:
+                by_s += _sum_smaller(s[first[run] : first[run] + n], shares[offset[run] :], n)
+            else:
+                by_s += one[1]
         ce[target] = (negative - by_z) / count
         dice[target] = 1.0 - (2.0 * by_s + 1.0) / (area + sums[row] + 1.0)
     ce[image[COUNT] :] = 0
@@ -288,7 +309,8 @@ def sample_features(
 @kernel
 def row_costs(
     counter, items, values, _coordinates, _integers,
-    logits, weights, counts, images, starts, first, length, offset, shares, sums, alpha, gamma, ce, dice,
+    logits, weights, counts, images, starts, first, length, offset, shares, sums, alpha, gamma, kind, ce,
+    dice,
 ):  # fmt: skip
     """As `match_cost`, from logits `[B, R, P]` at the sorted points: `[B, R, T_max]`. A work item is a row."""
     values, logits, weights, images, shares = bare(values), bare(logits), bare(weights), bare(images), bare(shares)
@@ -307,7 +329,7 @@ def row_costs(
         z[:num_points] = logits[image, row]
         _pair_costs(
             z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums,
-            alpha, gamma, ce[image, row], dice[image, row],
+            alpha, gamma, kind, ce[image, row], dice[image, row],
         )  # fmt: skip
 
 
@@ -315,7 +337,7 @@ def row_costs(
 def match_cost(
     counter, items, values, _coordinates, _integers,
     sources, size_of, rows, index, fx, fy, bands, weights, counts, images, starts, first, length, offset, shares, sums,
-    alpha, gamma, ce, dice,
+    alpha, gamma, kind, ce, dice,
 ):  # fmt: skip
     """Both mask terms of all pairs. A work item is a plane.
 
@@ -351,7 +373,7 @@ def match_cost(
         )  # fmt: skip
         _pair_costs(
             z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums,
-            alpha, gamma, ce[layer, image, query], dice[layer, image, query],
+            alpha, gamma, kind, ce[layer, image, query], dice[layer, image, query],
         )  # fmt: skip
         if item < 0:
             item = take(counter)

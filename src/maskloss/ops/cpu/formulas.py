@@ -10,6 +10,8 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from maskloss._abi import SOFT, STANDARD
+
 from .compile import helper
 
 _F32 = np.float32
@@ -129,6 +131,24 @@ def sum_areas(z, t, w, n, s):
     return weight, area, target, both
 
 
+@helper(fastmath={"contract", "reassoc", "nsz"})
+def sum_other_areas(t, w, n, s, kind):
+    """The last three sums of `sum_areas` for another kind of Dice: w s^2, w t^2, w s t, or w s, w t, w min(s, t)."""
+    zero = s.dtype.type(0)
+    area, target, both = zero, zero, zero
+    if kind == SOFT:
+        for i in range(n):
+            area += w[i] * s[i] * s[i]
+            target += w[i] * t[i] * t[i]
+            both += w[i] * s[i] * t[i]
+    else:
+        for i in range(n):
+            area += w[i] * s[i]
+            target += w[i] * t[i]
+            both += w[i] * min(s[i], t[i])
+    return area, target, both
+
+
 @helper(forceinline=True)
 def power(base, exponent):
     """Base ** exponent, fast for the exponents in use."""
@@ -154,19 +174,30 @@ def sum_focal(z, t, w, n, alpha, gamma):
 
 
 @helper(fastmath={"contract"})
-def loss_gradients(z, t, w, s, n, by_ce, by_dice, area, both, target):
+def loss_gradients(z, t, w, s, n, by_ce, by_dice, area, both, target, kind):
     """Overwrite z with the gradient at each point, from s(z).
 
     by_ce w (s - t) + by_dice w s (1 - s) (num / den^2 - 2 t / den) + 0 z, with num = 2 both + 1 and
-    den = area + target + 1. The last term lets a non-finite logit show in the gradient.
+    den = area + target + 1. The last term lets a non-finite logit show in the gradient. For "soft" num is multiplied
+    by 2 s; for "semimetric" t becomes 1 where s is smaller, 0 where it is larger, and 1/2 where they are equal.
     """
     one, zero = z.dtype.type(1), z.dtype.type(0)
     den = area + target + 1.0
     flat = z.dtype.type(by_dice * (2.0 * both + 1.0) / (den * den))
     slope = z.dtype.type(by_dice * 2.0 / den)
     ce = z.dtype.type(by_ce)
+    if kind == STANDARD:
+        for i in range(n):
+            grad = ce * (s[i] - t[i]) + s[i] * (one - s[i]) * (flat - slope * t[i])
+            z[i] = w[i] * grad + zero * z[i]
+        return
+    half = z.dtype.type(0.5)
     for i in range(n):
-        grad = ce * (s[i] - t[i]) + s[i] * (one - s[i]) * (flat - slope * t[i])
+        if kind == SOFT:
+            change = (s[i] + s[i]) * flat - slope * t[i]
+        else:
+            change = flat - slope * (half if s[i] == t[i] else one if s[i] < t[i] else zero)
+        grad = ce * (s[i] - t[i]) + s[i] * (one - s[i]) * change
         z[i] = w[i] * grad + zero * z[i]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskloss._abi import F32, FIRST, IMAGE, LAYER, QUERY, TARGET, X, Y
+from maskloss._abi import F32, FIRST, IMAGE, LAYER, QUERY, STANDARD, TARGET, X, Y
 
 from .blocks import (
     GRADIENT_ROWS,
@@ -22,7 +22,7 @@ from .blocks import (
 )
 from .choose import list_marked, pick
 from .compile import helper, kernel
-from .formulas import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses
+from .formulas import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses, sum_other_areas
 from .generator import instance_key
 from .memory import at, bare
 from .planes import ADDRESS, BORDER, DTYPE, HEIGHT, STRIDE_B, STRIDE_Q, WIDTH, read_plane, write_plane
@@ -85,11 +85,11 @@ def uncertain_points(
 
 
 @helper()
-def _add_gradient(points, places, apart, sums, pitch, slopes, totals, alpha, gamma):
+def _add_gradient(points, places, apart, sums, pitch, slopes, totals, alpha, gamma, kind):
     """Add the gradient of one instance to the buffer of its plane; z and the last row of `points` are overwritten.
 
-    `slopes` are the gradients of its cross-entropy and Dice; `totals` are the sums of w, w s, w t and w s t over its
-    points, which `points` and `places` describe.
+    `slopes` are the gradients of its cross-entropy and Dice; `totals` are the sums of w, w s, w t and w s t (or what
+    the kind of Dice has instead) over its points, which `points` and `places` describe.
     """
     fx, fy, z, t, w, s, grad = points[0], points[1], points[2], points[3], points[4], points[5], points[6]
     num_points = z.shape[0]
@@ -99,7 +99,7 @@ def _add_gradient(points, places, apart, sums, pitch, slopes, totals, alpha, gam
         grad[:] = 0
         add_focal_gradients(z, t, w, num_points, ce, alpha, gamma, grad)
         ce = 0.0
-    loss_gradients(z, t, w, s, num_points, ce, slopes[1], area, both, marked)
+    loss_gradients(z, t, w, s, num_points, ce, slopes[1], area, both, marked, kind)
     if gamma >= 0:
         for i in range(num_points):
             z[i] += grad[i]
@@ -113,11 +113,14 @@ def _add_gradient(points, places, apart, sums, pitch, slopes, totals, alpha, gam
 def mask_loss(
     counter, items, values, coordinates, integers,
     sources, data, table, ignore, index, encoding, images, windows, image_ids, seed, given, numbers,
-    border, nearest, alpha, gamma, again, ce, dice, chosen_bits, soft, logits, order, starts, by_ce, by_dice, grads,
+    border, nearest, alpha, gamma, kind,
+    again, ce, dice, chosen_bits, soft, logits, order, starts, by_ce, by_dice, grads,
 ):  # fmt: skip
     """Cross-entropy and Dice of instances, and their gradient.
 
     ce = sum w f(z, t) / max(sum w, 1);  dice = 1 - (2 sum w s t + 1) / (sum w s + sum w t + 1)
+
+    The last three sums are others for another `kind` of Dice (see `sum_other_areas`).
 
     A work item is a plane and its instances. `chosen_bits` gets the chosen candidates, a bit each. `soft` and `logits`
     get t (-1 where w = 0) and z at the points, if they have columns. `grads`, if it has rows, gets the gradient of
@@ -208,10 +211,11 @@ def mask_loss(
                         _keep_soft(t, w, n, soft[instance, first : first + n])
                     if keeps_logits:
                         logits[instance, first : first + n] = z
+                areas = part[1:] if kind == STANDARD else sum_other_areas(t, w, n, s, kind)
                 weight += part[0]
-                area += part[1]
-                marked += part[2]
-                both += part[3]
+                area += areas[0]
+                marked += areas[1]
+                both += areas[2]
                 first += n
             if not again:
                 ce[instance] = loss / max(weight, 1.0)
@@ -219,7 +223,7 @@ def mask_loss(
             if live:
                 totals = (weight, area, marked, both)
                 apart = numbers.random_cells.rows > 0
-                _add_gradient(points, places, apart, sums, pitch, slopes, totals, alpha, gamma)
+                _add_gradient(points, places, apart, sums, pitch, slopes, totals, alpha, gamma, kind)
         if wanted:
             write_plane(sums, grads[layer], image, query)
 

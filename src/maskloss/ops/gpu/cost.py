@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskloss._abi import ENCODINGS, POINT_COLUMNS, Job, Term, accumulation_dtype
+from maskloss._abi import ENCODINGS, POINT_COLUMNS, SEMIMETRIC, SOFT, Job, Term, accumulation_dtype
 
 from .cost_kernels import finish_costs, match_cells, match_points, match_targets, match_terms
 from .launch import (
@@ -44,14 +44,14 @@ class Tile(NamedTuple):
         return max(1, min(cdiv(_PROGRAMS, programs), num_points // (8 * self.points)))
 
 
-def tile_of(targets: int, dtype: torch.dtype, gamma: float) -> Tile:
+def tile_of(targets: int, dtype: torch.dtype, term: Term) -> Tile:
     """Choose a tile by number of targets, such that no option needs more registers than there are."""
-    if dtype == torch.float64:
+    if dtype == torch.float64 or term.dice_kind == SEMIMETRIC:
         return Tile(16, 32, 16, 8)
     wide = min(max(16, 1 << (targets - 1).bit_length()), 128)
     if wide == 128:
         return Tile(16, wide, 32, 8)
-    if is_simple(gamma):
+    if is_simple(term.gamma):
         return Tile(16, wide, 16, 4)
     return Tile(16, wide, 32, 4 if wide <= 32 else 8)
 
@@ -149,7 +149,7 @@ def add_terms(
     parts: Sequence[Tensor],
     num_rows: int,
     tile: Tile,
-    focal: tuple[float, float],
+    term: Term,
     sampled: bool,
 ) -> None:
     """Sums of all pairs of the layers of a span; `sampled` layers hold the logits at the points, `[B, Q, 1, P]`."""
@@ -159,11 +159,12 @@ def add_terms(
     splits, num_points = parts[0].shape[0], shared.num_points
     per_split = cdiv(cdiv(num_points, splits), tile.points) * tile.points
     programs = len(span.layers) * batch * cdiv(queries, tile.queries) * splits * cdiv(widest, tile.targets)
-    options = {**focal_options(focal[1], bounded=sampled and tile.targets > 32), "num_warps": tile.warps}
+    options = {**focal_options(term.gamma, bounded=sampled and tile.targets > 32), "num_warps": tile.warps}
     match_terms[(programs,)](
         span.layers, span.first, cells, fractions, shared.weighted, shared.weights, *parts, shared.order.numel(),
         num_points, splits, per_split, batch, queries, widest, num_rows, *geometry(first),
-        LAYERS=len(span.layers), ALPHA=focal[0], GAMMA=focal[1], PRECISION=_precision(shared.weights.dtype),
+        LAYERS=len(span.layers), ALPHA=term.alpha, GAMMA=term.gamma, DICE=term.dice_kind,
+        PRECISION=_precision(shared.weights.dtype),
         QUERIES=tile.queries, TARGETS=tile.targets, POINTS=tile.points, **options,
     )  # fmt: skip
 
@@ -174,13 +175,14 @@ def costs(shared: Plan, layers: Sequence[Tensor], term: Term, *, sampled: bool) 
     device, dtype, widest = layers[0].device, shared.weights.dtype, shared.widest
     num_rows = len(layers) * batch * queries
     ce, dice = (empty((len(layers), batch, queries, widest), dtype, device) for _ in range(2))
-    tile = tile_of(widest, dtype, term.gamma)
+    tile = tile_of(widest, dtype, term)
     splits = tile.splits(len(layers) * batch, queries, widest, shared.num_points)
     parts = [empty((splits, num_rows * size), dtype, device) for size in (widest, widest, 1, 1)]
     for run in runs(layers, [0] * len(layers), [True] * len(layers)):
-        add_terms(run, shared, parts, num_rows, tile, term.focal, sampled)
+        add_terms(run, shared, parts, num_rows, tile, term, sampled)
+    wanted = shared.weighted.square() if term.dice_kind == SOFT else shared.weighted
     finish_costs[(cdiv(ce.numel(), BLOCK),)](
-        *parts, shared.weighted.sum(2), shared.weights.sum(1), shared.images, ce, dice, ce.numel(), splits,
+        *parts, wanted.sum(2), shared.weights.sum(1), shared.images, ce, dice, ce.numel(), splits,
         num_rows, batch, queries, widest, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
     return ce, dice

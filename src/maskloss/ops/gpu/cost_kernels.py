@@ -13,7 +13,7 @@ import triton.language as tl
 
 from maskloss import _abi as abi
 
-from .loss_kernels import power, sigmoids
+from .loss_kernels import SEMIMETRIC, SOFT, power, sigmoids
 from .sampling import (
     BASE,
     COUNT,
@@ -129,8 +129,8 @@ def match_terms(
     layers, first_layer, cells, fractions, weighted, weights, products, overlaps, negatives, areas, count,
     num_points, splits, per_split, batch, queries, widest, num_rows,
     height, width, stride_b, stride_q, stride_y, stride_x,
-    LAYERS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr,
-    TARGETS: tl.constexpr, POINTS: tl.constexpr,
+    LAYERS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICE: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, TARGETS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
     """Sums over one of `splits` parts of the points, for QUERIES queries of an image and layer and TARGETS targets.
 
@@ -177,12 +177,20 @@ def match_terms(
         t = tl.load(wanted + i[:, None], mask=keep[:, None] & (target < widest)[None, :], other=0.0)
         if PRECISION == "sum":
             product += tl.sum(slope[:, :, None] * t[None, :, :], 1)
-            overlap += tl.sum(s[:, :, None] * t[None, :, :], 1)
         else:
             product = tl.dot(slope, t, product, input_precision=PRECISION, out_dtype=ACC)
+        if DICE == SEMIMETRIC:
+            # t is w t, and w is 0 or 1.
+            overlap += tl.sum(tl.minimum(s[:, :, None], t[None, :, :]), 1)
+        elif PRECISION == "sum":
+            overlap += tl.sum(s[:, :, None] * t[None, :, :], 1)
+        else:
             overlap = tl.dot(s, t, overlap, input_precision=PRECISION, out_dtype=ACC)
         negative_sum += negative * weight
-        area_sum += s * weight
+        if DICE == SOFT:
+            area_sum += s * s * weight
+        else:
+            area_sum += s * weight
     real = (query < queries)[:, None] & (target < widest)[None, :]
     place = (split * num_rows + row)[:, None] * widest + target[None, :]
     tl.store(products + place, product, mask=real)

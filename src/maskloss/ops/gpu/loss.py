@@ -51,7 +51,7 @@ def mask_loss(instances: Instances, job: Job, *, keep: bool = False) -> tuple[Te
                 num_points, sampling.num_uncertain, blocks,
                 *geometry(span.layers[0]), *sampling.strides,
                 LAYERS=len(span.layers), ENCODING=ENCODINGS[encoding], NEAREST=term.nearest, BORDER=sampling.border,
-                ALPHA=term.alpha, GAMMA=term.gamma, BLOCK=BLOCK, **options,
+                ALPHA=term.alpha, GAMMA=term.gamma, DICE=term.dice_kind, BLOCK=BLOCK, **options,
             )  # fmt: skip
         if len(index):
             finish_losses[(cdiv(len(index), 32),)](

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from maskloss import _abi as abi
+
 from .sampling import (
     BASE,
     IMAGE,
@@ -32,6 +34,11 @@ OVERLAP: tl.constexpr = tl.constexpr(2)
 WANTED: tl.constexpr = tl.constexpr(3)
 LOSSES: tl.constexpr = tl.constexpr(4)
 NUM_SUMS: tl.constexpr = tl.constexpr(5)
+
+
+# Kinds of Dice.
+SOFT: tl.constexpr = tl.constexpr(abi.SOFT)
+SEMIMETRIC: tl.constexpr = tl.constexpr(abi.SEMIMETRIC)
 
 
 @triton.jit
@@ -92,12 +99,17 @@ def cross_entropy_slope(z, s, c, logarithm, t, ALPHA: tl.constexpr, GAMMA: tl.co
 
 
 @triton.jit
-def _store_sums(block, s, t, weight, keep):
+def _store_sums(block, s, t, weight, keep, DICE: tl.constexpr):
     """Sums of a block of points that both passes need."""
+    predicted, overlap, wanted = weight * s, weight * s * t, weight * t
+    if DICE == SOFT:
+        predicted, wanted = predicted * s, wanted * t
+    if DICE == SEMIMETRIC:
+        overlap = weight * tl.minimum(s, t)
     tl.store(block + WEIGHTS, tl.sum(tl.where(keep, weight, 0.0), 0))
-    tl.store(block + PREDICTED, tl.sum(tl.where(keep, weight * s, 0.0), 0))
-    tl.store(block + OVERLAP, tl.sum(tl.where(keep, weight * s * t, 0.0), 0))
-    tl.store(block + WANTED, tl.sum(tl.where(keep, weight * t, 0.0), 0))
+    tl.store(block + PREDICTED, tl.sum(tl.where(keep, predicted, 0.0), 0))
+    tl.store(block + OVERLAP, tl.sum(tl.where(keep, overlap, 0.0), 0))
+    tl.store(block + WANTED, tl.sum(tl.where(keep, wanted, 0.0), 0))
 
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
@@ -106,7 +118,7 @@ def loss_terms(
     points, order, kept, soft, logits, sums, num_points, num_uncertain, blocks,
     height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
     LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ALPHA: tl.constexpr,
-    GAMMA: tl.constexpr, BLOCK: tl.constexpr,
+    GAMMA: tl.constexpr, DICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Forward pass at a block of points of an instance: read z and t, write the block's five sums.
 
@@ -144,7 +156,7 @@ def loss_terms(
     s, c, logarithm = sigmoids(z)
     loss = cross_entropy(z, s, c, logarithm, t, ALPHA, GAMMA)
     block = sums + program.to(tl.int64) * NUM_SUMS
-    _store_sums(block, s, t, weight, keep)
+    _store_sums(block, s, t, weight, keep, DICE)
     tl.store(block + LOSSES, tl.sum(tl.where(keep, weight * loss, 0.0), 0))
 
 
@@ -180,7 +192,8 @@ def slope_terms(
     layers, first_layer, index, data, table, images, ignore, windows, image_ids, seed_value, seed_pointer, strata,
     points, order, values, wanted, sums, num_points, num_uncertain, blocks,
     height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
-    LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
+    LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, DICE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Backward pass, first half, at a block of points: read z and t again, sum up what the slope of Dice needs.
 
@@ -215,15 +228,19 @@ def slope_terms(
         keep_targets(wanted, n * num_points + i, t, skip, keep)
         weight = 1.0 - skip.to(ACC)
     s, _c, _logarithm = sigmoids(z)
-    _store_sums(sums + program.to(tl.int64) * NUM_SUMS, s, t, weight, keep)
+    _store_sums(sums + program.to(tl.int64) * NUM_SUMS, s, t, weight, keep, DICE)
 
 
 @triton.jit
-def slopes(sums, blocks, grad_ce, grad_dice, z, t, weight, ALPHA: tl.constexpr, GAMMA: tl.constexpr, ACC: tl.constexpr):
+def slopes(
+    sums, blocks, grad_ce, grad_dice, z, t, weight, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
     """Gradient of the losses of an instance by z at its points.
 
     g_ce w slope / max(sum w, 1) + g_dice w s (1 - s) (overlap - 2 t area) / area^2 + 0 z, with
-    overlap = 2 sum w s t + 1, area = sum w s + sum w t + 1. The last term makes it NaN where z is not finite.
+    overlap = 2 sum w s t + 1, area = sum w s + sum w t + 1. The last term makes it NaN where z is not finite. Other
+    kinds of Dice have other sums, and their own derivatives by s in place of 1 (of the area) and t (of the overlap).
     """
     total = tl.full((), 0.0, ACC)
     predicted = tl.full((), 0.0, ACC)
@@ -238,7 +255,12 @@ def slopes(sums, blocks, grad_ce, grad_dice, z, t, weight, ALPHA: tl.constexpr, 
     area = predicted + wanted + 1.0
     s, c, logarithm = sigmoids(z)
     d_ce = cross_entropy_slope(z, s, c, logarithm, t, ALPHA, GAMMA) / tl.where(total > 1.0, total, 1.0)
-    d_dice = s * c * ((overlap - 2.0 * t * area) / (area * area))
+    by_overlap = t
+    if DICE == SOFT:
+        overlap = overlap * 2.0 * s
+    if DICE == SEMIMETRIC:
+        by_overlap = tl.where(s < t, 1.0, tl.where(s == t, 0.5, 0.0)).to(ACC)
+    d_dice = s * c * ((overlap - 2.0 * by_overlap * area) / (area * area))
     slope = weight * (grad_ce * d_ce + grad_dice * d_dice) + 0.0 * z
     # An instance of weight 0 must not bring in the NaN of its logits.
     return tl.where((grad_ce != 0.0) | (grad_dice != 0.0), slope, 0.0)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from maskloss._abi import (
     ENCODINGS,
-    NO_FOCAL,
     Gradients,
     Saved,
     Targets,
@@ -87,7 +86,7 @@ def scatter(
     values, wanted, sums, grad_ce, grad_dice, num_points, num_uncertain, blocks,
     height, width, batch, queries, stride_n, stride_p, stride_c, headroom,
     LAYERS: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr,
-    MEASURE: tl.constexpr, BLOCK: tl.constexpr,
+    DICE: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Spread d at a block of points of an instance: planes[pixel] += d * weight of the pixel, for four pixels.
 
@@ -112,7 +111,7 @@ def scatter(
     if grad_ce is not None:
         t, weight = kept_targets(wanted, n * num_points + i, keep, ACC)
         mine = sums + n * blocks * NUM_SUMS
-        d = slopes(mine, blocks, tl.load(grad_ce + n), tl.load(grad_dice + n), d, t, weight, ALPHA, GAMMA, ACC)
+        d = slopes(mine, blocks, tl.load(grad_ce + n), tl.load(grad_dice + n), d, t, weight, ALPHA, GAMMA, DICE, ACC)
     if slots is None:
         base = layer_pointer(planes, layer, LAYERS) + plane * height * width
     else:
@@ -336,7 +335,7 @@ class Scatter:
             values, wanted, sums, sampling.num_points, sampling.num_uncertain, blocks,
             *geometry(span.layers[0]), *sampling.strides,
             LAYERS=len(span.layers), ENCODING=ENCODINGS[encoding], NEAREST=loss.term.nearest,
-            BORDER=sampling.border, BLOCK=BLOCK, **options,
+            BORDER=sampling.border, DICE=loss.term.dice_kind, BLOCK=BLOCK, **options,
         )  # fmt: skip
         return AtPoints(order, values, wanted, sums)
 
@@ -351,9 +350,9 @@ class Scatter:
         sampling, loss, rows = self.sampling, self.source, span.rows
         blocks = cdiv(sampling.num_points, BLOCK)
         grads: tuple[Tensor | None, ...] = (None, None)
-        focal = NO_FOCAL
+        term = Term()
         if isinstance(loss, LossGradient):
-            grads, focal = tuple(grad[rows] for grad in loss.grads), loss.term.focal
+            grads, term = tuple(grad[rows] for grad in loss.grads), loss.term
         batch, queries, height, width = span.layers[0].shape
         if isinstance(loss, LossGradient) and loss.has_logits:
             batch = queries = 0  # QUERY alone numbers the planes
@@ -363,7 +362,8 @@ class Scatter:
             planes, first, *scratch, self.index[rows], *sampling.source, sampling.given(span), *points, *grads,
             sampling.num_points, sampling.num_uncertain, blocks,
             height, width, batch, queries, *sampling.strides, self._headroom(span), LAYERS=layers, NEAREST=self.nearest,
-            BORDER=sampling.border, ALPHA=focal[0], GAMMA=focal[1], MEASURE=measure, BLOCK=BLOCK, **OPTIONS,
+            BORDER=sampling.border, ALPHA=term.alpha, GAMMA=term.gamma, DICE=term.dice_kind, MEASURE=measure,
+            BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
 
     def _headroom(self, span: Span) -> int:

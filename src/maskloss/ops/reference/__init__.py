@@ -94,7 +94,7 @@ def mask_loss(instances: Instances, job: Job, *, keep: bool = False) -> tuple[Te
         z = z_at(at)
         soft = torch.where(w > 0, t, -1.0) if targets.encoding == "values" else t[:, :0]
         saved = pack_bits(chosen, draw.num_candidates), soft, z if keep else z[:, :0]
-        parts.append((*instance_losses(z, t, w, *term.focal), *saved))
+        parts.append((*instance_losses(z, t, w, *term.focal, term.dice), *saved))
     ce, dice, *kept = (torch.cat(part) for part in zip(*parts, strict=True))
     return ce, dice, Saved(*kept)
 
@@ -129,7 +129,7 @@ def mask_loss_backward(
             t, w = soft.clamp(min=0), (~(soft < 0)).to(z.dtype)
         else:
             t, w = _targets_at(at, rows, targets, term, z.dtype)
-        slopes = instance_slopes(z, t, w, *term.focal)
+        slopes = instance_slopes(z, t, w, *term.focal, term.dice)
         d_z = d_ce[:, None] * slopes[0] + d_dice[:, None] * slopes[1]
         # A gradient scaler looks at gradients: a non-finite logit must give a non-finite one, unless its instance
         # weighs nothing.
@@ -188,7 +188,7 @@ def row_costs(plan: Plan, logits: Tensor, term: Term) -> tuple[Tensor, Tensor]:
     """Both mask terms of the matching cost, `[B, R, T_max]`, from logits `[B, R, P]` at the points of a plan."""
     # Mixed precision around the call must not round the matrix products.
     with torch.autocast(logits.device.type, enabled=False):
-        ce, overlap = pairwise_costs(logits, plan.t, plan.w, *term.focal)
+        ce, overlap = pairwise_costs(logits, plan.t, plan.w, *term.focal, term.dice)
     real = plan.real[:, None]
     return torch.where(real, ce, 0.0), torch.where(real, overlap, 0.0)
 

@@ -54,19 +54,37 @@ def focal(z: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
     return loss if alpha < 0 else loss * (alpha * t + (1 - alpha) * (1 - t))
 
 
-def dice(z: Tensor, t: Tensor, w: Tensor) -> Tensor:
-    """Compute 1 - (2 sum s t + 1) / (sum s + sum t + 1) over the last dimension, with point weights w."""
-    s = z.sigmoid() * w
-    return 1 - (2 * (s * t).sum(-1) + 1) / (s.sum(-1) + (t * w).sum(-1) + 1)
+def overlap(s: Tensor, t: Tensor, kind: str) -> Tensor:
+    """Compute how much two values in [0, 1] have in common, for a kind of Dice. Where t is 0 or 1 both are equal."""
+    return torch.minimum(s, t) if kind == "semimetric" else s * t
 
 
-def instance_losses(z: Tensor, t: Tensor, w: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+def area(values: Tensor, kind: str) -> Tensor:
+    """Compute what values in [0, 1] count in the denominator of a kind of Dice."""
+    return values * values if kind == "soft" else values
+
+
+def dice(z: Tensor, t: Tensor, w: Tensor, kind: str = "standard") -> Tensor:
+    """Compute 1 - (2 sum o + 1) / (sum a(s) + sum a(t) + 1) over the last dimension, with point weights w, 0 or 1.
+
+    "standard" has o = s t and a(x) = x, "soft" a(x) = x^2, "semimetric" o = min(s, t). The last two are smallest at
+    s = t, for any t in [0, 1]; the first one is so where t is 0 or 1, and there "semimetric" equals it.
+    """
+    s, t = z.sigmoid() * w, t * w
+    return 1 - (2 * overlap(s, t, kind).sum(-1) + 1) / (area(s, kind).sum(-1) + area(t, kind).sum(-1) + 1)
+
+
+def instance_losses(
+    z: Tensor, t: Tensor, w: Tensor, alpha: float, gamma: float, kind: str = "standard"
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy and Dice of each instance `[n]` from logits, targets and weights at its points `[n, P]`."""
     ce = (focal(z, t, alpha, gamma) * w).sum(-1) / w.sum(-1).clamp(min=1)
-    return ce, dice(z, t, w)
+    return ce, dice(z, t, w, kind)
 
 
-def pairwise_costs(z: Tensor, t: Tensor, w: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+def pairwise_costs(
+    z: Tensor, t: Tensor, w: Tensor, alpha: float, gamma: float, kind: str = "standard"
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy, Dice `[..., Q, T]` of all pairs: logits `[..., Q, P]`, targets `[..., T, P]`, weights `[..., P]`.
 
     bce(z, t) = softplus(z) - z t is linear in t, so a matrix product does it for all pairs at once. The focal cost
@@ -84,5 +102,9 @@ def pairwise_costs(z: Tensor, t: Tensor, w: Tensor, alpha: float, gamma: float) 
         negative, positive = off * power(s, gamma) * negative, on * power(1 - s, gamma) * softplus(-z)
         slope = negative - positive
     ce = ((negative * w).sum(-1, keepdim=True) - slope @ weighted) / count
-    area = (s * w).sum(-1, keepdim=True) + weighted.sum(-2, keepdim=True)
-    return ce, 1 - (2 * (s @ weighted) + 1) / (area + 1)
+    total = area(s * w, kind).sum(-1, keepdim=True) + area(weighted, kind).sum(-2, keepdim=True)
+    if kind == "semimetric":  # no product of matrices
+        common = overlap((s * w).unsqueeze(-1), weighted.unsqueeze(-3), kind).sum(-2)
+    else:
+        common = s @ weighted
+    return ce, 1 - (2 * common + 1) / (total + 1)

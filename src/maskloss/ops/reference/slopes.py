@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formulas import bce
+from .formulas import area, bce, overlap
 
 
-def instance_slopes(z: Tensor, t: Tensor, w: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+def instance_slopes(z: Tensor, t: Tensor, w: Tensor, alpha: float, gamma: float, kind: str) -> tuple[Tensor, Tensor]:
     """Differentiate `instance_losses` by the logits: d ce / dz and d dice / dz at every point, `[n, P]`."""
     s = z.sigmoid()
     slope = s - t
@@ -19,7 +19,9 @@ def instance_slopes(z: Tensor, t: Tensor, w: Tensor, alpha: float, gamma: float)
         slope = miss**gamma * slope - steep
         slope = slope if alpha < 0 else slope * (alpha * t + (1 - alpha) * (1 - t))
     d_ce = w * slope / w.sum(-1, keepdim=True).clamp(min=1)
-    overlap = 2 * (w * s * t).sum(-1, keepdim=True) + 1
-    area = (w * s).sum(-1, keepdim=True) + (w * t).sum(-1, keepdim=True) + 1
-    d_dice = w * s * (1 - s) * (overlap - 2 * t * area) / area**2
+    common = 2 * (overlap(w * s, w * t, kind)).sum(-1, keepdim=True) + 1
+    total = area(w * s, kind).sum(-1, keepdim=True) + area(w * t, kind).sum(-1, keepdim=True) + 1
+    by_common = (1 - (s - t).sign()) / 2 if kind == "semimetric" else t
+    by_area = 2 * s if kind == "soft" else 1
+    d_dice = w * s * (1 - s) * (common * by_area - 2 * by_common * total) / total**2
     return d_ce, d_dice
