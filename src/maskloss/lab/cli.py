@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "train a query model and write a report",
     "evaluate": "score a trained model on held-out images",
     "predict": "find instances in images with a trained model",
+    "export": "write a trained model for other programs (ONNX)",
     "show": "draw what the loss looks at",
     "methods": "write the paragraph for the paper",
     "bench": "measure time and memory of a training step",

@@ -64,7 +64,8 @@ def precision_recall(evaluation: Evaluation, names: Sequence[str]) -> Figure:
     drawn = {literal(label): (recalls, curve) for label, curve, _ in curves[: _CURVES - several]}
     if several:
         drawn["all"] = (recalls, np.mean([curve for _, curve, _ in curves], axis=0).tolist())
-    plots.draw_curves(axes, drawn, title="Precision over recall, at IoU 0.5", colors=plots.COLORS)
+    colors = [plots.INK if several and place == len(drawn) - 1 else plots.COLORS[place] for place in range(len(drawn))]
+    plots.draw_curves(axes, drawn, title="Precision over recall, at IoU 0.5", colors=colors)
     axes.set(ylim=(0, 1.02), xlim=(0, 1), xlabel="recall")
     return figure
 
