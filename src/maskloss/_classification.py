@@ -1,24 +1,68 @@
-"""The classification of queries: one implementation of each kind, for every criterion."""
+"""The classification of queries: one implementation of each kind, for every criterion.
+
+In images that are annotated partly, a query without a target may lie on an object that nobody annotated. What it is
+taught then is decided here: regions and classes that were not annotated teach less of "no object", or nothing.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
+from maskloss._abi import IGNORE_BASE, IGNORE_H, IGNORE_SIZE, IGNORE_STRIDE, IGNORE_W, Draw
+from maskloss._inputs import accumulated
+from maskloss._tracing import on_host, plain
+from maskloss.errors import Cause, check_device, describe
+from maskloss.factors import MaskFactors
+from maskloss.layers import Layer
 from maskloss.ops.reference import formulas
+from maskloss.ops.reference.sampling import match_points, sample_planes
+from maskloss.ops.reference.storage import ignored
 from maskloss.options import CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA
-from maskloss.step import IGNORED
+from maskloss.step import IGNORED, Step
+from maskloss.targets import bits
 
 KINDS = ("softmax", "focal")
 
 
+class Partial(NamedTuple):
+    """What images that are annotated partly do not teach.
+
+    Attributes:
+        shares: `[L, B, Q]` in [0, 1], how much of each predicted mask lies in an unlabeled region; None: nothing.
+        annotated: bool `[B, C]`, which classes were annotated in an image; None: all.
+    """
+
+    shares: Tensor | None = None
+    annotated: Tensor | None = None
+
+    def taught(self, wanted: Tensor, no_object: int) -> Tensor | None:
+        """Return how much each query is taught, `[L, B, Q]`: 1 for one with a target. None: all are taught fully."""
+        if self.shares is None:
+            return None
+        return torch.where(wanted == no_object, 1 - self.shares, 1.0)
+
+
+WHOLE = Partial()
+
+
 def softmax_loss(
-    class_logits: Tensor, wanted: Tensor, weights: Tensor, total_weight: float | Tensor | None = None
+    class_logits: Tensor,
+    wanted: Tensor,
+    weights: Tensor,
+    total_weight: float | Tensor | None = None,
+    partial: Partial = WHOLE,
 ) -> Tensor:
     """Compute the weighted cross-entropy of all queries of each layer: `[L]`.
 
         sum_q weights[g_q] * -log softmax(class_logits)[q, g_q] / total_weight
+
+    In an image with classes that were not annotated, a query without a target has `-log` of the sum of the
+    probabilities of these classes and of "no object".
 
     Args:
         class_logits: `[L, B, Q, C + 1]`, float32 or float64; the last class is "no object".
@@ -26,13 +70,23 @@ def softmax_loss(
         weights: `[C + 1]`, the weight of each class.
         total_weight: the sum of the weights of all queries that the loss is averaged over. Default: of these queries.
             0 if there is nothing to divide.
+        partial: what the images do not teach.
+
+    Source:
+        The sum of probabilities: Cermelli et al. (2020), "Modeling the background", equation 5.
     """
-    weights = weights.to(class_logits)
-    nll = cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), weights, reduction="none")
+    weights, no_object = weights.to(class_logits), class_logits.shape[-1] - 1
+    nll = cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), weights, reduction="none").view(wanted.shape)
+    if partial.annotated is not None:
+        others = class_logits.masked_fill(pad(partial.annotated, (0, 1))[:, None], -torch.inf)
+        nothing = weights[-1] * (class_logits.logsumexp(-1) - others.logsumexp(-1))
+        nll = torch.where(wanted == no_object, nothing, nll)
+    taught = partial.taught(wanted, no_object)
+    nll = nll if taught is None else nll * taught
     total = weight_sums(wanted, weights) if total_weight is None else total_weight
     # A total of 0 divides only zeros; bounded without waiting for a device.
     bound = total.clamp(min=torch.finfo(total.dtype).tiny) if isinstance(total, Tensor) else total or 1.0
-    return nll.view(len(class_logits), -1).sum(1) / bound
+    return nll.flatten(1).sum(1) / bound
 
 
 def weight_sums(wanted: Tensor, weights: Tensor) -> Tensor:
@@ -40,20 +94,126 @@ def weight_sums(wanted: Tensor, weights: Tensor) -> Tensor:
     return pad(weights, (0, 1))[wanted.clamp(min=-1)].flatten(1).sum(1)
 
 
-def focal_sums(class_logits: Tensor, wanted: Tensor, weights: Tensor | None = None, *, ignores: bool = False) -> Tensor:
+def focal_sums(
+    class_logits: Tensor,
+    wanted: Tensor,
+    weights: Tensor | None = None,
+    *,
+    ignores: bool = False,
+    partial: Partial = WHOLE,
+) -> Tensor:
     """Sum the sigmoid focal loss of all queries and classes of each layer: `[L]`.
 
         sum_q sum_c weights[c] * a_t (1 - p_t)^2 bce(class_logits[q, c], [c = g_q]),  a = 0.25
+
+    Classes that were not annotated in an image are left out, but for those of its targets.
 
     Args:
         class_logits: `[L, B, Q, C]`, float32 or float64; there is no "no object".
         wanted: int64 `[L, B, Q]`, the class g_q of each query, C for one without a target.
         weights: `[C]`, the weight of each class. Default: 1.
         ignores: whether `wanted` has IGNORED ones, which are left out.
+        partial: what the images do not teach.
     """
     layers, batch, queries, classes = class_logits.shape
     one_hot = class_logits.new_zeros(layers, batch, queries, classes + 1)
     hot = one_hot.scatter_(3, (wanted.clamp(min=0) if ignores else wanted)[..., None], 1)[..., :-1]
     terms = formulas.focal(class_logits, hot, CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA)
     terms = terms if weights is None else terms * weights.to(terms)
+    if partial.annotated is not None:
+        terms = terms.masked_fill(~partial.annotated[:, None] & (hot == 0), 0)
+    taught = partial.taught(wanted, classes)
+    terms = terms if taught is None else terms * taught[..., None]
     return (terms.masked_fill((wanted == IGNORED)[..., None], 0) if ignores else terms).flatten(1).sum(1)
+
+
+# -------------------------------------------------------------------------------------------- partly annotated images
+
+
+def annotated_classes(given: Any, batch: int, num_classes: int, device: torch.device) -> Tensor:
+    """Mark the classes that were annotated in each image, bool `[B, C]`, from their numbers; None: all of an image."""
+    if not isinstance(given, Sequence) or len(given) != batch:
+        raise Cause(
+            "annotated_classes must have one entry for each image",
+            f"got {describe(given)} for {batch} images",
+            "list the numbers of the classes; None for an image in which all were annotated",
+        )
+    found = torch.zeros(batch, num_classes, dtype=torch.bool, device="cpu")
+    for image, each in enumerate(given):
+        numbers = plain(each)
+        if numbers is None:
+            found[image] = True
+            continue
+        fits = isinstance(numbers, Tensor) and numbers.ndim == 1 and on_host(numbers)
+        fits = fits and (not len(numbers) or not (numbers.is_floating_point() or numbers.dtype == torch.bool))
+        if not fits or (len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < num_classes):
+            raise Cause(
+                f"annotated_classes must be numbers of classes in [0, {num_classes}), on the CPU",
+                f"those of image {image} are {describe(each)}",
+                "None for an image in which all were annotated",
+            )
+        found[image, numbers.long()] = True
+    return found.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def unlabeled_shares(given: Any, layers: Sequence[Layer], step: Step, num_points: int, layout: str) -> Tensor:
+    """Compute the share of each predicted mask that lies in the unlabeled region of its image: `[L, B, Q]`.
+
+        sum over points of sigma(z) [inside] / sum over points of sigma(z)
+
+    Args:
+        given: bool `[H, W]` of each image, or None for one without a region.
+        layers: mask logits `[B, Q, h, w]`, or their factors, of each layer.
+        step: the targets, whose frames the regions lie in, and what decides the points.
+        num_points: uniform points, those of the matching.
+        layout: see `PointSampling`.
+    """
+    points = match_points(step.targets.windows, Draw(step.image_ids, step.seed, num_points, layout=layout))
+    inside = ignored(points, *_regions(given, step))[:, None]
+    found = []
+    for layer in layers:
+        probability = _sampled(layer, points).sigmoid()
+        tiny = torch.finfo(probability.dtype).tiny
+        found.append((probability * inside).sum(-1) / probability.sum(-1).clamp(min=tiny))
+    return torch.stack(found)
+
+
+def _regions(given: Any, step: Step) -> tuple[Tensor, Tensor]:
+    """Pack the regions: `images` of the targets with these for ignore regions, and the packed bytes."""
+    targets = step.targets
+    if not isinstance(given, Sequence) or len(given) != len(targets):
+        raise Cause(
+            "unlabeled must have one region for each image",
+            f"got {describe(given)} for {len(targets)} images",
+            "bool [H, W]; None for an image that is annotated everywhere",
+        )
+    packed, rows, base = [torch.empty(0, dtype=torch.uint8, device=targets.device)], [], 0
+    for image, each in enumerate(given):
+        region = plain(each)
+        if region is None:
+            rows.append((0, 0, 0, 0, 0))
+            continue
+        if not isinstance(region, Tensor) or region.ndim != 2 or region.dtype not in (torch.bool, torch.uint8):
+            raise Cause(
+                "an unlabeled region must be bool [H, W], of the size of the masks",
+                f"that of image {image} is {describe(each)}",
+                "True where objects may be that nobody annotated",
+            )
+        check_device("unlabeled", region.device, targets.device)
+        packed.append(bits.pack(region != 0).flatten())
+        rows.append((len(packed[-1]), base, (region.shape[1] + 7) // 8, *region.shape))
+        base += len(packed[-1])
+    images = targets.images.clone()
+    columns = [IGNORE_SIZE, IGNORE_BASE, IGNORE_STRIDE, IGNORE_H, IGNORE_W]
+    images[:, columns] = torch.tensor(rows, device="cpu").to(targets.device, non_blocking=True)
+    return images, torch.cat(packed)
+
+
+def _sampled(layer: Layer, points: Tensor) -> Tensor:
+    """Read the logits of all queries at points `[B, P, 2]`: `[B, Q, P]`; of factors their features are read."""
+    if not isinstance(layer, MaskFactors):
+        return sample_planes(layer, points[:, None], "bilinear", "zeros")
+    embeddings, features, bias = layer.operands()
+    z = accumulated(embeddings) @ sample_planes(features, points[:, None], "bilinear", "zeros")
+    return z if bias is None else z + bias[..., None]

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from maskloss import _classification, _inputs, distributed, ops
 from maskloss._abi import LAYER, accumulation_dtype
+from maskloss._classification import Partial
 from maskloss._numbers import check_integer
 from maskloss.clips import ClipOptions, frames_of_divisor, weights_of_divisor
 from maskloss.distributed import Group, StepTotals
@@ -218,6 +219,8 @@ class MaskCriterion(nn.Module):
         matches: Matches | Pairs | Sequence[Pairs] | None = None,
         extra_costs: Sequence[Tensor] | None = None,
         instance_weights: Tensor | Sequence[Tensor] | None = None,
+        unlabeled: Sequence[Tensor | None] | None = None,
+        annotated_classes: Sequence[Any] | None = None,
         totals: StepTotals | None = None,
         image_ids: Tensor | Sequence[int] | None = None,
         seed: int | Tensor | None = None,
@@ -247,6 +250,13 @@ class MaskCriterion(nn.Module):
                 at least 0, in the order of its targets, or one `[T_all]`. N becomes the sum of the matched instances'
                 weights, so that an instance of weight 2 counts as two, and one of weight 0 (or False) as none, whatever
                 its logits are. The classification does not change: a target without a mask still has a class.
+            unlabeled: for each image the region in which there may be objects that nobody annotated, bool `[H, W]` of
+                the size of its masks, or None. A query without a target is taught "no object" by one minus the share of
+                its predicted mask that lies there (seen at the matcher's points, without a gradient). For "softmax" it
+                has that weight in the mean too, which totals cannot know.
+            annotated_classes: for each image the numbers of the classes that were annotated in it, or None for all. For
+                "softmax", a query without a target learns to be no object, or of another class; for "focal" it learns
+                nothing of the others. Targets of other classes teach theirs all the same.
             totals: the step's totals, for gradient accumulation (`step_totals`). Default: this batch over all ranks.
             image_ids: global numbers of the images, `[B]`, in [0, 2^32); points depend on them. Default: rank * B + b.
             seed: 64-bit seed of the points.
@@ -288,12 +298,17 @@ class MaskCriterion(nn.Module):
         weights = step.mask_weights(found, weights, accumulation_dtype(logits[0].dtype))
         clips = self.mask_loss.clips
         counted = weights_of_divisor(clips, found, step.targets, weights)
-        counts = self._counts(step, found, counted, weighs if weights is not None else "clips", wanted, stacked)
+        partial = self._partial(unlabeled, annotated_classes, logits, step)
+        untaught = None
+        if softmax and partial.shares is not None:
+            untaught = torch.where(wanted == self.num_classes, partial.shares, 0.0).flatten(1).sum(1)
+        weighs = weighs if weights is not None else "clips"
+        counts = self._counts(step, found, counted, weighs, wanted, stacked, untaught)
         instances = _given_or(counts.instance_weight, counts.instances)
         divisor = distributed.at_least_one(instances * frames_of_divisor(clips, step.targets))
         reduction = ops.Reduction(self.mask_weight, self.dice_weight, divisor, weights)
         ce, dice, losses = self.mask_loss.layer_terms(logits, found, step, reduction)
-        loss_class = self._classify(stacked, wanted, counts)
+        loss_class = self._classify(stacked, wanted, counts, partial)
         factors = (self.class_weight, self.mask_weight, self.dice_weight)
         summed = torch.add(self.class_weight * loss_class, ce, alpha=self.mask_weight)
         total = torch.add(summed, dice, alpha=self.dice_weight).sum()
@@ -315,12 +330,33 @@ class MaskCriterion(nn.Module):
             raise Cause("give matches or extra_costs, not both", "both were given", "with matches nothing is matched")
         return step.given(given, len(mask_logits), class_logits.shape[2], self.num_classes)
 
+    def _partial(self, unlabeled: Any, annotated: Any, mask_logits: Sequence[Layer], step: Step) -> Partial:
+        """Take what is said of images that are annotated partly."""
+        shares = classes = None
+        if unlabeled is not None:
+            if mask_logits[0].ndim != 4:
+                raise Cause("unlabeled regions belong to images", "the logits are those of clips", "leave them out")
+            if step.totals is not None and self.classification == "softmax":
+                raise Cause("give totals or unlabeled, not both", "both were given", "shares depend on the predictions")
+            matcher = self.matcher
+            shares = _classification.unlabeled_shares(unlabeled, mask_logits, step, matcher.num_points, matcher.layout)
+        if annotated is not None:
+            classes = _classification.annotated_classes(annotated, len(step.targets), self.num_classes, step.device)
+        return Partial(shares, classes)
+
     def _counts(
-        self, step: Step, matches: Matches, weights: Tensor | None, weighs: str, wanted: Tensor, logits: Tensor
+        self,
+        step: Step,
+        matches: Matches,
+        weights: Tensor | None,
+        weighs: str,
+        wanted: Tensor,
+        logits: Tensor,
+        untaught: Tensor | None,
     ) -> StepTotals:
         """Take the step's totals, or count this batch over the ranks; of layers that differ, `[L]`.
 
-        `weighs` is the option by which instances have weights, if they have.
+        `weighs` is the option by which instances have weights, if they have; `untaught` `[L]` queries are not counted.
         """
         weighs_classes = self._weighs_classes
         if step.totals is not None:
@@ -339,7 +375,7 @@ class MaskCriterion(nn.Module):
         if not matches.is_even:
             column = matches.index[:, LAYER, None]
             instances = (column == torch.arange(layers, device=wanted.device)).sum(0, dtype=logits.dtype)
-        counts = [instances, float(batch * queries)]
+        counts = [instances, batch * queries - (0.0 if untaught is None else untaught)]
         if weights is not None:
             counts.append(by_layer(weights[None], matches)[0])
         if weighs_classes:
@@ -362,16 +398,16 @@ class MaskCriterion(nn.Module):
             instances=totals.instances * groups, instance_weight=None if weight is None else weight * groups
         )
 
-    def _classify(self, class_logits: Tensor, wanted: Tensor, counts: StepTotals) -> Tensor:
+    def _classify(self, class_logits: Tensor, wanted: Tensor, counts: StepTotals, partial: Partial) -> Tensor:
         """Compute the classification of each layer, `[L]`, from `[L, B, Q, C (+ 1)]` and the classes `[L, B, Q]`."""
         if self.classification == "focal":
             weights, ignores = self._moved_class_weights(class_logits), self.rules.ignore_label is not None
-            sums = _classification.focal_sums(class_logits, wanted, weights, ignores=ignores)
+            sums = _classification.focal_sums(class_logits, wanted, weights, ignores=ignores, partial=partial)
             return sums / distributed.at_least_one(counts.instances)
         # The sum of the weights; without class weights known without asking the device.
         unmatched = counts.queries - counts.instances
         weight = _given_or(counts.class_weight, counts.instances) + self.no_object_weight * unmatched
-        return _classification.softmax_loss(class_logits, wanted, self._query_weights(class_logits), weight)
+        return _classification.softmax_loss(class_logits, wanted, self._query_weights(class_logits), weight, partial)
 
     @property
     def _weighs_classes(self) -> str | None:

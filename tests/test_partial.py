@@ -1,0 +1,166 @@
+"""Images that are annotated partly: regions and classes that nobody annotated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from maskloss import MaskCriterion, MaskFactors, MaskLossError, MaskTargets, PointSampling, StepTotals
+from support.steps import CLASSES, QUERIES, criterion, entries, predictions
+
+SIZE = (20, 26)
+
+
+def left() -> Tensor:
+    region = torch.zeros(SIZE, dtype=torch.bool)
+    region[:, :13] = True
+    return region
+
+
+def masks_at(*places: str) -> Tensor:
+    """Logits `[1, Q, 20, 26]` of queries that predict the left or the right half, or all of the image."""
+    region = left()
+    where = {"left": region, "right": ~region, "all": region | True}
+    return torch.stack([where[place] * 40.0 - 20 for place in places])[None]
+
+
+def nothing_matched() -> dict[str, Any]:
+    return {"masks": torch.zeros(0, *SIZE, dtype=torch.bool), "labels": torch.zeros(0, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize("form", ["dense", "factors", "half"])
+@pytest.mark.parametrize("classification", ["softmax", "focal"])
+def test_less_is_taught_where_nobody_annotated(backend: str, classification: str, form: str) -> None:
+    """By the share of the mask: nothing in the region, all outside, half of it for a mask that lies in both."""
+    classes = torch.randn(1, 3, CLASSES + (classification == "softmax"), requires_grad=True)
+    masks: Any = masks_at("left", "right", "all")
+    if form == "factors":
+        masks = MaskFactors(torch.eye(3)[None], masks)
+    elif form == "half":
+        masks = masks.half()
+    module = criterion(backend, classification=classification, sampling=PointSampling(4096))
+    plain = module(classes, masks, [nothing_matched()], seed=1)
+    whole = torch.autograd.grad(plain.loss_class.sum(), classes)[0]
+    out = module(classes, masks, [nothing_matched()], seed=1, unlabeled=[left()])
+    grad = torch.autograd.grad(out.loss_class.sum(), classes)[0]
+    # The mean is over what is taught: a softmax divides by 1.5 of 3 queries.
+    share = torch.tensor([0.0, 1.0, 0.5]) * (2 if classification == "softmax" else 1)
+    torch.testing.assert_close(grad, whole * share[:, None], rtol=0.05, atol=2e-3)
+    assert torch.equal(out.loss_mask, plain.loss_mask)
+
+
+def test_a_query_with_a_target_is_taught_all_the_same(backend: str) -> None:
+    classes, masks = predictions(2, sizes=[(9, 12)] * 2)
+    targets = entries((3, 2))
+    everywhere = [torch.ones(SIZE, dtype=torch.bool)] * 2
+    out = criterion(backend)(classes, masks, targets, seed=1, unlabeled=everywhere)
+    for layer in range(2):
+        found = [
+            F.cross_entropy(classes[layer][i][q], targets[i]["labels"][t], reduction="sum")
+            for i, (q, t) in enumerate(out.matches.pairs(layer))
+        ]
+        torch.testing.assert_close(out.loss_class[layer], sum(found) / 5)
+
+
+def test_regions_lie_in_the_frames_and_arrays_are_taken(backend: str) -> None:
+    """Without a region, and with one where there is nothing, nothing changes; a canvas moves nothing."""
+    classes, masks = predictions(2, sizes=[(9, 12)])
+    targets, module = entries((3, 2)), criterion(backend)
+    plain = module(classes, masks, targets, seed=1)
+    for nothing in ([None, None], [np.zeros(SIZE, dtype=bool), None]):
+        out = module(classes, masks, targets, seed=1, unlabeled=nothing)
+        torch.testing.assert_close(out.loss_class, plain.loss_class)
+    with_canvas = [e | {"masks": MaskTargets.from_masks(e["masks"], canvas=(40, 52))} for e in targets]
+    padded = torch.zeros(40, 52, dtype=torch.bool)
+    padded[: SIZE[0], : SIZE[1]] = True
+    one, other = (
+        module(classes, masks, with_canvas, seed=1, unlabeled=[region, None]).loss_class
+        for region in (padded, torch.ones(SIZE, dtype=torch.uint8))
+    )
+    assert torch.equal(one, other)
+    assert not torch.equal(one, module(classes, masks, with_canvas, seed=1).loss_class)
+
+
+def test_classes_that_nobody_annotated_are_no_errors_of_a_softmax() -> None:
+    """A query without a target learns to be no object, or of such a class."""
+    classes, masks = predictions(2, sizes=[(9, 12)])
+    targets, listed = entries((1, 2)), [[0, 2], None]
+    out = criterion("reference")(classes, masks, targets, seed=1, annotated_classes=listed)
+    [logits], total, weight = classes, torch.zeros(()), 0.0
+    for image, (queries, rows) in enumerate(out.matches.pairs()):
+        matched = dict(zip(queries.tolist(), targets[image]["labels"][rows].tolist(), strict=True))
+        for query in range(QUERIES):
+            p = logits[image, query].softmax(-1)
+            if query in matched:
+                total, weight = total - p[matched[query]].log(), weight + 1.0
+            else:
+                allowed = p[3] + (p[1] if image == 0 else 0)
+                total, weight = total - 0.1 * allowed.log(), weight + 0.1
+    torch.testing.assert_close(out.loss_class[0], total / weight)
+    everything = criterion("reference")(classes, masks, targets, seed=1, annotated_classes=[torch.arange(3), None])
+    torch.testing.assert_close(
+        everything.loss_class, criterion("reference")(classes, masks, targets, seed=1).loss_class
+    )
+
+
+def test_classes_that_nobody_annotated_are_left_out_of_a_focal_loss(backend: str) -> None:
+    classes, masks = predictions(1, sizes=[(9, 12)])
+    classes = [classes[0][..., :CLASSES].detach().requires_grad_()]
+    targets = entries((2,))
+    targets[0]["labels"] = torch.tensor([1, 0])
+    out = criterion(backend, classification="focal")(classes, masks, targets, seed=1, annotated_classes=[[0]])
+    [grad] = torch.autograd.grad(out.loss_class[0], classes)
+    [(queries, rows)] = out.matches.pairs()
+    taught = torch.zeros(QUERIES, CLASSES, dtype=torch.bool)
+    taught[:, 0] = True
+    # A target's own class is known, whatever was annotated.
+    taught[queries, targets[0]["labels"][rows]] = True
+    assert torch.equal(grad[0] != 0, taught)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"unlabeled": left()}, "unlabeled must have one region for each image"),
+        ({"unlabeled": []}, "unlabeled must have one region for each image"),
+        ({"unlabeled": [left().float()]}, r"an unlabeled region must be bool \[H, W\]"),
+        ({"unlabeled": [left()[None]]}, r"an unlabeled region must be bool \[H, W\]"),
+        ({"unlabeled": [left()], "totals": StepTotals(1.0, 1.0)}, "give totals or unlabeled"),
+        ({"annotated_classes": 3}, "annotated_classes must have one entry for each image"),
+        ({"annotated_classes": [3]}, r"numbers of classes in \[0, 3\)"),
+        ({"annotated_classes": [[3]]}, r"numbers of classes in \[0, 3\)"),
+        ({"annotated_classes": [[0.5]]}, r"numbers of classes in \[0, 3\)"),
+        ({"annotated_classes": [[True]]}, r"numbers of classes in \[0, 3\)"),
+    ],
+)
+def test_what_is_wrong_is_said(options: dict[str, Any], text: str) -> None:
+    classes, masks = predictions(1, sizes=[(9, 12)])
+    with pytest.raises(MaskLossError, match=text):
+        criterion("reference")(classes, masks, entries((2,)), **options)
+
+
+def test_clips_have_no_regions() -> None:
+    classes, masks = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, 8, 8)
+    targets = [{"masks": torch.ones(1, 3, 8, 8), "labels": torch.tensor([0])}]
+    with pytest.raises(MaskLossError, match="unlabeled regions belong to images"):
+        MaskCriterion(2)(classes, masks, targets, unlabeled=[left()])
+
+
+def test_nothing_is_waited_for() -> None:
+    """On the meta device, where a look at a value is an error."""
+    meta = torch.device("meta")
+    classes = torch.empty(2, QUERIES, CLASSES + 1, device=meta, requires_grad=True)
+    masks = torch.empty(2, QUERIES, 8, 8, device=meta, requires_grad=True)
+    targets = {
+        "masks": MaskTargets.from_masks([e["masks"] for e in entries((2, 1))]).to(meta),
+        "labels": [torch.empty(2, dtype=torch.int64, device=meta), torch.empty(1, dtype=torch.int64, device=meta)],
+    }
+    out = MaskCriterion(CLASSES)(
+        classes, masks, targets, seed=0, unlabeled=[left().to(meta), None], annotated_classes=[[0], None]
+    )
+    torch.autograd.grad(out.total, [classes, masks])
