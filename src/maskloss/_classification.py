@@ -76,17 +76,17 @@ def softmax_loss(
         The sum of probabilities: Cermelli et al. (2020), "Modeling the background", equation 5.
     """
     weights, no_object = weights.to(class_logits), class_logits.shape[-1] - 1
-    nll = cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), weights, reduction="none").view(wanted.shape)
+    nll = cross_entropy(class_logits.flatten(0, 2), wanted.flatten(), weights, reduction="none")
     if partial.annotated is not None:
         others = class_logits.masked_fill(pad(partial.annotated, (0, 1))[:, None], -torch.inf)
         nothing = weights[-1] * (class_logits.logsumexp(-1) - others.logsumexp(-1))
-        nll = torch.where(wanted == no_object, nothing, nll)
+        nll = torch.where(wanted == no_object, nothing, nll.view(wanted.shape))
     taught = partial.taught(wanted, no_object)
-    nll = nll if taught is None else nll * taught
+    nll = nll if taught is None else nll.view(wanted.shape) * taught
     total = weight_sums(wanted, weights) if total_weight is None else total_weight
     # A total of 0 divides only zeros; bounded without waiting for a device.
     bound = total.clamp(min=torch.finfo(total.dtype).tiny) if isinstance(total, Tensor) else total or 1.0
-    return nll.flatten(1).sum(1) / bound
+    return nll.view(len(class_logits), -1).sum(1) / bound
 
 
 def weight_sums(wanted: Tensor, weights: Tensor) -> Tensor:

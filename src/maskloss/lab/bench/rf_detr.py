@@ -13,6 +13,7 @@ from torch import Tensor
 from maskloss import MaskTargets, PointSampling, step
 from maskloss.errors import require
 from maskloss.factors import MaskFactors
+from maskloss.integrations import _targets
 from maskloss.integrations.transformers import rf_detr as ours
 from maskloss.lab.bench.cases import PEERS, STRATIFIED, Case
 from maskloss.lab.bench.inputs import Inputs
@@ -85,7 +86,7 @@ class MasklossArm:
 
     def split(self, timed: Timed) -> None:
         """Time packing, the matching costs, the assignment, the mask loss and the classification."""
-        wrap(timed, ours, "_begin", "packing")
+        wrap(timed, _targets, "begin_entries", "packing")
         wrap(timed, HungarianMatcher, "costs", "matching cost")
         wrap(timed, ours, "_match", "assignment")
         wrap(timed, ours, "_mask_terms", "mask loss")
