@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,32 @@ def test_the_criterion_compiles_to_one_graph() -> None:
 @pytest.mark.parametrize("device", ["cuda", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mps", "xpu"))])
 def test_the_reference_never_waits_for_the_device(device: str) -> None:
     run(device)
+
+
+def test_launches_of_a_step() -> None:
+    """Of every preset; they grow with nothing but the memory that bounds a part."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM.with_name("launch_counts.py"))], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    counts = {name: {operation: sum(each.values()) for operation, each in case.items()} for name, case in found.items()}
+    plain = {"match_cost": 5, "assign": 1, "mask_loss": 4, "mask_loss_backward": 3}
+    whole = ("coco", "cityscapes", "small", "rf-detr", "tiny", "tiny-rf-detr")
+    grown = [name for name in counts if name.startswith("coco, ") or name == "rf-detr, groups"]
+    assert len(grown) == 5
+    for name in (*whole, *grown):
+        assert counts[name] == plain, (name, found[name])
+    # 2,000 instances: scratch memory of 226 kB each is bounded to 256 MiB.
+    assert counts["crowded"] == {**plain, "mask_loss": 7, "mask_loss_backward": 6}
+    # Factors: more for each part of the planes that `scratch_mb` allows, and of each layer's own features.
+    heads = {name: tuple(case.values()) for name, case in counts.items() if name.endswith("-head")}
+    assert heads == {
+        "coco-head": (10, 1, 16, 12),
+        "crowded-head": (14, 1, 64, 48),
+        "cityscapes-head": (8, 1, 20, 15),
+        "rf-detr-head": (36, 1, 24, 18),
+        "tiny-head": (6, 1, 4, 3),
+        "tiny-rf-detr-head": (18, 1, 12, 9),
+    }

