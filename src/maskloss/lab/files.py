@@ -108,7 +108,8 @@ def read_any_json(path: Path, rule: str) -> Any:
     """
     check_file(path, rule)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        # As bytes: JSON may be UTF-16, which some systems write.
+        return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise Cause(rule, f"{path}: {explain(error)}", "is it the right file?") from None
     except OSError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -414,6 +416,112 @@ def via_as_coco(root: Path) -> None:
     for each in content["annotations"]:
         each["image_id"] = str(each["image_id"])
     text(root / "via_export_coco.json", content)
+
+
+def changed(change: Callable[[dict[str, Any]], Any], **more: Any) -> dict[str, Any]:
+    content = coco(**more)
+    for annotation in content["annotations"]:
+        change(annotation)
+    return content
+
+
+@case(
+    JSON,
+    "everything under one more key, keys in capitals",
+    "mended and told",
+    told=["everything under one more key: 1", "keys in capitals: 1"],
+)
+def other_keys(root: Path) -> None:
+    usual(root, {"dataset": {key.capitalize(): value for key, value in coco().items()}})
+
+
+@case(
+    JSON,
+    "annotations inside of their images",
+    "mended and told",
+    told=["annotations inside of their images: 1"],
+)
+def annotations_in_images(root: Path) -> None:
+    content = coco()
+    for image in content["images"]:
+        image["annotations"] = [each for each in content["annotations"] if each["image_id"] == image["id"]]
+    usual(root, {"images": content["images"], "categories": content["categories"]})
+
+
+@case(
+    JSON,
+    "Detectron2's list of dicts, one for each image",
+    "read, its classes without names",
+    classes=("class 0",),
+    told=["as Detectron2 has them"],
+)
+def detectron(root: Path) -> None:
+    content = coco(category_id=0)
+    listed = []
+    for image in content["images"]:
+        mine = [each for each in content["annotations"] if each["image_id"] == image["id"]]
+        for each in mine:
+            left, top, width, height = each["bbox"]
+            each |= {"bbox": [left, top, left + width, top + height], "bbox_mode": 0}
+        mine[0] |= {"segmentation": [], "bbox": mine[0]["bbox"]} if image["id"] == 1 else {}
+        listed.append({"file_name": image["file_name"], "image_id": image["id"], "annotations": mine})
+    listed[0]["annotations"][0]["segmentation"] = [corners(0)]
+    usual(root, listed, "dicts.json")  # type: ignore[arg-type]
+
+
+@case(
+    JSON,
+    "categories as a list or a dict of names; images and categories of annotations by their names",
+    "mended and told",
+    told=[
+        "categories as a list of names: 1",
+        "images of annotations by",
+        "categories of annotations by their names: 10",
+    ],
+)
+def by_names(root: Path) -> None:
+    content = changed(lambda each: each.update(image_id=f"{each['image_id'] - 1}.png", category_id="nut"))
+    usual(root, {**content, "categories": ["nut"]})
+
+
+@case(
+    JSON,
+    "the same as a dict, numbered from 0, the file in UTF-16",
+    "mended and told",
+    told=["categories as a dict of names: 1"],
+)
+def dict_of_names(root: Path) -> None:
+    images(root / "images")
+    content = {**coco(category_id=0), "categories": {"0": "nut"}}
+    (root / "instances.json").write_text(json.dumps(content), encoding="utf-16")
+
+
+@case(
+    JSON,
+    "masks as text, coordinates and counts as text",
+    "mended and told",
+    told=["masks as text: 4", "coordinates as text: 5"],
+)
+def masks_as_text(root: Path) -> None:
+    def source(number: int) -> Any:
+        return json.dumps([corners(0)]) if number == 0 else [[str(each) for each in corners(1)]]
+
+    content = coco(source=source)
+    run = runs(0)
+    run = {"size": [str(side) for side in run["size"]], "counts": [str(each) for each in run["counts"]]}
+    content["annotations"][2]["segmentation"] = run
+    content["annotations"][4]["segmentation"] = json.dumps(runs(0))
+    usual(root, content)
+
+
+@case(
+    JSON,
+    'masks under another key, such as "polygon" or "rle"',
+    "mended and told",
+    told=['masks under the key "polygon": 10'],
+)
+def masks_under_another_key(root: Path) -> None:
+    usual(root, changed(lambda each: each.update(polygon=each.pop("segmentation"))))
 
 
 PHONES = "Pictures of phones"

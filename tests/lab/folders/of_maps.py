@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -318,3 +319,144 @@ def ade20k_challenge(root: Path) -> None:
         write(root / f"images/training/ADE_train_{number:08d}.jpg", pixels(number), quality=95)
         colors = np.array([[0, 0, 0], [13, 1, 0], [13, 2, 0]], np.uint8)
         write(root / f"annotations_instance/training/ADE_train_{number:08d}.png", colors[instance_map()])
+
+
+@case(MAPS, "`masks/0.jpg.png`, named after the whole name of the image", "read", classes=("instance",))
+def maps_with_two_endings(root: Path) -> None:
+    images(root / "images", [f"{number}.jpg" for number in range(COUNT)], quality=95)
+    for number in range(COUNT):
+        write(root / f"masks/{number}.jpg.png", instance_map())
+
+
+@case(
+    MAPS,
+    "a mask file for each instance: `masks/a_1.png`, `masks/a_2.png`, or `masks/a/1.png`, of `images/a.png`",
+    "read, unless the files have several values",
+    classes=("instance",),
+)
+def masks_named_after_images(root: Path) -> None:
+    images(root / "images")
+    for number in range(COUNT):
+        for place in (1, 2):
+            write(root / f"masks/{number}_{place}.png", (instance_map() == place).astype(np.uint8) * 255)
+
+
+@case(MAPS, "the same in a folder for each image", "read", classes=("instance",))
+def masks_in_folders(root: Path) -> None:
+    images(root / "images")
+    for number in range(COUNT):
+        for place in (1, 2):
+            write(root / f"masks/{number}/{place}.png", (instance_map() == place).astype(np.uint8) * 255)
+
+
+@case(
+    MAPS,
+    "a mask file for each class",
+    "read as above, and told that the files have pixels in several places",
+    classes=("instance",),
+    objects=None,
+    told=["mask files with pixels in several places, each taken for one instance"],
+)
+def masks_of_classes(root: Path) -> None:
+    images(root / "images")
+    for number in range(COUNT):
+        for place in (1, 2):
+            write(root / f"masks/{number}_{place}.png", (instance_map() > 0).astype(np.uint8) * 255)
+
+
+RED, BLUE, WHITE = (200, 30, 90), (0, 0, 255), (255, 255, 255)
+
+
+def colored(root: Path, *, void: bool = False) -> None:
+    images(root / "images")
+    for number in range(COUNT):
+        found = np.array([(0, 0, 0), RED, BLUE], np.uint8)[instance_map()]
+        if void:
+            found[:3] = WHITE
+        write(root / f"masks/{number}.png", found)
+
+
+@case(
+    MAPS,
+    "semantic maps in color",
+    "asked",
+    refused="look like classes: they have 2 colors, #c81e5a, #0000ff",
+)
+def colors(root: Path) -> None:
+    colored(root)
+
+
+@case(
+    MAPS,
+    "the same with `--semantic components`, and `class_dict.csv`, `label_colors.csv` or `labelmap.txt`",
+    "read; classes are called by the names of their colors, what is called void or unlabeled weighs nothing",
+    options={"semantic": "components"},
+    classes=("bolt", "nut"),
+    told=["colors called Void weigh nothing"],
+)
+def colors_with_names(root: Path) -> None:
+    colored(root, void=True)
+    text(root / "class_dict.csv", "name,r,g,b\nbackground,0,0,0\nbolt,200,30,90\nnut,0,0,255\nVoid,255,255,255\n")
+
+
+@case(
+    MAPS,
+    "the same without names, white with `--ignore-value 16777215` (red + 256 green + 65536 blue)",
+    "read; classes are called by their colors",
+    options={"semantic": "classes", "ignore_value": 0xFFFFFF},
+    classes=("class #c81e5a", "class #0000ff"),
+)
+def colors_without_names(root: Path) -> None:
+    colored(root, void=True)
+
+
+@case(
+    MAPS,
+    "the same with `--semantic instances`",
+    "each color is an instance",
+    options={"semantic": "instances"},
+    classes=("instance",),
+)
+def colors_of_instances(root: Path) -> None:
+    colored(root)
+
+
+@case(
+    MAPS,
+    "maps of classes with thousands of colors, such as a JPEG that was stored again",
+    "refused",
+    options={"semantic": "components"},
+    refused=r"maps of classes must have few values\n.* have [0-9,]+ values",
+)
+def noise_in_color(root: Path) -> None:
+    images(root / "images")
+    drawn = np.random.default_rng(0)
+    for number in range(COUNT):
+        write(root / f"masks/{number}.png", drawn.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+
+
+@case(
+    MAPS,
+    "numbers with the noise of a JPEG in a PNG",
+    "refused",
+    refused="look like a JPEG that was stored again",
+)
+def noise_in_numbers(root: Path) -> None:
+    def noisy(found: np.ndarray) -> np.ndarray:
+        buffer = io.BytesIO()
+        Image.fromarray((found > 0).astype(np.uint8) * 200).save(buffer, "JPEG", quality=75)
+        return np.asarray(Image.open(buffer))
+
+    maps(root, noisy)
+
+
+@case(
+    MAPS,
+    "stacks of planes with stacks of labels",
+    "refused: volumes are not trained on, planes are",
+    refused="shape 40 x 56 x 5\n.*cut stacks into planes",
+)
+def stacks(root: Path) -> None:
+    for number in range(COUNT):
+        write(root / f"images/{number}.tif", np.stack([pixels(number)[..., 0]] * 5))
+        write(root / f"masks/{number}.tif", np.stack([instance_map(np.uint16)] * 5))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import itertools
+import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -264,3 +266,50 @@ def brush(mask: np.ndarray) -> list[int]:
         bits += "1" + "11" + f"{end - start - 1:016b}" + f"{values[start]:08b}"
     bits += "0" * (-len(bits) % 8)
     return [int(bits[place : place + 8], 2) for place in range(0, len(bits), 8)]
+
+
+@case(TOOLS, "the same in its short form (JSON-MIN)", "read")
+def label_studio_short(root: Path) -> None:
+    images(root / "images")
+    tasks = []
+    for number in range(COUNT):
+        shapes = []
+        for place in range(2):
+            points = [[x / WIDTH * 100, y / HEIGHT * 100] for x, y in np.reshape(corners(place), (-1, 2)).tolist()]
+            shapes.append(
+                {"points": points, "polygonlabels": ["nut"], "original_width": WIDTH, "original_height": HEIGHT}
+            )
+        tasks.append({"id": number, "image": f"/data/upload/1/0a1b2c3d-{number}.png", "label": shapes, "annotator": 1})
+    text(root / "project-1-min.json", tasks)
+
+
+@case(TOOLS, "VIA's CSV", "read")
+def via_table(root: Path) -> None:
+    images(root / "images")
+    head = "filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,region_attributes"
+    with io.StringIO() as lines:
+        table = csv.writer(lines)
+        table.writerow(head.split(","))
+        for number in range(COUNT):
+            for place in range(2):
+                xs, ys = corners(place)[::2], corners(place)[1::2]
+                shape = {"name": "polygon", "all_points_x": xs, "all_points_y": ys}
+                row = [f"{number}.png", 1, "{}", 2, place, json.dumps(shape), json.dumps({"name": "nut"})]
+                table.writerow(row)
+        text(root / "via_export_csv.csv", lines.getvalue())
+
+
+@case(TOOLS, "CVAT for video: tracks over frames", "read; frames that no track names are left out")
+def cvat_video(root: Path) -> None:
+    images(root / "images", [f"frame_{number:06d}.png" for number in range(COUNT)])
+    tracks = ""
+    for place in range(2):
+        points = ";".join(f"{x},{y}" for x, y in np.reshape(corners(place), (-1, 2)).tolist())
+        shapes = "".join(
+            f'<polygon frame="{number}" keyframe="1" outside="0" points="{points}"></polygon>'
+            for number in range(COUNT)
+        )
+        gone = f'<polygon frame="{COUNT - 1}" keyframe="1" outside="1" points="{points}"></polygon>'
+        tracks += f'<track id="{place}" label="nut">{shapes}{gone}</track>'
+    size = f"<original_size><width>{WIDTH}</width><height>{HEIGHT}</height></original_size>"
+    text(root / "annotations.xml", f"<annotations><meta><task>{size}</task></meta>{tracks}</annotations>")

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from maskloss.errors import Cause
 from maskloss.lab.data import npy
-from maskloss.lab.data.images import Array, check_lossless, read_pixels, read_size
+from maskloss.lab.data.images import Array, check_lossless, is_color, read_pixels, read_size
 
 # How a number is made of a pixel: its value; its color, red + 256 green + 65536 blue; or the number of the connected
-# region of equal values that it lies in, counted class by class.
-NUMBERS, COLORS, COMPONENTS = "numbers", "colors", "components"
-READINGS = (NUMBERS, COLORS, COMPONENTS)
+# region of equal values, or of equal colors, that it lies in, counted class by class.
+NUMBERS, COLORS, COMPONENTS, COLORED_COMPONENTS = "numbers", "colors", "components", "colored components"
+READINGS = (NUMBERS, COLORS, COMPONENTS, COLORED_COMPONENTS)
+REGIONAL, COLORED = frozenset({COMPONENTS, COLORED_COMPONENTS}), frozenset({COLORS, COLORED_COMPONENTS})
 _RULE = "a label map must hold one whole number for each pixel"
 
 
@@ -33,9 +34,22 @@ def read_map(path: Path, reading: str = NUMBERS, void: tuple[int, ...] = ()) -> 
         values = _whole_numbers(npy.read_masks(path), path)
     else:
         check_lossless(path)
-        pixels = read_pixels(path, labels=reading != COLORS)
-        values = _colors(pixels, path) if reading == COLORS else _whole_numbers(pixels, path)
-    return components(values, void)[0] if reading == COMPONENTS else values
+        pixels = read_pixels(path, labels=reading not in COLORED)
+        values = _colors(pixels, path) if reading in COLORED else _whole_numbers(pixels, path)
+    return components(values, void)[0] if reading in REGIONAL else values
+
+
+def has_colors(path: Path) -> bool:
+    """Whether a map has colors that are not gray, so that they can be no numbers.
+
+    Raises:
+        Cause: no map, or one in a lossy format.
+    """
+    if path.suffix.lower() == ".npy" or not is_color(path):
+        return False
+    check_lossless(path)
+    pixels = read_pixels(path, labels=True)
+    return pixels.ndim == 3 and bool((pixels[..., :1] != pixels[..., 1:3]).any())
 
 
 def map_size(path: Path) -> tuple[int, int]:
@@ -69,7 +83,8 @@ def _whole_numbers(array: Array, path: Path) -> NDArray[np.int32]:
         raise Cause(
             _RULE,
             f"{path} has the shape {' x '.join(map(str, array.shape))}",
-            "store one channel: 0 is background, every instance has a number",
+            "store one channel: 0 is background, every instance has a number; volumes are not trained on, cut stacks "
+            "into planes, images and labels alike",
         )
     if array.dtype.kind not in "buif":
         raise Cause(_RULE, f"{path} holds values of type {array.dtype}", "store integers")
@@ -91,6 +106,9 @@ def _one_channel(array: Array) -> Array:
 
 
 def _colors(array: Array, path: Path) -> NDArray[np.int32]:
+    if array.ndim == 2 and array.dtype == np.uint8:
+        # Gray is a color.
+        array = np.repeat(array[..., None], 3, axis=-1)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in {3, 4}:
         shape = " x ".join(map(str, array.shape))
         raise Cause("a map of colors must be a color PNG", f"{path} is {shape} {array.dtype}", "store 8 bits a channel")

@@ -253,7 +253,10 @@ def is_mask_place(path: str) -> bool:
 def bare_key(path: str) -> tuple[str, ...]:
     """Return what an image and its mask have in common: their folders and name without the words for either."""
     pure = PurePosixPath(path)
-    parts = [_bare(part) for part in (*pure.parts[:-1], pure.stem)]
+    # A mask may be named after the whole name of its image: 0.jpg.png.
+    stem = PurePosixPath(pure.stem)
+    last = stem.stem if stem.suffix.lower() in SUFFIXES else pure.stem
+    parts = [_bare(part) for part in (*pure.parts[:-1], last)]
     return (*(part for part in parts[:-1] if part), parts[-1])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from maskloss.errors import Cause, MaskLossError, require
 from maskloss.lab.data.catalog import Entry
 from maskloss.lab.data.images import Array, read_head, read_image
-from maskloss.lab.data.maps import COMPONENTS, map_size, read_map
+from maskloss.lab.data.maps import REGIONAL, map_size, read_map
 from maskloss.targets import MaskTargets
 
 # An instance with fewer pixels than this in a crop is not asked for; its pixels weigh nothing.
@@ -132,7 +132,7 @@ class Loaded(NamedTuple):
         regions = [self.mask(each.source) for each in self.entry.regions]
         described = self.entry.map
         if self.map is not None and described is not None and described.void:
-            void = [-1] if described.reading == COMPONENTS else described.void
+            void = [-1] if described.reading in REGIONAL else described.void
             regions.append(np.isin(self.map, void))
         return np.logical_or.reduce(regions) if regions else None
 

@@ -11,6 +11,7 @@ from maskloss.lab.data.catalog import BOX, CROWD, OBJECT, Entry, Instance, Part
 from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import DECIDED, MENDED, SUSPICIOUS, Problems
+from maskloss.lab.data.readers.coco_forms import mask_of, usual
 from maskloss.lab.data.readers.segmentation import Frame, box_of, integer, number, segmentation
 from maskloss.lab.data.tree import Tree, part_of
 
@@ -87,6 +88,7 @@ def _may_be(tree: Tree, path: str) -> bool:
 
 def is_instances(content: Any) -> bool:
     """Whether a JSON file holds COCO instances."""
+    content = usual(content)
     if not isinstance(content, Mapping) or _lacks(content):
         return False
     return not any(isinstance(each, Mapping) and "segments_info" in each for each in _values(content["annotations"]))
@@ -124,7 +126,7 @@ class CocoFile:
 
     def __init__(self, tree: Tree, path: str, problems: Problems, rule: str) -> None:
         self.tree, self.path, self.problems, self.rule = tree, path, problems, rule
-        content = tree.json(path, rule)
+        content = usual(tree.json(path, rule), lambda what: problems.note(MENDED, what, path))
         if not isinstance(content, Mapping):
             raise Cause(rule, f"{tree.path(path)} holds a {type(content).__name__}", "is it the right file?")
         self.content = {**content}
@@ -138,7 +140,9 @@ class CocoFile:
         self.categories = self._categories()
         self.labels = {number: label for label, number in enumerate(self.categories)}
         self._images: list[Any] = self.content["images"]
-        self._ids = {as_id(each.get("id")) for each in self._images if isinstance(each, Mapping)}
+        listed = [each for each in self._images if isinstance(each, Mapping)]
+        self._ids = {as_id(each.get("id")) for each in listed}
+        self._named = {each["file_name"]: as_id(each.get("id")) for each in listed if _is_text(each.get("file_name"))}
 
     def category(self, number: int) -> Mapping[str, Any]:
         """Return all that the file says of a category."""
@@ -228,12 +232,15 @@ class CocoFile:
         for annotation in self.content["annotations"]:
             with self.problems.tolerated():
                 number = as_id(annotation.get("image_id")) if isinstance(annotation, Mapping) else None
+                if number not in self._ids and number in self._named:
+                    self.problems.note(MENDED, "images of annotations by their names", which(annotation))
+                    number = self._named[number]
                 if number is None or number not in self._ids:
                     raise self.wrong(
                         f"{which(annotation)} belongs to image {describe(number)}, which is not listed",
                         'add the image to "images"',
                     )
-                if isinstance(annotation["image_id"], str) and isinstance(number, int):
+                if _is_text(annotation["image_id"]) and annotation["image_id"] not in self._named:
                     self.problems.note(MENDED, "ids as strings", which(annotation))
                 found.setdefault(number, []).append(annotation)
         return found
@@ -249,6 +256,10 @@ class CocoFile:
         if number is None and len(self.labels) == 1:
             self.problems.note(MENDED, "annotations without a category, of which there is one", what)
             return 0
+        named = [each for each, name in self.categories.items() if name == value]
+        if number not in self.labels and len(named) == 1:
+            self.problems.note(MENDED, "categories of annotations by their names", what)
+            return self.labels[named[0]]
         if number not in self.labels:
             raise self.wrong(
                 f"{what} has the category {describe(value)}, which is not listed", 'add it to "categories"'
@@ -311,7 +322,8 @@ def read_images(file: CocoFile) -> Iterator[Entry]:
 def _add(entry: Entry, annotation: Mapping[str, Any], file: CocoFile) -> bool:
     """Add an annotation; return whether the image can be used."""
     problems, what = file.problems, f"{which(annotation)} of {entry.name}"
-    value, box = annotation.get("segmentation"), box_of(annotation.get("bbox"))
+    value = mask_of(annotation, lambda mended: problems.note(MENDED, mended, what))
+    box = box_of(annotation.get("bbox"))
     try:
         label, crowd = file.label_of(annotation, what), file.is_crowd(annotation, what)
     except MaskLossError as error:

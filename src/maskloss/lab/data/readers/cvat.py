@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,42 @@ def _root(tree: Tree, path: str) -> Element | None:
         root = ET.fromstring(text)
     except (OSError, ET.ParseError, LookupError) as error:
         raise Cause(_RULE, f"{file}: {explain(error)}", "export it again") from None
-    return root if root.tag == "annotations" and root.find("image") is not None else None
+    if root.tag != "annotations":
+        return None
+    if root.find("image") is None and root.find("track") is not None:
+        return _frames(tree, root)
+    return root if root.find("image") is not None else None
+
+
+def _frames(tree: Tree, root: Element) -> Element:
+    """Sort the shapes of a video's tracks by its frames, which are images with its number in their names, or in order.
+
+    An image is left alone if no track says anything of it: nobody may have looked at it.
+    """
+    from xml.etree import ElementTree as ET
+
+    numbered = {re.sub(r".*?(\d+)$", r"\1", PurePosixPath(path).stem): path for path in tree.images}
+    by_number = {int(each): path for each, path in numbered.items() if each.isdecimal()}
+    if len(by_number) < len(tree.images):
+        by_number = dict(enumerate(tree.images))
+    size = root.find(".//original_size")
+    sides: dict[str, str] = {
+        side: (size.findtext(side) or "") if size is not None else "" for side in ("width", "height")
+    }
+    images: dict[int, Element] = {}
+    for track in root.iter("track"):
+        for shape in track:
+            frame = number(shape.get("frame"))
+            if frame is None:
+                raise Cause(_RULE, f"a shape of a track has {describe(dict(shape.attrib))}", "export it again")
+            name = by_number.get(int(frame), f"frame {int(frame)}")
+            image = images.setdefault(int(frame), ET.Element("image", sides | {"name": name}))
+            if shape.get("outside") != "1":
+                shape.set("label", track.get("label") or "object")
+                image.append(shape)
+    framed = ET.Element("annotations")
+    framed.extend(image for _, image in sorted(images.items()))
+    return framed
 
 
 def _read(tree: Tree, path: str, image: Element, names: dict[str, int], problems: Problems) -> Drawn:

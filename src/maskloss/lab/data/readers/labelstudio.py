@@ -28,7 +28,7 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
     names: dict[str, int] = {}
     parts: dict[str, list[Entry]] = {}
     for path in found:
-        for task in tree.json(path):
+        for task in map(_whole, tree.json(path)):
             with problems.tolerated():
                 drawn = _read(tree, path, task, names, problems)
                 if drawn is not None and drawn.usable:
@@ -46,9 +46,25 @@ def _is_tasks(tree: Tree, path: str) -> bool:
         and bool(content)
         and all(
             isinstance(each, Mapping) and "data" in each and ("annotations" in each or "completions" in each)
-            for each in content
+            for each in map(_whole, content)
         )
     )
+
+
+def _whole(task: Any) -> Any:
+    """Return a task of the short form (JSON-MIN) in the long one; what is none stays as it is."""
+    if not isinstance(task, Mapping) or "data" in task or not isinstance(task.get("image"), str):
+        return task
+    values = [each for some in task.values() if isinstance(some, list) for each in some if isinstance(each, Mapping)]
+    results = []
+    for value in values:
+        kind = next((key for key in value if str(key).endswith("labels")), None)
+        if kind is not None:
+            sides = {side: value[side] for side in ("original_width", "original_height") if side in value}
+            results.append({"type": kind, "value": value, **sides})
+    if not results and "annotation_id" not in task:
+        return task
+    return {"id": task.get("id"), "data": {"image": task["image"]}, "annotations": [{"result": results}]}
 
 
 def _read(tree: Tree, path: str, task: Mapping[str, Any], names: dict[str, int], problems: Problems) -> Drawn | None:

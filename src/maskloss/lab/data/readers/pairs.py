@@ -13,7 +13,16 @@ from maskloss.errors import Cause, MaskLossError
 from maskloss.lab.data.ahead import in_order
 from maskloss.lab.data.catalog import Entry, Instance, Map, Part
 from maskloss.lab.data.images import read_head
-from maskloss.lab.data.maps import COMPONENTS, NUMBERS, components, map_size, read_map
+from maskloss.lab.data.maps import (
+    COLORED_COMPONENTS,
+    COLORS,
+    COMPONENTS,
+    NUMBERS,
+    components,
+    has_colors,
+    map_size,
+    read_map,
+)
 from maskloss.lab.data.options import CLASSES, INSTANCES, DataOptions
 from maskloss.lab.data.options import COMPONENTS as OF_CLASSES
 from maskloss.lab.data.problems import DECIDED, LEFT_OUT, SUSPICIOUS, Problems
@@ -30,10 +39,15 @@ _RANK = ("masks", "mask", "labels", "label", "instances", "instance", "gt")
 _LOOKED_AT = 50
 _APART = 0.3
 _MOST_CLASSES = 64
+# No map of classes has this many.
+_TOO_MANY = 1000
+# Names of colors that stand for nothing known, and of those that stand for nothing.
+_UNKNOWN = frozenset({"void", "unlabeled", "unlabelled", "ignore", "__ignore__", "unknown"})
+_GROUND = frozenset({"background", "_background_", "__background__", "bg"})
 # A part of fewer pixels is a stray, not a second object.
 _STRAY = 8
 # A value in this many strays is scattered; a map of at least this many such values was a JPEG.
-_PIECES, _NOISE = 4, 5
+_PIECES, _NOISE = 2, 5
 
 
 class Pair(NamedTuple):
@@ -108,7 +122,8 @@ def _rank(path: str) -> tuple[bool, int, str]:
 def read_pairs(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems: Problems) -> list[Part]:
     """Look into every map: which instances it has, and whether it fits its image."""
     scans: list[tuple[Pair, Scan]] = []
-    with in_order(lambda each: _scan(tree, each[1], each[0], options), enumerate(pairs), 64) as found:
+    meaning = _meaning(tree, pairs, options, problems)
+    with in_order(lambda each: _scan(tree, each[1], each[0], options, meaning), enumerate(pairs), 64) as found:
         for pair, scan in zip(pairs, found, strict=True):
             with problems.tolerated():
                 if isinstance(scan, MaskLossError):
@@ -118,23 +133,72 @@ def read_pairs(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems
     how = options.semantic
     _ask_about_noise(tree, scans, how, problems)
     if how is None and not all(_is_sure(pair.map) for pair in pairs):
-        _ask(tree, scans, every, problems)
-    void = _void(every, options, problems)
-    classes = (
-        [(value, name) for value, name in _classes(tree, every - void).items()] if _of_classes(how) else [(1, CLASS)]
-    )
+        _ask(tree, scans, every, meaning, problems)
+    void = meaning.void if meaning.colored else _void(every, options, problems)
+    classes = list(_classes(every - void - meaning.ground, meaning).items()) if _of_classes(how) else [(1, CLASS)]
+    if len(classes) > _TOO_MANY:
+        found_values = f"those of {tree.path(pairs[0].map).parent} have {len(classes):,} values"
+        raise Cause(
+            "maps of classes must have few values", found_values, "do they number instances, or were they JPEG?"
+        )
+    reading = meaning.regional if how == OF_CLASSES else meaning.plain
     label = {value: place for place, (value, _) in enumerate(classes)} if _of_classes(how) else {}
     parts: dict[str, list[Entry]] = {}
+    idle = void | meaning.ground
     for pair, scan in scans:
         values = scan.value_of if how == OF_CLASSES else {value: value for value in scan.values}
-        instances = [Instance(number, label.get(value, 0)) for number, value in values.items() if value not in void]
-        mapped = Map(str(tree.path(pair.map)), COMPONENTS if how == OF_CLASSES else NUMBERS, sorted(void))
+        instances = [Instance(number, label.get(value, 0)) for number, value in values.items() if value not in idle]
+        mapped = Map(str(tree.path(pair.map)), reading, sorted(void))
         entry = Entry(str(tree.path(pair.image)), *scan.size, instances, mapped)
         parts.setdefault(part_of(pair.image), []).append(entry)
     first = pairs[0]
     kind = {OF_CLASSES: "regions of semantic maps", CLASSES: "classes of semantic maps"}.get(how or "", "label maps")
     text = f"{kind}: {len(pairs)} pair{'s' * (len(pairs) > 1)} such as {first.image} and {first.map}"
     return [Part(part, classes, entries, f"{text}{f', {part}' if part else ''}") for part, entries in parts.items()]
+
+
+class Meaning(NamedTuple):
+    """What the values of maps are.
+
+    Attributes:
+        colored: whether they are colors, red + 256 green + 65536 blue, and no numbers.
+        names: of values.
+        void: values that weigh nothing, as far as their names or --ignore-value say so.
+        ground: values that are the background, beside 0.
+    """
+
+    colored: bool
+    names: dict[int, str]
+    void: set[int]
+    ground: set[int]
+
+    @property
+    def plain(self) -> str:
+        """How values are read."""
+        return COLORS if self.colored else NUMBERS
+
+    @property
+    def regional(self) -> str:
+        """How the connected regions of values are read."""
+        return COLORED_COMPONENTS if self.colored else COMPONENTS
+
+
+def _meaning(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems: Problems) -> Meaning:
+    """Find out whether maps have colors, and what their values are called."""
+    asked = set() if options.ignore_value is None else {options.ignore_value}
+    colored = False
+    for pair in pairs[:_LOOKED_AT]:
+        with problems.tolerated():
+            colored = colored or has_colors(tree.path(pair.map))
+    if not colored:
+        return Meaning(False, names.of_values(tree), asked, set())
+    known = names.colors(tree)
+    void = asked or {value for value, name in known.items() if name.lower() in _UNKNOWN}
+    if void - asked:
+        problems.note(
+            DECIDED, f"colors called {', '.join(sorted(known[value] for value in void))} weigh nothing", "", 0
+        )
+    return Meaning(True, known, void, {value for value, name in known.items() if name.lower() in _GROUND})
 
 
 def _of_classes(how: str | None) -> bool:
@@ -157,12 +221,18 @@ def _void(every: set[int], options: DataOptions, problems: Problems) -> set[int]
     return set()
 
 
-def _classes(tree: Tree, values: set[int]) -> dict[int, str]:
-    known = names.of_values(tree)
+def _classes(values: set[int], meaning: Meaning) -> dict[int, str]:
     if len(values) == 1:
         [only] = values
-        return {only: known.get(only, CLASS)}
-    return {value: known.get(value, f"class {value}") for value in sorted(values)}
+        return {only: meaning.names.get(only, CLASS)}
+    return {value: meaning.names.get(value, f"class {_shown(value, meaning)}") for value in sorted(values)}
+
+
+def _shown(value: int, meaning: Meaning) -> str:
+    """Show a value: a number, or a color as it is usually written."""
+    if not meaning.colored:
+        return str(value)
+    return "#" + "".join(f"{value >> shift & 255:02x}" for shift in (0, 8, 16))
 
 
 def _ask_about_noise(tree: Tree, scans: list[tuple[Pair, Scan]], how: str | None, problems: Problems) -> None:
@@ -184,13 +254,15 @@ def _ask_about_noise(tree: Tree, scans: list[tuple[Pair, Scan]], how: str | None
     )
 
 
-def _ask(tree: Tree, scans: list[tuple[Pair, Scan]], every: set[int], problems: Problems) -> None:
+def _ask(tree: Tree, scans: list[tuple[Pair, Scan]], every: set[int], meaning: Meaning, problems: Problems) -> None:
     """Ask if the numbers of the maps look like classes: only a person knows what their instances are."""
     some = [scan for _, scan in scans[:_LOOKED_AT] if scan.values]
     count, apart = sum(len(scan.values) for scan in some), sum(scan.apart for scan in some)
-    shown = ", ".join(map(str, sorted(every)[:6])) + (", ..." if len(every) > 6 else "")
+    shown = ", ".join(_shown(value, meaning) for value in sorted(every)[:6]) + (", ..." if len(every) > 6 else "")
     why = None
-    if every == {VOID}:
+    if meaning.colored:
+        why = f"they have {len(every)} color{'s' * (len(every) > 1)}, {shown}"
+    elif every == {VOID}:
         why = f"all {len(scans)} maps have the values 0 and {VOID} only"
     elif len(every) <= _MOST_CLASSES and count and apart > (0 if every == {1} else _APART * count):
         why = f"they have the values {shown}, and in {apart} of {count} cases the pixels of one value lie apart"
@@ -209,18 +281,18 @@ def _ask(tree: Tree, scans: list[tuple[Pair, Scan]], every: set[int], problems: 
         problems.note(SUSPICIOUS, "every map has one instance, number 1: objects that touch would be one", "", 0)
 
 
-def _scan(tree: Tree, pair: Pair, number: int, options: DataOptions) -> Scan | MaskLossError:
+def _scan(tree: Tree, pair: Pair, number: int, options: DataOptions, meaning: Meaning) -> Scan | MaskLossError:
     image, mapped = tree.path(pair.image), tree.path(pair.map)
     try:
         size = fitting_size(image, mapped)
-        labels = read_map(mapped)
-        void = () if options.ignore_value is None else (options.ignore_value,)
+        labels = read_map(mapped, meaning.plain)
+        void = tuple(meaning.void)
         values = [int(value) for value in np.unique(labels) if value]
         scattered = apart = 0
         if number < _LOOKED_AT and len(values) <= 4 * _MOST_CLASSES:
-            apart, scattered = _count_apart(labels, values)
+            apart, scattered = count_apart(labels, values)
         if options.semantic == OF_CLASSES:
-            if not void and VOID in values and values != [VOID]:
+            if not void and not meaning.colored and VOID in values and values != [VOID]:
                 void = (VOID,)
             return Scan(size, values, apart, scattered, components(labels, void)[1])
         return Scan(size, values, apart, scattered, {})
@@ -245,7 +317,7 @@ def fitting_size(image: Path, mapped: Path) -> tuple[int, int]:
     return found
 
 
-def _count_apart(labels: NDArray[np.int32], values: list[int]) -> tuple[int, int]:
+def count_apart(labels: NDArray[np.int32], values: list[int]) -> tuple[int, int]:
     """Count the values with pixels in several places, and those in many pieces of a few pixels."""
     from scipy.ndimage import find_objects, label
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ def segmentation(value: Any, frame: Frame) -> Any:
     Raises:
         Cause: what nobody can read.
     """
+    if isinstance(value, str) and value.strip()[:1] in {"[", "{"}:
+        value = _parsed(value, frame)
     if value is None or value in ({}, "", [], [[]]):
         return None
     if isinstance(value, Mapping):
@@ -72,6 +75,11 @@ def polygons(value: list[Any], frame: Frame) -> list[list[float]] | None:
     found, dropped = [], 0
     for each in value:
         polygon = each
+        if isinstance(each, list) and each and all(isinstance(one, str) for one in each):
+            numbers = [number(one) for one in each]
+            if None not in numbers:
+                _mended(frame, "coordinates as text")
+                polygon = numbers
         if isinstance(each, list) and each and all(_is_pair(point) for point in each):
             _mended(frame, "polygons as lists of points")
             polygon = [number for point in each for number in _pair(point)]
@@ -93,7 +101,7 @@ def run_lengths(value: Mapping[str, Any], frame: Frame) -> dict[str, Any]:
     """Check run lengths, as far as it is possible without decoding them."""
     height, width, what, _ = frame
     counts, size = value.get("counts"), value.get("size")
-    sides = [integer(side) for side in size] if isinstance(size, list) else None
+    sides = [integer(number(side)) for side in size] if isinstance(size, list) else None
     if sides != [height, width]:
         raise Cause(
             "the size of an RLE must be that of its image",
@@ -107,7 +115,7 @@ def run_lengths(value: Mapping[str, Any], frame: Frame) -> dict[str, Any]:
         if counts.isascii():
             return {"size": [height, width], "counts": counts}
     elif isinstance(counts, list):
-        whole = [integer(run) for run in counts]
+        whole = [integer(number(run) if isinstance(run, str) else run) for run in counts]
         if all(run is not None and run >= 0 for run in whole) and sum(run or 0 for run in whole) == height * width:
             return {"size": [height, width], "counts": whole}
     hint = "the counts alternate between outside and inside, column by column"
@@ -153,6 +161,16 @@ def encode(mask: NDArray[Any]) -> dict[str, Any]:
     codec = require("pycocotools.mask", "train")
     run = codec.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": list(mask.shape), "counts": run["counts"].decode()}
+
+
+def _parsed(text: str, frame: Frame) -> Any:
+    """Return what a mask that was written as text holds."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    _mended(frame, "masks as text")
+    return value
 
 
 def _union(parts: Sequence[dict[str, Any]], frame: Frame) -> NDArray[np.uint8]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,19 +13,22 @@ from maskloss.lab.data.catalog import Entry, Part
 from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
+from maskloss.lab.data.readers.names import read_text
 from maskloss.lab.data.readers.segmentation import number
 from maskloss.lab.data.readers.shapes import Drawn, listed, parts_of
 from maskloss.lab.data.tree import Tree, part_of
+from maskloss.lab.files import explain
 
 _RULE = "a file of VIA must list regions with their shapes"
 CLASS = "object"
+_COLUMNS = ("region_shape_attributes", "region_attributes")
 # Attributes that people call the class by, in this order.
 _ATTRIBUTES = ("class", "label", "name", "category", "type", "object")
 
 
 def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
     """Find JSON files with regions."""
-    files = [options.annotations] if options.annotations else tree.whole_jsons
+    files = [options.annotations] if options.annotations else [*tree.whole_jsons, *tree.ending(".csv")]
     found = {path: images for path in files if (images := _images(tree, path)) is not None}
     names: dict[str, int] = {}
     parts: dict[str, list[Entry]] = {}
@@ -36,7 +41,26 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
     return parts_of(parts, names, f"VIA: {', '.join(found)}") if found else None
 
 
+def _of_csv(tree: Tree, path: str) -> list[Mapping[str, Any]] | None:
+    """Read the table that VIA exports: a row for each region."""
+    rows = list(csv.DictReader(read_text(tree, path).splitlines()))
+    if not rows or not set(rows[0]) >= {"filename", *_COLUMNS}:
+        return None
+    regions: dict[str, list[Any]] = {}
+    for row in rows:
+        try:
+            shape, attributes = (json.loads(row[column] or "{}") for column in _COLUMNS)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise Cause(_RULE, f"{path}, {row['filename']}: {explain(error)}", "export it again") from None
+        kept = regions.setdefault(row["filename"], [])
+        if shape:
+            kept.append({"shape_attributes": shape, "region_attributes": attributes})
+    return [{"filename": name, "regions": some} for name, some in regions.items()]
+
+
 def _images(tree: Tree, path: str) -> list[Mapping[str, Any]] | None:
+    if path.lower().endswith(".csv"):
+        return _of_csv(tree, path)
     try:
         content = tree.json(path)
     except MaskLossError:
