@@ -122,6 +122,14 @@ def test_without_a_terminal_there_is_a_line_from_time_to_time(monkeypatch):
     assert len(lines) == 2 + 200 // 30
 
 
+def test_what_cannot_be_counted_shows_no_count():
+    with display(Console(file=io.StringIO(), force_terminal=True), "Reading") as shown:
+        shown.advance(3, 40)
+        shown.note("Drawing")
+        [task] = shown._bar.tasks
+        assert (task.completed, task.total, task.description) == (0, None, "Drawing")
+
+
 def test_other_processes_are_silent():
     out = io.StringIO()
     with display(Console(file=out, quiet=True), "Reading") as shown:

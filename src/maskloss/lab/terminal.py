@@ -166,7 +166,9 @@ class Display:
         if self._bar is None:
             self.print(text)
         else:
-            self._bar.reset(self._bar.task_ids[0], total=None, description=printable(text), text="")
+            self._bar.reset(self._bar.task_ids[0], description=printable(text), text="")
+            # `reset` takes None for the total that there was.
+            self._bar.tasks[0].total = None
 
     def advance(self, done: int, total: int, text: str = "") -> None:
         """Say how far it is, with a few words more."""

@@ -186,4 +186,7 @@ def _listening(shown: Display) -> Listener:
     def on_skipped(text: str) -> None:
         shown.print(f"left out: {text}")
 
-    return Listener(on_facts, on_begin, on_step, on_evaluation, shown.note, on_skipped)
+    def on_looked(at: tuple[int, int]) -> None:
+        shown.advance(*at)
+
+    return Listener(on_facts, on_begin, on_step, on_evaluation, on_looked, shown.note, on_skipped)

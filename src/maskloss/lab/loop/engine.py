@@ -71,6 +71,9 @@ class Engine:
         self.accelerator, self.listener = accelerator, listener
         self.config: TrainConfig = facts.config
         self.steps, self.step = facts.config.num_steps, 0
+        parts = self.config.evaluations
+        self._evaluate_at = {round(self.steps * part / parts) for part in range(parts + 1)}
+        self._snapshot_at = {max(1, round(self.steps * portion)) for portion in SNAPSHOT_AT}
         self.learner = learner.to(accelerator.device)
         groups = learner.groups(self.config)
         self.shares = [group.pop("share", 1.0) for group in groups]
@@ -126,7 +129,8 @@ class Engine:
                     self._log(step)
                 stopped = self._asked_to_stop()
                 best = self._look_back(step)
-                stopped, stalled = stopped or self._asked_to_stop(), self._has_stalled()
+                stopped = stopped or self._asked_to_stop()
+                stalled = step in self._evaluate_at and self._has_stalled()
                 if stopped or stalled or best or step % config.checkpoint_every == 0 or step == self.steps:
                     self._save(step)
                 self.step = step
@@ -212,12 +216,9 @@ class Engine:
         Returns:
             Whether the step is the best so far, and is to be kept for that.
         """
-        config = self.config
-        evaluate_at = {round(self.steps * part / config.evaluations) for part in range(config.evaluations + 1)}
-        snapshot_at = {max(1, round(self.steps * portion)) for portion in SNAPSHOT_AT}
-        if self.main and step in snapshot_at:
+        if self.main and step in self._snapshot_at:
             self._snapshot(step)
-        if step not in evaluate_at or self.metrics.has(step, "held_out"):
+        if step not in self._evaluate_at or self.metrics.has(step, "held_out"):
             return False
         scores = self.evaluate(most=GLANCE, stopped=lambda: bool(self._signals.number))
         if scores is not None:

@@ -33,6 +33,7 @@ class Listener(NamedTuple):
         begin: where the run begins.
         step: a step's progress.
         evaluation: a step, and the scores after it.
+        looked: how many images of the last evaluation were looked at, and how many there are.
         note: what is being done.
         skipped: a broken image or picture that was left out.
     """
@@ -41,13 +42,14 @@ class Listener(NamedTuple):
     begin: Callable[[Begin], None]
     step: Callable[[Progress], None]
     evaluation: Callable[[tuple[int, Evaluation]], None]
+    looked: Callable[[tuple[int, int]], None]
     note: Callable[[str], None]
     skipped: Callable[[str], None]
 
     @staticmethod
     def silent() -> Listener:
         """Return one that does nothing."""
-        return Listener(*[lambda _: None] * 6)
+        return Listener(*[lambda _: None] * len(Listener._fields))
 
 
 class Interrupted(Exception):

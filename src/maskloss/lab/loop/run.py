@@ -20,7 +20,7 @@ from maskloss.lab import files
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.data.folder import FolderScenes
 from maskloss.lab.data.problems import by_kind
-from maskloss.lab.data.scenes import PATIENCE, LostReader, Source
+from maskloss.lab.data.scenes import PATIENCE, LostReader, Scene, Source
 from maskloss.lab.data.survey import LOOKED_AT, survey
 from maskloss.lab.loop.claim import claimed, reopened
 from maskloss.lab.loop.engine import Engine, speed
@@ -32,6 +32,7 @@ from maskloss.lab.models.weights import save_tensors
 from maskloss.lab.results import report
 from maskloss.lab.results.evaluate import Evaluation
 from maskloss.lab.results.gallery import Gallery
+from maskloss.lab.results.inference import Prediction
 from maskloss.lab.results.snapshots import hardest, read_snapshots
 from maskloss.lab.runfolder import (
     HELD_OUT,
@@ -182,8 +183,13 @@ def _finish(prepared: Prepared, folder: Path, listener: Listener, accelerator: A
         history = engine.fit(begin)
         kept = engine.settle()
         listener.note("Looking at all held-out images")
-        gallery = Gallery()
-        evaluation = engine.evaluate(gallery.keep)
+        gallery, images = Gallery(), len(source.held_out)
+
+        def keep(number: int, scene: Scene, prediction: Prediction) -> None:
+            gallery.keep(number, scene, prediction)
+            listener.looked((number + 1, images))
+
+        evaluation = engine.evaluate(keep)
         assert evaluation is not None
     if main:
         _save_model(folder, facts.config, learner)
