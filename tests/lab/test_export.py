@@ -16,7 +16,6 @@ from maskloss.lab.config import TrainConfig
 from maskloss.lab.loop.progress import Listener
 from maskloss.lab.loop.run import train
 from maskloss.lab.results import export
-from support import tiny
 
 
 def train_on(folder, out, **options):
@@ -106,11 +105,11 @@ def test_without_the_packages_the_extra_is_named(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mask2former", "eomt", "eomt_dinov3"])
+@pytest.mark.parametrize("family", ["mask2former", "oneformer", "eomt", "eomt_dinov3", "rf_detr"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_pretrained_models(family, folder, tmp_path, packages):
-    torch.manual_seed(0)
-    getattr(tiny, family)().save_pretrained(tmp_path / "model")
-    trained = train_on(folder, tmp_path / "run", model=str(tmp_path / "model"))
+    from lab.test_pretrained import write_model
+
+    trained = train_on(folder, tmp_path / "run", model=str(write_model(family, tmp_path / "model")))
     found = export.export_run(trained, tmp_path / "model.onnx")
     assert found.path.is_file() and found.largest < 1e-4 and np.isfinite(found.largest)

@@ -165,6 +165,22 @@ def test_an_image_of_a_folder(capsys, folder, scene):
     assert "has no annotated images of the name b.png" in refused(capsys, *given, "b.png")
 
 
+def test_a_class_that_no_font_can_write_is_shown_by_its_number(capsys, folder, monkeypatch):
+    from maskloss.lab.results import lettering
+
+    usual = lettering._fonts_for(frozenset("cat"))[0]
+    monkeypatch.setattr(lettering, "_fonts_for", lambda letters: (usual, frozenset("猫") & letters))
+    annotations = folder / "data" / "instances.json"
+    annotations.write_text(annotations.read_text().replace('"cat"', '"猫"'))
+    given = ("--prediction", folder / "prediction.npy", "--data", folder / "data", "--image", "a.png")
+    assert show.gather(options(*given)).names == ["class 20", "dog", "class 20 (2)"]
+    arguments = [str(each) for each in (*given, "--out", folder / "a.png", "--dpi", 50)]
+    assert main(["show", *arguments]) == 0
+    assert (
+        capsys.readouterr().err.count("no font of this machine has the letters of 猫: pictures show the numbers") == 1
+    )
+
+
 def test_a_run_on_a_folder(folder, tmp_path):
     """What is drawn is the square that the model saw, with the loss of the run."""
     from maskloss.lab.config import TrainConfig

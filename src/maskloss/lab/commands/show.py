@@ -16,7 +16,7 @@ from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, reported, require
 from maskloss.lab.files import check_writable, write_whole
 from maskloss.lab.results.subjects import Subject, from_digits, from_prediction, from_run
-from maskloss.lab.terminal import tell
+from maskloss.lab.terminal import say, tell
 from maskloss.plots import Costs, Inspection, inspect_points, instance_figure
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
@@ -73,8 +73,11 @@ def main(options: argparse.Namespace) -> int:
     check_integer("--seed", options.seed, 0, 2**63 - 1, hint="take another")
     check_writable(options.out, "--out")
     subject = gather(options)
-    figure, found, text = draw(subject, options.instance, options.seed)
-    write(figure, options.out, options.dpi)
+    if subject.letters.note:
+        say(subject.letters.note)
+    with subject.letters.used():
+        figure, found, text = draw(subject, options.instance, options.seed)
+        write(figure, options.out, options.dpi)
     terms = f"cross-entropy {found.ce:.4f}, Dice {found.dice:.4f}, total {found.total:.4f}"
     tell(f"{text}: {terms}")
     tell(options.out)

@@ -81,8 +81,8 @@ def export_run(folder: Path, out: Path, *, note: Callable[[str], None] = lambda 
     """Write the model of a run as ONNX, and compare it with the model in ONNX Runtime.
 
     The file holds one input, `images` `[B, C, S, S]` float32 in [0, 1], and two outputs, `class_logits`
-    `[B, Q, C + 1]` and `mask_logits` `[B, Q, h, w]`, as `find_instances` takes them. B is free. Its metadata say what
-    the classes are and how images are brought to [0, 1].
+    `[B, Q, C + 1]` (`[B, Q, C]` of RF-DETR) and `mask_logits` `[B, Q, h, w]`, as `find_instances` takes them. B is
+    free. Its metadata say what the classes are, which classification it is, and how images are brought to [0, 1].
 
     Args:
         folder: that `maskloss train` wrote.
@@ -163,7 +163,9 @@ def _metadata(trained: TrainedRun) -> dict[str, str]:
         "classes": json.dumps(facts.classes, ensure_ascii=False),
         "category_ids": json.dumps(facts.category_ids),
         "images": _reading(facts),
-        "outputs": "class_logits [B, Q, C + 1], 'no object' last; mask_logits [B, Q, h, w], inside above 0",
+        "classification": trained.predictor.learner.classification,
+        "outputs": "class_logits [B, Q, C + 1], 'no object' last, or [B, Q, C] where the classification is 'focal'; "
+        "mask_logits [B, Q, h, w], inside above 0",
     }
 
 

@@ -24,6 +24,7 @@ from maskloss.lab.data.scenes import in_color
 from maskloss.lab.data.split import ALL
 from maskloss.lab.data.truth import View, load
 from maskloss.lab.files import check_file, explain
+from maskloss.lab.results.lettering import Lettering
 from maskloss.points import PointSampling
 
 # Of the made-up prediction: few enough to tell them apart.
@@ -42,7 +43,8 @@ class Subject:
         criterion: which matches and compares them.
         class_logits: of all queries, `[Q, C + 1]`; None: matched by masks alone.
         labels: of the truth, int64 `[T]`.
-        names: of the instances.
+        names: of the instances, as pictures show them.
+        letters: what their names are written with.
         image: `[3, h, w]` in [0, 1]; None: there is none.
         ignore: bool `[H, W]`, where points weigh nothing.
         window: left, top, width and height of the part in which points are drawn.
@@ -55,6 +57,7 @@ class Subject:
     class_logits: Tensor | None = None
     labels: Tensor | None = None
     names: Sequence[str] = field(default_factory=tuple)
+    letters: Lettering = field(default_factory=lambda: Lettering([], []))
     image: Tensor | None = None
     ignore: Tensor | None = None
     window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
@@ -73,6 +76,7 @@ def from_run(folder: Path, image: str | None) -> Subject:
     names = [each.name for each in source.held_out]
     number = snapshots.telling(source) if image is None else _scene_number(image, names)
     learner = load_learner(folder, facts, torch.device("cpu")).eval()
+    letters = Lettering(facts.classes, facts.category_ids)
     probe = source.probe(number)
     output = learner.predict(probe.image[None], torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
     return Subject(
@@ -81,7 +85,8 @@ def from_run(folder: Path, image: str | None) -> Subject:
         criterion=learner.mask_criterion(),
         class_logits=output.class_logits[0].detach(),
         labels=probe.labels,
-        names=_numbered([facts.classes[label] for label in probe.labels.tolist()]),
+        names=_numbered([letters.names[label] for label in probe.labels.tolist()]),
+        letters=letters,
         image=probe.picture,
         heading=f"{probe.name}, run {folder.resolve().name}",
     )
@@ -145,11 +150,12 @@ def from_prediction(path: Path, target: Path | None, data: Path | None, image: s
     logits = _without_batch(held["mask_logits"], 3, "mask_logits", "[Q, h, w]").float()
     labels, ignore = held.get("labels"), held.get("ignore")
     names: list[str] = []
+    letters = Lettering([], [])
     picture = None
     if data is not None:
         if image is None:
             raise Cause("--data needs --image", "there is no --image", "name an image of the folder")
-        masks, labels, names, ignore, picture = _annotated(data, image)
+        masks, labels, names, letters, ignore, picture = _annotated(data, image)
     else:
         truth = held.get("masks") if target is None else _read(target)
         if truth is None:
@@ -170,6 +176,7 @@ def from_prediction(path: Path, target: Path | None, data: Path | None, image: s
         class_logits=classes if labels is not None else None,
         labels=labels,
         names=_numbered(names),
+        letters=letters,
         image=picture,
         ignore=ignore,
         heading=path.name if image is None else f"{Path(image).name}, {path.name}",
@@ -234,8 +241,8 @@ def _masks(truth: Tensor, path: Path) -> Tensor:
     return masks
 
 
-def _annotated(folder: Path, image: str) -> tuple[Tensor, Tensor, list[str], Tensor | None, Tensor]:
-    """Read masks, labels, names, the ignore region and the picture of an image, as training reads them."""
+def _annotated(folder: Path, image: str) -> tuple[Tensor, Tensor, list[str], Lettering, Tensor | None, Tensor]:
+    """Read masks, labels, names, their letters, ignore region and picture of an image, as training reads them."""
     data = recognize(folder, DataOptions(), Problems(), score=ALL)
     files = data.held_out.files
     found = [number for number, file in enumerate(files) if f"/{Path(file).as_posix()}".endswith(f"/{image}")]
@@ -246,10 +253,12 @@ def _annotated(folder: Path, image: str) -> tuple[Tensor, Tensor, list[str], Ten
     loaded = load(entry)
     view = View.whole(entry.height, entry.width)
     packed, ignored = loaded.pack(view, view.size), loaded.ignored()
+    letters = Lettering(data.class_names, data.category_ids)
     return (
         packed.masks.dense(),
         packed.labels,
-        [data.class_names[label] for label in packed.labels.tolist()],
+        [letters.names[label] for label in packed.labels.tolist()],
+        letters,
         None if ignored is None else torch.from_numpy(ignored),
         in_color(_pixels(to_unit(loaded.image, percentile=data.microscopy))),
     )
