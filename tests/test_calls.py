@@ -642,8 +642,15 @@ def test_terms_by_their_names() -> None:
     assert torch.equal(out["loss_mask"], out.loss_mask[-1])
     assert torch.equal(out["loss_dice_0"], out.loss_dice[0])
     assert torch.equal(out[0], out.total)
-    with pytest.raises(KeyError, match="the terms are loss_class, loss_mask, loss_dice, loss_class_0"):
+    assert torch.equal(out["total"], out.total)
+    with pytest.raises(KeyError, match="the terms are total, loss_class, loss_mask, loss_dice, loss_class_0"):
         out["loss_ce"]
+    single = MaskLoss(sampling=FEW, backend="reference")(torch.zeros(1, 4, 4), torch.ones(1, 4, 4), seed=0)
+    assert torch.equal(single["ce"], single.ce)
+    total, *_ = single
+    assert torch.equal(total, single["total"])
+    with pytest.raises(KeyError, match="the terms are total, ce, dice"):
+        single["loss_mask"]
 
 
 @pytest.mark.parametrize("options", [{"drop_empty": 1}, {"ignore_label": "x"}, {"ignore_value": 0.5}])

@@ -289,3 +289,36 @@ def test_the_criterion_looks_at_the_same_points(pair):
     assert queries.tolist() == [0, 1] and targets.tolist() == [1, 0]
     found = plots.inspect_points(logits, masks, loss=criterion.mask_loss, seed=4)
     assert [found[n].ce for n in targets] == pytest.approx(out.per_instance.ce.tolist(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- swapped arguments
+
+LOGITS, POINTS, IMAGE = torch.zeros(2, 8, 8), torch.rand(2, 16, 2), torch.rand(3, 8, 8)
+AXES = plots.new_figure(2, 2).subplots(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: plots.points_figure(POINTS, LOGITS, 4), "points must be [N, P, 2]"),
+        (lambda: plots.draw_points(AXES, POINTS[0], LOGITS[0], 4), "points must be [P, 2]"),
+        (lambda: plots.draw_points(LOGITS[0], AXES, POINTS[0], 4), "axes must be axes of matplotlib"),
+        (lambda: plots.draw_instances(AXES, LOGITS > 0, IMAGE, [], []), "image must be [3, h, w]"),
+        (lambda: plots.draw_instances(AXES, IMAGE, IMAGE, [], []), "masks must be bool [T, H, W]"),
+        (lambda: plots.draw_image(AXES, IMAGE.permute(1, 2, 0)), "image must be [3, h, w]"),
+        (lambda: plots.draw_terms(LOGITS, AXES), "axes must be axes of matplotlib"),
+        (lambda: plots.draw_terms(AXES, LOGITS), "found must be from inspect_points"),
+        (lambda: plots.instance_figure(IMAGE), "found must be from inspect_points"),
+        (lambda: plots.draw_costs(AXES, (POINTS, POINTS), LOGITS[0]), "costs must be [Q, T]"),
+        (lambda: plots.draw_curves({}, AXES, title=""), "axes must be axes of matplotlib"),
+        (lambda: plots.animate_points("points.gif", []), "the path comes second"),
+        (lambda: plots.inspect_points(LOGITS > 0, LOGITS), "mask_logits must be float"),
+        (lambda: plots.inspect_points(LOGITS, LOGITS - 1), "masks in [0, 1]"),
+        (lambda: plots.draw_points(AXES, LOGITS[0], POINTS[0]), "missing a required argument: 'num_uncertain'"),
+    ],
+)
+def test_swapped_arguments_are_told_by_name(call, text):
+    with pytest.raises(MaskLossError) as caught:
+        call()
+    assert text in str(caught.value)
+    assert "hint: " in str(caught.value)

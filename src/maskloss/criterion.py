@@ -18,7 +18,7 @@ from maskloss.clips import ClipOptions, frames_of_divisor, weights_of_divisor
 from maskloss.distributed import Group, StepTotals
 from maskloss.errors import Cause, describe, reported
 from maskloss.layers import Layer
-from maskloss.loss import InstanceLosses, MaskLoss, by_layer, check_instance_weights
+from maskloss.loss import InstanceLosses, MaskLoss, by_layer, check_instance_weights, term_of
 from maskloss.matcher import HungarianMatcher, check_predictions, stack_costs
 from maskloss.matches import Matches, Pairs
 from maskloss.options import (
@@ -63,12 +63,7 @@ class CriterionOutput(NamedTuple):
 
     def __getitem__(self, key: Any) -> Any:
         """Return a term by its name in `as_dict()`, or a field by its number."""
-        if not isinstance(key, str):
-            return tuple.__getitem__(self, key)
-        terms = self.as_dict()
-        if key not in terms:
-            raise KeyError(f"there is no {key!r}; the terms are {', '.join(terms)}")
-        return terms[key]
+        return term_of(self, key, {"total": self.total, **self.as_dict()} if isinstance(key, str) else {})
 
     def as_dict(self, *, weighted: bool = False) -> dict[str, Tensor]:
         """Name the terms of each layer: loss_class, loss_mask, loss_dice for the final one, loss_class_0 … before it.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,19 @@ class MaskLossOutput(NamedTuple):
     per_instance: InstanceLosses
     seed: Tensor
     best: Tensor | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return a term by its name, or a field by its number."""
+        return term_of(self, key, {"total": self.total, "ce": self.ce, "dice": self.dice})
+
+
+def term_of(output: tuple[Any, ...], key: Any, terms: Mapping[str, Tensor]) -> Any:
+    """Return a term of an output by its name, or a field of it by its number."""
+    if not isinstance(key, str):
+        return tuple.__getitem__(output, key)
+    if key not in terms:
+        raise KeyError(f"there is no {key!r}; the terms are {', '.join(terms)}")
+    return terms[key]
 
 
 class MaskLoss(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from maskloss._palette import GRAY, INK
-from maskloss.errors import Cause, reported, require
+from maskloss.errors import Cause, describe, reported, require
 from maskloss.plots.canvas import new_figure
 from maskloss.plots.instances import draw_points
 
@@ -72,6 +72,8 @@ def animate_points(
         MaskLossError: no snapshots, or an ending that is not one of these.
         MissingExtraError: matplotlib or Pillow is not installed (extra `plots`).
     """
+    if isinstance(snapshots, (str, Path)) or not isinstance(path, (str, Path)):
+        raise Cause("the path comes second", f"got {describe(snapshots)} first", "animate_points(snapshots, path)")
     path = Path(path)
     if path.suffix not in FORMATS:
         raise Cause("the path must end in .gif, .webp or .apng", f"got {path.name}", "points.gif")

@@ -2,20 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from maskloss._palette import CONFIDENCE, GRAY, INK, PALE
-from maskloss.errors import require
+from maskloss.errors import Cause, describe, reported, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+AXES, INSPECTION = "axes of matplotlib", "from inspect_points"
+
+
+def drawing(**kinds: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Mark a public drawing, whose arguments are told by name where they are swapped.
+
+    Args:
+        kinds: what an argument must be: AXES, INSPECTION, or the shape of a tensor, "[P, 2]" or "bool [T, H, W]".
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs).arguments
+            for name, kind in kinds.items():
+                left_out = signature.parameters[name].default is None and given.get(name) is None
+                if not left_out and not _is(given[name], kind):
+                    order = ", ".join(signature.parameters)
+                    raise Cause(f"{name} must be {kind}", f"got {describe(given[name])}", f"the arguments are {order}")
+            return function(*args, **kwargs)
+
+        return reported(function.__name__)(call)
+
+    return decorate
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind == AXES:
+        return hasattr(value, "imshow")
+    if kind == INSPECTION:
+        return hasattr(value, "candidate_z")
+    dtype, _, shape = kind.rpartition("[")
+    sizes = shape.rstrip("]").split(", ")
+    if not isinstance(value, Tensor) or value.ndim != len(sizes) or (dtype and value.dtype != torch.bool):
+        return False
+    return all(not size.isdigit() or int(size) == found for size, found in zip(sizes, value.shape, strict=True))
 
 
 def rgb(color: str) -> np.ndarray[Any, Any]:
@@ -50,6 +95,7 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+@drawing(axes=AXES, image="[3, h, w]")
 def draw_image(axes: Axes, image: Tensor) -> None:
     """Draw an image, every pixel sharp.
 
@@ -61,6 +107,7 @@ def draw_image(axes: Axes, image: Tensor) -> None:
     frame(axes, image.shape[1] / image.shape[2])
 
 
+@drawing(axes=AXES, image="[3, h, w]", masks="bool [T, H, W]")
 def draw_instances(
     axes: Axes,
     image: Tensor,
@@ -105,6 +152,7 @@ def frame(axes: Axes, aspect: float = 1.0) -> None:
         spine.set(color=PALE, linewidth=0.8)
 
 
+@drawing(axes=AXES, mask="[H, W]")
 def outline(axes: Axes, mask: Tensor, color: str, width: float, style: str) -> None:
     """Draw where a mask crosses one half, in [0, 1]^2.
 
@@ -152,6 +200,7 @@ def color_map(name: str, colors: Sequence[str]) -> Colormap:
     return made
 
 
+@drawing(axes=AXES, logits="[h, w]")
 def draw_confidence(axes: Axes, logits: Tensor, alpha: float = 0.55) -> None:
     """Draw a prediction as probabilities, from white to teal, every pixel sharp.
 

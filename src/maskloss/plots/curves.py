@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from maskloss._palette import GRAY, LINES, PALE
+from maskloss.plots.canvas import AXES, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@drawing(axes=AXES)
 def draw_curves(
     axes: Axes,
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],

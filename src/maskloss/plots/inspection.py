@@ -99,12 +99,20 @@ def inspect_points(
         (37632, 12544, '0.0506')
     """
     loss = MaskLoss() if loss is None else loss
-    if not isinstance(masks, Tensor) or masks.ndim != 3 or len(masks) != len(mask_logits):
-        raise Cause(
-            "mask_logits and masks must pair up",
-            f"got {describe(mask_logits)} and {describe(masks)}",
-            "give [N, h, w] and [N, H, W]",
-        )
+    for name, value in (("mask_logits", mask_logits), ("masks", masks)):
+        if not isinstance(value, Tensor) or value.ndim != 3 or len(value) != len(mask_logits):
+            raise Cause(
+                "mask_logits and masks must pair up",
+                f"got {describe(mask_logits)} and {describe(masks)}",
+                "give [N, h, w] and [N, H, W]",
+            )
+        swapped = not value.is_floating_point() if name == "mask_logits" else bool(((value < 0) | (value > 1)).any())
+        if swapped:
+            raise Cause(
+                "mask_logits must be float, and masks in [0, 1]",
+                f"got {describe(mask_logits)} and {describe(masks)}",
+                "inspect_points(mask_logits, masks): predictions come first",
+            )
     logits, targets = mask_logits.detach().float(), masks.float()
     options, sampling = loss.options, loss.sampling
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskloss._palette import CONFIDENCE, GRAY, INK, LOSS, ORANGE, PALE, SOFT, TEAL
 from maskloss.errors import require
-from maskloss.plots.canvas import color_map, draw_confidence, frame, new_figure, outline
+from maskloss.plots.canvas import AXES, INSPECTION, color_map, draw_confidence, drawing, frame, new_figure, outline
 from maskloss.plots.inspection import Inspection, spread
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@drawing(axes=AXES, logits="[h, w]", points="[P, 2]", target="[H, W]")
 def draw_points(
     axes: Axes,
     logits: Tensor,
@@ -53,6 +54,7 @@ def draw_points(
     frame(axes, logits.shape[0] / logits.shape[1])
 
 
+@drawing(axes=AXES, found=INSPECTION)
 def draw_candidates(axes: Axes, found: Inspection, *, size: float | None = None) -> None:
     """Draw the candidates of one instance over its prediction: those that were chosen orange, the others gray.
 
@@ -69,6 +71,7 @@ def draw_candidates(axes: Axes, found: Inspection, *, size: float | None = None)
     frame(axes, found.logits.shape[0] / found.logits.shape[1])
 
 
+@drawing(axes=AXES, found=INSPECTION)
 def draw_point_losses(axes: Axes, found: Inspection, *, size: float | None = None) -> PathCollection:
     """Draw the points of one instance over its target, colored by their loss; crosses mark points that weigh nothing.
 
@@ -108,6 +111,7 @@ def draw_point_losses(axes: Axes, found: Inspection, *, size: float | None = Non
     return drawn
 
 
+@drawing(axes=AXES, found=INSPECTION)
 def draw_uncertainty(axes: Axes, found: Inspection, *, bins: int = 48) -> None:
     """Draw the histogram of |z| over the candidates, and the threshold below which they were chosen.
 
@@ -152,6 +156,7 @@ def draw_uncertainty(axes: Axes, found: Inspection, *, bins: int = 48) -> None:
     axes.set_xlabel("|z| of a candidate", color=GRAY, fontsize=9)
 
 
+@drawing(axes=AXES, found=INSPECTION)
 def draw_terms(axes: Axes, found: Inspection) -> None:
     """Draw the weighted terms of one instance as bars, the cross-entropy by kind of point.
 
@@ -191,6 +196,7 @@ def draw_terms(axes: Axes, found: Inspection) -> None:
     axes.spines["bottom"].set_visible(False)
 
 
+@drawing(axes=AXES, costs="[Q, T]")
 def draw_costs(
     axes: Axes,
     costs: Tensor,
@@ -250,6 +256,7 @@ def draw_costs(
     axes.spines[:].set_color(PALE)
 
 
+@drawing(logits="[N, h, w]", points="[N, P, 2]", targets="[N, H, W]")
 def points_figure(
     logits: Tensor,
     points: Tensor,

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from maskloss._palette import COLORS, GRAY, INK, ORANGE
 from maskloss.errors import require
-from maskloss.plots.canvas import draw_confidence, draw_image, draw_instances, frame, new_figure, outline, title
+from maskloss.plots.canvas import (
+    INSPECTION,
+    draw_confidence,
+    draw_image,
+    draw_instances,
+    drawing,
+    frame,
+    new_figure,
+    outline,
+    title,
+)
 from maskloss.plots.inspection import Inspection
 from maskloss.plots.instances import (
     draw_candidates,
@@ -41,6 +51,7 @@ class Costs(NamedTuple):
     chosen: int
 
 
+@drawing(found=INSPECTION, image="[3, h, w]")
 def instance_figure(
     found: Inspection,
     *,
