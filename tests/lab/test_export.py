@@ -51,6 +51,7 @@ def exported(run, packages):
     return run / "model.onnx", made[0]
 
 
+@pytest.mark.slow
 def test_the_file_is_the_model(run, exported):
     import onnxruntime
 
@@ -67,6 +68,7 @@ def test_the_file_is_the_model(run, exported):
     assert (found.dense().numpy() != expected.masks).mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_the_file_describes_itself(exported):
     import onnx
 
@@ -75,6 +77,7 @@ def test_the_file_describes_itself(exported):
     assert held["images"].startswith("divided by 255; of more than 8 bits, stretched between the percentiles 1.0 and")
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_written(run, exported, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_exported", lambda *_: exported[1])
     original = export.Whole.forward
@@ -91,6 +94,24 @@ def test_a_file_that_computes_something_else_is_not_written(run, exported, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_a_file_that_does_not_take_every_batch_is_not_written(run, exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_exported", lambda whole, example: _fixed(exported[0]))
+    with pytest.raises(MaskLossError, match=r"ONNX Runtime: [\s\S]*nothing was written"):
+        export.export_run(run, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def _fixed(path):
+    """The program of a file, of two images only."""
+    import onnx
+
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    described = type("Described", (), {"metadata_props": {}})
+    return type("Program", (), {"model": described, "save": staticmethod(lambda to: onnx.save(model, to))})
+
+
 def test_where_to_write_is_asked_first(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("maskloss.lab.commands.export.export_run", lambda *_, **__: pytest.fail("exported first"))
     for out, message in (("model.pt", "--out must end in .onnx"), ("no/model.onnx", "a file that can be written")):
@@ -105,7 +126,7 @@ def test_without_the_packages_the_extra_is_named(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mask2former", "oneformer", "eomt", "eomt_dinov3", "rf_detr"])
+@pytest.mark.parametrize("family", ["mask2former", "eomt", "eomt_dinov3", "rf_detr"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_pretrained_models(family, folder, tmp_path, packages):
     from lab.test_pretrained import write_model

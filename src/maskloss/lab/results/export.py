@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -185,9 +186,16 @@ def _compared(path: Path, whole: Whole, shape: tuple[int, int, int]) -> float:
     """
     runtime = require("onnxruntime", "export")
     rule = "the exported model must compute what the model computes"
+
+    def computed(images: Tensor) -> list[NDArray[Any]]:
+        try:
+            return list(session.run(list(OUTPUTS), {INPUT: images.numpy()}))
+        except Exception as error:  # noqa: BLE001 (its errors have no common class but this)
+            raise Cause(rule, f"ONNX Runtime: {explain(error)}", "nothing was written") from None
+
     try:
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 (its errors have no common class but this)
+    except Exception as error:  # noqa: BLE001
         raise Cause(rule, f"ONNX Runtime: {explain(error)}", "nothing was written") from None
     generator = torch.Generator().manual_seed(1)
     largest = 0.0
@@ -196,8 +204,7 @@ def _compared(path: Path, whole: Whole, shape: tuple[int, int, int]) -> float:
         # Noise, and blobs: what attends to a region is to be asked for regions.
         coarse = torch.rand(count, shape[0], 5, 5, generator=generator)
         for images in (noise, interpolate(coarse, shape[1:], mode="bicubic").clamp(0, 1)):
-            given = session.run(list(OUTPUTS), {INPUT: images.numpy()})
-            for name, wanted, got in zip(OUTPUTS, whole(images), given, strict=True):
+            for name, wanted, got in zip(OUTPUTS, whole(images), computed(images), strict=True):
                 difference = float(np.abs(wanted.numpy() - got).max() / max(1.0, float(wanted.abs().max())))
                 if not difference <= TOLERANCE:
                     cause = f"{name} of {count} images differ by {difference:.2g} of the largest"
