@@ -330,6 +330,18 @@ def maps_with_two_endings(root: Path) -> None:
 
 @case(
     MAPS,
+    "`rgb/` with `instances/`, `frames/` with `annotations/`: images in a folder of any name",
+    "read, by the names of the files",
+    classes=("instance",),
+)
+def images_in_any_folder(root: Path) -> None:
+    images(root / "rgb")
+    for number in range(COUNT):
+        write(root / f"instances/{number}.tif", instance_map(np.int64))
+
+
+@case(
+    MAPS,
     "a mask file for each instance: `masks/a_1.png`, `masks/a_2.png`, or `masks/a/1.png`, of `images/a.png`",
     "read, unless the files have several values",
     classes=("instance",),

@@ -195,6 +195,10 @@ def check_lossless(path: Path) -> None:
 
 def is_color(path: Path) -> bool:
     """Whether a file stores a color for each pixel, and no number or index into a palette."""
+    if path.suffix.lower() in TIFF and path.is_file():
+        # Pillow does not know every TIFF.
+        with _tiff(path) as (series, _):
+            return bool(series.axes.endswith("S") and series.shape[-1] in {3, 4})
     with _pillow(path) as opened:
         return opened.mode in {"RGB", "RGBA"}
 

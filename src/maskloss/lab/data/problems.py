@@ -89,7 +89,7 @@ class Problems:
             count: how often; 0: the finding is about the whole data set.
         """
         before, examples = self._found.get((kind, what), (0, []))
-        if example and len(examples) < _EXAMPLES:
+        if example and example not in examples and len(examples) < _EXAMPLES:
             examples.append(example)
         self._found[kind, what] = (before + count, examples)
 

@@ -267,7 +267,7 @@ def without_masks(names: Sequence[str]) -> list[str]:
 
 
 def _bare(name: str) -> str:
-    tokens = [token for token in re.split(r"[\s_.\-]+|(?<=[a-z])(?=\d)|(?<=[a-z])(?=[A-Z])", name) if token]
+    tokens = [token for token in re.split(r"[\s_.\-]+|(?<=[a-z])(?=\d)|(?<=[a-z\d])(?=[A-Z])", name) if token]
     known = IMAGE_WORDS | MASK_WORDS
     if name.lower() in known:
         return ""

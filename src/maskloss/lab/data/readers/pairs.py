@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -93,6 +94,9 @@ def find_pairs(tree: Tree, problems: Problems) -> list[Pair]:
             continue
         place = maps if is_mask_place(path) else images
         place.setdefault(bare_key(path), []).append(path)
+    if not set(images) & set(maps):
+        # Folders of images have many names; the names of files say what belongs together if each is there once.
+        images, maps = _by_file_name(images), _by_file_name(maps)
     pairs, missing = [], []
     for key, some in images.items():
         found = sorted(maps.pop(key, []), key=_rank)
@@ -111,6 +115,12 @@ def find_pairs(tree: Tree, problems: Problems) -> list[Pair]:
     if pairs and maps:
         problems.note(LEFT_OUT, "label maps without an image", next(iter(maps.values()))[0], len(maps))
     return sorted(pairs)
+
+
+def _by_file_name(found: dict[tuple[str, ...], list[str]]) -> dict[tuple[str, ...], list[str]]:
+    """Sort paths by what their last names have in common; as they are where that is not enough to tell them apart."""
+    last = Counter(key[-1] for key in found)
+    return {key[-1:]: some for key, some in found.items()} if len(last) == len(found) else found
 
 
 def _rank(path: str) -> tuple[bool, int, str]:
