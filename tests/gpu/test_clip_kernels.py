@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maskloss import MaskTargets
-from maskloss._abi import NO_FOCAL, Draw, Factors, Gradients, Instances, Saved, Term
+from maskloss._abi import NO_FOCAL, Draw, Factors, Gradients, Instances, Job, Term
 from maskloss.ops import clips, factored, reference
 from maskloss.targets.clips import planes
 from support.batches import group
@@ -33,8 +33,8 @@ def draw(*numbers: int) -> Draw:
 @pytest.mark.parametrize("focal", [NO_FOCAL, (0.25, 2.0)], ids=["plain", "focal"])
 def test_costs_over_all_frames(gpu: Any, focal: tuple[float, float]) -> None:
     logits = [torch.randn(3, 3, FRAMES, *size, device=DEVICE) * 3 for size in ((7, 9), (12, 5))]
-    rest = (COUNTS, group(planes(targets())), draw(40), Term("zeros", "bilinear", *focal))
-    found, wanted = (clips.match_cost(backend, logits, *rest) for backend in (gpu, reference))
+    job = Job(group(planes(targets())), draw(40), Term("zeros", "bilinear", *focal))
+    found, wanted = (clips.match_cost(backend, logits, COUNTS, job) for backend in (gpu, reference))
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
@@ -46,20 +46,21 @@ def test_factors_of_clips(gpu: Any) -> None:
     embeddings, biases = torch.randn(3, 3, 5, device=DEVICE), torch.randn(3, 3, device=DEVICE)
     features = torch.randn(3, 5, FRAMES, 8, 6, device=DEVICE)
     factors = Factors([embeddings], [biases], [features], [0], 1)
-    rest = (group(planes(targets())), draw(20, 60, 15), Term())
+    job = Job(group(planes(targets())), draw(20, 60, 15), Term())
+    matching = job._replace(draw=draw(20))
     counts = [2 * FRAMES, 0, FRAMES]
-    ce, dice, kept = factored.mask_loss(gpu, factors, rows, counts, *rest, None)
+    ce, dice, kept = factored.mask_loss(gpu, factors, rows, counts, job)
     grads = Gradients(torch.linspace(1, 2, 6, device=DEVICE), torch.linspace(2, 1, 6, device=DEVICE))
-    found = factored.mask_loss_backward(gpu, grads, kept, factors, rows, counts, *rest, None, needs_grad=[True] * 3)
-    costs = factored.match_cost(gpu, factors, COUNTS, rest[0], draw(20), rest[2])
+    found = factored.mask_loss_backward(gpu, grads, kept, factors, rows, counts, job, needs_grad=[True] * 3)
+    costs = factored.match_cost(gpu, factors, COUNTS, matching)
 
     leaves = [each.clone().requires_grad_() for each in (embeddings, biases, features)]
     dense = torch.einsum("bqd,bdthw->bqthw", leaves[0], leaves[2]) + leaves[1][..., None, None, None]
     instances = Instances([dense.detach().flatten(1, 2)], rows, [6])
-    *terms, chosen, soft = reference.mask_loss(instances, *rest, None)
-    [gradient] = reference.mask_loss_backward(grads, Saved(chosen, soft), instances, *rest, None, [True])
+    *terms, saved = reference.mask_loss(instances, job)
+    [gradient] = reference.mask_loss_backward(grads, saved, instances, job, [True])
     wanted = torch.autograd.grad(dense, leaves, gradient.view(dense.shape))
-    expected = clips.match_cost(reference, [dense.detach()], COUNTS, rest[0], draw(20), rest[2])
+    expected = clips.match_cost(reference, [dense.detach()], COUNTS, matching)
     for mine, theirs in zip((ce, dice, *costs), (*terms, *expected), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(found, (wanted[0][None], wanted[1][None], wanted[2]), strict=True):
