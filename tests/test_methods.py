@@ -164,6 +164,7 @@ def changes_of(settings):
         "ignore_regions": True, "groups": 13, "clips": ClipOptions(), "version": None,
         "model": None, "pretrained": None, "queries": 7, "parameters": 7, "size": 64, "crop": 96,
         "augmentation": None, "digits": True, "steps": 7, "batch_size": 7, "schedule": "linear", "precision": "no",
+            "planned": 100_000, "ema_decay": 0.99, "best": 80_000,
     }  # fmt: skip
     for each in fields(settings):
         value = getattr(settings, each.name)
@@ -213,6 +214,11 @@ def test_every_way_to_train_is_heard(lang):
         replace(TRAINING, warmup=0.0),
         replace(TRAINING, clip=0.0),
         replace(TRAINING, backbone_share=1.0),
+        replace(TRAINING, backbone_share=0.0),
+        replace(TRAINING, layer_decay=0.8),
+        replace(TRAINING, planned=120_000),
+        replace(TRAINING, ema_decay=0.999),
+        replace(TRAINING, best=80_000),
         replace(TRAINING, crop=96),
         replace(TRAINING, augmentation=None),
         replace(TRAINING, augmentation=None, crop=96),
@@ -262,6 +268,7 @@ def test_every_sentence_is_said_by_something():
         for each in (None, Augmentation(1, 2, True))
     ]
     everything += [replace(base, clips=ClipOptions("present", "frames"))]
+    everything += [replace(base, training=replace(TRAINING, backbone_share=0.0))]
     stratified = PointSampling(layout="stratified")
     everything += [settings_of(MaskCriterion(80, sampling=stratified, matcher=HungarianMatcher()))]
     for settings in everything:
@@ -512,7 +519,7 @@ BAD_FILES = {
     "object.yaml": ("!!python/object:os.system {}", "line 1: could not determine a constructor"),
     "tag.yaml": ("num_points: !!int ''", "a value does not fit its tag"),
     "list-as-key.yaml": ("? [1]\n: 2", "line 1: found unhashable key"),
-    "utf16.json": ('{"num_points": 5}'.encode("utf-16"), "not text in UTF-8"),
+    "utf16.yaml": ('{"num_points": 5}'.encode("utf-16"), "not text in UTF-8"),
     "latin1.yaml": ("# \xe9".encode("latin-1"), "not text in UTF-8"),
     "zeros.yaml": (bytes(100), "special characters are not allowed"),
     "picture.yaml": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "not text in UTF-8"),

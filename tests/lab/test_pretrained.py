@@ -261,7 +261,7 @@ def test_a_run_of_another_family(family, folder, tmp_path):
     # It can be looked at, and described.
     assert main(["show", str(tmp_path / "run"), "--out", str(tmp_path / "show.png")]) == 0
     text = " ".join(methods.describe(settings_of_run(tmp_path / "run")).split())
-    assert "contrastive" not in text and "(0.1 times that for the backbone)" in text
+    assert "contrastive" not in text and "(0.1 times that for the backbone)" in text and " 24 points" in text
 
 
 @pytest.mark.parametrize("family", OTHERS)

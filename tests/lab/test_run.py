@@ -18,8 +18,9 @@ import tifffile
 import torch
 from PIL import Image
 
-from maskloss import MaskLossError
+from maskloss import MaskLossError, methods
 from maskloss.lab import files
+from maskloss.lab.commands.methods import settings_of_run
 from maskloss.lab.commands.train import read_options
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.data import scenes
@@ -425,6 +426,14 @@ def test_patience(tmp_path, monkeypatch, every_step_is_logged):
         "the averaged weights of step 3, the best of 4 evaluations; ended at step 4 of 6, as no score has been higher"
         " since",
     )
+    text = " ".join(methods.describe(settings_of_run(tmp_path / "run")).split())
+    for part in (
+        "for 4 steps with",
+        "made for 6 steps; training ended early, at step 4",
+        "with a decay of at most 0.999",
+        "which weights are kept (step 3)",
+    ):
+        assert part in text, part
     # A failure while the report is drawn costs no step more, and does not take one.
     (tmp_path / "run" / "summary.json").unlink()
     monkeypatch.setattr(engine, "evaluate", Scores([0.7]))

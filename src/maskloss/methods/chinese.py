@@ -96,6 +96,8 @@ SENTENCES = {
     "precision.fp16": "，采用 float16 混合精度",
     "optimizer": "优化器为 AdamW{adamw}，最高学习率为 {lr}{backbone}，权重衰减为 {decay}{clip}。",
     "backbone": "（骨干网络为其 {share} 倍）",
+    "backbone.layers": "（骨干网络最后一个模块为其 {share} 倍，此前各模块依次为后一模块的 {decay} 倍）",
+    "backbone.frozen": "（骨干网络冻结）",
     "clip": "，梯度范数裁剪至 {norm}",
     "schedule.cosine": "学习率{rise}按余弦曲线降至 0。",
     "schedule.linear": "学习率{rise}线性降至 0。",
@@ -108,6 +110,9 @@ SENTENCES = {
     "flips.turns": "水平与垂直翻转、直角旋转",
     "crops": "训练图像为 {size} 像素的随机裁剪，不作其他增强。",
     "augmentation.none": "训练图像不作数据增强。",
+    "planned": "学习率按 {planned} 步设定，训练在第 {steps} 步提前结束。",
+    "average": "评估使用模型权重的指数滑动平均，衰减系数至多为 {decay}。",
+    "kept": "训练过程中多次在留出图像上评估，保留 AP 最高的一次的权重（第 {step} 步）。",
 }
 
 # What the shortest version says otherwise; an empty sentence is left out.

@@ -110,6 +110,9 @@ SENTENCES = {
     "optimizer": "The optimizer is AdamW~{adamw} with a peak learning rate of {lr}{backbone} and a weight decay of "
     "{decay}{clip}.",
     "backbone": " ({share} times that for the backbone)",
+    "backbone.layers": " ({share} times that for the last block of the backbone, and for each block before it {decay} "
+    "times that of the next)",
+    "backbone.frozen": " (the backbone is frozen)",
     "clip": "; gradients are clipped to a norm of {norm}",
     "schedule.cosine": "The learning rate {rise}decays to zero along a cosine.",
     "schedule.linear": "The learning rate {rise}decays linearly to zero.",
@@ -123,6 +126,11 @@ SENTENCES = {
     "flips.turns": "horizontal and vertical flips, quarter turns",
     "crops": "Training images are random crops of {size} pixels, without further augmentation.",
     "augmentation.none": "Training images are not augmented.",
+    "planned": "The schedule was made for {planned} steps; training ended early, at step {steps}.",
+    "average": "The model is evaluated with an exponential moving average of its weights, with a decay of at most "
+    "{decay}.",
+    "kept": "Of the evaluations on held-out images during training, the one with the highest AP decides which weights "
+    "are kept (step {step}).",
 }
 
 # What the shortest version says otherwise; an empty sentence is left out.

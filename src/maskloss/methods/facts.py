@@ -323,13 +323,29 @@ def _training(run: Training) -> list[Say]:
             "optimizer",
             adamw=Cite(("loshchilov2019adamw",)),
             lr=run.lr,
-            backbone=None if run.backbone_share == 1 else say("backbone", share=run.backbone_share),
+            backbone=_backbone(run),
             decay=run.weight_decay,
             clip=say("clip", norm=run.clip) if run.clip else None,
         ),
         say(f"schedule.{run.schedule}", rise=say("rise", share=Percent(run.warmup)) if run.warmup else None),
     ]
-    return said if run.digits else [*said, _augmentation(run)]
+    if not run.digits:
+        said.append(_augmentation(run))
+    if run.planned is not None:
+        said.append(say("planned", planned=run.planned, steps=run.steps))
+    if run.ema_decay is not None:
+        said.append(say("average", decay=run.ema_decay))
+    if run.best is not None:
+        said.append(say("kept", step=run.best))
+    return said
+
+
+def _backbone(run: Training) -> Say | None:
+    if run.backbone_share == 0:
+        return say("backbone.frozen")
+    if run.layer_decay < 1:
+        return say("backbone.layers", share=run.backbone_share, decay=run.layer_decay)
+    return None if run.backbone_share == 1 else say("backbone", share=run.backbone_share)
 
 
 def _augmentation(run: Training) -> Say:

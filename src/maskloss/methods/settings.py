@@ -127,6 +127,10 @@ class Training:
         schedule: how the learning rate falls, "cosine", "linear" or "constant".
         warmup: share of the steps in which it rises.
         precision: "no", "bf16" or "fp16".
+        planned: the steps that the schedule was made for, where training ended before; None: all were taken.
+        layer_decay: of the learning rate, from a block of the backbone to the one before it.
+        ema_decay: of the average of the weights, at most; None: the weights themselves are used.
+        best: the step whose weights were kept for their score on held-out images; None: the last.
     """
 
     model: str | None
@@ -146,6 +150,10 @@ class Training:
     schedule: str
     warmup: float
     precision: str
+    planned: int | None = None
+    layer_decay: float = 1.0
+    ema_decay: float | None = None
+    best: int | None = None
 
 
 @dataclass(frozen=True)

@@ -104,29 +104,38 @@ def settings_of_run(folder: Path) -> MethodSettings:
     """
     import torch
 
+    from maskloss.lab.config import BEST, COMPACT
     from maskloss.lab.data import augment
     from maskloss.lab.models.learners import count_weights
     from maskloss.lab.models.pretrained import PretrainedLearner
     from maskloss.lab.models.registry import load_learner
-    from maskloss.lab.runfolder import read_facts
+    from maskloss.lab.runfolder import SUMMARY, kept_step, read_facts
 
     facts = read_facts(folder)
     config = facts.config
+    summary = folder / SUMMARY
+    ended = files.read_json(summary, "a summary must be that of a run") if summary.is_file() else {}
+    steps = int(ended.get("steps", config.num_steps))
     learner = load_learner(folder, facts, torch.device("cpu"))
     model, pretrained, share = None, None, 1.0
+    if config.model != COMPACT:
+        # The path of a folder says nothing to a reader; names on the Hub have a slash, too.
+        path = Path(config.model)
+        pretrained = path.name if path.is_absolute() or path.exists() else config.model
     if not isinstance(learner, PretrainedLearner):
         found = settings_of(learner.mask_criterion())
     else:
         model = re.sub("For(Universal|Instance)Segmentation$", "", type(learner.network).__name__)
         share = learner.backbone_share
-        # The path of a folder says nothing to a reader; names on the Hub have a slash, too.
-        path = Path(config.model)
-        pretrained = path.name if path.is_absolute() or path.exists() else config.model
         found = settings_of_config(learner.network.config)
         # A run says itself how points lie to each other; a configuration of Transformers knows one way only.
         assert found.points is not None and found.matching is not None
-        matching = replace(found.matching, points=replace(found.matching.points, layout=config.layout))
-        found = replace(found, points=replace(found.points, layout=config.layout), matching=matching)
+        points: dict[str, Any] = {"count": learner.num_points, "area": None, "layout": config.layout}
+        matching = replace(found.matching, points=replace(found.matching.points, **points))
+        found = replace(found, points=replace(found.points, **points), matching=matching)
+        if facts.class_weights is not None and found.classification is not None:
+            weighed = replace(found.classification, class_weights=tuple(facts.class_weights))
+            found = replace(found, classification=weighed)
     folder_of_images = config.data is not None
     training = Training(
         model=model,
@@ -137,7 +146,7 @@ def settings_of_run(folder: Path) -> MethodSettings:
         crop=config.crop,
         augmentation=Augmentation(augment.SMALLEST, augment.LARGEST, facts.one_class_maps) if config.augment else None,
         digits=not folder_of_images,
-        steps=config.num_steps,
+        steps=steps,
         batch_size=config.batch_size,
         lr=config.lr or 0.0,
         backbone_share=share,
@@ -146,6 +155,10 @@ def settings_of_run(folder: Path) -> MethodSettings:
         schedule=config.schedule,
         warmup=config.warmup,
         precision=config.precision,
+        planned=None if steps == config.num_steps else config.num_steps,
+        layer_decay=config.layer_decay,
+        ema_decay=config.ema_decay if config.ema else None,
+        best=ended.get("kept_step", kept_step(folder, config)) if config.keep == BEST else None,
     )
     version = facts.version if re.fullmatch(r"[\w.+-]{1,40}", facts.version or "") else None
     return replace(found, training=training, version=version).with_targets(folder_of_images, folder_of_images)
