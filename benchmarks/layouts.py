@@ -25,7 +25,7 @@ from maskloss.distributed import step_totals
 from maskloss.lab.bench.cases import Case
 from maskloss.lab.bench.inputs import make_inputs
 from maskloss.lab.config import TrainConfig
-from maskloss.lab.data.scenes import Plan, Scene, batches
+from maskloss.lab.data.scenes import Scene, Sharing, batches
 from maskloss.lab.loop.engine import schedule
 from maskloss.lab.loop.progress import Listener
 from maskloss.lab.loop.run import train
@@ -98,7 +98,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.learner.groups(self.config), lr=self.config.lr, betas=(0.9, 0.99))
         self.scenes = list(itertools.islice(source.held_out, 48))
         steps = range(1, config.steps + 1)
-        self.batches = batches(source, Plan(config.batch_size), config.seed, steps, 0, False)
+        self.batches = batches(source, Sharing(config.batch_size), config.seed, steps, 0, False)
 
     def step(self, number: int) -> None:
         [batch] = next(self.batches)

@@ -101,14 +101,18 @@ def cross_entropy_slope(z, s, c, logarithm, t, ALPHA: tl.constexpr, GAMMA: tl.co
 @triton.jit
 def _store_sums(block, s, t, weight, keep, DICE: tl.constexpr):
     """Sums of a block of points that both passes need."""
-    predicted, overlap, wanted = weight * s, weight * s * t, weight * t
+    tl.store(block + WEIGHTS, tl.sum(tl.where(keep, weight, 0.0), 0))
+    predicted = weight * s
     if DICE == SOFT:
-        predicted, wanted = predicted * s, wanted * t
+        predicted *= s
+    tl.store(block + PREDICTED, tl.sum(tl.where(keep, predicted, 0.0), 0))
+    overlap = weight * s * t
     if DICE == SEMIMETRIC:
         overlap = weight * tl.minimum(s, t)
-    tl.store(block + WEIGHTS, tl.sum(tl.where(keep, weight, 0.0), 0))
-    tl.store(block + PREDICTED, tl.sum(tl.where(keep, predicted, 0.0), 0))
     tl.store(block + OVERLAP, tl.sum(tl.where(keep, overlap, 0.0), 0))
+    wanted = weight * t
+    if DICE == SOFT:
+        wanted *= t
     tl.store(block + WANTED, tl.sum(tl.where(keep, wanted, 0.0), 0))
 
 
