@@ -259,6 +259,21 @@ def test_a_picture_shows_what_the_loss_reads(folder):
     assert ((crowd > 170).all(-1).mean() > 0.3) and (crowd.max(-1) < 150).mean() > 0.3
 
 
+def test_a_picture_of_a_crop_counts_the_instances_of_the_crop(tmp_path):
+    """Of four instances one lies in the crop in the middle, which one query finds; of the whole image it would not."""
+    labels = np.zeros((96, 96), np.uint8)
+    for number, (top, left) in enumerate(((2, 2), (2, 70), (70, 2), (44, 44)), start=1):
+        labels[top : top + (9 if number == 4 else 20), left : left + (9 if number == 4 else 20)] = number
+    for number in range(2):
+        Image.fromarray((labels > 0).astype(np.uint8) * 120 + 10 * number).save(tmp_path / f"{number}.png")
+        Image.fromarray(labels).save(tmp_path / f"{number}_masks.png")
+    source, _ = look(tmp_path, crop=32, queries=1)
+    picture = np.asarray(Image.open(io.BytesIO(draw(source, survey.Place(False, 0))))).astype(int)
+    # Rows and columns 32 to 64 are shown: an edge is orange, and nothing is hatched.
+    assert np.abs(picture[int(48 * 440 / 32 - 440), int(12 * 440 / 32) + 1] - (0xF5, 0xA3, 0x00)).max() < 90
+    assert not ((picture > 190) & (picture < 210)).all(-1).any()
+
+
 def test_the_page_and_the_table(folder, tmp_path, capsys):
     status, page = check(folder.root, tmp_path / "page.html", "--size", "48", "--val", "0.4")
     printed = capsys.readouterr().out

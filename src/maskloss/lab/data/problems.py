@@ -76,8 +76,8 @@ class Problems:
         if self.on_error != LOOK:
             raise error
         self.asked.append(error)
-        _, cause, hint = error.parts or ("", str(error), "")
-        self.note(SUSPICIOUS, f"training would not start: {cause} ({hint})", count=0)
+        rule, cause, hint = error.parts or ("", str(error), "")
+        self.note(SUSPICIOUS, f"training would not start: {cause} ({rule}; {hint})", count=0)
 
     def note(self, kind: str, what: str, example: str = "", count: int = 1) -> None:
         """Note a finding, or count one that was noted before.

@@ -142,7 +142,7 @@ def draw(source: FolderScenes, place: Place) -> bytes:
     """
     entry, reading = source.found.part(place.held_out)[place.number], source.reading
     loaded = truth.load(entry)
-    window = _window(entry.height, entry.width, place.box, reading.crop)
+    window = around = _window(entry.height, entry.width, place.box, reading.crop)
     scale = magnification(entry, reading)
     # What the model sees of this part: as many pixels, no more.
     frame = max(window.height, window.width)
@@ -156,14 +156,20 @@ def draw(source: FolderScenes, place: Place) -> bytes:
     # Sharp pixels where there are few, so that one sees how few.
     way = pillow.Resampling.NEAREST if max(sides) < _SIDE // 2 else pillow.Resampling.BILINEAR
     canvas = np.asarray(small.resize((width, height), way)).astype(np.float32)
-    packed = loaded.pack(View.whole(entry.height, entry.width), (entry.height, entry.width), reading.most)
+    if reading.crop is None:
+        view, most = View.whole(entry.height, entry.width), reading.most
+    else:
+        # What a crop shows counts against the queries, and not the whole image.
+        view, most = View(*window), reading.most if place.box is None else None
+        window = _Window(0, 0, window.height, window.width)
+    packed = loaded.pack(view, view.size, most)
     one_class = len(source.class_names) == 1
     for number, label in enumerate(packed.labels.tolist()):
         color = COLORS[number % len(COLORS)] if one_class else class_color(label)
         _paint(canvas, packed.masks.select([[number]]).dense()[0], window, color)
     _hatch(canvas, _ignored(packed.masks), window)
     if place.box is not None:
-        _point_at(canvas, place.box, window)
+        _point_at(canvas, place.box, around)
     buffer = io.BytesIO()
     pillow.fromarray(canvas.round().clip(0, 255).astype(np.uint8)).save(buffer, "WEBP", quality=88)
     return buffer.getvalue()
