@@ -474,6 +474,33 @@ def test_layers_without_masks_have_no_mask_terms() -> None:
         whole(bare, targets)
 
 
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_layer_without_masks_in_a_criterion(backend: str, missing: int) -> None:
+    """Its classes are matched and learned, its mask terms are left out; the other layers are as without it."""
+    classes, masks = predictions(2, sizes=[(9, 12), (16, 7), (8, 8)])
+    targets = entries((3, 2))
+    targets[0]["has_mask"] = torch.tensor([True, False, True])
+    given = [None if layer == missing else each for layer, each in enumerate(masks)]
+    module = criterion(backend)
+    whole = module(classes, masks, targets, seed=1)
+    out = module(classes, given, targets, seed=1, unlabeled=[torch.zeros(20, 26, dtype=torch.bool), None])
+    others = [layer for layer in range(3) if layer != missing]
+    names = set(whole.as_dict()) - set(out.as_dict())
+    assert names == ({"loss_mask_0", "loss_dice_0"} if missing == 0 else {"loss_mask", "loss_dice"})
+    rest = module([classes[layer] for layer in others], [masks[layer] for layer in others], targets, seed=1)
+    for term in ("loss_class", "loss_mask", "loss_dice"):
+        torch.testing.assert_close(getattr(out, term)[others], getattr(rest, term))
+    assert out.loss_mask[missing] == out.loss_dice[missing] == 0
+    torch.testing.assert_close(torch.stack([*out.as_dict(weighted=True).values()]).sum(), out.total)
+    by_class = HungarianMatcher(mask_weight=0.0, dice_weight=0.0, num_points=60, backend=backend)
+    alone = by_class(classes[missing], masks[missing], targets)
+    for one, other in zip(out.matches.pairs(missing), alone.pairs(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    torch.autograd.grad(out.total, [*classes, *(each for each in given if each is not None)])
+    with pytest.raises(MaskLossError, match=r"mask_logits must be a tensor"):
+        module(classes, [None] * 3, targets)
+
+
 def test_masks_and_logits_with_a_channel(backend: str) -> None:
     logits, masks = torch.randn(3, 8, 8), torch.rand(3, 12, 12) > 0.5
     loss = MaskLoss(sampling=FEW, backend=backend)

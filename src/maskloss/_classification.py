@@ -157,26 +157,30 @@ def annotated_classes(given: Any, batch: int, num_classes: int, device: torch.de
 
 
 @torch.no_grad()
-def unlabeled_shares(given: Any, layers: Sequence[Layer], step: Step, num_points: int, layout: str) -> Tensor:
+def unlabeled_shares(given: Any, layers: Sequence[Layer | None], step: Step, num_points: int, layout: str) -> Tensor:
     """Compute the share of each predicted mask that lies in the unlabeled region of its image: `[L, B, Q]`.
 
         sum over points of sigma(z) [inside] / sum over points of sigma(z)
 
     Args:
         given: bool `[H, W]` of each image, or None for one without a region.
-        layers: mask logits `[B, Q, h, w]`, or their factors, of each layer.
+        layers: mask logits `[B, Q, h, w]`, or their factors, of each layer; None, without masks, has no share.
         step: the targets, whose frames the regions lie in, and what decides the points.
         num_points: uniform points, those of the matching.
         layout: see `PointSampling`.
     """
     points = match_points(step.targets.windows, Draw(step.image_ids, step.seed, num_points, layout=layout))
     inside = ignored(points, *_regions(given, step))[:, None]
-    found = []
+    found: list[Tensor | None] = []
     for layer in layers:
+        if layer is None:
+            found.append(None)
+            continue
         probability = _sampled(layer, points).sigmoid()
         tiny = torch.finfo(probability.dtype).tiny
         found.append((probability * inside).sum(-1) / probability.sum(-1).clamp(min=tiny))
-    return torch.stack(found)
+    nothing = next(torch.zeros_like(shares) for shares in found if shares is not None)
+    return torch.stack([nothing if shares is None else shares for shares in found])
 
 
 def _regions(given: Any, step: Step) -> tuple[Tensor, Tensor]:

@@ -99,22 +99,27 @@ def check_maps(name: str, maps: Tensor, shape: str, *, min_size: int = 1) -> Non
         raise Cause(f"{name} must have at least one pixel", f"got {list(maps.shape)}", "check the sizes upstream")
 
 
-def check_layers(name: str, layers: Layer | Sequence[Layer], shape: str) -> list[Layer]:
-    """List the logits of one layer, or of a sequence of decoder layers, dense or as factors, after checking them."""
-    listed = list(layers) if isinstance(layers, Sequence) else [layers]
+def check_layers(name: str, layers: Layer | Sequence[Layer | None], shape: str) -> list[Layer | None]:
+    """List the logits of one layer, or of a sequence of decoder layers, dense or as factors, after checking them.
+
+    Some layers, but not all, may have None.
+    """
+    listed: list[Layer | None] = list(layers) if isinstance(layers, Sequence) else [layers]
     if not listed:
         raise Cause(f"{name} must have at least one decoder layer", "the sequence is empty", "give the final layer's")
-    for layer in listed:
+    present = [layer for layer in listed if layer is not None]
+    for layer in present or listed:
         if not isinstance(layer, MaskFactors):
             clips = isinstance(layer, Tensor) and layer.ndim == 5
-            check_maps(name, layer, "[B, Q, T, h, w]" if clips else shape)
-    first = listed[0]
+            check_maps(name, layer, "[B, Q, T, h, w]" if clips else shape)  # type: ignore[arg-type]
+    first = present[0]
     for number, layer in enumerate(listed):
+        layer = first if layer is None else layer
         same = (layer.shape[:-2], layer.dtype, layer.device) == (first.shape[:-2], first.dtype, first.device)
         if not same:
             raise Cause(
                 f"{name} of all decoder layers must agree in batch size, queries, dtype and device",
-                f"layer 0 is {list(first.shape[:-2])} {first.dtype} on {first.device}, "
+                f"the first are {list(first.shape[:-2])} {first.dtype} on {first.device}, "
                 f"layer {number} is {list(layer.shape[:-2])} {layer.dtype} on {layer.device}",
                 "convert them to one dtype and device",
             )

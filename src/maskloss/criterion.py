@@ -19,7 +19,7 @@ from maskloss.distributed import Group, StepTotals
 from maskloss.errors import Cause, describe, reported
 from maskloss.layers import Layer
 from maskloss.loss import InstanceLosses, MaskLoss, by_layer, check_instance_weights, term_of
-from maskloss.matcher import HungarianMatcher, check_predictions, stack_costs
+from maskloss.matcher import HungarianMatcher, check_layers_of_masks, stack_costs
 from maskloss.matches import Matches, Pairs
 from maskloss.options import (
     CLASS_WEIGHT,
@@ -50,6 +50,8 @@ class CriterionOutput(NamedTuple):
         matches: which query belongs to which target.
         seed: int64 `[]`, the seed of the points.
         weights: class_weight, mask_weight and dice_weight, by which `total` weighs the three terms.
+        mask_layers: the numbers of the layers that have masks; the others' mask terms are 0, and `as_dict` leaves them
+            out. `per_instance` has the instances of these layers.
     """
 
     total: Tensor
@@ -60,6 +62,7 @@ class CriterionOutput(NamedTuple):
     matches: Matches
     seed: Tensor
     weights: tuple[float, float, float]
+    mask_layers: tuple[int, ...]
 
     def __getitem__(self, key: Any) -> Any:
         """Return a term by its name in `as_dict()`, or a field by its number."""
@@ -78,8 +81,12 @@ class CriterionOutput(NamedTuple):
         if weighted:
             terms = {name: weight * term for (name, term), weight in zip(terms.items(), self.weights, strict=True)}
         final = {name: values[-1] for name, values in terms.items()}
-        layers = range(len(self.loss_class) - 1)
-        return final | {f"{name}_{layer}": values[layer] for layer in layers for name, values in terms.items()}
+        last = len(self.loss_class) - 1
+        named = final | {f"{name}_{layer}": values[layer] for layer in range(last) for name, values in terms.items()}
+        for layer in set(range(last + 1)) - set(self.mask_layers):
+            suffix = "" if layer == last else f"_{layer}"
+            del named[f"loss_mask{suffix}"], named[f"loss_dice{suffix}"]
+        return named
 
 
 class MaskCriterion(nn.Module):
@@ -208,7 +215,7 @@ class MaskCriterion(nn.Module):
     def forward(
         self,
         class_logits: Tensor | Sequence[Tensor],
-        mask_logits: Layer | Sequence[Layer],
+        mask_logits: Layer | Sequence[Layer | None],
         targets: Entries | Mapping[str, Any],
         *,
         matches: Matches | Pairs | Sequence[Pairs] | None = None,
@@ -228,7 +235,8 @@ class MaskCriterion(nn.Module):
             class_logits: `[B, Q, C + 1]` (`[B, Q, C]` for classification "focal"), or a sequence over decoder layers,
                 the final one last.
             mask_logits: `[B, Q, h, w]`, dense or as `MaskFactors`, or a sequence over decoder layers; h and w may
-                differ by layer. Where some layers are dense, factors of the others are formed. Those of clips are
+                differ by layer. Where some layers are dense, factors of the others are formed. A layer without masks
+                has None: it is matched by its classes and `extra_costs`, and has no mask terms. Those of clips are
                 `[B, Q, T, h, w]`: a query has one class, and a mask in each of T frames.
             targets: one dict per image: "labels" int64 `[T]` in [0, C), and "masks": a `MaskTargets` of the image,
                 dense `[T, H, W]`, or a label map `[H, W]` along with "ids" (default: all that occur in it but 0). A
@@ -267,16 +275,17 @@ class MaskCriterion(nn.Module):
                 by the matching, and on a CPU), or totals without the weights that are used here.
         """
         softmax = self.classification == "softmax"
-        stacked, logits = check_predictions(class_logits, mask_logits, no_object=softmax)
+        stacked, logits = check_layers_of_masks(class_logits, mask_logits, no_object=softmax)
         if stacked.shape[3] != self.num_classes + softmax:
             raise Cause(
                 f"class_logits must have {_entries(softmax)} = {self.num_classes + softmax} entries",
                 f"got {stacked.shape[3]}",
                 'num_classes excludes "no object". Softmax logits have one extra entry for it; sigmoid logits do not',
             )
+        given = [layer for layer in logits if layer is not None]
         step = Step.begin(
             collate(targets, self.rules.ignore_value),
-            [*logits, stacked],
+            [*given, stacked],
             self.rules,
             totals=totals,
             image_ids=image_ids,
@@ -289,32 +298,40 @@ class MaskCriterion(nn.Module):
         weights, weighs = None, "drop_empty" if self.rules.drop_empty else '"has_mask" of the targets'
         if instance_weights is not None:
             joined, weighs = joined_weights(instance_weights, step.targets), "instance_weights"
-            weights = check_instance_weights(joined, step.targets.num_masks, logits[0])
-        weights = step.mask_weights(found, weights, accumulation_dtype(logits[0].dtype))
+            weights = check_instance_weights(joined, step.targets.num_masks, given[0])
+        dtype = accumulation_dtype(given[0].dtype)
+        matched = step.mask_weights(found, weights, dtype)
         clips = self.mask_loss.clips
-        counted = weights_of_divisor(clips, found, step.targets, weights)
+        counted = weights_of_divisor(clips, found, step.targets, matched)
         partial = self._partial(unlabeled, annotated_classes, logits, step)
         untaught = None
         if softmax and partial.shares is not None:
             untaught = torch.where(wanted == self.num_classes, partial.shares, 0.0).flatten(1).sum(1)
-        weighs = weighs if weights is not None else "clips"
+        weighs = weighs if matched is not None else "clips"
         counts = self._counts(step, found, counted, weighs, wanted, stacked, untaught)
         instances = _given_or(counts.instance_weight, counts.instances)
         divisor = distributed.at_least_one(instances * frames_of_divisor(clips, step.targets))
-        reduction = ops.Reduction(self.mask_weight, self.dice_weight, divisor, weights)
-        ce, dice, losses = self.mask_loss.layer_terms(logits, found, step, reduction)
+        layers = [number for number, layer in enumerate(logits) if layer is not None]
+        shown = found.of_layers(layers)
+        if shown is not found:
+            matched = step.mask_weights(shown, weights, dtype)
+            divisor = divisor[layers] if isinstance(divisor, Tensor) and divisor.ndim else divisor
+        reduction = ops.Reduction(self.mask_weight, self.dice_weight, divisor, matched)
+        ce, dice, losses = self.mask_loss.layer_terms(given, shown, step, reduction)
+        if shown is not found:
+            ce, dice = (_spread(term, layers, len(logits)) for term in (ce, dice))
         loss_class = self._classify(stacked, wanted, counts, partial)
         factors = (self.class_weight, self.mask_weight, self.dice_weight)
         summed = torch.add(self.class_weight * loss_class, ce, alpha=self.mask_weight)
         total = torch.add(summed, dice, alpha=self.dice_weight).sum()
-        return CriterionOutput(total, loss_class, ce, dice, losses, found, step.seed, factors)
+        return CriterionOutput(total, loss_class, ce, dice, losses, found, step.seed, factors, tuple(layers))
 
     def _matches(
         self,
         given: Matches | Pairs | Sequence[Pairs] | None,
         extra_costs: Sequence[Tensor] | None,
         class_logits: Tensor,
-        mask_logits: Sequence[Layer],
+        mask_logits: Sequence[Layer | None],
         step: Step,
     ) -> Matches:
         """Match, or take matches that were made elsewhere."""
@@ -325,11 +342,11 @@ class MaskCriterion(nn.Module):
             raise Cause("give matches or extra_costs, not both", "both were given", "with matches nothing is matched")
         return step.given(given, len(mask_logits), class_logits.shape[2], self.num_classes)
 
-    def _partial(self, unlabeled: Any, annotated: Any, mask_logits: Sequence[Layer], step: Step) -> Partial:
+    def _partial(self, unlabeled: Any, annotated: Any, mask_logits: Sequence[Layer | None], step: Step) -> Partial:
         """Take what is said of images that are annotated partly."""
         shares = classes = None
         if unlabeled is not None:
-            if mask_logits[0].ndim != 4:
+            if any(layer is not None and layer.ndim != 4 for layer in mask_logits):
                 raise Cause("unlabeled regions belong to images", "the logits are those of clips", "leave them out")
             if step.totals is not None and self.classification == "softmax":
                 raise Cause("give totals or unlabeled, not both", "both were given", "shares depend on the predictions")
@@ -445,6 +462,12 @@ class MaskCriterion(nn.Module):
 
 def _entries(softmax: bool) -> str:
     return "num_classes + 1" if softmax else "num_classes"
+
+
+def _spread(terms: Tensor, layers: Sequence[int], count: int) -> Tensor:
+    """Put the terms of some layers at their places among those of all, `[L]`, which are 0."""
+    where = torch.tensor(layers, device="cpu").to(terms.device, non_blocking=True)
+    return terms.new_zeros(count).index_copy(0, where, terms)
 
 
 def _given_or(given: float | Tensor | None, otherwise: float | Tensor) -> float | Tensor:

@@ -106,7 +106,7 @@ class HungarianMatcher(nn.Module):
     def forward(
         self,
         class_logits: Tensor | Sequence[Tensor],
-        mask_logits: Layer | Sequence[Layer],
+        mask_logits: Layer | Sequence[Layer | None],
         targets: Entries | Mapping[str, Any],
         *,
         extra_costs: Sequence[Tensor] | None = None,
@@ -119,8 +119,9 @@ class HungarianMatcher(nn.Module):
         Args:
             class_logits: `[B, Q, C + 1]`, or a sequence of them; the last class is "no object". `[B, Q, C]` for
                 classification "focal".
-            mask_logits: `[B, Q, h, w]`, dense or as `MaskFactors`, or a sequence of them. Those of clips are
-                `[B, Q, T, h, w]`: whole clips are matched, at the same P points in each of T frames.
+            mask_logits: `[B, Q, h, w]`, dense or as `MaskFactors`, or a sequence of them, in which a layer without
+                masks has None. Those of clips are `[B, Q, T, h, w]`: whole clips are matched, at the same P points in
+                each of T frames.
             targets: one dict per image with "masks" and "labels" (see `MaskCriterion`).
             extra_costs: more terms of the cost, of boxes for instance, with their weights: `[Q, T]` for each image, or
                 `[L, Q, T]` for several layers. Default: none.
@@ -134,9 +135,11 @@ class HungarianMatcher(nn.Module):
         Raises:
             MaskLossError: wrong rank, dtype or device, numbers that do not pair up, or labels outside the classes.
         """
-        stacked, logits = check_predictions(class_logits, mask_logits, no_object=self.classification == "softmax")
+        softmax = self.classification == "softmax"
+        stacked, logits = check_layers_of_masks(class_logits, mask_logits, no_object=softmax)
+        given = [layer for layer in logits if layer is not None]
         batch = collate(targets, self.rules.ignore_value)
-        step = Step.begin(batch, logits, self.rules, image_ids=image_ids, seed=seed, generator=generator)
+        step = Step.begin(batch, given, self.rules, image_ids=image_ids, seed=seed, generator=generator)
         extra = None if extra_costs is None else stack_costs(extra_costs, stacked, step.targets)
         return self.match(stacked, logits, step, extra)
 
@@ -261,11 +264,26 @@ def _by_image(labels: Tensor, targets: MaskTargets) -> Tensor:
 def check_predictions(
     class_logits: Tensor | Sequence[Tensor], mask_logits: Layer | Sequence[Layer], *, no_object: bool = True
 ) -> tuple[Tensor, list[Layer]]:
+    """Check the predictions of all decoder layers, all of which must have masks; see `check_layers_of_masks`."""
+    stacked, masks = check_layers_of_masks(class_logits, mask_logits, no_object=no_object)
+    given = [layer for layer in masks if layer is not None]
+    if len(given) < len(masks):
+        raise Cause(
+            "mask_logits must be given in every decoder layer",
+            f"layer {masks.index(None)} of {len(masks)} has none",
+            "leave the layer out, of the class logits too",
+        )
+    return stacked, given
+
+
+def check_layers_of_masks(
+    class_logits: Tensor | Sequence[Tensor], mask_logits: Layer | Sequence[Layer | None], *, no_object: bool = True
+) -> tuple[Tensor, list[Layer | None]]:
     """Check the predictions of all decoder layers.
 
     Args:
         class_logits: `[B, Q, C + 1]`, or a sequence over decoder layers.
-        mask_logits: `[B, Q, h, w]`, or a sequence over decoder layers.
+        mask_logits: `[B, Q, h, w]`, or a sequence over decoder layers; None for a layer without masks.
         no_object: whether the last class is "no object", so that there must be two classes at least.
 
     Returns:
@@ -280,7 +298,8 @@ def check_predictions(
             f"{len(classes)} layers of classes but {len(masks)} of masks",
             "give both for every layer; list(...) takes stacked ones apart",
         )
-    wanted, shape = masks[0].shape[:2], "[B, Q, C + 1]" if no_object else "[B, Q, C]"
+    first = next(layer for layer in masks if layer is not None)
+    wanted, shape = first.shape[:2], "[B, Q, C + 1]" if no_object else "[B, Q, C]"
     for layer, logits in enumerate(classes):
         check_layout("class_logits", logits)
         if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
@@ -299,5 +318,5 @@ def check_predictions(
                 f"those of layer {layer} are {list(logits.shape)}, B and Q are {list(wanted)}",
                 "both heads must read the same queries",
             )
-        check_device("class_logits", logits.device, masks[0].device)
+        check_device("class_logits", logits.device, first.device)
     return _inputs.accumulated(_inputs.stack(classes)), masks

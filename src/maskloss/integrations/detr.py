@@ -549,16 +549,4 @@ def _predictions(layers: Sequence[Outputs], *, no_object: bool) -> tuple[Tensor,
     """Check the class logits, and the masks of those layers that have some; the first must have them."""
     classes = [_entry(layer, "pred_logits", number) for number, layer in enumerate(layers)]
     masks = [None if n and layer.get("pred_masks") is None else find_masks(layer) for n, layer in enumerate(layers)]
-    present = [number for number, each in enumerate(masks) if each is not None]
-    given = [each for each in masks if each is not None]
-    stacked, _ = core.check_predictions([classes[number] for number in present], given, no_object=no_object)
-    if len(present) == len(layers):
-        return stacked, masks
-    for number, each in enumerate(classes):
-        if each.shape != classes[0].shape or each.device != classes[0].device:
-            raise Cause(
-                "pred_logits of all layers must agree in shape and device",
-                f"the final layer's are {describe(classes[0])}, entry {number - 1} of the others has {describe(each)}",
-                "both heads must read the same queries",
-            )
-    return _inputs.accumulated(torch.stack(classes)), masks
+    return core.check_layers_of_masks(classes, masks, no_object=no_object)
