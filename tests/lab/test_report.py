@@ -248,3 +248,18 @@ def test_the_clock_measures_what_is_inside_once():
         logits.sum().backward()
     assert clock.seconds == {"model": 4 + 4, "loss": 2 + 1}
     assert list(clock.shares()) == list(PARTS) and sum(clock.shares().values()) == pytest.approx(1)
+
+
+def test_the_report_of_a_folder_can_be_repeated_and_has_no_bar_without_a_score(source, learner, tmp_path):
+    made = material(source, learner)._replace(history=[], shown=[], shots=[], probe=None, hardest=[])
+    facts = made.facts._replace(
+        config=TrainConfig(data="my photos", lr=1e-3, augment=False, workers=0), version="1.2.3"
+    )
+    scores = dataclasses.replace(made.evaluation, ap_small=0.25, ap_medium=float("nan"), ap_large=float("nan"))
+    page = report.write(tmp_path, made._replace(facts=facts, evaluation=scores))[0].read_text()
+    assert "<pre>maskloss train --data &#39;my photos&#39; --no-augment --workers 0 --lr 0.001</pre>" in page
+    assert "<dt>maskloss</dt><dd>1.2.3</dd>" in page and "prefers-color-scheme: dark" in page
+    # What means something for generated scenes only.
+    assert "<dt>held out</dt>" not in page and "held-out scenes of digits" not in page
+    assert '<span title="small">small</span>' in page and '<span title="medium">' not in page and ">–<" not in page
+    assert '<span class="kind suspicious">suspicious</span>a &lt;thing&gt;: 2' in page
