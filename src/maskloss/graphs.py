@@ -83,6 +83,9 @@ def bucket(count: int, sizes: Sequence[int] = (8, 16, 32, 64, 128, 256, 512, 102
         count: the largest number of targets of an image.
         sizes: the buckets, growing. Default: powers of two.
 
+    Returns:
+        One of the sizes.
+
     Raises:
         MaskLossError: none is large enough.
 
