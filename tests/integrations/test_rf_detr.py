@@ -132,6 +132,29 @@ def test_the_divisor_may_be_given_and_packing_and_matching_run_once(monkeypatch:
         torch.testing.assert_close(once[name], value * 10, rtol=0.1, atol=0)
 
 
+def test_void_pixels_and_empty_masks(backend: str) -> None:
+    """What lies below void pixels does not matter, and an empty mask has no terms, in loss and matching."""
+    outputs, targets, _ = batch()
+    size = targets[0]["masks"].shape[-1]
+    void = torch.zeros(size, size, dtype=torch.bool)
+    void[:, size // 2 :] = True
+    targets[0]["masks"][1] = False
+
+    def losses(changed: Any, **options: Any) -> list[float]:
+        entries = [entry | {"masks": changed(entry["masks"])} for entry in targets]
+        torch.manual_seed(0)
+        with rf_detr.patch(backend=backend, **options):
+            return [value.item() for value in Criterion()(outputs, entries).values()]
+
+    found = losses(lambda masks: masks.byte().masked_fill(void, 255), ignore_value=255)
+    assert found == losses(lambda masks: MaskTargets.from_masks(masks & ~void, ignore=void))
+    assert found != losses(lambda masks: masks & ~void)
+    kept, dropped = losses(lambda masks: masks), losses(lambda masks: masks, drop_empty=True)
+    assert all(without < whole for without, whole in zip(dropped, kept, strict=True))
+    with pytest.raises(MaskLossError, match="ignore_value=255"):
+        losses(lambda masks: masks.byte().masked_fill(void, 255))
+
+
 def test_it_is_undone() -> None:
     before = [dict(vars(kind)) for kind in (Criterion, Matcher)]
     handle = rf_detr.patch()
