@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from maskloss import MaskLossError, PointSampling
+from maskloss import MaskLossError, PointSampling, ops
 from maskloss.lab.bench import measure, plots, rf_detr, runner, table, worker
 from maskloss.lab.bench.arms import ARMS, MasklossArm, make_arm
 from maskloss.lab.bench.cases import FAMILIES, PEERS, PRESETS, STRATIFIED, Case, choose, family
@@ -436,6 +436,14 @@ def test_workers_wait_as_users_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- workers and runner
+
+
+def test_a_group_of_queries_is_what_decides_where_an_assignment_is_solved() -> None:
+    cost = torch.rand(1, 1, 2600, 2)
+    for groups, waits in ((13, 0), (1, 1)):
+        with StepCounter(CPU) as counter:
+            ops.assign(cost, torch.tensor([0, 1]), torch.zeros(1, 11, dtype=torch.int64), [2], 3, groups=groups)
+        assert counter.transfers.total() == waits
 
 
 @pytest.mark.parametrize("name", ["tiny-rf-detr", "tiny-rf-detr-head"])

@@ -106,7 +106,7 @@ class _Operations(TorchDispatchMode):
         on_cpu = self.device.type == "cpu"
         if name.endswith("match_cost"):
             self.backend = args[-1]
-        if on_cpu and name == "assign" and self._solved_on_host(*args[:1]):
+        if on_cpu and name == "assign" and self._solved_on_host(args[0], args[-1]):
             self.counter.transfers[name] += 1
         hidden = on_cpu and (name == "assign" or "cpu" in args)
         self.blind += hidden
@@ -118,8 +118,8 @@ class _Operations(TorchDispatchMode):
         finally:
             self.blind -= hidden
 
-    def _solved_on_host(self, cost: Tensor) -> bool:
-        return self.backend == "reference" or max(cost.shape[2:]) > WIDEST_ON_DEVICE
+    def _solved_on_host(self, cost: Tensor, groups: int) -> bool:
+        return self.backend == "reference" or max(cost.shape[2] // groups, cost.shape[3]) > WIDEST_ON_DEVICE
 
     def _waits(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         if name in _COPIES and self.device.type != "cpu":
