@@ -46,7 +46,9 @@ class Tile(NamedTuple):
 
 def tile_of(targets: int, dtype: torch.dtype, term: Term) -> Tile:
     """Choose a tile by number of targets, such that no option needs more registers than there are."""
-    if dtype == torch.float64 or term.dice_kind == SEMIMETRIC:
+    if term.dice_kind == SEMIMETRIC:
+        return Tile(16, 16, 16, 4)
+    if dtype == torch.float64:
         return Tile(16, 32, 16, 8)
     wide = min(max(16, 1 << (targets - 1).bit_length()), 128)
     if wide == 128:
@@ -159,7 +161,8 @@ def add_terms(
     splits, num_points = parts[0].shape[0], shared.num_points
     per_split = cdiv(cdiv(num_points, splits), tile.points) * tile.points
     programs = len(span.layers) * batch * cdiv(queries, tile.queries) * splits * cdiv(widest, tile.targets)
-    options = {**focal_options(term.gamma, bounded=sampled and tile.targets > 32), "num_warps": tile.warps}
+    bounded = (sampled and tile.targets > 32) or term.dice_kind == SEMIMETRIC
+    options = {**focal_options(term.gamma, bounded=bounded), "num_warps": tile.warps}
     match_terms[(programs,)](
         span.layers, span.first, cells, fractions, shared.weighted, shared.weights, *parts, shared.order.numel(),
         num_points, splits, per_split, batch, queries, widest, num_rows, *geometry(first),
