@@ -10,28 +10,30 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
-from fake_devices import lend_guards, watched
 from torch import Tensor
-from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from maskloss import MaskTargets, PointSampling
 from maskloss._abi import INDEX_COLUMNS, Draw, Factors, Gradients, Instances, Job, Targets, Term
 from maskloss.lab.bench.cases import PRESETS, Case
-from maskloss.ops import factored, gpu
-from maskloss.ops.gpu import assignment, cost, loss
-from maskloss.ops.gpu import features as sampling
+from maskloss.ops import factored
+from support.fake_devices import lend_guards, watched
 
 GROWN = {"layers": {"layers": 3}, "images": {"batch": 4}, "queries": {"queries": 400}, "targets": {"targets": 7}}
 
 
-def launches(case: Case) -> dict[str, dict[str, int]]:
+def launches(gpu: Any, case: Case) -> dict[str, dict[str, int]]:
     """Count launches by operation and kernel, for a step forward and backward; a head gives factors."""
     found: dict[str, dict[str, int]] = {}
     counter: Counter[str] = Counter()
-    JITFunction.run = lambda self, *_, **__: counter.update([self.__name__])  # type: ignore[method-assign]
+    jit = import_module("triton.runtime.jit")
+    jit.JITFunction.run = lambda self, *_, **__: counter.update([self.__name__])
 
     def noted(name: str, result: Any) -> Any:
         found[name] = dict(counter)
@@ -80,8 +82,9 @@ def launches(case: Case) -> dict[str, dict[str, int]]:
 
 if __name__ == "__main__":
     lend_guards()
-    for module in (gpu, assignment, cost, loss, sampling):
-        module.on_device = lambda _: nullcontext()  # type: ignore[attr-defined]
+    backend = import_module("maskloss.ops.gpu")
+    for name in ("", ".assignment", ".cost", ".loss", ".features"):
+        import_module(f"maskloss.ops.gpu{name}").on_device = lambda _: nullcontext()  # type: ignore[attr-defined]
     grown = {f"coco, {name}": replace(PRESETS["coco"], **sizes) for name, sizes in GROWN.items()}
     grown["rf-detr, groups"] = replace(PRESETS["rf-detr"], groups=26)
-    sys.stdout.write(json.dumps({name: launches(case) for name, case in {**PRESETS, **grown}.items()}))
+    sys.stdout.write(json.dumps({name: launches(backend, case) for name, case in {**PRESETS, **grown}.items()}))
