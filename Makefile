@@ -61,6 +61,10 @@ long: $(VENV)/.dev ## Train several models to compare what they learn (tests mar
 bounds: $(VENV)/.dev ## Run the tests of the operations with bounds checks in the CPU kernels
 	@NUMBA_BOUNDSCHECK=1 $(PYTEST) tests/ops -m "not gpu" $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(VENV)/.dev ## Drive the public API and its readers at random (ARGS="--examples 20000 --seed 1 --write docs/fuzz.json")
+	@PYTHONPATH=tests nice -n 19 $(PY) -m fuzz $(ARGS)
+
 # In environments of their own, with what pip or uv chooses from the ranges of pyproject.toml.
 .PHONY: oldest newest nightly
 oldest: INSTALL := .venv-oldest/bin/uv pip install -q --python .venv-oldest/bin/python --torch-backend cpu --resolution lowest-direct

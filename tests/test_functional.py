@@ -169,3 +169,18 @@ def test_numbers_that_are_refused(function: Any, options: dict[str, Any]) -> Non
 def test_numbers_of_the_pairwise_cost_that_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(MaskLossError, match="focal_"):
         functional.pairwise_mask_cost(torch.zeros(2, 3), torch.zeros(2, 3), **options)
+
+
+@pytest.mark.parametrize("focal", [None, (None, 0.0), (0.25, 2.0)])
+def test_the_derivative_at_a_logit_of_zero(focal: tuple[float | None, float] | None) -> None:
+    """Logits begin at exact zeros where a layer does; the largest of z and 0 has a corner there, its sum has none."""
+    t = torch.tensor([[0.0, 0.3, 1.0]], dtype=torch.float64)
+    slopes = []
+    for value in (0.0, 1e-9):
+        z = torch.full((1, 3), value, dtype=torch.float64, requires_grad=True)
+        if focal is None:
+            loss = functional.mask_bce(z, t)
+        else:
+            loss = functional.mask_focal(z, t, alpha=focal[0], gamma=focal[1])
+        slopes.append(*torch.autograd.grad(loss.sum(), z))
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=0, atol=1e-8)

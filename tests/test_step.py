@@ -108,6 +108,7 @@ def test_micro_batches_of_a_drop_in_add_up(classification: str) -> None:
         assert_close(summed[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="PyTorch 2.6 compiles no criterion into one graph")
 def test_compiled_code_is_told() -> None:
     """Every step anew, and compiled once for all seeds and totals."""
     inputs = batch()

@@ -84,8 +84,8 @@ def softmax_loss(
     taught = partial.taught(wanted, no_object)
     nll = nll if taught is None else nll.view(wanted.shape) * taught
     total = weight_sums(wanted, weights) if total_weight is None else total_weight
-    # A total of 0 divides only zeros; bounded without waiting for a device.
-    bound = total.clamp(min=torch.finfo(total.dtype).tiny) if isinstance(total, Tensor) else total or 1.0
+    # A total of 0 divides only zeros. By 1: the gradient of a division by less can overflow, and 0 times that is NaN.
+    bound = torch.where(total > 0, total, 1.0) if isinstance(total, Tensor) else total or 1.0
     return nll.view(len(class_logits), -1).sum(1) / bound
 
 

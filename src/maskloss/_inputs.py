@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._numbers import check_number
+from maskloss._numbers import FLOATS, check_number
 from maskloss._tracing import active, as_tensor, on_host
 from maskloss.errors import Cause, check_device, check_layout, describe
 from maskloss.factors import MaskFactors
@@ -16,15 +16,13 @@ from maskloss.layers import Layer
 from maskloss.points import PointSampling
 from maskloss.targets import MaskTargets
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise if a value is none of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise Cause(
             f"{name} must be one of {', '.join(choices)}",
-            f"{name}={value!r}",
+            f"{name}={describe(value)}",
             f"{choices[0]!r} is the default",
         )
 
@@ -89,7 +87,7 @@ def check_maps(name: str, maps: Tensor, shape: str, *, min_size: int = 1) -> Non
             f"got {maps.ndim} dimensions",
             f"add or drop dimensions until {name} has {wanted}",
         )
-    if maps.dtype not in _DTYPES:
+    if maps.dtype not in FLOATS:
         raise Cause(
             f"{name} must be float16, bfloat16, float32 or float64",
             f"got {maps.dtype}",

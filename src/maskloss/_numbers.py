@@ -6,9 +6,19 @@ import math
 import operator
 import sys
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
 
 from maskloss.errors import Cause, describe
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_float(value: object) -> TypeGuard[Tensor]:
+    """Whether something is a tensor of floats; PyTorch stores those of 8 bits and computes nothing with them."""
+    return isinstance(value, Tensor) and value.dtype in FLOATS
 
 
 def is_number(value: Any) -> bool:
@@ -21,7 +31,7 @@ def is_number(value: Any) -> bool:
 def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, hint: str) -> float:
     """Raise if something is no finite number in [least, most]."""
     if not is_number(value) or not least <= value <= most:
-        raise Cause(f"{name} must be a finite number{_limits(least, most)}", f"{name}={value!r}", hint)
+        raise Cause(f"{name} must be a finite number{_limits(least, most)}", f"{name}={describe(value)}", hint)
     return float(value)
 
 
@@ -29,12 +39,11 @@ def check_integer(name: str, value: Any, least: int, most: float = math.inf, *, 
     """Raise if something is no integer in [least, most]; NumPy's are integers too."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # a tensor without data raises the latter
         number = None
     # 64 bits at most, for what is computed with it.
     if number is None or not least <= number <= min(most, 2**63 - 1):
-        shown = describe(value) if isinstance(value, int) else repr(value)
-        raise Cause(f"{name} must be an integer{_limits(least, most)}", f"{name}={shown}", hint)
+        raise Cause(f"{name} must be an integer{_limits(least, most)}", f"{name}={describe(value)}", hint)
     return number
 
 

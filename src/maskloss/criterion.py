@@ -494,7 +494,7 @@ def _checked_matcher(
     if groups is not None and matcher.groups != groups:
         raise Cause(
             "matcher and criterion must have the same groups",
-            f"the matcher has {matcher.groups}, the criterion {groups!r}",
+            f"the matcher has {matcher.groups}, the criterion {describe(groups)}",
             "leave groups out: the criterion takes those of its matcher",
         )
     return matcher

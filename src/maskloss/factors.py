@@ -11,10 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from maskloss._abi import Factors
-from maskloss._numbers import is_number
+from maskloss._numbers import is_float, is_number
 from maskloss.errors import Cause, check_layout, describe, reported
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +69,7 @@ class MaskFactors:
             ("features", self.features, (4, 5), "[B, D, h, w] or [B, D, T, h, w]"),
         ):
             check_layout(name, value)
-            if not isinstance(value, Tensor) or value.ndim not in ranks or value.dtype not in _FLOATS:
+            if not is_float(value) or value.ndim not in ranks:
                 raise Cause(f"{name} must be float {shape}", f"got {describe(value)}", "see the formula of MaskFactors")
         embeddings, features = self.embeddings, self.features
         if (embeddings.shape[0], embeddings.shape[2]) != tuple(features.shape[:2]):
@@ -90,7 +88,9 @@ class MaskFactors:
             )
         _check_bias(self.bias, embeddings)
         if not is_number(self.scratch_mb) or not 0 < self.scratch_mb < float("inf"):
-            raise Cause("scratch_mb must be a number above 0", f"scratch_mb={self.scratch_mb!r}", "32 is the default")
+            raise Cause(
+                "scratch_mb must be a number above 0", f"scratch_mb={describe(self.scratch_mb)}", "32 is the default"
+            )
 
     @staticmethod
     @reported("MaskFactors.from_dict")
@@ -193,8 +193,7 @@ def _check_bias(bias: object, embeddings: Tensor) -> None:
     batch, queries = embeddings.shape[:2]
     if bias is None or is_number(bias):
         return
-    fits = isinstance(bias, Tensor) and bias.is_floating_point()
-    if not isinstance(bias, Tensor) or not fits or tuple(bias.shape) not in ((), (1,), (queries,), (batch, queries)):
+    if not is_float(bias) or tuple(bias.shape) not in ((), (1,), (queries,), (batch, queries)):
         raise Cause(
             "bias must be a number or a float tensor [], [Q] or [B, Q]",
             f"got {describe(bias)} for B = {batch}, Q = {queries}",

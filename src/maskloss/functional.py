@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskloss import _inputs, ops, options
-from maskloss._numbers import check_number, is_number
+from maskloss._numbers import check_number, is_float, is_number
 from maskloss.errors import Cause, check_device, check_layout, describe, reported
 from maskloss.matches import Matches
 from maskloss.ops.reference import formulas
@@ -106,7 +106,7 @@ def uncertainty(z: Tensor) -> Tensor:
         tensor([-2.0000, -0.5000])
     """
     check_layout("z", z)
-    if not isinstance(z, Tensor) or not z.is_floating_point():
+    if not is_float(z):
         raise Cause("z must be float", f"got {describe(z)}", "z are logits, before any sigmoid")
     return formulas.uncertainty(z)
 
@@ -407,9 +407,11 @@ def focal_class_cost(
     _check_classes(class_logits, labels)
     a, exponent = _focal(alpha, gamma)
     on, off = (1.0, 1.0) if a < 0 else (a, 1 - a)
-    p = _at_labels(class_logits.sigmoid(), labels)
-    hit, miss = formulas.power(1 - p, exponent), formulas.power(p, exponent)
-    return on * hit * -(p + 1e-8).log() - off * miss * -(1 - p + 1e-8).log()
+    x = _at_labels(class_logits, labels)
+    # Not 1 - p, which has lost most of its digits where p is close to 1.
+    p, rest = x.sigmoid(), (-x).sigmoid()
+    hit, miss = formulas.power(rest, exponent), formulas.power(p, exponent)
+    return on * hit * -(p + 1e-8).log() - off * miss * -(rest + 1e-8).log()
 
 
 def _aligned(shape: Sequence[int], rank: int) -> list[int]:
@@ -445,9 +447,9 @@ def _window_row(window: Sequence[float], device: torch.device) -> Tensor:
 def _check_classes(class_logits: Tensor, labels: Tensor) -> None:
     for name, value in (("class_logits", class_logits), ("labels", labels)):
         check_layout(name, value)
-    if not isinstance(class_logits, Tensor) or class_logits.ndim < 2 or not class_logits.is_floating_point():
+    if not is_float(class_logits) or class_logits.ndim < 2 or class_logits.shape[-1] < 1:
         raise Cause(
-            "class_logits must be float [..., Q, number of classes]",
+            "class_logits must be float [..., Q, number of classes], of one class at least",
             f"got {describe(class_logits)}",
             "the last dimension holds the classes, and 'no object' where there is one",
         )
@@ -464,10 +466,10 @@ def _check_classes(class_logits: Tensor, labels: Tensor) -> None:
         )
 
 
-def _at_labels(probability: Tensor, labels: Tensor) -> Tensor:
-    """Read probabilities `[..., Q, C]` at labels `[..., T]`: `[..., Q, T]`."""
-    where = labels.long().clamp(0, probability.shape[-1] - 1).unsqueeze(-2)
-    return probability.gather(-1, where.expand(*probability.shape[:-1], -1))
+def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
+    """Read logits or probabilities `[..., Q, C]` at labels `[..., T]`: `[..., Q, T]`."""
+    where = labels.long().clamp(0, values.shape[-1] - 1).unsqueeze(-2)
+    return values.gather(-1, where.expand(*values.shape[:-1], -1))
 
 
 def _mean_focal(z: Tensor, t: Tensor, w: Tensor | None, alpha: float, gamma: float) -> Tensor:
@@ -477,7 +479,7 @@ def _mean_focal(z: Tensor, t: Tensor, w: Tensor | None, alpha: float, gamma: flo
 
 def _check_floats(z: Tensor, t: Tensor) -> None:
     for each in (z, t):
-        if not isinstance(each, Tensor) or not each.is_floating_point():
+        if not is_float(each):
             raise Cause(
                 "z and t must be float", f"got {describe(z)} and {describe(t)}", "t.to(z.dtype) converts a bool mask"
             )
@@ -488,12 +490,12 @@ def _weights(w: Tensor | None, shape: Sequence[int], z: Tensor) -> Tensor:
     """Expand weights of points to a shape, in the dtype of z."""
     if w is None:
         return z.new_ones(shape)
-    fits = isinstance(w, Tensor) and w.ndim <= len(shape)
+    fits = isinstance(w, Tensor) and w.ndim <= len(shape) and not w.is_complex()
     if not fits or any(have not in (1, want) for have, want in zip(w.shape[::-1], shape[::-1], strict=False)):
         raise Cause(
             "w must broadcast to [..., P]",
             f"got {describe(w)} for {list(shape)}",
-            "give one weight for each point",
+            "give one real weight for each point",
         )
     check_device("w", w.device, z.device)
     return w.to(z.dtype).expand(*shape)

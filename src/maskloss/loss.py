@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from maskloss import _inputs, distributed, layers, ops
 from maskloss._abi import TARGET, accumulation_dtype
+from maskloss._numbers import is_float
 from maskloss._tracing import on_host, savable
 from maskloss.clips import (
     ClipOptions,
@@ -354,7 +355,7 @@ def check_instance_weights(weights: Tensor, count: int, logits: Layer) -> Tensor
     """Check instance weights, bool or float `[N]`, and cast them to the dtype of the losses; they get no gradient."""
     check_layout("instance_weights", weights)
     fits = isinstance(weights, Tensor) and tuple(weights.shape) == (count,)
-    if not fits or not (weights.dtype == torch.bool or weights.is_floating_point()):
+    if not fits or not (weights.dtype == torch.bool or is_float(weights)):
         raise Cause(
             "instance_weights must be a bool or float tensor [N]",
             f"got {describe(weights)} for {count} instances",

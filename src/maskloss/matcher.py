@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from maskloss import _inputs, layers, ops
 from maskloss._classification import KINDS
-from maskloss._numbers import check_integer
+from maskloss._numbers import check_integer, is_float
 from maskloss.errors import Cause, check_device, check_layout, describe, reported
 from maskloss.functional import class_cost, focal_class_cost
 from maskloss.layers import Layer
@@ -302,7 +302,7 @@ def check_layers_of_masks(
     wanted, shape = first.shape[:2], "[B, Q, C + 1]" if no_object else "[B, Q, C]"
     for layer, logits in enumerate(classes):
         check_layout("class_logits", logits)
-        if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
+        if not is_float(logits) or logits.ndim != 3:
             raise Cause(
                 f"class_logits must be float {shape}",
                 f"those of layer {layer} are {describe(logits)}",

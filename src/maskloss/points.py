@@ -18,7 +18,7 @@ from maskloss._abi import (
     THREEFRY_PARITY,
     THREEFRY_ROTATIONS,
 )
-from maskloss._numbers import check_integer, check_number
+from maskloss._numbers import check_integer, check_number, is_float
 from maskloss.errors import Cause, check_device, check_layout, describe, reported
 
 # Up to here row numbers follow from 32-bit integers on every backend, and rounding moves no point by 2^-24.
@@ -80,7 +80,7 @@ class PointSampling:
         if not isinstance(self.layout, str) or self.layout not in LAYOUTS:
             raise Cause(
                 f"layout must be one of {', '.join(LAYOUTS)}",
-                f"layout={self.layout!r}",
+                f"layout={describe(self.layout)}",
                 f"{LAYOUTS[0]!r} is the default",
             )
         most = self.num_candidates if self.num_uncertain else self.num_points
@@ -145,7 +145,7 @@ def draw_seed(
         return _reachable(seed.reshape(()), device)
     if seed is not None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            raise Cause("seed must be a 64-bit integer", f"seed={seed!r}", "use a whole number in [0, 2**64)")
+            raise Cause("seed must be a 64-bit integer", f"seed={describe(seed)}", "use a whole number in [0, 2**64)")
         return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu")
     source = "cpu" if generator is None else generator.device
     drawn = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator, device=source)
@@ -177,7 +177,7 @@ def check_coordinates(points: Tensor, shape: str, device: torch.device) -> None:
     """Raise unless points are float of the shape, `[N, P, 2]` or `[..., P, 2]`, with P at least 1."""
     check_layout("points", points)
     fits = isinstance(points, Tensor) and points.ndim >= 2 and (points.ndim == 3 or "..." in shape)
-    if not fits or points.shape[-1] != 2 or not points.is_floating_point():
+    if not fits or points.shape[-1] != 2 or not is_float(points):
         raise Cause(f"points must be float {shape}", f"got {describe(points)}", "the last dimension holds (x, y)")
     if points.shape[-2] < 1:
         raise Cause("there must be points for every instance", f"got points {list(points.shape)}", f"give {shape}")

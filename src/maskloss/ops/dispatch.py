@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from maskloss.errors import Cause
+from maskloss.errors import Cause, describe
 
 BACKENDS = ("reference", "cpu", "gpu")
 VARIABLE = "MASKLOSS_BACKEND"
@@ -67,7 +67,7 @@ def check_backend(name: object) -> None:
     if not isinstance(name, str) or name not in BACKENDS:
         raise Cause(
             f"backend must be one of {', '.join(BACKENDS)}",
-            f"backend={name!r}",
+            f"backend={describe(name)}",
             f"leave it out, or check the environment variable {VARIABLE}",
         )
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskloss._numbers import is_float
 from maskloss._tracing import on_host, plain
 from maskloss.errors import Cause, check_layout, describe
 from maskloss.targets.frames import Size
@@ -129,7 +130,7 @@ def joined_weights(weights: Tensor | Sequence[Tensor], targets: MaskTargets) -> 
             f"got {describe(weights)} for {list(counts)} targets",
             "give one weight for each target; an image without targets has an empty tensor",
         )
-    if any(part.dtype != torch.bool and not part.is_floating_point() for part in weights):
+    if any(part.dtype != torch.bool and not is_float(part) for part in weights):
         raise Cause("instance_weights must be bool or float", f"got {describe(weights)}", "weights.float() converts")
     parts = [part.float() if part.dtype == torch.bool else part for part in weights]
     return torch.cat(parts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss._abi import OFFSET, PLACE_COLUMNS
-from maskloss._numbers import check_integer
+from maskloss._numbers import check_integer, is_float
 from maskloss._tracing import on_host, plain
 from maskloss.errors import Cause, check_layout, describe
 from maskloss.targets.bits import VOID_HINT
@@ -60,7 +60,7 @@ def check_masks(masks: Any, device: torch.device) -> Tensor:
             f"got {describe(given)}",
             "masks[:, 0] has no channel" if single else "a single mask is masks[None]; label maps need their ids",
         )
-    if masks.is_complex():
+    if masks.is_complex() or (masks.is_floating_point() and not is_float(masks)):
         raise Cause("masks must be bool, integer or float", f"got {masks.dtype}", "masks.bool() converts")
     return masks
 
@@ -101,7 +101,7 @@ def whole(masks: Tensor, stride: int) -> Stored:
 def are_soft(images: Sequence[Tensor], soft: bool | None) -> bool:
     """Decide for a whole batch, which must have one encoding, whether its masks are kept as soft values."""
     if soft is not None and not isinstance(soft, bool):
-        raise Cause("soft must be True, False or None", f"soft={soft!r}", "None: on a CPU the values decide")
+        raise Cause("soft must be True, False or None", f"soft={describe(soft)}", "None: on a CPU the values decide")
     floats = [image for image in images if image.is_floating_point()]
     if soft is False or not floats:
         return False

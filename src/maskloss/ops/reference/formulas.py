@@ -29,8 +29,11 @@ def uncertainty(z: Tensor) -> Tensor:
 
 
 def bce(z: Tensor, t: Tensor) -> Tensor:
-    """Compute -[t log s(z) + (1 - t) log(1 - s(z))] in its stable form."""
-    return z.clamp(min=0) - z * t + (-z.abs()).exp().log1p()
+    """Compute -[t log s(z) + (1 - t) log(1 - s(z))] in its stable form, max(z, 0) - z t + log1p(exp(-|z|)).
+
+    The derivative is s(z) - t at 0, too: that of `maximum` is 1/2 there, and that of `clamp` would be 1.
+    """
+    return torch.maximum(z, z.new_zeros(())) - z * t + (-z.abs()).exp().log1p()
 
 
 def power(base: Tensor, exponent: float) -> Tensor:
