@@ -104,7 +104,7 @@ def _checked_rle(api: Any, rle: Mapping[str, Any], target: int, height: int, wid
     if not isinstance(size, Sequence) or list(size) != [height, width]:
         raise Cause(
             "the size of an RLE must be that of its image",
-            f"segmentation {target} has size {size}, the image is [{height}, {width}]",
+            f"segmentation {target} has size {describe(size)}, the image is [{height}, {width}]",
             "size is [height, width]",
         )
     if not isinstance(counts, Sequence):
