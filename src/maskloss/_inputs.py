@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._numbers import FLOATS, check_number
+from maskloss._numbers import FLOATS, check_number, is_float
 from maskloss._tracing import active, as_tensor, on_host
 from maskloss.errors import Cause, check_device, check_layout, describe
 from maskloss.factors import MaskFactors
@@ -54,7 +54,8 @@ def check_count(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         check_number(name, value, 0, hint=hint)
         return
-    if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+    narrow = value.is_floating_point() and not is_float(value)
+    if value.numel() != 1 or value.dtype == torch.bool or value.is_complex() or narrow:
         raise Cause(f"{name} must be a number, or a tensor of one element", f"{name} is {describe(value)}", hint)
     if on_host(value):
         check_number(name, value.item(), 0, hint=hint)
