@@ -289,7 +289,7 @@ def test_instance_weights_and_totals_of_a_step() -> None:
     setup = Setup(counts=(3, 2))
     packed = [MaskTargets.from_masks(masks) for masks in setup.masks]
     weights = [torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.5, 1.0])]
-    for clips in (ClipOptions(), ClipOptions(divide_by="frames"), ClipOptions("present", "frames")):
+    for clips in (ClipOptions(), ClipOptions(divide_by="frames"), ClipOptions(frames="present", divide_by="frames")):
         criterion = MaskCriterion(2, sampling=FEW, clips=clips)
         whole = criterion(setup.classes, setup.logits, setup.targets, seed=1, instance_weights=weights)
         told = weights

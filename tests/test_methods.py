@@ -126,8 +126,9 @@ def test_every_option_changed_alone_changes_the_text(subject, name, lang, style)
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_every_option_of_clips_is_heard(lang, style):
     options = [None, ClipOptions(), ClipOptions(frames="present"), ClipOptions(divide_by="frames")]
+    options += [ClipOptions(unit="clip"), ClipOptions(unit="volume")]
     texts = {methods.describe(MaskCriterion(80, clips=each), lang=lang, style=style) for each in options}
-    assert len(texts) == 4
+    assert len(texts) == 6
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
@@ -267,7 +268,8 @@ def test_every_sentence_is_said_by_something():
         replace(base, training=replace(TRAINING, crop=96, augmentation=each))
         for each in (None, Augmentation(1, 2, True))
     ]
-    everything += [replace(base, clips=ClipOptions("present", "frames"))]
+    everything += [replace(base, clips=ClipOptions(frames="present", divide_by="frames"))]
+    everything += [replace(base, clips=ClipOptions(unit=unit)) for unit in ("clip", "volume")]
     everything += [replace(base, training=replace(TRAINING, backbone_share=0.0))]
     stratified = PointSampling(layout="stratified")
     everything += [settings_of(MaskCriterion(80, sampling=stratified, matcher=HungarianMatcher()))]

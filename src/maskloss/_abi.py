@@ -31,7 +31,7 @@ SIZES, IMAGE_COLUMNS = 3, 11
 WINDOW_X, WINDOW_Y, WINDOW_W, WINDOW_H = range(4)
 WINDOW_COLUMNS = 4
 # The last dimension of points.
-X, Y = range(2)
+X, Y, Z = range(3)
 POINT_COLUMNS = 2
 
 # ------------------------------------------------------------------------------------------------------ random numbers
@@ -39,6 +39,8 @@ POINT_COLUMNS = 2
 # Streams keep apart the draws of one instance; the high half of a counter holds them, the low half the decoder layer.
 CANDIDATES, RANDOM, MATCHER = range(3)
 STREAM_SHIFT = 16
+# Added to a stream, that of the third coordinate of points in a volume.
+DEPTH_STREAM = 3
 # Threefry-2x32 of Salmon et al. (2011): the parity of the key schedule, and by how much each round rotates.
 THREEFRY_PARITY = 0x1BD11BDA
 THREEFRY_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -245,6 +247,18 @@ class Job(NamedTuple):
         chosen = torch.empty(count, num_bytes(self.drawn.num_candidates), dtype=torch.uint8, device=device)
         widths = num_points if soft else 0, num_points if keep else 0
         return ce, dice, Saved(chosen, *(torch.empty(count, width, dtype=dtype, device=device) for width in widths))
+
+
+class Stack(NamedTuple):
+    """How volumes, or the frames of clips, are read along their third axis.
+
+    Attributes:
+        frames: how many slices targets have, which are stored one below the other.
+        linear: between two slices; False: in the slice that a point lies in.
+    """
+
+    frames: int
+    linear: bool
 
 
 class Saved(NamedTuple):

@@ -163,11 +163,10 @@ def check_targets(targets: MaskTargets, logits: Layer) -> None:
             f"{logits.shape[0]} images of logits but {len(targets)} of targets",
             "give an entry for every image; an image without instances has masks [0, H, W]",
         )
-    frames = logits.shape[2] if logits.ndim == 5 else 1
-    if targets.frames != frames:
+    if logits.ndim == 4 and targets.frames != 1:
         raise Cause(
             "mask_logits and targets must have the same frames",
-            f"mask_logits {list(logits.shape)}, targets of {targets.frames} frame(s)",
+            f"mask_logits {list(logits.shape)}, targets of {targets.frames} frames",
             "those of clips are logits [B, Q, T, h, w] and masks [N, T, H, W]; list(...) takes stacked layers apart",
         )
     check_device("targets", targets.device, logits.device)

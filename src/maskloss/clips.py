@@ -2,46 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from maskloss import _inputs
-from maskloss._abi import QUERY, TARGET
+from maskloss._abi import QUERY, TARGET, Stack
 from maskloss.errors import Cause, describe, reported
+from maskloss.layers import Layer
 from maskloss.matches import Matches
+from maskloss.options import MaskOptions
 from maskloss.targets import MaskTargets
 
+UNITS = ("frame", "clip", "volume")
 FRAMES = ("all", "present")
 DIVISORS = ("instances", "frames")
 
 
 @dataclass(frozen=True)
 class ClipOptions:
-    """What the mask terms of clips are made of, for logits `[B, Q, T, h, w]` and targets `[N, T, H, W]`.
+    """What the mask terms of clips and volumes are made of, for logits `[B, Q, T, h, w]` and targets `[N, T, H, W]`.
 
-    An instance has one query in all T frames, and in each frame a plane: P points of its own, of which the uncertain
-    ones are chosen, a cross-entropy and a Dice. The matching compares whole clips, at the same P points in each frame.
+    The unit is where P points are drawn, where uncertainty is ranked, and over which Dice is summed. An instance of a
+    clip has a unit in each frame, by default, while its query is matched over all of them, at the same points in each.
+    Or the whole clip is one unit, and the matching has P points in all of it. A volume is one, too, and is read
+    trilinearly; there, logits and targets may have different numbers of slices.
 
     Args:
+        unit: "frame" (default), "clip" or "volume". The last two are computed by the backends "reference" and "cpu".
         frames: "all" (default): where an instance is away, its mask has to be empty; or "present": only the frames
-            that it is in count (`MaskTargets.present`).
+            that it is in count (`MaskTargets.present`), for the unit "frame".
         divide_by: the sums over instances and frames are divided by the number of "instances" (default), or of the
-            "frames" that count, of all instances.
+            "frames" that count, of all instances, for the unit "frame".
 
     Raises:
-        MaskLossError: a value that is none of these.
+        MaskLossError: a value that is none of these, or an option of frames for another unit.
 
     Source:
         The defaults are those of Mask2Former for video (Cheng et al., 2021), whose loss of T frames so is T times that
-        of one.
+        of one. OccFormer (Zhang et al., 2023) draws points of volumes.
 
     Example:
         >>> ClipOptions(frames="present").divide_by
         'instances'
     """
 
+    unit: str = "frame"
     frames: str = "all"
     divide_by: str = "instances"
 
@@ -50,8 +58,15 @@ class ClipOptions:
 
     @reported("ClipOptions")
     def _check(self) -> None:
+        _inputs.check_choice("unit", self.unit, UNITS)
         _inputs.check_choice("frames", self.frames, FRAMES)
         _inputs.check_choice("divide_by", self.divide_by, DIVISORS)
+        if self.unit != "frame" and (self.frames, self.divide_by) != ("all", "instances"):
+            raise Cause(
+                'frames and divide_by belong to unit="frame"',
+                f"unit={self.unit!r}, frames={self.frames!r}, divide_by={self.divide_by!r}",
+                "where the whole clip is one unit all of its frames count, once for each instance",
+            )
 
 
 _DEFAULT = ClipOptions()
@@ -62,6 +77,17 @@ def check_clip_options(clips: ClipOptions | None) -> ClipOptions | None:
     if clips is not None and not isinstance(clips, ClipOptions):
         raise Cause("clips must be ClipOptions", f"got {describe(clips)}", 'ClipOptions(frames="present")')
     return clips
+
+
+def check_same_unit(clips: ClipOptions | None, others: ClipOptions | None) -> None:
+    """Raise if a criterion and its matcher have different units."""
+    mine, theirs = (clips or _DEFAULT).unit, (others or _DEFAULT).unit
+    if mine != theirs:
+        raise Cause(
+            "matcher and criterion must have the same unit of clips",
+            f"the matcher has {theirs!r}, the criterion {mine!r}",
+            "give both the same clips=ClipOptions(...)",
+        )
 
 
 def weights_of_planes(
@@ -115,3 +141,31 @@ def matches_of_planes(matches: Matches, frames: int) -> Matches:
         classes=None,
         counts=None if matches.counts is None else tuple(count * frames for count in matches.counts),
     )
+
+
+def stack_of(
+    clips: ClipOptions | None, logits: Sequence[Layer], targets: MaskTargets, sampling: MaskOptions
+) -> Stack | None:
+    """Say how whole clips or volumes are read; None where each frame is a unit, or where these are images.
+
+    Raises:
+        Cause: logits and targets with different frames, or options that whole clips and volumes do not have.
+    """
+    clips, first = clips or _DEFAULT, logits[0]
+    if first.ndim != 5:
+        return None
+    if clips.unit != "volume" and targets.frames != first.shape[2]:
+        raise Cause(
+            "mask_logits and targets must have the same frames",
+            f"mask_logits {list(first.shape)}, targets of {targets.frames} frame(s)",
+            "those of clips are logits [B, Q, T, h, w] and masks [N, T, H, W]; slices of volumes may differ",
+        )
+    if clips.unit == "frame":
+        return None
+    if (sampling.padding_mode, sampling.target_mode) != ("zeros", "bilinear"):
+        raise Cause(
+            f"unit={clips.unit!r} has padding_mode='zeros' and target_mode='bilinear'",
+            f"padding_mode={sampling.padding_mode!r}, target_mode={sampling.target_mode!r}",
+            "leave them out, or take unit='frame'",
+        )
+    return Stack(targets.frames, clips.unit == "volume")

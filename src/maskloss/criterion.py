@@ -14,7 +14,7 @@ from maskloss import _classification, _inputs, distributed, ops
 from maskloss._abi import LAYER, accumulation_dtype
 from maskloss._classification import Partial
 from maskloss._numbers import check_integer
-from maskloss.clips import ClipOptions, frames_of_divisor, weights_of_divisor
+from maskloss.clips import ClipOptions, check_same_unit, frames_of_divisor, weights_of_divisor
 from maskloss.distributed import Group, StepTotals
 from maskloss.errors import Cause, describe, reported
 from maskloss.layers import Layer
@@ -119,7 +119,7 @@ class MaskCriterion(nn.Module):
             divisor stays the number of instances. Default None: all 1.
         sampling: numbers and layout of points; the default matcher takes `num_points` and `layout` from it. Default
             `PointSampling()`.
-        clips: which frames of clips count, and what divides the sums. Default `ClipOptions()`.
+        clips: what the mask terms of clips and volumes are made of. Default `ClipOptions()`.
         groups: groups of queries, each matched to all targets on its own, in training mode (see `HungarianMatcher`);
             instances are counted over all of them. Default 1, or what the matcher has.
         matcher: how to match. Default: `HungarianMatcher` with the weights and options given here.
@@ -205,11 +205,13 @@ class MaskCriterion(nn.Module):
             num_points=sampling.num_points,
             layout=sampling.layout,
             classification=classification,
+            clips=clips,
             options=group,
             ignore_value=ignore_value,
             ignore_label=ignore_label,
             drop_empty=drop_empty,
         )
+        check_same_unit(clips, self.matcher.clips)
 
     @reported("MaskCriterion")
     def forward(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from maskloss import ops
-from maskloss._abi import IMAGE, LAYER
+from maskloss._abi import IMAGE, LAYER, Stack
 from maskloss.factors import MaskFactors, joined
 from maskloss.matches import Matches
 from maskloss.ops import Job, Reduction
@@ -15,8 +15,16 @@ from maskloss.ops import Job, Reduction
 Layer = Tensor | MaskFactors
 
 
-def match_cost(layers: Sequence[Layer], num_targets: Sequence[int], job: Job, backend: str) -> tuple[Tensor, Tensor]:
-    """Compute both mask terms of the matching cost, `[L, B, Q, T_max]` each; those of clips with targets as planes."""
+def match_cost(
+    layers: Sequence[Layer], num_targets: Sequence[int], job: Job, backend: str, stack: Stack | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute both mask terms of the matching cost, `[L, B, Q, T_max]` each.
+
+    Those of clips with targets as planes; of whole clips and volumes, which `stack` describes, with targets as stored.
+    """
+    if stack is not None:
+        ops.check_backend_of_volumes(backend)
+        return ops.volume_cost(_formed(layers), num_targets, job, stack, backend)
     dense, factored = _alike(layers, backend)
     if factored:
         return ops.factored_match_cost(joined(factored), num_targets, job, backend)
@@ -24,7 +32,12 @@ def match_cost(layers: Sequence[Layer], num_targets: Sequence[int], job: Job, ba
 
 
 def mask_loss(
-    layers: Sequence[Layer], matches: Matches, job: Job, backend: str, reduction: Reduction | None = None
+    layers: Sequence[Layer],
+    matches: Matches,
+    job: Job,
+    backend: str,
+    reduction: Reduction | None = None,
+    stack: Stack | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute cross-entropy and Dice `[N]` of instances; of clips they are planes, query q in frame t is q * T + t.
 
@@ -34,7 +47,12 @@ def mask_loss(
         job: targets, and where and how they and the logits are read.
         backend: which one.
         reduction: how the losses will be summed, if that is known.
+        stack: how whole clips or volumes are read, if an instance is one.
     """
+    if stack is not None:
+        ops.check_backend_of_volumes(backend)
+        instances = ops.Instances(_formed(layers), matches.index, matches.layer_sizes)
+        return ops.volume_loss(instances, job, stack, backend)
     dense, factored = _alike(layers, backend)
     index, sizes = matches.index, matches.layer_sizes
     if not factored:
@@ -57,4 +75,8 @@ def _alike(layers: Sequence[Layer], backend: str) -> tuple[list[Tensor], list[Ma
     factored = [layer for layer in layers if isinstance(layer, MaskFactors)]
     if len(factored) == len(layers) and backend != "reference":
         return [], factored
-    return [layer.dense() if isinstance(layer, MaskFactors) else layer for layer in layers], []
+    return _formed(layers), []
+
+
+def _formed(layers: Sequence[Layer]) -> list[Tensor]:
+    return [layer.dense() if isinstance(layer, MaskFactors) else layer for layer in layers]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from maskloss import _inputs, distributed, layers, ops
-from maskloss._abi import TARGET, accumulation_dtype
+from maskloss._abi import TARGET, Stack, accumulation_dtype
 from maskloss._numbers import is_float
 from maskloss._tracing import on_host, savable
 from maskloss.clips import (
@@ -19,6 +19,7 @@ from maskloss.clips import (
     check_clip_options,
     frames_of_divisor,
     matches_of_planes,
+    stack_of,
     weights_of_divisor,
     weights_of_planes,
 )
@@ -108,7 +109,7 @@ class MaskLoss(nn.Module):
         dice_weight: weight of Dice, at least 0. Default 5.
         sampling: numbers and layout of points. Default `PointSampling()`: 12544, of 3 times as many candidates, 75%
             uncertain, independent.
-        clips: which frames of clips count, and what divides the sums. Default `ClipOptions()`.
+        clips: what the terms of clips and volumes are made of. Default `ClipOptions()`.
         options: how points are read, focal loss and backend, as a group; `MaskOptions` says what there is.
         kwargs: the same options one by one.
 
@@ -167,8 +168,8 @@ class MaskLoss(nn.Module):
 
         Args:
             mask_logits: `[N, h, w]` or `[N, 1, h, w]`, prediction n belongs to target n; or `[N, M, h, w]` with
-                `best_of`; or `[B, Q, h, w]`, dense or as `MaskFactors`, along with `matches`. Those of clips are
-                `[B, Q, T, h, w]`.
+                `best_of`; or `[B, Q, h, w]`, dense or as `MaskFactors`, along with `matches`. Those of clips and
+                volumes are `[B, Q, T, h, w]`.
             masks: the targets: `[N, H, W]` or `[N, 1, H, W]`, bool, integers or float, or `MaskTargets`; with `matches`
                 the targets of a batch, `MaskTargets` or a list of `[T, H, W]`.
             matches: pairs of (queries, targets) of each image, as DETR's matchers return them, or `Matches`.
@@ -255,13 +256,18 @@ class MaskLoss(nn.Module):
             The terms. Those of the instances of clips are `[N, T]`.
         """
         shape: tuple[int, ...] = (len(matches),)
-        if logits[0].ndim == 5:
+        stack = stack_of(self.clips, logits, step.targets, self.options)
+        if logits[0].ndim == 5 and stack is None:
             frames, shape = step.targets.frames, (*shape, step.targets.frames)
             reduction = reduction._replace(
                 weights=weights_of_planes(self.clips, matches, step.targets, reduction.weights)
             )
             matches, step = matches_of_planes(matches, frames), replace(step, targets=planes(step.targets))
-        losses = self.instance_losses(logits, matches, step, points, reduction)
+        if stack is not None and points is not None:
+            raise Cause(
+                "points can be given to unit='frame' only", f"they are {describe(points)}", "leave points out, or unit"
+            )
+        losses = self.instance_losses(logits, matches, step, points, reduction, stack)
         terms = losses if reduction.weights is None else weighted(losses, reduction.weights)
         # Both terms of all layers at once: on a GPU every small operation costs a launch.
         ce, dice = (by_layer(_inputs.stack(terms), matches) / reduction.divisor).unbind()
@@ -276,6 +282,7 @@ class MaskLoss(nn.Module):
         step: Step,
         points: Tensor | None = None,
         reduction: ops.Reduction | None = None,
+        stack: Stack | None = None,
     ) -> InstanceLosses:
         """Compute both terms of each instance, in the order of the matches (see `layer_terms`)."""
         targets, sampling = step.targets, self.sampling
@@ -288,7 +295,7 @@ class MaskLoss(nn.Module):
             points,
         )
         backend = ops.choose_backend(logits[0].device, self.options.backend)
-        ce, dice = layers.mask_loss(logits, matches, job, backend, reduction)
+        ce, dice = layers.mask_loss(logits, matches, job, backend, reduction, stack)
         return InstanceLosses(ce, dice)
 
     def extra_repr(self) -> str:

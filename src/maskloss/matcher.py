@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from maskloss import _inputs, layers, ops
 from maskloss._classification import KINDS
 from maskloss._numbers import check_integer, is_float
+from maskloss.clips import ClipOptions, check_clip_options, stack_of
 from maskloss.errors import Cause, check_device, check_layout, describe, reported
 from maskloss.functional import class_cost, focal_class_cost
 from maskloss.layers import Layer
@@ -47,6 +48,7 @@ class HungarianMatcher(nn.Module):
         layout: how these points lie to each other, "independent" (default) or "stratified" (see `PointSampling`).
         classification: "softmax" (default), or "focal": the class logits have no "no object", and the class term is
             `functional.focal_class_cost`.
+        clips: how clips and volumes are matched, by its `unit`. Default `ClipOptions()`.
         options: how points are read, focal cost and backend, as a group; `MaskOptions` says what there is.
         kwargs: the same options one by one; and `ignore_value`, `ignore_label` and `drop_empty`, as in
             `MaskCriterion`, whose own hold where it calls the matcher.
@@ -80,6 +82,7 @@ class HungarianMatcher(nn.Module):
         num_points: int = PointSampling.num_points,
         layout: str = PointSampling.layout,
         classification: str = "softmax",
+        clips: ClipOptions | None = None,
         options: MaskOptions | None = None,
         **kwargs: Unpack[TargetKeywords],
     ) -> None:
@@ -101,6 +104,7 @@ class HungarianMatcher(nn.Module):
         _inputs.check_choice("classification", classification, KINDS)
         self.classification = classification
         self.options, self.rules = all_options(options, **kwargs)
+        self.clips = check_clip_options(clips)
 
     @reported("HungarianMatcher")
     def forward(
@@ -208,13 +212,15 @@ class HungarianMatcher(nn.Module):
         given = [layer for layer in mask_logits if layer is not None]
         if not given:
             return torch.zeros_like(like)
+        stack = stack_of(self.clips, given, targets, self.options)
+        stored = targets if stack else planes(targets)
         job = ops.Job(
-            ops.Targets(targets.encoding, *planes(targets).tensors),
+            ops.Targets(targets.encoding, *stored.tensors),
             ops.Draw(step.image_ids, step.seed, self.num_points, layout=self.layout),
             self.options.term,
         )
         backend = ops.choose_backend(given[0].device, self.options.backend)
-        ce, dice = layers.match_cost(given, targets.num_targets, job, backend)
+        ce, dice = layers.match_cost(given, targets.num_targets, job, backend, stack)
         cost = torch.add(self.mask_weight * ce, dice, alpha=self.dice_weight)
         if step.has_mask is not None:
             cost = cost.masked_fill(~_by_image(step.has_mask, targets)[:, None], 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskloss._abi import (
     CELL_BITS,
+    DEPTH_STREAM,
     INVERSE_BITS,
     LAYOUTS,
     POSITION_SHIFT,
@@ -334,4 +335,64 @@ def stratified_points(keys: tuple[Tensor, Tensor], num_points: int, layers: Tens
 def draw_layout(layout: str, keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor, stream: int) -> Tensor:
     """Draw points of a layout in [0, 1)^2: `uniform_points` or `stratified_points`."""
     draw = stratified_points if layout == "stratified" else uniform_points
+    return draw(keys, num_points, layers, stream)
+
+
+# ---------------------------------------------------------------------------------------------------- three dimensions
+
+
+def _third_words(keys: tuple[Tensor, Tensor], counters: Tensor, layers: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    return threefry2x32(
+        keys[0][:, None], keys[1][:, None], counters, layers[:, None] | ((stream + DEPTH_STREAM) << STREAM_SHIFT)
+    )
+
+
+def uniform_points3(keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor, stream: int) -> Tensor:
+    """Draw uniform points of a volume: float32 `[N, P, 3]`, (x, y) of `uniform_points`, and z of one more word."""
+    plane = uniform_points(keys, num_points, layers, stream)
+    counters = torch.arange(num_points, device=plane.device)
+    third, _ = _third_words(keys, counters, layers, stream)
+    return torch.cat([plane, ((third >> 8).to(torch.float32) * 2.0**-24)[..., None]], dim=-1)
+
+
+def slabs_of(cells: int) -> int:
+    """Into how many slabs a volume of this many cells is cut: floor(cells^(1/3)), at least 1."""
+    slabs = round(math.cbrt(cells))
+    return max(1, slabs - 1 if slabs**3 > cells else slabs)
+
+
+def stratified_points3(keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor, stream: int) -> Tensor:
+    """Draw one uniform point in each of K = `num_points` boxes of equal volume that tile the unit cube.
+
+    The cube has S = floor(K^(1/3)) slabs. Slab s has the boxes f_s to f_(s + 1) - 1, where f_s = floor(s K / S), so
+    n_s = f_(s + 1) - f_s of them: it is n_s / K thick, and its boxes are the cells of `Strata` for n_s points. u and v
+    have the words of `stratified_points`, and the position across the slab 16 bits of a third word. Arguments and
+    result are those of `uniform_points3`.
+    """
+    cells, slabs = max(num_points, 1), slabs_of(max(num_points, 1))
+    i = torch.arange(num_points, device=keys[0].device)
+    slab = ((i + 1) * slabs - 1) // cells
+    behind = slab * cells // slabs
+    count = (slab + 1) * cells // slabs - behind
+    own = i - behind
+    rows = torch.where(count == cells // slabs, math.isqrt(cells // slabs), math.isqrt(cells // slabs + 1))
+    row = ((own + 1) * rows - 1) // count
+    first = row * count // rows
+    wide = (row + 1) * count // rows - first
+    pairs = torch.arange((num_points + 1) // 2, device=i.device)
+    words = threefry2x32(keys[0][:, None], keys[1][:, None], pairs, layers[:, None] | (stream << STREAM_SHIFT))
+    word, third = (
+        torch.stack(each, dim=-1).flatten(1)[:, :num_points]
+        for each in (words, _third_words(keys, pairs, layers, stream))
+    )
+    u, v, depth = word >> CELL_BITS, word & ((1 << CELL_BITS) - 1), third >> CELL_BITS
+    x = (((own - first) << CELL_BITS) + u) * ((1 << INVERSE_BITS) // wide) >> POSITION_SHIFT
+    y = ((first << CELL_BITS) + v * wide) * ((1 << INVERSE_BITS) // count) >> POSITION_SHIFT
+    z = ((behind << CELL_BITS) + depth * count) * ((1 << INVERSE_BITS) // cells) >> POSITION_SHIFT
+    return torch.stack([x, y, z], dim=-1).to(torch.float32) * 2.0**-24
+
+
+def draw_layout3(layout: str, keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor, stream: int) -> Tensor:
+    """Draw points of a layout in [0, 1)^3: `uniform_points3` or `stratified_points3`."""
+    draw = stratified_points3 if layout == "stratified" else uniform_points3
     return draw(keys, num_points, layers, stream)

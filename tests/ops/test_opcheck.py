@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskloss import MaskTargets, ops
-from maskloss.ops import dense, products
+from maskloss.ops import dense, products, volumes
 
 Args = tuple[Any, ...]
 
@@ -86,6 +86,36 @@ def match_cost(backend: str, encoding: str = "bits") -> Args:
     return plain, packed.num_targets, packed.encoding, *packed.tensors, *DRAW_FOR_MATCHING, *options
 
 
+def stacks(encoding: str) -> MaskTargets:
+    masks = [torch.rand(2, 3, 11, 13) > 0.5, torch.rand(1, 3, 6, 7) > 0.5]
+    return MaskTargets.from_masks([each * 0.7 for each in masks] if encoding == "values" else masks)
+
+
+def volume_loss(backend: str, encoding: str = "bits", *, linear: bool = True) -> Args:
+    packed = stacks(encoding)
+    stacked = [torch.randn(2, 3, 4, *size).requires_grad_() for size in ((5, 8), (9, 4))]
+    return (
+        *(stacked, INDEX, LAYER_SIZES, packed.encoding, *packed.tensors),
+        *(IMAGE_IDS, SEED, POINTS, CANDIDATES, UNCERTAIN, LAYOUT),
+        *("zeros", "bilinear", *FOCAL, "soft", None, 3, linear, backend),
+    )
+
+
+def volume_loss_backward(backend: str) -> Args:
+    logits, *rest, _ = volume_loss(backend)
+    plain = [layer.detach() for layer in logits]
+    _, _, *saved = volumes._volume_loss(plain, *rest, backend)
+    gradients = torch.randn(len(INDEX)), torch.randn(len(INDEX))
+    return *gradients, *saved, plain, *rest, [True, False], backend
+
+
+def volume_cost(backend: str) -> Args:
+    packed = stacks("bits")
+    plain = [layer.detach() for layer in volume_loss(backend)[0]]
+    options = ("zeros", "bilinear", *FOCAL, "standard", None, 3, False, backend)
+    return plain, packed.num_targets, packed.encoding, *packed.tensors, *DRAW_FOR_MATCHING, *options
+
+
 def factors(dtype: torch.dtype = torch.float32) -> Args:
     """Two layers that are products, with features of their own."""
     rows = [torch.randn(2, 3, 4, dtype=dtype).requires_grad_() for _ in range(2)]
@@ -151,6 +181,12 @@ def factored_mask_loss_backward(backend: str, encoding: str = "bits", *, needed:
             lambda backend: mask_loss_backward(backend, "values"),
             id="mask_loss_backward soft",
         ),
+        pytest.param(volumes._volume_loss, volume_loss, id="volume_loss"),
+        pytest.param(
+            volumes._volume_loss, lambda backend: volume_loss(backend, "values", linear=False), id="volume_loss, soft"
+        ),
+        pytest.param(volumes._volume_loss_backward, volume_loss_backward, id="volume_loss_backward"),
+        pytest.param(volumes._volume_cost, volume_cost, id="volume_cost"),
         pytest.param(ops._match_cost, match_cost, id="match_cost"),
         pytest.param(ops._match_cost, lambda backend: match_cost(backend, "labels"), id="match_cost, label maps"),
     ],

@@ -35,6 +35,8 @@ SENTENCES = {
     "absent.",
     "clips.present": "In a clip, an instance has one query in all frames, and points of its own in each frame in which "
     "it is present.",
+    "clips.clip": "In a clip, an instance has one query in all frames, and its points are drawn over all of them.",
+    "clips.volume": "Masks are volumes, and points are drawn in three dimensions.",
     "logits.loss": "Logits",
     "logits.cost": "In the matching cost, logits",
     "reading.bilinear.zeros": "{logits} {z} and targets {t} are interpolated bilinearly, each at its own resolution.",
@@ -45,6 +47,7 @@ SENTENCES = {
     "reading.nearest.border": "{logits} {z} are interpolated bilinearly, while targets {t}, unlike in Mask2Former, "
     "are taken from the nearest pixel, each at its own resolution, using the nearest pixel outside the image "
     "(Mask2Former uses 0).",
+    "reading.volume": "{logits} {z} and targets {t} are interpolated trilinearly, each at its own resolution.",
     "coordinates": "A point {point} of a mask of height {h} and width {w} has the pixel coordinates of Eq.~{number0} "
     "and the logit of Eq.~{number1}.",
     # The loss and its weights.
@@ -89,7 +92,9 @@ SENTENCES = {
     "matching.dice.semimetric": "Dice takes the smaller of prediction and target as their overlap~{wang}.",
     "matching.focal": "Focal is the focal loss~{lin} with {parameters}.",
     "matching.points": "Its mask terms use {number} {drawn} points per image, shared by {shared}.",
-    "matching.clips": "Whole clips are matched, at the same points in each of their frames.",
+    "matching.frame": "Whole clips are matched, at the same points in each of their frames.",
+    "matching.clip": "Whole clips are matched, at points drawn over all of their frames.",
+    "matching.volume": "Whole volumes are matched.",
     "drawn.independent": "uniform",
     "drawn.stratified": "stratified",
     "shared.queries": "all queries",
@@ -158,7 +163,12 @@ SHORT = SENTENCES | {
     "counted.frames": "frames of matched instances that count",
     "clips.all": "Instances of a clip have points in every frame.",
     "clips.present": "Instances of a clip have points in each frame that they are in.",
-    "matching.clips": "Whole clips are matched.",
+    "clips.clip": "Points of a clip are drawn over all frames.",
+    "clips.volume": "Points are drawn in volumes, and read trilinearly.",
+    "reading.volume": "",
+    "matching.frame": "Whole clips are matched.",
+    "matching.clip": "Whole clips are matched.",
+    "matching.volume": "",
     "ignored": "Points in ignored regions have weight {w} = 0.",
     "classes.softmax": "Classification is softmax cross-entropy over {over} and “no object” (weight {no_object}), "
     "weighted {weight}.",

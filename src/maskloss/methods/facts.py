@@ -138,10 +138,12 @@ def _points(settings: MethodSettings, points: Points, equations: list[str]) -> l
     if points.layout == "stratified":
         said.append(say("points.stratified"))
     if settings.clips is not None:
-        said.append(say(f"clips.{settings.clips.frames}"))
+        clips = settings.clips
+        said.append(say(f"clips.{clips.frames if clips.unit == 'frame' else clips.unit}"))
     if settings.valid_windows:
         said.append(say("points.windows"))
-    said.append(_reading(settings.term, "loss"))
+    volumes = settings.clips is not None and settings.clips.unit == "volume"
+    said.append(_reading(settings.term, "loss", volumes=volumes))
     return [*said, _coordinates()] if equations else said
 
 
@@ -168,10 +170,9 @@ def _drawn(points: Points, slots: Mapping[str, Slot], equations: list[str]) -> l
     return [Say("points.mixed", slots), Say("points.candidates", slots)]
 
 
-def _reading(term: MaskOptions, whose: str) -> Say:
-    return say(
-        f"reading.{term.target_mode}.{term.padding_mode}", logits=say(f"logits.{whose}"), z=Math("z"), t=Math("t")
-    )
+def _reading(term: MaskOptions, whose: str, *, volumes: bool = False) -> Say:
+    key = "reading.volume" if volumes else f"reading.{term.target_mode}.{term.padding_mode}"
+    return say(key, logits=say(f"logits.{whose}"), z=Math("z"), t=Math("t"))
 
 
 def _coordinates() -> Say:
@@ -229,14 +230,15 @@ def _matching(settings: MethodSettings, matching: Matching) -> list[Say]:
     }
     said = [Say("matching", slots)]
     if settings.points is None or term != settings.term:
-        said.append(_reading(term, "cost"))
+        volumes = settings.clips is not None and settings.clips.unit == "volume"
+        said.append(_reading(term, "cost", volumes=volumes))
         if term.focal_gamma is not None:
             said.append(say("matching.focal", lin=Cite(("lin2017focal",)), parameters=Math(formulas.focal(term))))
     if term.dice != (settings.term.dice if settings.points is not None else "standard"):
         said.append(say(f"matching.dice.{term.dice}", wang=Cite(("wang2023dice",))))
     said.append(Say("matching.points", slots))
     if settings.clips is not None:
-        said.append(say("matching.clips"))
+        said.append(say(f"matching.{settings.clips.unit}"))
     if settings.points is None:
         said += [say("points.windows")] if settings.valid_windows else []
         said += [_ignored()] if settings.ignore_regions else []

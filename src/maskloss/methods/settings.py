@@ -173,7 +173,7 @@ class MethodSettings:
         contrastive_weight: of OneFormer's contrastive loss of queries and texts, 0 for none.
         box_weight: of the boxes' L1 distance in the loss, 0 for none.
         giou_weight: of the boxes' GIoU in the loss, 0 for none.
-        clips: what the mask terms of clips are made of; None: of images.
+        clips: what the mask terms of clips or volumes are made of; None: of images.
         version: of maskloss; None where it is not known.
         training: the run; None where there is none.
     """
@@ -230,7 +230,7 @@ def settings_of(module: nn.Module | MethodSettings) -> MethodSettings:
     if isinstance(module, MaskLoss):
         return _of_loss(module)
     if isinstance(module, HungarianMatcher):
-        return MethodSettings(None, matching=_of_matcher(module))
+        return MethodSettings(None, matching=_of_matcher(module), clips=module.clips)
     if isinstance(module, MaskCriterion):
         return replace(
             _of_loss(module.mask_loss),

@@ -42,6 +42,7 @@ from maskloss.ops.dispatch import (
 from maskloss.ops.products import factored_mask_loss, factored_match_cost
 from maskloss.ops.schemas import DRAW, INSTANCES, NOT_CAPTURED, SAMPLE, TARGETS, TERM, operation
 from maskloss.ops.transformed import Derivative
+from maskloss.ops.volumes import check_backend_of_volumes, volume_cost, volume_loss
 
 __all__ = [
     "ASSIGNMENTS",
@@ -56,6 +57,7 @@ __all__ = [
     "Term",
     "assign",
     "check_backend",
+    "check_backend_of_volumes",
     "choose_backend",
     "count_matches",
     "factored_mask_loss",
@@ -67,6 +69,8 @@ __all__ = [
     "pack_masks",
     "point_sample",
     "uncertain_points",
+    "volume_cost",
+    "volume_loss",
     "widest",
 ]
 

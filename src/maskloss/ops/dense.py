@@ -31,7 +31,8 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return ce, dice, *saved
 
 
-def _shapes_of_gradients(logits: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
+def shapes_of_gradients(logits: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
+    """Make empty gradients of the layers that need one."""
     return [
         torch.empty(layer.shape if need else 0, dtype=layer.dtype, device=layer.device)
         for layer, need in zip(logits, needs_grad, strict=True)
@@ -59,7 +60,7 @@ def _grouped(flat: Sequence[Any]) -> tuple[Gradients, Saved, Instances, Job]:
 @_mask_loss_backward.register_fake
 def _(*args: Any) -> list[Tensor]:
     instances = _grouped(args[:-2])[2]
-    return _shapes_of_gradients(instances.logits, args[-2])
+    return shapes_of_gradients(instances.logits, args[-2])
 
 
 def _mask_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The targets of clips: frames stored one below the other, and what the operations read instead, planes.
+"""The targets of clips and volumes: frames stored one below the other, and what the operations read instead, planes.
 
 A target of a clip is one tall mask, `[T * H, W]`. What packs, joins, selects and stores masks need not know of frames.
 The losses read planes: an instance in a frame. They are rows of a table that follows from the tall masks' by

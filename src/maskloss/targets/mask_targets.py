@@ -210,7 +210,7 @@ class MaskTargets(Packed):
         tall = [label_maps.check_label_map(each) for each in tall]
         numbers = [
             label_maps.present_ids(each, value) if listed is None else listed
-            for each, listed in zip(maps, numbers, strict=True)
+            for each, listed in zip(tall, numbers, strict=True)
         ]
         if frames:
             packed = _from_labels(tall, numbers, allow_missing, Frame(None, None, None), None)

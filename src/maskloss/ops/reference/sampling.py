@@ -130,7 +130,7 @@ def into_window(points: Tensor, windows: Tensor) -> Tensor:
     return points * windows[:, None, WINDOW_W:] + windows[:, None, :WINDOW_W]
 
 
-def _known_seed(seed: Tensor, device: torch.device) -> int | Tensor:
+def known_seed(seed: Tensor, device: torch.device) -> int | Tensor:
     """A seed on the host becomes a number: to copy it to a device would wait for the device."""
     return int(seed) if seed.device.type == "cpu" and device.type != "cpu" else seed.to(device)
 
@@ -145,7 +145,7 @@ def draw_points(z_at: Callable[[Tensor], Tensor], index: Tensor, windows: Tensor
         draw: seed and numbers of points.
     """
     layers, images = index[:, LAYER], index[:, IMAGE]
-    keys = instance_keys(_known_seed(draw.seed, index.device), draw.image_ids[images], index[:, TARGET])
+    keys = instance_keys(known_seed(draw.seed, index.device), draw.image_ids[images], index[:, TARGET])
     window = windows[images]
     num_random = draw.num_points - draw.num_uncertain
     uniform = into_window(draw_layout(draw.layout, keys, num_random, layers, RANDOM), window)
@@ -170,5 +170,5 @@ def redraw_points(chosen: Tensor, index: Tensor, windows: Tensor, draw: Draw) ->
 def match_points(windows: Tensor, draw: Draw) -> Tensor:
     """Draw the matcher's uniform points, shared by all queries and layers of an image: `[B, P, 2]`."""
     ids = draw.image_ids
-    keys = instance_keys(_known_seed(draw.seed, ids.device), ids, torch.full_like(ids, ALL_TARGETS))
+    keys = instance_keys(known_seed(draw.seed, ids.device), ids, torch.full_like(ids, ALL_TARGETS))
     return into_window(draw_layout(draw.layout, keys, draw.num_points, torch.zeros_like(ids), MATCHER), windows)

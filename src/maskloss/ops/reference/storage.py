@@ -71,26 +71,32 @@ def target_cells(points: Tensor, rows: Tensor, padding: str, dtype: torch.dtype)
 
 def read_targets(cells: Cells, rows: Tensor, targets: Targets, term: Term, dtype: torch.dtype) -> list[Tensor]:
     """Read the target pixels around each point: four tensors `[n, P]`, or one for target_mode "nearest"."""
+
+    def read(y: Tensor, x: Tensor) -> Tensor:
+        return pixels_of_targets(y, x, rows, targets, dtype)
+
+    if term.nearest:
+        return [read(*nearest(cells, rows[:, FRAME_H, None], rows[:, FRAME_W, None], term.padding))]
+    y, x = cells.y, cells.x
+    return [read(y, x), read(y, x + 1), read(y + 1, x), read(y + 1, x + 1)]
+
+
+def pixels_of_targets(y: Tensor, x: Tensor, rows: Tensor, targets: Targets, dtype: torch.dtype) -> Tensor:
+    """Read one pixel of targets, given by their rows of the table, for each point: `[n, P]`, 0 outside the crop."""
     data, encoding = targets.data, targets.encoding
 
     def column(which: int) -> Tensor:
         return rows[:, which, None]
 
-    def read(y: Tensor, x: Tensor) -> Tensor:
-        y, x = y - column(TOP), x - column(LEFT)
-        inside = (y >= 0) & (y < column(CROP_H)) & (x >= 0) & (x < column(CROP_W))
-        address = column(OFFSET) + y * column(STRIDE) + ((x >> 3) if encoding == "bits" else x)
-        found = data[torch.where(inside, address, 0)] if data.numel() else torch.zeros_like(address)
-        if encoding == "bits":
-            found = (found >> (x & 7)) & 1
-        elif encoding == "labels":
-            found = found == column(LABEL)
-        return torch.where(inside, found.to(dtype), 0.0)
-
-    if term.nearest:
-        return [read(*nearest(cells, column(FRAME_H), column(FRAME_W), term.padding))]
-    y, x = cells.y, cells.x
-    return [read(y, x), read(y, x + 1), read(y + 1, x), read(y + 1, x + 1)]
+    y, x = y - column(TOP), x - column(LEFT)
+    inside = (y >= 0) & (y < column(CROP_H)) & (x >= 0) & (x < column(CROP_W))
+    address = column(OFFSET) + y * column(STRIDE) + ((x >> 3) if encoding == "bits" else x)
+    found = data[torch.where(inside, address, 0)] if data.numel() else torch.zeros_like(address)
+    if encoding == "bits":
+        found = (found >> (x & 7)) & 1
+    elif encoding == "labels":
+        found = found == column(LABEL)
+    return torch.where(inside, found.to(dtype), 0.0)
 
 
 def target_values(corners: Sequence[Tensor], cells: Cells) -> Tensor:

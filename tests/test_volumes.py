@@ -1,0 +1,289 @@
+"""Volumes, and clips as one unit, against `grid_sample` in five dimensions; the CPU's kernels against the reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, grid_sample
+
+from maskloss import (
+    ClipOptions,
+    HungarianMatcher,
+    MaskCriterion,
+    MaskFactors,
+    MaskLoss,
+    MaskLossError,
+    MaskTargets,
+    PointSampling,
+)
+from maskloss._abi import ALL_TARGETS, CANDIDATES, MATCHER, RANDOM
+from maskloss.ops.reference.volumes import sample_volumes
+from maskloss.points import draw_layout3, instance_keys, slabs_of, uniform_points
+from maskloss.step import Step
+from maskloss.targets.collate import collate
+
+BACKENDS = ("reference", "cpu")
+VOLUME, CLIP = ClipOptions(unit="volume"), ClipOptions(unit="clip")
+P = 50
+UNIFORM = PointSampling(num_points=P, importance_ratio=0.0)
+D, H, W = 5, 14, 17
+
+
+def labels_of(count: int, seed: int = 0, size: tuple[int, int, int] = (D, H, W)) -> Tensor:
+    """A label volume as microscopy has them."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, count + 1, (2, 3, 3), generator=generator).to(torch.float32)
+    fine = torch.nn.functional.interpolate(coarse[None, None], size, mode="nearest")[0, 0]
+    fine.view(-1)[: count + 1] = torch.arange(count + 1.0)
+    return fine.to(torch.int32).to(torch.uint16)
+
+
+class Setup:
+    def __init__(self, dtype: torch.dtype = torch.float32, depth: int = 4, counts: tuple[int, ...] = (3, 2)) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.maps = [labels_of(count, seed) for seed, count in enumerate(counts)]
+        self.ids = [list(range(1, count + 1)) for count in counts]
+        self.packed = MaskTargets.from_label_map(self.maps, self.ids)
+        self.labels = [torch.arange(count) % 2 for count in counts]
+        self.classes = [torch.randn(len(counts), 4, 3, generator=generator).to(dtype) for _ in range(2)]
+        self.logits = [
+            (2 * torch.randn(len(counts), 4, d, *size, generator=generator)).to(dtype).requires_grad_()
+            for d, size in ((depth, (6, 9)), (depth, (8, 7)))
+        ]
+
+    @property
+    def targets(self) -> dict[str, Any]:
+        return {"masks": self.packed, "labels": self.labels}
+
+
+def read(volumes: Tensor, points: Tensor, linear: bool) -> Tensor:
+    """Read volumes `[n, d, h, w]` at points `[n, P, 3]`, (x, y, z), with PyTorch's own sampler."""
+    if linear:
+        grid = 2 * points[:, :, None, None] - 1
+        return grid_sample(volumes[:, None], grid, align_corners=False)[:, 0, :, 0, 0]
+    frame = (points[..., 2] * volumes.shape[1]).long()
+    plane = [
+        grid_sample(v[:, None], 2 * p[None, None, :, :2].expand(len(v), -1, -1, -1) - 1, align_corners=False)
+        for v, p in zip(volumes, points, strict=True)
+    ]
+    every = torch.stack([each[:, 0, 0] for each in plane])
+    return every.gather(1, frame[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_reading_is_that_of_grid_sample(linear: bool) -> None:
+    volumes = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    points = torch.rand(3, 40, 3, dtype=torch.float64)
+    mine, theirs = sample_volumes(volumes, points, linear), read(volumes, points, linear)
+    torch.testing.assert_close(mine, theirs)
+    for one, other in zip(
+        torch.autograd.grad(mine.square().sum(), volumes),
+        torch.autograd.grad(theirs.square().sum(), volumes),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("layout", ["independent", "stratified"])
+def test_points_are_uniform_and_their_own(layout: str) -> None:
+    keys = instance_keys(torch.tensor(3), torch.arange(40), torch.zeros(40, dtype=torch.int64))
+    layers = torch.zeros(40, dtype=torch.int64)
+    points = draw_layout3(layout, keys, 300, layers, RANDOM)
+    assert points.shape == (40, 300, 3)
+    assert ((points >= 0) & (points < 1)).all()
+    spread = 1 / math.sqrt(12 * 12000)
+    assert ((points.flatten(0, 1).mean(0) - 0.5).abs() < 5 * spread).all()
+    correlation = torch.corrcoef(points.flatten(0, 1).T)
+    assert ((correlation - torch.eye(3)).abs() < 0.05).all()
+    assert not torch.equal(points, draw_layout3(layout, keys, 300, layers, CANDIDATES))
+    if layout == "independent":
+        assert torch.equal(points[..., :2], uniform_points(keys, 300, layers, RANDOM))
+
+
+@pytest.mark.parametrize("cells", [1, 2, 7, 8, 27, 100, 300])
+def test_strata_are_boxes_of_equal_volume(cells: int) -> None:
+    """Each point lies in a box of its own: its slab, row and cell are counted from the number of points alone."""
+    keys = instance_keys(torch.tensor(1), torch.arange(64), torch.zeros(64, dtype=torch.int64))
+    points = draw_layout3("stratified", keys, cells, torch.zeros(64, dtype=torch.int64), RANDOM).double()
+    slabs = slabs_of(cells)
+    assert slabs**3 <= cells < (slabs + 1) ** 3
+    volumes = []
+    for i in range(cells):
+        slab = next(s for s in range(slabs) if (s + 1) * cells // slabs > i)
+        behind, beyond = slab * cells // slabs, (slab + 1) * cells // slabs
+        count, own = beyond - behind, i - behind
+        rows = math.isqrt(count)
+        row = next(r for r in range(rows) if (r + 1) * count // rows > own)
+        first, last = row * count // rows, (row + 1) * count // rows
+        low = torch.tensor([(own - first) / (last - first), first / count, behind / cells])
+        high = torch.tensor([(own - first + 1) / (last - first), last / count, beyond / cells])
+        mine = points[:, i]
+        assert ((mine >= low - 2**-23) & (mine <= high + 2**-23)).all()
+        assert (mine.std(0) > 0.15 * (high - low)).all()
+        volumes.append((high - low).prod())
+    torch.testing.assert_close(torch.stack(volumes), torch.full((cells,), 1 / cells))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("clips", [VOLUME, CLIP], ids=["volume", "clip"])
+def test_loss_at_uniform_points(backend: str, clips: ClipOptions) -> None:
+    """Both terms and the gradient against `grid_sample`; the kernels in float32, for which they are compiled anyway."""
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    setup = Setup(dtype, depth=4 if clips is VOLUME else D)
+    pairs = [(torch.tensor([2, 0, 3]), torch.tensor([1, 0, 2])), (torch.tensor([1, 3]), torch.tensor([1, 0]))]
+    logits = setup.logits[0]
+    loss = MaskLoss(sampling=UNIFORM, clips=clips, backend=backend)
+    out = loss(logits, setup.packed, pairs, seed=4)
+    images = torch.tensor([0, 0, 0, 1, 1])
+    keys = instance_keys(torch.tensor(4), images, torch.cat([t for _, t in pairs]))
+    points = draw_layout3("independent", keys, P, torch.zeros_like(images), RANDOM).to(dtype)
+    linear = clips is VOLUME
+    z = read(torch.cat([logits[b, q] for b, (q, _) in enumerate(pairs)]), points, linear)
+    dense = torch.cat([setup.packed.dense(b)[t].to(dtype) for b, (_, t) in enumerate(pairs)])
+    t = read(dense, points, linear)
+    ce = binary_cross_entropy_with_logits(z, t, reduction="none").mean(1)
+    s = z.sigmoid()
+    dice = 1 - (2 * (s * t).sum(1) + 1) / (s.sum(1) + t.sum(1) + 1)
+    # `grid_sample` rounds positions in its own precision, the library in float64.
+    close = {} if backend == "reference" else {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(out.per_instance.ce, ce, **close)
+    torch.testing.assert_close(out.per_instance.dice, dice, **close)
+    torch.testing.assert_close(out.total, ce.sum() + dice.sum(), **close)
+    for one, other in zip(
+        torch.autograd.grad(out.total, logits), torch.autograd.grad((ce + dice).sum(), logits), strict=True
+    ):
+        torch.testing.assert_close(one, other, **close)
+
+
+@pytest.mark.parametrize("clips", [VOLUME, CLIP], ids=["volume", "clip"])
+def test_gradcheck(clips: ClipOptions) -> None:
+    setup = Setup(torch.float64, depth=D, counts=(2,))
+    pairs = [(torch.tensor([1, 0]), torch.tensor([0, 1]))]
+    loss = MaskLoss(sampling=PointSampling(num_points=12), clips=clips, backend="reference", focal_gamma=1.5)
+    logits = setup.logits[0].detach()[:, :2, :, :2, :3].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: loss(z, setup.packed, pairs, seed=1).total, logits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["independent", "stratified"])
+@pytest.mark.parametrize("clips", [VOLUME, CLIP], ids=["volume", "clip"])
+def test_matching_costs(backend: str, layout: str, clips: ClipOptions) -> None:
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    setup = Setup(dtype, depth=4 if clips is VOLUME else D)
+    weights = {"class_weight": 0.0, "mask_weight": 1.0, "dice_weight": 10.0}
+    matcher = HungarianMatcher(**weights, num_points=P, layout=layout, clips=clips, backend=backend)
+    begun = Step.begin(collate(setup.targets), setup.logits, seed=5)
+    found = matcher.costs(torch.stack(setup.classes), setup.logits, begun)
+    ids = torch.arange(2)
+    keys = instance_keys(torch.tensor(5), ids, torch.full_like(ids, ALL_TARGETS))
+    points = draw_layout3(layout, keys, P, torch.zeros_like(ids), MATCHER).to(dtype)
+    for layer, logits in enumerate(setup.logits):
+        for image in range(2):
+            dense = setup.packed.dense(image).to(dtype)
+            z = read(logits[image].detach(), points[image].expand(4, -1, -1), clips is VOLUME)
+            t = read(dense, points[image].expand(len(dense), -1, -1), clips is VOLUME)
+            pair_z, pair_t = z[:, None].expand(-1, len(t), -1), t.expand(len(z), -1, -1)
+            ce = binary_cross_entropy_with_logits(pair_z, pair_t, reduction="none").mean(2)
+            s = pair_z.sigmoid()
+            dice = 1 - (2 * (s * pair_t).sum(2) + 1) / (s.sum(2) + pair_t.sum(2) + 1)
+            close = {} if backend == "reference" else {"atol": 1e-3, "rtol": 1e-4}
+            torch.testing.assert_close(found[layer, image, :, : len(t)], ce + 10 * dice, **close)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("encoding", ["labels", "bits", "values"])
+@pytest.mark.parametrize("clips", [VOLUME, CLIP], ids=["volume", "clip"])
+def test_kernels_choose_and_compute_as_the_reference(dtype: torch.dtype, encoding: str, clips: ClipOptions) -> None:
+    setup = Setup(dtype, depth=3 if clips is VOLUME else D)
+    if encoding != "labels":
+        dense = [setup.packed.dense(image).float() for image in range(2)]
+        setup.packed = MaskTargets.from_masks(dense, soft=encoding == "values", valid=(1, 2, H - 2, W - 4))
+    sampling = PointSampling(num_points=P, layout="stratified" if dtype == torch.float32 else "independent")
+    others: dict[str, dict[str, Any]] = {
+        "bits": {"focal_alpha": 0.3, "focal_gamma": 2.0},
+        "values": {"dice": "soft" if clips is VOLUME else "semimetric"},
+    }
+    found = []
+    for backend in BACKENDS:
+        options: dict[str, Any] = {"backend": backend, "sampling": sampling, "clips": clips, **others.get(encoding, {})}
+        out = MaskCriterion(2, **options)(setup.classes, setup.logits, setup.targets, seed=2)
+        found.append((out.matches.index, out.per_instance.ce, *torch.autograd.grad(out.total, setup.logits)))
+        assert out.per_instance.ce.shape == (10,)
+    tolerance = (
+        {"atol": 1e-5, "rtol": 1e-4} if dtype in (torch.float32, torch.float64) else {"atol": 1e-3, "rtol": 1e-2}
+    )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+def test_strided_logits_and_factors() -> None:
+    """Views are read as they are; factors are formed."""
+    setup = Setup()
+    criterion = MaskCriterion(2, sampling=UNIFORM, clips=VOLUME)
+    turned = [each.detach().permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2) for each in setup.logits]
+    assert not turned[0].is_contiguous()
+    losses = [criterion(setup.classes, each, setup.targets, seed=1).total for each in (setup.logits, turned)]
+    assert torch.equal(*losses)
+    factors = MaskFactors(torch.randn(2, 4, 3), torch.randn(2, 3, 4, 6, 5))
+    both = [criterion(setup.classes[0], each, setup.targets, seed=1).total for each in (factors, factors.dense())]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_volumes_without_instances_and_with_a_nan(backend: str) -> None:
+    setup = Setup(counts=(0,))
+    criterion = MaskCriterion(2, sampling=UNIFORM, clips=VOLUME, backend=backend)
+    out = criterion(setup.classes, setup.logits, setup.targets)
+    out.total.backward()
+    assert out.loss_mask.sum() == 0
+    setup = Setup(counts=(2,))
+    broken = setup.logits[0].detach().clone()
+    broken[0, 1] = float("nan")
+    loss = MaskLoss(sampling=PointSampling(num_points=P), clips=VOLUME, backend=backend)
+    pairs = [(torch.tensor([1, 0]), torch.tensor([0, 1]))]
+    broken.requires_grad_()
+    weighed = loss(broken, setup.packed, pairs, instance_weights=torch.tensor([0.0, 1.0]))
+    weighed.total.backward()
+    assert weighed.total.isfinite()
+    assert broken.grad.isfinite().all()
+    assert loss(broken, setup.packed, pairs).total.isnan()
+
+
+def test_what_volumes_do_not_have() -> None:
+    setup = Setup()
+    with pytest.raises(MaskLossError, match="frames and divide_by belong"):
+        ClipOptions(unit="clip", frames="present")
+    with pytest.raises(MaskLossError, match="the same frames"):
+        MaskCriterion(2, sampling=UNIFORM, clips=CLIP)(setup.classes, setup.logits, setup.targets)
+    with pytest.raises(MaskLossError, match="has padding_mode='zeros'"):
+        MaskCriterion(2, clips=VOLUME, padding_mode="border")(setup.classes, setup.logits, setup.targets)
+    with pytest.raises(MaskLossError, match="the same unit of clips"):
+        MaskCriterion(2, clips=VOLUME, matcher=HungarianMatcher())
+    pairs = [(torch.tensor([0]), torch.tensor([0]))] * 2
+    with pytest.raises(MaskLossError, match="points can be given to unit='frame' only"):
+        MaskLoss(clips=VOLUME)(setup.logits[0], setup.packed, pairs, points=torch.rand(2 * D, 4, 2))
+
+
+def test_the_gpu_backend_says_that_it_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup()
+    monkeypatch.setattr("maskloss.ops.choose_backend", lambda *_: "gpu")
+    with pytest.raises(MaskLossError, match="drawn by the backends 'reference' and 'cpu'"):
+        MaskCriterion(2, clips=VOLUME)(setup.classes, setup.logits, setup.targets)
+
+
+def test_compiled() -> None:
+    setup = Setup()
+    criterion = MaskCriterion(2, sampling=PointSampling(num_points=20), clips=VOLUME)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    found = []
+    for each in (criterion, compiled):
+        out = each(setup.classes, setup.logits, setup.targets, seed=1)
+        found.append((out.total, *torch.autograd.grad(out.total, setup.logits)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
