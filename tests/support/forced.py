@@ -77,9 +77,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, *, one_image: bool = False) -> Ite
         recorder.calls.append(Call(step, loss, matches, matched[-1]))
         return terms(loss, logits, matches, step, reduction, *points)
 
-    def spy_cost(logits: Any, num_targets: Any, job: Job, backend: str) -> Any:
+    def spy_cost(logits: Any, num_targets: Any, job: Job, *rest: Any) -> Any:
         matched.append(job.draw.num_points)
-        return cost(logits, num_targets, job, backend)
+        return cost(logits, num_targets, job, *rest)
 
     with monkeypatch.context() as patch, step(seed=SEED):
         patch.setattr(MaskLoss, "layer_terms", spy_terms)
