@@ -18,7 +18,7 @@ from maskloss.ops.cpu import arguments, positions
 from maskloss.ops.cpu.choose import threshold
 from maskloss.targets import MaskTargets
 from support.accuracy import assert_no_worse
-from support.batches import PLAIN, Batch, Sampling, group
+from support.batches import PLAIN, Batch, Sampling
 
 OPTIONS = {
     "plain": PLAIN,
@@ -353,7 +353,7 @@ def test_what_can_be_read_again_is_not_kept(backend: str, encoding: str, values:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        dense.mask_loss(case.instances, group(case.targets), case.draw(*SAMPLING), PLAIN, None, backend)
+        dense.mask_loss(case.instances, case.job(SAMPLING), backend)
     assert sum(tensor.nbytes for tensor in kept) == len(case.index) * (47 + 4 * values)
 
 
@@ -361,7 +361,7 @@ def test_no_instances_and_no_targets() -> None:
     case = make(encoding="bits", counts=(0, 0, 0))
     case = case._replace(index=torch.zeros(0, INDEX_COLUMNS, dtype=torch.int64))
     saved = case.loss(cpu, SAMPLING)
-    assert [list(part.shape) for part in saved] == [[0], [0], [0, 47], [0, 0]]
+    assert [list(part.shape) for part in saved] == [[0], [0], [0, 47], [0, 0], [0, 0]]
     assert case.points(cpu, SAMPLING).shape == (0, 123, 2)
     for grad, layer in zip(case.gradients(cpu, saved, SAMPLING), case.logits, strict=True):
         assert grad.shape == layer.shape
