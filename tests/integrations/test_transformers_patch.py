@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from maskloss import MaskLossError, MaskTargets, PointSampling, distributed, ops
-from maskloss._abi import Draw
+from maskloss._abi import Draw, Job
 from maskloss.integrations import transformers as transformers_integration
 from maskloss.integrations.transformers import patch, unpatch
 from maskloss.integrations.transformers.families import FAMILIES
@@ -79,7 +79,7 @@ def test_points_may_be_others_than_the_configurations(family: str, monkeypatch: 
         original = getattr(ops, name)
 
         def spy(*args: Any, _original: Any = original) -> Any:
-            drawn.extend(arg for arg in args if isinstance(arg, Draw))
+            drawn.extend(arg.draw for arg in args if isinstance(arg, Job))
             return _original(*args)
 
         monkeypatch.setattr(ops, name, spy)

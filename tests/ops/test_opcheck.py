@@ -246,6 +246,7 @@ def test_every_operation_is_checked() -> None:
         "assign_on_device",
         *("mask_loss", "mask_loss_backward"),
         *("factored_match_cost", "factored_mask_loss", "factored_mask_loss_backward"),
+        *("volume_cost", "volume_loss", "volume_loss_backward"),
     }
     assert set(dir(torch.ops.maskloss)) - {"name"} >= known
     registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
@@ -259,6 +260,7 @@ def test_every_operation_is_checked() -> None:
     [
         *("assign", "match_cost", "uncertain_points", "mask_loss", "mask_loss_backward"),
         *("factored_match_cost", "factored_mask_loss", "factored_mask_loss_backward"),
+        *("volume_cost", "volume_loss", "volume_loss_backward"),
     ],
 )
 def test_what_a_graph_of_the_compiler_must_not_capture(name: str) -> None:
