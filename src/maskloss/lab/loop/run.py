@@ -93,7 +93,6 @@ def train(config: TrainConfig, folder: Path | None, listener: Listener, *, overw
         if claim:
             claim.make_room()
             prepared.facts.write(folder)
-            _write_held_out(folder, prepared.source)
             prepared.learner.save_description(folder / MODEL)
             _write_held_out(folder, prepared.source)
         with _explained(folder, config.num_steps):
