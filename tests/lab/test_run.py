@@ -389,6 +389,16 @@ def test_a_run_goes_on_past_its_end(tmp_path, result):
     assert (copy / "summary.json").is_file() and (copy / "report.html").is_file()
 
 
+def test_without_a_checkpoint_a_finished_run_stays_as_it_is(tmp_path, result):
+    copy = tmp_path / "run"
+    shutil.copytree(result.folder, copy)
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(MaskLossError, match="has none left\\n.*begin another one with its weights: --model "):
+        resume(copy, quiet(), steps=9)
+    assert_same(copy, result.folder)
+    assert (copy / "summary.json").is_file() and (copy / "report.html").is_file()
+
+
 def test_to_go_on_past_the_end_can_be_interrupted(tmp_path, result, every_step_is_logged):
     for name in ("whole", "run"):
         shutil.copytree(result.folder, tmp_path / name)

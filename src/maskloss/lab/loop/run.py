@@ -123,6 +123,12 @@ def resume(folder: Path, listener: Listener, **changes: Any) -> Result:
             f"open {folder / REPORT}, or go on past its end with --steps",
         )
     steps = steps_of(folder)
+    if finished and not steps:
+        raise Cause(
+            "a run must have a checkpoint to go on from",
+            f"{folder} has none left",
+            f"begin another one with its weights: --model {folder}",
+        )
     begun = steps[-1] if steps else 0
     # Steps that stand in run.json, and epochs that were asked for, would exclude each other.
     given: dict[str, Any] = ({"steps": None} if longer else {}) | changes
