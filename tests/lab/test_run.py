@@ -143,6 +143,17 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, ever
         resume(tmp_path / "run", quiet())
 
 
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path, every_step_is_logged):
+    config = TrainConfig(**SHORT)
+    whole = train(config, tmp_path / "whole", quiet())
+    for begin in (train, lambda _, folder, told: resume(folder, told)):
+        # The first time in the last step, the second time in the evaluation after it.
+        told = quiet(step=Stop(6)) if begin is train else quiet(begin=lambda at: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted, match="stopped at step 6 of 6"):
+            begin(config, tmp_path / "run", told)
+    assert_same(resume(tmp_path / "run", quiet()).folder, whole.folder)
+
+
 class StopTwice(Stop):
     """Sends a signal twice, as a terminal that closes and torchrun do."""
 
@@ -231,7 +242,8 @@ class Scores:
         self.aps = iter(aps)
 
     def __call__(self, *arguments, original=engine.evaluate, **options):
-        return dataclasses.replace(original(*arguments, **options), ap=next(self.aps))
+        found = original(*arguments, **options)
+        return None if found is None else dataclasses.replace(found, ap=next(self.aps))
 
 
 @pytest.mark.parametrize(("keep", "ema", "aps", "kept"), [
@@ -456,6 +468,22 @@ def test_patience(tmp_path, monkeypatch, every_step_is_logged):
     monkeypatch.setattr(engine, "evaluate", Scores([*aps, 0.7]))
     whole = train(dataclasses.replace(config, patience=0), tmp_path / "whole", quiet())
     assert_same(again.folder, whole.folder)
+
+
+def test_a_signal_in_the_evaluation_that_ends_a_run_changes_nothing(tmp_path, monkeypatch, every_step_is_logged):
+    aps = [0.9, 0.1, 0.6, 0.6, 0.2]
+    config = TrainConfig(**SHORT | {"evaluations": 6}, patience=2)
+    monkeypatch.setattr(engine, "evaluate", Scores([*aps, 0.7]))
+    whole = train(config, tmp_path / "whole", quiet())
+    monkeypatch.setattr(engine, "evaluate", Scores(aps[:4]))
+    with pytest.raises(Interrupted, match="stopped at step 4 of 6"):
+        train(config, tmp_path / "run", quiet(step=Stop(4)))
+    monkeypatch.setattr(engine, "evaluate", Scores([aps[4], 0.7]))
+    again = resume(tmp_path / "run", quiet())
+    assert_same(again.folder, whole.folder)
+    assert again.kept == whole.kept
+    names = [{path.name for path in (folder / "snapshots").iterdir()} for folder in (again.folder, whole.folder)]
+    assert names[0] == names[1]
 
 
 # ---------------------------------------------------------------------------------------------- from another run

@@ -112,10 +112,13 @@ class Engine:
         self.model.train()
         self.accelerator.wait_for_everyone()
         self.step = begun
-        left = range(begun + 1, begun + 1 if self._has_stalled() else self.steps + 1)
-        loaded = batches(self.source, self.plan, config.seed, left, config.num_workers, self._pins)
-        with self._signals.heeded(self.listener.note), contextlib.closing(loaded):  # type: ignore[type-var]
+        with self._signals.heeded(self.listener.note), contextlib.ExitStack() as opened:
             self._look_back(begun)
+            if begun:
+                self._end_if_asked(begun, self._asked_to_stop())
+            left = range(begun + 1, begun + 1 if self._has_stalled() else self.steps + 1)
+            loaded = batches(self.source, self.plan, config.seed, left, config.num_workers, self._pins)
+            opened.enter_context(contextlib.closing(loaded))  # type: ignore[type-var]
             since, self._reported = time.perf_counter(), time.perf_counter()
             for step in left:
                 self.learner.clock.running = step % MEASURE_EVERY == 0
@@ -135,12 +138,11 @@ class Engine:
                     self._save(step)
                 self.step = step
                 if stalled:
-                    if self.main and step < self.steps:
-                        self._snapshot(step)
                     break
-                if stopped and step < self.steps:
-                    raise Interrupted(self.folder, step, self.steps, self._signals.number or signal.SIGTERM)
+                self._end_if_asked(step, stopped)
                 since = time.perf_counter()
+            if self.main and self.step < self.steps:
+                self._snapshot(self.step)
         return self.metrics.lines
 
     def _step(self, step: int, micro: list[Batch]) -> Tensor:
@@ -340,6 +342,11 @@ class Engine:
         if last < self.steps:
             told += f"; ended at step {last:,} of {self.steps:,}, as no score has been higher since"
         return Kept(best or last, told)
+
+    def _end_if_asked(self, step: int, asked: bool) -> None:
+        """Raise if a signal asked to stop, unless nothing is left to do: the last step is taken, and scored."""
+        if asked and (step < self.steps or not self.metrics.has(step, "held_out")):
+            raise Interrupted(self.folder, step, self.steps, self._signals.number or signal.SIGTERM)
 
     def _asked_to_stop(self) -> bool:
         """Whether any process was asked to stop: all have to stop after the same step."""
