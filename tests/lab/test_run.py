@@ -405,7 +405,7 @@ def test_without_a_checkpoint_a_finished_run_stays_as_it_is(tmp_path, result):
     copy = tmp_path / "run"
     shutil.copytree(result.folder, copy)
     shutil.rmtree(copy / "checkpoints")
-    with pytest.raises(MaskLossError, match="has none left\\n.*begin another one with its weights: --model "):
+    with pytest.raises(MaskLossError, match=r"has none left\n.*begin another one with its weights: --model "):
         resume(copy, quiet(), steps=9)
     assert_same(copy, result.folder)
     assert (copy / "summary.json").is_file() and (copy / "report.html").is_file()
