@@ -750,6 +750,8 @@ def test_the_learning_rate_rises_and_falls():
         ({"schedule": "steps"}, "--schedule must be one of cosine, linear, constant"),
         ({"on_error": "ignore"}, "--on-error must be one of"),
         ({"data": ""}, "--data must be a name"),
+        ({"log": 5}, r"--log must be some of [\s\S]*got 5"),
+        ({"log": [{"a": 1}]}, "--log must be some of"),
         ({"seed": -1}, "--seed must be a whole number"),
         ({"seed": 2**31}, "--seed must be a whole number from 0"),
         ({"threads": 0}, "--threads must be a whole number"),

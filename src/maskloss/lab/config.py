@@ -272,7 +272,9 @@ class TrainConfig:
     ] = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "log", tuple(self.log))  # JSON has lists
+        loggers: Any = self.log
+        if isinstance(loggers, list):  # as JSON has them
+            object.__setattr__(self, "log", tuple(loggers))
         for name, kind, optional, _, option in fields():
             value = getattr(self, name)
             if value is not None or not optional:

@@ -40,7 +40,7 @@ class Option(NamedTuple):
             value: that was given.
         """
         if kind is tuple:
-            good = isinstance(value, tuple) and set(value) <= set(self.choices or ())
+            good = isinstance(value, tuple) and all(each in (self.choices or ()) for each in value)
             must = f"some of {', '.join(self.choices or ())}"
         elif self.choices is not None:
             good, must = value in self.choices, f"one of {', '.join(self.choices)}"
