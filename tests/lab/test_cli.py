@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from pycocotools.coco import COCO
 
 from maskloss.lab.cli import main
 from maskloss.lab.commands import train as train_command
-from maskloss.lab.config import TrainConfig, fields
+from maskloss.lab.config import LOGGERS, TrainConfig, fields
 from maskloss.lab.loop.progress import Listener
 from maskloss.lab.loop.run import train
 from maskloss.lab.runfolder import read_facts
@@ -435,6 +436,15 @@ def test_every_option_of_the_configuration_can_be_given():
         assert kind(getattr(options, name)) == value and type(value) is kind
         assert getattr(TrainConfig(**{name: value, "batch_size": 32} | {name: value}), name) == value
     assert [field.name for field in dataclasses.fields(TrainConfig)] == [field.name for field in fields()]
+
+
+def test_the_command_of_a_configuration_makes_it_again():
+    config = TrainConfig(data="my cells", steps=7, lr=3e-4, augment=False, ema=True, log=LOGGERS[:2], device="cpu")
+    parser = argparse.ArgumentParser()
+    train_command.add_arguments(parser)
+    begun, command, *typed = shlex.split(config.command)
+    assert (begun, command) == ("maskloss", "train")
+    assert TrainConfig(**train_command.given(parser.parse_args(typed), fields())) == config
 
 
 def test_the_documentation_lists_every_option():

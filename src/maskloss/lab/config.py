@@ -343,7 +343,8 @@ class TrainConfig:
         for field in fields():
             value = getattr(self, field.name)
             if value != field.default:
-                words += [field.flag] if field.kind is bool else [field.flag, str(value)]
+                given = value if field.kind is tuple else () if field.kind is bool else (str(value),)
+                words += [field.flag, *given]
         return shlex.join(words)
 
     @property
