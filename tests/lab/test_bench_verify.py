@@ -89,6 +89,32 @@ def test_a_second_run_does_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_
     assert said[0] == "first: passed before"
 
 
+def test_a_part_runs_where_it_belongs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    code = "import json, os; print(json.dumps({'passed': True, 'place': os.getcwd()}))"
+    use(monkeypatch, part("there", code, place=tmp_path / "root"), part("here", code))
+    found = run(CPU, tmp_path / "out", lambda _: None)["parts"]
+    assert [Path(found[name]["result"]["place"]) for name in ("there", "here")] == [
+        (tmp_path / "root").resolve(),
+        Path.cwd(),
+    ]
+
+
+def test_results_of_other_sources_are_not_added_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "maskloss"
+    (package / "ops").mkdir(parents=True)
+    for name in ("__init__.py", "ops/kernel.py"):
+        (package / name).write_text("")
+    monkeypatch.setattr(verify.maskloss, "__file__", str(package / "__init__.py"))
+    use(monkeypatch)
+    (tmp_path / "out").mkdir()
+    for _ in range(2):
+        run(CPU, tmp_path / "out", lambda _: None)
+    (package / "ops" / "kernel.py").write_text("edited = True")
+    with pytest.raises(MaskLossError, match=r"is of another software(.|\n)*give another --out"):
+        run(CPU, tmp_path / "out", lambda _: None)
+
+
 def test_results_of_another_machine_are_not_added_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use(monkeypatch)
     run(CPU, tmp_path, lambda _: None)
@@ -214,9 +240,13 @@ def test_the_page_shows_times_and_what_differs() -> None:
 def test_options_that_it_would_ignore_are_an_error(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     bench_command.add_arguments(parser)
-    given = parser.parse_args(["--verify", "--preset", "tiny", "--steps", "3", "--out", str(tmp_path)])
-    with pytest.raises(MaskLossError, match=r"it was given --preset, --steps"):
-        bench_command.main(given)
+    for typed, told in (
+        (["--preset", "tiny", "--steps", "3"], "--preset, --steps"),
+        (["--seed", "1", "--seconds", "5", "--dtype", "float16"], "--dtype, --seconds, --seed"),
+    ):
+        given = parser.parse_args(["--verify", *typed, "--out", str(tmp_path)])
+        with pytest.raises(MaskLossError, match=rf"it was given {told}\n"):
+            bench_command.main(given)
 
 
 # ---------------------------------------------------------------------------------------------------------- the kernels

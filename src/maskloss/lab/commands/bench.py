@@ -25,6 +25,8 @@ from maskloss.lab.bench.machine import default_threads, describe_machine, descri
 from maskloss.lab.bench.model import MODELS, model_lines, model_table
 from maskloss.lab.bench.runner import Say, Settings, run_case
 
+# Defaults of options that are never None.
+_USUAL = {"dtype": "float32", "seconds": 120.0, "seed": 0}
 LESS_MEMORY = "take a smaller --preset"
 DESCRIPTION = """\
 Measure a training step (matching, classification and mask loss over all decoder layers, forward and backward).
@@ -90,14 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--seconds",
         type=float,
-        default=120.0,
+        default=_USUAL["seconds"],
         help="an arm that has used this much of a case's time, and has 3 steps, takes no more turns (default: 120)",
     )
     add("--quick", action="store_true", help="3 steps: a first impression")
     add("--threads", type=_positive, help="CPU threads (default: the cores that there are)")
     add("--device", type=_device, default="cpu", help="cpu, or a CUDA device (default: cpu)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the logits")
-    add("--seed", type=int, default=0, help="of inputs and points (default: 0)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default=_USUAL["dtype"], help="of the logits")
+    add("--seed", type=int, default=_USUAL["seed"], help="of inputs and points (default: 0)")
     add("--out", type=Path, default=Path("runs/bench"), help="folder for results and pictures (default: runs/bench)")
 
 
@@ -182,7 +184,7 @@ def _verify(arguments: argparse.Namespace, console: Any) -> int:
     """Verify a device; 1 unless every part has passed, or cannot run here."""
     ignored = ("preset", "scaling", "model", "arms", "stages", "steps", "quick", "threads")
     given = [f"--{name}" for name in ignored if getattr(arguments, name) not in (None, False)]
-    given += ["--dtype"] if arguments.dtype != "float32" else []
+    given += [f"--{name}" for name, usual in _USUAL.items() if getattr(arguments, name) != usual]
     if given:
         raise Cause(
             "--verify decides what is run", f"it was given {', '.join(given)}", "--device and --out are its own"
