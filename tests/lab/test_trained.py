@@ -19,10 +19,12 @@ from pycocotools.cocoeval import COCOeval
 from maskloss import MaskLossError
 from maskloss.lab import load_run
 from maskloss.lab.cli import main
+from maskloss.lab.commands import evaluate as evaluate_command
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.loop.progress import Listener
 from maskloss.lab.loop.run import train
 from maskloss.lab.results.predict import _known_ids, predict_images
+from maskloss.lab.results.scoring import evaluate_run
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +158,23 @@ def test_evaluate_shows_a_table_by_class_and_a_word_of_caution(run, capsys):
     for name in ("box ", "disc"):
         assert re.search(rf"^{name}  [0-9. –]+ 6 +6 +\d+$", printed, re.MULTILINE), printed
     assert "AP50 on other such images" in printed and "precision at recall  0.1 " in printed
-    assert "caution: all scores rest on 6 images" in printed and "interrupted" not in printed
+    assert "caution: all scores rest on 6 images" in printed and "not finished" not in printed
 
 
-def test_evaluate_says_how_far_an_interrupted_run_is(run, tmp_path, capsys):
+def test_evaluate_says_how_far_a_run_is_that_goes_on(run, tmp_path, capsys, monkeypatch):
     shutil.copytree(run, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+
+    def score(*arguments, **options):
+        found = evaluate_run(*arguments, **options)
+        shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-00000003")
+        return found
+
+    monkeypatch.setattr(evaluate_command, "evaluate_run", score)
     for name in ("summary.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
     assert main(["evaluate", str(tmp_path / "run"), "--device", "cpu"]) == 0
-    assert "interrupted at step 2 of 2: these are the scores of step 2" in capsys.readouterr().out
+    assert "not finished, at step 2 of 2: these are the scores of step 2" in capsys.readouterr().out
 
 
 def test_predict_takes_ids_from_annotations(run, tmp_path, capsys):

@@ -63,6 +63,7 @@ def main(options: argparse.Namespace) -> int:
     if options.json is not None:
         check_writable(options.json, "--json")
     console = open_console()
+    reached = unfinished(options.run)  # before the scoring, in which a run that goes on gets further
     with display(console, "Loading the model") as shown:
         found, _, skipped = evaluate_run(
             options.run,
@@ -75,7 +76,6 @@ def main(options: argparse.Namespace) -> int:
             say=shown.print,
         )
     told = Display(console, None)
-    reached = unfinished(options.run)
     if reached is not None:
         told.print((reached, "yellow"))
     told.print(*scores(found), f"  on {count(found.scenes, 'image')}")

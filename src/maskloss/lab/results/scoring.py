@@ -95,12 +95,12 @@ def evaluate_run(
 
 
 def unfinished(run: Path) -> str | None:
-    """Say how far an interrupted run is whose scores these are; None for one that is finished."""
+    """Say how far a run is that has not come to its end, and which step is scored; None: it is finished."""
     config, steps = read_facts(run).config, steps_of(run)
     if (run / SUMMARY).is_file() or not steps:
         return None
     kept = kept_step(run, config)
-    return f"interrupted at step {steps[-1]:,} of {config.steps:,}: these are the scores of step {kept:,}"
+    return f"not finished, at step {steps[-1]:,} of {config.steps:,}: these are the scores of step {kept:,}"
 
 
 class _Detail:
