@@ -152,3 +152,11 @@ def test_plain_loop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert len(history) == 30
     assert np.mean(history[-5:]) < 0.8 * np.mean(history[:5])
     assert "step  25" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["frame", "volume"])
+def test_clips_and_volumes(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = load("clips_and_volumes", monkeypatch).main(["--steps", "60", "--unit", unit])
+    assert len(history) == 60
+    assert np.mean(history[-10:]) < 0.8 * np.mean(history[:5])

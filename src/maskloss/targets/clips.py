@@ -86,13 +86,21 @@ def described(targets: P, tall: Sequence[Tensor], frames: int, valid: Box | None
     if valid is not None:
         rows = [window_row(valid, each.shape[-2] // frames, each.shape[-1]) for each in tall]
         windows = torch.cat([torch.from_numpy(row) for row in rows]).to(windows.device)
-    present: list[Tensor] = []
-    for each, ids in zip(tall, targets.table[:, LABEL].split(list(targets.num_targets)), strict=True):
+    stacked_up = replace(targets, windows=windows, frames=frames)
+    if targets.encoding == "bits":
+        found = planes(stacked_up).inhabited().view(targets.num_masks, frames)
+    elif targets.encoding == "values":
+        found = torch.cat([(each != 0).unflatten(1, (frames, -1)).flatten(2).any(2) for each in tall])
+    else:
         # One frame after the other: all pixels of all ids at once would be the dense masks.
-        pixels = each.unflatten(-2, (frames, -1)).movedim(-3, 0).flatten(-2)
-        found = [(frame != 0 if each.ndim == 3 else frame == ids[:, None]).any(1) for frame in pixels]
-        present.append(torch.stack(found, 1))
-    return replace(targets, windows=windows, frames=frames, present=torch.cat(present))
+        listed = zip(tall, targets.table[:, LABEL].split(list(targets.num_targets)), strict=True)
+        found = torch.cat([_occurrences(each.unflatten(0, (frames, -1)), ids) for each, ids in listed])
+    return replace(stacked_up, present=found)
+
+
+def _occurrences(labels: Tensor, ids: Tensor) -> Tensor:
+    """Return in which frames of a label map `[T, H, W]` ids `[N]` occur: bool `[N, T]`."""
+    return torch.stack([(frame == ids[:, None]).any(1) for frame in labels.flatten(1)], 1)
 
 
 def planes(targets: P) -> P:

@@ -163,18 +163,39 @@ def _item_bytes(dtype):
 
 
 @helper()
+def _near(grid, first, source, fx, fy):
+    """Interpolate in a slice, between four voxels that all exist, the first of them at `grid[first]`."""
+    below = first + source[STRIDE_Y]
+    return _mix(
+        grid[first], grid[first + source[STRIDE_X]], grid[below], grid[below + source[STRIDE_X]], fx, fy
+    )  # fmt: skip
+
+
+@helper()
 def _read(source, b, q, x, y, z, n, linear, out):
     """Logits at points of volume (b, q). No operation is fused: choices agree bit for bit with the reference's."""
     kind = out.dtype.type
+    depth, height, width = source[DEPTH], source[HEIGHT], source[WIDTH]
     base = source[ADDRESS] + (b * source[STRIDE_B] + q * source[STRIDE_Q]) * _item_bytes(source[DTYPE])
+    plain = source[DTYPE] == F32
+    last = (depth - 1) * source[STRIDE_Z] + (height - 1) * source[STRIDE_Y] + (width - 1) * source[STRIDE_X]
+    grid = at(base, last + 1 if plain else 0, np.float32)
     for i in range(n):
-        u, fx = _cell(x[i], source[WIDTH])
-        v, fy = _cell(y[i], source[HEIGHT])
-        k, fz = _depth_cell(z[i], source[DEPTH], linear)
-        front = _slice(base, source, k, v, u, kind(fx), kind(fy), out)
-        if linear:
-            back = _slice(base, source, k + 1, v, u, kind(fx), kind(fy), out)
-            front = front + kind(fz) * (back - front)
+        u, fx = _cell(x[i], width)
+        v, fy = _cell(y[i], height)
+        k, fz = _depth_cell(z[i], depth, linear)
+        inside = 0 <= u < width - 1 and 0 <= v < height - 1 and 0 <= k < depth - linear
+        if plain and inside:
+            first = k * source[STRIDE_Z] + v * source[STRIDE_Y] + u * source[STRIDE_X]
+            front = kind(_near(grid, first, source, np.float32(fx), np.float32(fy)))
+            if linear:
+                back = kind(_near(grid, first + source[STRIDE_Z], source, np.float32(fx), np.float32(fy)))
+                front = front + kind(fz) * (back - front)
+        else:
+            front = _slice(base, source, k, v, u, kind(fx), kind(fy), out)
+            if linear:
+                back = _slice(base, source, k + 1, v, u, kind(fx), kind(fy), out)
+                front = front + kind(fz) * (back - front)
         out[i] = front
 
 
