@@ -352,7 +352,6 @@ SHORT = [as_tensors(PAIRS)] * 3
         ("finite and at least 0", {"instance_weights": torch.full((10,), -1.0)}),
         ("finite and at least 0", {"instance_weights": [torch.full((n,), float("inf")) for n in (3, 0, 7)]}),
         ("totals.instance_weight belongs to", {"totals": StepTotals(1.0, 1.0), "instance_weights": torch.ones(10)}),
-        ("totals.instance_weight belongs to", {"totals": StepTotals(1.0, 1.0, instance_weight=1.0)}),
         ("totals.class_weight belongs to", {"totals": StepTotals(1.0, 1.0, class_weight=1.0)}),
         ("totals.queries must be", {"totals": StepTotals(1.0, "2")}),
         (

@@ -92,6 +92,17 @@ def test_weights_on_ranks(results: list[dict[Any, Any]], kind: str) -> None:
     assert_close(mean, expected_loss, rtol=1e-6, atol=1e-6)
 
 
+def test_ranks_with_and_without_masks_reduce_the_same_numbers(results: list[dict[Any, Any]]) -> None:
+    """Only the first rank has a target without a mask; both count what such targets weigh."""
+    model = ranks.Model()
+    expected_loss = ranks.mixed_step(model, range(ranks.IMAGES))
+    expected = ranks.gradients(model)
+    for rank in results:
+        agree(rank["mixed"][1], expected)
+    mean = sum(rank["mixed"][0] for rank in results) / ranks.RANKS
+    assert_close(mean, expected_loss, rtol=1e-6, atol=1e-6)
+
+
 def test_totals_of_weights(results: list[dict[Any, Any]]) -> None:
     """(3 / 2 + 2 + 4 / 2 + 2) / 2 of the instances, (3 * 1 + 2 * 3 + 4 * 1 + 2 * 3) / 2 of their classes."""
     for rank in results:

@@ -78,12 +78,26 @@ def test_regions_lie_in_the_frames_and_arrays_are_taken(backend: str) -> None:
     with_canvas = [e | {"masks": MaskTargets.from_masks(e["masks"], canvas=(40, 52))} for e in targets]
     padded = torch.zeros(40, 52, dtype=torch.bool)
     padded[: SIZE[0], : SIZE[1]] = True
-    one, other = (
-        module(classes, masks, with_canvas, seed=1, unlabeled=[region, None]).loss_class
-        for region in (padded, torch.ones(SIZE, dtype=torch.uint8))
-    )
-    assert torch.equal(one, other)
+    one = module(classes, masks, with_canvas, seed=1, unlabeled=[padded, None]).loss_class
     assert not torch.equal(one, module(classes, masks, with_canvas, seed=1).loss_class)
+    for entry in (with_canvas, targets):
+        with pytest.raises(MaskLossError, match="must be of the size of the masks, or of their canvas"):
+            module(classes, masks, entry, seed=1, unlabeled=[torch.ones(10, 13, dtype=torch.uint8), None])
+
+
+@pytest.mark.parametrize("nothing", [None, torch.zeros(0), "boxes"])
+def test_an_image_without_masks_has_a_region_of_its_own_size(backend: str, nothing: Any) -> None:
+    classes, masks = torch.randn(1, 3, CLASSES + 1), masks_at("left", "right", "all")
+    module = criterion(backend)
+    entry: dict[str, Any] = nothing_matched() | {"masks": nothing}
+    expected = nothing_matched()
+    if nothing == "boxes":
+        label = torch.tensor([1])
+        entry = {"labels": label, "boxes": torch.rand(1, 4)}
+        expected = {"labels": label, "masks": torch.zeros(1, *SIZE, dtype=torch.bool), "has_mask": False}
+    found = module(classes, masks, [entry], seed=1, unlabeled=[left()]).loss_class
+    torch.testing.assert_close(found, module(classes, masks, [expected], seed=1, unlabeled=[left()]).loss_class)
+    assert not torch.equal(found, module(classes, masks, [entry], seed=1).loss_class)
 
 
 def test_classes_that_nobody_annotated_are_no_errors_of_a_softmax() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from maskloss._abi import IGNORE_BASE, IGNORE_H, IGNORE_SIZE, IGNORE_STRIDE, IGNORE_W, Draw
+from maskloss._abi import IGNORE_BASE, IGNORE_H, IGNORE_SIZE, IGNORE_STRIDE, IGNORE_W, IMAGE_H, IMAGE_W, Draw
 from maskloss._inputs import accumulated
 from maskloss._tracing import on_host, plain
 from maskloss.errors import Cause, check_device, describe
@@ -193,6 +193,7 @@ def _regions(given: Any, step: Step) -> tuple[Tensor, Tensor]:
             "bool [H, W]; None for an image that is annotated everywhere",
         )
     packed, rows, base = [torch.empty(0, dtype=torch.uint8, device=targets.device)], [], 0
+    frames = targets.images[:, [IMAGE_H, IMAGE_W]].tolist() if on_host(targets.images) else None
     for image, each in enumerate(given):
         region = plain(each)
         if region is None:
@@ -205,12 +206,23 @@ def _regions(given: Any, step: Step) -> tuple[Tensor, Tensor]:
                 "True where objects may be that nobody annotated",
             )
         check_device("unlabeled", region.device, targets.device)
+        if frames is not None and frames[image] not in ([1, 1], list(region.shape)):
+            raise Cause(
+                "an unlabeled region must be of the size of the masks, or of their canvas",
+                f"that of image {image} is {describe(each)}, its masks or their canvas are {frames[image]}",
+                "resize it with the masks, and pad it to their canvas",
+            )
         packed.append(bits.pack(region != 0).flatten())
         rows.append((len(packed[-1]), base, (region.shape[1] + 7) // 8, *region.shape))
         base += len(packed[-1])
     images = targets.images.clone()
     columns = [IGNORE_SIZE, IGNORE_BASE, IGNORE_STRIDE, IGNORE_H, IGNORE_W]
     images[:, columns] = torch.tensor(rows, device="cpu").to(targets.device, non_blocking=True)
+    # An image without masks has a frame of one pixel, in which a region cannot lie: there it has its own size.
+    nowhere = (images[:, [IMAGE_H, IMAGE_W]] == 1).all(1, keepdim=True)
+    images[:, [IMAGE_H, IMAGE_W]] = images[:, [IMAGE_H, IMAGE_W]].where(
+        ~nowhere, images[:, [IGNORE_H, IGNORE_W]].clamp(min=1)
+    )
     return images, torch.cat(packed)
 
 

@@ -256,9 +256,10 @@ class MaskCriterion(nn.Module):
                 weights, so that an instance of weight 2 counts as two, and one of weight 0 (or False) as none, whatever
                 its logits are. The classification does not change: a target without a mask still has a class.
             unlabeled: for each image the region in which there may be objects that nobody annotated, bool `[H, W]` of
-                the size of its masks, or None. A query without a target is taught "no object" by one minus the share of
-                its predicted mask that lies there (seen at the matcher's points, without a gradient). For "softmax" it
-                has that weight in the mean too, which totals cannot know.
+                the size of its masks (of their canvas, if they have one), or None. Another size raises an error where
+                the targets are on a CPU; an image without masks may have any. A query without a target is taught "no
+                object" by one minus the share of its predicted mask that lies there (seen at the matcher's points,
+                without a gradient). For "softmax" it has that weight in the mean too, which totals cannot know.
             annotated_classes: for each image the numbers of the classes that were annotated in it, or None for all. For
                 "softmax", a query without a target learns to be no object, or of another class; for "focal" it learns
                 nothing of the others. Targets of other classes teach theirs all the same.
@@ -374,9 +375,9 @@ class MaskCriterion(nn.Module):
         """
         weighs_classes = self._weighs_classes
         if step.totals is not None:
-            check_weights_of_totals(
-                step.totals, instance_weight=None if weights is None else weighs, class_weight=weighs_classes
-            )
+            # Other micro-batches may have weights where this one has none: all of its instances weigh 1.
+            used_by = {"class_weight": weighs_classes} | ({} if weights is None else {"instance_weight": weighs})
+            check_weights_of_totals(step.totals, **used_by)
             if not matches.is_even:
                 raise Cause(
                     "totals need the same number of matches in every layer",
@@ -390,12 +391,21 @@ class MaskCriterion(nn.Module):
             column = matches.index[:, LAYER, None]
             instances = (column == torch.arange(layers, device=wanted.device)).sum(0, dtype=logits.dtype)
         counts = [instances, batch * queries - (0.0 if untaught is None else untaught)]
-        if weights is not None:
-            counts.append(by_layer(weights[None], matches)[0])
+        many = distributed.world_size(step.group) > 1
+        if weights is not None or many:
+            counts.append(instances if weights is None else by_layer(weights[None], matches)[0])
         if weighs_classes:
             counts.append(_classification.weight_sums(wanted, self._query_weights(logits, no_object=0.0)))
+        if many:
+            # What is reduced must not depend on this rank's own data: the same numbers, [L] each, in one dtype.
+            counts = [
+                count.to(logits.dtype).expand(layers)
+                if isinstance(count, Tensor)
+                else logits.new_full((layers,), count)
+                for count in counts
+            ]
         means = step.means(counts)
-        by_instance = means[2] if weights is not None else None
+        by_instance = means[2] if weights is not None or many else None
         return StepTotals(means[0], means[1], by_instance, means[-1] if weighs_classes else None)
 
     def _totals_of_groups(self, totals: StepTotals) -> StepTotals:

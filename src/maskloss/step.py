@@ -235,14 +235,16 @@ class Step:
     def query_weight(self, weights: Tensor) -> Tensor | None:
         """Sum the class weights `[C + 1]` of all queries of the whole step: `[]`.
 
-        Classes weigh alike, unless the totals know what the matched ones weigh. None if the training loop has not told
-        the step's totals.
+        Classes weigh alike, unless the totals know what the matched ones weigh, as they must with `ignore_label`. None
+        if the training loop has not told the step's totals.
         """
         if self.totals is None:
             return None
         weights = weights.to(self.device)
         matched = self.totals.class_weight
         if matched is None:
+            if self.rules.ignore_label is not None:
+                check_weights_of_totals(self.totals, class_weight="ignore_label")
             matched = weights[0] * self.totals.instances
         return matched + weights[-1] * (self.totals.queries - self.totals.instances)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskloss import MaskLossError, MaskTargets
+from maskloss import MaskLossError, MaskTargets, StepTotals, step
 from maskloss.factors import MaskFactors
 from maskloss.integrations import _boxes, detr, maskdino
 from support import tiny
@@ -444,6 +444,14 @@ def test_a_target_without_a_class_is_matched_by_its_mask(monkeypatch: pytest.Mon
     sigmoids = detr.HungarianMatcher(num_points=POINTS, classification="focal")
     with pytest.raises(MaskLossError, match=r"labels must lie in \[0, 3\)"):
         sigmoids(outputs_of(classes=tiny.CLASSES), targets)
+
+
+def test_totals_must_know_classes_where_some_are_unknown() -> None:
+    outputs, module = outputs_of(), mask2former_criterion(ignore_label=255)
+    with step(totals=StepTotals(4.0, 12.0)), pytest.raises(MaskLossError, match="class_weight belongs to ignore_label"):
+        module(outputs, targets_of())
+    with step(totals=StepTotals(4.0, 12.0, class_weight=4.0), seed=0):
+        assert torch.isfinite(module(outputs, targets_of())["loss_ce"])
 
 
 def test_options_are_there_under_their_names() -> None:

@@ -145,6 +145,17 @@ def weighted_step(model: nn.Module, images: Sequence[int], kind: str) -> Tensor:
     return out.total.detach()
 
 
+def mixed_step(model: nn.Module, images: Sequence[int]) -> Tensor:
+    """The loss of images of which only the first lacks a mask: half of the ranks know nothing of weights."""
+    features, targets = batch("uneven, more targets than queries")
+    targets[0]["has_mask"] = torch.tensor([True, False])
+    out = criterion("reference", class_weights=[0.5, 2.0, 1.5])(
+        *model(features[list(images)]), [targets[image] for image in images], seed=SEED
+    )
+    out.total.backward()
+    return out.total.detach()
+
+
 def alone(rank: int) -> dict[str, Tensor]:
     """What rank 0 computes while rank 1 does something else: a loss that waits for the other never returns."""
     features, targets = batch("uneven, more targets than queries")
@@ -225,6 +236,8 @@ def run(rank: int, folder: str) -> None:
     for kind in ("matched", "given"):
         model = DistributedDataParallel(Model())
         results["weighted", kind] = (weighted_step(model, mine, kind), gradients(model))
+    model = DistributedDataParallel(Model())
+    results["mixed"] = (mixed_step(model, mine), gradients(model))
     weights = {"instance_weights": [[torch.ones(3 + rank) / 2, torch.ones(2)]], "class_weights": [1.0, 3.0]}
     labels = [[torch.zeros(3 + rank).long(), torch.ones(2).long()]]
     results["weighted totals"] = step_totals([[3 + rank, 2]], QUERIES, labels=labels, **weights)
