@@ -360,6 +360,45 @@ def test_totals_name_the_option_that_needs_a_weight() -> None:
             criterion("reference", **options)(classes, masks, [given], totals=totals)
 
 
+def test_totals_with_weights_hold_for_a_micro_batch_without() -> None:
+    """Where all targets have a mask, each weighs 1: the parts add up to the step."""
+    classes, masks = layers(images=2)
+    targets = entries((3, 2))
+    targets[0]["has_mask"] = torch.tensor([True, False, True])
+    module = criterion("reference")
+    whole = module(classes, masks, targets, seed=3)
+    weights = [[torch.tensor([1.0, 0.0, 1.0])], [torch.ones(2)]]
+    totals = step_totals([[3], [2]], QUERIES, instance_weights=weights)
+    parts = [
+        module(
+            [c[i : i + 1] for c in classes],
+            [m[i : i + 1] for m in masks],
+            [entry],
+            image_ids=[i],
+            seed=3,
+            totals=totals,
+        )
+        for i, entry in enumerate(targets)
+    ]
+    torch.testing.assert_close(sum(part.total for part in parts), whole.total)
+
+
+def test_has_mask_of_a_collated_batch_is_one_for_each_image() -> None:
+    classes, masks = layers()
+    entry = one_image()[0]
+    targets = {"masks": MaskTargets.from_masks(entry["masks"]), "labels": [entry["labels"]]}
+    with pytest.raises(MaskLossError, match="has_mask of a collated batch must be a list"):
+        criterion("reference")(classes, masks, targets | {"has_mask": False})
+
+
+def test_a_label_of_zero_on_a_matcher_is_seen() -> None:
+    for name in ("ignore_label", "ignore_value"):
+        matcher = HungarianMatcher(**{name: 0})
+        with pytest.raises(MaskLossError, match=f"must have the same {name}"):
+            MaskCriterion(CLASSES, matcher=matcher)
+        MaskCriterion(CLASSES, matcher=matcher, **{name: 0})
+
+
 @pytest.mark.parametrize("form", ["bits", "values", "label map", "label map, not searched", "not cropped"])
 def test_which_masks_are_inhabited(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     masks = torch.zeros(4, 5, 11)

@@ -103,7 +103,7 @@ class HungarianMatcher(nn.Module):
         self.num_points, self.layout = sampling.num_points, sampling.layout
         _inputs.check_choice("classification", classification, KINDS)
         self.classification = classification
-        self.options, self.rules = all_options(options, **kwargs)
+        self.options, self.rules = all_options(options, kwargs)
         self.clips = check_clip_options(clips)
 
     @reported("HungarianMatcher")

@@ -124,7 +124,8 @@ class TargetRules:
         """Raise if a matcher was told something else than its criterion, whose rules hold for both."""
         for name in _RULE_NAMES:
             theirs, own = getattr(matcher, name), getattr(self, name)
-            if theirs not in (own, None, False):
+            # By identity: 0 is a label and a value of pixels.
+            if theirs is not None and theirs is not False and theirs != own:
                 raise Cause(
                     f"matcher and criterion must have the same {name}",
                     f"the matcher has {theirs!r}, the criterion {own!r}",
@@ -151,16 +152,16 @@ def mask_options(options: MaskOptions | None, **kwargs: Unpack[MaskKeywords]) ->
         Unexpected: a keyword that is no option.
         Cause: both a group and single options, or something else than a group.
     """
-    return all_options(options, (), **kwargs)[0]
+    return all_options(options, kwargs, ())[0]
 
 
 def all_options(
     options: MaskOptions | None,
+    kwargs: TargetKeywords | MaskKeywords,
     rules: Sequence[str] = _RULE_NAMES,
     no_object_label: str = "error",
-    **kwargs: Unpack[TargetKeywords],
 ) -> tuple[MaskOptions, TargetRules]:
-    """Take the options as a group or one by one, and those of targets, as far as `rules` names them."""
+    """Take the options as a group or as keywords, and those of targets, as far as `rules` names them."""
     unknown = [name for name in kwargs if name not in (*_NAMES, *rules)]
     if unknown:
         raise Unexpected(unknown[0], (*_NAMES, *rules))

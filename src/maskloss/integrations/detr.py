@@ -106,6 +106,7 @@ class HungarianMatcher(nn.Module):
             _inputs.check_weight(name, weight)
         self.cost_box, self.cost_giou = float(cost_box), float(cost_giou)
         self._costs = float(cost_class), float(cost_mask), float(cost_dice)
+        all_options(options, kwargs)  # Before the core, which has more options than are offered here.
         self.core = core.HungarianMatcher(
             class_weight=cost_class,
             mask_weight=cost_mask,
@@ -287,7 +288,7 @@ class SetCriterion(nn.Module):
             raise Cause("video must be True or False", f"video={video!r}", "True for clips, False for images")
         self.video = video
         self.layers_by_key = {"interm_outputs": "_interm"}
-        group, self.rules = all_options(options, no_object_label=no_object_label, **kwargs)
+        group, self.rules = all_options(options, kwargs, no_object_label=no_object_label)
         if isinstance(matcher, HungarianMatcher):
             self.rules.check_matcher(matcher.core.rules)
         self._warned = False

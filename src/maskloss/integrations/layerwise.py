@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -176,7 +177,9 @@ def layer_loss(
     matches = Matches.from_pairs(indices, num_queries=logits.shape[1], num_targets=targets.num_targets)
     weights = None
     if has_mask is not None:
-        weights = has_mask[matches.target_rows(targets.first_rows.cpu()).to(has_mask.device)]
+        # From what the host knows of the targets: `first_rows` would wait for the device.
+        first_rows = torch.tensor([0, *accumulate(targets.num_targets)][:-1], device="cpu")
+        weights = has_mask[matches.target_rows(first_rows).to(has_mask.device)]
     earlier = _earlier(matches.index[:, IMAGE] * (max(targets.num_targets, default=0) + 1) + matches.index[:, TARGET])
     times = int(earlier.max()) + 1 if len(earlier) else 1
     if times > 1:

@@ -150,6 +150,12 @@ def _collated(targets: Mapping[str, Any], ignore_value: int | None) -> Batch:
         )
     if isinstance(has_mask, (Tensor, np.ndarray)):
         has_mask = _flags(has_mask, masks.num_masks, masks.device).split(list(masks.num_targets))
+    elif has_mask is not None and (not isinstance(has_mask, Sequence) or len(has_mask) != len(masks)):
+        raise Cause(
+            "has_mask of a collated batch must be a list of bool [T] per image, or one [T_all]",
+            f"got {describe(has_mask)} for {len(masks)} images",
+            "False for a target that has a class and perhaps a box, but no mask",
+        )
     return joined(check_packed(masks, ignore_value), labels, [None] * len(masks) if has_mask is None else has_mask)
 
 
