@@ -208,9 +208,14 @@ class MaskTargets(Packed):
         if clips.are_clips(maps, 2):
             tall, frames = clips.stacked(maps, "label maps [T, H, W]", canvas, ignore if value is None else value)
         tall = [label_maps.check_label_map(each) for each in tall]
+        # Not from the canvas around the frames of a clip, where there is a number that is nobody's id.
+        shown = [
+            each.unflatten(0, (frames, -1))[:, : given.shape[-2], : given.shape[-1]] if frames else each
+            for each, given in zip(tall, maps, strict=True)
+        ]
         numbers = [
             label_maps.present_ids(each, value) if listed is None else listed
-            for each, listed in zip(tall, numbers, strict=True)
+            for each, listed in zip(shown, numbers, strict=True)
         ]
         if frames:
             packed = _from_labels(tall, numbers, allow_missing, Frame(None, None, None), None)
