@@ -240,7 +240,8 @@ def stack_costs(costs: Sequence[Tensor], class_logits: Tensor, targets: MaskTarg
     """Stack the per-image costs `[Q, T]` or `[L, Q, T]`: `[L, B, Q, T_max]`, 0 beyond an image's targets."""
     layers, batch, queries = class_logits.shape[:3]
     stacked = class_logits.new_zeros(layers, batch, queries, ops.widest(targets.num_targets))
-    if not isinstance(costs, (Sequence, Tensor)) or len(costs) != batch:
+    given: Any = costs
+    if not isinstance(given, (Sequence, Tensor)) or getattr(given, "ndim", 1) == 0 or len(given) != batch:
         raise Cause(
             "extra_costs must have one entry per image",
             f"got {describe(costs)} for {batch} images",
