@@ -442,3 +442,29 @@ def test_set_criterion_is_told_which_it_gets() -> None:
         video_criterion(video=True)(outputs, [{**t, "masks": t["masks"][:, 0]} for t in setup.targets])
     with pytest.raises(MaskLossError, match="video must be True or False"):
         video_criterion(video=5)
+
+
+@pytest.mark.parametrize("unit", ["frame", "clip", "volume"])
+@pytest.mark.parametrize("nothing", [None, torch.zeros(0), torch.zeros(0, 16, 16)], ids=["None", "[0]", "[0, H, W]"])
+def test_a_batch_of_clips_without_a_target(unit: str, nothing: Tensor | None) -> None:
+    """As mappers leave it, and as usual with one clip in a batch: nothing says that these are clips."""
+    class_logits, logits = torch.randn(1, 6, 4, requires_grad=True), torch.randn(1, 6, 5, 8, 8, requires_grad=True)
+    criterion = MaskCriterion(3, clips=ClipOptions(unit=unit), sampling=PointSampling(64))
+    entry = {"labels": torch.zeros(0, dtype=torch.int64)}
+    out = criterion(class_logits, logits, [entry | {"masks": nothing}], seed=0)
+    empty = criterion(class_logits, logits, [entry | {"masks": torch.zeros(0, 5, 16, 16)}], seed=0)
+    assert torch.equal(out.total, empty.total)
+    assert out.loss_mask.tolist() == out.loss_dice.tolist() == [0.0]
+    out.total.backward()
+    assert logits.grad is not None and not logits.grad.any()
+
+
+@pytest.mark.parametrize("unit", ["clip", "volume"])
+def test_whole_clips_and_volumes_reject_what_they_would_ignore(unit: str) -> None:
+    loss = MaskLoss(clips=ClipOptions(unit=unit), sampling=PointSampling(64))
+    masks, pairs = torch.rand(2, 16, 16) > 0.5, [(torch.tensor([0, 1]), torch.tensor([0, 1]))]
+    with pytest.raises(MaskLossError, match="no ignore regions"):
+        loss(torch.randn(1, 6, 1, 8, 8), MaskTargets.from_masks(masks, ignore=torch.rand(16, 16) > 0.5), pairs)
+    if unit == "volume":
+        with pytest.raises(MaskLossError, match="volumes need targets with a dimension of slices"):
+            loss(torch.randn(1, 6, 5, 8, 8), MaskTargets.from_masks(masks), pairs)

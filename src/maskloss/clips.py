@@ -168,4 +168,16 @@ def stack_of(
             f"padding_mode={sampling.padding_mode!r}, target_mode={sampling.target_mode!r}",
             "leave them out, or take unit='frame'",
         )
+    if targets.ignore.numel():
+        raise Cause(
+            f"unit={clips.unit!r} has no ignore regions",
+            "the targets have some",
+            "leave them out, or take unit='frame'",
+        )
+    if clips.unit == "volume" and targets.num_masks and targets.present is None:
+        raise Cause(
+            "volumes need targets with a dimension of slices",
+            f"got {describe(targets)}",
+            "give masks [N, D, H, W], or label maps [D, H, W]",
+        )
     return Stack(targets.frames, clips.unit == "volume")

@@ -169,7 +169,7 @@ class HungarianMatcher(nn.Module):
         num_classes = outputs - (self.classification == "softmax")
         # Unmatched queries have the first number that is no label.
         groups = self.groups if self.training else 1
-        each, rest = divmod(queries, groups)
+        each, rest = queries // groups, queries % groups  # not `divmod`: PyTorch's compiler has none for symbolic sizes
         if rest:
             raise Cause(
                 "the number of queries must be a multiple of groups",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -161,6 +161,10 @@ class Step:
         told, logits = _current(), predictions[0]
         targets, labels, has_mask = batch
         _inputs.check_targets(targets, logits)
+        if logits.ndim == 5 and targets.frames == 1 and not targets.num_masks:
+            # Nothing says that images without targets are clips.
+            present = torch.ones(0, logits.shape[2], dtype=torch.bool, device=targets.device)
+            targets = replace(targets, frames=logits.shape[2], present=present)
         unknown = None
         if rules.ignore_label is not None:
             unknown = labels == rules.ignore_label

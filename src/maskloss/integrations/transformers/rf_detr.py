@@ -166,7 +166,7 @@ def _layer_terms(
 
 def _groups(queries: int, per_group: int) -> int:
     """Count the groups of queries: G in training, 1 in evaluation, where the model runs one group."""
-    groups, rest = divmod(queries, per_group)
+    groups, rest = queries // per_group, queries % per_group
     if rest or not groups:
         raise Cause(
             "the number of queries must be a multiple of config.num_queries",
