@@ -54,7 +54,7 @@ slow: $(VENV)/.dev ## Run the slow tests (marked `slow`), and properties with mo
 	@$(PYTEST) -m "slow or thorough" --hypothesis-profile thorough $(ARGS)
 
 .PHONY: long
-long: $(VENV)/.dev ## Train several models to compare what they learn (tests marked `long`)
+long: $(VENV)/.dev ## Run what takes longest: training several models, thousands of problems (tests marked `long`)
 	@$(PY) -m pytest -m long $(ARGS)
 
 .PHONY: bounds

@@ -43,7 +43,7 @@ def test_processes(method: str) -> None:
         assert pool.apply_async(repeats.digest, ("cpu", 1)).get(timeout=300) == repeats.digest("cpu", 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_steps_leave_nothing_behind() -> None:
     """Memory, descriptors and threads after 2,000 steps of changing sizes are those after the first 300."""
     if sys.platform != "linux":

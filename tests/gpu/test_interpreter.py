@@ -44,9 +44,18 @@ SOME = (
     ],
 )
 def test_kernels_under_the_interpreter(names: tuple[str, ...]) -> None:
+    run_under_the_interpreter(*names)
+
+
+@pytest.mark.long
+def test_thousands_of_assignments_under_the_interpreter() -> None:
+    run_under_the_interpreter("test_assignment.py", "-m", "slow")
+
+
+def run_under_the_interpreter(*names: str) -> None:
     pytest.importorskip("triton")
     here = Path(__file__).parent
-    tests = [str(here / name) for name in names]
+    tests = [str(here / name) if ".py" in name else name for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=here.parents[1])

@@ -331,7 +331,7 @@ def test_memory_that_nobody_writes_shows() -> None:
     assert float(torch.empty(1).fill_(0)) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rehearsal_runs_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Kernels under the interpreter, and a program in place of compute-sanitizer that runs what it is told to."""
     tool = tmp_path / "bin" / "compute-sanitizer"

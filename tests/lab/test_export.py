@@ -125,7 +125,7 @@ def test_without_the_packages_the_extra_is_named(run, tmp_path, monkeypatch):
         export.export_run(run, tmp_path / "model.onnx")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["mask2former", "eomt", "eomt_dinov3", "rf_detr"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_pretrained_models(family, folder, tmp_path, packages):
