@@ -216,13 +216,13 @@ def _regions(given: Any, step: Step) -> tuple[Tensor, Tensor]:
         rows.append((len(packed[-1]), base, (region.shape[1] + 7) // 8, *region.shape))
         base += len(packed[-1])
     images = targets.images.clone()
-    columns = [IGNORE_SIZE, IGNORE_BASE, IGNORE_STRIDE, IGNORE_H, IGNORE_W]
-    images[:, columns] = torch.tensor(rows, device="cpu").to(targets.device, non_blocking=True)
+    moved = torch.tensor(rows, device="cpu").to(targets.device, non_blocking=True)
+    for place, column in enumerate((IGNORE_SIZE, IGNORE_BASE, IGNORE_STRIDE, IGNORE_H, IGNORE_W)):
+        images[:, column] = moved[:, place]  # a list of columns would be copied to the device, which waits
     # An image without masks has a frame of one pixel, in which a region cannot lie: there it has its own size.
-    nowhere = (images[:, [IMAGE_H, IMAGE_W]] == 1).all(1, keepdim=True)
-    images[:, [IMAGE_H, IMAGE_W]] = images[:, [IMAGE_H, IMAGE_W]].where(
-        ~nowhere, images[:, [IGNORE_H, IGNORE_W]].clamp(min=1)
-    )
+    nowhere = (images[:, IMAGE_H] == 1) & (images[:, IMAGE_W] == 1)
+    for frame, own in ((IMAGE_H, IGNORE_H), (IMAGE_W, IGNORE_W)):
+        images[:, frame] = images[:, frame].where(~nowhere, images[:, own].clamp(min=1))
     return images, torch.cat(packed)
 
 

@@ -102,7 +102,7 @@ class FoundInstances:
         return [run_lengths(mask.numpy()) for mask in self.dense().cpu()]
 
     def __repr__(self) -> str:
-        best = f", best score {float(self.scores[0]):.3f}" if len(self) else ""
+        best = f", best score {float(self.scores.max()):.3f}" if len(self) else ""
         return f"FoundInstances({len(self)} in {self.size[0]} x {self.size[1]} pixels{best})"
 
 

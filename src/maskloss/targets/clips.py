@@ -22,8 +22,6 @@ from maskloss.targets.storage import Packed
 
 P = TypeVar("P", bound=Packed)
 
-_SIGNED = {torch.uint8: torch.int16, torch.uint16: torch.int32, torch.uint32: torch.int64}
-
 
 def are_clips(images: Sequence[Any], rank: int) -> bool:
     """Whether masks, or label maps, have a dimension of frames more than those of images, which have `rank`."""
@@ -60,7 +58,7 @@ def stacked(clips: Sequence[Any], shape: str, canvas: Size | None, ignore: Any) 
         padding = (0, width - each.shape[-1], 0, height - each.shape[-2])
         if any(padding):
             # Beside a label map lies a number that is nobody's id.
-            each = each if rank == 4 else each.to(_SIGNED.get(each.dtype, each.dtype))
+            each = each.to(torch.int16) if rank == 3 and each.dtype == torch.uint8 else each
             each = pad(each, padding, value=0 if rank == 4 else torch.iinfo(each.dtype).min)
         tall.append(each.flatten(-3, -2))
     return tall, lengths.pop()
@@ -124,7 +122,8 @@ def planes(targets: P) -> P:
     table[:, CROP_H] = torch.where(inside, last - first, 0)
     table[:, FRAME_H] = height
     images = targets.images.clone()
-    images[:, [COUNT, FIRST]] *= count
+    for column in (COUNT, FIRST):  # one by one: a list would be copied to the device, which waits
+        images[:, column] *= count
     images[:, IMAGE_H] //= count
     numbers = tuple(number * count for number in targets.num_targets)
     return replace(targets, table=table, images=images, num_targets=numbers, frames=1, present=None)

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="write pictures and predictions into this new folder"
     )
-    parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda; default: cuda where there is a device")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or mps; default: cuda where there is a device")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="stop",
         help="what to do at an image that cannot be read (default: stop)",
     )
-    parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda; default: cuda where there is a device")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or mps; default: cuda where there is a device")
 
 
 def main(options: argparse.Namespace) -> int:
