@@ -203,9 +203,8 @@ def test_a_lock_dies_with_the_process_that_took_it(tmp_path):
     script = (
         "import os, sys, time; from pathlib import Path; from maskloss.lab import files\n"
         "with files.locked(Path(sys.argv[1])):\n"
-        "    child = os.fork()\n"
-        "    if child:\n"
-        "        print(child, flush=True)\n"
+        "    if not os.fork():\n"
+        "        print(os.getpid(), flush=True)  # once it has let go of what it inherited\n"
         "    time.sleep(300)\n"
     )
     sources = str(Path(module.__file__).parents[3])

@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -28,6 +29,29 @@ from support.batches import Batch
 
 SAMPLING = (256, 768, 192)
 RUN_ON_POOL = cpu_pool.run
+THREADS_OF_A_LAUNCH = """
+import os, threading
+import numpy as np
+import torch
+from maskloss.ops.cpu import threads
+
+torch.set_num_threads(3)
+large = torch.ones(1 << 20)
+large.exp()
+tasks = set(os.listdir("/proc/self/task"))
+barrier, seen = threading.Barrier(3), set()
+
+def meet(counter, items, *scratch):
+    if items:
+        barrier.wait(timeout=60)
+        seen.add(str(threading.get_native_id()))
+
+threads.launch(meet, 3, (np.float32, np.float32), (0, 0, 0), ())
+assert len(seen) == 3, seen
+assert seen <= tasks, (seen, tasks)
+large.exp()
+assert set(os.listdir("/proc/self/task")) == tasks
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -101,25 +125,13 @@ def test_several_callers_at_once(threads_of: str) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_threads_are_those_of_torch() -> None:
-    """A kernel adds no thread to those that PyTorch has started, and its work is done on all of them."""
+    """A kernel adds no thread to those that PyTorch has started, and its work is done on all of them.
+
+    In a process of its own: here, threads of other tests come and go.
+    """
     if not cpu_openmp.available():
         pytest.skip("PyTorch's threads cannot be had here")
-    torch.set_num_threads(3)
-    large = torch.ones(1 << 20)
-    large.exp()
-    tasks = set(os.listdir("/proc/self/task"))
-    barrier, seen = threading.Barrier(3), set()
-
-    def meet(counter: Any, items: int, *scratch: Any) -> None:
-        if items:
-            barrier.wait(timeout=60)
-            seen.add(str(threading.get_native_id()))
-
-    cpu_threads.launch(meet, 3, (np.float32, np.float32), (0, 0, 0), ())
-    assert len(seen) == 3
-    assert seen <= tasks
-    large.exp()
-    assert set(os.listdir("/proc/self/task")) == tasks
+    subprocess.run([sys.executable, "-c", THREADS_OF_A_LAUNCH], check=True, timeout=300)
 
 
 def test_fewer_items_than_threads_keep_the_team() -> None:
