@@ -127,17 +127,11 @@ def matched_counts(num_targets: Sequence[int], num_queries: int) -> tuple[int, .
 
 
 class Instances(NamedTuple):
-    """The matched predictions of all layers.
+    """The matched predictions of all layers."""
 
-    Attributes:
-        logits: one `[B, Q, h, w]` per decoder layer.
-        rows: int64 `[N, INDEX_COLUMNS]`, the index, sorted by layer.
-        layer_sizes: how many rows each layer has.
-    """
-
-    logits: Sequence[Tensor]
-    rows: Tensor
-    layer_sizes: Sequence[int]
+    logits: Sequence[Tensor]  # one `[B, Q, h, w]` per decoder layer
+    rows: Tensor  # int64 `[N, INDEX_COLUMNS]`, the index, sorted by layer
+    layer_sizes: Sequence[int]  # how many rows each layer has
 
     @property
     def accumulation_dtype(self) -> torch.dtype:
@@ -157,23 +151,14 @@ class Targets(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """How points are drawn.
+    """How points are drawn."""
 
-    Attributes:
-        image_ids: int64 `[B]`, global numbers of the images.
-        seed: int64 `[]`, on the host or on the device.
-        num_points: P.
-        num_candidates: K, from which the uncertain points are chosen.
-        num_uncertain: points that are chosen; the others are uniform.
-        layout: how candidates and uniform points lie to each other, one of LAYOUTS.
-    """
-
-    image_ids: Tensor
-    seed: Tensor
-    num_points: int
-    num_candidates: int = 0
-    num_uncertain: int = 0
-    layout: str = LAYOUTS[0]
+    image_ids: Tensor  # int64 `[B]`, global numbers of the images
+    seed: Tensor  # int64 `[]`, on the host or on the device
+    num_points: int  # P
+    num_candidates: int = 0  # K, from which the uncertain points are chosen
+    num_uncertain: int = 0  # points that are chosen; the others are uniform
+    layout: str = LAYOUTS[0]  # how candidates and uniform points lie to each other, one of LAYOUTS
 
 
 class Term(NamedTuple):
@@ -207,18 +192,12 @@ class Term(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What is computed of predictions: the targets, and where and how both are read.
+    """What is computed of predictions: the targets, and where and how both are read."""
 
-    Attributes:
-        targets: of the batch.
-        draw: how points are drawn.
-        term: how logits and targets are read.
-        points: float `[N, P, 2]`, the caller's points of instances; None: they are drawn, as those of costs always are.
-    """
-
-    targets: Targets
-    draw: Draw
-    term: Term
+    targets: Targets  # of the batch
+    draw: Draw  # how points are drawn
+    term: Term  # how logits and targets are read
+    # float `[N, P, 2]`, the caller's points of instances; None: they are drawn, as those of costs always are
     points: Tensor | None = None
 
     @property
@@ -250,48 +229,30 @@ class Job(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """How volumes, or the frames of clips, are read along their third axis.
+    """How volumes, or the frames of clips, are read along their third axis."""
 
-    Attributes:
-        frames: how many slices targets have, which are stored one below the other.
-        linear: between two slices; False: in the slice that a point lies in.
-    """
-
-    frames: int
-    linear: bool
+    frames: int  # how many slices targets have, which are stored one below the other
+    linear: bool  # between two slices; False: in the slice that a point lies in
 
 
 class Saved(NamedTuple):
-    """What the forward pass keeps for the backward pass. Everything else is read again, as it is in memory anyway.
+    """What the forward pass keeps for the backward pass. Everything else is read again, as it is in memory anyway."""
 
-    Attributes:
-        chosen: the chosen candidates, a bit each, uint8 `[N, ceil(K / 8)]`.
-        soft: t at the points, -1 where it is ignored, `[N, P]`. Without columns for bits and labels: to read those
-            again costs less than to write and read what was found.
-        logits: z at the points, `[N, P]`. Without columns, unless the planes will be gone: those of factors.
-    """
-
-    chosen: Tensor
+    chosen: Tensor  # the chosen candidates, a bit each, uint8 `[N, ceil(K / 8)]`
+    # t at the points, -1 where it is ignored, `[N, P]`. Without columns for bits and labels: to read those again
+    # costs less than to write and read what was found.
     soft: Tensor
-    logits: Tensor
+    logits: Tensor  # z at the points, `[N, P]`. Without columns, unless the planes will be gone: those of factors.
 
 
 class Factors(NamedTuple):
-    """The mask logits of all layers as products (see `MaskFactors`), in the dtype of the products.
+    """The mask logits of all layers as products (see `MaskFactors`), in the dtype of the products."""
 
-    Attributes:
-        embeddings: one `[B, Q, D]` per decoder layer.
-        biases: one `[B, Q]` per decoder layer, or none at all.
-        features: the distinct `[B, D, h, w]`.
-        features_of: for each decoder layer, which of the features it has.
-        scratch_bytes: bound on the planes, or the logits at the matcher's points, that exist at a time.
-    """
-
-    embeddings: Sequence[Tensor]
-    biases: Sequence[Tensor]
-    features: Sequence[Tensor]
-    features_of: Sequence[int]
-    scratch_bytes: int
+    embeddings: Sequence[Tensor]  # one `[B, Q, D]` per decoder layer
+    biases: Sequence[Tensor]  # one `[B, Q]` per decoder layer, or none at all
+    features: Sequence[Tensor]  # the distinct `[B, D, h, w]`
+    features_of: Sequence[int]  # for each decoder layer, which of the features it has
+    scratch_bytes: int  # bound on the planes, or the logits at the matcher's points, that exist at a time
 
 
 class Gradients(NamedTuple):
@@ -304,19 +265,13 @@ class Gradients(NamedTuple):
 class Reduction(NamedTuple):
     """How the caller sums the losses of instances, as far as it knows: ahead of the backward pass.
 
-        sum over i of v_i (ce_weight ce_i + dice_weight dice_i) / divisor
-
-    Attributes:
-        ce_weight: weight of the cross-entropies.
-        dice_weight: weight of Dice.
-        divisor: one number, or one for each layer `[L]`.
-        weights: v, of the instances `[N]`; None where all are 1.
+    sum over i of v_i (ce_weight ce_i + dice_weight dice_i) / divisor
     """
 
-    ce_weight: float
-    dice_weight: float
-    divisor: float | Tensor
-    weights: Tensor | None = None
+    ce_weight: float  # weight of the cross-entropies
+    dice_weight: float  # weight of Dice
+    divisor: float | Tensor  # one number, or one for each layer `[L]`
+    weights: Tensor | None = None  # v, of the instances `[N]`; None where all are 1
 
     def gradients(self, instances: Instances) -> Gradients:
         """Return the gradient of the sum by the losses."""

@@ -30,15 +30,11 @@ KINDS = ("softmax", "focal")
 
 
 class Partial(NamedTuple):
-    """What images that are annotated partly do not teach.
+    """What images that are annotated partly do not teach."""
 
-    Attributes:
-        shares: `[L, B, Q]` in [0, 1], how much of each predicted mask lies in an unlabeled region; None: nothing.
-        annotated: bool `[B, C]`, which classes were annotated in an image; None: all.
-    """
-
+    # `[L, B, Q]` in [0, 1], how much of each predicted mask lies in an unlabeled region; None: nothing
     shares: Tensor | None = None
-    annotated: Tensor | None = None
+    annotated: Tensor | None = None  # bool `[B, C]`, which classes were annotated in an image; None: all
 
     def taught(self, wanted: Tensor, no_object: int) -> Tensor | None:
         """Return how much each query is taught, `[L, B, Q]`: 1 for one with a target. None: all are taught fully."""

@@ -110,29 +110,18 @@ def _checked(
 
 @dataclass(frozen=True)
 class Step:
-    """The targets of a step, what decides its points, and what its losses are divided by.
+    """The targets of a step, what decides its points, and what its losses are divided by."""
 
-    Attributes:
-        targets: of all images.
-        labels: int64 `[T_all]`.
-        image_ids: int64 `[B]`, global numbers of the images.
-        seed: int64 `[]`.
-        totals: of the whole step, if the training loop has told them.
-        group: whom to count with: None, all ranks; a process group; False, nobody.
-        unknown: bool `[T_all]`, whether the class of a target is unknown, and its label means nothing; None: none is.
-        has_mask: bool `[T_all]`, whether a target has a mask; None: all have.
-        rules: how targets are understood.
-    """
-
-    targets: MaskTargets
-    labels: Tensor
-    image_ids: Tensor
-    seed: Tensor
-    totals: StepTotals | None = None
-    group: Group = None
+    targets: MaskTargets  # of all images
+    labels: Tensor  # int64 `[T_all]`
+    image_ids: Tensor  # int64 `[B]`, global numbers of the images
+    seed: Tensor  # int64 `[]`
+    totals: StepTotals | None = None  # of the whole step, if the training loop has told them
+    group: Group = None  # whom to count with: None, all ranks; a process group; False, nobody
+    # bool `[T_all]`, whether the class of a target is unknown, and its label means nothing; None: none is
     unknown: Tensor | None = None
-    has_mask: Tensor | None = None
-    rules: TargetRules = _NO_RULES
+    has_mask: Tensor | None = None  # bool `[T_all]`, whether a target has a mask; None: all have
+    rules: TargetRules = _NO_RULES  # how targets are understood
 
     @staticmethod
     def begin(

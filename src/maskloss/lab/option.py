@@ -11,25 +11,15 @@ HELP = "see maskloss train --help"
 
 
 class Option(NamedTuple):
-    """What is known of an option beside its type and its default.
+    """What is known of an option beside its type and its default."""
 
-    Attributes:
-        group: under which the help lists it.
-        metavar: what stands for its value.
-        text: what it does, and what None stands for.
-        least: the smallest value.
-        most: the largest. Beyond it, a machine would run out of memory or threads before it said so.
-        above: the value must be larger than this.
-        choices: all that it may be.
-    """
-
-    group: str
-    metavar: str
-    text: str
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    choices: tuple[str, ...] | None = None
+    group: str  # under which the help lists it
+    metavar: str  # what stands for its value
+    text: str  # what it does, and what None stands for
+    least: float | None = None  # the smallest value
+    most: float | None = None  # the largest. Beyond it, a machine would run out of memory or threads before it said so.
+    above: float | None = None  # the value must be larger than this
+    choices: tuple[str, ...] | None = None  # all that it may be
 
     def check(self, name: str, kind: type, value: Any) -> None:
         """Raise if a value is not of this kind or not within these bounds.

@@ -25,31 +25,18 @@ SCHEMA = 1
 
 
 class Facts(NamedTuple):
-    """What `run.json` says: all that is needed to use a trained model, beside its weights.
+    """What `run.json` says: all that is needed to use a trained model, beside its weights."""
 
-    Attributes:
-        config: the options, resolved.
-        classes: names, in the order of the labels.
-        category_ids: their numbers in COCO results.
-        channels: of the images.
-        percentile: whether 8-bit images are stretched between percentiles.
-        tile: side of the squares into which larger images are cut, pixels.
-        one_class_maps: whether the data are label maps of one class.
-        ranks: processes that the run began with.
-        class_weights: of the classes in the classification; None: all weigh alike.
-        version: of maskloss, that the run began with; None in older runs.
-    """
-
-    config: TrainConfig
-    classes: list[str]
-    category_ids: list[int]
-    channels: int
-    percentile: bool
-    tile: int
-    one_class_maps: bool
-    ranks: int
-    version: str | None = None
-    class_weights: list[float] | None = None
+    config: TrainConfig  # the options, resolved
+    classes: list[str]  # names, in the order of the labels
+    category_ids: list[int]  # their numbers in COCO results
+    channels: int  # of the images
+    percentile: bool  # whether 8-bit images are stretched between percentiles
+    tile: int  # side of the squares into which larger images are cut, pixels
+    one_class_maps: bool  # whether the data are label maps of one class
+    ranks: int  # processes that the run began with
+    version: str | None = None  # of maskloss, that the run began with; None in older runs
+    class_weights: list[float] | None = None  # of the classes in the classification; None: all weigh alike
 
     def write(self, folder: Path) -> None:
         """Write run.json."""

@@ -31,25 +31,15 @@ _PLAIN = (
 
 
 class Form(NamedTuple):
-    """How a format writes things; `%(name)s` stands for a part.
+    """How a format writes things; `%(name)s` stands for a part."""
 
-    Attributes:
-        display: a numbered formula on a line of its own, from `plain` and `latex`, its `name` and its `number`.
-        refer: the number of an equation, from the same.
-        title: the title of a paragraph, from its `text` and the `joiner` of the language.
-        cite: what is before, between and after works that are cited together.
-        escaped: characters that mean something else in the format, and how they are written.
-        tie: stands between two words that stay on one line.
-        gap: stands between a paragraph and its equations.
-    """
-
-    display: str
-    refer: str
-    title: str
-    cite: tuple[str, str, str]
-    escaped: Mapping[str, str]
-    tie: str = " "
-    gap: str = "\n\n"
+    display: str  # a numbered formula on a line of its own, from `plain` and `latex`, its `name` and its `number`
+    refer: str  # the number of an equation, from the same
+    title: str  # the title of a paragraph, from its `text` and the `joiner` of the language
+    cite: tuple[str, str, str]  # what is before, between and after works that are cited together
+    escaped: Mapping[str, str]  # characters that mean something else in the format, and how they are written
+    tie: str = " "  # stands between two words that stay on one line
+    gap: str = "\n\n"  # stands between a paragraph and its equations
 
 
 TEXT = Form("    %(plain)s    (%(number)s)", "%(number)s", "%(text)s%(joiner)s", ("[", ", ", "]"), {})
@@ -77,19 +67,12 @@ FORMATS = {"text": TEXT, "markdown": MARKDOWN, "latex": LATEX}
 
 @dataclass
 class Markup:
-    """Writes the parts of a text in a format.
+    """Writes the parts of a text in a format."""
 
-    Attributes:
-        form: the format.
-        version: of maskloss, for the list of references; None where it is not known.
-        equations: the names of the displayed equations, numbered in this order.
-        cited: the keys of the works that were cited, in order.
-    """
-
-    form: Form
-    version: str | None = None
-    equations: tuple[str, ...] = ()
-    cited: list[str] = field(default_factory=list)
+    form: Form  # the format
+    version: str | None = None  # of maskloss, for the list of references; None where it is not known
+    equations: tuple[str, ...] = ()  # the names of the displayed equations, numbered in this order
+    cited: list[str] = field(default_factory=list)  # the keys of the works that were cited, in order
 
     def math(self, latex: str) -> str:
         """Write an inline formula, given in LaTeX."""

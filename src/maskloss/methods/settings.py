@@ -24,136 +24,78 @@ _DEFAULT_TERM = MaskOptions()
 
 @dataclass(frozen=True)
 class Points:
-    """How many points there are, and how they are chosen.
+    """How many points there are, and how they are chosen."""
 
-    Attributes:
-        count: P; None where it follows from the size of the predicted masks.
-        area: P is one point for this many pixels of a predicted mask; None where `count` is given.
-        oversample_ratio: candidates per point.
-        importance_ratio: share of uncertain points.
-        layout: "independent", or "stratified": one point in each of as many cells of equal area.
-    """
-
-    count: int | None
-    area: int | None = None
-    oversample_ratio: float = PointSampling.oversample_ratio
-    importance_ratio: float = PointSampling.importance_ratio
-    layout: str = "independent"
+    count: int | None  # P; None where it follows from the size of the predicted masks
+    area: int | None = None  # P is one point for this many pixels of a predicted mask; None where `count` is given
+    oversample_ratio: float = PointSampling.oversample_ratio  # candidates per point
+    importance_ratio: float = PointSampling.importance_ratio  # share of uncertain points
+    layout: str = "independent"  # "independent", or "stratified": one point in each of as many cells of equal area
 
 
 @dataclass(frozen=True)
 class Classification:
-    """The classification beside the masks.
+    """The classification beside the masks."""
 
-    Attributes:
-        kind: "softmax", "focal" (sigmoids), or "quality": sigmoids whose target is the quality of the box.
-        weight: in the total.
-        no_object_weight: of "no object" in a softmax.
-        num_classes: C; None where it is not known.
-        class_weights: of the single classes; None: all 1.
-        normalized: over all "devices", or on each "device" alone.
-        focal_alpha: of the focal loss, or the share of the score in the quality.
-    """
-
+    # "softmax", "focal" (sigmoids), or "quality": sigmoids whose target is the quality of the box
     kind: str = "softmax"
-    weight: float = 2.0
-    no_object_weight: float = 0.1
-    num_classes: int | None = None
-    class_weights: tuple[float, ...] | None = None
-    normalized: str = "devices"
-    focal_alpha: float = 0.25
+    weight: float = 2.0  # in the total
+    no_object_weight: float = 0.1  # of "no object" in a softmax
+    num_classes: int | None = None  # C; None where it is not known
+    class_weights: tuple[float, ...] | None = None  # of the single classes; None: all 1
+    normalized: str = "devices"  # over all "devices", or on each "device" alone
+    focal_alpha: float = 0.25  # of the focal loss, or the share of the score in the quality
 
 
 @dataclass(frozen=True)
 class Matching:
-    """The cost of the matching: weights, points and how masks are read.
+    """The cost of the matching: weights, points and how masks are read."""
 
-    Attributes:
-        class_weight: weight of the class term.
-        mask_weight: weight of the masks' cross-entropy.
-        dice_weight: weight of Dice.
-        points: uniform points of an image.
-        classification: "softmax" or "focal".
-        term: how the mask terms are computed.
-        box_weight: weight of the L1 distance of boxes, 0 for none.
-        giou_weight: weight of the boxes' GIoU, 0 for none.
-        groups: into how many groups the queries are split, each matched on its own.
-    """
-
-    class_weight: float
-    mask_weight: float
-    dice_weight: float
-    points: Points
-    classification: str = "softmax"
-    term: MaskOptions = _DEFAULT_TERM
-    box_weight: float = 0.0
-    giou_weight: float = 0.0
-    groups: int = 1
+    class_weight: float  # weight of the class term
+    mask_weight: float  # weight of the masks' cross-entropy
+    dice_weight: float  # weight of Dice
+    points: Points  # uniform points of an image
+    classification: str = "softmax"  # "softmax" or "focal"
+    term: MaskOptions = _DEFAULT_TERM  # how the mask terms are computed
+    box_weight: float = 0.0  # weight of the L1 distance of boxes, 0 for none
+    giou_weight: float = 0.0  # weight of the boxes' GIoU, 0 for none
+    groups: int = 1  # into how many groups the queries are split, each matched on its own
 
 
 class Augmentation(NamedTuple):
-    """How training images are changed.
+    """How training images are changed."""
 
-    Attributes:
-        smallest: side of the smallest square crop, as a share of the image's longer side or of `Training.crop`.
-        largest: side of the largest one, alike.
-        turns: whether images are also flipped vertically and turned by 90 degrees.
-    """
-
-    smallest: float
-    largest: float
-    turns: bool = False
+    smallest: float  # side of the smallest square crop, as a share of the image's longer side or of `Training.crop`
+    largest: float  # side of the largest one, alike
+    turns: bool = False  # whether images are also flipped vertically and turned by 90 degrees
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a run trained its model.
+    """How a run trained its model."""
 
-    Attributes:
-        model: its name; None: the compact model of `maskloss train`.
-        pretrained: whose weights it began with; None: its own.
-        queries: their number.
-        parameters: their number.
-        size: side of the square that the model sees, pixels.
-        crop: side of the crops of the images, pixels; None: whole images.
-        augmentation: None: there is none.
-        digits: whether it trained on the scenes of handwritten digits that maskloss makes.
-        steps: optimizer steps.
-        batch_size: images of a step.
-        lr: highest learning rate of AdamW.
-        backbone_share: the backbone's learning rate as a share of it.
-        weight_decay: of AdamW, on matrices and kernels.
-        clip: largest norm of the gradient; 0: any.
-        schedule: how the learning rate falls, "cosine", "linear" or "constant".
-        warmup: share of the steps in which it rises.
-        precision: "no", "bf16" or "fp16".
-        planned: the steps that the schedule was made for, where training ended before; None: all were taken.
-        layer_decay: of the learning rate, from a block of the backbone to the one before it.
-        ema_decay: of the average of the weights, at most; None: the weights themselves are used.
-        best: the step whose weights were kept for their score on held-out images; None: the last.
-    """
-
-    model: str | None
-    pretrained: str | None
-    queries: int
-    parameters: int
-    size: int
-    crop: int | None
-    augmentation: Augmentation | None
-    digits: bool
-    steps: int
-    batch_size: int
-    lr: float
-    backbone_share: float
-    weight_decay: float
-    clip: float
-    schedule: str
-    warmup: float
-    precision: str
+    model: str | None  # its name; None: the compact model of `maskloss train`
+    pretrained: str | None  # whose weights it began with; None: its own
+    queries: int  # their number
+    parameters: int  # their number
+    size: int  # side of the square that the model sees, pixels
+    crop: int | None  # side of the crops of the images, pixels; None: whole images
+    augmentation: Augmentation | None  # None: there is none
+    digits: bool  # whether it trained on the scenes of handwritten digits that maskloss makes
+    steps: int  # optimizer steps
+    batch_size: int  # images of a step
+    lr: float  # highest learning rate of AdamW
+    backbone_share: float  # the backbone's learning rate as a share of it
+    weight_decay: float  # of AdamW, on matrices and kernels
+    clip: float  # largest norm of the gradient; 0: any
+    schedule: str  # how the learning rate falls, "cosine", "linear" or "constant"
+    warmup: float  # share of the steps in which it rises
+    precision: str  # "no", "bf16" or "fp16"
+    # the steps that the schedule was made for, where training ended before; None: all were taken
     planned: int | None = None
-    layer_decay: float = 1.0
-    ema_decay: float | None = None
-    best: int | None = None
+    layer_decay: float = 1.0  # of the learning rate, from a block of the backbone to the one before it
+    ema_decay: float | None = None  # of the average of the weights, at most; None: the weights themselves are used
+    best: int | None = None  # the step whose weights were kept for their score on held-out images; None: the last
 
 
 @dataclass(frozen=True)

@@ -133,31 +133,18 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some instances of one image whose layers share their features.
+    """Some instances of one image whose layers share their features."""
 
-    Attributes:
-        features: which of the features.
-        image: number of the image.
-        first: whether it is the first part of its features and image.
-        opens: whether it is the first part of its features.
-        own: where the instances are among all, in the order of the parts.
-        rows: where their planes are: one each, or one for each frame of a clip.
-        embeddings: `[n, D]`.
-        biases: `[n]`, or None.
-        index: rows of the index, one for each plane; QUERY is its number.
-        layer_sizes: how many rows of the part each layer has.
-    """
-
-    features: int
-    image: int
-    first: bool
-    opens: bool
-    own: slice
-    rows: slice
-    embeddings: Tensor
-    biases: Tensor | None
-    index: Tensor
-    layer_sizes: list[int]
+    features: int  # which of the features
+    image: int  # number of the image
+    first: bool  # whether it is the first part of its features and image
+    opens: bool  # whether it is the first part of its features
+    own: slice  # where the instances are among all, in the order of the parts
+    rows: slice  # where their planes are: one each, or one for each frame of a clip
+    embeddings: Tensor  # `[n, D]`
+    biases: Tensor | None  # `[n]`, or None
+    index: Tensor  # rows of the index, one for each plane; QUERY is its number
+    layer_sizes: list[int]  # how many rows of the part each layer has
 
 
 class Blocks:

@@ -46,17 +46,11 @@ def kept(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Derivative:
-    """An operation of the dispatcher, and its derivative as `torch.library` takes it.
+    """An operation of the dispatcher, and its derivative as `torch.library` takes it."""
 
-    Attributes:
-        operation: takes the flat arguments of the schema.
-        setup: called with a context, the arguments and the outputs.
-        backward: called with a context and the gradients of the outputs.
-    """
-
-    operation: Any
-    setup: Callable[..., None]
-    backward: Callable[..., Any]
+    operation: Any  # takes the flat arguments of the schema
+    setup: Callable[..., None]  # called with a context, the arguments and the outputs
+    backward: Callable[..., Any]  # called with a context and the gradients of the outputs
 
     def __call__(self, *args: Any) -> Any:
         """Call the operation; under a transform, in a form that the transform knows."""

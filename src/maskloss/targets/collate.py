@@ -22,32 +22,20 @@ Entries = Sequence[Mapping[str, Any]]
 
 
 class Columns(NamedTuple):
-    """What the target dicts of a batch hold, one of each for an image.
+    """What the target dicts of a batch hold, one of each for an image."""
 
-    Attributes:
-        masks: dense, a label map, a `MaskTargets`, or None.
-        ids: of a label map, or None.
-        labels: of the targets, if they were asked for.
-        has_mask: see `Batch`; None for an image whose targets all have a mask.
-    """
-
-    masks: list[Any]
-    ids: list[Any]
-    labels: list[Any]
-    has_mask: list[Any]
+    masks: list[Any]  # dense, a label map, a `MaskTargets`, or None
+    ids: list[Any]  # of a label map, or None
+    labels: list[Any]  # of the targets, if they were asked for
+    has_mask: list[Any]  # see `Batch`; None for an image whose targets all have a mask
 
 
 class Batch(NamedTuple):
-    """The targets of all images.
+    """The targets of all images."""
 
-    Attributes:
-        masks: of the batch.
-        labels: int64 `[T_all]`.
-        has_mask: bool `[T_all]`, False for a target that has a class, and perhaps a box, but no mask; None: all have.
-    """
-
-    masks: MaskTargets
-    labels: Tensor
+    masks: MaskTargets  # of the batch
+    labels: Tensor  # int64 `[T_all]`
+    # bool `[T_all]`, False for a target that has a class, and perhaps a box, but no mask; None: all have
     has_mask: Tensor | None = None
 
 

@@ -64,19 +64,12 @@ def frame_size(size: Size, canvas: Size | None) -> Size:
 
 
 class Stored(NamedTuple):
-    """Where the masks of one image are stored.
+    """Where the masks of one image are stored."""
 
-    Attributes:
-        place: int64 `[T, 6]`, OFFSET to CROP_W of each mask.
-        elements: how much of `MaskTargets.data` they take.
-        size: height and width of the masks.
-        ids: of the targets in a label map.
-    """
-
-    place: NDArray[np.int64]
-    elements: int
-    size: Size
-    ids: Sequence[int] | None = None
+    place: NDArray[np.int64]  # int64 `[T, 6]`, OFFSET to CROP_W of each mask
+    elements: int  # how much of `MaskTargets.data` they take
+    size: Size  # height and width of the masks
+    ids: Sequence[int] | None = None  # of the targets in a label map
 
 
 def describe_images(stored: Sequence[Stored], frame: Frame, device: torch.device) -> tuple[Tensor, ...]:

@@ -40,18 +40,12 @@ class Derived:
 
 @dataclass(eq=False)
 class SharedWork:
-    """What the layers of one forward pass share.
+    """What the layers of one forward pass share."""
 
-    Attributes:
-        handed: how many embeddings the mask head has handed over.
-        layers: how many of their products there have been.
-        rounded: the features in the dtype of autocast; with a graph.
-        resized: the features at the sizes of the attention masks; without a graph.
-    """
-
-    handed: int = 0
-    layers: int = 0
-    rounded: Derived = field(default_factory=Derived)
+    handed: int = 0  # how many embeddings the mask head has handed over
+    layers: int = 0  # how many of their products there have been
+    rounded: Derived = field(default_factory=Derived)  # the features in the dtype of autocast; with a graph
+    # the features at the sizes of the attention masks; without a graph
     resized: Derived = field(default_factory=Derived)
 
     def clear(self) -> None:
@@ -60,15 +54,10 @@ class SharedWork:
 
 
 class Embeddings(Tensor):
-    """Query embeddings `[B, Q, D]` whose product with features is a `LayerFactors`.
+    """Query embeddings `[B, Q, D]` whose product with features is a `LayerFactors`."""
 
-    Attributes:
-        plain: the same as a plain tensor.
-        shared: the work of their forward pass.
-    """
-
-    plain: Tensor
-    shared: SharedWork
+    plain: Tensor  # the same as a plain tensor
+    shared: SharedWork  # the work of their forward pass
 
     @staticmethod
     def wait(plain: Tensor, shared: SharedWork) -> Embeddings:
@@ -106,17 +95,11 @@ class FlatProduct:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LayerFactors(MaskFactors):
-    """The mask logits of one layer of a model.
+    """The mask logits of one layer of a model."""
 
-    Attributes:
-        shared: the work of its forward pass.
-        layer: the number of the product in that pass, from 1.
-        promised: the dtype in which the model would return these logits.
-    """
-
-    shared: SharedWork = field(default_factory=SharedWork)
-    layer: int = 0
-    promised: torch.dtype = torch.float32
+    shared: SharedWork = field(default_factory=SharedWork)  # the work of its forward pass
+    layer: int = 0  # the number of the product in that pass, from 1
+    promised: torch.dtype = torch.float32  # the dtype in which the model would return these logits
 
     @staticmethod
     def of(embeddings: Embeddings, features: Tensor) -> LayerFactors:

@@ -47,23 +47,15 @@ class Options(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """A model class, and the criterion that it builds.
+    """A model class, and the criterion that it builds."""
 
-    Attributes:
-        name: as people write it.
-        module: where Transformers has it, below `transformers.models`.
-        model: name of the model's class.
-        criterion: name of the criterion's class in that module; None: the model calls a loss function.
-        head: path in the model of the module that makes the embeddings of the masks; None: masks cannot stay factors.
-        layerwise: whether the model calls its criterion once for each decoder layer.
-    """
-
-    name: str
-    module: str
-    model: str
-    criterion: str | None
+    name: str  # as people write it
+    module: str  # where Transformers has it, below `transformers.models`
+    model: str  # name of the model's class
+    criterion: str | None  # name of the criterion's class in that module; None: the model calls a loss function
+    # path in the model of the module that makes the embeddings of the masks; None: masks cannot stay factors
     head: str | None
-    layerwise: bool = False
+    layerwise: bool = False  # whether the model calls its criterion once for each decoder layer
 
     @property
     def path(self) -> str:

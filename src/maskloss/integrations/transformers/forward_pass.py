@@ -35,19 +35,13 @@ _TARGETS = (("mask_labels", "class_labels"), ("labels",))
 
 @dataclass(eq=False)
 class ForwardPass:
-    """The state of one call of a model with targets.
+    """The state of one call of a model with targets."""
 
-    Attributes:
-        training: whether the model trains, so that its mask head may hand over factors.
-        packed: the targets, as the criterion got them and as they were packed for its first call.
-        shared: the work that the layers' masks share.
-        members: the modules that look this pass up.
-    """
-
-    training: bool
+    training: bool  # whether the model trains, so that its mask head may hand over factors
+    # the targets, as the criterion got them and as they were packed for its first call
     packed: tuple[Any, MaskTargets] | None = None
-    shared: SharedWork = field(default_factory=SharedWork)
-    members: WeakSet[nn.Module] = field(default_factory=WeakSet)
+    shared: SharedWork = field(default_factory=SharedWork)  # the work that the layers' masks share
+    members: WeakSet[nn.Module] = field(default_factory=WeakSet)  # the modules that look this pass up
 
     def pack(self, masks: Any, device: torch.device, ignore_value: int | None) -> MaskTargets:
         """Pack the masks, or return what was packed if this is the object of the last call."""

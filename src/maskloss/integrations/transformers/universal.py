@@ -37,22 +37,15 @@ _NAMES = {"class_logits": "class_queries_logits", "mask_logits": "masks_queries_
 
 
 class PointCriterion(nn.Module):
-    """What is mixed into a criterion of Transformers; all options are read where Transformers keeps them.
+    """What is mixed into a criterion of Transformers; all options are read where Transformers keeps them."""
 
-    Attributes:
-        maskloss_backend: "reference", "cpu" or "gpu"; None: by device.
-        maskloss_sampling: instead of the numbers that Transformers keeps; None: these.
-        maskloss_scale_by_ranks: whether the mask terms are those of Transformers under data parallelism.
-        maskloss_rules: how targets are understood.
-        count_shape: shape of the number of masks, and so of the mask terms: OneFormer has `[1]`, the others `[]`.
-        remembers_masks: whether the model calls its criterion several times in one forward pass, with the same masks.
-    """
-
-    maskloss_backend: str | None
-    maskloss_sampling: PointSampling | None
-    maskloss_scale_by_ranks: bool
-    maskloss_rules: TargetRules
+    maskloss_backend: str | None  # "reference", "cpu" or "gpu"; None: by device
+    maskloss_sampling: PointSampling | None  # instead of the numbers that Transformers keeps; None: these
+    maskloss_scale_by_ranks: bool  # whether the mask terms are those of Transformers under data parallelism
+    maskloss_rules: TargetRules  # how targets are understood
+    # shape of the number of masks, and so of the mask terms: OneFormer has `[1]`, the others `[]`
     count_shape: tuple[int, ...] = ()
+    # whether the model calls its criterion several times in one forward pass, with the same masks
     remembers_masks: bool = False
     matcher: Any
     num_points: int

@@ -17,15 +17,10 @@ STRATIFIED = {"stratified": 1, "stratified/4": 4}
 
 
 class Subject(Protocol):
-    """What is measured: a step of the loss (`Case`) or of a whole model (`ModelCase`).
+    """What is measured: a step of the loss (`Case`) or of a whole model (`ModelCase`)."""
 
-    Attributes:
-        worker: module that a measuring process runs.
-        base: arm that the others are compared with before anything is timed.
-    """
-
-    worker: ClassVar[str]
-    base: ClassVar[str]
+    worker: ClassVar[str]  # module that a measuring process runs
+    base: ClassVar[str]  # arm that the others are compared with before anything is timed
 
     @property
     def name(self) -> str:
@@ -43,39 +38,27 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one step.
-
-    Attributes:
-        name: how tables call it.
-        batch: B, images.
-        queries: Q, predictions per image.
-        targets: T, targets per image.
-        layers: L, decoder layers.
-        classes: C, without "no object".
-        logit_size: height and width of the predictions.
-        target_size: height and width of the targets.
-        points: P, points per instance.
-        extent: smallest and largest size of an instance: the square root of its area, as a share of the image's.
-        channels: D of the mask head, whose product is then a part of the step; 0: the step begins with the logits.
-        groups: G, groups of Q / G queries that are matched each on their own. With more than one the step is that of
-            RF-DETR: sigmoids of C classes, boxes, the encoder's proposals as the first layer, border padding and
-            features of its own in every layer where there is a head.
-    """
+    """The sizes of one step."""
 
     worker: ClassVar[str] = "maskloss.lab.bench.worker"
     base: ClassVar[str] = "maskloss"
 
-    name: str
-    batch: int
-    queries: int
-    targets: int
-    layers: int
-    classes: int
-    logit_size: Size
-    target_size: Size
-    points: int = PointSampling.num_points
+    name: str  # how tables call it
+    batch: int  # B, images
+    queries: int  # Q, predictions per image
+    targets: int  # T, targets per image
+    layers: int  # L, decoder layers
+    classes: int  # C, without "no object"
+    logit_size: Size  # height and width of the predictions
+    target_size: Size  # height and width of the targets
+    points: int = PointSampling.num_points  # P, points per instance
+    # smallest and largest size of an instance: the square root of its area, as a share of the image's
     extent: tuple[float, float] = (0.03, 0.5)
+    # D of the mask head, whose product is then a part of the step; 0: the step begins with the logits
     channels: int = 0
+    # G, groups of Q / G queries that are matched each on their own. With more than one the step is that of RF-
+    # DETR: sigmoids of C classes, boxes, the encoder's proposals as the first layer, border padding and features
+    # of its own in every layer where there is a head.
     groups: int = 1
 
     @property

@@ -30,28 +30,18 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2, torch.bfloat16: 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far an arm is from what it is compared with, on the same inputs and the same random numbers.
+    """How far an arm is from what it is compared with, on the same inputs and the same random numbers."""
 
-    Attributes:
-        other: name of the arm.
-        base: what it is compared with: "maskloss", with border padding if that is what it has, or "the reference
-            backend" with the arm's own points.
-        pairs: matched pairs over all layers and images.
-        pairs_equal: how many of them both found.
-        loss: largest relative difference of a loss term.
-        mask_gradient: largest relative difference of a layer's gradient of the mask logits.
-        class_gradient: the same for the class logits, and for boxes.
-        passed: all pairs are equal, and no difference is above its tolerance.
-    """
-
-    other: str
+    other: str  # name of the arm
+    # what it is compared with: "maskloss", with border padding if that is what it has, or "the reference backend"
+    # with the arm's own points
     base: str
-    pairs: int
-    pairs_equal: int
-    loss: float
-    mask_gradient: float
-    class_gradient: float
-    passed: bool
+    pairs: int  # matched pairs over all layers and images
+    pairs_equal: int  # how many of them both found
+    loss: float  # largest relative difference of a loss term
+    mask_gradient: float  # largest relative difference of a layer's gradient of the mask logits
+    class_gradient: float  # the same for the class logits, and for boxes
+    passed: bool  # all pairs are equal, and no difference is above its tolerance
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, with the tolerances."""

@@ -17,23 +17,15 @@ from maskloss.layers import Layer
 
 @dataclass
 class Inputs:
-    """The inputs of one step.
+    """The inputs of one step."""
 
-    Attributes:
-        class_logits: L tensors `[B, Q, C + 1]`; `[B, Q, C]` where queries are in groups.
-        mask_logits: L tensors `[B, Q, h, w]`, or factors of them; these share their features but in groups.
-        masks: B tensors bool `[T, H, W]`.
-        labels: B tensors int64 `[T]`.
-        boxes: L tensors `[B, Q, 4]`, center and size as fractions of the image; none without groups.
-        target_boxes: B tensors `[T, 4]`.
-    """
-
-    class_logits: list[Tensor]
-    mask_logits: list[Layer]
-    masks: list[Tensor]
-    labels: list[Tensor]
+    class_logits: list[Tensor]  # L tensors `[B, Q, C + 1]`; `[B, Q, C]` where queries are in groups
+    mask_logits: list[Layer]  # L tensors `[B, Q, h, w]`, or factors of them; these share their features but in groups
+    masks: list[Tensor]  # B tensors bool `[T, H, W]`
+    labels: list[Tensor]  # B tensors int64 `[T]`
+    # L tensors `[B, Q, 4]`, center and size as fractions of the image; none without groups
     boxes: list[Tensor] = field(default_factory=list)
-    target_boxes: list[Tensor] = field(default_factory=list)
+    target_boxes: list[Tensor] = field(default_factory=list)  # B tensors `[T, 4]`
 
     @property
     def leaves(self) -> list[Tensor]:

@@ -19,29 +19,19 @@ MODEL_ARMS = ("unpatched", "patched", "factors")
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A model with random weights, and the batch that it is trained on.
-
-    Attributes:
-        name: how the command and the tables call it.
-        title: what it is.
-        family: module of Transformers and prefix of its classes.
-        batch: B, images.
-        image: height and width of the images and of their targets.
-        targets: T, targets per image.
-        classes: C, without "no object".
-        config: what differs from Transformers' default configuration; "backbone" is that of Swin.
-    """
+    """A model with random weights, and the batch that it is trained on."""
 
     worker: ClassVar[str] = "maskloss.lab.bench.model_worker"
     base: ClassVar[str] = MODEL_ARMS[0]
 
-    name: str
-    title: str
-    family: tuple[str, str]
-    batch: int = 2
-    image: int = 512
-    targets: int = 20
-    classes: int = 80
+    name: str  # how the command and the tables call it
+    title: str  # what it is
+    family: tuple[str, str]  # module of Transformers and prefix of its classes
+    batch: int = 2  # B, images
+    image: int = 512  # height and width of the images and of their targets
+    targets: int = 20  # T, targets per image
+    classes: int = 80  # C, without "no object"
+    # what differs from Transformers' default configuration; "backbone" is that of Swin
     config: dict[str, Any] = field(default_factory=dict)
 
     def arms(self, asked: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG002 (those of a loss)

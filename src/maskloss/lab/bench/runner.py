@@ -48,27 +48,16 @@ class WorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How cases are run.
+    """How cases are run."""
 
-    Attributes:
-        arms: names of the arms, in the order of the tables.
-        steps: timed steps of each arm.
-        seconds: an arm that has used this much time, and has three steps, takes no more turns.
-        threads: CPU threads of each worker.
-        device: "cpu", or a CUDA device.
-        dtype: of the logits, by its name in torch.
-        seed: of inputs and points.
-        stages: time the stages of the step as well.
-    """
-
-    arms: tuple[str, ...]
-    steps: int
-    seconds: float
-    threads: int
-    device: str
-    dtype: str
-    seed: int = 0
-    stages: bool = False
+    arms: tuple[str, ...]  # names of the arms, in the order of the tables
+    steps: int  # timed steps of each arm
+    seconds: float  # an arm that has used this much time, and has three steps, takes no more turns
+    threads: int  # CPU threads of each worker
+    device: str  # "cpu", or a CUDA device
+    dtype: str  # of the logits, by its name in torch
+    seed: int = 0  # of inputs and points
+    stages: bool = False  # time the stages of the step as well
 
     @property
     def environment(self) -> dict[str, str]:

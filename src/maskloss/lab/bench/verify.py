@@ -40,25 +40,15 @@ Read = Callable[[str, Path], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Part:
-    """One part.
+    """One part."""
 
-    Attributes:
-        name: its key in the JSON.
-        command: what is run.
-        limit: seconds after which it is stopped.
-        read: makes a result of its output and of the folder of the part: "passed" and whatever the page shows.
-        missing: why it cannot run on this machine, or None.
-        environment: variables that it gets besides those of this process.
-        place: folder in which it runs; None: that of this process.
-    """
-
-    name: str
-    command: Sequence[str]
-    limit: float
-    read: Read
-    missing: str | None = None
-    environment: dict[str, str] = field(default_factory=dict)
-    place: Path | None = None
+    name: str  # its key in the JSON
+    command: Sequence[str]  # what is run
+    limit: float  # seconds after which it is stopped
+    read: Read  # makes a result of its output and of the folder of the part: "passed" and whatever the page shows
+    missing: str | None = None  # why it cannot run on this machine, or None
+    environment: dict[str, str] = field(default_factory=dict)  # variables that it gets besides those of this process
+    place: Path | None = None  # folder in which it runs; None: that of this process
 
 
 @dataclass(frozen=True)

@@ -19,52 +19,32 @@ OBJECT, CROWD, BOX = "object", "crowd", "box"
 
 
 class Instance(NamedTuple):
-    """An annotated region of an image.
+    """An annotated region of an image."""
 
-    Attributes:
-        source: where its pixels are: COCO's polygons or run lengths; the number in the map of the image; the path of
-            a mask of its own; or {"box": [x, y, width, height]}.
-        label: its class.
-        kind: "object"; "crowd" and "box" are regions in which nothing is asked for.
-    """
-
+    # where its pixels are: COCO's polygons or run lengths; the number in the map of the image; the path of a mask
+    # of its own; or {"box": [x, y, width, height]}
     source: Any
-    label: int
-    kind: str = OBJECT
+    label: int  # its class
+    kind: str = OBJECT  # "object"; "crowd" and "box" are regions in which nothing is asked for
 
 
 class Map(NamedTuple):
-    """A file that says for each pixel what it belongs to.
+    """A file that says for each pixel what it belongs to."""
 
-    Attributes:
-        file: its path.
-        reading: how a number is made of a pixel, see `maps.READINGS`.
-        void: numbers of pixels that belong to nothing known, which weigh nothing.
-    """
-
-    file: str
-    reading: str
-    void: Sequence[int] = ()
+    file: str  # its path
+    reading: str  # how a number is made of a pixel, see `maps.READINGS`
+    void: Sequence[int] = ()  # numbers of pixels that belong to nothing known, which weigh nothing
 
 
 class Entry(NamedTuple):
-    """An image and its annotations.
+    """An image and its annotations."""
 
-    Attributes:
-        file: path of the image.
-        height: pixels, of the image as it was annotated.
-        width: pixels.
-        instances: in the order of the source.
-        map: what the numbers of instances are looked up in; None: they have sources of their own.
-        id: what the source calls the image; None: nothing.
-    """
-
-    file: str
-    height: int
-    width: int
-    instances: list[Instance]
-    map: Map | None = None
-    id: int | str | None = None
+    file: str  # path of the image
+    height: int  # pixels, of the image as it was annotated
+    width: int  # pixels
+    instances: list[Instance]  # in the order of the source
+    map: Map | None = None  # what the numbers of instances are looked up in; None: they have sources of their own
+    id: int | str | None = None  # what the source calls the image; None: nothing
 
     @property
     def name(self) -> str:
@@ -83,20 +63,13 @@ class Entry(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of a data set, as its source divides it.
+    """A part of a data set, as its source divides it."""
 
-    Attributes:
-        name: "train", "val", "test", or "" where the source does not say.
-        classes: (number, name) of each class, in the order of the labels.
-        entries: the images.
-        how: how it was recognized.
-        idle: numbers of classes that stand for nothing where they have no instances, such as an exporter's class 0.
-    """
-
-    name: str
-    classes: list[tuple[int, str]]
-    entries: list[Entry]
-    how: str
+    name: str  # "train", "val", "test", or "" where the source does not say
+    classes: list[tuple[int, str]]  # (number, name) of each class, in the order of the labels
+    entries: list[Entry]  # the images
+    how: str  # how it was recognized
+    # numbers of classes that stand for nothing where they have no instances, such as an exporter's class 0
     idle: frozenset[int] = frozenset()
 
 
@@ -141,25 +114,15 @@ class Catalog:
 
 
 class Found(NamedTuple):
-    """A data set as it was found in a folder.
+    """A data set as it was found in a folder."""
 
-    Attributes:
-        kind: the name of the reader.
-        how: how it was recognized, one line for each part.
-        class_names: in the order of the labels.
-        category_ids: the numbers of the classes in their source, in the same order.
-        train: images to train on.
-        held_out: images to score on.
-        microscopy: whether these are label maps of one class, which microscopy scores in its own way.
-    """
-
-    kind: str
-    how: list[str]
-    class_names: list[str]
-    category_ids: list[int]
-    train: Catalog
-    held_out: Catalog
-    microscopy: bool
+    kind: str  # the name of the reader
+    how: list[str]  # how it was recognized, one line for each part
+    class_names: list[str]  # in the order of the labels
+    category_ids: list[int]  # the numbers of the classes in their source, in the same order
+    train: Catalog  # images to train on
+    held_out: Catalog  # images to score on
+    microscopy: bool  # whether these are label maps of one class, which microscopy scores in its own way
 
     def part(self, held_out: bool) -> Catalog:
         """Return one of the two catalogs."""

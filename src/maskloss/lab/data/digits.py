@@ -165,21 +165,13 @@ class DigitScenes:
 
 
 class Drawn(NamedTuple):
-    """Scenes as they were drawn.
+    """Scenes as they were drawn."""
 
-    Attributes:
-        images: `[B, 3, S, S]` in [0, 1].
-        masks: bool `[B, MOST, S, S]`, what is visible of each digit.
-        labels: int64 `[B, MOST]`.
-        which: index of each digit in the data set, int64 `[B, MOST]`.
-        present: bool `[B, MOST]`; the entries of digits that are not present mean nothing.
-    """
-
-    images: Tensor
-    masks: Tensor
-    labels: Tensor
-    which: Tensor
-    present: Tensor
+    images: Tensor  # `[B, 3, S, S]` in [0, 1]
+    masks: Tensor  # bool `[B, MOST, S, S]`, what is visible of each digit
+    labels: Tensor  # int64 `[B, MOST]`
+    which: Tensor  # index of each digit in the data set, int64 `[B, MOST]`
+    present: Tensor  # bool `[B, MOST]`; the entries of digits that are not present mean nothing
 
     def instances(self) -> tuple[list[Tensor], list[Tensor]]:
         """List masks `[T, S, S]` and labels `[T]` of each scene."""

@@ -33,23 +33,14 @@ _PATIENCE = 20
 
 
 class Reading(NamedTuple):
-    """How images are brought to what the model sees.
+    """How images are brought to what the model sees."""
 
-    Attributes:
-        size: side of the square that the model sees, pixels.
-        crop: side of the square that is cut out of an image for it; None: images are shown whole.
-        percentile: whether 8-bit images are stretched between percentiles too.
-        channels: of the images.
-        augment: whether training images are changed at random.
-        most: the most instances that the model can find in an image; None: any number.
-    """
-
-    size: int
-    crop: int | None
-    percentile: bool
-    channels: int
-    augment: bool
-    most: int | None = None
+    size: int  # side of the square that the model sees, pixels
+    crop: int | None  # side of the square that is cut out of an image for it; None: images are shown whole
+    percentile: bool  # whether 8-bit images are stretched between percentiles too
+    channels: int  # of the images
+    augment: bool  # whether training images are changed at random
+    most: int | None = None  # the most instances that the model can find in an image; None: any number
 
     def image(self, loaded: Loaded, view: View, frame: int) -> Tensor:
         """Show a view of an image to the model: `[C, size, size]` in [0, 1]."""

@@ -109,17 +109,11 @@ def as_image(array: Array, path: Path) -> Array:
 
 
 class Head(NamedTuple):
-    """What the head of a file says.
+    """What the head of a file says."""
 
-    Attributes:
-        height: as stored, pixels.
-        width: as stored, pixels.
-        orientation: how to turn it, as in EXIF: 1 is upright.
-    """
-
-    height: int
-    width: int
-    orientation: int
+    height: int  # as stored, pixels
+    width: int  # as stored, pixels
+    orientation: int  # how to turn it, as in EXIF: 1 is upright
 
     @property
     def displayed(self) -> tuple[int, int]:

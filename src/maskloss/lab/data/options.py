@@ -11,25 +11,19 @@ CROWD = (IGNORE, INSTANCES)
 
 
 class DataOptions(NamedTuple):
-    """How to read a folder.
+    """How to read a folder."""
 
-    Attributes:
-        format: the name of a reader; None: the first that recognizes the folder.
-        annotations: the file of annotations; None: found by what it holds.
-        images: the folder of the images that it names; None: anywhere in the folder.
-        val: what is held out: a folder, a file of annotations, a share such as 0.2, or a text file with names of
-            images; None: as the folder says, else one image in five.
-        semantic: what the numbers of label maps are: "components", classes whose connected regions are the instances;
-            "classes", classes of which each is one mask; "instances"; None: instances, unless they look like classes.
-        ignore_value: the number of pixels in label maps that belong to nothing known; None: 255 beside classes.
-        crowd: what annotations with iscrowd 1 are, "ignore" (regions) or "instances"; None: regions, unless all run
-            lengths are crowds.
-    """
-
-    format: str | None = None
-    annotations: str | None = None
-    images: str | None = None
+    format: str | None = None  # the name of a reader; None: the first that recognizes the folder
+    annotations: str | None = None  # the file of annotations; None: found by what it holds
+    images: str | None = None  # the folder of the images that it names; None: anywhere in the folder
+    # what is held out: a folder, a file of annotations, a share such as 0.2, or a text file with names of images;
+    # None: as the folder says, else one image in five
     val: str | None = None
+    # what the numbers of label maps are: "components", classes whose connected regions are the instances;
+    # "classes", classes of which each is one mask; "instances"; None: instances, unless they look like classes
     semantic: str | None = None
+    # the number of pixels in label maps that belong to nothing known; None: 255 beside classes
     ignore_value: int | None = None
+    # what annotations with iscrowd 1 are, "ignore" (regions) or "instances"; None: regions, unless all run
+    # lengths are crowds
     crowd: str | None = None

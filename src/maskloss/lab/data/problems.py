@@ -19,19 +19,12 @@ _EXAMPLES = 3
 
 
 class Finding(NamedTuple):
-    """Something that a person should know of the data.
+    """Something that a person should know of the data."""
 
-    Attributes:
-        kind: one of `KINDS`.
-        what: what was found, and what was done about it.
-        times: how often; 0: it is about the whole data set.
-        examples: the first few.
-    """
-
-    kind: str
-    what: str
-    times: int
-    examples: tuple[str, ...]
+    kind: str  # one of `KINDS`
+    what: str  # what was found, and what was done about it
+    times: int  # how often; 0: it is about the whole data set
+    examples: tuple[str, ...]  # the first few
 
     def __str__(self) -> str:
         count = f": {self.times:,}" if self.times else ""

@@ -31,22 +31,15 @@ STOP_SIGNALS = tuple(
 
 
 class Batch(NamedTuple):
-    """Some of a step's scenes.
+    """Some of a step's scenes."""
 
-    Attributes:
-        images: float32 `[B, C, S, S]` in [0, 1].
-        masks: the instances of all images.
-        labels: int64 `[T_all]`.
-        image_ids: the number of each image within its step, int64 `[B]`: its points depend on it, and not on which
-            process or micro-batch it is in.
-        skipped: broken images that others took the place of.
-    """
-
-    images: Tensor
-    masks: MaskTargets
-    labels: Tensor
+    images: Tensor  # float32 `[B, C, S, S]` in [0, 1]
+    masks: MaskTargets  # the instances of all images
+    labels: Tensor  # int64 `[T_all]`
+    # the number of each image within its step, int64 `[B]`: its points depend on it, and not on which process or
+    # micro-batch it is in
     image_ids: Tensor
-    skipped: list[str]
+    skipped: list[str]  # broken images that others took the place of
 
     def to(self, device: torch.device) -> Batch:
         """Move to a device."""
@@ -80,25 +73,16 @@ class Batch(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """One held-out scene and its truth, at the resolution at which it was annotated.
+    """One held-out scene and its truth, at the resolution at which it was annotated."""
 
-    Attributes:
-        image: float32 `[C, H, W]` in [0, 1].
-        targets: the instances, packed, of one image.
-        labels: int64 `[T]`.
-        crowd: regions with too many instances of one class to tell apart; predictions in them are not counted.
-        crowd_labels: the classes of those regions, int64 `[K]`.
-        ignored: pixels that are not counted in mean IoU and in pictures, bool `[H, W]`; None: all are.
-        name: what to call it.
-    """
-
-    image: Tensor
-    targets: MaskTargets
-    labels: Tensor
+    image: Tensor  # float32 `[C, H, W]` in [0, 1]
+    targets: MaskTargets  # the instances, packed, of one image
+    labels: Tensor  # int64 `[T]`
+    # regions with too many instances of one class to tell apart; predictions in them are not counted
     crowd: MaskTargets
-    crowd_labels: Tensor
-    ignored: Tensor | None
-    name: str
+    crowd_labels: Tensor  # the classes of those regions, int64 `[K]`
+    ignored: Tensor | None  # pixels that are not counted in mean IoU and in pictures, bool `[H, W]`; None: all are
+    name: str  # what to call it
 
     @property
     def height(self) -> int:
@@ -124,21 +108,13 @@ class Scene(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """A held-out scene as the model sees it, or the square in its middle: what the points of the loss are shown on.
+    """A held-out scene as the model sees it, or the square in its middle: what the points of the loss are shown on."""
 
-    Attributes:
-        image: float32 `[C, size, size]` in [0, 1].
-        picture: float32 `[3, frame, frame]`, to look at.
-        masks: the instances, packed, of one image; they cover the square.
-        labels: int64 `[T]`.
-        name: of the scene.
-    """
-
-    image: Tensor
-    picture: Tensor
-    masks: MaskTargets
-    labels: Tensor
-    name: str
+    image: Tensor  # float32 `[C, size, size]` in [0, 1]
+    picture: Tensor  # float32 `[3, frame, frame]`, to look at
+    masks: MaskTargets  # the instances, packed, of one image; they cover the square
+    labels: Tensor  # int64 `[T]`
+    name: str  # of the scene
 
 
 class Source(Protocol):
@@ -211,19 +187,12 @@ class LostReader(RuntimeError):
 
 
 class Sharing(NamedTuple):
-    """Which images of a step this process takes.
+    """Which images of a step this process takes."""
 
-    Attributes:
-        batch_size: images of a step, over all processes and micro-batches.
-        accumulate: micro-batches of a process.
-        rank: of this process.
-        ranks: number of processes.
-    """
-
-    batch_size: int
-    accumulate: int = 1
-    rank: int = 0
-    ranks: int = 1
+    batch_size: int  # images of a step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches of a process
+    rank: int = 0  # of this process
+    ranks: int = 1  # number of processes
 
     def positions(self, micro: int) -> range:
         """Return the positions of a micro-batch within the step."""

@@ -37,63 +37,37 @@ REPEATED = "images with the very pixels of another one"
 
 
 class Place(NamedTuple):
-    """Where something is to be seen.
+    """Where something is to be seen."""
 
-    Attributes:
-        held_out: whether in a held-out image.
-        number: of the image in its part.
-        box: top, left, bottom and right, in pixels of the image; None: all of it.
-    """
-
-    held_out: bool
-    number: int
-    box: Box | None = None
+    held_out: bool  # whether in a held-out image
+    number: int  # of the image in its part
+    box: Box | None = None  # top, left, bottom and right, in pixels of the image; None: all of it
 
 
 class Look(NamedTuple):
-    """What was seen of an image.
+    """What was seen of an image."""
 
-    Attributes:
-        labels: int64 `[T]`.
-        areas: of the instances, pixels, int64 `[T]`.
-        signs: what is suspicious, and the box of the instance; None: of the whole image.
-        content: equal for equal pixels; None: the image is of one color, which many may be.
-    """
-
-    labels: NDArray[np.int64]
-    areas: NDArray[np.int64]
-    signs: list[tuple[str, Box | None]]
-    content: bytes | None
+    labels: NDArray[np.int64]  # int64 `[T]`
+    areas: NDArray[np.int64]  # of the instances, pixels, int64 `[T]`
+    signs: list[tuple[str, Box | None]]  # what is suspicious, and the box of the instance; None: of the whole image
+    content: bytes | None  # equal for equal pixels; None: the image is of one color, which many may be
 
 
 class Seen(NamedTuple):
-    """What was seen of a part.
+    """What was seen of a part."""
 
-    Attributes:
-        numbers: of the images that were looked at.
-        labels: of all instances in them.
-        areas: of these instances, pixels.
-        shown: areas as the model sees them, in its pixels.
-    """
-
-    numbers: list[int]
-    labels: NDArray[np.int64]
-    areas: NDArray[np.int64]
-    shown: NDArray[np.float64]
+    numbers: list[int]  # of the images that were looked at
+    labels: NDArray[np.int64]  # of all instances in them
+    areas: NDArray[np.int64]  # of these instances, pixels
+    shown: NDArray[np.float64]  # areas as the model sees them, in its pixels
 
 
 class Survey(NamedTuple):
-    """What was seen.
+    """What was seen."""
 
-    Attributes:
-        train: of the images to train on.
-        held_out: of the others.
-        places: for each finding, where it is to be seen first.
-    """
-
-    train: Seen
-    held_out: Seen
-    places: dict[str, list[Place]]
+    train: Seen  # of the images to train on
+    held_out: Seen  # of the others
+    places: dict[str, list[Place]]  # for each finding, where it is to be seen first
 
 
 def survey(

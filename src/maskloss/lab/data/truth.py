@@ -27,25 +27,15 @@ Box = tuple[int, int, int, int]
 
 
 class View(NamedTuple):
-    """What is shown of an image: a crop, turned and flipped. Only pixels are picked, none is computed.
+    """What is shown of an image: a crop, turned and flipped. Only pixels are picked, none is computed."""
 
-    Attributes:
-        top: of the crop, in pixels of the image.
-        left: of the crop.
-        height: of the crop, before it is turned.
-        width: of the crop, before it is turned.
-        turn: whether rows and columns change places, after cropping and before flipping.
-        flip_y: whether rows run backward.
-        flip_x: whether columns run backward.
-    """
-
-    top: int
-    left: int
-    height: int
-    width: int
-    turn: bool = False
-    flip_y: bool = False
-    flip_x: bool = False
+    top: int  # of the crop, in pixels of the image
+    left: int  # of the crop
+    height: int  # of the crop, before it is turned
+    width: int  # of the crop, before it is turned
+    turn: bool = False  # whether rows and columns change places, after cropping and before flipping
+    flip_y: bool = False  # whether rows run backward
+    flip_x: bool = False  # whether columns run backward
 
     @staticmethod
     def whole(height: int, width: int) -> View:
@@ -66,46 +56,28 @@ class View(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The instances of a view.
+    """The instances of a view."""
 
-    Attributes:
-        masks: of one image, with its ignore region and its window.
-        labels: int64 `[T]`.
-    """
-
-    masks: MaskTargets
-    labels: Tensor
+    masks: MaskTargets  # of one image, with its ignore region and its window
+    labels: Tensor  # int64 `[T]`
 
 
 class Measured(NamedTuple):
-    """An instance of a whole image.
+    """An instance of a whole image."""
 
-    Attributes:
-        source: as in the catalog.
-        label: its class.
-        area: pixels.
-        box: zeros without a pixel.
-        corners: whether it has all four corners of the image.
-    """
-
-    source: Any
-    label: int
-    area: int
-    box: Box
-    corners: bool
+    source: Any  # as in the catalog
+    label: int  # its class
+    area: int  # pixels
+    box: Box  # zeros without a pixel
+    corners: bool  # whether it has all four corners of the image
 
 
 class Loaded(NamedTuple):
-    """An image with its annotations.
+    """An image with its annotations."""
 
-    Attributes:
-        image: `[H, W, C]`, as `read_image` gives it.
-        entry: the annotations.
-        map: int32 `[H, W]`, the map in which instances are numbers; None: they have sources of their own.
-    """
-
-    image: Array
-    entry: Entry
+    image: Array  # `[H, W, C]`, as `read_image` gives it
+    entry: Entry  # the annotations
+    # int32 `[H, W]`, the map in which instances are numbers; None: they have sources of their own
     map: NDArray[np.int32] | None
 
     def pack(self, view: View, frame: tuple[int, int], most: int | None = None) -> Packed:

@@ -35,25 +35,16 @@ _RULE = "a checkpoint must be one that maskloss train wrote"
 
 
 class Position(NamedTuple):
-    """Where a run is, besides its weights.
+    """Where a run is, besides its weights."""
 
-    Attributes:
-        step: steps taken.
-        seconds: spent on them.
-        clock: seconds of each part of the measured steps.
-        scaler: of mixed precision; empty if there is none.
-        pending: terms of the steps that are not yet logged, `[K, terms]`; None where they are not finite.
-        terms: their names.
-        ranks: number of processes.
-    """
-
-    step: int
-    seconds: float
-    clock: dict[str, float]
-    scaler: dict[str, Any]
+    step: int  # steps taken
+    seconds: float  # spent on them
+    clock: dict[str, float]  # seconds of each part of the measured steps
+    scaler: dict[str, Any]  # of mixed precision; empty if there is none
+    # terms of the steps that are not yet logged, `[K, terms]`; None where they are not finite
     pending: list[list[float | None]]
-    terms: list[str]
-    ranks: int
+    terms: list[str]  # their names
+    ranks: int  # number of processes
 
 
 def write(

@@ -41,15 +41,10 @@ SNAPSHOT_AT = (0.02, 0.1, 0.3, 1.0)
 
 
 class Kept(NamedTuple):
-    """Which weights a run keeps.
+    """Which weights a run keeps."""
 
-    Attributes:
-        step: that they are from.
-        told: the same in a few words, with what ended the run.
-    """
-
-    step: int
-    told: str
+    step: int  # that they are from
+    told: str  # the same in a few words, with what ended the run
 
 
 class Engine:

@@ -26,25 +26,16 @@ class Progress(NamedTuple):
 
 
 class Listener(NamedTuple):
-    """Whom a run tells what happens; each is called with one argument.
+    """Whom a run tells what happens; each is called with one argument."""
 
-    Attributes:
-        facts: what the data and the model are, before training starts.
-        begin: where the run begins.
-        step: a step's progress.
-        evaluation: a step, and the scores after it.
-        looked: how many images of the last evaluation were looked at, and how many there are.
-        note: what is being done.
-        skipped: a broken image or picture that was left out.
-    """
-
-    facts: Callable[[list[tuple[str, str]]], None]
-    begin: Callable[[Begin], None]
-    step: Callable[[Progress], None]
-    evaluation: Callable[[tuple[int, Evaluation]], None]
+    facts: Callable[[list[tuple[str, str]]], None]  # what the data and the model are, before training starts
+    begin: Callable[[Begin], None]  # where the run begins
+    step: Callable[[Progress], None]  # a step's progress
+    evaluation: Callable[[tuple[int, Evaluation]], None]  # a step, and the scores after it
+    # how many images of the last evaluation were looked at, and how many there are
     looked: Callable[[tuple[int, int]], None]
-    note: Callable[[str], None]
-    skipped: Callable[[str], None]
+    note: Callable[[str], None]  # what is being done
+    skipped: Callable[[str], None]  # a broken image or picture that was left out
 
     @staticmethod
     def silent() -> Listener:

@@ -30,18 +30,12 @@ _TASK = "the task is instance"
 
 @dataclasses.dataclass(frozen=True)
 class Card(Kind):
-    """A model of Transformers.
-
-    Attributes:
-        name: where it came from.
-        config: of Transformers.
-        processor: its image processor's settings; empty if it has none.
-    """
+    """A model of Transformers."""
 
     weights_file, has_unused_weights = f"{MODEL}/{WEIGHTS}", True
-    name: str
-    config: Any
-    processor: dict[str, Any]
+    name: str  # where it came from
+    config: Any  # of Transformers
+    processor: dict[str, Any]  # its image processor's settings; empty if it has none
 
     @classmethod
     def read(cls, config: TrainConfig, folder: Path | None) -> Card:

@@ -32,15 +32,10 @@ GROUP_SIZE = 8
 
 
 class Output(NamedTuple):
-    """Predictions of all layers, the final one last; the first is made before any attention.
+    """Predictions of all layers, the final one last; the first is made before any attention."""
 
-    Attributes:
-        class_logits: per layer `[B, Q, C + 1]`, "no object" last.
-        mask_logits: per layer `[B, Q, h, w]`, at half the resolution of the images.
-    """
-
-    class_logits: list[Tensor]
-    mask_logits: list[Tensor]
+    class_logits: list[Tensor]  # per layer `[B, Q, C + 1]`, "no object" last
+    mask_logits: list[Tensor]  # per layer `[B, Q, h, w]`, at half the resolution of the images
 
 
 class QueryNet(nn.Module):

@@ -24,19 +24,13 @@ class Described(Protocol):
 
 
 class Family(NamedTuple):
-    """A family of models.
+    """A family of models."""
 
-    Attributes:
-        backbone: beginnings of the names of the weights of the pretrained backbone.
-        class_layers: those of the weights whose number depends on the classes.
-        share: of the learning rate, for the backbone. Less than 1 where only what comes after it makes masks.
-        fixed_size: whether its models take images of one size only.
-    """
-
-    backbone: tuple[str, ...]
-    class_layers: tuple[str, ...]
+    backbone: tuple[str, ...]  # beginnings of the names of the weights of the pretrained backbone
+    class_layers: tuple[str, ...]  # those of the weights whose number depends on the classes
+    # of the learning rate, for the backbone. Less than 1 where only what comes after it makes masks.
     share: float = 0.1
-    fixed_size: bool = False
+    fixed_size: bool = False  # whether its models take images of one size only
 
 
 _ENCODER = ("model.pixel_level_module.encoder.",)

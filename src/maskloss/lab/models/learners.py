@@ -32,27 +32,17 @@ QUERIES_PER_INSTANCE = 2.5
 
 
 class Losses(NamedTuple):
-    """What a batch gives.
+    """What a batch gives."""
 
-    Attributes:
-        total: `[]`, to be differentiated.
-        terms: unweighted terms of each layer by name, detached.
-    """
-
-    total: Tensor
-    terms: dict[str, Tensor]
+    total: Tensor  # `[]`, to be differentiated
+    terms: dict[str, Tensor]  # unweighted terms of each layer by name, detached
 
 
 class Output(NamedTuple):
-    """Predictions of the final layer.
+    """Predictions of the final layer."""
 
-    Attributes:
-        class_logits: `[B, Q, C + 1]`, "no object" last; `[B, Q, C]` of a learner whose classification is "focal".
-        mask_logits: `[B, Q, h, w]`.
-    """
-
-    class_logits: Tensor
-    mask_logits: Tensor
+    class_logits: Tensor  # `[B, Q, C + 1]`, "no object" last; `[B, Q, C]` of a learner whose classification is "focal"
+    mask_logits: Tensor  # `[B, Q, h, w]`
 
 
 class Learner(nn.Module):
@@ -119,14 +109,10 @@ class Learner(nn.Module):
 
 
 class Kind:
-    """A kind of model, as much of it as is known before the data are read.
+    """A kind of model, as much of it as is known before the data are read."""
 
-    Attributes:
-        weights_file: where a finished run keeps the weights, in its folder.
-        has_unused_weights: whether some weights may get no gradient, which torch's distributed wrapper has to be told.
-    """
-
-    weights_file: ClassVar[str]
+    weights_file: ClassVar[str]  # where a finished run keeps the weights, in its folder
+    # whether some weights may get no gradient, which torch's distributed wrapper has to be told
     has_unused_weights: ClassVar[bool]
 
     @property

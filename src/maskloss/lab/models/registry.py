@@ -25,19 +25,12 @@ DIGIT_SIZE = 64
 
 
 class Prepared(NamedTuple):
-    """What a run begins with.
+    """What a run begins with."""
 
-    Attributes:
-        facts: of the run.
-        source: of the scenes.
-        learner: what is trained.
-        told: what a person should know of the model's weights: names and values to show.
-    """
-
-    facts: Facts
-    source: Source
-    learner: Learner
-    told: list[tuple[str, str]]
+    facts: Facts  # of the run
+    source: Source  # of the scenes
+    learner: Learner  # what is trained
+    told: list[tuple[str, str]]  # what a person should know of the model's weights: names and values to show
 
 
 def kind_of(config: TrainConfig, folder: Path | None = None) -> type[Kind]:
@@ -181,15 +174,10 @@ def find_weights(folder: Path, config: TrainConfig) -> Path:
 
 
 class Base(NamedTuple):
-    """A run whose weights another one begins with.
+    """A run whose weights another one begins with."""
 
-    Attributes:
-        folder: of the run.
-        facts: of it.
-    """
-
-    folder: Path
-    facts: Facts
+    folder: Path  # of the run
+    facts: Facts  # of it
 
     @classmethod
     def of(cls, config: TrainConfig) -> Base:

@@ -26,41 +26,24 @@ _DRAWS, _HELD = 200, 0.95
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Scores of one class, each in [0, 1], and counts; nan where there was nothing to score.
+    """Scores of one class, each in [0, 1], and counts; nan where there was nothing to score."""
 
-    Attributes:
-        ap: COCO's mask AP.
-        ap50: AP at IoU 0.50.
-        precision: share of the predictions which score at least `FOUND` that are right, at IoU 0.50.
-        recall: share of the instances that these predictions find.
-        images: images with the class.
-        instances: in the truth.
-        found: predictions that score at least `FOUND`, without those in crowds.
-    """
-
-    ap: float
-    ap50: float
-    precision: float
-    recall: float
-    images: int
-    instances: int
-    found: int
+    ap: float  # COCO's mask AP
+    ap50: float  # AP at IoU 0.50
+    precision: float  # share of the predictions which score at least `FOUND` that are right, at IoU 0.50
+    recall: float  # share of the instances that these predictions find
+    images: int  # images with the class
+    instances: int  # in the truth
+    found: int  # predictions that score at least `FOUND`, without those in crowds
 
 
 class Ranked(NamedTuple):
-    """The predictions of one class in all images, best first, as pycocotools matched them at IoU 0.50.
+    """The predictions of one class in all images, best first, as pycocotools matched them at IoU 0.50."""
 
-    Attributes:
-        scores: `[D]`, without those in crowds.
-        right: whether each finds an instance, bool `[D]`.
-        image: the image of each, counted from 0, `[D]`.
-        instances: in each image, `[I]`.
-    """
-
-    scores: NDArray[np.float64]
-    right: NDArray[np.bool_]
-    image: NDArray[np.int64]
-    instances: NDArray[np.int64]
+    scores: NDArray[np.float64]  # `[D]`, without those in crowds
+    right: NDArray[np.bool_]  # whether each finds an instance, bool `[D]`
+    image: NDArray[np.int64]  # the image of each, counted from 0, `[D]`
+    instances: NDArray[np.int64]  # in each image, `[I]`
 
 
 def rank(judge: Any, images: int, label: int) -> Ranked:

@@ -35,40 +35,26 @@ _AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores over a set of scenes, each in [0, 1]; nan where there was nothing to score.
+    """Scores over a set of scenes, each in [0, 1]; nan where there was nothing to score."""
 
-    Attributes:
-        ap: COCO's mask AP, the mean over IoU thresholds 0.50, 0.55, ..., 0.95.
-        ap50: AP at IoU 0.50.
-        ap75: AP at IoU 0.75.
-        ap_small: AP of instances of less than 32 x 32 pixels.
-        ap_medium: of those up to 96 x 96 pixels.
-        ap_large: of larger ones.
-        mean_iou: IoU of the pixels of each class over all scenes, the mean over classes.
-        ap50_range: in which AP50 would lie on 95% of other images of the same kind, as far as these can tell.
-        by_class: scores of each class.
-        matching: for label maps of one class, TP / (TP + FP + FN) over all scenes at each IoU threshold; else empty.
-        scenes: number of scenes.
-        instances: number of instances in the truth.
-        confusion: instances by their class (rows) and the class of the prediction that found them (columns), with
-            "none" last: missed instances, and false alarms; IoU and score are at least 0.5.
-        curves: precision of each class at COCO's 101 recalls, at IoU 0.50.
-    """
-
-    ap: float
-    ap50: float
-    ap75: float
-    ap_small: float
-    ap_medium: float
-    ap_large: float
-    mean_iou: float
+    ap: float  # COCO's mask AP, the mean over IoU thresholds 0.50, 0.55, ..., 0.95
+    ap50: float  # AP at IoU 0.50
+    ap75: float  # AP at IoU 0.75
+    ap_small: float  # AP of instances of less than 32 x 32 pixels
+    ap_medium: float  # of those up to 96 x 96 pixels
+    ap_large: float  # of larger ones
+    mean_iou: float  # IoU of the pixels of each class over all scenes, the mean over classes
+    # in which AP50 would lie on 95% of other images of the same kind, as far as these can tell
     ap50_range: tuple[float, float]
-    by_class: dict[str, ClassScores]
+    by_class: dict[str, ClassScores]  # scores of each class
+    # for label maps of one class, TP / (TP + FP + FN) over all scenes at each IoU threshold; else empty
     matching: dict[str, float]
-    scenes: int
-    instances: int
+    scenes: int  # number of scenes
+    instances: int  # number of instances in the truth
+    # instances by their class (rows) and the class of the prediction that found them (columns), with "none" last:
+    # missed instances, and false alarms; IoU and score are at least 0.5
     confusion: list[list[int]]
-    curves: dict[str, list[float]]
+    curves: dict[str, list[float]]  # precision of each class at COCO's 101 recalls, at IoU 0.50
 
     def as_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """Return the scores as JSON can hold them, where nan becomes None; confusion and curves on request."""
@@ -98,26 +84,17 @@ class Evaluation:
 
 
 class Judged(NamedTuple):
-    """What is kept of one scene and its prediction.
+    """What is kept of one scene and its prediction."""
 
-    Attributes:
-        number: of the scene.
-        size: height and width.
-        truth: its instances and crowds, as COCO's evaluation takes them.
-        found: the predicted instances, in the same form.
-        pixels: which pairs of a class in truth and prediction occur, numbers truth * (C + 1) + prediction, where C
-            stands for none, and how many pixels each has: int64 `[2, K]`.
-        taken: the same numbers of instances, see `taken_for`.
-        matched: true positives, false positives and false negatives at each IoU threshold, `[10, 3]`.
-    """
-
-    number: int
-    size: tuple[int, int]
-    truth: list[dict[str, Any]]
-    found: list[dict[str, Any]]
+    number: int  # of the scene
+    size: tuple[int, int]  # height and width
+    truth: list[dict[str, Any]]  # its instances and crowds, as COCO's evaluation takes them
+    found: list[dict[str, Any]]  # the predicted instances, in the same form
+    # which pairs of a class in truth and prediction occur, numbers truth * (C + 1) + prediction, where C stands
+    # for none, and how many pixels each has: int64 `[2, K]`
     pixels: NDArray[np.int64]
-    taken: NDArray[np.int64]
-    matched: NDArray[np.int64]
+    taken: NDArray[np.int64]  # the same numbers of instances, see `taken_for`
+    matched: NDArray[np.int64]  # true positives, false positives and false negatives at each IoU threshold, `[10, 3]`
 
 
 def evaluate(

@@ -38,21 +38,13 @@ _MOST_WEIGHTS = 500_000_000
 
 
 class Exported(NamedTuple):
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        path: of the file.
-        size: side of the square images that the model takes.
-        channels: of these images.
-        largest: the largest difference of logits from those of the model, compared with the largest logit.
-        images: that were compared.
-    """
-
-    path: Path
-    size: int
-    channels: int
-    largest: float
-    images: int
+    path: Path  # of the file
+    size: int  # side of the square images that the model takes
+    channels: int  # of these images
+    largest: float  # the largest difference of logits from those of the model, compared with the largest logit
+    images: int  # that were compared
 
 
 class Whole(nn.Module):

@@ -30,21 +30,13 @@ Mask = NDArray[np.bool_]
 
 
 class Instance(NamedTuple):
-    """Something that was found.
+    """Something that was found."""
 
-    Attributes:
-        top: of the box, pixels of the image.
-        left: of the box.
-        mask: bool, the pixels of the box.
-        label: its class.
-        score: in [0, 1].
-    """
-
-    top: int
-    left: int
-    mask: Mask
-    label: int
-    score: float
+    top: int  # of the box, pixels of the image
+    left: int  # of the box
+    mask: Mask  # bool, the pixels of the box
+    label: int  # its class
+    score: float  # in [0, 1]
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -60,17 +52,11 @@ class Instance(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a model found in one image, best first.
+    """What a model found in one image, best first."""
 
-    Attributes:
-        height: of the image.
-        width: of the image.
-        instances: found in it.
-    """
-
-    height: int
-    width: int
-    instances: list[Instance]
+    height: int  # of the image
+    width: int  # of the image
+    instances: list[Instance]  # found in it
 
     def label_map(self, threshold: float = FOUND) -> tuple[NDArray[np.int32], list[int]]:
         """Number the pixels of the instances that score at least `threshold`; see `number_pixels`.

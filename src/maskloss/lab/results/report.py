@@ -31,29 +31,17 @@ _LEGEND = 24
 
 
 class Material(NamedTuple):
-    """What a report is made of.
+    """What a report is made of."""
 
-    Attributes:
-        facts: of the run.
-        title: what the scenes show.
-        summary: numbers of the run.
-        evaluation: scores on all held-out scenes.
-        history: the lines of metrics.jsonl.
-        shown: scenes with predictions.
-        shots: what the loss looked at in one scene.
-        probe: that scene.
-        hardest: instances with the highest loss.
-    """
-
-    facts: Facts
-    title: str
-    summary: Mapping[str, Any]
-    evaluation: Evaluation
-    history: Sequence[Mapping[str, Any]]
-    shown: Sequence[Shown]
-    shots: Sequence[Snapshot]
-    probe: Probe | None
-    hardest: Sequence[Hard]
+    facts: Facts  # of the run
+    title: str  # what the scenes show
+    summary: Mapping[str, Any]  # numbers of the run
+    evaluation: Evaluation  # scores on all held-out scenes
+    history: Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
+    shown: Sequence[Shown]  # scenes with predictions
+    shots: Sequence[Snapshot]  # what the loss looked at in one scene
+    probe: Probe | None  # that scene
+    hardest: Sequence[Hard]  # instances with the highest loss
 
 
 def write(folder: Path, made_of: Material) -> list[Path]:

@@ -24,39 +24,23 @@ FIRST, LOOKED_AT = 16, 64
 
 
 class Snapshot(NamedTuple):
-    """What the loss looked at in one scene, at one step.
+    """What the loss looked at in one scene, at one step."""
 
-    Attributes:
-        step: how many steps the model had taken.
-        scene: which held-out scene.
-        logits: of the query matched with each target, float32 `[T, h, w]`.
-        points: which the loss chose on them, `[T, P, 2]`.
-        losses: of each target, `[T, 2]`: cross-entropy and Dice.
-        num_uncertain: how many of the points are uncertain; they come first.
-    """
-
-    step: int
-    scene: int
-    logits: Tensor
-    points: Tensor
-    losses: Tensor
-    num_uncertain: int
+    step: int  # how many steps the model had taken
+    scene: int  # which held-out scene
+    logits: Tensor  # of the query matched with each target, float32 `[T, h, w]`
+    points: Tensor  # which the loss chose on them, `[T, P, 2]`
+    losses: Tensor  # of each target, `[T, 2]`: cross-entropy and Dice
+    num_uncertain: int  # how many of the points are uncertain; they come first
 
 
 class Hard(NamedTuple):
-    """An instance with a high loss.
+    """An instance with a high loss."""
 
-    Attributes:
-        probe: the scene that it is in.
-        target: which instance of it.
-        loss: cross-entropy and Dice, with Mask2Former's weights.
-        shot: logits and points of the scene.
-    """
-
-    probe: Probe
-    target: int
-    loss: float
-    shot: Snapshot
+    probe: Probe  # the scene that it is in
+    target: int  # which instance of it
+    loss: float  # cross-entropy and Dice, with Mask2Former's weights
+    shot: Snapshot  # logits and points of the scene
 
 
 def take(learner: Learner, source: Source, step: int) -> Snapshot:

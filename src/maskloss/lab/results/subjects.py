@@ -35,33 +35,20 @@ HELD = ("mask_logits", "class_logits", "masks", "labels", "ignore")
 
 @dataclass
 class Subject:
-    """What the picture is drawn from.
+    """What the picture is drawn from."""
 
-    Attributes:
-        mask_logits: predictions of all queries, `[Q, h, w]`.
-        masks: the truth, `[T, H, W]`, bool.
-        criterion: which matches and compares them.
-        class_logits: of all queries, `[Q, C + 1]`; None: matched by masks alone.
-        labels: of the truth, int64 `[T]`.
-        names: of the instances, as pictures show them.
-        letters: what their names are written with.
-        image: `[3, h, w]` in [0, 1]; None: there is none.
-        ignore: bool `[H, W]`, where points weigh nothing.
-        window: left, top, width and height of the part in which points are drawn.
-        heading: of the picture.
-    """
-
-    mask_logits: Tensor
-    masks: Tensor
-    criterion: MaskCriterion
-    class_logits: Tensor | None = None
-    labels: Tensor | None = None
-    names: Sequence[str] = field(default_factory=tuple)
-    letters: Lettering = field(default_factory=lambda: Lettering([], []))
-    image: Tensor | None = None
-    ignore: Tensor | None = None
+    mask_logits: Tensor  # predictions of all queries, `[Q, h, w]`
+    masks: Tensor  # the truth, `[T, H, W]`, bool
+    criterion: MaskCriterion  # which matches and compares them
+    class_logits: Tensor | None = None  # of all queries, `[Q, C + 1]`; None: matched by masks alone
+    labels: Tensor | None = None  # of the truth, int64 `[T]`
+    names: Sequence[str] = field(default_factory=tuple)  # of the instances, as pictures show them
+    letters: Lettering = field(default_factory=lambda: Lettering([], []))  # what their names are written with
+    image: Tensor | None = None  # `[3, h, w]` in [0, 1]; None: there is none
+    ignore: Tensor | None = None  # bool `[H, W]`, where points weigh nothing
+    # left, top, width and height of the part in which points are drawn
     window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
-    heading: str = ""
+    heading: str = ""  # of the picture
 
 
 @torch.no_grad()

@@ -25,28 +25,18 @@ _PER_DRAWN, _PER_VISITED = 128, 8
 
 
 class Plan(NamedTuple):
-    """What all queries and layers of an image share.
+    """What all queries and layers of an image share."""
 
-    Attributes:
-        points: `[B, 2, P]`, sorted into bands of y and within a band by x.
-        bands: `[B, bands + 1]`, the first point of each band.
-        weights: `[B, P]`, 0 or 1.
-        counts: `[B]`, their sums, at least 1.
-        images: `MaskTargets.images`.
-        runs: each target as runs of sorted points. Those of target t are `starts[t]` to `starts[t + 1]`: their first
-            points, lengths and offsets into the values, the values, and the sum of each target's values.
-        dtypes: element types of a kernel's work space.
-        widest: the largest number of targets.
-    """
-
-    points: Array
-    bands: NDArray[np.int64]
-    weights: Array
-    counts: Array
-    images: Array
+    points: Array  # `[B, 2, P]`, sorted into bands of y and within a band by x
+    bands: NDArray[np.int64]  # `[B, bands + 1]`, the first point of each band
+    weights: Array  # `[B, P]`, 0 or 1
+    counts: Array  # `[B]`, their sums, at least 1
+    images: Array  # `MaskTargets.images`
+    # each target as runs of sorted points. Those of target t are `starts[t]` to `starts[t + 1]`: their first
+    # points, lengths and offsets into the values, the values, and the sum of each target's values.
     runs: tuple[Array, ...]
-    dtypes: Dtypes
-    widest: int
+    dtypes: Dtypes  # element types of a kernel's work space
+    widest: int  # the largest number of targets
 
 
 class Places(NamedTuple):

@@ -59,23 +59,14 @@ def tile_of(targets: int, dtype: torch.dtype, term: Term) -> Tile:
 
 
 class Plan(NamedTuple):
-    """What all queries and layers of an image share.
+    """What all queries and layers of an image share."""
 
-    Attributes:
-        points: `[B, P, 2]`.
-        order: `[B, P]`, which sorts the points.
-        weighted: `[B, T_max, P]`, the targets at the sorted points times the weights.
-        weights: `[B, P]`, 0 or 1.
-        images: `MaskTargets.images`.
-        border: whether maps are continued at their border.
-    """
-
-    points: Tensor
-    order: Tensor
-    weighted: Tensor
-    weights: Tensor
-    images: Tensor
-    border: bool
+    points: Tensor  # `[B, P, 2]`
+    order: Tensor  # `[B, P]`, which sorts the points
+    weighted: Tensor  # `[B, T_max, P]`, the targets at the sorted points times the weights
+    weights: Tensor  # `[B, P]`, 0 or 1
+    images: Tensor  # `MaskTargets.images`
+    border: bool  # whether maps are continued at their border
 
     @property
     def widest(self) -> int:

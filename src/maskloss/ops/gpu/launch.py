@@ -29,22 +29,14 @@ class Span:
     """One launch: rows of the index that belong to a run of consecutive layers of one geometry.
 
     Kernels get all layers of the run, however few of them the rows belong to: their number is compiled in.
-
-    Attributes:
-        layers: the logits of the run.
-        first: number of the first of them.
-        start: first row.
-        stop: row after the last one.
-        low: the first layer of the run that the rows belong to.
-        high: the layer after the last one.
     """
 
-    layers: tuple[Tensor, ...]
-    first: int
-    start: int
-    stop: int
-    low: int
-    high: int
+    layers: tuple[Tensor, ...]  # the logits of the run
+    first: int  # number of the first of them
+    start: int  # first row
+    stop: int  # row after the last one
+    low: int  # the first layer of the run that the rows belong to
+    high: int  # the layer after the last one
 
     @property
     def count(self) -> int:

@@ -200,23 +200,14 @@ NO_SCRATCH = Scratch(None, None)
 
 @dataclass(frozen=True)
 class Scatter:
-    """Spread gradients at points over the layers of a run.
+    """Spread gradients at points over the layers of a run."""
 
-    Attributes:
-        index: rows of all instances.
-        layer_sizes: the number of rows of each layer of the model.
-        run: the layers, and their rows.
-        sampling: where the points are.
-        nearest: whether maps are read at the nearest pixel.
-        source: the gradients at the points, `[N, P]`, or the loss that they follow from.
-    """
-
-    index: Tensor
-    layer_sizes: Sequence[int]
-    run: Span
-    sampling: Sampling
-    nearest: bool
-    source: Tensor | LossGradient
+    index: Tensor  # rows of all instances
+    layer_sizes: Sequence[int]  # the number of rows of each layer of the model
+    run: Span  # the layers, and their rows
+    sampling: Sampling  # where the points are
+    nearest: bool  # whether maps are read at the nearest pixel
+    source: Tensor | LossGradient  # the gradients at the points, `[N, P]`, or the loss that they follow from
 
     def gradients(self) -> list[Tensor]:
         """Dense gradients of the layers."""

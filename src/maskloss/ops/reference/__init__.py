@@ -142,19 +142,12 @@ def mask_loss_backward(
 
 
 class Plan(NamedTuple):
-    """What all queries and layers of an image share.
+    """What all queries and layers of an image share."""
 
-    Attributes:
-        points: the matcher's, `[B, P, 2]`.
-        t: the targets there, `[B, T_max, P]`.
-        w: weights of the points, `[B, P]`.
-        real: which targets an image has, bool `[B, T_max]`.
-    """
-
-    points: Tensor
-    t: Tensor
-    w: Tensor
-    real: Tensor
+    points: Tensor  # the matcher's, `[B, P, 2]`
+    t: Tensor  # the targets there, `[B, T_max, P]`
+    w: Tensor  # weights of the points, `[B, P]`
+    real: Tensor  # which targets an image has, bool `[B, T_max]`
 
 
 def match_plan(num_targets: Sequence[int], job: Job, maps: Sequence[Tensor]) -> Plan:

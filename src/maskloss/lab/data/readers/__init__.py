@@ -28,19 +28,13 @@ from maskloss.lab.data.tree import Tree
 
 
 class Reader(NamedTuple):
-    """A format.
+    """A format."""
 
-    Attributes:
-        name: for `--format`.
-        find: returns the parts of a data set; None: the folder holds none of this format.
-        lies: what lies in the folder.
-        microscopy: whether these are label maps, which microscopy scores in its own way.
-    """
-
-    name: str
+    name: str  # for `--format`
+    # returns the parts of a data set; None: the folder holds none of this format
     find: Callable[[Tree, DataOptions, Problems], list[Part] | None]
-    lies: str
-    microscopy: bool = False
+    lies: str  # what lies in the folder
+    microscopy: bool = False  # whether these are label maps, which microscopy scores in its own way
 
 
 # In the order in which they are tried: those that cannot be mistaken for another come first.

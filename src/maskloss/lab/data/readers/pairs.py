@@ -59,21 +59,13 @@ class Pair(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What a map holds.
+    """What a map holds."""
 
-    Attributes:
-        size: height and width of the image as the map has them.
-        values: its numbers without 0.
-        apart: how many of them have pixels in several places.
-        scattered: how many of them lie scattered in pieces of a few pixels, as the values that JPEG invents do.
-        value_of: value of each connected region, where regions were asked for.
-    """
-
-    size: tuple[int, int]
-    values: list[int]
-    apart: int
-    scattered: int
-    value_of: dict[int, int]
+    size: tuple[int, int]  # height and width of the image as the map has them
+    values: list[int]  # its numbers without 0
+    apart: int  # how many of them have pixels in several places
+    scattered: int  # how many of them lie scattered in pieces of a few pixels, as the values that JPEG invents do
+    value_of: dict[int, int]  # value of each connected region, where regions were asked for
 
 
 def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
@@ -168,19 +160,12 @@ def read_pairs(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems
 
 
 class Meaning(NamedTuple):
-    """What the values of maps are.
+    """What the values of maps are."""
 
-    Attributes:
-        colored: whether they are colors, red + 256 green + 65536 blue, and no numbers.
-        names: of values.
-        void: values that weigh nothing, as far as their names or --ignore-value say so.
-        ground: values that are the background, beside 0.
-    """
-
-    colored: bool
-    names: dict[int, str]
-    void: set[int]
-    ground: set[int]
+    colored: bool  # whether they are colors, red + 256 green + 65536 blue, and no numbers
+    names: dict[int, str]  # of values
+    void: set[int]  # values that weigh nothing, as far as their names or --ignore-value say so
+    ground: set[int]  # values that are the background, beside 0
 
     @property
     def plain(self) -> str:

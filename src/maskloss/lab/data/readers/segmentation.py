@@ -22,19 +22,12 @@ _COUNTS = "the counts of an RLE must be whole numbers that add up to the pixels 
 
 
 class Frame(NamedTuple):
-    """What a segmentation belongs to.
+    """What a segmentation belongs to."""
 
-    Attributes:
-        height: of the image, pixels.
-        width: of the image, pixels.
-        what: what to call the annotation in messages.
-        problems: told of what was mended.
-    """
-
-    height: int
-    width: int
-    what: str
-    problems: Problems
+    height: int  # of the image, pixels
+    width: int  # of the image, pixels
+    what: str  # what to call the annotation in messages
+    problems: Problems  # told of what was mended
 
 
 def segmentation(value: Any, frame: Frame) -> Any:

@@ -25,19 +25,13 @@ _LARGEST = 2
 
 
 class _Folder(NamedTuple):
-    """What a folder of YOLO holds besides images.
+    """What a folder of YOLO holds besides images."""
 
-    Attributes:
-        labels: the text file of each image, by folders and stem without the words "images" and "labels".
-        parts: the images of each part.
-        names: of the classes.
-        how: what names them.
-    """
-
+    # the text file of each image, by folders and stem without the words "images" and "labels"
     labels: dict[tuple[str, ...], str]
-    parts: dict[str, list[str]]
-    names: dict[int, str]
-    how: str
+    parts: dict[str, list[str]]  # the images of each part
+    names: dict[int, str]  # of the classes
+    how: str  # what names them
 
 
 def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
