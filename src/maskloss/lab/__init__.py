@@ -1,6 +1,7 @@
 """What `maskloss train` is made of: scenes, a compact query model, the training loop, evaluation and the report.
 
-`load_run` uses a trained model from Python.
+`load_run` uses a trained model from Python. In all rooms, what people and their files get wrong raises `Cause`, and a
+package of an extra that is not installed raises `MissingExtraError`; commands print these as one sentence.
 """
 
 from __future__ import annotations

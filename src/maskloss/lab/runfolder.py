@@ -45,11 +45,7 @@ class Facts(NamedTuple):
 
 
 def read_facts(folder: Path) -> Facts:
-    """Read run.json.
-
-    Raises:
-        Cause: no run in this folder, or a run of another version.
-    """
+    """Read run.json."""
     rule = "a run must be a folder that maskloss train wrote"
     if not (folder / RUN).is_file():
         raise Cause(rule, f"{folder} has no {RUN}" if folder.is_dir() else f"there is no folder {folder}", "check it")

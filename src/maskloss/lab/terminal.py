@@ -150,11 +150,7 @@ class Display:
         self._told = time.monotonic()
 
     def print(self, *parts: str | tuple[str, str]) -> None:
-        """Print a line that stays, in one piece: the bar would erase what is printed without the end of its line.
-
-        Args:
-            parts: texts, or texts with their styles.
-        """
+        """Print a line that stays, in one piece: the bar would erase what is printed without the end of its line."""
         styled = [(part, "") if isinstance(part, str) else part for part in parts]
         text = require("rich.text", "train").Text
         self._console.print(text.assemble(*((printable(part), style) for part, style in styled)), soft_wrap=True)

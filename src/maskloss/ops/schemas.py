@@ -25,13 +25,6 @@ NOT_CAPTURED: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag
 
 
 def operation(name: str, arguments: str, result: str, **options: Any) -> Any:
-    """Register the decorated function as an operation of the library.
-
-    Args:
-        name: without the namespace.
-        arguments: of the schema.
-        result: of the schema.
-        options: of `torch.library.custom_op`.
-    """
+    """Register the decorated function as an operation of the library."""
     schema = f"({arguments}) -> {result}"
     return torch.library.custom_op(f"maskloss::{name}", mutates_args=(), schema=schema, **options)

@@ -72,14 +72,7 @@ def _filled(clips: Sequence[Any]) -> list[Any]:
 
 
 def described(targets: P, tall: Sequence[Tensor], frames: int, valid: Box | None) -> P:
-    """Say of targets that they are clips: `tall` masks `[N, T * H, W]` or label maps `[T * H, W]`, as they were packed.
-
-    Args:
-        targets: of the tall masks.
-        tall: what they were packed from.
-        frames: T.
-        valid: where points may lie in every frame.
-    """
+    """Say of targets that they are clips; `tall` are masks `[N, T * H, W]` or label maps `[T * H, W]`, as packed."""
     windows = targets.windows
     if valid is not None:
         rows = [window_row(valid, each.shape[-2] // frames, each.shape[-1]) for each in tall]

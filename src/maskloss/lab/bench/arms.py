@@ -93,10 +93,6 @@ class TransformersArm:
 
     Its targets are dense float masks, as its image processor makes them: that is not part of the step. It does not take
     logits of half precision, so these are converted to float32 in the step, as its users have to.
-
-    Args:
-        case: the sizes of the step.
-        device: where it runs.
     """
 
     name = "transformers"

@@ -181,18 +181,7 @@ def family(name: str) -> list[Case]:
 
 @reported("maskloss bench")
 def choose(presets: list[str], families: list[str]) -> list[Case]:
-    """Look up presets and families by name.
-
-    Args:
-        presets: names of presets.
-        families: names of families.
-
-    Returns:
-        The cases, in the order of the names.
-
-    Raises:
-        MaskLossError: a name that does not exist.
-    """
+    """Look up presets and families by name."""
     for kind, names, known in (("preset", presets, list(PRESETS)), ("family", families, list(FAMILIES))):
         for name in names:
             if name not in known:

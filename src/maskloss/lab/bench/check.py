@@ -72,9 +72,6 @@ def compare(case: Case, inputs: Inputs, other: str, seed: int) -> Agreement:
         inputs: of that case; gradients are dropped.
         other: any arm but "maskloss".
         seed: of the random numbers.
-
-    Returns:
-        The differences.
     """
     device, base = inputs.labels[0].device, "maskloss"
     if other in STRATIFIED:

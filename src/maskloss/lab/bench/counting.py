@@ -51,9 +51,6 @@ class StepCounter:
     tensor that was made on the host or brought there before. What Numba kernels read is not counted: the GPU kernels in
     their place read nothing. The same holds for an assignment that a GPU would solve. One that the host would solve,
     after the reference backend or for very large problems, counts as one: all costs and labels go there in one copy.
-
-    Args:
-        device: where the step runs.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -68,9 +68,6 @@ class Operations:
 
         Args:
             ops: `maskloss.ops.gpu` or `maskloss.ops.reference`; the latter has no operations on factors.
-
-        Returns:
-            Their results by a name of each.
         """
         found: dict[str, list[Tensor]] = {}
         for dtype in self.dtypes:

@@ -21,9 +21,6 @@ _PACKAGES = ("torch", "numpy", "scipy", "numba", "triton", "transformers")
 def describe_machine(device: str) -> dict[str, Any]:
     """Name the hardware, and how busy it was.
 
-    Args:
-        device: where the step runs; a CUDA device is named as well.
-
     Returns:
         CPU model, cores, memory in bytes, the load average of the last minute before the measurement, and the like.
     """

@@ -26,11 +26,7 @@ def wrap(timed: Timed, owner: Any, name: str, stage: str) -> None:
 
 
 class Clock:
-    """Marks moments of a step; on CUDA the moments are events in the stream, and only reading them waits.
-
-    Args:
-        device: where the step runs.
-    """
+    """Marks moments of a step; on CUDA the moments are events in the stream, and only reading them waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -59,9 +55,6 @@ class StageClock:
     """Sums up the time of named stages; what a stage spends in another stage counts for that one only.
 
     On CUDA each stage waits for the device, so the stages add up to more than an undisturbed step.
-
-    Args:
-        device: where the step runs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -111,9 +104,6 @@ class PeakMemory:
     On CUDA this is the allocator's peak, exact to the byte. On Linux it is the peak resident set of the process, which
     the kernel keeps, to a few hundred kilobytes, and resets on request; unused memory is given back to the system
     before, so that a rise cannot hide in it. Elsewhere nothing is measured, and `why_not` says so.
-
-    Args:
-        device: where the step runs.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -37,15 +37,7 @@ _LABEL = 0.16
 
 
 def plot_presets(report: dict[str, Any], path: Path) -> bool:
-    """Draw time and memory of every preset as bars.
-
-    Args:
-        report: what JSON keeps.
-        path: where to write a PNG.
-
-    Returns:
-        Whether there was anything to draw.
-    """
+    """Draw time and memory of every preset as bars."""
     cases = [case for case in report["cases"] if "=" not in case["name"] and _measured(case)]
     if not cases:
         return False
@@ -60,15 +52,7 @@ def plot_presets(report: dict[str, Any], path: Path) -> bool:
 
 
 def plot_families(report: dict[str, Any], path: Path) -> bool:
-    """Draw how time and memory grow, one row for each family.
-
-    Args:
-        report: what JSON keeps.
-        path: where to write a PNG.
-
-    Returns:
-        Whether there was anything to draw.
-    """
+    """Draw how time and memory grow, one row for each family."""
     families: dict[str, list[dict[str, Any]]] = {}
     for case in report["cases"]:
         name, equals, _ = case["name"].partition("=")

@@ -134,12 +134,7 @@ class TransformersArm:
 
 
 class PackageArm:
-    """The criterion of the package rfdetr; masks of a head are given as the factors that it trains with.
-
-    Args:
-        case: the sizes of the step.
-        device: where it runs.
-    """
+    """The criterion of the package rfdetr; masks of a head are given as the factors that it trains with."""
 
     name = "rfdetr"
     takes_masks = False

@@ -30,12 +30,7 @@ Say = Callable[[str], None]
 
 
 class WorkerError(RuntimeError):
-    """A worker could not do what it was asked; the message is its own.
-
-    Args:
-        message: what went wrong.
-        details: its traceback, or what it wrote last.
-    """
+    """A worker could not do what it was asked; the message is its own."""
 
     def __init__(self, message: str, details: str = "") -> None:
         super().__init__(message)
@@ -118,13 +113,6 @@ class Process:
     def ask(self, do: str, **arguments: Any) -> Any:
         """Send a command and wait for its result.
 
-        Args:
-            do: name of a method of `Worker`.
-            **arguments: its arguments, as JSON has them.
-
-        Returns:
-            What the method returned.
-
         Raises:
             WorkerError: the method raised, or the process died.
         """
@@ -151,11 +139,6 @@ class Process:
 
 def run_case(case: Subject, settings: Settings, say: Say) -> dict[str, Any]:
     """Check and measure one case.
-
-    Args:
-        case: the sizes, or the model.
-        settings: arms, steps and the rest.
-        say: is told what is going on, for a progress line.
 
     Returns:
         What JSON keeps of the case: "checks", and for each arm "samples", "summary", "memory" and what else its worker

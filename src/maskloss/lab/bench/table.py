@@ -15,12 +15,6 @@ STAGES = ("packing", "matching cost", "assignment", "mask loss", "classification
 def seconds(value: float) -> str:
     """Write a duration with three digits.
 
-    Args:
-        value: seconds.
-
-    Returns:
-        In s or ms, as in "2.51 s" and "84.2 ms".
-
     Example:
         >>> seconds(2.514), seconds(0.0842), seconds(0.312)
         ('2.51 s', '84.2 ms', '312 ms')
@@ -30,12 +24,6 @@ def seconds(value: float) -> str:
 
 def memory(value: float | None) -> str:
     """Write a number of bytes with three digits.
-
-    Args:
-        value: bytes, or None if nothing was measured.
-
-    Returns:
-        In kB, MB or GB (powers of ten), "0", or "not measured".
 
     Example:
         >>> memory(340_400_000), memory(2_300_000_000), memory(None)
@@ -51,12 +39,6 @@ def memory(value: float | None) -> str:
 
 def factor(value: float) -> str:
     """Write a ratio with two or three digits.
-
-    Args:
-        value: the ratio.
-
-    Returns:
-        As in "8.3 ×" and "1.00 ×".
 
     Example:
         >>> factor(8.31), factor(0.5), factor(52.3)
@@ -81,26 +63,12 @@ ops       tensor operations, without packing        waits     of the host for a 
 
 
 def versions(software: dict[str, str]) -> str:
-    """Name the versions that matter most.
-
-    Args:
-        software: all versions.
-
-    Returns:
-        As in "maskloss 0.1.0, torch 2.9.0".
-    """
+    """Name the versions that matter most."""
     return ", ".join(f"{name} {software[name]}" for name in ("maskloss", "torch", "transformers") if name in software)
 
 
 def heading(report: dict[str, Any]) -> str:
-    """Describe machine, versions and settings in two lines.
-
-    Args:
-        report: what JSON keeps.
-
-    Returns:
-        The lines, with rich's markup.
-    """
+    """Describe machine, versions and settings in two lines."""
     machine, software, settings = report["machine"], report["software"], report["settings"]
     place = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
     cores = f"{settings['threads']} threads on {machine['cores']} cores"
@@ -111,14 +79,7 @@ def heading(report: dict[str, Any]) -> str:
 
 
 def case_table(case: dict[str, Any]) -> Any:
-    """Lay out what was measured for one case.
-
-    Args:
-        case: one of the cases of the report.
-
-    Returns:
-        A rich table; rows are arms.
-    """
+    """Lay out what was measured for one case."""
     table = new_table()
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
@@ -163,14 +124,7 @@ def _relative(arm: str, arms: dict[str, Any], *, packed: bool = False) -> str:
 
 
 def waiting_line(case: dict[str, Any]) -> str:
-    """Say with which of OpenMP's ways of waiting each peer was measured.
-
-    Args:
-        case: one of the cases of the report.
-
-    Returns:
-        One line for each peer, with rich's markup; empty where there is none.
-    """
+    """Say with which of OpenMP's ways of waiting each peer was measured."""
     policies = {"default": "the default policy", "passive": "OMP_WAIT_POLICY=PASSIVE"}
     lines = []
     for arm, found in case["arms"].items():
@@ -185,9 +139,6 @@ def waiting_line(case: dict[str, Any]) -> str:
 
 def speed_line(case: dict[str, Any]) -> str:
     """Say how many times as fast as each peer the other arms are: the median of the ratio.
-
-    Args:
-        case: one of the cases of the report.
 
     Returns:
         One line for each peer, with rich's markup; empty where the column "relative" says it.
@@ -208,14 +159,7 @@ def speed_line(case: dict[str, Any]) -> str:
 
 
 def check_line(case: dict[str, Any]) -> str:
-    """Say what the check of a case found.
-
-    Args:
-        case: one of the cases of the report.
-
-    Returns:
-        One line for each arm that was compared, with rich's markup.
-    """
+    """Say what the check of a case found."""
     lines = []
     for check in case.get("checks", ()):
         gradient = max(check["mask_gradient"], check["class_gradient"])
@@ -229,14 +173,7 @@ def check_line(case: dict[str, Any]) -> str:
 
 
 def stage_table(case: dict[str, Any]) -> Any:
-    """Lay out how the time of a step divides into stages.
-
-    Args:
-        case: one of the cases of the report, measured with stages.
-
-    Returns:
-        A rich table; rows are stages, columns are arms.
-    """
+    """Lay out how the time of a step divides into stages."""
     table = new_table()
     arms = {arm: found["stages"] for arm, found in case["arms"].items() if "stages" in found}
     for arm in arms:
@@ -255,15 +192,7 @@ def stage_table(case: dict[str, Any]) -> Any:
 
 
 def family_table(name: str, cases: Sequence[dict[str, Any]]) -> Any:
-    """Lay out how time and memory grow.
-
-    Args:
-        name: of the family.
-        cases: its cases, from the report.
-
-    Returns:
-        A rich table; rows are cases, columns are arms.
-    """
+    """Lay out how time and memory grow."""
     base = Case.from_dict(cases[0]["sizes"])
     table = new_table()
     arms = list(dict.fromkeys(arm for case in cases for arm in case["arms"]))

@@ -191,9 +191,6 @@ def run(plan: Plan, folder: Path, say: Say) -> dict[str, Any]:
     Returns:
         What the JSON has: "machine", "software", "device", and "parts" by name: "status" ("passed", "failed", "stopped"
         or "not run"), "seconds", "why", and "result".
-
-    Raises:
-        MaskLossError: the folder holds results of another machine, device or software.
     """
     report: dict[str, Any] = {
         "schema": 1,

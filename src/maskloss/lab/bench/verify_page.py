@@ -12,14 +12,7 @@ from maskloss.lab.bench.table import factor, memory, seconds
 
 
 def page(report: dict[str, Any]) -> str:
-    """Write what was found as a page of Markdown.
-
-    Args:
-        report: see `verify.run`.
-
-    Returns:
-        The page: first what ran on what, then each part, then times.
-    """
+    """Write what was found as a page of Markdown."""
     machine, software, parts = report["machine"], report["software"], report["parts"]
     gpu = machine.get("gpu")
     place = f"{gpu['name']} (CUDA {gpu['cuda']}, driver {gpu.get('driver', 'unknown')})" if gpu else "no GPU"

@@ -39,11 +39,7 @@ stratified points, those that the reference backend finds with the same points.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command.
-
-    Args:
-        parser: gets them.
-    """
+    """Declare the arguments of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
     listed = {"presets": PRESETS, "models": MODELS}
@@ -104,14 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the benchmark, print tables, and write JSON and pictures.
-
-    Args:
-        arguments: as `add_arguments` declares them.
-
-    Returns:
-        The exit status: 0, or 1 if a check or a measurement failed.
-    """
+    """Run the benchmark, print tables, and write JSON and pictures."""
     # Before anything is measured, which takes minutes.
     files.unmake(files.make_folder(arguments.out, "--out"))
     console = require("rich.console", "bench").Console(highlight=False)
@@ -158,15 +147,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Write the report, and the pictures that can be drawn from it.
-
-    Args:
-        report: what was measured.
-        folder: where to; made if it does not exist.
-
-    Returns:
-        The files.
-    """
+    """Write the report, and the pictures that can be drawn from it."""
     folder.mkdir(parents=True, exist_ok=True)
     results, presets, families = (folder / name for name in ("bench.json", "bench.png", "scaling.png"))
     text = json.dumps(report, indent=1) + "\n"

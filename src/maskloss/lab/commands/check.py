@@ -94,11 +94,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _status(problems: Problems, on_error: str, *, strict: bool) -> int:
-    """Return the exit status.
-
-    Raises:
-        MaskLossError: why training would not start.
-    """
+    """Return the exit status."""
     if problems.asked:
         raise problems.asked[0]
     if problems.skipped and on_error == STOP:

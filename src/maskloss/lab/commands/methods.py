@@ -96,12 +96,7 @@ def _print(text: str) -> None:
 
 
 def settings_of_run(folder: Path) -> MethodSettings:
-    """Read the settings of a training run from the folder that it wrote.
-
-    Raises:
-        MaskLossError: a folder without the configuration of a run.
-        MissingExtraError: a package of the extra `train` is not installed.
-    """
+    """Read the settings of a training run from the folder that it wrote."""
     import torch
 
     from maskloss.lab.config import BEST, COMPACT

@@ -108,12 +108,7 @@ def gather(options: argparse.Namespace) -> Subject:
 
 @torch.no_grad()
 def draw(subject: Subject, instance: int | None, seed: int) -> tuple[Figure, Inspection, str]:
-    """Match, inspect one instance, and draw it; the last result names it.
-
-    Raises:
-        MaskLossError: a prediction that is not finite, no target, an instance that does not exist, or one that was not
-            matched.
-    """
+    """Match, inspect one instance, and draw it; the last result names it."""
     criterion, count = subject.criterion, len(subject.masks)
     _check_finite(subject)
     if count == 0:

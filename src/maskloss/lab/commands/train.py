@@ -118,12 +118,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """Read options of a run by name from a YAML or JSON file, such as the `run.json` of a run.
-
-    Raises:
-        Cause: a file that cannot be read, or a name that is no option.
-        MissingExtraError: a YAML file, and PyYAML is not installed (extra `train`).
-    """
+    """Read options of a run by name from a YAML or JSON file, such as the `run.json` of a run."""
     content = read_mapping(path, "--config must be a file with options, as YAML or JSON", "train")
     if {"schema", "config", "classes"} <= set(content) and isinstance(content["config"], dict):
         content = content["config"]

@@ -74,11 +74,7 @@ class Part(NamedTuple):
 
 
 class Catalog:
-    """The images of a data set.
-
-    Args:
-        entries: in order.
-    """
+    """The images of a data set."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         block, offsets, facts = bytearray(), [0], []

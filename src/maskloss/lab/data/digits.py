@@ -44,15 +44,7 @@ def split(count: int) -> Split:
 
 
 class DigitScenes:
-    """Scenes of handwritten digits, drawn as they are needed.
-
-    Args:
-        size: side of a scene, pixels.
-        held_out: number of held-out scenes.
-
-    Raises:
-        MissingExtraError: scikit-learn is not installed (extra `train`).
-    """
+    """Scenes of handwritten digits, drawn as they are needed."""
 
     title = "handwritten digits"
     class_names: Sequence[str] = tuple("0123456789")
@@ -73,11 +65,7 @@ class DigitScenes:
         self.size, self._count = size, held_out
 
     def limit(self, most: int) -> None:
-        """Check that a model has a query for each digit of a scene.
-
-        Raises:
-            Cause: fewer.
-        """
+        """Check that a model has a query for each digit of a scene."""
         if most < MOST:
             raise Cause(
                 "the model must have a query for each digit",

@@ -79,19 +79,12 @@ def read_image(path: Path, *, upright: bool = True) -> Array:
     Args:
         path: of the file.
         upright: turn it as its orientation tag says, as every viewer does; False: leave it as it is stored.
-
-    Raises:
-        Cause: a file that is missing, broken, too large, or a stack of planes.
     """
     return as_image(read_pixels(path, upright=upright), path)
 
 
 def as_image(array: Array, path: Path) -> Array:
-    """Bring pixels `[H, W]` or `[H, W, C]` into the form that `read_image` returns; `path` is what to call them.
-
-    Raises:
-        Cause: values that are no numbers or not finite, or a stack of planes.
-    """
+    """Bring pixels `[H, W]` or `[H, W, C]` into the form that `read_image` returns; `path` is what to call them."""
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] > MOST_CHANNELS:
@@ -127,11 +120,7 @@ class Head(NamedTuple):
 
 
 def read_head(path: Path) -> Head:
-    """Read the size of an image, and how it is to be turned, off the head of its file.
-
-    Raises:
-        Cause: as in `read_image`.
-    """
+    """Read the size of an image, and how it is to be turned, off the head of its file."""
     if path.suffix.lower() in TIFF and path.is_file():
         # Pillow does not know every TIFF that tifffile does, nor the other way round.
         try:
@@ -154,20 +143,12 @@ def read_head(path: Path) -> Head:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Read height and width of an image as it is displayed off the head of its file.
-
-    Raises:
-        Cause: as in `read_image`.
-    """
+    """Read height and width of an image as it is displayed off the head of its file."""
     return read_head(path).displayed
 
 
 def check_lossless(path: Path) -> None:
-    """Raise if a format keeps values only about: a map read from it has numbers that nobody drew.
-
-    Raises:
-        Cause: JPEG, lossy WebP, or a TIFF with JPEG inside.
-    """
+    """Raise if a format keeps values only about: a map read from it has numbers that nobody drew."""
     lossy = None
     if path.suffix.lower() in TIFF and path.is_file():
         with contextlib.suppress(Cause), _tiff(path) as (series, _):
@@ -216,11 +197,7 @@ def to_unit(image: Array, percentile: bool) -> NDArray[np.float32]:
 
 
 def to_channels(image: Array, channels: int, path: Path) -> Array:
-    """Convert an image to the number of channels of a data set: gray is repeated, alpha is dropped, a third is added.
-
-    Raises:
-        Cause: an image with more channels than the data set has.
-    """
+    """Convert an image to the number of channels of a data set: gray is repeated, alpha is dropped, a third added."""
     found = image.shape[-1]
     if found == channels:
         return image
@@ -250,9 +227,6 @@ def read_pixels(path: Path, *, labels: bool = False, upright: bool = True) -> Ar
         path: of the file.
         labels: keep the numbers of a palette, which are the instances of a label map, and not its colors.
         upright: turn the image as its orientation tag says.
-
-    Raises:
-        Cause: as in `read_image`.
     """
     if path.suffix.lower() in TIFF:
         found = _read_tiff(path)
@@ -313,11 +287,7 @@ def _tiff(path: Path) -> Iterator[tuple[Any, tuple[int, int]]]:
 
 
 def _plane(path: Path, axes: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return height and width.
-
-    Raises:
-        Cause: several planes, or more pixels than can be read.
-    """
+    """Return height and width."""
     sides = [(axis, length) for axis, length in zip(axes, shape, strict=True) if length > 1]
     lengths = [length for _, length in sides]
     if len(sides) == 3 and sides[0][0] in "ZT" and sides[-1][0] not in "SC":

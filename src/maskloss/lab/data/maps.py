@@ -26,9 +26,6 @@ def read_map(path: Path, reading: str = NUMBERS, void: tuple[int, ...] = ()) -> 
         path: a PNG, a TIFF, or an array of NumPy; never a lossy format.
         reading: one of `READINGS`.
         void: values that belong to no class, for components.
-
-    Raises:
-        Cause: no map, or one in a lossy format.
     """
     if path.suffix.lower() == ".npy":
         values = _whole_numbers(npy.read_masks(path), path)
@@ -40,11 +37,7 @@ def read_map(path: Path, reading: str = NUMBERS, void: tuple[int, ...] = ()) -> 
 
 
 def has_colors(path: Path) -> bool:
-    """Whether a map has colors that are not gray, so that they can be no numbers.
-
-    Raises:
-        Cause: no map, or one in a lossy format.
-    """
+    """Whether a map has colors that are not gray, so that they can be no numbers."""
     if path.suffix.lower() == ".npy" or not is_color(path):
         return False
     check_lossless(path)

@@ -22,11 +22,7 @@ _CONVERT = "write the masks as TIFF: cellpose.io.save_masks, or tifffile.imwrite
 
 
 def read_masks(path: Path) -> Array:
-    """Read the masks of a `.npy` file: `[H, W]`, or what else the array holds.
-
-    Raises:
-        Cause: a file that is damaged, or a pickle of anything but arrays, numbers and texts.
-    """
+    """Read the masks of a `.npy` file: `[H, W]`, or what else the array holds."""
     return _read(path, pixels=True)
 
 
@@ -141,11 +137,7 @@ class _Reader(pickle.Unpickler):
     """Reads a pickle that names nothing but NumPy's arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in of a name.
-
-        Raises:
-            UnpicklingError: any other name.
-        """
+        """Return the stand-in of a name."""
         if module.partition(".")[0] in {"numpy", "_codecs"} and name in _KNOWN:
             return _KNOWN[name]
         raise pickle.UnpicklingError(f"it would call {module}.{name}, which is not done here")

@@ -35,9 +35,6 @@ class Finding(NamedTuple):
 class Problems:
     """Collects what was left out, mended or decided.
 
-    Args:
-        on_error: "stop", "skip" or "look".
-
     Attributes:
         skipped: what is broken and was left out, one sentence each.
         asked: what has to be answered before anything is trained.

@@ -48,9 +48,6 @@ def recognize(
         score: "all", or the name of a part: these images are to be scored on, and none to be trained on; None: the
             folder is divided for training.
         classes: those of a trained model, in their order; None: those of the data.
-
-    Raises:
-        Cause: no folder, nothing that is known, or nothing to learn from.
     """
     merged = _merge(*_find(Tree(folder, _images(folder, options)), options, problems), problems)
     merged = merged._replace(parts={part: _checked(some, problems) for part, some in merged.parts.items()})
@@ -100,11 +97,7 @@ def _find(tree: Tree, options: DataOptions, problems: Problems) -> tuple[Reader,
 
 
 def _inside(tree: Tree, annotations: str) -> str:
-    """Return the path of a file of annotations relative to the folder.
-
-    Raises:
-        Cause: it is not there.
-    """
+    """Return the path of a file of annotations relative to the folder."""
     for path in (tree.root / annotations, Path(annotations)):
         if path.exists() and path.resolve().is_relative_to(tree.root.resolve()):
             relative = path.resolve().relative_to(tree.root.resolve()).as_posix()
@@ -193,11 +186,7 @@ def _together(
 
 
 def _as_known(entries: list[Entry], names: list[str], classes: Sequence[str]) -> list[Entry]:
-    """Number the labels of images as a trained model does.
-
-    Raises:
-        Cause: instances of a class that it does not know.
-    """
+    """Number the labels of images as a trained model does."""
     used = sorted(
         {names[each.label] for entry in entries for each in entry.instances if each.label >= 0} - set(classes)
     )
@@ -295,11 +284,7 @@ def _within(entry: Entry, problems: Problems) -> Entry:
 
 
 def _sized(entry: Entry, problems: Problems) -> Entry:
-    """Return an image with a size that can be true.
-
-    Raises:
-        Cause: the annotations are those of another size.
-    """
+    """Return an image with a size that can be true."""
     head = read_head(Path(entry.file))
     size = (entry.height, entry.width)
     if size == head.displayed:

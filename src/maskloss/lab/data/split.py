@@ -48,12 +48,6 @@ def divide(parts: Parts, val: str | None, folder: Path, problems: Problems, *, a
         folder: for messages.
         problems: told which images are left alone.
         alone: whether others are scored on: then all but val and test is trained on.
-
-    Returns:
-        Both, and how they were divided.
-
-    Raises:
-        Cause: too few images, or a list or a share that makes no sense.
     """
     trained = [entry for name in (TRAIN, "") for entry in parts.get(name, [])]
     valid, test = parts.get(VAL, []), parts.get(TEST, [])

@@ -46,12 +46,7 @@ def words(text: str) -> list[str]:
 
 
 def part_of(path: str, *, stem: bool = False) -> str:
-    """Return which part of a data set the folders of a path name: "train", "val", "test" or "".
-
-    Args:
-        path: relative to the data set.
-        stem: whether the name of the file counts too.
-    """
+    """Return which part of a data set the folders of a path name: "train", "val", "test" or ""."""
     pure = PurePosixPath(path)
     parts = [*pure.parts[:-1], *([pure.stem] if stem else [])]
     named = {name for part in parts for word in words(part) for name, known in _PARTS.items() if word in known}
@@ -69,9 +64,6 @@ class Tree:
     Args:
         root: the folder.
         images: where the images lie that annotations name, if elsewhere; only images are taken from there.
-
-    Raises:
-        Cause: no folder, or one that cannot be read.
 
     Attributes:
         files: relative paths with slashes, sorted; hidden ones and runs of this package are left out.
@@ -113,11 +105,7 @@ class Tree:
         return self.root / relative
 
     def json(self, relative: str, rule: str = "annotations must be JSON") -> Any:
-        """Read a JSON file once.
-
-        Raises:
-            Cause: `rule`, with what is wrong with the file.
-        """
+        """Read a JSON file once."""
         if relative not in self._read:
             self._read[relative] = read_any_json(self.path(relative), rule)
         return self._read[relative]
@@ -156,9 +144,6 @@ class Tree:
             name: with the slashes, the letter case, the Unicode form and the folders of whoever wrote it.
             near: the file that names it; of several images, the one with the most of its folders is meant.
             problems: told when the name is not that of the file.
-
-        Raises:
-            Cause: no such image, or several.
         """
         plain = name.replace("\\", "/")
         for written in dict.fromkeys((plain, unquote(plain.rsplit("?d=", 1)[-1]), unquote(plain.split("?", 1)[0]))):
@@ -206,11 +191,7 @@ class Tree:
 
 
 def _walk(root: Path) -> list[str]:
-    """List the files of a folder as relative paths.
-
-    Raises:
-        Cause: no folder, or one that cannot be read.
-    """
+    """List the files of a folder as relative paths."""
     if not root.is_dir():
         what = f"{root} is a file" if root.exists() else f"there is no folder {root}"
         raise Cause("data must be a folder", what, "name the folder with images and annotations")

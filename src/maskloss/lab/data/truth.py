@@ -142,11 +142,7 @@ class Loaded(NamedTuple):
 
 
 def load(entry: Entry) -> Loaded:
-    """Read an image, and its map if it has one.
-
-    Raises:
-        Cause: a file that cannot be read, or sizes that differ.
-    """
+    """Read an image, and its map if it has one."""
     head, wanted = read_head(Path(entry.file)), (entry.height, entry.width)
     # Before any pixel is read: a small file may hold a large map.
     sizes = [(entry.file, head.stored if wanted == head.stored else head.displayed)]
@@ -167,11 +163,7 @@ def load(entry: Entry) -> Loaded:
 
 
 def decode(source: Any, height: int, width: int) -> NDArray[np.uint8]:
-    """Decode the source of an instance: uint8 `[H, W]`.
-
-    Raises:
-        Cause: compressed counts that do not fill the image, or a mask file that cannot be read or has another size.
-    """
+    """Decode the source of an instance: uint8 `[H, W]`."""
     codec = require("pycocotools.mask", "train")
     if isinstance(source, dict) and "box" in source:
         x, y, across, down = source["box"]

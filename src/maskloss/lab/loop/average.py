@@ -15,10 +15,6 @@ class Average:
         average <- d average + (1 - d) weights,    d = min(decay, (1 + n) / (10 + n)) after step n
 
     At the beginning, when the weights move most, it covers about the last tenth of all steps.
-
-    Args:
-        network: whose weights.
-        decay: d, at most.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:

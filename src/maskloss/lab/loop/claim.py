@@ -79,9 +79,6 @@ def claimed(folder: Path | None, *, overwrite: bool = False) -> Iterator[Claim]:
     Args:
         folder: where the run is to write; None: a new folder, named by the time.
         overwrite: whether a run may be replaced.
-
-    Raises:
-        Cause: the folder holds anything else, or a run, or is in use.
     """
     if folder is None:
         folder, made = _new_folder()
@@ -107,11 +104,7 @@ def claimed(folder: Path | None, *, overwrite: bool = False) -> Iterator[Claim]:
 
 @contextlib.contextmanager
 def reopened(folder: Path) -> Iterator[None]:
-    """Hold the folder of an interrupted run.
-
-    Raises:
-        Cause: it is in use, or cannot be written to.
-    """
+    """Hold the folder of an interrupted run."""
     files.make_folder(folder, "--resume")
     with files.locked(folder):
         _settle(folder)

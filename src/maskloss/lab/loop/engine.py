@@ -48,16 +48,7 @@ class Kept(NamedTuple):
 
 
 class Engine:
-    """A run in progress.
-
-    Args:
-        facts: of the run.
-        source: of the scenes.
-        learner: what is trained.
-        folder: of the run.
-        accelerator: of Accelerate.
-        listener: whom to tell.
-    """
+    """A run in progress."""
 
     def __init__(
         self, facts: Facts, source: Source, learner: Learner, folder: Path, accelerator: Any, listener: Listener
@@ -94,9 +85,6 @@ class Engine:
 
         Args:
             begin: the step of the checkpoint to go on from, 0 without one; None: this is a new run.
-
-        Returns:
-            The lines of metrics.jsonl.
         """
         config, begun = self.config, begin or 0
         # What a model draws for itself, dropout above all; other on every process.

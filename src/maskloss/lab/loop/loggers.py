@@ -16,11 +16,7 @@ PROJECT = "maskloss"
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise unless all of these loggers are installed; asked before anything is read.
-
-    Raises:
-        Cause: one that is not.
-    """
+    """Raise unless all of these loggers are installed; asked before anything is read."""
     known = [str(each) for each in require("accelerate.tracking", "train").get_available_trackers()]
     for name in names:
         if name not in known:
@@ -29,15 +25,7 @@ def check_loggers(names: Sequence[str]) -> None:
 
 @contextmanager
 def logging_for(facts: Facts, listener: Listener) -> Iterator[Listener]:
-    """Log loss terms, speed and scores of a run. Only the process that tells does that.
-
-    Args:
-        facts: of the run, with its loggers.
-        listener: whom to tell too.
-
-    Raises:
-        Cause: a logger that cannot begin.
-    """
+    """Log loss terms, speed and scores of a run. Only the process that tells does that."""
     begun: list[Any] = []
 
     def log(values: dict[str, float], step: int) -> None:

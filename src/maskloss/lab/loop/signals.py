@@ -28,11 +28,7 @@ class Signals:
 
     @contextlib.contextmanager
     def heeded(self, note: Callable[[str], None]) -> Iterator[None]:
-        """Let a signal end the run after the step that is being taken; Ctrl-C a second time ends it at once.
-
-        Args:
-            note: is told that a signal came.
-        """
+        """Let a signal end the run after the step that is being taken; Ctrl-C a second time ends it at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

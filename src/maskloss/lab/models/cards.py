@@ -104,11 +104,7 @@ class Card(Kind):
 
 
 def read_card(name: str) -> Card:
-    """Read a model's configuration, and that of its image processor, from the hub or from a folder.
-
-    Raises:
-        Cause: no such model, or one of another kind.
-    """
+    """Read a model's configuration, and that of its image processor, from the hub or from a folder."""
     transformers = require("transformers", "transformers")
     processing = require("transformers.image_processing_base", "transformers")
     if Path(name).exists() and not (Path(name) / MODEL_FILE).is_file():

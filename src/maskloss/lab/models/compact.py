@@ -39,14 +39,7 @@ class Output(NamedTuple):
 
 
 class QueryNet(nn.Module):
-    """Predict masks and classes of the instances in an image.
-
-    Args:
-        num_classes: C, without "no object".
-        grid: the model has grid x grid queries.
-        channels: of the images.
-        norm: "batch" or "group".
-    """
+    """Predict masks and classes of the instances in an image."""
 
     def __init__(self, num_classes: int, grid: int = 4, channels: int = 3, norm: str = BATCH) -> None:
         super().__init__()

@@ -52,12 +52,6 @@ def backbone_shares(names: Iterable[str], family: Family, share: float, decay: f
 
     The last block of the backbone, and what comes after it, has `share`; each block before it has `decay` times the
     share of the next one, and so have the embeddings before the first. What is no part of the backbone has 1.
-
-    Args:
-        names: of the weights, in the order of the model.
-        family: of the model.
-        share: of the backbone.
-        decay: from block to block.
     """
     listed = list(names)
     inside = [name for name in listed if name.startswith(family.backbone)]

@@ -74,13 +74,7 @@ class Learner(nn.Module):
         self.clock = Clock()
 
     def forward(self, batch: Batch, totals: StepTotals, seed: int) -> Losses:
-        """Compute the losses of a batch.
-
-        Args:
-            batch: on the device of the model.
-            totals: of the whole step.
-            seed: of the step's points.
-        """
+        """Compute the losses of a batch."""
         raise NotImplementedError
 
     def predict(self, images: Tensor, windows: Tensor) -> Output:
@@ -127,18 +121,11 @@ class Kind:
         Args:
             config: of a run.
             folder: of that run, if it has begun; it holds the model's description.
-
-        Raises:
-            Cause: no such model, or a configuration that does not fit it.
         """
         raise NotImplementedError
 
     def resolve(self, config: TrainConfig, source: Source, ranks: int) -> TrainConfig:
-        """Choose what a configuration left open.
-
-        Raises:
-            Cause: options or data that the model does not take.
-        """
+        """Choose what a configuration left open."""
         raise NotImplementedError
 
     def build(

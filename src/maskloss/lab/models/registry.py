@@ -68,9 +68,6 @@ def open_source(
         size: side of the square that the model sees, if the configuration leaves it open.
         score: "all", or the part of the data to score on; None: as the run divides them.
         classes: those of a trained model, which the data must have; None: any.
-
-    Raises:
-        Cause: a folder that cannot be used; the message says why.
     """
     if config.data is None:
         if score is not None:
@@ -96,9 +93,6 @@ def prepare(config: TrainConfig, ranks: int = 1, folder: Path | None = None) -> 
         config: of a run.
         ranks: number of processes.
         folder: of the run, if it has begun; its weights are not loaded.
-
-    Raises:
-        Cause: data, options and model that do not fit each other.
     """
     if config.batch_size % (config.accumulate * ranks):
         raise Cause(
@@ -145,11 +139,7 @@ def _balanced(counts: Sequence[int] | None) -> list[float]:
 
 
 def load_learner(folder: Path, facts: Facts, device: torch.device) -> Learner:
-    """Build the model of a run, with the weights that it keeps, or would keep if it ended now.
-
-    Raises:
-        Cause: no weights, or weights that are damaged.
-    """
+    """Build the model of a run, with the weights that it keeps, or would keep if it ended now."""
     path = find_weights(folder, facts.config)
     kind = kind_of(facts.config, folder).read(facts.config, folder)
     weights = facts.class_weights
@@ -159,11 +149,7 @@ def load_learner(folder: Path, facts: Facts, device: torch.device) -> Learner:
 
 
 def find_weights(folder: Path, config: TrainConfig) -> Path:
-    """Return the file with the weights that a run keeps, or would keep if it ended now.
-
-    Raises:
-        Cause: it has no checkpoint yet.
-    """
+    """Return the file with the weights that a run keeps, or would keep if it ended now."""
     path = weights_path(folder, config)
     if path.is_file():
         return path
@@ -186,22 +172,14 @@ class Base(NamedTuple):
         return cls(folder, read_facts(folder))
 
     def completed(self, config: TrainConfig) -> TrainConfig:
-        """Choose what decides how the weights are used, as far as it was left open.
-
-        Raises:
-            Cause: a norm that these weights do not have.
-        """
+        """Choose what decides how the weights are used, as far as it was left open."""
         mine = self.facts.config
         if config.norm not in {None, mine.norm}:
             raise Cause("--norm must be that of the weights", f"{self.folder} has {mine.norm}", "leave it out")
         return dataclasses.replace(config, model=str(self.folder), norm=mine.norm, size=config.size or mine.size)
 
     def give(self, learner: Learner, source: Source) -> str:
-        """Put the weights into a model, whose classification stays new where the classes are others; say what was done.
-
-        Raises:
-            Cause: no weights, or images with other channels.
-        """
+        """Put the weights into a model, whose classification stays new where the classes are others; say how."""
         if source.channels != self.facts.channels:
             raise Cause(
                 "the images must have as many channels as those that the weights of --model were trained on",

@@ -26,11 +26,7 @@ class RfDetrLearner(PretrainedLearner):
     settings = ()
 
     def configure(self, config: TrainConfig, wanted: Any) -> None:
-        """Write the options of a run into the model's configuration.
-
-        Raises:
-            Cause: options of a softmax over the classes.
-        """
+        """Write the options of a run into the model's configuration."""
         for given, option in ((config.no_object_weight is not None, "no-object-weight"), (config.balance, "balance")):
             if given:
                 raise Cause(f"--{option} is for a softmax over the classes", "RF-DETR has sigmoids", "leave it out")

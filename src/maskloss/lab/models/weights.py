@@ -14,11 +14,7 @@ from maskloss.lab import files
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of safetensors.
-
-    Raises:
-        Cause: no file, or one that is damaged.
-    """
+    """Read a file of safetensors."""
     safetensors = require("safetensors", "train")
     try:
         with safetensors.safe_open(str(path), framework="pt") as opened:
@@ -30,20 +26,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of safetensors whole.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a file of safetensors whole."""
     files.write_whole(path, lambda partial: write_tensors(partial, tensors))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of safetensors in place, and wait until it is on the disk.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a file of safetensors in place, and wait until it is on the disk."""
     # Copies, since safetensors refuses tensors that share memory, as tied weights do.
     held = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     try:
@@ -57,11 +45,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Put saved weights into a model.
-
-    Raises:
-        Cause: names or shapes that are not those of the model, or numbers that are not finite.
-    """
+    """Put saved weights into a model."""
     rule = "saved weights must be those of the model"
     own = network.state_dict()
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))

@@ -35,14 +35,7 @@ _BINS = 24
 
 
 def write(path: Path, source: FolderScenes, seen: Survey, command: str) -> None:
-    """Write the page.
-
-    Args:
-        path: where to.
-        source: the data.
-        seen: what was seen of them.
-        command: that trains on them.
-    """
+    """Write the page."""
     findings = source.findings
     suspicious = sum(each.kind == SUSPICIOUS for each in findings)
     classes = class_table(source, seen)
@@ -135,11 +128,7 @@ class _Window(NamedTuple):
 
 
 def draw(source: FolderScenes, place: Place) -> bytes:
-    """Draw an image at the resolution that the model sees, and its masks as the loss reads them, point by point.
-
-    Returns:
-        A file, WebP.
-    """
+    """Draw an image at the resolution that the model sees, and its masks as the loss reads them, point by point."""
     entry, reading = source.found.part(place.held_out)[place.number], source.reading
     loaded = truth.load(entry)
     window = around = _window(entry.height, entry.width, place.box, reading.crop)

@@ -124,9 +124,6 @@ def evaluate(
 
     Returns:
         The scores; None if it was stopped.
-
-    Raises:
-        MissingExtraError: pycocotools is not installed (extra `train`).
     """
     problems = problems or Problems()
     judged: list[Judged] = []

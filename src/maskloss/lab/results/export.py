@@ -48,11 +48,7 @@ class Exported(NamedTuple):
 
 
 class Whole(nn.Module):
-    """A model as it is exported: images in [0, 1] in, the logits of the final layer out.
-
-    Args:
-        learner: the model.
-    """
+    """A model as it is exported: images in [0, 1] in, the logits of the final layer out."""
 
     def __init__(self, learner: Learner) -> None:
         super().__init__()
@@ -171,11 +167,7 @@ def _reading(facts: Facts) -> str:
 
 @torch.no_grad()
 def _compared(path: Path, whole: Whole, shape: tuple[int, int, int]) -> float:
-    """Run a file on images, and return the largest difference from the model, compared with its largest logit.
-
-    Raises:
-        Cause: a difference above the tolerance, or a file that ONNX Runtime does not take.
-    """
+    """Run a file on images, and return the largest difference from the model, compared with its largest logit."""
     runtime = require("onnxruntime", "export")
     rule = "the exported model must compute what the model computes"
 

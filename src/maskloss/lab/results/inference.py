@@ -182,9 +182,6 @@ def merge(parts: Sequence[tuple[Tile, list[Instance]]]) -> list[Instance]:
 
     An instance that no edge of its tile cuts is whole: of those that agree where both tiles look, the best one stays,
     and what was cut gives way to it. What is left was cut in every tile: pieces that agree are joined.
-
-    Args:
-        parts: each tile and what was found in it.
     """
     flat = [(tile, instance) for tile, instances in parts for instance in instances]
     flat.sort(key=lambda each: -each[1].score)

@@ -24,10 +24,6 @@ class Lettering:
 
     A name with letters that no font has is shown as its number. Nothing is downloaded.
 
-    Args:
-        names: of the classes.
-        numbers: of the classes in their data, in the same order.
-
     Attributes:
         names: what to write.
         note: says which names cannot be written, and what to do; None if all can.

@@ -12,13 +12,7 @@ from maskloss.lab.files import write_whole
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:
-    """Write a page whole. What is put into it is escaped, and a name that is missing is an error.
-
-    Args:
-        path: where to.
-        template: a file beside this one.
-        content: what is put into it.
-    """
+    """Write a page whole. What is put into it is escaped, and a name that is missing is an error."""
     jinja = require("jinja2", "train")
     environment = jinja.Environment(
         autoescape=True,
@@ -30,10 +24,5 @@ def write_page(path: Path, template: str, **content: Any) -> None:
 
 
 def embedded(picture: bytes, kind: str) -> str:
-    """Return the address of a picture that carries its content.
-
-    Args:
-        picture: its file.
-        kind: png, gif, webp.
-    """
+    """Return the address of a picture that carries its content."""
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"

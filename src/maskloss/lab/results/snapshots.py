@@ -120,16 +120,7 @@ def write_snapshot(folder: Path, shot: Snapshot) -> None:
 
 
 def read_snapshots(folder: Path, source: Source, last: int) -> tuple[list[Snapshot], Probe | None, list[str]]:
-    """Read the snapshots of a run, in order; they are for pictures only, so what is damaged is left out.
-
-    Args:
-        folder: that holds them.
-        source: of the scenes.
-        last: the last step to read.
-
-    Returns:
-        The snapshots, their scene, and what was left out.
-    """
+    """Read the snapshots of a run, in order; they are for pictures only, so what is damaged is left out."""
     number = telling(source)
     try:
         probe = source.probe(number)

@@ -246,11 +246,7 @@ class CocoFile:
         return found
 
     def label_of(self, part: Mapping[str, Any], what: str) -> int:
-        """Return the label of an annotation or a segment.
-
-        Raises:
-            Cause: a category that is not listed.
-        """
+        """Return the label of an annotation or a segment."""
         value = part.get("category_id")
         number = as_id(value)
         if number is None and len(self.labels) == 1:
@@ -267,11 +263,7 @@ class CocoFile:
         return self.labels[number]
 
     def is_crowd(self, part: Mapping[str, Any], what: str) -> bool:
-        """Whether an annotation is a crowd.
-
-        Raises:
-            Cause: anything else than 0 and 1.
-        """
+        """Whether an annotation is a crowd."""
         value = part.get("iscrowd", 0)
         value = {"0": 0, "1": 1, "": 0, "false": 0, "true": 1}.get(value.lower(), value) if _is_text(value) else value
         if value not in (0, 1, None):

@@ -11,12 +11,7 @@ _MASKS = ("segmentations", "polygon", "polygons", "segments", "rle", "mask")
 
 
 def usual(content: Any, note: Callable[[str], None] = lambda _: None) -> Any:
-    """Return the content as COCO writes it; what is not COCO stays as it is.
-
-    Args:
-        content: of a JSON file.
-        note: told of each thing that was mended.
-    """
+    """Return the content as COCO writes it; what is not COCO stays as it is."""
     if isinstance(content, list):
         return _of_detectron(content, note)
     if not isinstance(content, Mapping):

@@ -134,9 +134,6 @@ def decode_brush(packed: list[Any], height: int, width: int) -> NDArray[np.bool_
     A stream of bits: 32 for the number of bytes, 5 for the bits of a byte less 1, four times 4 for the bits of lengths
     less 1; then blocks of a flag (1: one byte is repeated), two bits that choose the size of the length, the length
     less 1, and the byte or bytes.
-
-    Raises:
-        Cause: a stream that ends too early or makes another number of pixels.
     """
     rule = "a brush mask must be run lengths of Label Studio"
     if not all(isinstance(byte, int) and 0 <= byte < 256 for byte in packed):

@@ -16,11 +16,7 @@ _MOST_BYTES = 1 << 22
 
 
 def read_text(tree: Tree, path: str) -> str:
-    """Read a text file.
-
-    Raises:
-        Cause: no text, or more of it than such a file can have.
-    """
+    """Read a text file."""
     rule = "a list must be text"
     file = tree.path(path)
     check_file(file, rule)
@@ -83,11 +79,7 @@ def _of_json(content: Any) -> dict[int, str]:
 
 
 def read_yaml(tree: Tree, path: str) -> dict[str, Any]:
-    """Read a YAML file that holds a dict.
-
-    Raises:
-        Cause: no YAML, or no dict.
-    """
+    """Read a YAML file that holds a dict."""
     yaml = require("yaml", "train")
     rule = "the description of a data set must be YAML"
     try:

@@ -296,11 +296,7 @@ def _scan(tree: Tree, pair: Pair, number: int, options: DataOptions, meaning: Me
 
 
 def fitting_size(image: Path, mapped: Path) -> tuple[int, int]:
-    """Return the size of a map, before any pixel is read: a small file may hold a large map.
-
-    Raises:
-        Cause: it is not that of the image, neither as it is displayed nor as it is stored.
-    """
+    """Return the size of a map, before any pixel is read: a small file may hold a large map."""
     head, found = read_head(image), map_size(mapped)
     if found not in (head.displayed, head.stored):
         height, width = head.displayed

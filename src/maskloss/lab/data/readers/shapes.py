@@ -116,11 +116,7 @@ class Drawn:
 
 
 def listed(value: Any, what: str) -> list[Any]:
-    """Return the members of a list, or the values of a dict, as some versions of a tool write; none for null.
-
-    Raises:
-        Cause: anything else.
-    """
+    """Return the members of a list, or the values of a dict, as some versions of a tool write; none for null."""
     if value is None or isinstance(value, list):
         return value or []
     if isinstance(value, Mapping):
@@ -139,11 +135,7 @@ def parts_of(entries: Mapping[str, list[Entry]], names: Mapping[str, int], how: 
 
 
 def unpack_png(text: Any, what: str, *, compressed: bool = False) -> NDArray[np.bool_]:
-    """Decode a mask that is written into JSON: a PNG in base64.
-
-    Raises:
-        Cause: it is none, or has more pixels than an image may have.
-    """
+    """Decode a mask that is written into JSON: a PNG in base64."""
     pillow = require("PIL.Image", "train")
     rule = "a mask in JSON must be a PNG in base64"
     try:
