@@ -655,7 +655,7 @@ def test_what_was_measured_outlives_sigterm(tmp_path: Path, monkeypatch: pytest.
     """The signal unwinds the stack, through the code that ends the workers, and the first case is written."""
     done = [case for case in synthetic_report()["cases"] if case["name"] == TINY.name]
 
-    def measure_case(*_: object) -> dict[str, Any]:
+    def measure_case(*_: object, **__: object) -> dict[str, Any]:
         if not done:
             os.kill(os.getpid(), signal.SIGTERM)
         return done.pop()
