@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import fields, replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -234,13 +234,13 @@ def test_every_way_to_train_is_heard(lang):
 
 def test_languages_have_the_same_sentences_with_the_same_slots():
     def slots(table):
-        return {key: sorted(set(re.findall(r"\{(\w+)\}", text)) - {"n"}) for key, text in table.items()}
+        special = r"\$[^$]+\$|\[@[^]]+\]|\{[^}]+\}"
+        return {key: sorted(set(re.findall(special, text)) - {"$N$"}) for key, text in table.items()}
 
-    # N stands beside its name in Chinese, and before it in English.
     assert slots(english.SENTENCES) == slots(chinese.SENTENCES)
     for language in (english, chinese):
         assert set(language.SHORT) == set(language.SENTENCES), "the short style has a sentence of its own"
-        assert all("%" not in text for text in language.SHORT.values())
+        assert all("%" not in text.replace("%}", "}") for text in language.SHORT.values())
 
 
 def test_every_sentence_is_said_by_something():
@@ -273,8 +273,8 @@ def test_every_sentence_is_said_by_something():
     everything += [replace(base, training=replace(TRAINING, backbone_share=0.0))]
     stratified = PointSampling(layout="stratified")
     everything += [settings_of(MaskCriterion(80, sampling=stratified, matcher=HungarianMatcher()))]
-    for settings in everything:
-        told = facts.paragraphs(settings, "all")
+    for settings, shown in product(everything, ("none", "all")):
+        told = facts.paragraphs(settings, shown)
         markup = Markup(FORMATS["text"], "1", tuple(name for part in told for name in part.equations))
         table = Noted(english.SENTENCES)
         for part in told:

@@ -9,22 +9,25 @@ SENTENCES = {
     "title.matching": "基于采样点的匹配。",
     "title.training": "训练。",
     # What is supervised, and where.
-    "points.following": "遵循 PointRend{pointrend}与 Mask2Former{mask2former}的做法，我们在采样点上监督{what}。",
-    "points.without_importance": "与 Mask2Former{mask2former}相同，但不使用重要性采样，我们在采样点上监督{what}。",
+    "points.following": "遵循 PointRend[@kirillov2020pointrend]与 Mask2Former[@cheng2022mask2former]的做法，我们在采样"
+    "点上监督{what}。",
+    "points.without_importance": "与 Mask2Former[@cheng2022mask2former]相同，但不使用重要性采样，我们在采样点上监督"
+    "{what}。",
     "what.layers": "解码器各层的掩码预测",
     "what.masks": "掩码预测",
-    "points.mixed": "每个匹配实例取 {number} 个点，其中 {uncertain}按预测的不确定性选取（{uncertainty}），其余 "
+    "points.mixed": "每个匹配实例取 {points} 个点，其中 {uncertain}按预测的不确定性选取（{uncertainty}），其余 "
     "{uniform}均匀随机采样。",
-    "points.uncertain": "每个匹配实例取 {number} 个点，全部按预测的不确定性选取（{uncertainty}）。",
-    "points.uniform": "每个匹配实例取 {number} 个均匀随机点。",
-    "uncertainty": "{u}{equation}",
-    "share": "{share} ",
-    "share.counted": "{share}（{count} 个）",
-    "points.candidates": "前者是 {candidates} 个均匀随机候选点中不确定性最高者，{z} 为该点处预测的 logit。",
-    "points.candidates.all": "它们是 {candidates} 个均匀随机候选点中不确定性最高者，{z} 为该点处预测的 logit。",
-    "points.size": "这里 {size} 为预测掩码的尺寸。",
-    "points.stratified": "均匀采样采用分层方式：要取多少个点，就把图像划分为多少个面积相等的单元，并在每个单元内均匀"
-    "取一个点。",
+    "points.uncertain": "每个匹配实例取 {points} 个点，全部按预测的不确定性选取（{uncertainty}）。",
+    "points.uniform": "每个匹配实例取 {points} 个均匀随机点。",
+    "uncertainty": "$U(z) = -|z|$",
+    "uncertainty.shown": "$U(z)$，见式~{#uncertainty}",
+    "share": "{share%} ",
+    "share.counted": "{share%}（{count} 个）",
+    "points.candidates": "前者是 {candidates} 个均匀随机候选点中不确定性最高者，$z$ 为该点处预测的 logit。",
+    "points.candidates.all": "它们是 {candidates} 个均匀随机候选点中不确定性最高者，$z$ 为该点处预测的 logit。",
+    "points.size": r"这里 $h \times w$ 为预测掩码的尺寸。",
+    "points.stratified": "均匀采样采用分层方式：要取多少个点，就把图像划分为多少个面积相等的单元，并在每个单元内均匀取"
+    "一个点。",
     "points.windows": "采样点仅取自图像内部，不落在批次的填充区域。",
     "clips.all": "对视频片段，每个实例在所有帧中共用一个查询，并在每一帧各取采样点，实例不在场的帧也不例外。",
     "clips.present": "对视频片段，每个实例在所有帧中共用一个查询，并只在其出现的每一帧各取采样点。",
@@ -32,52 +35,54 @@ SENTENCES = {
     "clips.volume": "掩码是三维体，采样点取自三维空间。",
     "logits.loss": "预测的 logit",
     "logits.cost": "计算匹配代价时，预测的 logit",
-    "reading.bilinear.zeros": "{logits} {z} 与目标掩码 {t} 均在各自的原始分辨率上以双线性插值取值。",
-    "reading.bilinear.border": "{logits} {z} 与目标掩码 {t} 均在各自的原始分辨率上以双线性插值取值，图像之外取最近的"
-    "像素（Mask2Former 取 0）。",
-    "reading.nearest.zeros": "{logits} {z} 以双线性插值取值，目标掩码 {t} 则与 Mask2Former 不同，取最近的像素；二者均"
+    "reading.bilinear.zeros": "{logits} $z$ 与目标掩码 $t$ 均在各自的原始分辨率上以双线性插值取值。",
+    "reading.bilinear.border": "{logits} $z$ 与目标掩码 $t$ 均在各自的原始分辨率上以双线性插值取值，图像之外取最近的像"
+    "素（Mask2Former 取 0）。",
+    "reading.nearest.zeros": "{logits} $z$ 以双线性插值取值，目标掩码 $t$ 则与 Mask2Former 不同，取最近的像素；二者均"
     "在各自的原始分辨率上进行。",
-    "reading.nearest.border": "{logits} {z} 以双线性插值取值，目标掩码 {t} 则与 Mask2Former 不同，取最近的像素；二者"
-    "均在各自的原始分辨率上进行，图像之外取最近的像素（Mask2Former 取 0）。",
-    "reading.volume": "{logits} {z} 与目标掩码 {t} 均在各自的原始分辨率上以三线性插值取值。",
-    "coordinates": "对高 {h}、宽 {w} 的掩码，点 {point} 的像素坐标见式~{number0}，其 logit 见式~{number1}。",
+    "reading.nearest.border": "{logits} $z$ 以双线性插值取值，目标掩码 $t$ 则与 Mask2Former 不同，取最近的像素；二者均"
+    "在各自的原始分辨率上进行，图像之外取最近的像素（Mask2Former 取 0）。",
+    "reading.volume": "{logits} $z$ 与目标掩码 $t$ 均在各自的原始分辨率上以三线性插值取值。",
+    "coordinates": r"对高 $h$、宽 $w$ 的掩码，点 $(x, y) \in [0, 1]^2$ 的像素坐标见式~{#coordinates}，其 logit 见式~"
+    r"{#interpolation}。",
     # The loss and its weights.
-    "loss": "掩码损失是{entropy}与 Dice 损失{vnet}{dice}的加权和{total}，权重为 {ce_weight} 和 {dice_weight}。",
-    "name.ce": "二元交叉熵{equation}",
-    "name.focal": " Focal 损失{lin}（{parameters}）{equation}",
+    "loss": "掩码损失是{entropy}与 Dice 损失[@milletari2016vnet]{=dice}的加权和{=total}，权重为 {ce_weight} 和 "
+    "{dice_weight}。",
+    "name.ce": "二元交叉熵{=ce}",
+    "name.focal": " Focal 损失[@lin2017focal]（{focal}）{=ce,focal}",
     "equation": "（式~{number0}）",
-    "of_equation": "，见式~{number0}",
     "equations": "（式~{number0} 和式~{number1}）",
     "loss.divided": "前者先在每个实例的采样点上取平均；两项均对实例求和，再除以所有设备上整个批次的{counted}。",
     "dice.soft": "Dice 的分母取两个面积的平方和，因此即使目标为软标签，其最小值也在预测等于目标处取得。",
-    "dice.semimetric": "Dice 以预测与目标中较小者作为重叠{wang}，因此即使目标为软标签，其最小值也在预测等于目标处"
-    "取得。",
-    "counted.matches": "匹配实例总数 {n}（Mask2Former 采用目标总数）",
-    "counted.targets": "目标实例总数 {n}",
-    "counted.frames": "匹配实例的计入帧总数 {n}",
-    "ignored": "每个采样点有一个权重 {w}：在忽略区域内为 0，在其余位置为 1。",
+    "dice.semimetric": "Dice 以预测与目标中较小者作为重叠[@wang2023dice]，因此即使目标为软标签，其最小值也在预测等于目"
+    "标处取得。",
+    "counted.matches": "匹配实例总数 $N$（Mask2Former 采用目标总数）",
+    "counted.targets": "目标实例总数 $N$",
+    "counted.frames": "匹配实例的计入帧总数 $N$",
+    "ignored": "每个采样点有一个权重 $w_{np}$：在忽略区域内为 0，在其余位置为 1。",
     "classes.softmax": "查询的分类采用{over}外加“无目标”类（权重 {no_object}）的 softmax 交叉熵，在总损失中的权重为 "
     "{weight}{normalized}。",
     "classes.normalized": "；与 Mask2Former 不同，它在所有设备上统一归一化",
-    "classes.focal": "查询的分类采用覆盖{over}的 sigmoid Focal 损失{lin}（{parameters}），在总损失中的权重为 "
-    "{weight}，同样除以 {n}。",
-    "classes.quality": "查询的分类采用覆盖{over}的 sigmoid 交叉熵，在总损失中的权重为 {weight}；其目标值是由得分 {s} "
+    "classes.focal": r"查询的分类采用覆盖{over}的 sigmoid Focal 损失[@lin2017focal]（$\alpha = 0.25, \; \gamma = 2$）"
+    r"，在总损失中的权重为 {weight}，同样除以 $N$。",
+    "classes.quality": "查询的分类采用覆盖{over}的 sigmoid 交叉熵，在总损失中的权重为 {weight}；其目标值是由得分 $s$ "
     "与边界框共同决定的质量 {quality}。",
     "over": " {count} 个类别",
     "over.all": "全部类别",
     "class_weights.few": "各类别的权重依次为 {weights}。",
     "class_weights.many": "各类别单独加权，权重介于 {least} 与 {most} 之间。",
-    "boxes": "边界框另有 L1 损失与 GIoU 损失，权重分别为 {l1} 和 {giou}。",
-    "contrastive": "查询与文本之间另有对比损失，权重为 {weight}。",
+    "boxes": "边界框另有 L1 损失与 GIoU 损失，权重分别为 {box_weight} 和 {giou_weight}。",
+    "contrastive": "查询与文本之间另有对比损失，权重为 {contrastive_weight}。",
     # The matching.
-    "matching": "预测与目标之间的二部图匹配{groups}由匈牙利算法求解{papers}，匹配代价为 {cost}{symbol}。",
+    "matching": "预测与目标之间的二部图匹配{per_group}由匈牙利算法求解[@carion2020detr,kuhn1955hungarian]，匹配代价为 "
+    "{cost}{symbol}。",
     "matching.groups": "在 {groups} 组查询中分别",
-    "symbol.softmax": "，其中 {p} 为目标类别的预测概率",
-    "symbol.focal": "，其中 {f} 为目标类别的 Focal 代价{lin}",
+    "symbol.softmax": "，其中 $p(c)$ 为目标类别的预测概率",
+    "symbol.focal": r"，其中 $\mathcal{F}(c)$ 为目标类别的 Focal 代价[@lin2017focal]",
     "matching.dice.standard": "代价采用通常的 Dice。",
     "matching.dice.soft": "代价中 Dice 的分母取两个面积的平方和。",
-    "matching.dice.semimetric": "代价中的 Dice 以预测与目标中较小者作为重叠{wang}。",
-    "matching.focal": "Focal 指 Focal 损失{lin}，{parameters}。",
+    "matching.dice.semimetric": "代价中的 Dice 以预测与目标中较小者作为重叠[@wang2023dice]。",
+    "matching.focal": "Focal 指 Focal 损失[@lin2017focal]，{focal}。",
     "matching.points": "代价中的掩码项在每幅图像的 {number} 个{drawn}上计算，这些点由{shared}。",
     "matching.frame": "匹配以整个片段为单位，各帧使用相同的采样点。",
     "matching.clip": "匹配以整个片段为单位，采样点取自全部帧。",
@@ -87,60 +92,61 @@ SENTENCES = {
     "shared.queries": "所有查询共用",
     "shared.layers": "所有查询共用；与 Mask2Former 不同，解码器各层也共用这些点",
     "matching.independent": "匹配所用的采样点不分层。",
-    "maskloss": "我们使用 maskloss{maskloss}。",
-    "maskloss.version": "我们使用 maskloss {version}{maskloss}。",
+    "maskloss": "我们使用 maskloss[@maskloss]。",
+    "maskloss.version": "我们使用 maskloss {version}[@maskloss]。",
     # The training run.
-    "training": "我们{start}训练{model}（{queries} 个查询，{parameters} 个参数）{data}，输入尺寸为 {size} 像素，批大"
-    "小为 {batch}，共训练 {steps} 步{precision}。",
+    "training": "我们{start}训练{trained}（{queries} 个查询，{parameters} 个参数）{data}，输入尺寸为 {input} 像素，批"
+    "大小为 {batch_size}，共训练 {steps} 步{numbers}。",
     "model.compact": " maskloss 的紧凑模型",
-    "model.named": " {name}",
+    "model.named": " {model}",
     "start.scratch": "从随机初始化开始",
-    "start.pretrained": "从 {name} 的权重开始",
+    "start.pretrained": "从 {pretrained} 的权重开始",
     "data.digits": "，数据为合成的手写数字场景",
     "precision.bf16": "，采用 bfloat16 混合精度",
     "precision.fp16": "，采用 float16 混合精度",
-    "optimizer": "优化器为 AdamW{adamw}，最高学习率为 {lr}{backbone}，权重衰减为 {decay}{clip}。",
-    "backbone": "（骨干网络为其 {share} 倍）",
-    "backbone.layers": "（骨干网络最后一个模块为其 {share} 倍，此前各模块依次为后一模块的 {decay} 倍）",
+    "optimizer": "优化器为 AdamW[@loshchilov2019adamw]，最高学习率为 {lr}{backbone}，权重衰减为 {weight_decay}"
+    "{clipped}。",
+    "backbone": "（骨干网络为其 {backbone_share} 倍）",
+    "backbone.layers": "（骨干网络最后一个模块为其 {backbone_share} 倍，此前各模块依次为后一模块的 {layer_decay} 倍）",
     "backbone.frozen": "（骨干网络冻结）",
-    "clip": "，梯度范数裁剪至 {norm}",
+    "clip": "，梯度范数裁剪至 {clip}",
     "schedule.cosine": "学习率{rise}按余弦曲线降至 0。",
     "schedule.linear": "学习率{rise}线性降至 0。",
     "schedule.constant": "学习率{rise}保持不变。",
-    "rise": "在前 {share} 的训练步内线性上升，随后",
+    "rise": "在前 {warmup%} 的训练步内线性上升，随后",
     "augmentation": "训练图像的数据增强包括{side}的随机正方形裁剪、{flips}，以及亮度、对比度与色彩平衡的随机变化。",
     "side.image": "边长为图像长边 {least} 至 {most} 倍",
     "side.crop": "边长为 {least} 至 {most} 像素",
     "flips": "水平翻转",
     "flips.turns": "水平与垂直翻转、直角旋转",
-    "crops": "训练图像为 {size} 像素的随机裁剪，不作其他增强。",
+    "crops": "训练图像为 {cropped} 像素的随机裁剪，不作其他增强。",
     "augmentation.none": "训练图像不作数据增强。",
     "planned": "学习率按 {planned} 步设定，训练在第 {steps} 步提前结束。",
-    "average": "评估使用模型权重的指数滑动平均，衰减系数至多为 {decay}。",
-    "kept": "训练过程中多次在留出图像上评估，保留 AP 最高的一次的权重（第 {step} 步）。",
+    "ema_decay": "评估使用模型权重的指数滑动平均，衰减系数至多为 {ema_decay}。",
+    "best": "训练过程中多次在留出图像上评估，保留 AP 最高的一次的权重（第 {best} 步）。",
 }
 
 # What the shortest version says otherwise; an empty sentence is left out.
 SHORT = SENTENCES | {
     "points.following": "",
     "points.without_importance": "",
-    "points.mixed": "我们在每个匹配实例的 {number} 个点上监督{what}{papers}：{uncertain}是 {candidates} 个均匀随机候"
-    "选点中不确定性（{uncertainty}）最高者，其余 {uniform}为均匀随机点。",
-    "points.uncertain": "我们在每个匹配实例的 {number} 个点上监督{what}{papers}，它们是 {candidates} 个均匀随机候选点"
-    "中不确定性（{uncertainty}）最高者。",
-    "points.uniform": "我们在每个匹配实例的 {number} 个均匀随机点上监督{what}{papers}。",
+    "points.mixed": "我们在每个匹配实例的 {points} 个点上监督{what}[@kirillov2020pointrend,cheng2022mask2former]："
+    "{uncertain}是 {candidates} 个均匀随机候选点中不确定性（{uncertainty}）最高者，其余 {uniform}为均匀随机点。",
+    "points.uncertain": "我们在每个匹配实例的 {points} 个点上监督{what}[@kirillov2020pointrend,cheng2022mask2former]，"
+    "它们是 {candidates} 个均匀随机候选点中不确定性（{uncertainty}）最高者。",
+    "points.uniform": "我们在每个匹配实例的 {points} 个均匀随机点上监督{what}[@cheng2022mask2former]。",
     "what.layers": "掩码",
     "what.masks": "掩码",
-    "share.counted": "{share} ",
+    "share.counted": "{share%} ",
     "points.candidates": "",
     "points.candidates.all": "",
     "points.stratified": "均匀采样采用分层方式。",
     "points.windows": "采样点均在图像内部。",
     "reading.bilinear.zeros": "",
-    "loss": "损失是{entropy}（{ce_weight}）与 Dice{vnet}{dice}（{dice_weight}）的加权和{total}，对实例求和并除以"
-    "{counted}。",
+    "loss": "损失是{entropy}（{ce_weight}）与 Dice[@milletari2016vnet]{=dice}（{dice_weight}）的加权和{=total}，对实例"
+    "求和并除以{counted}。",
     "loss.divided": "",
-    "counted.matches": "匹配实例总数 {n}",
+    "counted.matches": "匹配实例总数 $N$",
     "clips.all": "视频片段中的实例在每一帧各取采样点。",
     "clips.present": "视频片段中的实例在其出现的每一帧各取采样点。",
     "clips.clip": "视频片段的采样点取自全部帧。",
@@ -149,12 +155,14 @@ SHORT = SENTENCES | {
     "matching.frame": "匹配以整个片段为单位。",
     "matching.clip": "匹配以整个片段为单位。",
     "matching.volume": "",
-    "ignored": "忽略区域内的点权重 {w} 为 0。",
+    "ignored": "忽略区域内的点权重 $w_{np}$ 为 0。",
     "classes.softmax": "分类采用{over}外加“无目标”类（权重 {no_object}）的 softmax 交叉熵，权重为 {weight}。",
-    "classes.focal": "分类采用覆盖{over}的 sigmoid Focal 损失{lin}（{parameters}），权重为 {weight}。",
-    "classes.quality": "分类采用覆盖{over}的 sigmoid 交叉熵，目标值是得分 {s} 与边界框的质量 {quality}，权重为 "
+    "classes.focal": r"分类采用覆盖{over}的 sigmoid Focal 损失[@lin2017focal]（$\alpha = 0.25, \; \gamma = 2$），权重"
+    r"为 {weight}。",
+    "classes.quality": "分类采用覆盖{over}的 sigmoid 交叉熵，目标值是得分 $s$ 与边界框的质量 {quality}，权重为 "
     "{weight}。",
-    "matching": "匈牙利匹配{papers}{groups}在每幅图像的 {number} 个{drawn}上最小化 {cost}{symbol}。",
+    "matching": "匈牙利匹配[@carion2020detr,kuhn1955hungarian]{per_group}在每幅图像的 {number} 个{drawn}上最小化 "
+    "{cost}{symbol}。",
     "symbol.softmax": "",
     "matching.points": "",
 }

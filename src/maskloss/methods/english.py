@@ -9,88 +9,88 @@ SENTENCES = {
     "title.matching": "Point-sampled matching.",
     "title.training": "Training.",
     # What is supervised, and where.
-    "points.following": "Following PointRend~{pointrend} and Mask2Former~{mask2former}, we supervise {what} at "
-    "sampled points.",
-    "points.without_importance": "As in Mask2Former~{mask2former}, but without importance sampling, we supervise "
-    "{what} at sampled points.",
+    "points.following": "Following PointRend~[@kirillov2020pointrend] and Mask2Former~[@cheng2022mask2former], we "
+    "supervise {what} at sampled points.",
+    "points.without_importance": "As in Mask2Former~[@cheng2022mask2former], but without importance sampling, we "
+    "supervise {what} at sampled points.",
     "what.layers": "every decoder layer's mask predictions",
     "what.masks": "mask predictions",
-    "points.mixed": "For each matched instance we draw {number} points, of which {uncertain} are selected by "
+    "points.mixed": "For each matched instance we draw {points} points, of which {uncertain} are selected by "
     "prediction uncertainty {uncertainty} and {uniform} uniformly at random.",
-    "points.uncertain": "For each matched instance we take {number} points, all of them selected by prediction "
+    "points.uncertain": "For each matched instance we take {points} points, all of them selected by prediction "
     "uncertainty {uncertainty}.",
-    "points.uniform": "For each matched instance we draw {number} points uniformly at random.",
-    "uncertainty": "{u}{equation}",
-    "share": "{share}",
-    "share.counted": "{share} ({count})",
-    "points.candidates": "The former are the most uncertain of {candidates} uniform candidates, where {z} is the "
+    "points.uniform": "For each matched instance we draw {points} points uniformly at random.",
+    "uncertainty": "$U(z) = -|z|$",
+    "uncertainty.shown": "$U(z)$ (Eq.~{#uncertainty})",
+    "share": "{share%}",
+    "share.counted": "{share%} ({count})",
+    "points.candidates": "The former are the most uncertain of {candidates} uniform candidates, where $z$ is the "
     "predicted logit.",
-    "points.candidates.all": "They are the most uncertain of {candidates} uniform candidates, where {z} is the "
+    "points.candidates.all": "They are the most uncertain of {candidates} uniform candidates, where $z$ is the "
     "predicted logit.",
-    "points.size": "Here, {size} is the size of a predicted mask.",
+    "points.size": r"Here, $h \times w$ is the size of a predicted mask.",
     "points.stratified": "Uniform draws are stratified: the image is divided into cells of equal area, one for each "
     "point to be drawn, and each cell receives one uniform point.",
     "points.windows": "Points are drawn inside the image only, never in the padding of the batch.",
     "clips.all": "In a clip, an instance has one query in all frames and points of its own in each, also where it is "
     "absent.",
-    "clips.present": "In a clip, an instance has one query in all frames, and points of its own in each frame in which "
-    "it is present.",
+    "clips.present": "In a clip, an instance has one query in all frames, and points of its own in each frame in "
+    "which it is present.",
     "clips.clip": "In a clip, an instance has one query in all frames, and its points are drawn over all of them.",
     "clips.volume": "Masks are volumes, and points are drawn in three dimensions.",
     "logits.loss": "Logits",
     "logits.cost": "In the matching cost, logits",
-    "reading.bilinear.zeros": "{logits} {z} and targets {t} are interpolated bilinearly, each at its own resolution.",
-    "reading.bilinear.border": "{logits} {z} and targets {t} are interpolated bilinearly, each at its own resolution, "
+    "reading.bilinear.zeros": "{logits} $z$ and targets $t$ are interpolated bilinearly, each at its own resolution.",
+    "reading.bilinear.border": "{logits} $z$ and targets $t$ are interpolated bilinearly, each at its own resolution, "
     "using the nearest pixel outside the image (Mask2Former uses 0).",
-    "reading.nearest.zeros": "{logits} {z} are interpolated bilinearly, while targets {t}, unlike in Mask2Former, are "
+    "reading.nearest.zeros": "{logits} $z$ are interpolated bilinearly, while targets $t$, unlike in Mask2Former, are "
     "taken from the nearest pixel, each at its own resolution.",
-    "reading.nearest.border": "{logits} {z} are interpolated bilinearly, while targets {t}, unlike in Mask2Former, "
+    "reading.nearest.border": "{logits} $z$ are interpolated bilinearly, while targets $t$, unlike in Mask2Former, "
     "are taken from the nearest pixel, each at its own resolution, using the nearest pixel outside the image "
     "(Mask2Former uses 0).",
-    "reading.volume": "{logits} {z} and targets {t} are interpolated trilinearly, each at its own resolution.",
-    "coordinates": "A point {point} of a mask of height {h} and width {w} has the pixel coordinates of Eq.~{number0} "
-    "and the logit of Eq.~{number1}.",
+    "reading.volume": "{logits} $z$ and targets $t$ are interpolated trilinearly, each at its own resolution.",
+    "coordinates": r"A point $(x, y) \in [0, 1]^2$ of a mask of height $h$ and width $w$ has the pixel coordinates of "
+    r"Eq.~{#coordinates} and the logit of Eq.~{#interpolation}.",
     # The loss and its weights.
-    "loss": "The mask loss{total} is the weighted sum of {entropy} and Dice loss~{vnet}{dice}, with {ce_weight} and "
-    "{dice_weight}.",
-    "name.ce": "binary cross-entropy{equation}",
-    "name.focal": "focal loss~{lin} with {parameters}{equation}",
+    "loss": "The mask loss{=total} is the weighted sum of {entropy} and Dice loss~[@milletari2016vnet]{=dice}, with "
+    "{ce_weight} and {dice_weight}.",
+    "name.ce": "binary cross-entropy{=ce}",
+    "name.focal": "focal loss~[@lin2017focal] with {focal}{=ce,focal}",
     "equation": " (Eq.~{number0})",
-    "of_equation": " (Eq.~{number0})",
     "equations": " (Eqs.~{number0} and~{number1})",
-    "loss.divided": "The former is averaged over points; both are summed over instances and divided by {n}, the "
+    "loss.divided": "The former is averaged over points; both are summed over instances and divided by $N$, the "
     "number of {counted}.",
     "dice.soft": "Dice squares both areas in its denominator, so that it is smallest at the target also where that is "
     "soft.",
-    "dice.semimetric": "Dice takes the smaller of prediction and target as their overlap~{wang}, so that it is "
-    "smallest at the target also where that is soft.",
+    "dice.semimetric": "Dice takes the smaller of prediction and target as their overlap~[@wang2023dice], so that it "
+    "is smallest at the target also where that is soft.",
     "counted.matches": "matched instances in the batch over all devices (Mask2Former counts targets)",
     "counted.targets": "target instances in the batch over all devices",
     "counted.frames": "frames of matched instances that count, in the batch over all devices",
-    "ignored": "Each point has a weight {w}, which is 0 in ignored regions and 1 elsewhere.",
+    "ignored": "Each point has a weight $w_{np}$, which is 0 in ignored regions and 1 elsewhere.",
     "classes.softmax": "Classification is softmax cross-entropy over {over} and “no object” (weight {no_object}); it "
     "has weight {weight}{normalized}.",
     "classes.normalized": " and, unlike in Mask2Former, is normalized over all devices",
-    "classes.focal": "Classification is sigmoid focal loss~{lin} over {over} with {parameters}; it has weight "
-    "{weight} and is divided by {n} as well.",
+    "classes.focal": r"Classification is sigmoid focal loss~[@lin2017focal] over {over} with $\alpha = 0.25, \; "
+    r"\gamma = 2$; it has weight {weight} and is divided by $N$ as well.",
     "classes.quality": "Classification is sigmoid cross-entropy over {over}, whose target is the quality {quality} of "
-    "score {s} and box; it has weight {weight}.",
+    "score $s$ and box; it has weight {weight}.",
     "over": "{count} classes",
     "over.all": "all classes",
     "class_weights.few": "The classes are weighted by {weights}.",
     "class_weights.many": "The classes are weighted individually, from {least} to {most}.",
-    "boxes": "Boxes add an L1 loss of weight {l1} and a GIoU loss of weight {giou}.",
-    "contrastive": "A contrastive loss between queries and texts has weight {weight}.",
+    "boxes": "Boxes add an L1 loss of weight {box_weight} and a GIoU loss of weight {giou_weight}.",
+    "contrastive": "A contrastive loss between queries and texts has weight {contrastive_weight}.",
     # The matching.
-    "matching": "Predictions are assigned to targets by Hungarian matching~{papers}{groups} with the cost "
-    "{cost}{symbol}.",
+    "matching": "Predictions are assigned to targets by Hungarian "
+    "matching~[@carion2020detr,kuhn1955hungarian]{per_group} with the cost {cost}{symbol}.",
     "matching.groups": ", separately in each of {groups} groups of queries,",
-    "symbol.softmax": ", where {p} is the predicted probability of the target class",
-    "symbol.focal": ", where {f} is the focal cost~{lin} of the target class",
+    "symbol.softmax": ", where $p(c)$ is the predicted probability of the target class",
+    "symbol.focal": r", where $\mathcal{F}(c)$ is the focal cost~[@lin2017focal] of the target class",
     "matching.dice.standard": "The cost has the usual Dice.",
     "matching.dice.soft": "Dice squares both areas in its denominator.",
-    "matching.dice.semimetric": "Dice takes the smaller of prediction and target as their overlap~{wang}.",
-    "matching.focal": "Focal is the focal loss~{lin} with {parameters}.",
+    "matching.dice.semimetric": "Dice takes the smaller of prediction and target as their overlap~[@wang2023dice].",
+    "matching.focal": "Focal is the focal loss~[@lin2017focal] with {focal}.",
     "matching.points": "Its mask terms use {number} {drawn} points per image, shared by {shared}.",
     "matching.frame": "Whole clips are matched, at the same points in each of their frames.",
     "matching.clip": "Whole clips are matched, at points drawn over all of their frames.",
@@ -100,63 +100,65 @@ SENTENCES = {
     "shared.queries": "all queries",
     "shared.layers": "all queries and, unlike in Mask2Former, by all decoder layers",
     "matching.independent": "The points of the matching are not stratified.",
-    "maskloss": "We use maskloss~{maskloss}.",
-    "maskloss.version": "We use maskloss {version}~{maskloss}.",
+    "maskloss": "We use maskloss~[@maskloss].",
+    "maskloss.version": "We use maskloss {version}~[@maskloss].",
     # The training run.
-    "training": "We train {model} ({queries} queries, {parameters} parameters){start}{data} on inputs of {size} "
-    "pixels for {steps} steps with a batch size of {batch}{precision}.",
+    "training": "We train {trained} ({queries} queries, {parameters} parameters){start}{data} on inputs of {input} "
+    "pixels for {steps} steps with a batch size of {batch_size}{numbers}.",
     "model.compact": "the compact model of maskloss",
-    "model.named": "{name}",
+    "model.named": "{model}",
     "start.scratch": " from scratch",
-    "start.pretrained": ", initialized from {name},",
+    "start.pretrained": ", initialized from {pretrained},",
     "data.digits": " on synthetic scenes of handwritten digits,",
     "precision.bf16": " in bfloat16 mixed precision",
     "precision.fp16": " in float16 mixed precision",
-    "optimizer": "The optimizer is AdamW~{adamw} with a peak learning rate of {lr}{backbone} and a weight decay of "
-    "{decay}{clip}.",
-    "backbone": " ({share} times that for the backbone)",
-    "backbone.layers": " ({share} times that for the last block of the backbone, and for each block before it {decay} "
-    "times that of the next)",
+    "optimizer": "The optimizer is AdamW~[@loshchilov2019adamw] with a peak learning rate of {lr}{backbone} and a "
+    "weight decay of {weight_decay}{clipped}.",
+    "backbone": " ({backbone_share} times that for the backbone)",
+    "backbone.layers": " ({backbone_share} times that for the last block of the backbone, and for each block before "
+    "it {layer_decay} times that of the next)",
     "backbone.frozen": " (the backbone is frozen)",
-    "clip": "; gradients are clipped to a norm of {norm}",
+    "clip": "; gradients are clipped to a norm of {clip}",
     "schedule.cosine": "The learning rate {rise}decays to zero along a cosine.",
     "schedule.linear": "The learning rate {rise}decays linearly to zero.",
     "schedule.constant": "The learning rate {rise}stays constant.",
-    "rise": "rises linearly over the first {share} of the steps, then ",
+    "rise": "rises linearly over the first {warmup%} of the steps, then ",
     "augmentation": "Training images are augmented by random square crops of {side}, {flips}, and random changes of "
     "brightness, contrast, and color balance.",
     "side.image": "{least} to {most} times their longer side",
     "side.crop": "{least} to {most} pixels",
     "flips": "horizontal flips",
     "flips.turns": "horizontal and vertical flips, quarter turns",
-    "crops": "Training images are random crops of {size} pixels, without further augmentation.",
+    "crops": "Training images are random crops of {cropped} pixels, without further augmentation.",
     "augmentation.none": "Training images are not augmented.",
     "planned": "The schedule was made for {planned} steps; training ended early, at step {steps}.",
-    "average": "The model is evaluated with an exponential moving average of its weights, with a decay of at most "
-    "{decay}.",
-    "kept": "Of the evaluations on held-out images during training, the one with the highest AP decides which weights "
-    "are kept (step {step}).",
+    "ema_decay": "The model is evaluated with an exponential moving average of its weights, with a decay of at most "
+    "{ema_decay}.",
+    "best": "Of the evaluations on held-out images during training, the one with the highest AP decides which weights "
+    "are kept (step {best}).",
 }
 
 # What the shortest version says otherwise; an empty sentence is left out.
 SHORT = SENTENCES | {
     "points.following": "",
     "points.without_importance": "",
-    "points.mixed": "We supervise {what} at {number} points per matched instance~{papers}: {uncertain} of highest "
-    "uncertainty {uncertainty} among {candidates} uniform candidates, {uniform} uniform.",
-    "points.uncertain": "We supervise {what} at {number} points per matched instance~{papers}: those of highest "
-    "uncertainty {uncertainty} among {candidates} uniform candidates.",
-    "points.uniform": "We supervise {what} at {number} uniform points per matched instance~{papers}.",
+    "points.mixed": "We supervise {what} at {points} points per matched "
+    "instance~[@kirillov2020pointrend,cheng2022mask2former]: {uncertain} of highest uncertainty {uncertainty} among "
+    "{candidates} uniform candidates, {uniform} uniform.",
+    "points.uncertain": "We supervise {what} at {points} points per matched "
+    "instance~[@kirillov2020pointrend,cheng2022mask2former]: those of highest uncertainty {uncertainty} among "
+    "{candidates} uniform candidates.",
+    "points.uniform": "We supervise {what} at {points} uniform points per matched instance~[@cheng2022mask2former].",
     "what.layers": "masks",
     "what.masks": "masks",
-    "share.counted": "{share}",
+    "share.counted": "{share%}",
     "points.candidates": "",
     "points.candidates.all": "",
     "points.stratified": "Uniform points are stratified.",
     "points.windows": "Points lie inside the image.",
     "reading.bilinear.zeros": "",
-    "loss": "The loss{total} is {entropy} ({ce_weight}) plus Dice~{vnet}{dice} ({dice_weight}), summed over instances "
-    "and divided by the number {n} of {counted}.",
+    "loss": "The loss{=total} is {entropy} ({ce_weight}) plus Dice~[@milletari2016vnet]{=dice} ({dice_weight}), "
+    "summed over instances and divided by the number $N$ of {counted}.",
     "loss.divided": "",
     "counted.matches": "matched instances",
     "counted.targets": "target instances",
@@ -169,13 +171,15 @@ SHORT = SENTENCES | {
     "matching.frame": "Whole clips are matched.",
     "matching.clip": "Whole clips are matched.",
     "matching.volume": "",
-    "ignored": "Points in ignored regions have weight {w} = 0.",
+    "ignored": "Points in ignored regions have weight $w_{np}$ = 0.",
     "classes.softmax": "Classification is softmax cross-entropy over {over} and “no object” (weight {no_object}), "
     "weighted {weight}.",
-    "classes.focal": "Classification is sigmoid focal loss~{lin} over {over} with {parameters}, weighted {weight}.",
-    "classes.quality": "Classification is sigmoid cross-entropy over {over} with the quality {quality} of score {s} "
+    "classes.focal": r"Classification is sigmoid focal loss~[@lin2017focal] over {over} with $\alpha = 0.25, \; "
+    r"\gamma = 2$, weighted {weight}.",
+    "classes.quality": "Classification is sigmoid cross-entropy over {over} with the quality {quality} of score $s$ "
     "and box as its target, weighted {weight}.",
-    "matching": "Hungarian matching~{papers}{groups} minimizes {cost} at {number} {drawn} points per image{symbol}.",
+    "matching": "Hungarian matching~[@carion2020detr,kuhn1955hungarian]{per_group} minimizes {cost} at {number} "
+    "{drawn} points per image{symbol}.",
     "symbol.softmax": "",
     "matching.points": "",
 }

@@ -1,7 +1,9 @@
 """What a text on the method says, in which order: keys of sentences, with what fills their slots.
 
 Nothing here is in any language. A language is a table from keys to sentences, such as `english.SENTENCES`; a sentence
-that is empty there is left out.
+that is empty there is left out. In a sentence, `$z$` is a formula, `[@key,key]` cites works together, `{name}` is a
+slot and `{name%}` one that holds a share, `{#name}` is the number of an equation, `{=name,name}` refers to equations
+if they are displayed, and `~` is a space that ties two words.
 """
 
 from __future__ import annotations
@@ -14,88 +16,74 @@ from typing import NamedTuple
 from maskloss.methods import formulas
 from maskloss.methods.markup import Markup, amount, tex
 from maskloss.methods.settings import Classification, Matching, MethodSettings, Points, Training
-from maskloss.options import MaskOptions
 
-
-class Math(NamedTuple):
-    """An inline formula in LaTeX."""
-
-    latex: str
-
-
-class Percent(NamedTuple):
-    """A share as a percentage."""
-
-    share: float
-
-
-class Cite(NamedTuple):
-    """Works that are cited together, by their keys."""
-
-    keys: tuple[str, ...]
-
-
-class Number(NamedTuple):
-    """The number of a displayed equation."""
-
-    name: str
+_SPECIAL = re.compile(r"\$(?P<latex>[^$]+)\$|\[@(?P<works>[\w,]+)\]|\{(?P<mark>[#=]?)(?P<names>[\w,]+)(?P<share>%?)\}")
 
 
 @dataclass(frozen=True)
 class Say:
-    """A sentence or a part of one: its key in the table of a language, and what fills the slots."""
+    """A sentence or a part of one."""
 
-    key: str
-    slots: Mapping[str, Slot] = field(default_factory=dict)
-
-
-# None is left out.
-Slot = Say | Math | Percent | Cite | Number | str | int | float | None
+    key: str  # in the table of a language
+    slots: Mapping[str, Slot] = field(default_factory=dict)  # what fills its slots and those of its parts
 
 
-def say(key: str, **slots: Slot) -> Say:
-    """Make a `Say`."""
-    return Say(key, slots)
+class Formula(str):
+    """An inline formula in LaTeX."""
+
+    __slots__ = ()
+
+
+# None is left out; a plain text is a name that comes from outside.
+Slot = Say | Formula | str | int | float | None
 
 
 class Paragraph(NamedTuple):
-    """A title's key, sentences, and the equations that follow them."""
+    """A paragraph, and what is around it."""
 
-    title: str | None
+    title: str | None  # its key
     sentences: list[Say]
-    equations: list[str]
+    equations: list[str]  # which follow it
 
 
-def write(slot: Slot, table: Mapping[str, str], markup: Markup) -> str:
-    """Write a fact in the language of a table; `{name}` is a slot, and `~` a space that ties two words."""
+def write(slot: Slot, table: Mapping[str, str], markup: Markup, around: Mapping[str, Slot] | None = None) -> str:
+    """Write a fact in the language of a table; `around` are the slots of what it is a part of."""
     match slot:
         case None:
             return ""
         case Say(key, slots):
-            text = table[key].replace("~", markup.form.tie)
-            # From left to right, which is how citations are numbered.
-            return re.sub(r"\{(\w+)\}", lambda found: write(slots[found[1]], table, markup), text)
-        case Math(latex):
-            return markup.math(latex)
-        case Percent(share):
-            return markup.percent(share)
-        case Cite(keys):
-            return markup.cite(keys)
-        case Number(name):
-            return markup.refer(name)
+            return _filled(table[key], {**(around or {}), **slots}, table, markup)
+        case Formula():
+            return markup.math(slot)
         case str():
             return markup.word(slot)
         case _:
             return amount(slot)
 
 
-def paragraphs(settings: MethodSettings, shown: str) -> list[Paragraph]:
-    """Decide what is said.
+def _filled(text: str, slots: Mapping[str, Slot], table: Mapping[str, str], markup: Markup) -> str:
+    def special(found: re.Match[str]) -> str:
+        names = (found["names"] or "").split(",")
+        if found["latex"]:
+            return markup.math(found["latex"])
+        if found["works"]:
+            return markup.cite(tuple(found["works"].split(",")))
+        if found["mark"] == "#":
+            return markup.refer(names[0])
+        if found["mark"] == "=":
+            if names[0] not in markup.equations:
+                return ""
+            numbers = {f"number{i}": f"{{#{name}}}" for i, name in enumerate(names)}
+            return _filled(table["equation" if len(names) == 1 else "equations"].format(**numbers), {}, table, markup)
+        value = slots[names[0]]
+        return markup.percent(value) if found["share"] else write(value, table, markup, slots)  # type: ignore[arg-type]
 
-    Args:
-        settings: what it is about.
-        shown: which equations are displayed, "none", "loss" or "all".
-    """
+    # From left to right, which is how citations are numbered.
+    return _SPECIAL.sub(special, text.replace("~", markup.form.tie))
+
+
+def paragraphs(settings: MethodSettings, shown: str) -> list[Paragraph]:
+    """Decide what is said; of equations, "none", "loss" or "all" are `shown`."""
     told: list[Paragraph] = []
     if settings.points is not None:
         reading = list(formulas.READING) if shown == "all" else []
@@ -104,262 +92,161 @@ def paragraphs(settings: MethodSettings, shown: str) -> list[Paragraph]:
         loss = list(formulas.LOSS) if shown != "none" else []
         if settings.term.focal_gamma is None and loss:
             loss.remove("focal")
+        supervision = [*_loss(settings), *_classes(settings.classification), *_others(settings)]
         told += [
             Paragraph("title.loss", _points(settings, settings.points, reading), reading),
-            Paragraph(None, [*_loss(settings, loss), *_classes(settings), *_others(settings)], loss),
+            Paragraph(None, supervision, loss),
         ]
+    version = Say("maskloss" if settings.version is None else "maskloss.version", vars(settings))
     matched = _matching(settings, settings.matching) if settings.matching else []
-    told.append(Paragraph(None if told else "title.matching", [*matched, _version(settings)], []))
+    told.append(Paragraph(None if told else "title.matching", [*matched, version], []))
     if settings.training is not None:
         told.append(Paragraph("title.training", _training(settings.training), []))
     return told
 
 
-def _equation(key: str, names: list[str], *wanted: str) -> Say | None:
-    """Refer to equations that are displayed."""
-    numbers: dict[str, Slot] = {f"number{i}": Number(name) for i, name in enumerate(wanted)}
-    return Say(key, numbers) if wanted[0] in names else None
-
-
 def _points(settings: MethodSettings, points: Points, equations: list[str]) -> list[Say]:
-    pointrend, mask2former = "kirillov2020pointrend", "cheng2022mask2former"
-    papers = (pointrend, mask2former) if points.importance_ratio else (mask2former,)
-    slots: dict[str, Slot] = {
-        "what": say("what.layers" if settings.layers_share else "what.masks"),
-        "pointrend": Cite((pointrend,)),
-        "mask2former": Cite((mask2former,)),
-        "papers": Cite(papers),
-        "number": Math(formulas.number_of_points(points)),
-    }
-    said = [Say("points.following" if points.importance_ratio else "points.without_importance", slots)]
-    said += _drawn(points, slots, equations)
-    if points.count is None:
-        said.append(say("points.size", size=Math(formulas.SIZE)))
-    if points.layout == "stratified":
-        said.append(say("points.stratified"))
-    if settings.clips is not None:
-        clips = settings.clips
-        said.append(say(f"clips.{clips.frames if clips.unit == 'frame' else clips.unit}"))
-    if settings.valid_windows:
-        said.append(say("points.windows"))
-    volumes = settings.clips is not None and settings.clips.unit == "volume"
-    said.append(_reading(settings.term, "loss", volumes=volumes))
-    return [*said, _coordinates()] if equations else said
-
-
-def _drawn(points: Points, slots: Mapping[str, Slot], equations: list[str]) -> list[Say]:
-    ratio, count = points.importance_ratio, points.count
+    ratio = points.importance_ratio
+    keys = ["points.following" if ratio else "points.without_importance"]
     if not ratio:
-        return [Say("points.uniform", slots)]
-    apart = _equation("of_equation", equations, "uncertainty")
-    slots = {
-        **slots,
-        "uncertainty": say("uncertainty", u=Math("U(z)" if apart else formulas.UNCERTAINTY), equation=apart),
-        "candidates": Math(formulas.candidates(points)),
-        "z": Math("z"),
+        keys.append("points.uniform")
+    else:
+        keys += ["points.mixed", "points.candidates"] if ratio < 1 else ["points.uncertain", "points.candidates.all"]
+    if points.count is None:
+        keys.append("points.size")
+    if points.layout == "stratified":
+        keys.append("points.stratified")
+    clips = settings.clips
+    if clips is not None:
+        keys.append(f"clips.{clips.frames if clips.unit == 'frame' else clips.unit}")
+    if settings.valid_windows:
+        keys.append("points.windows")
+    keys.append(_reading(settings, settings.term.target_mode, settings.term.padding_mode))
+    if equations:
+        keys.append("coordinates")
+    uncertain = None if points.count is None else int(ratio * points.count)
+    share = "share" if points.count is None else "share.counted"
+    slots: dict[str, Slot] = {
+        "what": Say("what.layers" if settings.layers_share else "what.masks"),
+        "points": Formula(formulas.number_of_points(points)),
+        "candidates": Formula(formulas.candidates(points)),
+        "uncertainty": Say("uncertainty.shown" if "uncertainty" in equations else "uncertainty"),
+        "uncertain": Say(share, {"share": ratio, "count": uncertain}),
+        "uniform": Say(share, {"share": 1 - ratio, "count": (points.count or 0) - (uncertain or 0)}),
+        "logits": Say("logits.loss"),
     }
-    if ratio == 1:
-        return [Say("points.uncertain", slots), Say("points.candidates.all", slots)]
-    if count is None:
-        slots["uncertain"] = say("share", share=Percent(ratio))
-        slots["uniform"] = say("share", share=Percent(1 - ratio))
-    else:
-        uncertain = int(ratio * count)
-        slots["uncertain"] = say("share.counted", share=Percent(ratio), count=uncertain)
-        slots["uniform"] = say("share.counted", share=Percent(1 - ratio), count=count - uncertain)
-    return [Say("points.mixed", slots), Say("points.candidates", slots)]
+    return [Say(key, slots) for key in keys]
 
 
-def _reading(term: MaskOptions, whose: str, *, volumes: bool = False) -> Say:
-    key = "reading.volume" if volumes else f"reading.{term.target_mode}.{term.padding_mode}"
-    return say(key, logits=say(f"logits.{whose}"), z=Math("z"), t=Math("t"))
+def _reading(settings: MethodSettings, target_mode: str, padding_mode: str) -> str:
+    volumes = settings.clips is not None and settings.clips.unit == "volume"
+    return "reading.volume" if volumes else f"reading.{target_mode}.{padding_mode}"
 
 
-def _coordinates() -> Say:
-    return say(
-        "coordinates",
-        point=Math(r"(x, y) \in [0, 1]^2"),
-        h=Math("h"),
-        w=Math("w"),
-        number0=Number("coordinates"),
-        number1=Number("interpolation"),
-    )
-
-
-def _loss(settings: MethodSettings, equations: list[str]) -> list[Say]:
-    if settings.term.focal_gamma is None:
-        entropy = say("name.ce", equation=_equation("equation", equations, "ce"))
-    else:
-        entropy = say(
-            "name.focal",
-            lin=Cite(("lin2017focal",)),
-            parameters=Math(formulas.focal(settings.term)),
-            equation=_equation("equations", equations, "ce", "focal"),
-        )
+def _loss(settings: MethodSettings) -> list[Say]:
     by_frame = settings.clips is not None and settings.clips.divide_by == "frames"
-    slots = {
-        "total": _equation("equation", equations, "total"),
-        "entropy": entropy,
-        "vnet": Cite(("milletari2016vnet",)),
-        "dice": _equation("equation", equations, "dice"),
-        "ce_weight": Math(f"{formulas.WEIGHT_CE} = {tex(settings.ce_weight)}"),
-        "dice_weight": Math(f"{formulas.WEIGHT_DICE} = {tex(settings.dice_weight)}"),
-        "n": Math("N"),
-        "counted": say(f"counted.{'frames' if by_frame else settings.divisor}", n=Math("N")),
+    term = settings.term
+    slots: dict[str, Slot] = {
+        "entropy": Say("name.ce" if term.focal_gamma is None else "name.focal"),
+        "focal": Formula(formulas.focal(term)),
+        "ce_weight": Formula(f"{formulas.WEIGHT_CE} = {tex(settings.ce_weight)}"),
+        "dice_weight": Formula(f"{formulas.WEIGHT_DICE} = {tex(settings.dice_weight)}"),
+        "counted": Say(f"counted.{'frames' if by_frame else settings.divisor}"),
     }
-    said = [Say("loss", slots), Say("loss.divided", slots)]
-    if settings.term.dice != "standard":
-        said.append(say(f"dice.{settings.term.dice}", wang=Cite(("wang2023dice",))))
-    return [*said, _ignored()] if settings.ignore_regions else said
-
-
-def _ignored() -> Say:
-    return say("ignored", w=Math("w_{np}"))
+    keys = ["loss", "loss.divided"]
+    if term.dice != "standard":
+        keys.append(f"dice.{term.dice}")
+    if settings.ignore_regions:
+        keys.append("ignored")
+    return [Say(key, slots) for key in keys]
 
 
 def _matching(settings: MethodSettings, matching: Matching) -> list[Say]:
-    points, term = matching.points, matching.term
-    slots = {
-        "papers": Cite(("carion2020detr", "kuhn1955hungarian")),
-        "groups": say("matching.groups", groups=matching.groups) if matching.groups > 1 else None,
-        "cost": Math(formulas.cost(matching)),
-        "symbol": _class_symbol(matching),
-        "number": Math(formulas.per_area(points)) if points.count is None else points.count,
-        "drawn": say(f"drawn.{points.layout}"),
-        "shared": say("shared.layers" if settings.layers_share else "shared.queries"),
-    }
-    said = [Say("matching", slots)]
-    if settings.points is None or term != settings.term:
-        volumes = settings.clips is not None and settings.clips.unit == "volume"
-        said.append(_reading(term, "cost", volumes=volumes))
+    points, term, loss = matching.points, matching.term, settings.points
+    keys = ["matching"]
+    if loss is None or term != settings.term:
+        keys.append(_reading(settings, term.target_mode, term.padding_mode))
         if term.focal_gamma is not None:
-            said.append(say("matching.focal", lin=Cite(("lin2017focal",)), parameters=Math(formulas.focal(term))))
-    if term.dice != (settings.term.dice if settings.points is not None else "standard"):
-        said.append(say(f"matching.dice.{term.dice}", wang=Cite(("wang2023dice",))))
-    said.append(Say("matching.points", slots))
+            keys.append("matching.focal")
+    if term.dice != (settings.term.dice if loss is not None else "standard"):
+        keys.append(f"matching.dice.{term.dice}")
+    keys.append("matching.points")
     if settings.clips is not None:
-        said.append(say(f"matching.{settings.clips.unit}"))
-    if settings.points is None:
-        said += [say("points.windows")] if settings.valid_windows else []
-        said += [_ignored()] if settings.ignore_regions else []
-    elif settings.points.layout == "stratified" and points.layout == "independent":
-        said.append(say("matching.independent"))
-    return said
+        keys.append(f"matching.{settings.clips.unit}")
+    if loss is None:
+        keys += ["points.windows"] * settings.valid_windows + ["ignored"] * settings.ignore_regions
+    elif loss.layout == "stratified" and points.layout == "independent":
+        keys.append("matching.independent")
+    symbol = "symbol.softmax" if matching.classification == "softmax" else "symbol.focal"
+    slots: dict[str, Slot] = {
+        "per_group": Say("matching.groups", {"groups": matching.groups}) if matching.groups > 1 else None,
+        "cost": Formula(formulas.cost(matching)),
+        "symbol": Say(symbol) if matching.class_weight else None,
+        "focal": Formula(formulas.focal(term)),
+        "number": Formula(formulas.per_area(points)) if points.count is None else points.count,
+        "drawn": Say(f"drawn.{points.layout}"),
+        "shared": Say("shared.layers" if settings.layers_share else "shared.queries"),
+        "logits": Say("logits.cost"),
+    }
+    return [Say(key, slots) for key in keys]
 
 
-def _class_symbol(matching: Matching) -> Say | None:
-    if not matching.class_weight:
-        return None
-    if matching.classification == "softmax":
-        return say("symbol.softmax", p=Math("p(c)"))
-    return say("symbol.focal", f=Math(formulas.FOCAL_COST), lin=Cite(("lin2017focal",)))
-
-
-def _classes(settings: MethodSettings) -> list[Say]:
-    classes = settings.classification
+def _classes(classes: Classification | None) -> list[Say]:
     if classes is None:
         return []
-    over = say("over.all") if classes.num_classes is None else say("over", count=classes.num_classes)
-    if classes.kind == "softmax":
-        said = say(
-            "classes.softmax",
-            over=over,
-            no_object=classes.no_object_weight,
-            weight=classes.weight,
-            normalized=say("classes.normalized") if classes.normalized == "devices" else None,
-        )
-    elif classes.kind == "focal":
-        parameters = Math(formulas.FOCAL_CLASSES)
-        said = say(
-            "classes.focal",
-            lin=Cite(("lin2017focal",)), over=over, parameters=parameters, weight=classes.weight, n=Math("N"),
-        )  # fmt: skip
-    else:
-        quality = Math(formulas.quality(classes.focal_alpha))
-        said = say("classes.quality", over=over, weight=classes.weight, quality=quality, s=Math("s"))
-    return [said, *_class_weights(classes)]
-
-
-def _class_weights(classes: Classification) -> list[Say]:
-    weights = classes.class_weights
-    if weights is None:
-        return []
-    if len(weights) <= 10:
+    slots: dict[str, Slot] = {
+        "over": Say("over.all" if classes.num_classes is None else "over", {"count": classes.num_classes}),
+        "no_object": classes.no_object_weight,
+        "weight": classes.weight,
+        "normalized": Say("classes.normalized") if classes.normalized == "devices" else None,
+        "quality": Formula(formulas.quality(classes.focal_alpha)),
+    }
+    said, weights = [Say(f"classes.{classes.kind}", slots)], classes.class_weights
+    if weights is not None and len(weights) <= 10:
         # The comma is one of a list of numbers, in any language.
-        return [say("class_weights.few", weights=", ".join(map(amount, weights)))]
-    return [say("class_weights.many", least=min(weights), most=max(weights))]
+        said.append(Say("class_weights.few", {"weights": ", ".join(map(amount, weights))}))
+    elif weights is not None:
+        said.append(Say("class_weights.many", {"least": min(weights), "most": max(weights)}))
+    return said
 
 
 def _others(settings: MethodSettings) -> list[Say]:
-    said = []
-    if settings.box_weight or settings.giou_weight:
-        said.append(say("boxes", l1=settings.box_weight, giou=settings.giou_weight))
-    if settings.contrastive_weight:
-        said.append(say("contrastive", weight=settings.contrastive_weight))
-    return said
-
-
-def _version(settings: MethodSettings) -> Say:
-    cited = Cite(("maskloss",))
-    if settings.version is None:
-        return say("maskloss", maskloss=cited)
-    return say("maskloss.version", maskloss=cited, version=settings.version)
+    said = [Say("boxes", vars(settings))] if settings.box_weight or settings.giou_weight else []
+    return [*said, Say("contrastive", vars(settings))] if settings.contrastive_weight else said
 
 
 def _training(run: Training) -> list[Say]:
-    start = say("start.scratch") if run.pretrained is None else say("start.pretrained", name=run.pretrained)
-    said = [
-        say(
-            "training",
-            model=say("model.compact") if run.model is None else say("model.named", name=run.model),
-            queries=run.queries,
-            parameters=run.parameters,
-            start=start,
-            data=say("data.digits") if run.digits else None,
-            size=Math(rf"{run.size} \times {run.size}"),
-            steps=run.steps,
-            batch=run.batch_size,
-            precision=None if run.precision == "no" else say(f"precision.{run.precision}"),
-        ),
-        say(
-            "optimizer",
-            adamw=Cite(("loshchilov2019adamw",)),
-            lr=run.lr,
-            backbone=_backbone(run),
-            decay=run.weight_decay,
-            clip=say("clip", norm=run.clip) if run.clip else None,
-        ),
-        say(f"schedule.{run.schedule}", rise=say("rise", share=Percent(run.warmup)) if run.warmup else None),
-    ]
+    slots = vars(run) | {
+        "trained": Say("model.compact" if run.model is None else "model.named"),
+        "start": Say("start.scratch" if run.pretrained is None else "start.pretrained"),
+        "data": Say("data.digits") if run.digits else None,
+        "input": Formula(rf"{run.size} \times {run.size}"),
+        "numbers": None if run.precision == "no" else Say(f"precision.{run.precision}"),
+        "backbone": _backbone(run),
+        "clipped": Say("clip") if run.clip else None,
+        "rise": Say("rise") if run.warmup else None,
+    }
+    keys = ["training", "optimizer", f"schedule.{run.schedule}"]
     if not run.digits:
-        said.append(_augmentation(run))
-    if run.planned is not None:
-        said.append(say("planned", planned=run.planned, steps=run.steps))
-    if run.ema_decay is not None:
-        said.append(say("average", decay=run.ema_decay))
-    if run.best is not None:
-        said.append(say("kept", step=run.best))
-    return said
+        key, more = _augmentation(run)
+        keys.append(key)
+        slots |= more
+    keys += [key for key in ("planned", "ema_decay", "best") if slots[key] is not None]
+    return [Say(key, slots) for key in keys]
 
 
 def _backbone(run: Training) -> Say | None:
     if run.backbone_share == 0:
-        return say("backbone.frozen")
+        return Say("backbone.frozen")
     if run.layer_decay < 1:
-        return say("backbone.layers", share=run.backbone_share, decay=run.layer_decay)
-    return None if run.backbone_share == 1 else say("backbone", share=run.backbone_share)
+        return Say("backbone.layers")
+    return None if run.backbone_share == 1 else Say("backbone")
 
 
-def _augmentation(run: Training) -> Say:
-    changed = run.augmentation
-    if changed is None and run.crop is None:
-        return say("augmentation.none")
+def _augmentation(run: Training) -> tuple[str, dict[str, Slot]]:
+    changed, crop = run.augmentation, run.crop
     if changed is None:
-        return say("crops", size=Math(rf"{run.crop} \times {run.crop}"))
-    sides = (changed.smallest, changed.largest)
-    least, most = sides if run.crop is None else (round(each * run.crop) for each in sides)
-    return say(
-        "augmentation",
-        side=say("side.crop" if run.crop else "side.image", least=least, most=most),
-        flips=say("flips.turns" if changed.turns else "flips"),
-    )
+        return ("crops", {"cropped": Formula(rf"{crop} \times {crop}")}) if crop else ("augmentation.none", {})
+    least, most = (each if crop is None else round(each * crop) for each in (changed.smallest, changed.largest))
+    side = Say("side.crop" if crop else "side.image", {"least": least, "most": most})
+    return "augmentation", {"side": side, "flips": Say("flips.turns" if changed.turns else "flips")}

@@ -7,18 +7,14 @@ from maskloss.methods.settings import Matching, MethodSettings, Points
 from maskloss.options import MaskOptions
 
 MASK, CE, DICE = (rf"\mathcal{{L}}_{{\mathrm{{{name}}}}}" for name in ("mask", "ce", "dice"))
-SIZE, FOCAL_COST, FOCAL_CLASSES = r"h \times w", r"\mathcal{F}(c)", r"\alpha = 0.25, \; \gamma = 2"
 WEIGHT_CE, WEIGHT_DICE = r"\lambda_{\mathrm{ce}}", r"\lambda_{\mathrm{dice}}"
-UNCERTAINTY = "U(z) = -|z|"
 # Displayed equations in the order of the text.
 READING, LOSS = ("uncertainty", "coordinates", "interpolation"), ("total", "ce", "focal", "dice")
 
 
 def number_of_points(points: Points) -> str:
     """Say what P is."""
-    if points.count is not None:
-        return f"P = {tex(points.count)}"
-    return f"P = {per_area(points)}"
+    return f"P = {per_area(points) if points.count is None else tex(points.count)}"
 
 
 def per_area(points: Points) -> str:
@@ -75,7 +71,7 @@ def display(name: str, settings: MethodSettings) -> tuple[str, str]:
         common, common_plain = rf"\sum_p {w}\min(\sigma(z), t)", f"Σ_p {w_plain}min(σ(z), t)"
     mean_of = rf"\frac{{1}}{{N}} \sum_{{n=1}}^{{N}} {mean} \sum_{{p=1}}^{{P}} {w}"
     written = {
-        "uncertainty": ("U(z) = −|z|", UNCERTAINTY),
+        "uncertainty": ("U(z) = −|z|", "U(z) = -|z|"),
         "coordinates": (
             "u = x w − 1/2,  v = y h − 1/2",
             r"u = x w - \frac{1}{2}, \qquad v = y h - \frac{1}{2}",
