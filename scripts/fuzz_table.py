@@ -17,33 +17,40 @@ RESULT, PAGE = ROOT / "docs" / "fuzz.json", ROOT / "docs" / "numerics.md"
 BEGIN, END = "<!-- begin: scripts/fuzz_table.py -->", "<!-- end: scripts/fuzz_table.py -->"
 COLUMNS = ("cross-entropy", "Dice", "classification", "total", "gradient of masks", "gradient of classes")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+SHOWN = {"gpu": "gpu, interpreted"}
 
 
-def text(result: dict[str, Any]) -> str:
-    """Describe a result in Markdown: a sentence on what was run, and a row for each backend and dtype."""
-    tried = {name: f"{found['tried']:,}" for name, found in result["cases"].items()}
-    told = ", ".join(f"{count} {name}" for name, count in tried.items())
-    errors = result["largest_errors"]
-    lines = [
-        f"One run with the seed {result['seed']}, PyTorch {result['torch']}, {result['minutes']:.0f} minutes: {told}.",
-        f"{result['checked_against_float64']:,} steps were compared with float64.",
-        "",
-        "| backend | dtype | " + " | ".join(COLUMNS) + " |",
-        "| --- " * (len(COLUMNS) + 2) + "|",
-    ]
-    for backend in result["backends"]:
-        for dtype in DTYPES:
-            found = [errors.get(f"{backend} {dtype} {column}") for column in COLUMNS]
-            shown = ["" if error is None else f"{error:.1e}" for error in found]
-            lines.append(f"| {backend} | {dtype} | " + " | ".join(shown) + " |")
+def text(results: list[dict[str, Any]]) -> str:
+    """Describe results in Markdown: a sentence on each run, and a row for each backend and dtype."""
+    lines = [_run(result) for result in results]
+    lines += ["", "| backend | dtype | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    for result in results:
+        errors = result["largest_errors"]
+        for backend in result["backends"]:
+            for dtype in DTYPES:
+                found = [errors.get(f"{backend} {dtype} {column}") for column in COLUMNS]
+                shown = ["" if error is None else f"{error:.1e}" for error in found]
+                lines.append(f"| {SHOWN.get(backend, backend)} | {dtype} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def page_with(page: str, result: dict[str, Any]) -> str:
+def _run(result: dict[str, Any]) -> str:
+    cases = result["cases"]
+    kinds = ", ".join(f"{found['tried']:,} {name}" for name, found in cases.items())
+    whole = sum(found["tried"] for found in cases.values())
+    told = f"{whole:,} cases: {kinds}" if len(cases) > 1 else kinds
+    return (
+        f"- Backends {' and '.join(SHOWN.get(name, name) for name in result['backends'])}, seed {result['seed']}, "
+        f"PyTorch {result['torch']}, Hypothesis {result['hypothesis']}, {result['minutes']:.0f} minutes: {told}. "
+        f"{result['checked_against_float64']:,} steps were compared with float64."
+    )
+
+
+def page_with(page: str, results: list[dict[str, Any]]) -> str:
     """Return the page with the table between its marks."""
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     assert len(pattern.findall(page)) == 1, f"{PAGE} needs the marks {BEGIN} and {END} once"
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{text(result)}\n\n{END}", page)
+    return pattern.sub(lambda _: f"{BEGIN}\n\n{text(results)}\n\n{END}", page)
 
 
 def main(arguments: list[str]) -> str | None:

@@ -1,19 +1,23 @@
 """`make fuzz`: many random cases, and a record of them.
 
 python -m fuzz --examples 20000 --seed 1 --write docs/fuzz.json
+
+The cases are drawn in parts, each from a seed of its own, and the record is written after each part: a run that is
+ended early has a record of what it did. Files that hold a record of other backends keep it.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,10 @@ SHARES = {
     "run folders": 0.01,
     "configurations": 0.04,
 }
-
-
-class _TimeIsUp(BaseException):
-    """Ends a run of Hypothesis, which catches exceptions that are errors."""
+# So many cases that each kind has some, and so few that they are done within minutes.
+PART = 1000
+# Seconds after which a case hangs: the process ends with its traceback.
+HANGS = 600
 
 
 def main() -> int:
@@ -37,11 +41,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--only", choices=SHARES, action="append", help="kinds of cases; default: all of them")
     parser.add_argument("--backends", nargs="+", default=["reference", "cpu"], choices=["reference", "cpu", "gpu"])
-    parser.add_argument(
-        "--minutes", type=float, default=1e9, help="begin no new case of a kind after its share of this time"
-    )
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no new part after this time")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write counts and largest errors there, as JSON")
     options = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when PyTorch is imported
     if "gpu" in options.backends:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     import hypothesis
@@ -49,59 +52,65 @@ def main() -> int:
 
     import maskloss
     from fuzz import arguments, cases, definition, files
-    from fuzz.interpreted import interpreted
 
-    torch.set_num_threads(2)
     warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # inside pycocotools
-    record, counts = definition.Record(), dict[str, list[int]]()
+    record = definition.Record()
 
     def call(case: cases.Case) -> bool:
-        for backend in options.backends:
-            with interpreted(backend):
-                definition.check(case, backend, record)
+        # A case is small, and on a busy machine threads wait for one another: with two it takes eight times as long.
+        torch.set_num_threads(1 if case.content_seed % 16 else 3)
+        definition.check(case, options.backends, record)
         return False
 
-    largest = 16 if "gpu" in options.backends else 65
+    began, tried, rejected = time.monotonic(), Counter[str](), Counter[str]()
+    chosen = options.only or [*SHARES]
+    whole = sum(SHARES[name] for name in chosen)
+    parts = -(-options.examples // PART)
     with tempfile.TemporaryDirectory() as folder:
         kinds: dict[str, tuple[Any, Callable[[Any], bool]]] = {
-            "calls": (cases.cases(largest), call),
+            "calls": (cases.cases(16 if "gpu" in options.backends else 65), call),
             "arguments": (arguments.wrong_calls(), arguments.check),
             **files.strategies(Path(folder)),
         }
-        chosen = options.only or [*SHARES]
-        whole = sum(SHARES[name] for name in chosen)
-        began = time.monotonic()
-        for name in chosen:
-            share = SHARES[name] / whole
-            counts[name] = _run(*kinds[name], int(options.examples * share), options.seed, options.minutes * 60 * share)
-            print(f"{name}: {counts[name][0]:,} cases, {counts[name][1]:,} rejected", flush=True)
-    content = {
-        "seed": options.seed,
-        "hypothesis": hypothesis.__version__,
-        "torch": torch.__version__,
-        "maskloss": maskloss.__version__,
-        "minutes": round((time.monotonic() - began) / 60, 1),
-        "backends": options.backends,
-        "checked_against_float64": record.cases,
-        "cases": {name: {"tried": tried, "rejected": rejected} for name, (tried, rejected) in counts.items()},
-        "largest_errors": dict(sorted(record.worst.items())),
-    }
+        for part in range(parts):
+            if time.monotonic() - began > options.minutes * 60:
+                break
+            examples = min(PART, options.examples - part * PART)
+            for name in chosen:
+                torch.set_num_threads(1)
+                share = max(1, round(examples * SHARES[name] / whole))
+                more, wrong = _run(*kinds[name], share, f"{options.seed} {part}")
+                tried[name] += more
+                rejected[name] += wrong
+            content = {
+                "seed": options.seed,
+                "parts": part + 1,
+                "hypothesis": hypothesis.__version__,
+                "torch": torch.__version__,
+                "maskloss": maskloss.__version__,
+                "minutes": round((time.monotonic() - began) / 60, 1),
+                "backends": options.backends,
+                "checked_against_float64": record.cases,
+                "cases": {name: {"tried": tried[name], "rejected": rejected[name]} for name in chosen},
+                "largest_errors": dict(sorted(record.worst.items())),
+            }
+            print(f"part {part + 1} of {parts}, {content['minutes']} minutes: {dict(tried)}", flush=True)
+            if options.write is not None:
+                _write(options.write, content)
     print(json.dumps(content, indent=1))
-    if options.write is not None:
-        options.write.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def _run(strategy: Any, check: Callable[[Any], bool], examples: int, seed: int, seconds: float) -> list[int]:
+def _run(strategy: Any, check: Callable[[Any], bool], examples: int, seed: str) -> tuple[int, int]:
     """Check that many examples; return how many there were, and how many were rejected. What fails is raised."""
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
 
-    counts, end = [0, 0], time.monotonic() + seconds
+    rejected: list[bool] = []
 
     @seeded(seed)
     @settings(
-        max_examples=max(1, examples),
+        max_examples=examples,
         deadline=None,
         database=None,
         phases=[Phase.generate, Phase.shrink],
@@ -109,14 +118,22 @@ def _run(strategy: Any, check: Callable[[Any], bool], examples: int, seed: int, 
     )
     @given(strategy)
     def one(drawn: Any) -> None:
-        if time.monotonic() > end:
-            raise _TimeIsUp
-        counts[1] += check(drawn)
-        counts[0] += 1
+        faulthandler.dump_traceback_later(HANGS, exit=True)
+        rejected.append(check(drawn))
 
-    with suppress(_TimeIsUp):
+    try:
         one()
-    return counts
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return len(rejected), sum(rejected)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Put a record in place of the one with the same backends."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    others = [each for each in before if each["backends"] != content["backends"]]
+    records = sorted([*others, content], key=lambda each: each["backends"], reverse=True)
+    path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

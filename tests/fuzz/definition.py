@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fuzz import cases
 from fuzz.cases import CLASSES, FLOATS, Case, Layer
+from fuzz.interpreted import interpreted
 from maskloss import CriterionOutput, MaskCriterion, MaskOptions, MaskTargets
 from maskloss._abi import IMAGE, QUERY, TARGET
 from maskloss.matcher import HungarianMatcher
@@ -88,9 +90,52 @@ class Call:
         return out, [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
 
-def check(case: Case, backend: str, record: Record) -> None:
+@dataclass
+class Exact:
+    """What the definition has for given matches: the points; then, in float64, terms and gradients.
+
+    Attributes:
+        points: `[N, P, 2]`.
+        terms: classification, cross-entropy and Dice of each layer, and the total.
+        gradients: of all leaves.
+        per_instance: cross-entropy and Dice.
+    """
+
+    points: Tensor
+    terms: list[Tensor]
+    gradients: list[Tensor]
+    per_instance: tuple[Tensor, Tensor]
+
+
+def check(case: Case, backends: Sequence[str], record: Record) -> None:
     """Run a case and compare everything with the definition; raises an AssertionError where it is something else."""
-    call = Call(case, backend)
+    known = _Known()
+    for backend in backends:
+        with interpreted(backend):
+            _check(Call(case, backend), known, record)
+
+
+class _Known:
+    """The definition of one case, which is the same for every backend with the same matches."""
+
+    def __init__(self) -> None:
+        self._costs: Tensor | None = None
+        self._exact: dict[bytes, Exact] = {}
+
+    def costs(self, call: Call) -> Tensor:
+        if self._costs is None:
+            self._costs = _costs(call)
+        return self._costs
+
+    def exact(self, call: Call, out: CriterionOutput, batch: Batch) -> Exact:
+        key = out.matches.index.numpy().tobytes()
+        if key not in self._exact:
+            self._exact[key] = _definition(call, out, _points(call, batch, reference))
+        return self._exact[key]
+
+
+def _check(call: Call, known: _Known, record: Record) -> None:
+    case, backend = call.case, call.backend
     out, gradients = call.run()
     record.cases += 1
     logits = [layer.dense().detach() for layer in call.layers]
@@ -100,23 +145,27 @@ def check(case: Case, backend: str, record: Record) -> None:
     size = max(1.0, *(float(layer.abs().max()) for layer in logits))
     accumulated = torch.float64 if case.dtype == "float64" else torch.float32
     unit = UNIT[accumulated] * size
-    _check_matches(call, out, unit)
-    points = _check_points(call, out, logits)
-    exact, exact_gradients, per_instance = _definition(call, out, points)
+    if case.given is None:
+        _check_matches(call, out, known.costs(call), unit)
+    step = call.step
+    batch = Batch(logits, out.matches.index, list(out.matches.layer_sizes), step.targets, step.image_ids, step.seed)
+    exact = known.exact(call, out, batch)
+    if backend != "reference":
+        assert torch.equal(_points(call, batch, load(backend)), exact.points)
     ordinary = size <= ORDINARY
     for name, found, wanted in (
-        ("cross-entropy", out.per_instance.ce, per_instance[0]),
-        ("Dice", out.per_instance.dice, per_instance[1]),
-        ("mask terms", torch.stack([out.loss_mask, out.loss_dice]), torch.stack(exact[1:3])),
-        ("classification", out.loss_class, exact[0]),
-        ("total", out.total, exact[3]),
+        ("cross-entropy", out.per_instance.ce, exact.per_instance[0]),
+        ("Dice", out.per_instance.dice, exact.per_instance[1]),
+        ("mask terms", torch.stack([out.loss_mask, out.loss_dice]), torch.stack(exact.terms[1:3])),
+        ("classification", out.loss_class, exact.terms[0]),
+        ("total", out.total, exact.terms[3]),
     ):
         scale = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
         error = _error(found, wanted) / scale
         assert error <= 10 * unit, (name, error, unit)
         if ordinary:
             record.note(backend, case.dtype, name, error)
-    for number, (found, wanted) in enumerate(zip(gradients, exact_gradients, strict=True)):
+    for number, (found, wanted) in enumerate(zip(gradients, exact.gradients, strict=True)):
         masks = number < len(gradients) - len(call.classes)
         assert found.dtype == FLOATS[case.dtype] and bool(found.isfinite().all())
         # Contributions to a pixel cancel: what rounds is their size, at least that of an even spread over the plane.
@@ -158,12 +207,9 @@ def _check_counts(call: Call, out: CriterionOutput) -> None:
                 assert len(taken) == len(taken.unique()) == min(count, each)
 
 
-def _check_matches(call: Call, out: CriterionOutput, unit: float) -> None:
-    """Each group has its matches, which cost no more than the best ones, in float64."""
+def _costs(call: Call) -> Tensor:
+    """The matching cost `[layers, images, queries, targets]` in float64."""
     case = call.case
-    if case.given is not None:
-        return
-    _check_counts(call, out)
     class_weight, mask_weight, dice_weight = case.weights
     matcher = HungarianMatcher(
         class_weight=class_weight,
@@ -175,12 +221,18 @@ def _check_matches(call: Call, out: CriterionOutput, unit: float) -> None:
         options=MaskOptions(backend="reference", **case.options()),
     )
     classes = torch.stack([layer.detach().double() for layer in call.classes])
-    costs = matcher.costs(classes, [layer.exact().dense().detach() for layer in call.layers], call.step)
+    return matcher.costs(classes, [layer.exact().dense().detach() for layer in call.layers], call.step).double()
+
+
+def _check_matches(call: Call, out: CriterionOutput, costs: Tensor, unit: float) -> None:
+    """Each group has its matches, which cost no more than the best ones, in float64."""
+    case = call.case
+    _check_counts(call, out)
     extra = call.told.get("extra_costs")
     each = case.queries // case.groups
     for depth, rows in enumerate(out.matches.index.split(list(out.matches.layer_sizes))):
         for image, count in enumerate(case.counts):
-            cost = costs[depth, image, :, :count].double()
+            cost = costs[depth, image, :, :count]
             if extra is not None:
                 cost = cost + extra[image][depth].double()
             if not count:
@@ -195,28 +247,15 @@ def _check_matches(call: Call, out: CriterionOutput, unit: float) -> None:
                 assert paid <= best + allowed, ("matches", paid, best, allowed)
 
 
-def _check_points(call: Call, out: CriterionOutput, logits: list[Tensor]) -> Tensor:
-    """The points that the definition draws; the backend's must be the very same."""
-    case, sampling = call.case, call.case.sampling
-    batch = Batch(
-        logits,
-        out.matches.index,
-        list(out.matches.layer_sizes),
-        call.step.targets,
-        call.step.image_ids,
-        call.step.seed,
-    )
+def _points(call: Call, batch: Batch, module: Any) -> Tensor:
+    """The points that a backend draws; they must be the very same for each."""
+    sampling = call.case.sampling
     numbers = (sampling.num_points, sampling.num_candidates, sampling.num_uncertain, sampling.layout)
-    wanted = batch.points(reference, numbers, case.padding)
-    if call.backend != "reference":
-        assert torch.equal(batch.points(load(call.backend), numbers, case.padding), wanted)
-    return wanted
+    return batch.points(module, numbers, call.case.padding)
 
 
-def _definition(
-    call: Call, out: CriterionOutput, points: Tensor
-) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
-    """Classification, cross-entropy, Dice of each layer and the total; all gradients; both terms of each instance."""
+def _definition(call: Call, out: CriterionOutput, points: Tensor) -> Exact:
+    """Compute everything at given points by the formulas, and let PyTorch differentiate them."""
     case, step = call.case, call.step
     options, sizes = call.criterion.mask_loss.options, list(out.matches.layer_sizes)
     layers = [layer.exact() for layer in call.layers]
@@ -247,7 +286,7 @@ def _definition(
     found = torch.autograd.grad(total, leaves, allow_unused=True)
     gradients = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
     terms = [term.detach() for term in (loss_class, loss_ce, loss_dice, total)]
-    return terms, gradients, (ce.detach(), dice.detach())
+    return Exact(points, terms, gradients, (ce.detach(), dice.detach()))
 
 
 def _wanted(call: Call, out: CriterionOutput) -> list[Tensor]:

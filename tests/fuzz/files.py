@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from fuzz.arguments import assert_readable
 from lab.conftest import reads_little
 from lab.folders import CASES
-from lab.test_hostile_folders import WRONG, paths
+from lab.test_hostile_folders import TEXTS, WRONG, paths
 from maskloss import MaskLossError, MaskTargets
 from maskloss.lab.cli import main
 from maskloss.lab.data.folder import FolderScenes, HeldOut
 from maskloss.lab.data.options import DataOptions
+from maskloss.lab.terminal import explain_error, printable
 
 # What a small file may take at most, in bytes.
 MEMORY = 300_000_000
@@ -124,9 +125,10 @@ def damaged(content: bytes, suffix: str, drawn: random.Random) -> bytes:
 
 @contextlib.contextmanager
 def one_damaged(root: Path, drawn: random.Random) -> Any:
-    """Damage one file of a folder for a while; tells its name."""
+    """Damage one file of a folder for a while, more often text than an image; tells its name."""
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and not path.is_symlink()]
-    path = drawn.choice(files)
+    texts = [path for path in files if path.suffix in TEXTS]
+    path = drawn.choice(texts if texts and drawn.random() < 0.5 else files)
     before = path.read_bytes()
     path.write_bytes(damaged(before, path.suffix, drawn))
     try:
@@ -157,7 +159,9 @@ class Folders:
                 count = len(source.found.train)
                 assert len(source.batch(0, range(count), count, 0).images) == count
                 assert len(list(HeldOut(source.found.held_out, source.reading))) == len(source.held_out)
-            except MaskLossError:
+            except MaskLossError as error:
+                told = printable(explain_error(error, ""))
+                assert 0 < len(told) < 2000, told
                 return True
         return False
 

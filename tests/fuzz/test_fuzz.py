@@ -24,7 +24,7 @@ def test_calls_are_the_definition(backend: str) -> None:
     @settings(max_examples=number(250), suppress_health_check=QUIET)
     @given(cases.cases())
     def check(case: cases.Case) -> None:
-        definition.check(case, backend, record)
+        definition.check(case, [backend], record)
 
     check()
     assert record.cases >= number(250)
@@ -82,7 +82,7 @@ def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     @settings(max_examples=20, suppress_health_check=QUIET, phases=[Phase.generate])
     @given(cases.cases().filter(lambda case: case.dtype == "float32" and any(case.counts)))
     def check(case: cases.Case) -> None:
-        definition.check(case, "cpu", definition.Record())
+        definition.check(case, ["cpu"], definition.Record())
 
     with pytest.raises(AssertionError):
         check()

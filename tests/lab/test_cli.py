@@ -327,6 +327,7 @@ def test_a_run_that_was_changed(run, tmp_path, capsys):
     for changes, message in (
         ({"schema": 7}, "another version"),
         ({"classes": "abc"}, "of the wrong kind"),
+        ({"channels": 10**30}, "of the wrong kind"),
         ({"config": {**facts["config"], "steps": -1}}, "--steps must be"),
         ({"config": 3}, "changed by hand"),
         ({"color": "red"}, "changed by hand"),

@@ -22,7 +22,7 @@ WRONG = (
     "\0", "../..", [[1, 2], [3, 4]],
 )  # fmt: skip
 PIECES = (b" ", b"nan", b"-1", b'"', b"\xff", b"1e99", b":", b"\n", b"<", b"99999999999")
-TEXTS = frozenset({".json", ".txt", ".xml", ".yaml"})
+TEXTS = frozenset({".csv", ".json", ".txt", ".xml", ".yaml"})
 NAMES = [name for name, case in CASES.items() if not case.refused]
 
 

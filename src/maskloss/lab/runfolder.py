@@ -12,6 +12,7 @@ from maskloss._numbers import is_number
 from maskloss.errors import Cause
 from maskloss.lab import files
 from maskloss.lab.config import BEST, TrainConfig
+from maskloss.lab.data.images import MOST_CHANNELS
 from maskloss.lab.files import read_json
 
 RUN, METRICS, SUMMARY, REPORT = "run.json", "metrics.jsonl", "summary.json", "report.html"
@@ -65,6 +66,7 @@ def read_facts(folder: Path) -> Facts:
         and isinstance(facts.category_ids, list)
         and len(facts.category_ids) == len(facts.classes)
         and all(isinstance(number, int) and number > 0 for number in (facts.channels, facts.tile, facts.ranks))
+        and facts.channels <= MOST_CHANNELS
         and isinstance(facts.version, (str, type(None)))
         and (facts.class_weights is None or _are_weights(facts.class_weights, len(facts.classes)))
     )

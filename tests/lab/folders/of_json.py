@@ -57,6 +57,26 @@ def coco_as_distributed(root: Path) -> None:
 
 @case(
     JSON,
+    "COCO panoptic: `annotations/panoptic_train2017.json`, PNG files in a folder of that name, and `train2017/`",
+    "read; every segment is an instance, those with `iscrowd` are regions",
+    regions=COUNT,
+)
+def coco_panoptic(root: Path) -> None:
+    names = [f"{number}.jpg" for number in range(COUNT)]
+    images(root / "train2017", names, quality=95)
+    ids = np.array([0, 70_001, 70_002], dtype=np.int64)[instance_map()]
+    ids[:3] = 9
+    colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+    segments = [{"id": each, "category_id": 1, "iscrowd": int(each == 9)} for each in (70_001, 70_002, 9)]
+    annotations = []
+    for number in range(COUNT):
+        write(root / f"annotations/panoptic_train2017/{number}.png", colors)
+        annotations.append({"image_id": number + 1, "file_name": f"{number}.png", "segments_info": segments})
+    text(root / "annotations/panoptic_train2017.json", coco(names) | {"annotations": annotations})
+
+
+@case(
+    JSON,
     "Roboflow: `train/`, `valid/`, `test/`, each with `_annotations.coco.json` and an unused category 0",
     "read: train is trained on, valid is held out, test is left alone; the category 0 is no class",
     parts=(2, 2),
