@@ -296,11 +296,12 @@ def set_criterion(package: Any = detr, losses: tuple[str, ...] = ("labels", "mas
     return package.SetCriterion(CLASSES, matcher, {}, 0.1, list(losses), 64, **options)
 
 
-def test_labels_that_count_from_one_are_told() -> None:
+@pytest.mark.parametrize("form", [Tensor.clone, Tensor.tolist, Tensor.numpy])
+def test_labels_that_count_from_one_are_told(form: Any) -> None:
     targets = one_image()
     targets[0]["labels"][0] = CLASSES
     with pytest.warns(UserWarning, match="If labels count from 1, subtract 1"):
-        set_criterion()(outputs_of(), targets)
+        set_criterion()(outputs_of(), [targets[0] | {"labels": form(targets[0]["labels"])}])
     set_criterion(no_object_label="allow")(outputs_of(), targets)
     with pytest.raises(MaskLossError, match=r"labels must lie in \[0, 3\)[\s\S]*subtract 1"):
         set_criterion(no_object_label="error")(outputs_of(), targets)
@@ -674,7 +675,7 @@ def test_coco_annotations_and_arrays() -> None:
     polygon = [1.0, 1.0, 8.0, 1.0, 8.0, 6.0]
     expected = MaskTargets.from_coco([[polygon]], 10, 12).dense()
     annotation = {"id": 3, "segmentation": [polygon], "iscrowd": 0}
-    for given in ([annotation], [[np.array(polygon)]], [np.array([polygon])]):
+    for given in ([annotation], [[np.array(polygon)]], [np.array([polygon])], [[np.reshape(polygon, (3, 2))]]):
         assert torch.equal(MaskTargets.from_coco(given, 10, 12).dense(), expected)
     counts = {"size": np.array([10, 12]), "counts": np.array([20, 30, 70])}
     plain = {"size": [10, 12], "counts": [20, 30, 70]}
@@ -725,6 +726,49 @@ def test_wrong_options(options: dict[str, Any]) -> None:
         MaskCriterion(2, **options)
     with pytest.raises(MaskLossError, match=next(iter(options))):
         set_criterion(**options)
+
+
+@pytest.mark.parametrize(
+    ("edit", "hint"),
+    [
+        ({"labels": torch.tensor([0.0, 1.0, 2.0])}, r"labels\.long\(\) converts"),
+        ({"labels": torch.eye(3)}, r"labels\.argmax\(1\)"),
+        ({"labels": torch.zeros(3, 1, dtype=torch.int64)}, r"labels\[:, 0\]"),
+        ({"labels": torch.tensor([0, -1, 2])}, "ignore_label=-1 if the class"),
+        ({"masks": torch.ones(1, 9, 9)}, '"has_mask" \\[T\\] says which'),
+        ({"masks": torch.tensor([[-1, 2], [1, 0]])}, "ignore_value=-1 for void"),
+    ],
+)
+def test_what_is_wrong_with_a_target_is_said(edit: dict[str, Any], hint: str) -> None:
+    classes, masks = layers()
+    with pytest.raises(MaskLossError, match=hint):
+        criterion("reference")(classes, masks, [one_image()[0] | edit])
+
+
+def test_predictions_of_another_kind_name_what_takes_them() -> None:
+    classes, _ = layers()
+    factors = {"spatial_features": torch.randn(1, 4, 9, 12), "query_features": torch.randn(1, QUERIES, 4)}
+    with pytest.raises(MaskLossError, match=r"MaskFactors\.from_dict takes it"):
+        criterion("reference")(classes[0], factors, one_image())
+    with pytest.raises(MaskLossError, match="no masks if another has some"):
+        criterion("reference")(classes, [None, None], one_image())
+    with pytest.raises(MaskLossError, match="only other layers may come without masks"):
+        set_criterion()({"pred_logits": classes[0]}, one_image())
+    for wrong in ({"matcher": HungarianMatcher()}, {"matcher": None}, {"weight_dict": None}):
+        given = {"matcher": len, "weight_dict": {}} | wrong
+        with pytest.raises(MaskLossError, match=f"{next(iter(wrong))} must be"):
+            detr.SetCriterion(CLASSES, eos_coef=np.float32(0.1), losses=["labels"], **given)
+
+
+def test_no_masks_at_all_may_be_said_without_boxes() -> None:
+    classes, masks = layers()
+    target = one_image()[0]
+    none = torch.zeros(3, dtype=torch.bool)
+    found, wanted = (
+        criterion("reference")(classes, masks, [target | each], seed=1).total
+        for each in ({"masks": None, "has_mask": False}, {"has_mask": none})
+    )
+    assert torch.equal(found, wanted)
 
 
 # -------------------------------------------------------------------------------------------------------- Transformers

@@ -75,6 +75,8 @@ def test_the_whole_message() -> None:
         (lambda: detr.HungarianMatcher(groups=2), "'groups'", "it takes cost_class"),
         (lambda: MaskLoss(pading_mode="border"), "'pading_mode'", "use padding_mode="),
         (lambda: detr.SetCriterion(3, len, {}, 0.1, [], importance_ratio=1), "importance", "importance_sample_ratio="),
+        (lambda: PointSampling(importance_sample_ratio=0.5), "'importance_sample_ratio'", "use importance_ratio="),
+        (lambda: HungarianMatcher(sampling=PointSampling()), "'sampling'", "use num_points="),
         (lambda: MaskLoss(5.0), "too many positional", "it takes ce_weight, dice_weight, sampling, clips, options"),
         (lambda: MaskLoss(class_queries_logits=PAIRS), "'class_queries_logits'", "it takes ce_weight,"),
     ],

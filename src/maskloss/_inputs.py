@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,14 @@ def check_sampling(sampling: PointSampling | None) -> PointSampling:
     return sampling
 
 
-def check_maps(name: str, maps: Tensor, shape: str, *, min_size: int = 1) -> None:
+def check_maps(name: str, maps: Any, shape: str, *, min_size: int = 1) -> None:
     """Raise if maps have another rank than `shape` says, a dtype without kernels, or no pixels."""
     rank = shape.count(",") + 1
     if not isinstance(maps, Tensor):
-        raise Cause(f"{name} must be a tensor {shape}", f"got {describe(maps)}", "torch.as_tensor converts arrays")
+        hint = "MaskFactors.from_dict takes it" if isinstance(maps, Mapping) else "torch.as_tensor converts arrays"
+        if maps is None:
+            hint = "a layer may have no masks if another has some"
+        raise Cause(f"{name} must be a tensor {shape}", f"got {describe(maps)}", hint)
     check_layout(name, maps)
     leading = "..." in shape
     if maps.ndim < rank - 1 or (maps.ndim != rank and not leading):
@@ -110,7 +113,7 @@ def check_layers(name: str, layers: Layer | Sequence[Layer | None], shape: str) 
     for layer in present or listed:
         if not isinstance(layer, MaskFactors):
             clips = isinstance(layer, Tensor) and layer.ndim == 5
-            check_maps(name, layer, "[B, Q, T, h, w]" if clips else shape)  # type: ignore[arg-type]
+            check_maps(name, layer, "[B, Q, T, h, w]" if clips else shape)
     first = present[0]
     for number, layer in enumerate(listed):
         layer = first if layer is None else layer

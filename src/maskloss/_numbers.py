@@ -8,6 +8,7 @@ import sys
 from numbers import Real
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,8 @@ def is_float(value: object) -> TypeGuard[Tensor]:
 def is_number(value: Any) -> bool:
     """Whether something is a finite real number, and not a truth value."""
     # Comparisons, which torch.compile follows for numbers that change from call to call, as it does not `isfinite`.
+    if isinstance(value, np.floating):
+        value = float(value)  # the comparison would be in its own precision, in which `most` is infinite
     most = sys.float_info.max
     return not isinstance(value, bool) and isinstance(value, Real) and value <= most and not value < -most
 
@@ -45,6 +48,14 @@ def check_integer(name: str, value: Any, least: int, most: float = math.inf, *, 
     if number is None or not least <= number <= min(most, 2**63 - 1):
         raise Cause(f"{name} must be an integer{_limits(least, most)}", f"{name}={describe(value)}", hint)
     return number
+
+
+def label_cause(num_classes: int, found: str, worst: int) -> Cause:
+    """Say that labels lie outside the classes."""
+    hint = "subtract 1 from those that count from 1"
+    if worst != num_classes:
+        hint = f"ignore_label={worst} if the class of such a target is unknown"
+    return Cause(f"labels must lie in [0, {num_classes})", found, f"labels start at 0: {hint}")
 
 
 def _limits(least: float, most: float) -> str:

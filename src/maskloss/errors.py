@@ -30,6 +30,7 @@ _NESTED.maxlevel, _NESTED.maxlist, _NESTED.maxtuple, _NESTED.maxset = 3, 30, 30,
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class MaskLossError(ValueError):
@@ -164,12 +165,18 @@ def reported(operation: str, names: Mapping[str, str] | None = None) -> Callable
     return decorate
 
 
+def reported_init(kind: type[T]) -> type[T]:
+    """Mark the constructor of a class as `reported` marks a call; for those that a dataclass writes."""
+    kind.__init__ = reported(kind.__name__)(kind.__init__)  # type: ignore[method-assign]
+    return kind
+
+
 # What people guess from other code bases, and the arguments here that mean it. The first that a call takes is named.
 _GUESSES = {
     "num_points": ("sampling=PointSampling(num_points=...)",),
     "oversample_ratio": ("sampling=PointSampling(oversample_ratio=...)",),
     "importance_ratio": ("importance_sample_ratio", "sampling=PointSampling(importance_ratio=...)"),
-    "importance_sample_ratio": ("sampling=PointSampling(importance_ratio=...)",),
+    "importance_sample_ratio": ("sampling=PointSampling(importance_ratio=...)", "importance_ratio"),
     "layout": ("sampling=PointSampling(layout=...)",),
     "num_labels": ("num_classes",),
     "class_queries_logits": ("class_logits",),
@@ -183,6 +190,7 @@ _GUESSES = {
     "target": ("targets", "masks"),
     "indices": ("matches",),
     "eos_coef": ("no_object_weight",),
+    "contrast_temperature": ("extra_loss",),
     "weight": ("class_weights", "instance_weights"),
     "mask_weight": ("ce_weight",),
     "bce_weight": ("ce_weight", "mask_weight"),
@@ -190,11 +198,14 @@ _GUESSES = {
     "cost_class": ("class_weight",),
     "cost_mask": ("mask_weight", "ce_weight"),
     "cost_dice": ("dice_weight",),
-    "alpha": ("focal_alpha",),
+    "alpha": ("focal_alpha", "importance_ratio"),
     "gamma": ("focal_gamma",),
     "num_boxes": ("num_instances", "totals"),
     "num_masks": ("num_instances", "totals"),
     "target_sizes": ("size",),
+    "sampling": ("num_points",),
+    "ignore_index": ("ignore_value",),
+    "losses": ("classification",),
     "num_select": ("max_instances",),
 }
 

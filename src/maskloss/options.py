@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from maskloss import _abi, _inputs
 from maskloss._numbers import check_integer, check_number
-from maskloss.errors import Cause, Unexpected, describe, reported
+from maskloss.errors import Cause, Unexpected, describe, reported_init
 from maskloss.ops import check_backend
 
 # Mask2Former's weights, for the loss and for the matching.
@@ -21,6 +21,7 @@ CLASS_FOCAL_ALPHA, CLASS_FOCAL_GAMMA = 0.25, 2.0
 PADDING_MODES, TARGET_MODES, DICE_KINDS = _abi.PADDING_MODES, _abi.TARGET_MODES, _abi.DICE_KINDS
 
 
+@reported_init
 @dataclass(frozen=True)
 class MaskOptions:
     """How the mask terms of a loss or of a matching cost read their points, and which cross-entropy and Dice they use.
@@ -53,10 +54,7 @@ class MaskOptions:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        self._check()
-
-    @reported("MaskOptions")
-    def _check(self) -> None:
+        """Check the values."""
         _inputs.check_choice("padding_mode", self.padding_mode, PADDING_MODES)
         _inputs.check_choice("target_mode", self.target_mode, TARGET_MODES)
         _inputs.check_choice("dice", self.dice, DICE_KINDS)

@@ -20,7 +20,7 @@ from maskloss._abi import (
     THREEFRY_ROTATIONS,
 )
 from maskloss._numbers import check_integer, check_number, is_float
-from maskloss.errors import Cause, check_device, check_layout, describe, reported
+from maskloss.errors import Cause, check_device, check_layout, describe, reported_init
 
 # Up to here row numbers follow from 32-bit integers on every backend, and rounding moves no point by 2^-24.
 MOST_CELLS = 1 << 20
@@ -28,6 +28,7 @@ MOST_CELLS = 1 << 20
 _MASK = 0xFFFFFFFF
 
 
+@reported_init
 @dataclass(frozen=True)
 class PointSampling:
     """How the points of an instance are drawn: the most uncertain of many candidates, and uniform ones.
@@ -68,16 +69,17 @@ class PointSampling:
     layout: str = "independent"
 
     def __post_init__(self) -> None:
-        self._check()
-
-    @reported("PointSampling")
-    def _check(self) -> None:
+        """Check the values, and keep plain numbers."""
         hint = "take at least one point per instance; 12544 is usual"
         object.__setattr__(self, "num_points", check_integer("num_points", self.num_points, 1, hint=hint))
         hint = "there must be enough candidates to choose from; 3.0 is usual"
-        check_number("oversample_ratio", self.oversample_ratio, 1, hint=hint)
+        object.__setattr__(
+            self, "oversample_ratio", check_number("oversample_ratio", self.oversample_ratio, 1, hint=hint)
+        )
         hint = "it is the share of uncertain points; 0.75 is usual, 0 draws all points uniformly"
-        check_number("importance_ratio", self.importance_ratio, 0, 1, hint=hint)
+        object.__setattr__(
+            self, "importance_ratio", check_number("importance_ratio", self.importance_ratio, 0, 1, hint=hint)
+        )
         if not isinstance(self.layout, str) or self.layout not in LAYOUTS:
             raise Cause(
                 f"layout must be one of {', '.join(LAYOUTS)}",

@@ -18,6 +18,7 @@ from torch import nn
 
 from maskloss import MaskLossError, MaskTargets, PointSampling, distributed, ops
 from maskloss._abi import Draw, Job
+from maskloss.integrations import _targets
 from maskloss.integrations import transformers as transformers_integration
 from maskloss.integrations.transformers import patch, unpatch
 from maskloss.integrations.transformers.families import FAMILIES
@@ -193,6 +194,19 @@ def test_copies_and_pickles_of_a_patched_model_are_patched(family: str) -> None:
         assert is_patched(again)
         loss, _ = tiny.run(again, family, batch)
         assert loss.isfinite().all()
+
+
+def test_what_is_no_module_is_told() -> None:
+    with pytest.raises(MaskLossError, match=r"must be a torch\.nn\.Module[\s\S]*patch\(\) changes all"):
+        patch(nn.Linear)  # type: ignore[arg-type]
+    with pytest.raises(MaskLossError, match=r"must be a torch\.nn\.Module[\s\S]*give its model"):
+        unpatch(None)  # type: ignore[arg-type]
+
+
+def test_a_label_map_alone_has_all_that_occur() -> None:
+    labels = torch.randint(0, 4, (9, 12), dtype=torch.uint8)
+    found, wanted = (_targets.pack_masks([each], torch.device("cpu")) for each in (labels, (labels, [1, 2, 3])))
+    assert torch.equal(found.dense(), wanted.dense())
 
 
 def test_checkpoints_load_both_ways() -> None:

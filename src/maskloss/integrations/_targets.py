@@ -48,6 +48,12 @@ def begin(
         rules = replace(rules, no_object_label="error")
     elif rules.no_object_label == "warn":
         _warn_of_no_object(labels, no_object)
+    if len(labels) != len(packed):
+        raise Cause(
+            "masks and labels must have the same number of images",
+            f"{len(packed)} of masks, {len(labels)} of labels",
+            "give an entry for every image; an image without targets has []",
+        )
     device = packed.device
     moved = [each.to(device, non_blocking=True) if isinstance(each, Tensor) else each for each in labels]
     return Step.begin(joined(packed, moved, has_mask or [None] * len(packed)), predictions, rules)
@@ -69,7 +75,8 @@ def begin_entries(
 
 def _warn_of_no_object(labels: Sequence[Any], no_object: int) -> None:
     """Warn of targets with the label "no object", as far as labels can be looked at without waiting for a device."""
-    seen = [each for each in labels if isinstance(each, Tensor) and each.layout is torch.strided and on_host(each)]
+    seen = [plain(each) for each in labels]
+    seen = [each for each in seen if isinstance(each, Tensor) and each.layout is torch.strided and on_host(each)]
     if any(bool((each == no_object).any()) for each in seen):
         warnings.warn(
             f'maskloss: targets have the label {no_object}, which means "no object": their masks are learned, and '
@@ -94,7 +101,7 @@ def pack_masks(masks: Any, device: torch.device, ignore_value: int | None = None
 
     Args:
         masks: `MaskTargets` of the batch, or one entry per image: a dense `[T, H, W]`, a `MaskTargets`, or a pair of a
-            label map `[H, W]` and its ids. None and `[0]` are an image without targets.
+            label map `[H, W]` and its ids, or a label map alone. None and `[0]` are an image without targets.
         device: of the predictions.
         ignore_value: the value of void pixels.
 
@@ -106,13 +113,6 @@ def pack_masks(masks: Any, device: torch.device, ignore_value: int | None = None
     if isinstance(masks, (str, bytes, Mapping)) or not hasattr(masks, "__iter__"):
         raise Cause("masks must have one entry per image", f"got {describe(masks)}", "give a list, or a MaskTargets")
     pairs = [each if isinstance(each, tuple) and len(each) == 2 else (each, None) for each in masks]
-    for entry, ids in pairs:
-        if ids is None and getattr(entry, "ndim", 3) == 2:
-            raise Cause(
-                "the masks of an image must be [T, H, W], a MaskTargets, or a pair (label map, ids)",
-                f"got {describe(entry)}",
-                "masks[None] is a single mask; MaskTargets.from_label_map takes a map alone",
-            )
     return pack_entries(Columns([each for each, _ in pairs], [ids for _, ids in pairs], [], []), device, ignore_value)
 
 

@@ -283,6 +283,13 @@ class SetCriterion(nn.Module):
                 "give both the same classification",
             )
         self.num_classes, self.matcher, self.weight_dict, self.eos_coef = num_classes, matcher, weight_dict, eos_coef
+        if not callable(matcher) or isinstance(matcher, core.HungarianMatcher):
+            hint = "HungarianMatcher of this module takes the weights as cost_class, cost_mask, cost_dice"
+            raise Cause("matcher must be called with outputs and targets", f"got {type(matcher).__name__}", hint)
+        if not isinstance(weight_dict, Mapping):
+            raise Cause(
+                "weight_dict must be a dict", f"got {describe(weight_dict)}", "{} if losses are weighted elsewhere"
+            )
         self.losses, self.classification, self.extra_loss = list(losses), classification, extra_loss
         if not isinstance(video, bool):
             raise Cause("video must be True or False", f"video={video!r}", "True for clips, False for images")
@@ -293,7 +300,7 @@ class SetCriterion(nn.Module):
             self.rules.check_matcher(matcher.core.rules)
         self._warned = False
         weights = torch.ones(num_classes + 1)
-        weights[-1] = eos_coef
+        weights[-1] = float(eos_coef)
         self.register_buffer("empty_weight", weights)
         sampling = PointSampling(num_points, oversample_ratio, importance_sample_ratio, layout)
         self.mask_loss = MaskLoss(sampling=sampling, options=group)
@@ -487,7 +494,7 @@ def check_losses(name: str, losses: Sequence[str]) -> None:
         raise Cause(
             f"{name} must be a list of {', '.join(LOSSES)}",
             f"got {describe(losses)}",
-            "compute others next to this criterion",
+            "extra_loss= takes a function that computes others",
         )
 
 
@@ -525,7 +532,8 @@ def _entry(outputs: Outputs, name: str, layer: int = 0) -> Tensor:
     found = _checked(outputs).get(name)
     if not isinstance(found, Tensor) or found.ndim < 3:
         where = f"entry {layer - 1} of the other layers has" if layer else "those of the final layer have"
-        raise Cause(f'outputs must have "{name}"', f"{where} {', '.join(map(str, outputs))}", "give it in every layer")
+        hint = "give it in every layer" if name != "pred_masks" or layer else "only other layers may come without masks"
+        raise Cause(f'outputs must have "{name}"', f"{where} {', '.join(map(str, outputs))}", hint)
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss._abi import IMAGE, INDEX_COLUMNS, LARGEST_COST, LAYER, QUERY, TARGET, price_of_broken
-from maskloss.errors import Cause
+from maskloss._numbers import label_cause
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,11 +76,8 @@ def check_labels(labels: NDArray[Any], num_classes: int) -> None:
     """Raise if labels are outside [0, num_classes)."""
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if wrong.size:
-        raise Cause(
-            f"labels must lie in [0, {num_classes})",
-            f"{wrong.size} of {labels.size} labels do not, the first is {int(wrong[0])}",
-            "labels start at 0: subtract 1 from those that count from 1",
-        )
+        first = int(wrong[0])
+        raise label_cause(num_classes, f"{wrong.size} of {labels.size} labels do not, the first is {first}", first)
 
 
 def _to_host(cost: Tensor, labels: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -64,7 +64,7 @@ def _run_length(api: Any, segmentation: Any, target: int, height: int, width: in
             f"segmentation {target} is {type(segmentation).__name__}",
             'use {"size": [height, width], "counts": ...} or [[x0, y0, x1, y1, x2, y2, ...], ...]',
         )
-    segmentation = [listed(polygon) for polygon in segmentation]
+    segmentation = [listed(p.reshape(-1) if getattr(p, "shape", ())[1:] == (2,) else p) for p in segmentation]
     for polygon in segmentation:
         if not isinstance(polygon, Sequence) or isinstance(polygon, (str, bytes)):
             raise Cause(

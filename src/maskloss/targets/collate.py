@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskloss._numbers import is_float
+from maskloss._numbers import is_float, label_cause
 from maskloss._tracing import on_host, plain
 from maskloss.errors import Cause, check_layout, describe
 from maskloss.targets.frames import Size
@@ -59,8 +59,8 @@ def read(targets: Any, label: str | None = "labels") -> Columns:
     Args:
         targets: per image `{"masks": ..., "labels": int64 [T]}`. "masks" is a dense `[T, H, W]`, a `MaskTargets` of
             that image, or an integer label map `[H, W]`, with its "ids" or with all that occur but 0. "has_mask", bool
-            `[T]`, is False for targets without a mask; with "boxes" and no "masks" none has one. Other keys are left
-            alone: data sets carry more than a loss needs.
+            `[T]`, is False for targets without a mask; with "boxes" and no "masks", or None and False, none has one.
+            Other keys are left alone: data sets carry more than a loss needs.
         label: the name of the labels; None: there need not be any, but masks.
     """
     names = '"masks"' if label is None else f'"masks" and "{label}"'
@@ -75,7 +75,7 @@ def read(targets: Any, label: str | None = "labels") -> Columns:
     labels = [] if label is None else [entry[label] for entry in targets]
     masks, has_mask = [entry.get("masks") for entry in targets], [entry.get("has_mask") for entry in targets]
     for image, (given, entry) in enumerate(zip(labels, targets, strict=label is not None)):
-        if masks[image] is None and "boxes" in entry and given is not None and len(given):
+        if masks[image] is None and given is not None and len(given) and ("boxes" in entry or _none(has_mask[image])):
             device = given.device if isinstance(given, Tensor) else "cpu"
             masks[image] = torch.zeros(len(given), 1, 1, dtype=torch.bool, device=device)
             has_mask[image] = False
@@ -98,12 +98,10 @@ def joined_flags(has_mask: Sequence[Any], packed: MaskTargets) -> Tensor | None:
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Raise if labels `[T_all]` lie outside the classes, where that needs no wait for a device."""
-    if on_host(labels) and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise Cause(
-            f"labels must lie in [0, {num_classes})",
-            f"they reach from {int(labels.min())} to {int(labels.max())}",
-            "labels start at 0: subtract 1 from those that count from 1",
-        )
+    if on_host(labels) and labels.numel():
+        low, high = (int(each) for each in labels.aminmax())
+        if not 0 <= low <= high < num_classes:
+            raise label_cause(num_classes, f"they reach from {low} to {high}", low if low < 0 else high)
 
 
 def joined_weights(weights: Tensor | Sequence[Tensor], targets: MaskTargets) -> Tensor:
@@ -206,6 +204,12 @@ def _kind(masks: Any, image: int) -> str:
     return "map" if masks is not None and masks.ndim == 2 else "dense"
 
 
+def _none(flags: Any) -> bool:
+    """Whether an entry says that none of its targets has a mask."""
+    found = plain(flags)
+    return isinstance(found, Tensor) and found.dtype == torch.bool and on_host(found) and not bool(found.any())
+
+
 def _flags(given: Any, count: int, device: torch.device) -> Tensor:
     """Convert what an entry says of its targets' masks: bool `[T]`."""
     single = given is None or isinstance(given, (bool, np.bool_))
@@ -221,6 +225,14 @@ def _flags(given: Any, count: int, device: torch.device) -> Tensor:
     return flags.to(device)
 
 
+def _label_hint(labels: Any) -> str:
+    """Say how to make labels of what is none."""
+    if isinstance(labels, Tensor) and labels.ndim == 2:
+        return "labels[:, 0] has no second dimension" if labels.shape[1] == 1 else "labels.argmax(1) if it is one-hot"
+    fits = isinstance(labels, Tensor) and labels.ndim == 1
+    return "labels.long() converts" if fits else "give one class for each mask"
+
+
 def _labels(given: Any, count: int, where: str, device: torch.device) -> Tensor:
     check_layout("labels", given)
     labels = plain(given)
@@ -231,7 +243,7 @@ def _labels(given: Any, count: int, where: str, device: torch.device) -> Tensor:
         raise Cause(
             "labels must be an integer tensor [T]",
             f"those of {where} are {describe(given)}",
-            "give one class per mask",
+            f"{_label_hint(labels)}",
         )
     if labels.device != device and isinstance(given, Tensor):
         raise Cause(
@@ -243,6 +255,6 @@ def _labels(given: Any, count: int, where: str, device: torch.device) -> Tensor:
         raise Cause(
             "masks and labels must pair up",
             f"{where} has {count} masks but {len(labels)} labels",
-            "give one label for each mask",
+            'give one label for each mask; "has_mask" [T] says which of T masks count',
         )
     return labels.to(device)

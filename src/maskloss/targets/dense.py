@@ -58,7 +58,9 @@ def check_masks(masks: Any, device: torch.device) -> Tensor:
         raise Cause(
             "masks must be a tensor or an array [T, H, W]",
             f"got {describe(given)}",
-            "masks[:, 0] has no channel" if single else "a single mask is masks[None]; label maps need their ids",
+            "masks[:, 0] has no channel"
+            if single
+            else "a single mask is masks[None], a list of single ones torch.stack(masks)",
         )
     if masks.is_complex() or (masks.is_floating_point() and not is_float(masks)):
         raise Cause("masks must be bool, integer or float", f"got {masks.dtype}", "masks.bool() converts")

@@ -79,8 +79,14 @@ def _ranks(values: NDArray[Any], wanted: NDArray[np.int64]) -> NDArray[np.int32]
 
 def present_ids(labels: Tensor, ignore_value: int | None) -> list[int]:
     """List the ids that occur in a label map, but for 0 and the value of void pixels."""
-    found: list[int] = labels.unique().tolist()
-    return [number for number in found if number not in (0, ignore_value)]
+    found = [number for number in labels.unique().tolist() if number not in (0, ignore_value)]
+    if found and found[0] < 0:
+        raise Cause(
+            "a label map without ids must not have negative values",
+            f"{found[0]} occurs",
+            f"list the ids of the targets, or ignore_value={found[0]} for void pixels",
+        )
+    return found
 
 
 def check_label_map(labels: Any) -> Tensor:

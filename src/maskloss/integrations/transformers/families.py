@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from maskloss.errors import Cause
+from maskloss.errors import Cause, describe
 from maskloss.integrations.transformers.forward_pass import hand_over_factors, is_watched, leave_alone, watch
 from maskloss.integrations.transformers.rf_detr import rf_detr_loss
 from maskloss.integrations.transformers.universal import (
@@ -167,11 +167,18 @@ def supported() -> str:
     return ", ".join(f"{family.name} ({family.model})" for family in FAMILIES)
 
 
-def find(module: nn.Module) -> list[tuple[Family, nn.Module]]:
+def find(module: Any) -> list[tuple[Family, nn.Module]]:
     """Find the models of all families in a module, however it is wrapped (DDP, Lightning, adapters).
 
     Criteria of these families that belong to no such model are found as well.
     """
+    if not isinstance(module, nn.Module):
+        built = isinstance(module, type) and issubclass(module, nn.Module)
+        raise Cause(
+            "the model must be a torch.nn.Module",
+            f"got {describe(module)}",
+            "patch() changes all that are built from now on" if built else "of a trainer, give its model",
+        )
     found = [(family, each) for each in module.modules() for family in FAMILIES if family.covers(each)]
     owned = {id(_criterion_of(model)) for _, model in found}
     found += [
