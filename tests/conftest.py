@@ -11,6 +11,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib import import_module
@@ -29,7 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One for each of several processes that run the tests side by side. Tests of threads set their number.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 # `make test` tries fewer examples of each property than `make slow` (--hypothesis-profile=thorough), always the same.
 settings.register_profile("quick", max_examples=100, deadline=None, derandomize=True)
@@ -37,11 +38,24 @@ settings.register_profile("thorough", max_examples=500, deadline=None, derandomi
 settings.load_profile("quick")
 
 
-@pytest.fixture(autouse=True)
-def _fixed_seeds() -> None:
+def seed_all() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (libraries under test draw from the global generator)
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Let tests begin alike, whatever ran before, and what several of them share, which the first of them makes."""
+    seed_all()
+    torch.set_num_threads(THREADS)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    seed_all()
 
 
 @pytest.fixture(params=["reference", "cpu"])

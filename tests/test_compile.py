@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,12 +13,6 @@ from maskloss import MaskLoss, MaskLossError, MaskTargets, Matches
 from support.steps import FEW, criterion, entries, gradients, predictions
 
 Step = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _forget_graphs() -> Iterator[None]:
-    yield
-    torch.compiler.reset()
 
 
 def compiled(step: Step) -> Step:

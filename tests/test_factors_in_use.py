@@ -194,10 +194,7 @@ def test_one_graph(mixed: bool) -> None:
         return loss(logits, [*layers, *[dense] * mixed], targets, seed=seed)
 
     expected = step(embeddings, features, torch.tensor(3))
-    try:
-        out = torch.compile(step, fullgraph=True, backend="aot_eager")(embeddings, features, torch.tensor(3))
-    finally:
-        torch.compiler.reset()
+    out = torch.compile(step, fullgraph=True, backend="aot_eager")(embeddings, features, torch.tensor(3))
     assert torch.equal(out.matches.index, expected.matches.index)
     torch.testing.assert_close(out.total, expected.total)
     for each, other in zip(
@@ -280,18 +277,15 @@ def test_threads_do_not_change_the_kernels() -> None:
     number = torch.arange(6)
     index = torch.stack([number * 0, number // 3, number, number % 3], 1)
     job = Job(group(targets), Draw(torch.arange(2), torch.tensor(3), 60, 180, 45), Term())
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            instances = Instances([planes[None].expand(2, -1, -1, -1)], index, [6])
-            ce, dice, saved = cpu.mask_loss(instances, job, keep=True)
-            grads = torch.full_like(planes, float("nan"))
-            written = Instances([grads[None].expand(2, -1, -1, -1)], index, [6])
-            cpu.plane_gradients(Gradients(ce, dice), saved, written, job)
-            results.append((ce, dice, *saved, grads))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        instances = Instances([planes[None].expand(2, -1, -1, -1)], index, [6])
+        ce, dice, saved = cpu.mask_loss(instances, job, keep=True)
+        grads = torch.full_like(planes, float("nan"))
+        written = Instances([grads[None].expand(2, -1, -1, -1)], index, [6])
+        cpu.plane_gradients(Gradients(ce, dice), saved, written, job)
+        results.append((ce, dice, *saved, grads))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 

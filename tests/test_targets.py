@@ -224,10 +224,10 @@ class TestCoco:
 
     def test_counts_without_an_end(self) -> None:
         """Half a million characters of one number: quadratic time for whoever adds them up."""
-        begin = time.perf_counter()
+        begin = time.thread_time()  # whatever else the machine does
         with pytest.raises(MaskLossError, match="compressed counts must be"):
             MaskTargets.from_coco([{"size": [2, 2], "counts": "o" * 500_000}], 2, 2)
-        assert time.perf_counter() - begin < 1
+        assert time.thread_time() - begin < 1
 
     @staticmethod
     def api() -> Any:

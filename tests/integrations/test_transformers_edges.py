@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,12 +170,13 @@ def test_masks_beyond_zero_and_one_are_refused() -> None:
 # ------------------------------------------------------------------------------------------------------- two ranks
 
 
-def _rank(rank: int, port: int, queue: Any) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true", "MASKLOSS_BACKEND": "reference"}
+def _rank(rank: int, folder: str, queue: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASKLOSS_BACKEND": "reference"}
     torch.set_num_threads(1)
     from accelerate import PartialState
 
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     PartialState(cpu=True, backend="gloo")
     torch.manual_seed(0)
     model, masks = tiny.build("mask2former"), tiny.blobs((2, 4) if rank == 0 else (1, 4), seed=rank)
@@ -195,15 +196,12 @@ def _rank(rank: int, port: int, queue: Any) -> None:
 
 
 @pytest.mark.slow
-def test_masks_are_counted_over_all_ranks() -> None:
+def test_masks_are_counted_over_all_ranks(tmp_path: Path) -> None:
     """11 masks on 2 ranks are 5.5 for each. Transformers averages over the ranks and divides by them again: 2.75."""
     pytest.importorskip("accelerate")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
-    mp.spawn(_rank, args=(port, queue), nprocs=2)  # type: ignore[no-untyped-call]
+    mp.spawn(_rank, args=(str(tmp_path), queue), nprocs=2)  # type: ignore[no-untyped-call]
     found = sorted(queue.get() for _ in range(2))
     assert [theirs for _, theirs, _ in found] == [2.75, 2.75]
     assert [ours for *_, ours in found] == pytest.approx([5.5, 5.5])

@@ -155,7 +155,7 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path, every_step_is_logge
 
 
 class StopTwice(Stop):
-    """Sends a signal twice, as a terminal that closes and torchrun do."""
+    """Sends a signal twice at once, as a terminal that closes and torchrun do."""
 
     def __call__(self, progress) -> None:
         super().__call__(progress)
@@ -163,7 +163,8 @@ class StopTwice(Stop):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_comes_twice_at_once_leaves_a_checkpoint(tmp_path, every_step_is_logged, number):
+def test_a_signal_that_comes_twice_at_once_leaves_a_checkpoint(tmp_path, every_step_is_logged, monkeypatch, number):
+    monkeypatch.setattr(signals, "AGAIN", 3600.0)  # however slow the machine
     with pytest.raises(Interrupted, match="stopped at step 2 of 6"):
         train(TrainConfig(**SHORT), tmp_path, quiet(step=StopTwice(2, number)))
 
@@ -610,6 +611,8 @@ class ToReader:
         if progress.step == self.at:
             for child in multiprocessing.active_children():
                 os.kill(child.pid, self.number)
+                if self.number == signal.SIGKILL:
+                    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # no step is taken before it is dead
 
 
 @pytest.mark.parametrize("at", [1, 3])
@@ -621,9 +624,14 @@ def test_a_killed_reader_ends_a_run_with_one_sentence(cells, tmp_path, every_ste
 
 
 def test_a_stopped_reader_is_not_waited_for_for_ever(cells, tmp_path, every_step_is_logged, monkeypatch):
-    monkeypatch.setattr(scenes, "PATIENCE", -1)  # and a second for each of the four images
+
+    def stop(progress) -> None:
+        ToReader(3, signal.SIGSTOP)(progress)
+        if progress.step == 3:
+            monkeypatch.setattr(scenes, "PATIENCE", -1)  # and a second for each of the four images
+
     with pytest.raises(MaskLossError, match=r"must keep all of its processes[\s\S]*read.* images ha[\s\S]*--resume"):
-        train(readers(cells), tmp_path / "run", quiet(step=ToReader(3, signal.SIGSTOP)))
+        train(readers(cells), tmp_path / "run", quiet(step=stop))
     assert not multiprocessing.active_children()
 
 

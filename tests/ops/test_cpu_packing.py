@@ -22,12 +22,12 @@ from support.encodings_of_masks import SIZES, some_masks
 from support.examples import number
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _on_several_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_threads, "FEW_PIXELS", 0)
         yield
-    torch.set_num_threads(2)
 
 
 def on_path(backend: str | None, call: Callable[[], Any]) -> Any:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,12 +38,12 @@ torch.set_num_threads(3)
 large = torch.ones(1 << 20)
 large.exp()
 tasks = set(os.listdir("/proc/self/task"))
+threads.prepare = lambda *_: None  # which would start a thread, to compile the kernel
 barrier, seen = threading.Barrier(3), set()
 
 def meet(counter, items, *scratch):
-    if items:
-        barrier.wait(timeout=60)
-        seen.add(str(threading.get_native_id()))
+    barrier.wait(timeout=200)
+    seen.add(str(threading.get_native_id()))
 
 threads.launch(meet, 3, (np.float32, np.float32), (0, 0, 0), ())
 assert len(seen) == 3, seen
@@ -55,10 +54,8 @@ assert set(os.listdir("/proc/self/task")) == tasks
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_threads, "FEW_PIXELS", 0)  # masks are packed on several threads, however few
-        yield
+def _two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_threads, "FEW_PIXELS", 0)  # masks are packed on several threads, however few
     torch.set_num_threads(2)
 
 
@@ -284,6 +281,7 @@ def test_no_exception_of_a_signal_is_lost(threads_of: str) -> None:
                 caught += 1
     finally:
         gc.enable()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert caught == raised
     assert args[-1][:, 0].tolist() == sorted([*range(8)] * 3)
@@ -296,7 +294,7 @@ def test_two_exceptions_are_both_told(threads_of: str) -> None:
 
     def broken(counter: Any, items: int, *scratch: Any) -> None:
         if items:
-            barrier.wait(timeout=60)
+            barrier.wait(timeout=200)
             raise kinds.pop()
 
     with pytest.raises(KeyboardInterrupt, match="now") as raised:
@@ -322,7 +320,7 @@ def test_other_unraisable_exceptions_go_where_they_went(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(sys, "unraisablehook", hook)
     cpu_threads.launch(drop, 2, (np.float32, np.float32), (0, 0, 0), ())
-    assert set(told) == {"ValueError('on the way out')"}
+    assert "ValueError('on the way out')" in told
     assert sys.unraisablehook is hook
 
 

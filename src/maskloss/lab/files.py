@@ -200,8 +200,10 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The file may have been removed by whoever held it, after it was opened here.
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            if os.path.samestat(os.fstat(handle), path.stat()):
                 break
+        except FileNotFoundError:
+            pass
         except OSError as error:
             os.close(handle)
             if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:

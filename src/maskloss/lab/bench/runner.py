@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import TracebackType
@@ -105,7 +105,8 @@ class Process:
         if error is not None:
             self.child.kill()
         else:
-            self.child.stdin.close()
+            with suppress(BrokenPipeError):  # what a worker that has died did not read
+                self.child.stdin.close()
         self.child.wait()
         self.child.stdout.close()
         self.log.close()

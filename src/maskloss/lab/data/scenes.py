@@ -255,6 +255,7 @@ def batches(source: Source, plan: Sharing, seed: int, steps: range, workers: int
             # One that is stopped, or reads from a disk that does not answer: the command would wait for it at its end.
             if child.is_alive():
                 child.kill()
+                child.join(1)
 
 
 def _next(loaded: Iterator[Batch | Trouble], workers: Sequence[BaseProcess], images: int) -> Batch | Trouble:
