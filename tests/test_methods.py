@@ -268,7 +268,10 @@ def test_every_sentence_is_said_by_something():
         replace(base, training=replace(TRAINING, crop=96, augmentation=each))
         for each in (None, Augmentation(1, 2, True))
     ]
-    everything += [replace(base, clips=ClipOptions(frames="present", divide_by="frames"))]
+    everything += [replace(base, clips=ClipOptions(frames=each, divide_by="frames")) for each in ("all", "present")]
+    assert base.matching is not None
+    everything += [replace(base, divisor="targets", matching=replace(base.matching, groups=13))]
+    everything += [settings_of(MaskCriterion(1))]
     everything += [replace(base, clips=ClipOptions(unit=unit)) for unit in ("clip", "volume")]
     everything += [replace(base, training=replace(TRAINING, backbone_share=0.0))]
     stratified = PointSampling(layout="stratified")
@@ -478,6 +481,38 @@ def test_the_matcher_inherits_what_the_criterion_is_given():
     assert settings.matching is not None
     assert (settings.matching.dice_weight, settings.matching.class_weight) == (2.0, 9.0)
     assert settings.matching.points.count == 300
+
+
+def test_every_option_has_a_name_that_can_be_typed():
+    known = set(sources.option_names()) | set(sources.matcher_options())
+    assert known >= {name for subject, name in public_options() if subject != "loss"} - {"clips"}
+    assert known >= {field.name for field in fields(ClipOptions)} and "kwargs" not in known
+
+
+def test_groups_of_options_are_given_whole_or_one_by_one():
+    by_name = {"num_points": 300, "layout": "stratified", "padding_mode": "border", "dice": "soft", "frames": "present"}
+    grouped = {
+        "sampling": {"num_points": 300, "layout": "stratified"},
+        "options": {"padding_mode": "border", "dice": "soft"},
+        "clips": {"frames": "present"},
+    }
+    group, clips = MaskOptions(padding_mode="border", dice="soft"), ClipOptions(frames="present")
+    matcher = HungarianMatcher(num_points=300, layout="stratified", options=group, clips=clips, dice_weight=9.0)
+    criterion = MaskCriterion(
+        7, sampling=PointSampling(300, layout="stratified"), options=group, clips=clips, matcher=matcher
+    )
+    for options in (by_name, grouped):
+        given = {**options, "num_classes": 7, "matcher": {"dice_weight": 9.0}}
+        assert sources.settings_from(given) == settings_of(criterion)
+
+
+def test_equations_are_those_of_the_unit_and_of_the_padding():
+    volume = methods.describe(MaskLoss(clips=ClipOptions(unit="volume")), formulas="all")
+    assert "(x, y, q) ∈ [0, 1]³" in volume and "s = q d − 1/2" in volume and "max(0, 1 − |s − k|)" in volume
+    border = methods.describe(MaskLoss(padding_mode="border"), formulas="all")
+    assert "u = min(max(x w − 1/2, 0), w − 1)" in border
+    frames = methods.describe(MaskLoss(clips=ClipOptions()))
+    assert "Σ_nf 1/P Σ_p" in frames and "summed over instances and frames" in frames
 
 
 # Damaged and handwritten files: what they hold, and what the message says.

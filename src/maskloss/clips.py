@@ -32,7 +32,7 @@ class ClipOptions:
 
     Args:
         unit: "frame" (default), "clip" or "volume". The last two are computed by the backends "reference" and "cpu".
-        frames: "all" (default): where an instance is away, its mask has to be empty; or "present": only the frames
+        frames: "all" (default): where an instance is absent, its mask has to be empty; or "present": only the frames
             that it is in count (`MaskTargets.present`), for the unit "frame".
         divide_by: the sums over instances and frames are divided by the number of "instances" (default), or of the
             "frames" that count, of all instances, for the unit "frame".

@@ -129,7 +129,7 @@ class MaskCriterion(nn.Module):
             masks, which are learned, and their queries have no classification. Default None.
         drop_empty: a target whose mask is empty, after a crop for instance, counts as one without a mask: it is matched
             by its class alone and has no mask terms. Default False: an empty mask is learned, as in Mask2Former.
-        options: how points are read, focal loss of the masks and backend, as a group; `MaskOptions` says what there is.
+        options: how points are read, the focal loss of the masks and the backend, as one `MaskOptions`.
         kwargs: the same options one by one.
 
     Raises:

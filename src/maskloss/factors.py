@@ -21,7 +21,7 @@ class MaskFactors:
 
         logits[b, q, y, x] = sum_d embeddings[b, q, d] * features[b, d, y, x] + bias[b, q]
 
-    Pass it wherever `mask_logits` are taken. The loss then samples the *features* at the matcher's points (bilinear
+    Pass it wherever `mask_logits` are accepted. The loss then samples the *features* at the matcher's points (bilinear
     sampling and the product commute), forms the planes of matched queries only, a few at a time, and drops each when
     its loss is known. Values and gradients are those of `dense()`, up to the rounding of a matrix product; no tensor of
     B * Q * h * w elements is made, forward or backward. Two cases form it with `dense()`: the backend "reference", and

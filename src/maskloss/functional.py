@@ -250,8 +250,8 @@ def mask_dice(z: Tensor, t: Tensor, w: Tensor | None = None, *, dice: str = "sta
 
         1 - (2 sum_p w s(z) t + 1) / (sum_p w s(z) + sum_p w t + 1)
 
-    It is not smallest at s = t where t is between 0 and 1. Two other kinds are: "soft" has s^2 and t^2 in the
-    denominator, "semimetric" has min(s, t) in place of s t, which is the same where t is 0 or 1.
+    Where t is between 0 and 1, its minimum is not at s = t. Two other kinds have it there: "soft" has s^2 and t^2 in
+    the denominator, "semimetric" has min(s, t) in place of s t, which is the same where t is 0 or 1.
 
     Args:
         z: logits `[..., P]`, float.

@@ -110,7 +110,7 @@ class MaskLoss(nn.Module):
         sampling: numbers and layout of points. Default `PointSampling()`: 12544, of 3 times as many candidates, 75%
             uncertain, independent.
         clips: what the terms of clips and volumes are made of. Default `ClipOptions()`.
-        options: how points are read, focal loss and backend, as a group; `MaskOptions` says what there is.
+        options: how points are read, the focal loss and the backend, as one `MaskOptions`.
         kwargs: the same options one by one.
 
     Raises:

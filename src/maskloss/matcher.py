@@ -49,7 +49,7 @@ class HungarianMatcher(nn.Module):
         classification: "softmax" (default), or "focal": the class logits have no "no object", and the class term is
             `functional.focal_class_cost`.
         clips: how clips and volumes are matched, by its `unit`. Default `ClipOptions()`.
-        options: how points are read, focal cost and backend, as a group; `MaskOptions` says what there is.
+        options: how points are read, the focal cost and the backend, as one `MaskOptions`.
         kwargs: the same options one by one; and `ignore_value`, `ignore_label` and `drop_empty`, as in
             `MaskCriterion`, whose own hold where it calls the matcher.
 

@@ -267,7 +267,7 @@ class Strata(NamedTuple):
         point in it    = ((i - f_r + u) / n_r, (f_r + v n_r) / K),  u and v uniform in [0, 1)
 
     Every cell has the area 1 / K, whatever K is. S depends on K alone, not on the shape of the window, so that all
-    images of a batch share the cells: oblong cells cost a few per cent in standard deviation, not more.
+    images of a batch share the cells: oblong cells raise the standard deviation by a few percent only.
 
     u and v have 16 bits. Both quotients have a whole number below n 2^16 above n 2^16, and are rounded down to the grid
     of 2^-24 by a product with an inverse, in whole numbers below 2^63, so that every device finds the same:

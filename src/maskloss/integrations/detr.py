@@ -66,7 +66,7 @@ class HungarianMatcher(nn.Module):
         cost_giou: weight of the boxes' GIoU. Default 0.
         layout: "independent" (default) or "stratified" (see `PointSampling`).
         classification: "softmax" (default) or "focal" (see `maskloss.HungarianMatcher`).
-        options: how points are read, focal cost and backend, as a group; `MaskOptions` says what there is.
+        options: how points are read, the focal cost and the backend, as one `MaskOptions`.
         kwargs: the same options one by one; and `ignore_value`, `ignore_label` and `drop_empty`, as in
             `maskloss.MaskCriterion`, whose own hold where a criterion calls the matcher.
 
@@ -213,13 +213,13 @@ class SetCriterion(nn.Module):
             with alpha 0.25 and gamma 2, summed over queries and classes and divided by the number of instances.
         layout: see `PointSampling`.
         video: for clips, as in Mask2Former's own code for video: "pred_masks" `[B, Q, T, h, w]` and "masks"
-            `[N, T, H, W]`. All frames count, also where an instance is away, and the sums are divided by the number
+            `[N, T, H, W]`. All frames count, even where an instance is absent, and the sums are divided by the number
             of instances. Default False: images.
         extra_loss: more losses of the final layer, as DETR's methods compute them: called with (outputs, targets,
             indices, num_boxes), it returns a dict of losses. Default None.
         no_object_label: "warn" (default) says once that targets have the label C, where labels are on a CPU; "allow"
             does not; with "error" such a label is rejected.
-        options: how points are read, focal loss of the masks and backend, as a group; `MaskOptions` says what there is.
+        options: how points are read, the focal loss of the masks and the backend, as one `MaskOptions`.
         kwargs: the same options one by one; and `ignore_value`, `ignore_label` and `drop_empty`, as in
             `maskloss.MaskCriterion`. Sums are divided by the number of all targets, with a mask or not, as in the code
             bases.

@@ -57,7 +57,7 @@ class LayerMasks:
             of the number in `sampling`; RF-DETR has 16. Default None.
         ignore_value: the value of void pixels in masks (see `MaskTargets.from_masks`). Default None.
         drop_empty: a target whose mask is empty has no mask terms. Default False.
-        options: how points are read, focal loss and backend, as a group; `MaskOptions` says what there is.
+        options: how points are read, the focal loss and the backend, as one `MaskOptions`.
         kwargs: the same options one by one.
 
     Raises:

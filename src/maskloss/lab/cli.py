@@ -26,13 +26,13 @@ COMMANDS = {
     "show": "draw what the loss looks at",
     "methods": "write the paragraph for the paper",
     "bench": "measure time and memory of a training step",
-    "doctor": "check this installation; what a bug report should hold",
+    "doctor": "check this installation, for bug reports too",
 }
 EXAMPLES = """\
 examples:
   maskloss train                                  handwritten digits, two minutes on two cores
-  maskloss check photos                           your own images, before anything is trained on
-  maskloss train --data photos                    and then, see maskloss train --help
+  maskloss check photos                           look at your own images before training
+  maskloss train --data photos                    train on them; see maskloss train --help
   maskloss evaluate runs/2026-01-31_12-00-00      score a trained model
   maskloss predict runs/2026-01-31_12-00-00 *.png find instances in images
   maskloss bench                                  time and memory of the losses on this machine

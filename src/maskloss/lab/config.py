@@ -51,10 +51,10 @@ class TrainConfig:
     data: Annotated[str | None, Option("data", "FOLDER", "images with annotations; default: handwritten digits")] = None
     format: Annotated[
         str | None,
-        Option("data", "FORMAT", f"of the data: {', '.join(FORMATS)}; default: recognized", choices=FORMATS),
+        Option("data", "FORMAT", f"format of the data: {', '.join(FORMATS)}; default: recognized", choices=FORMATS),
     ] = None
     annotations: Annotated[
-        str | None, Option("data", "FILE", "the annotations, if the folder holds several; default: recognized")
+        str | None, Option("data", "FILE", "file of annotations, if the folder holds several; default: recognized")
     ] = None
     images: Annotated[
         str | None, Option("data", "FOLDER", "where the images of the annotations lie; default: anywhere in --data")
@@ -80,15 +80,15 @@ class TrainConfig:
     ] = None
     ignore_value: Annotated[
         int | None,
-        Option("data", "N", "number in label maps of what weighs nothing; default: 255 beside classes", 1, 2**31 - 1),
+        Option("data", "N", "value in label maps that is ignored; default: 255 beside classes", 1, 2**31 - 1),
     ] = None
     crowd: Annotated[
         str | None,
         Option(
             "data",
             "WHAT",
-            "what iscrowd 1 means: ignore (a region) or instances; default: ignore, unless all run lengths have it, as "
-            "those of CVAT's brush do",
+            "what iscrowd 1 means: ignore (a region that is ignored) or instances; default: ignore, unless all "
+            "run lengths have it, as CVAT's brush writes them",
             choices=CROWD,
         ),
     ] = None
@@ -97,16 +97,14 @@ class TrainConfig:
         Option(
             "data",
             "HOW",
-            "auto, percentile or range: what is black and what is white; auto takes percentiles for label maps and for "
-            "images of more than 8 bits",
+            "how brightness is scaled: range (of the data type), percentile (1 to 99.8 of each channel) or auto: "
+            "percentile for label maps and for images of more than 8 bits",
             choices=NORMALIZE,
         ),
     ] = "auto"
-    augment: Annotated[
-        bool, Option("data", "", "show training images as they are, not cropped, flipped, recolored")
-    ] = True
+    augment: Annotated[bool, Option("data", "", "no random crops, flips or changes of color")] = True
     on_error: Annotated[
-        str, Option("data", "WHAT", "stop or skip, at a broken image or annotation", choices=ON_ERROR)
+        str, Option("data", "WHAT", "at a broken image or annotation: stop or skip", choices=ON_ERROR)
     ] = "stop"
     crop: Annotated[
         int | None,
@@ -117,8 +115,8 @@ class TrainConfig:
         Option(
             "data",
             "PIXELS",
-            "side of the square that the model sees; default: 64 for digits, what a pretrained model has, or the usual "
-            "side of the images, at most 256",
+            "side of the square that the model sees; default: 64 for digits, that of a pretrained model, or the "
+            "usual side of the images, at most 256",
             16,
             4096,
         ),
@@ -126,7 +124,9 @@ class TrainConfig:
     held_out: Annotated[int, Option("data", "N", "held-out scenes of digits", 1, 100_000)] = 400
     workers: Annotated[
         int | None,
-        Option("data", "N", "processes that read images; default: none for digits, else a core each, up to 4", 0, 256),
+        Option(
+            "data", "N", "processes that read images; default: 0 for digits, else one for each core, up to 4", 0, 256
+        ),
     ] = None
     model: Annotated[
         str,
@@ -144,59 +144,64 @@ class TrainConfig:
         Option(
             "model",
             "KIND",
-            "batch or group, of the compact model; default: batch where a batch is not divided, else group",
+            "normalization of the compact model, batch or group; default: batch, or group where batches are divided",
             choices=("batch", "group"),
         ),
     ] = None
     num_points: Annotated[
         int | None,
-        Option("loss", "N", "points per instance; default: 256, or what a pretrained model has", 1, 1_000_000),
+        Option("loss", "N", "points per instance; default: 256, or those of a pretrained model", 1, 1_000_000),
     ] = None
     layout: Annotated[
         str,
         Option(
             "loss",
             "LAYOUT",
-            "of these points: independent, or stratified: as little noise with a quarter of the points",
+            "how these points are drawn: independent, or stratified, which is less noisy",
             choices=LAYOUTS,
         ),
     ] = PointSampling.layout
     class_weight: Annotated[
         float | None,
-        Option("loss", "WEIGHT", "of the classification; default: 10, or what a pretrained model has", above=0),
+        Option("loss", "WEIGHT", "weight of the classification; default: 10, or that of a pretrained model", above=0),
     ] = None
     no_object_weight: Annotated[
         float | None,
-        Option("loss", "WEIGHT", "of 'no object' in it; default: 0.4, or what a pretrained model has", 0),
+        Option(
+            "loss",
+            "WEIGHT",
+            "weight of 'no object' in the classification; default: 0.4, or that of a pretrained model",
+            0,
+        ),
     ] = None
     balance: Annotated[
         bool,
         Option(
             "loss",
             "",
-            "weigh classes in the classification by 1 / sqrt(n), n their instances to train on; mean: 1",
+            "weigh rare classes more in the classification: by 1 / sqrt(n) for n training instances, with a mean of 1",
         ),
     ] = False
     steps: Annotated[
         int | None, Option("training", "N", f"optimizer steps; default: {STEPS}, unless there are --epochs", 1, _STEPS)
     ] = None
     epochs: Annotated[
-        int | None, Option("training", "N", "times that every training image is shown, instead of --steps", 1, _STEPS)
+        int | None, Option("training", "N", "how often every training image is shown, instead of --steps", 1, _STEPS)
     ] = None
     patience: Annotated[
         int,
         Option(
             "training",
             "N",
-            "evaluations without a higher AP after which training ends before its last step; 0: it does not",
+            "stop after this many evaluations without a higher AP; 0: never",
             0,
             10_000,
         ),
     ] = 0
     batch_size: Annotated[
-        int, Option("training", "N", "images of a step, over all processes and micro-batches", 1, _IMAGES)
+        int, Option("training", "N", "images in a step, over all processes and micro-batches", 1, _IMAGES)
     ] = 16
-    accumulate: Annotated[int, Option("training", "N", "micro-batches of a step", 1, _IMAGES)] = 1
+    accumulate: Annotated[int, Option("training", "N", "micro-batches in a step", 1, _IMAGES)] = 1
     lr: Annotated[
         float | None,
         Option("training", "RATE", "highest learning rate; default: 0.003, or 0.0001 for a pretrained model", above=0),
@@ -206,23 +211,32 @@ class TrainConfig:
         Option(
             "training",
             "RATE",
-            "that of a pretrained backbone; default: a tenth of --lr, and --lr for EoMT, which is hardly anything else",
+            "learning rate of a pretrained backbone; default: a tenth of --lr, but --lr for EoMT, which is "
+            "nearly all backbone",
             above=0,
         ),
     ] = None
     layer_decay: Annotated[
         float,
-        Option("training", "FACTOR", "of the rate, from a block of a pretrained backbone to the one before it", 0, 1),
+        Option(
+            "training",
+            "FACTOR",
+            "factor on the learning rate from each block of a pretrained backbone to the block before it",
+            0,
+            1,
+        ),
     ] = 1.0
     freeze_backbone: Annotated[bool, Option("training", "", "leave a pretrained backbone as it is")] = False
-    weight_decay: Annotated[float, Option("training", "DECAY", "of AdamW, on matrices and kernels", 0)] = 0.05
-    clip: Annotated[float, Option("training", "NORM", "the most that the gradient's norm may be; 0: any", 0)] = 1.0
+    weight_decay: Annotated[float, Option("training", "DECAY", "weight decay of AdamW, on matrices and kernels", 0)] = (
+        0.05
+    )
+    clip: Annotated[float, Option("training", "NORM", "largest norm of the gradient; 0: no limit", 0)] = 1.0
     schedule: Annotated[
         str,
         Option(
             "training",
             "KIND",
-            "of the learning rate: cosine, linear or constant",
+            "schedule of the learning rate: cosine, linear or constant",
             choices=("cosine", "linear", "constant"),
         ),
     ] = "cosine"
@@ -230,14 +244,14 @@ class TrainConfig:
         float, Option("training", "SHARE", "share of the steps in which the learning rate rises", 0, 1)
     ] = 0.05
     ema: Annotated[
-        bool, Option("training", "", "score and keep a moving average of the weights, and not the weights themselves")
+        bool, Option("training", "", "score and keep a moving average of the weights instead of the weights themselves")
     ] = False
     ema_decay: Annotated[
         float,
         Option(
             "training",
             "DECAY",
-            "of the average after a step, at most; after step n it is no more than (1 + n) / (10 + n)",
+            "largest decay of that average; after step n it is at most (1 + n) / (10 + n)",
             0,
             1,
         ),
@@ -261,7 +275,7 @@ class TrainConfig:
     evaluations: Annotated[int, Option("run", "N", "evaluations during training", 1, 10_000)] = 8
     log: Annotated[
         tuple[str, ...],
-        Option("run", "LOGGER", f"loggers to write to as well: {', '.join(LOGGERS)}", choices=LOGGERS),
+        Option("run", "LOGGER", f"also write to these loggers: {', '.join(LOGGERS)}", choices=LOGGERS),
     ] = ()
     threads: Annotated[
         int | None, Option("run", "N", "CPU threads; default: torch's choice", 1, max(64, os.cpu_count() or 1))

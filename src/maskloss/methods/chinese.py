@@ -15,24 +15,25 @@ SENTENCES = {
     "{what}。",
     "what.layers": "解码器各层的掩码预测",
     "what.masks": "掩码预测",
-    "points.mixed": "每个匹配实例取 {points} 个点，其中 {uncertain}按预测的不确定性选取（{uncertainty}），其余 "
-    "{uniform}均匀随机采样。",
-    "points.uncertain": "每个匹配实例取 {points} 个点，全部按预测的不确定性选取（{uncertainty}）。",
+    "points.mixed": "每个匹配实例取 {points} 个点，其中 {uncertain}按预测的不确定性选取（{uncertainty}，$z$ 为该点处预"
+    "测的 logit），其余 {uniform}均匀随机采样。",
+    "points.uncertain": "每个匹配实例取 {points} 个点，全部按预测的不确定性选取（{uncertainty}，$z$ 为该点处预测的 "
+    "logit）。",
     "points.uniform": "每个匹配实例取 {points} 个均匀随机点。",
     "uncertainty": "$U(z) = -|z|$",
     "uncertainty.shown": "$U(z)$，见式~{#uncertainty}",
     "share": "{share%} ",
     "share.counted": "{share%}（{count} 个）",
-    "points.candidates": "前者是 {candidates} 个均匀随机候选点中不确定性最高者，$z$ 为该点处预测的 logit。",
-    "points.candidates.all": "它们是 {candidates} 个均匀随机候选点中不确定性最高者，$z$ 为该点处预测的 logit。",
+    "points.candidates": "前者是 {candidates} 个均匀随机候选点中不确定性最高者。",
+    "points.candidates.all": "它们是 {candidates} 个均匀随机候选点中不确定性最高者。",
     "points.size": r"这里 $h \times w$ 为预测掩码的尺寸。",
     "points.stratified": "均匀采样采用分层方式：要取多少个点，就把图像划分为多少个面积相等的单元，并在每个单元内均匀取"
     "一个点。",
     "points.windows": "采样点仅取自图像内部，不落在批次的填充区域。",
-    "clips.all": "对视频片段，每个实例在所有帧中共用一个查询，并在每一帧各取采样点，实例不在场的帧也不例外。",
-    "clips.present": "对视频片段，每个实例在所有帧中共用一个查询，并只在其出现的每一帧各取采样点。",
-    "clips.clip": "对视频片段，每个实例在所有帧中共用一个查询，采样点取自全部帧。",
-    "clips.volume": "掩码是三维体，采样点取自三维空间。",
+    "clips.all": "视频片段中的每个实例在所有帧中共用一个查询，并在每一帧分别取采样点，未出现该实例的帧也不例外。",
+    "clips.present": "视频片段中的每个实例在所有帧中共用一个查询，并在其出现的每一帧分别取采样点。",
+    "clips.clip": "视频片段中的每个实例在所有帧中共用一个查询，其采样点分布于全部帧。",
+    "clips.volume": "掩码为三维体数据，采样点取自三维空间。",
     "logits.loss": "预测的 logit",
     "logits.cost": "计算匹配代价时，预测的 logit",
     "reading.bilinear.zeros": "{logits} $z$ 与目标掩码 $t$ 均在各自的原始分辨率上以双线性插值取值。",
@@ -45,6 +46,8 @@ SENTENCES = {
     "reading.volume": "{logits} $z$ 与目标掩码 $t$ 均在各自的原始分辨率上以三线性插值取值。",
     "coordinates": r"对高 $h$、宽 $w$ 的掩码，点 $(x, y) \in [0, 1]^2$ 的像素坐标见式~{#coordinates}，其 logit 见式~"
     r"{#interpolation}。",
+    "coordinates.volume": r"对含 $d$ 个切片、高 $h$、宽 $w$ 的掩码，点 $(x, y, q) \in [0, 1]^3$ 的体素坐标见式~"
+    r"{#coordinates}，其 logit 见式~{#interpolation}。",
     # The loss and its weights.
     "loss": "掩码损失是{entropy}与 Dice 损失[@milletari2016vnet]{=dice}的加权和{=total}，权重为 {ce_weight} 和 "
     "{dice_weight}。",
@@ -52,13 +55,17 @@ SENTENCES = {
     "name.focal": " Focal 损失[@lin2017focal]（{focal}）{=ce,focal}",
     "equation": "（式~{number0}）",
     "equations": "（式~{number0} 和式~{number1}）",
-    "loss.divided": "前者先在每个实例的采样点上取平均；两项均对实例求和，再除以所有设备上整个批次的{counted}。",
+    "loss.divided": "前者先在每个实例的采样点上取平均；两项均对{summed}求和，再除以所有设备上整个批次的{counted}。",
+    "summed.instances": "实例",
+    "summed.frames": "实例及各帧",
     "dice.soft": "Dice 的分母取两个面积的平方和，因此即使目标为软标签，其最小值也在预测等于目标处取得。",
     "dice.semimetric": "Dice 以预测与目标中较小者作为重叠[@wang2023dice]，因此即使目标为软标签，其最小值也在预测等于目"
     "标处取得。",
     "counted.matches": "匹配实例总数 $N$（Mask2Former 采用目标总数）",
     "counted.targets": "目标实例总数 $N$",
-    "counted.frames": "匹配实例的计入帧总数 $N$",
+    "counted.groups": "目标实例总数与查询组数 {groups} 之积 $N$",
+    "counted.all": "匹配实例的总帧数 $N$",
+    "counted.present": "匹配实例出现的总帧数 $N$",
     "ignored": "每个采样点有一个权重 $w_{np}$：在忽略区域内为 0，在其余位置为 1。",
     "classes.softmax": "查询的分类采用{over}外加“无目标”类（权重 {no_object}）的 softmax 交叉熵，在总损失中的权重为 "
     "{weight}{normalized}。",
@@ -68,6 +75,7 @@ SENTENCES = {
     "classes.quality": "查询的分类采用覆盖{over}的 sigmoid 交叉熵，在总损失中的权重为 {weight}；其目标值是由得分 $s$ "
     "与边界框共同决定的质量 {quality}。",
     "over": " {count} 个类别",
+    "over.one": "单个类别",
     "over.all": "全部类别",
     "class_weights.few": "各类别的权重依次为 {weights}。",
     "class_weights.many": "各类别单独加权，权重介于 {least} 与 {most} 之间。",
@@ -83,10 +91,12 @@ SENTENCES = {
     "matching.dice.soft": "代价中 Dice 的分母取两个面积的平方和。",
     "matching.dice.semimetric": "代价中的 Dice 以预测与目标中较小者作为重叠[@wang2023dice]。",
     "matching.focal": "Focal 指 Focal 损失[@lin2017focal]，{focal}。",
-    "matching.points": "代价中的掩码项在每幅图像的 {number} 个{drawn}上计算，这些点由{shared}。",
+    "matching.points": "代价中的掩码项在{place}的 {number} 个{drawn}上计算，这些点由{shared}。",
     "matching.frame": "匹配以整个片段为单位，各帧使用相同的采样点。",
-    "matching.clip": "匹配以整个片段为单位，采样点取自全部帧。",
-    "matching.volume": "匹配以整个三维体为单位。",
+    "place.image": "每幅图像",
+    "place.frame": "每一帧",
+    "place.clip": "每个片段",
+    "place.volume": "每个体数据",
     "drawn.independent": "均匀随机点",
     "drawn.stratified": "分层采样点",
     "shared.queries": "所有查询共用",
@@ -95,7 +105,7 @@ SENTENCES = {
     "maskloss": "我们使用 maskloss[@maskloss]。",
     "maskloss.version": "我们使用 maskloss {version}[@maskloss]。",
     # The training run.
-    "training": "我们{start}训练{trained}（{queries} 个查询，{parameters} 个参数）{data}，输入尺寸为 {input} 像素，批"
+    "training": "我们{start}训练{trained}（{queries} 个查询，参数量 {millions}M）{data}，输入尺寸为 {input} 像素，批"
     "大小为 {batch_size}，共训练 {steps} 步{numbers}。",
     "model.compact": " maskloss 的紧凑模型",
     "model.named": " {model}",
@@ -107,7 +117,7 @@ SENTENCES = {
     "optimizer": "优化器为 AdamW[@loshchilov2019adamw]，最高学习率为 {lr}{backbone}，权重衰减为 {weight_decay}"
     "{clipped}。",
     "backbone": "（骨干网络为其 {backbone_share} 倍）",
-    "backbone.layers": "（骨干网络最后一个模块为其 {backbone_share} 倍，此前各模块依次为后一模块的 {layer_decay} 倍）",
+    "backbone.layers": "（骨干网络最后一个模块为其 {backbone_share} 倍，此前各模块依次再乘以 {layer_decay}）",
     "backbone.frozen": "（骨干网络冻结）",
     "clip": "，梯度范数裁剪至 {clip}",
     "schedule.cosine": "学习率{rise}按余弦曲线降至 0。",
@@ -123,7 +133,7 @@ SENTENCES = {
     "augmentation.none": "训练图像不作数据增强。",
     "planned": "学习率按 {planned} 步设定，训练在第 {steps} 步提前结束。",
     "ema_decay": "评估使用模型权重的指数滑动平均，衰减系数至多为 {ema_decay}。",
-    "best": "训练过程中多次在留出图像上评估，保留 AP 最高的一次的权重（第 {best} 步）。",
+    "best": "我们保留训练过程中在留出图像上 AP 最高的权重（第 {best} 步）。",
 }
 
 # What the shortest version says otherwise; an empty sentence is left out.
@@ -143,25 +153,22 @@ SHORT = SENTENCES | {
     "points.stratified": "均匀采样采用分层方式。",
     "points.windows": "采样点均在图像内部。",
     "reading.bilinear.zeros": "",
-    "loss": "损失是{entropy}（{ce_weight}）与 Dice[@milletari2016vnet]{=dice}（{dice_weight}）的加权和{=total}，对实例"
-    "求和并除以{counted}。",
+    "loss": "损失是{entropy}（{ce_weight}）与 Dice[@milletari2016vnet]{=dice}（{dice_weight}）的加权和{=total}，对"
+    "{summed}求和并除以{counted}。",
     "loss.divided": "",
     "counted.matches": "匹配实例总数 $N$",
-    "clips.all": "视频片段中的实例在每一帧各取采样点。",
-    "clips.present": "视频片段中的实例在其出现的每一帧各取采样点。",
-    "clips.clip": "视频片段的采样点取自全部帧。",
-    "clips.volume": "采样点取自三维体，以三线性插值取值。",
+    "clips.all": "视频片段的每一帧分别取采样点。",
+    "clips.present": "实例在其出现的每一帧分别取采样点。",
+    "clips.clip": "采样点分布于片段的全部帧。",
+    "clips.volume": "采样点取自三维体数据，以三线性插值取值。",
     "reading.volume": "",
-    "matching.frame": "匹配以整个片段为单位。",
-    "matching.clip": "匹配以整个片段为单位。",
-    "matching.volume": "",
     "ignored": "忽略区域内的点权重 $w_{np}$ 为 0。",
     "classes.softmax": "分类采用{over}外加“无目标”类（权重 {no_object}）的 softmax 交叉熵，权重为 {weight}。",
     "classes.focal": r"分类采用覆盖{over}的 sigmoid Focal 损失[@lin2017focal]（$\alpha = 0.25, \; \gamma = 2$），权重"
     r"为 {weight}。",
     "classes.quality": "分类采用覆盖{over}的 sigmoid 交叉熵，目标值是得分 $s$ 与边界框的质量 {quality}，权重为 "
     "{weight}。",
-    "matching": "匈牙利匹配[@carion2020detr,kuhn1955hungarian]{per_group}在每幅图像的 {number} 个{drawn}上最小化 "
+    "matching": "匈牙利匹配[@carion2020detr,kuhn1955hungarian]{per_group}在{place}的 {number} 个{drawn}上最小化 "
     "{cost}{symbol}。",
     "symbol.softmax": "",
     "matching.points": "",

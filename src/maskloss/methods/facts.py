@@ -123,7 +123,7 @@ def _points(settings: MethodSettings, points: Points, equations: list[str]) -> l
         keys.append("points.windows")
     keys.append(_reading(settings, settings.term.target_mode, settings.term.padding_mode))
     if equations:
-        keys.append("coordinates")
+        keys.append("coordinates.volume" if _unit(settings) == "volume" else "coordinates")
     uncertain = None if points.count is None else int(ratio * points.count)
     share = "share" if points.count is None else "share.counted"
     slots: dict[str, Slot] = {
@@ -138,20 +138,27 @@ def _points(settings: MethodSettings, points: Points, equations: list[str]) -> l
     return [Say(key, slots) for key in keys]
 
 
+def _unit(settings: MethodSettings) -> str:
+    """In what points are drawn: "image", or the unit of clips."""
+    return "image" if settings.clips is None else settings.clips.unit
+
+
 def _reading(settings: MethodSettings, target_mode: str, padding_mode: str) -> str:
-    volumes = settings.clips is not None and settings.clips.unit == "volume"
-    return "reading.volume" if volumes else f"reading.{target_mode}.{padding_mode}"
+    return "reading.volume" if _unit(settings) == "volume" else f"reading.{target_mode}.{padding_mode}"
 
 
 def _loss(settings: MethodSettings) -> list[Say]:
-    by_frame = settings.clips is not None and settings.clips.divide_by == "frames"
-    term = settings.term
+    term, clips, groups = settings.term, settings.clips, settings.matching.groups if settings.matching else 1
+    counted = "groups" if settings.divisor == "targets" and groups > 1 else settings.divisor
+    if clips is not None and clips.divide_by == "frames":
+        counted = clips.frames
     slots: dict[str, Slot] = {
         "entropy": Say("name.ce" if term.focal_gamma is None else "name.focal"),
         "focal": Formula(formulas.focal(term)),
         "ce_weight": Formula(f"{formulas.WEIGHT_CE} = {tex(settings.ce_weight)}"),
         "dice_weight": Formula(f"{formulas.WEIGHT_DICE} = {tex(settings.dice_weight)}"),
-        "counted": Say(f"counted.{'frames' if by_frame else settings.divisor}"),
+        "summed": Say("summed.frames" if _unit(settings) == "frame" else "summed.instances"),
+        "counted": Say(f"counted.{counted}", {"groups": groups}),
     }
     keys = ["loss", "loss.divided"]
     if term.dice != "standard":
@@ -171,8 +178,8 @@ def _matching(settings: MethodSettings, matching: Matching) -> list[Say]:
     if term.dice != (settings.term.dice if loss is not None else "standard"):
         keys.append(f"matching.dice.{term.dice}")
     keys.append("matching.points")
-    if settings.clips is not None:
-        keys.append(f"matching.{settings.clips.unit}")
+    if _unit(settings) == "frame":
+        keys.append("matching.frame")
     if loss is None:
         keys += ["points.windows"] * settings.valid_windows + ["ignored"] * settings.ignore_regions
     elif loss.layout == "stratified" and points.layout == "independent":
@@ -185,6 +192,7 @@ def _matching(settings: MethodSettings, matching: Matching) -> list[Say]:
         "focal": Formula(formulas.focal(term)),
         "number": Formula(formulas.per_area(points)) if points.count is None else points.count,
         "drawn": Say(f"drawn.{points.layout}"),
+        "place": Say(f"place.{_unit(settings)}"),
         "shared": Say("shared.layers" if settings.layers_share else "shared.queries"),
         "logits": Say("logits.cost"),
     }
@@ -194,8 +202,9 @@ def _matching(settings: MethodSettings, matching: Matching) -> list[Say]:
 def _classes(classes: Classification | None) -> list[Say]:
     if classes is None:
         return []
+    over = {None: "over.all", 1: "over.one"}.get(classes.num_classes, "over")
     slots: dict[str, Slot] = {
-        "over": Say("over.all" if classes.num_classes is None else "over", {"count": classes.num_classes}),
+        "over": Say(over, {"count": classes.num_classes}),
         "no_object": classes.no_object_weight,
         "weight": classes.weight,
         "normalized": Say("classes.normalized") if classes.normalized == "devices" else None,
@@ -217,6 +226,7 @@ def _others(settings: MethodSettings) -> list[Say]:
 
 def _training(run: Training) -> list[Say]:
     slots = vars(run) | {
+        "millions": f"{run.parameters / 1e6:.3g}",
         "trained": Say("model.compact" if run.model is None else "model.named"),
         "start": Say("start.scratch" if run.pretrained is None else "start.pretrained"),
         "data": Say("data.digits") if run.digits else None,

@@ -69,37 +69,57 @@ def display(name: str, settings: MethodSettings) -> tuple[str, str]:
     soft, common, common_plain = settings.term.dice == "soft", rf"{area}\, t", f"{area_plain} t"
     if settings.term.dice == "semimetric":
         common, common_plain = rf"\sum_p {w}\min(\sigma(z), t)", f"Σ_p {w_plain}min(σ(z), t)"
-    mean_of = rf"\frac{{1}}{{N}} \sum_{{n=1}}^{{N}} {mean} \sum_{{p=1}}^{{P}} {w}"
+    unit = settings.clips.unit if settings.clips else "image"
+    # N is the number of terms where it counts matches; frames have terms of their own.
+    terms = r"\sum_{n=1}^{N}" if settings.divisor == "matches" else r"\sum_{n}"
+    if unit == "frame":
+        terms = r"\sum_{n, f}"
+    terms_plain = "Σ_nf" if unit == "frame" else "Σ_n"
+    mean_of = rf"\frac{{1}}{{N}} {terms} {mean} \sum_{{p=1}}^{{P}} {w}"
     written = {
         "uncertainty": ("U(z) = −|z|", "U(z) = -|z|"),
-        "coordinates": (
-            "u = x w − 1/2,  v = y h − 1/2",
-            r"u = x w - \frac{1}{2}, \qquad v = y h - \frac{1}{2}",
-        ),
-        "interpolation": (
-            "z(x, y) = Σ_ij z_ij max(0, 1 − |v − i|) max(0, 1 − |u − j|)",
-            r"z(x, y) = \sum_{i, j} z_{ij} \max(0, 1 - |v - i|) \max(0, 1 - |u - j|)",
-        ),
+        **_interpolation(settings.term.padding_mode == "border", volumes=unit == "volume"),
         "total": (
             "L_mask = λ_ce L_ce + λ_dice L_dice",
             rf"{MASK} = {WEIGHT_CE} {CE} + {WEIGHT_DICE} {DICE}",
         ),
         "ce": (
-            f"L_ce = −1/N Σ_n {mean_plain} Σ_p {w_plain}[t log σ(z) + (1 − t) log(1 − σ(z))]",
+            f"L_ce = −1/N {terms_plain} {mean_plain} Σ_p {w_plain}[t log σ(z) + (1 − t) log(1 − σ(z))]",
             rf"{CE} = -{mean_of}\left[ t \log \sigma(z) + (1 - t) \log (1 - \sigma(z)) \right]",
         ),
         "dice": (
-            f"L_dice = 1/N Σ_n [1 − (2 {common_plain} + 1) / "
+            f"L_dice = 1/N {terms_plain} [1 − (2 {common_plain} + 1) / "
             f"({area_plain}{'²' * soft} + Σ_p {w_plain}t{'²' * soft} + 1)]",
-            rf"{DICE} = \frac{{1}}{{N}} \sum_{{n=1}}^{{N}} \left[ 1 - "
+            rf"{DICE} = \frac{{1}}{{N}} {terms} \left[ 1 - "
             rf"\frac{{2 {common} + 1}}{{{area}{'^2' * soft} + \sum_p {w}t{'^2' * soft} + 1}} \right]",
         ),
     }
     if settings.term.focal_gamma is not None:
         # On two lines, which fit into a column.
-        written["ce"] = f"L_ce = 1/N Σ_n {mean_plain} Σ_p {w_plain}f(z, t)", f"{CE} = {mean_of}f(z, t)"
+        written["ce"] = f"L_ce = 1/N {terms_plain} {mean_plain} Σ_p {w_plain}f(z, t)", f"{CE} = {mean_of}f(z, t)"
         written["focal"] = _focal_at_a_point(settings.term.focal_alpha, settings.term.focal_gamma)
     return written[name]
+
+
+def _interpolation(border: bool, *, volumes: bool) -> dict[str, tuple[str, str]]:
+    """Write where a point lies among the pixels, to which border padding clamps it, and the value there."""
+    axes = (("u", "x", "w", "j"), ("v", "y", "h", "i"), ("s", "q", "d", "k"))[: 2 + volumes]
+    place, place_tex = "{1} {2} − 1/2", r"{1} {2} - \frac{{1}}{{2}}"
+    if border:
+        place, place_tex = f"min(max({place}, 0), {{2}} − 1)", rf"\min(\max({place_tex}, 0), {{2}} - 1)"
+    near = " ".join(f"max(0, 1 − |{to} − {index}|)" for to, *_, index in reversed(axes))
+    near_tex = " ".join(rf"\max(0, 1 - |{to} - {index}|)" for to, *_, index in reversed(axes))
+    point, below = ", ".join(of for _, of, *_ in axes), "".join(index for *_, index in reversed(axes))
+    return {
+        "coordinates": (
+            ",  ".join(f"{{0}} = {place}".format(*axis) for axis in axes),
+            r", \qquad ".join(f"{{0}} = {place_tex}".format(*axis) for axis in axes),
+        ),
+        "interpolation": (
+            f"z({point}) = Σ_{below} z_{below} {near}",
+            rf"z({point}) = \sum_{{{', '.join(below)}}} z_{{{below}}} {near_tex}",
+        ),
+    }
 
 
 def _focal_at_a_point(alpha: float | None, gamma: float) -> tuple[str, str]:

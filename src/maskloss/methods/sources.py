@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from maskloss._numbers import check_number
+from maskloss.clips import ClipOptions
 from maskloss.criterion import MaskCriterion
 from maskloss.errors import Cause, describe, reported
 from maskloss.loss import MaskLoss
@@ -19,6 +20,8 @@ from maskloss.points import PointSampling
 # What a text can be about.
 SUBJECTS = {"criterion": MaskCriterion, "loss": MaskLoss, "matcher": HungarianMatcher}
 TARGETS = ("valid_windows", "ignore_regions")
+# What constructors take as a group is listed one by one.
+GROUPS: dict[str, type[Any]] = {"sampling": PointSampling, "clips": ClipOptions, "options": MaskOptions}
 # Options whose value is a list of numbers; it may have this many.
 _LISTS, _LONGEST_LIST = frozenset({"class_weights"}), 100_000
 # No option makes sense beyond it, and some would ask for memory.
@@ -26,11 +29,8 @@ _LARGEST = 10_000_000
 
 
 def option_names(subject: str = "criterion") -> dict[str, Any]:
-    """List the options of a subject by name, with their defaults; those of the sampling are among them."""
-    listed = _defaults(SUBJECTS[subject])
-    if listed.pop("sampling", 0) is None:
-        listed |= {each.name: each.default for each in fields(PointSampling)}
-    listed |= dict.fromkeys(TARGETS, False)
+    """List the options of a subject by name, with their defaults; those of its groups are among them."""
+    listed = _defaults(SUBJECTS[subject]) | dict.fromkeys(TARGETS, False)
     return {name: default for name, default in listed.items() if name not in NOT_DESCRIBED | {"matcher"}}
 
 
@@ -45,8 +45,9 @@ def settings_from(options: Mapping[str, Any], subject: str = "criterion") -> Met
 
     Args:
         options: names and values of the options of `MaskCriterion` (or `MaskLoss`, `HungarianMatcher`), those of
-            `PointSampling` among them or under "sampling", "matcher" with a mapping of its options, and "valid_windows"
-            and "ignore_regions". None stands for the default.
+            `PointSampling`, `ClipOptions` and `MaskOptions` among them or under "sampling", "clips" and "options",
+            "matcher" with a mapping of its options, and "valid_windows" and "ignore_regions". None stands for the
+            default.
         subject: what the text is about: "criterion" (default), "loss" or "matcher".
 
     Returns:
@@ -61,21 +62,17 @@ def settings_from(options: Mapping[str, Any], subject: str = "criterion") -> Met
     """
     given = dict(options)
     known = option_names(subject)
-    nested = {"sampling": known, "matcher": matcher_options()} if subject == "criterion" else {"sampling": known}
-    inner = {name: _mapping(name, given.pop(name, {})) for name in nested} if subject != "matcher" else {}
-    twice = [name for name in inner.get("sampling", {}) if name in given]
-    if twice:
-        raise Cause("every option must be given once", f"{twice[0]} is also in sampling", "leave one of them out")
-    given |= inner.get("sampling", {})
+    own_matcher = _mapping("matcher", given.pop("matcher", {})) if subject == "criterion" else {}
+    for group in GROUPS.keys() & inspect.signature(SUBJECTS[subject]).parameters.keys():
+        members = _mapping(group, given.pop(group, {}))
+        twice = [name for name in members if name in given]
+        if twice:
+            raise Cause("every option must be given once", f"{twice[0]} is also in {group}", "leave one of them out")
+        given |= members
     given = _checked(given, known, subject)
-    own_matcher = _checked(inner.get("matcher", {}), matcher_options(), "matcher")
+    own_matcher = _checked(own_matcher, matcher_options(), "matcher")
     targets = {name: given.pop(name, False) for name in TARGETS}
-    if subject == "matcher":
-        settings = settings_of(HungarianMatcher(**given))
-    else:
-        drawn = {each.name: given.pop(each.name) for each in fields(PointSampling) if each.name in given}
-        settings = _of_module(given, PointSampling(**drawn), own_matcher, subject)
-    return settings.with_targets(**targets)
+    return _of_module(given, own_matcher, subject).with_targets(**targets)
 
 
 def _mapping(name: str, value: object) -> Mapping[Any, Any]:
@@ -116,19 +113,17 @@ def _is_usable(value: object) -> bool:
     return type(value) in {int, float} and -_LARGEST <= value <= _LARGEST  # type: ignore[operator]
 
 
-def _of_module(
-    given: dict[str, Any], sampling: PointSampling, own_matcher: Mapping[str, Any], subject: str
-) -> MethodSettings:
-    if subject == "loss":
-        return settings_of(MaskLoss(sampling=sampling, **given))
+def _of_module(given: dict[str, Any], own_matcher: Mapping[str, Any], subject: str) -> MethodSettings:
+    if subject != "criterion":
+        return settings_of(_made(SUBJECTS[subject], given))
     counted = "num_classes" in given
-    classes = given.pop("num_classes") if counted else len(given.get("class_weights", (0,)))
+    if not counted:
+        given = {**given, "num_classes": len(given.get("class_weights", (0,)))}
     matcher = None
     if own_matcher:
         inherited = {name: given[name] for name in matcher_options() if name in given}
-        inherited["num_points"] = sampling.num_points
-        matcher = HungarianMatcher(**(inherited | dict(own_matcher)))
-    settings = settings_of(MaskCriterion(classes, sampling=sampling, matcher=matcher, **given))
+        matcher = _made(HungarianMatcher, inherited | dict(own_matcher))
+    settings = settings_of(_made(MaskCriterion, {**given, "matcher": matcher}))
     if not counted and settings.classification is not None:
         settings = replace(settings, classification=replace(settings.classification, num_classes=None))
     return settings
@@ -243,6 +238,22 @@ def _of_rf_detr(config: Any) -> MethodSettings:
 
 
 def _defaults(kind: type[Any]) -> dict[str, Any]:
-    """List the options of a constructor and their defaults; None where there is none."""
-    listed = inspect.signature(kind).parameters.values()
-    return {each.name: None if each.default is each.empty else each.default for each in listed}
+    """List the options of a constructor, those of groups one by one, and their defaults; None where there is none."""
+    parameters = inspect.signature(kind).parameters
+    listed = {name: None if each.default is each.empty else each.default for name, each in parameters.items()}
+    for name in parameters.keys() & GROUPS.keys():
+        del listed[name]
+    listed.pop("kwargs")
+    return listed | {
+        each.name: each.default for name, group in GROUPS.items() if name in parameters for each in fields(group)
+    }
+
+
+def _made(kind: type[Any], given: dict[str, Any]) -> Any:
+    """Call a constructor with options one by one."""
+    given = dict(given)
+    for name in GROUPS.keys() & inspect.signature(kind).parameters.keys():
+        members = {each.name: given.pop(each.name) for each in fields(GROUPS[name]) if each.name in given}
+        if members:
+            given[name] = GROUPS[name](**members)
+    return kind(**given)

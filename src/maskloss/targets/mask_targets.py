@@ -73,7 +73,7 @@ class MaskTargets(Packed):
         Args:
             masks: `[T, H, W]` of one image, bool, integers that are 0 or 1, or float, a tensor or an array; or a list
                 with one per image, of any sizes. `[0]` and None are an image without targets. Or those of clips:
-                `[N, T, H, W]`, N targets in T frames, 0 where one is away.
+                `[N, T, H, W]`, N targets in T frames, 0 where one is absent.
             ignore_value: the value of void pixels, 255 for instance: their points weigh nothing. A pixel that is void
                 in one mask of an image is void for all of them. Default None: there is no such value.
             soft: whether float masks in [0, 1] are soft targets, which are kept as they are, or binary ones, which are
@@ -259,7 +259,7 @@ class MaskTargets(Packed):
 
     @reported("MaskTargets.with_presence")
     def with_presence(self, present: Tensor) -> MaskTargets:
-        """Say in which frames the targets of clips are present, where this isn't where they have pixels.
+        """Say in which frames the targets of clips are present, where that differs from where they have pixels.
 
         Args:
             present: bool `[T_all, frames]`.

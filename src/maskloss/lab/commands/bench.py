@@ -31,10 +31,10 @@ LESS_MEMORY = "take a smaller --preset"
 DESCRIPTION = """\
 Measure a training step (matching, classification and mask loss over all decoder layers, forward and backward).
 Every arm runs in an ordinary process of its own, and the arms take turns. maskloss is given dense bool masks
-and packs them within the step; transformers gets float masks. What others have written is measured with both
-of OpenMP's ways of waiting, the better of which counts. Before anything is timed, each arm must find the
-matches, the losses and the gradients of maskloss, from the same inputs and the same random numbers; with
-stratified points, those that the reference backend finds with the same points.
+and packs them within the step; transformers gets float masks. Other implementations are measured with both
+of OpenMP's ways of waiting, and the faster counts. Before anything is timed, each arm must find the matches,
+losses and gradients of maskloss from the same inputs and random numbers; with stratified points, those that
+the reference backend finds.
 """
 
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     listed = {"presets": PRESETS, "models": MODELS}
     parser.epilog = "\n\n".join(
-        f"{kind}:\n" + "\n".join(f"  {name:<11} {case.describe()}" for name, case in cases.items())  # type: ignore[attr-defined]
+        f"{kind}:\n" + "\n".join(f"  {name:<17} {case.describe()}" for name, case in cases.items())  # type: ignore[attr-defined]
         for kind, cases in listed.items()
     )
     add = parser.add_argument
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         choices=list(FAMILIES),
         metavar="FAMILY",
-        help="measure how time and memory grow, in place of presets; each family is checked where it is smallest; "
+        help="measure how time and memory grow, instead of presets; each family is checked where it is smallest; "
         f"{', '.join(FAMILIES)} (default: all of them)",
     )
     add(
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=list(MODELS),
         metavar="NAME",
-        help=f"train whole models in place of presets, {' or '.join(MODELS)}: unpatched, patched, and patched with "
+        help=f"train whole models instead of presets, {' or '.join(MODELS)}: unpatched, patched, and patched with "
         "masks as factors",
     )
     add(
@@ -80,9 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--verify",
         action="store_true",
-        help="for a machine with a GPU, within eight minutes: its tests, races, memory that nobody writes, then the "
-        "presets and models, on a page in --out; goes on where one part fails, and a second run does what is missing. "
-        "With --device cpu a rehearsal of small sizes, under Triton's interpreter",
+        help="for a machine with a GPU, within eight minutes: tests, races, unwritten memory, presets and models, "
+        "on one page in --out; goes on if a part fails, and a second run does what is missing. With --device cpu: a "
+        "rehearsal with small sizes, under Triton's interpreter",
     )
     add("--stages", action="store_true", help="time the stages of the step as well")
     add("--steps", type=_positive, help="timed steps of each arm (default: 15; 5 with --scaling)")
@@ -93,10 +93,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an arm that has used this much of a case's time, and has 3 steps, takes no more turns (default: 120)",
     )
     add("--quick", action="store_true", help="3 steps: a first impression")
-    add("--threads", type=_positive, help="CPU threads (default: the cores that there are)")
+    add("--threads", type=_positive, help="CPU threads (default: one for each core)")
     add("--device", type=_device, default="cpu", help="cpu, or a CUDA device (default: cpu)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default=_USUAL["dtype"], help="of the logits")
-    add("--seed", type=int, default=_USUAL["seed"], help="of inputs and points (default: 0)")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default=_USUAL["dtype"],
+        help="dtype of the logits (default: float32)",
+    )
+    add("--seed", type=int, default=_USUAL["seed"], help="seed of inputs and points (default: 0)")
     add("--out", type=Path, default=Path("runs/bench"), help="folder for results and pictures (default: runs/bench)")
 
 

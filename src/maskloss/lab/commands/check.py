@@ -26,7 +26,9 @@ _CHECKED = tuple(
 _CLASSES = 20
 EPILOG = """\
 exit status:
-  0; 1 with --strict where something is suspicious or broken; 2 where training would not start.
+  0   the data can be trained on
+  1   with --strict: something is suspicious or broken
+  2   training would not start
 
 examples:
   maskloss check photos
@@ -38,14 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `maskloss check`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "Look at every image of a folder as training would see it, say what is suspicious, and draw the masks as the "
-        "loss reads them."
+        "Look at every image of a folder as training would see it, say what is suspicious, and draw the masks\n"
+        "as the loss reads them."
     )
     parser.epilog = EPILOG
     parser.add_argument("folder", metavar="FOLDER", help="images with annotations, as maskloss train --data takes them")
     add_options(parser, _CHECKED)
     more = parser.add_argument_group("check")
-    more.add_argument("--queries", type=int, metavar="N", help="instances that the model can find in an image")
+    more.add_argument("--queries", type=int, metavar="N", help="queries of the model you mean to train")
     more.add_argument(
         "--out", type=Path, default=Path("check.html"), metavar="FILE", help="the page (default: check.html)"
     )

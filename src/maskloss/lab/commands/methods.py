@@ -14,6 +14,7 @@ from maskloss.lab.terminal import printable
 from maskloss.methods import FORMATS, FORMULAS, LANGUAGES, STYLES, MethodSettings, bibtex, describe, document
 from maskloss.methods.settings import Augmentation, Training, settings_of
 from maskloss.methods.sources import (
+    GROUPS,
     SUBJECTS,
     TARGETS,
     matcher_options,
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="folder of a run of maskloss train")
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON or YAML file with options by name")
-    parser.add_argument("--model", metavar="…", help="Transformers model: a folder, or a name on the Hub")
+    parser.add_argument("--model", metavar="NAME", help="Transformers model: a folder, or a name on the Hub")
     parser.add_argument(
         "--subject", choices=SUBJECTS, default="criterion", help="what to describe; default: the whole criterion"
     )
@@ -56,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     single = parser.add_argument_group("single options, by the names of the constructors")
     for name, default in _options().items():
         shown = "" if default is None else f"default: {default}"
-        single.add_argument(f"--{name.replace('_', '-')}", dest=f"option.{name}", type=_value, metavar="…", help=shown)
+        flag = f"--{name.replace('_', '-')}"
+        single.add_argument(flag, dest=f"option.{name}", type=_value, metavar="VALUE", help=shown)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -188,7 +190,7 @@ def _settings(options: argparse.Namespace) -> MethodSettings:
     own = {name.removeprefix("matcher_"): given.pop(name) for name in [*given] if name.startswith("matcher_")}
     content = files.read_mapping(options.config, _RULE, "methods") if options.config is not None else {}
     # Single options win over the file's.
-    for name, values in (("sampling", given), ("matcher", own)):
+    for name, values in (*dict.fromkeys(GROUPS, given).items(), ("matcher", own)):
         if isinstance(content.get(name), dict):
             content[name] = {key: value for key, value in content[name].items() if key not in values}
     if own and isinstance(content.setdefault("matcher", {}), dict):

@@ -31,9 +31,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `maskloss predict`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = (
-        "Find instances in images: label maps, COCO results, and the image with what was found drawn over it."
-    )
+    parser.description = "Find instances in images, and write label maps, COCO results, and pictures of what was found."
     parser.epilog = EPILOG
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that maskloss train wrote")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="images, or folders of images")

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 LESS_MEMORY = "take a smaller --num-points"
 DESCRIPTION = (
     "Draw what the loss looks at in one instance: candidates, chosen and uniform points, the loss at each of them, how "
-    "they were chosen, the terms, and the matching. From a training run and one of its held-out scenes; from a "
-    "prediction file and its truth; or, without arguments, from a scene of handwritten digits."
+    "they were chosen, the terms, and the matching. The instance comes from a training run and one of its held-out "
+    "scenes, from a prediction file and its truth, or, without arguments, from a scene of handwritten digits."
 )
 ENDINGS = (".png", ".svg", ".pdf")
 # Fewer pixels per inch cannot be read; more would take gigabytes.
@@ -41,28 +41,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="folder of a run of maskloss train")
     parser.add_argument(
         "--image",
-        metavar="…",
+        metavar="WHICH",
         help="with RUN: number or name of a held-out scene; with --data: a file name; else a file",
     )
     parser.add_argument(
         "--prediction", type=Path, metavar="FILE", help=".npy or .pt with mask logits [Q, h, w], or a dict of tensors"
     )
-    parser.add_argument("--data", type=Path, metavar="…", help="folder of data, as maskloss train reads it: the truth")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="folder of data, as maskloss train reads it: the truth"
+    )
     parser.add_argument(
         "--target", type=Path, metavar="FILE", help="the truth: .npy, .pt or an image, masks [T, H, W] or a label map"
     )
-    parser.add_argument("--instance", type=int, metavar="…", help="which target, from 0; default: the largest")
+    parser.add_argument("--instance", type=int, metavar="N", help="which target, from 0; default: the largest")
     parser.add_argument(
         "--num-points",
         type=int,
-        metavar="…",
+        metavar="N",
         help="points per instance; default: those of the run, else 12544; digits: 2048",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="…", help="of the points; default: 0")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the points; default: 0")
     parser.add_argument(
         "--out", type=Path, default=Path("show.png"), metavar="FILE", help=".png, .svg or .pdf; default: show.png"
     )
-    parser.add_argument("--dpi", type=int, default=130, metavar="…", help="pixels per inch; default: 130")
+    parser.add_argument("--dpi", type=int, default=130, metavar="N", help="pixels per inch; default: 130")
 
 
 def main(options: argparse.Namespace) -> int:
