@@ -297,7 +297,7 @@ def test_the_text_of_the_defaults_says_what_a_methods_section_needs_in_220_words
     supervised, loss, total, ce, dice, matching, references = text.split("\n\n")
     for where, parts in (
         (supervised, ["PointRend", "Mask2Former", "P = 12,544", "of which 75% (9,408) are selected by prediction "
-                      "uncertainty U(z) = −|z| and 25% (3,136) uniformly at random", "3P = 37,632",
+                      "uncertainty U(z) = −|z|, where", "25% (3,136) are drawn uniformly at random", "3P = 37,632",
                       "bilinearly, each at its own resolution"]),
         (loss, ["binary cross-entropy (Eq. 2)", "Dice loss [3] (Eq. 3)", "λ_ce = 5", "λ_dice = 5", "80 classes",
                 "summed over instances and divided by N, the number of matched instances in the batch over all devices",
