@@ -2,15 +2,16 @@
 
 from maskloss import functional
 from maskloss.clips import ClipOptions
-from maskloss.criterion import CriterionOutput, MaskCriterion
+from maskloss.criterion import MaskCriterion
 from maskloss.distributed import StepTotals, step_totals
 from maskloss.errors import MaskLossError, MaskLossTypeError, MissingExtraError
 from maskloss.factors import MaskFactors
 from maskloss.instances import FoundInstances, find_instances
-from maskloss.loss import InstanceLosses, MaskLoss, MaskLossOutput
+from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher
 from maskloss.matches import Matches
 from maskloss.options import MaskOptions
+from maskloss.outputs import CriterionOutput, InstanceLosses, MaskLossOutput
 from maskloss.points import PointSampling
 from maskloss.step import step
 from maskloss.targets import MaskTargets

@@ -173,3 +173,69 @@ def check_targets(targets: MaskTargets, logits: Layer) -> None:
             "those of clips are logits [B, Q, T, h, w] and masks [N, T, H, W]; list(...) takes stacked layers apart",
         )
     check_device("targets", targets.device, logits.device)
+
+
+def check_classes(class_logits: Tensor, labels: Tensor) -> None:
+    """Raise unless these are logits `[..., Q, C]` and labels `[..., T]` that broadcast."""
+    for name, value in (("class_logits", class_logits), ("labels", labels)):
+        check_layout(name, value)
+    if not is_float(class_logits) or class_logits.ndim < 2 or class_logits.shape[-1] < 1:
+        raise Cause(
+            "class_logits must be float [..., Q, number of classes], of one class at least",
+            f"got {describe(class_logits)}",
+            "the last dimension holds the classes, and 'no object' where there is one",
+        )
+    integers = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
+    if not integers or labels.ndim < 1:
+        raise Cause("labels must be integers [..., T]", f"got {describe(labels)}", "labels.long()")
+    check_device("labels", labels.device, class_logits.device)
+    have, want = labels.shape[-2::-1], class_logits.shape[-3::-1]
+    if len(have) > len(want) or any(one not in (1, other) for one, other in zip(have, want, strict=False)):
+        raise Cause(
+            "the leading dimensions of labels [..., T] must broadcast to those of class_logits [..., Q, C]",
+            f"got {list(class_logits.shape)} and {list(labels.shape)}",
+            "labels [T] serve all of them",
+        )
+
+
+def check_floats(z: Tensor, t: Tensor) -> None:
+    """Raise unless logits and targets at points are float, and on one device."""
+    for each in (z, t):
+        if not is_float(each):
+            raise Cause(
+                "z and t must be float", f"got {describe(z)} and {describe(t)}", "t.to(z.dtype) converts a bool mask"
+            )
+    check_device("t", t.device, z.device)
+
+
+def point_weights(w: Tensor | None, shape: Sequence[int], z: Tensor) -> Tensor:
+    """Expand weights of points to a shape, in the dtype of z."""
+    if w is None:
+        return z.new_ones(shape)
+    fits = isinstance(w, Tensor) and w.ndim <= len(shape) and not w.is_complex()
+    if not fits or any(have not in (1, want) for have, want in zip(w.shape[::-1], shape[::-1], strict=False)):
+        raise Cause(
+            "w must broadcast to [..., P]",
+            f"got {describe(w)} for {list(shape)}",
+            "give one real weight for each point",
+        )
+    check_device("w", w.device, z.device)
+    return w.to(z.dtype).expand(*shape)
+
+
+def paired_weights(z: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+    """Check that z and t pair up, and return the weights `[..., P]`."""
+    check_floats(z, t)
+    if z.shape != t.shape or z.ndim < 1:
+        raise Cause(
+            "z and t must have the same shape [..., P]",
+            f"got {list(z.shape)}, {list(t.shape)}",
+            "sample them at the same points",
+        )
+    return point_weights(w, z.shape, z)
+
+
+def focal_numbers(alpha: float | None, gamma: float) -> tuple[float, float]:
+    """Check both numbers of a focal loss; -1 stands for no alpha."""
+    balance = -1.0 if alpha is None else check_number("alpha", alpha, 0, 1, hint="0.25 is usual")
+    return balance, check_number("gamma", gamma, 0, hint="2.0 is usual")

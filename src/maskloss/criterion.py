@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,15 @@ from torch.nn.functional import pad
 from typing_extensions import Unpack
 
 from maskloss import _classification, _inputs, distributed, ops
-from maskloss._abi import LAYER, accumulation_dtype
+from maskloss._abi import accumulation_dtype
 from maskloss._classification import Partial
 from maskloss._numbers import check_integer
 from maskloss.clips import ClipOptions, check_same_unit, frames_of_divisor, weights_of_divisor
 from maskloss.distributed import Group, StepTotals
-from maskloss.errors import Cause, describe, reported
+from maskloss.errors import Cause, reported
 from maskloss.layers import Layer
-from maskloss.loss import InstanceLosses, MaskLoss, by_layer, check_instance_weights, term_of
-from maskloss.matcher import HungarianMatcher, check_layers_of_masks, stack_costs
+from maskloss.loss import MaskLoss, check_instance_weights
+from maskloss.matcher import HungarianMatcher, check_layers_of_masks, check_matcher, stack_costs
 from maskloss.matches import Matches, Pairs
 from maskloss.options import (
     CLASS_WEIGHT,
@@ -30,63 +30,12 @@ from maskloss.options import (
     TargetRules,
     mask_options,
 )
+from maskloss.outputs import CriterionOutput, LayerTerms
 from maskloss.points import PointSampling
 from maskloss.step import Step, check_weights_of_totals
 from maskloss.targets.collate import Entries, collate, joined_weights
 
 NO_OBJECT_WEIGHT = 0.1
-
-
-class CriterionOutput(NamedTuple):
-    """What `MaskCriterion` returns; L decoder layers, the last of them final.
-
-    Attributes:
-        total: `[]`, the weighted sum of all terms of all layers.
-        loss_class: `[L]`, classification, unweighted.
-        loss_mask: `[L]`, cross-entropy of the masks, unweighted.
-        loss_dice: `[L]`, Dice, unweighted.
-        per_instance: both mask terms of every instance, in the order of `matches.index`; weights of instances are not
-            applied to them.
-        matches: which query belongs to which target.
-        seed: int64 `[]`, the seed of the points.
-        weights: class_weight, mask_weight and dice_weight, by which `total` weighs the three terms.
-        mask_layers: the numbers of the layers that have masks; the others' mask terms are 0, and `as_dict` leaves them
-            out. `per_instance` has the instances of these layers.
-    """
-
-    total: Tensor
-    loss_class: Tensor
-    loss_mask: Tensor
-    loss_dice: Tensor
-    per_instance: InstanceLosses
-    matches: Matches
-    seed: Tensor
-    weights: tuple[float, float, float]
-    mask_layers: tuple[int, ...]
-
-    def __getitem__(self, key: Any) -> Any:
-        """Return a term by its name in `as_dict()`, or a field by its number."""
-        return term_of(self, key, {"total": self.total, **self.as_dict()} if isinstance(key, str) else {})
-
-    def as_dict(self, *, weighted: bool = False) -> dict[str, Tensor]:
-        """Name the terms of each layer: loss_class, loss_mask, loss_dice for the final one, loss_class_0 … before it.
-
-        The names are this library's own: Mask2Former calls the classification loss_ce, Transformers
-        loss_cross_entropy (`maskloss.integrations` has theirs).
-
-        Args:
-            weighted: multiply each term by its weight, so that the values add up to `total`. Default False.
-        """
-        terms = {"loss_class": self.loss_class, "loss_mask": self.loss_mask, "loss_dice": self.loss_dice}
-        if weighted:
-            terms = {name: weight * term for (name, term), weight in zip(terms.items(), self.weights, strict=True)}
-        final = {name: values[-1] for name, values in terms.items()}
-        last = len(self.loss_class) - 1
-        named = final | {f"{name}_{layer}": values[layer] for layer in range(last) for name, values in terms.items()}
-        for layer in set(range(last + 1)) - set(self.mask_layers):
-            suffix = "" if layer == last else f"_{layer}"
-            del named[f"loss_mask{suffix}"], named[f"loss_dice{suffix}"]
-        return named
 
 
 class MaskCriterion(nn.Module):
@@ -197,20 +146,23 @@ class MaskCriterion(nn.Module):
         self.mask_loss = MaskLoss(
             ce_weight=mask_weight, dice_weight=dice_weight, sampling=sampling, clips=clips, options=group
         )
-        self.matcher = _checked_matcher(matcher, classification, groups) or HungarianMatcher(
-            class_weight=class_weight,
-            mask_weight=mask_weight,
-            dice_weight=dice_weight,
-            groups=1 if groups is None else groups,
-            num_points=sampling.num_points,
-            layout=sampling.layout,
-            classification=classification,
-            clips=clips,
-            options=group,
-            ignore_value=ignore_value,
-            ignore_label=ignore_label,
-            drop_empty=drop_empty,
-        )
+        if matcher is not None:
+            self.matcher = check_matcher(matcher, classification, groups)
+        else:
+            self.matcher = HungarianMatcher(
+                class_weight=class_weight,
+                mask_weight=mask_weight,
+                dice_weight=dice_weight,
+                groups=1 if groups is None else groups,
+                num_points=sampling.num_points,
+                layout=sampling.layout,
+                classification=classification,
+                clips=clips,
+                options=group,
+                ignore_value=ignore_value,
+                ignore_label=ignore_label,
+                drop_empty=drop_empty,
+            )
         check_same_unit(clips, self.matcher.clips)
 
     @reported("MaskCriterion")
@@ -285,10 +237,10 @@ class MaskCriterion(nn.Module):
                 f"got {stacked.shape[3]}",
                 'num_classes excludes "no object". Softmax logits have one extra entry for it; sigmoid logits do not',
             )
-        given = [layer for layer in logits if layer is not None]
+        present = [layer for layer in logits if layer is not None]
         step = Step.begin(
             collate(targets, self.rules.ignore_value),
-            [*given, stacked],
+            [*present, stacked],
             self.rules,
             totals=totals,
             image_ids=image_ids,
@@ -298,36 +250,20 @@ class MaskCriterion(nn.Module):
         )
         found = self._matches(matches, extra_costs, stacked, logits, step)
         wanted = step.wanted_classes(found, stacked.shape[:3], self.num_classes)
-        weights, weighs = None, "drop_empty" if self.rules.drop_empty else '"has_mask" of the targets'
+        weights = None
         if instance_weights is not None:
-            joined, weighs = joined_weights(instance_weights, step.targets), "instance_weights"
-            weights = check_instance_weights(joined, step.targets.num_masks, given[0])
-        dtype = accumulation_dtype(given[0].dtype)
-        matched = step.mask_weights(found, weights, dtype)
-        clips = self.mask_loss.clips
-        counted = weights_of_divisor(clips, found, step.targets, matched)
+            joined = joined_weights(instance_weights, step.targets)
+            weights = check_instance_weights(joined, step.targets.num_masks, present[0])
+        matched = step.mask_weights(found, weights, accumulation_dtype(present[0].dtype))
         partial = self._partial(unlabeled, annotated_classes, logits, step)
-        untaught = None
-        if softmax and partial.shares is not None:
-            untaught = torch.where(wanted == self.num_classes, partial.shares, 0.0).flatten(1).sum(1)
-        weighs = weighs if matched is not None else "clips"
-        counts = self._counts(step, found, counted, weighs, wanted, stacked, untaught)
-        instances = _given_or(counts.instance_weight, counts.instances)
-        divisor = distributed.at_least_one(instances * frames_of_divisor(clips, step.targets))
-        layers = [number for number, layer in enumerate(logits) if layer is not None]
-        shown = found.of_layers(layers)
-        if shown is not found:
-            matched = step.mask_weights(shown, weights, dtype)
-            divisor = divisor[layers] if isinstance(divisor, Tensor) and divisor.ndim else divisor
-        reduction = ops.Reduction(self.mask_weight, self.dice_weight, divisor, matched)
-        ce, dice, losses = self.mask_loss.layer_terms(given, shown, step, reduction)
-        if shown is not found:
-            ce, dice = (_spread(term, layers, len(logits)) for term in (ce, dice))
+        weighed_by = None if instance_weights is None else "instance_weights"
+        counts = self._counts(step, found, matched, weighed_by, wanted, stacked, partial)
+        layers, (ce, dice, losses) = self._mask_terms(step, found, logits, weights, matched, counts)
         loss_class = self._classify(stacked, wanted, counts, partial)
         factors = (self.class_weight, self.mask_weight, self.dice_weight)
         summed = torch.add(self.class_weight * loss_class, ce, alpha=self.mask_weight)
         total = torch.add(summed, dice, alpha=self.dice_weight).sum()
-        return CriterionOutput(total, loss_class, ce, dice, losses, found, step.seed, factors, tuple(layers))
+        return CriterionOutput(total, loss_class, ce, dice, losses, found, step.seed, factors, layers)
 
     def _matches(
         self,
@@ -364,49 +300,41 @@ class MaskCriterion(nn.Module):
         step: Step,
         matches: Matches,
         weights: Tensor | None,
-        weighs: str,
+        weighed_by: str | None,
         wanted: Tensor,
         logits: Tensor,
-        untaught: Tensor | None,
+        partial: Partial,
     ) -> StepTotals:
         """Take the step's totals, or count this batch over the ranks; of layers that differ, `[L]`.
 
-        `weighs` is the option by which instances have weights, if they have; `untaught` `[L]` queries are not counted.
+        `weights` are those of the matched instances in the mask terms, `weighed_by` the option that has said so.
         """
-        weighs_classes = self._weighs_classes
-        if step.totals is not None:
-            # Other micro-batches may have weights where this one has none: all of its instances weigh 1.
-            used_by = {"class_weight": weighs_classes} | ({} if weights is None else {"instance_weight": weighs})
-            check_weights_of_totals(step.totals, **used_by)
-            if not matches.is_even:
-                raise Cause(
-                    "totals need the same number of matches in every layer",
-                    f"the layers have {list(matches.layer_sizes)} pairs",
-                    "leave totals out, or give every layer the same number of pairs",
-                )
-            return self._totals_of_groups(step.totals)
-        layers, batch, queries = wanted.shape
-        instances: float | Tensor = float(matches.layer_sizes[0])
+        weighs_classes, counted = (
+            self._weighs_classes,
+            weights_of_divisor(self.mask_loss.clips, matches, step.targets, weights),
+        )
+        if step.totals is None:
+            queries: float | Tensor = float(wanted.shape[1] * wanted.shape[2])
+            if self.classification == "softmax" and partial.shares is not None:
+                untaught = torch.where(wanted == self.num_classes, partial.shares, 0.0).flatten(1).sum(1)
+                queries = queries - untaught
+            class_weight = None
+            if weighs_classes:
+                class_weight = _classification.weight_sums(wanted, self._query_weights(logits, no_object=0.0))
+            return step.counted(matches, queries, logits.dtype, counted, class_weight)
+        # Other micro-batches may have weights where this one has none: all of its instances weigh 1.
+        used_by: dict[str, str | None] = {"class_weight": weighs_classes}
+        if counted is not None:
+            usual = weighed_by or ("drop_empty" if self.rules.drop_empty else '"has_mask" of the targets')
+            used_by["instance_weight"] = "clips" if weights is None else usual
+        check_weights_of_totals(step.totals, **used_by)
         if not matches.is_even:
-            column = matches.index[:, LAYER, None]
-            instances = (column == torch.arange(layers, device=wanted.device)).sum(0, dtype=logits.dtype)
-        counts = [instances, batch * queries - (0.0 if untaught is None else untaught)]
-        many = distributed.world_size(step.group) > 1
-        if weights is not None or many:
-            counts.append(instances if weights is None else by_layer(weights[None], matches)[0])
-        if weighs_classes:
-            counts.append(_classification.weight_sums(wanted, self._query_weights(logits, no_object=0.0)))
-        if many:
-            # What is reduced must not depend on this rank's own data: the same numbers, [L] each, in one dtype.
-            counts = [
-                count.to(logits.dtype).expand(layers)
-                if isinstance(count, Tensor)
-                else logits.new_full((layers,), count)
-                for count in counts
-            ]
-        means = step.means(counts)
-        by_instance = means[2] if weights is not None or many else None
-        return StepTotals(means[0], means[1], by_instance, means[-1] if weighs_classes else None)
+            raise Cause(
+                "totals need the same number of matches in every layer",
+                f"the layers have {list(matches.layer_sizes)} pairs",
+                "leave totals out, or give every layer the same number of pairs",
+            )
+        return self._totals_of_groups(step.totals)
 
     def _totals_of_groups(self, totals: StepTotals) -> StepTotals:
         """Count each target once for every group of queries."""
@@ -421,6 +349,35 @@ class MaskCriterion(nn.Module):
         return totals._replace(
             instances=totals.instances * groups, instance_weight=None if weight is None else weight * groups
         )
+
+    def _mask_terms(
+        self,
+        step: Step,
+        matches: Matches,
+        logits: Sequence[Layer | None],
+        weights: Tensor | None,
+        matched: Tensor | None,
+        counts: StepTotals,
+    ) -> tuple[tuple[int, ...], LayerTerms]:
+        """Compute the mask terms of all layers, 0 where there are no masks, and say which layers have some.
+
+        `weights` are those of all targets, `matched` those of the matched instances.
+        """
+        clips = self.mask_loss.clips
+        instances = _given_or(counts.instance_weight, counts.instances)
+        divisor = distributed.at_least_one(instances * frames_of_divisor(clips, step.targets))
+        layers = tuple(number for number, layer in enumerate(logits) if layer is not None)
+        given = [layer for layer in logits if layer is not None]
+        shown = matches.of_layers(layers)
+        if shown is not matches:
+            matched = step.mask_weights(shown, weights, accumulation_dtype(given[0].dtype))
+            divisor = divisor[list(layers)] if isinstance(divisor, Tensor) and divisor.ndim else divisor
+        reduction = ops.Reduction(self.mask_weight, self.dice_weight, divisor, matched)
+        terms = self.mask_loss.layer_terms(given, shown, step, reduction)
+        if shown is not matches:
+            ce, dice = (_spread(term, layers, len(logits)) for term in terms[:2])
+            terms = terms._replace(ce=ce, dice=dice)
+        return layers, terms
 
     def _classify(self, class_logits: Tensor, wanted: Tensor, counts: StepTotals, partial: Partial) -> Tensor:
         """Compute the classification of each layer, `[L]`, from `[L, B, Q, C (+ 1)]` and the classes `[L, B, Q]`."""
@@ -484,29 +441,3 @@ def _spread(terms: Tensor, layers: Sequence[int], count: int) -> Tensor:
 
 def _given_or(given: float | Tensor | None, otherwise: float | Tensor) -> float | Tensor:
     return otherwise if given is None else given
-
-
-def _checked_matcher(
-    matcher: HungarianMatcher | None, classification: str, groups: int | None
-) -> HungarianMatcher | None:
-    if matcher is None:
-        return None
-    if not isinstance(matcher, HungarianMatcher):
-        raise Cause(
-            "matcher must be a maskloss.HungarianMatcher",
-            f"got {describe(matcher)}",
-            "pairs from a matcher of another kind are given to each call as matches=",
-        )
-    if matcher.classification != classification:
-        raise Cause(
-            "matcher and criterion must have the same classification",
-            f"the matcher has {matcher.classification!r}, the criterion {classification!r}",
-            "give both the same classification",
-        )
-    if groups is not None and matcher.groups != groups:
-        raise Cause(
-            "matcher and criterion must have the same groups",
-            f"the matcher has {matcher.groups}, the criterion {describe(groups)}",
-            "leave groups out: the criterion takes those of its matcher",
-        )
-    return matcher

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from maskloss import _inputs, ops, options
-from maskloss._numbers import check_number, is_float, is_number
-from maskloss.errors import Cause, check_device, check_layout, describe, reported
+from maskloss._numbers import is_float, is_number
+from maskloss.errors import Cause, check_layout, describe, reported
 from maskloss.matches import Matches
 from maskloss.ops.reference import formulas
 from maskloss.points import PointSampling, check_coordinates, draw_seed
@@ -241,7 +241,7 @@ def mask_focal(
         >>> mask_focal(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 1.0]]))
         tensor([0.0219])
     """
-    return _mean_focal(z, t, w, *_focal(alpha, gamma))
+    return _mean_focal(z, t, w, *_inputs.focal_numbers(alpha, gamma))
 
 
 @reported("mask_dice")
@@ -274,7 +274,7 @@ def mask_dice(z: Tensor, t: Tensor, w: Tensor | None = None, *, dice: str = "sta
         tensor([0.3333])
     """
     _inputs.check_choice("dice", dice, options.DICE_KINDS)
-    return formulas.dice(z, t, _paired_weights(z, t, w), dice)
+    return formulas.dice(z, t, _inputs.paired_weights(z, t, w), dice)
 
 
 class PairwiseCost(NamedTuple):
@@ -331,7 +331,7 @@ def pairwise_mask_cost(
         >>> cost.ce
         tensor([[0.0181, 4.0181]])
     """
-    _check_floats(z, t)
+    _inputs.check_floats(z, t)
     term = options.MaskOptions(focal_alpha=focal_alpha, focal_gamma=focal_gamma, dice=dice).term
     if z.ndim < 2 or t.ndim < 2 or z.shape[-1] != t.shape[-1]:
         raise Cause(
@@ -339,7 +339,7 @@ def pairwise_mask_cost(
             f"got {list(z.shape)} and {list(t.shape)}",
             "sample both at the same P points",
         )
-    weights = _weights(w, (*z.shape[:-2], z.shape[-1]), z)
+    weights = _inputs.point_weights(w, (*z.shape[:-2], z.shape[-1]), z)
     return PairwiseCost(*formulas.pairwise_costs(z, t.to(z.dtype), weights, *term.focal, dice))
 
 
@@ -366,7 +366,7 @@ def class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:
         >>> class_cost(torch.tensor([[0.0, 0.0, 0.0, 0.0]]), torch.tensor([2]))
         tensor([[-0.2500]])
     """
-    _check_classes(class_logits, labels)
+    _inputs.check_classes(class_logits, labels)
     return -_at_labels(class_logits.softmax(-1), labels)
 
 
@@ -404,8 +404,8 @@ def focal_class_cost(
         >>> focal_class_cost(torch.tensor([[0.0, 3.0]]), torch.tensor([0, 1]))
         tensor([[-0.0866, -2.0747]])
     """
-    _check_classes(class_logits, labels)
-    a, exponent = _focal(alpha, gamma)
+    _inputs.check_classes(class_logits, labels)
+    a, exponent = _inputs.focal_numbers(alpha, gamma)
     on, off = (1.0, 1.0) if a < 0 else (a, 1 - a)
     x = _at_labels(class_logits, labels)
     # Not 1 - p, which has lost most of its digits where p is close to 1.
@@ -444,28 +444,6 @@ def _window_row(window: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor([tuple(window)], dtype=torch.float32, device=device)
 
 
-def _check_classes(class_logits: Tensor, labels: Tensor) -> None:
-    for name, value in (("class_logits", class_logits), ("labels", labels)):
-        check_layout(name, value)
-    if not is_float(class_logits) or class_logits.ndim < 2 or class_logits.shape[-1] < 1:
-        raise Cause(
-            "class_logits must be float [..., Q, number of classes], of one class at least",
-            f"got {describe(class_logits)}",
-            "the last dimension holds the classes, and 'no object' where there is one",
-        )
-    integers = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
-    if not integers or labels.ndim < 1:
-        raise Cause("labels must be integers [..., T]", f"got {describe(labels)}", "labels.long()")
-    check_device("labels", labels.device, class_logits.device)
-    have, want = labels.shape[-2::-1], class_logits.shape[-3::-1]
-    if len(have) > len(want) or any(one not in (1, other) for one, other in zip(have, want, strict=False)):
-        raise Cause(
-            "the leading dimensions of labels [..., T] must broadcast to those of class_logits [..., Q, C]",
-            f"got {list(class_logits.shape)} and {list(labels.shape)}",
-            "labels [T] serve all of them",
-        )
-
-
 def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
     """Read logits or probabilities `[..., Q, C]` at labels `[..., T]`: `[..., Q, T]`."""
     where = labels.long().clamp(0, values.shape[-1] - 1).unsqueeze(-2)
@@ -473,47 +451,5 @@ def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def _mean_focal(z: Tensor, t: Tensor, w: Tensor | None, alpha: float, gamma: float) -> Tensor:
-    weights = _paired_weights(z, t, w)
+    weights = _inputs.paired_weights(z, t, w)
     return (formulas.focal(z, t, alpha, gamma) * weights).sum(-1) / weights.sum(-1).clamp(min=1)
-
-
-def _check_floats(z: Tensor, t: Tensor) -> None:
-    for each in (z, t):
-        if not is_float(each):
-            raise Cause(
-                "z and t must be float", f"got {describe(z)} and {describe(t)}", "t.to(z.dtype) converts a bool mask"
-            )
-    check_device("t", t.device, z.device)
-
-
-def _weights(w: Tensor | None, shape: Sequence[int], z: Tensor) -> Tensor:
-    """Expand weights of points to a shape, in the dtype of z."""
-    if w is None:
-        return z.new_ones(shape)
-    fits = isinstance(w, Tensor) and w.ndim <= len(shape) and not w.is_complex()
-    if not fits or any(have not in (1, want) for have, want in zip(w.shape[::-1], shape[::-1], strict=False)):
-        raise Cause(
-            "w must broadcast to [..., P]",
-            f"got {describe(w)} for {list(shape)}",
-            "give one real weight for each point",
-        )
-    check_device("w", w.device, z.device)
-    return w.to(z.dtype).expand(*shape)
-
-
-def _paired_weights(z: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
-    """Check that z and t pair up, and return the weights `[..., P]`."""
-    _check_floats(z, t)
-    if z.shape != t.shape or z.ndim < 1:
-        raise Cause(
-            "z and t must have the same shape [..., P]",
-            f"got {list(z.shape)}, {list(t.shape)}",
-            "sample them at the same points",
-        )
-    return _weights(w, z.shape, z)
-
-
-def _focal(alpha: float | None, gamma: float) -> tuple[float, float]:
-    """Check both numbers of a focal loss; -1 stands for no alpha."""
-    balance = -1.0 if alpha is None else check_number("alpha", alpha, 0, 1, hint="0.25 is usual")
-    return balance, check_number("gamma", gamma, 0, hint="2.0 is usual")

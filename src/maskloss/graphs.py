@@ -11,12 +11,13 @@ from torch import Tensor
 
 from maskloss import _abi
 from maskloss._numbers import check_integer
-from maskloss.criterion import CriterionOutput, MaskCriterion
+from maskloss.criterion import MaskCriterion
 from maskloss.distributed import StepTotals
 from maskloss.errors import Cause, reported
 from maskloss.layers import Layer
 from maskloss.matcher import check_predictions
 from maskloss.options import TargetRules
+from maskloss.outputs import CriterionOutput
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
 from maskloss.targets.collate import Batch, Entries, collate

@@ -39,16 +39,7 @@ def mask_loss(
     reduction: Reduction | None = None,
     stack: Stack | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute cross-entropy and Dice `[N]` of instances; of clips they are planes, query q in frame t is q * T + t.
-
-    Args:
-        layers: of all decoder layers.
-        matches: the instances.
-        job: targets, and where and how they and the logits are read.
-        backend: which one.
-        reduction: how the losses will be summed, if that is known.
-        stack: how whole clips or volumes are read, if an instance is one.
-    """
+    """Compute cross-entropy and Dice `[N]` of instances; of clips they are planes, query q in frame t is q * T + t."""
     if stack is not None:
         ops.check_backend_of_volumes(backend)
         instances = ops.Instances(_formed(layers), matches.index, matches.layer_sizes)

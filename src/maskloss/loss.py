@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,70 +28,11 @@ from maskloss.factors import MaskFactors
 from maskloss.layers import Layer
 from maskloss.matches import Matches, Pairs, check_fit
 from maskloss.options import DICE_WEIGHT, MASK_WEIGHT, MaskKeywords, MaskOptions, mask_options
+from maskloss.outputs import InstanceLosses, LayerTerms, MaskLossOutput
 from maskloss.points import PointSampling, check_points
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
-from maskloss.targets.clips import planes
 from maskloss.targets.collate import Batch
-
-
-class InstanceLosses(NamedTuple):
-    """The losses of each instance, before anything is weighted or summed.
-
-    Attributes:
-        ce: cross-entropy `[N]`, the mean over an instance's points.
-        dice: Dice `[N]`.
-    """
-
-    ce: Tensor
-    dice: Tensor
-
-
-class LayerTerms(NamedTuple):
-    """The mask terms of decoder layers.
-
-    Attributes:
-        ce: `[L]`, the sums of each layer's cross-entropies, divided.
-        dice: `[L]`, the same for Dice.
-        per_instance: both terms of every instance, not weighted.
-    """
-
-    ce: Tensor
-    dice: Tensor
-    per_instance: InstanceLosses
-
-
-class MaskLossOutput(NamedTuple):
-    """What `MaskLoss` returns.
-
-    Attributes:
-        total: `[]`, ce_weight * ce + dice_weight * dice.
-        ce: `[]`, the sum of the instances' cross-entropies, divided by the number of instances.
-        dice: `[]`, the same for Dice.
-        per_instance: both terms of each instance, `[N]` each.
-        seed: int64 `[]`, the seed of the points; passing it again draws them again.
-        best: int64 `[N]`, which of the candidates counted, with `best_of`; else None.
-    """
-
-    total: Tensor
-    ce: Tensor
-    dice: Tensor
-    per_instance: InstanceLosses
-    seed: Tensor
-    best: Tensor | None = None
-
-    def __getitem__(self, key: Any) -> Any:
-        """Return a term by its name, or a field by its number."""
-        return term_of(self, key, {"total": self.total, "ce": self.ce, "dice": self.dice})
-
-
-def term_of(output: tuple[Any, ...], key: Any, terms: Mapping[str, Tensor]) -> Any:
-    """Return a term of an output by its name, or a field of it by its number."""
-    if not isinstance(key, str):
-        return tuple.__getitem__(output, key)
-    if key not in terms:
-        raise KeyError(f"there is no {key!r}; the terms are {', '.join(terms)}")
-    return terms[key]
 
 
 class MaskLoss(nn.Module):
@@ -262,7 +202,7 @@ class MaskLoss(nn.Module):
             reduction = reduction._replace(
                 weights=weights_of_planes(self.clips, matches, step.targets, reduction.weights)
             )
-            matches, step = matches_of_planes(matches, frames), replace(step, targets=planes(step.targets))
+            matches, step = matches_of_planes(matches, frames), replace(step, targets=step.by_plane(), planes=None)
         if stack is not None and points is not None:
             raise Cause(
                 "points can be given to unit='frame' only", f"they are {describe(points)}", "leave points out, or unit"
@@ -270,7 +210,7 @@ class MaskLoss(nn.Module):
         losses = self.instance_losses(logits, matches, step, points, reduction, stack)
         terms = losses if reduction.weights is None else weighted(losses, reduction.weights)
         # Both terms of all layers at once: on a GPU every small operation costs a launch.
-        ce, dice = (by_layer(_inputs.stack(terms), matches) / reduction.divisor).unbind()
+        ce, dice = (matches.by_layer(_inputs.stack(terms)) / reduction.divisor).unbind()
         if len(shape) > 1:
             losses = InstanceLosses(losses.ce.view(shape), losses.dice.view(shape))
         return LayerTerms(ce, dice, losses)
@@ -383,11 +323,3 @@ def weighted(losses: InstanceLosses, weights: Tensor) -> InstanceLosses:
     """Weigh the losses of instances; a NaN in one of weight 0 must not come through, and 0 * NaN would."""
     zero = losses.ce.new_zeros(())
     return InstanceLosses(*(torch.where(weights == 0, zero, term) * weights for term in losses))
-
-
-def by_layer(values: Tensor, matches: Matches) -> Tensor:
-    """Sum values of instances `[K, N]` by layer: `[K, L]`."""
-    sizes = matches.layer_sizes
-    if matches.is_even:
-        return values.view(len(values), len(sizes), -1).sum(2)
-    return torch.stack([part.sum(1) for part in values.split(list(sizes), dim=1)], dim=1)

@@ -21,7 +21,6 @@ from maskloss.options import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, MaskOptions
 from maskloss.points import PointSampling
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
-from maskloss.targets.clips import planes
 from maskloss.targets.collate import Entries, collate
 
 
@@ -213,7 +212,7 @@ class HungarianMatcher(nn.Module):
         if not given:
             return torch.zeros_like(like)
         stack = stack_of(self.clips, given, targets, self.options)
-        stored = targets if stack else planes(targets)
+        stored = targets if stack else step.by_plane()
         job = ops.Job(
             ops.Targets(targets.encoding, *stored.tensors),
             ops.Draw(step.image_ids, step.seed, self.num_points, layout=self.layout),
@@ -234,6 +233,29 @@ class HungarianMatcher(nn.Module):
         weights = f"class_weight={self.class_weight}, mask_weight={self.mask_weight}, dice_weight={self.dice_weight}"
         solved = f"groups={self.groups}, assignment={self.assignment!r}"
         return f"{weights}, {solved}, num_points={self.num_points}, layout={self.layout!r}, {self.options}"
+
+
+def check_matcher(matcher: HungarianMatcher, classification: str, groups: int | None) -> HungarianMatcher:
+    """Raise unless a matcher fits a criterion; return it."""
+    if not isinstance(matcher, HungarianMatcher):
+        raise Cause(
+            "matcher must be a maskloss.HungarianMatcher",
+            f"got {describe(matcher)}",
+            "pairs from a matcher of another kind are given to each call as matches=",
+        )
+    if matcher.classification != classification:
+        raise Cause(
+            "matcher and criterion must have the same classification",
+            f"the matcher has {matcher.classification!r}, the criterion {classification!r}",
+            "give both the same classification",
+        )
+    if groups is not None and matcher.groups != groups:
+        raise Cause(
+            "matcher and criterion must have the same groups",
+            f"the matcher has {matcher.groups}, the criterion {describe(groups)}",
+            "leave groups out: the criterion takes those of its matcher",
+        )
+    return matcher
 
 
 def stack_costs(costs: Sequence[Tensor], class_logits: Tensor, targets: MaskTargets) -> Tensor:

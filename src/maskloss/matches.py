@@ -60,6 +60,13 @@ class Matches:
         """Number the matched targets over the whole batch, int64 `[N]`; `first_rows` `[B]`: where each image begins."""
         return first_rows[self.index[:, IMAGE]] + self.index[:, TARGET]
 
+    def by_layer(self, values: Tensor) -> Tensor:
+        """Sum values of the pairs `[K, N]` by layer: `[K, L]`."""
+        sizes = self.layer_sizes
+        if self.is_even:
+            return values.view(len(values), len(sizes), -1).sum(2)
+        return torch.stack([part.sum(1) for part in values.split(list(sizes), dim=1)], dim=1)
+
     def of_layers(self, layers: Sequence[int]) -> Matches:
         """Keep the pairs of some layers, in their order, which are numbered anew."""
         if len(layers) == len(self.layer_sizes):

@@ -21,6 +21,7 @@ from maskloss.matches import Matches, Pairs, matches_of_layers, wanted_classes
 from maskloss.options import TargetRules
 from maskloss.points import draw_seed
 from maskloss.targets import MaskTargets
+from maskloss.targets.clips import planes
 from maskloss.targets.collate import Batch, check_labels
 
 # The class of a query that is matched with a target of an unknown one; PyTorch's cross-entropy leaves it out too.
@@ -122,6 +123,7 @@ class Step:
     unknown: Tensor | None = None
     has_mask: Tensor | None = None  # bool `[T_all]`, whether a target has a mask; None: all have
     rules: TargetRules = _NO_RULES  # how targets are understood
+    planes: MaskTargets | None = None  # the frames of clips as images, described once; None: not described yet
 
     @staticmethod
     def begin(
@@ -171,7 +173,8 @@ class Step:
         device = logits.device
         numbers = distributed.image_numbers(ids, logits.shape[0], device)
         drawn = draw_seed(seed, generator, device)
-        return Step(targets, labels, numbers, drawn, totals, group, unknown, has_mask, rules)
+        by_plane = planes(targets) if targets.frames > 1 else None
+        return Step(targets, labels, numbers, drawn, totals, group, unknown, has_mask, rules, by_plane)
 
     def wanted_classes(self, matches: Matches, shape: Sequence[int], no_object: int) -> Tensor:
         """Write the classes that queries should have, int64 `[L, B, Q]`; the unmatched ones get `no_object`.
@@ -240,6 +243,49 @@ class Step:
                 check_weights_of_totals(self.totals, class_weight="ignore_label")
             matched = weights[0] * self.totals.instances
         return matched + weights[-1] * (self.totals.queries - self.totals.instances)
+
+    def by_plane(self) -> MaskTargets:
+        """Return the targets, those of clips as planes."""
+        return planes(self.targets) if self.planes is None else self.planes
+
+    def counted(
+        self,
+        matches: Matches,
+        queries: float | Tensor,
+        dtype: torch.dtype,
+        weights: Tensor | None,
+        class_weight: Tensor | None,
+    ) -> StepTotals:
+        """Count a batch over the ranks; of layers that differ, `[L]`.
+
+        Args:
+            matches: the instances.
+            queries: how many queries of a layer are taught.
+            dtype: of what is summed over the ranks.
+            weights: of the instances in the divisor, `[N]`; None: all are 1.
+            class_weight: the sum of the weights of the matched queries, `[L]`, if it is asked for.
+        """
+        instances: float | Tensor = float(matches.layer_sizes[0])
+        layers, device = len(matches.layer_sizes), matches.index.device
+        if not matches.is_even:
+            instances = (matches.index[:, LAYER, None] == torch.arange(layers, device=device)).sum(0, dtype=dtype)
+        counts = [instances, queries]
+        many = distributed.world_size(self.group) > 1
+        if weights is not None or many:
+            counts.append(instances if weights is None else matches.by_layer(weights[None])[0])
+        if class_weight is not None:
+            counts.append(class_weight)
+        if many:
+            # What is reduced must not depend on this rank's own data: the same numbers, [L] each, in one dtype.
+            counts = [
+                count.to(dtype).expand(layers)
+                if isinstance(count, Tensor)
+                else torch.full((layers,), count, dtype=dtype, device=device)
+                for count in counts
+            ]
+        means = self.means(counts)
+        by_instance = means[2] if weights is not None or many else None
+        return StepTotals(means[0], means[1], by_instance, None if class_weight is None else means[-1])
 
     @property
     def device(self) -> torch.device:

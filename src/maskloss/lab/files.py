@@ -24,12 +24,7 @@ LONGEST_NAME = 255
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, bring it to the disk, and put it in place in one move.
-
-    Args:
-        path: what is there afterwards; an older file stays until the new one is complete.
-        write: called with the path of the temporary file.
-    """
+    """Let `write` fill a file beside `path`, bring it to the disk, and put it in place in one move."""
     # Through a link, and never in place of a device.
     path = Path(os.path.realpath(path))
     if path.exists():
@@ -47,12 +42,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 def check_writable(path: Path, option: str) -> None:
     """Raise unless a file can be written there; asked before anything is computed.
-
-    Args:
-        path: of the file; one that is there will be replaced.
-        option: where the path came from.
 
     Raises:
         Cause: a folder, a device, a folder that is missing, or no permission.
@@ -69,8 +65,7 @@ def check_writable(path: Path, option: str) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole; a number that JSON cannot hold becomes null."""
-    text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
 
 
 def check_file(path: Path, rule: str) -> None:

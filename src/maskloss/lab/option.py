@@ -22,13 +22,7 @@ class Option(NamedTuple):
     choices: tuple[str, ...] | None = None  # all that it may be
 
     def check(self, name: str, kind: type, value: Any) -> None:
-        """Raise if a value is not of this kind or not within these bounds.
-
-        Args:
-            name: as it is typed, with dashes.
-            kind: bool, int, float or str; tuple: of some of the choices.
-            value: that was given.
-        """
+        """Raise if a value is not of this kind or not within these bounds."""
         if kind is tuple:
             good = isinstance(value, tuple) and all(each in (self.choices or ()) for each in value)
             must = f"some of {', '.join(self.choices or ())}"

@@ -58,12 +58,7 @@ def tell(text: object = "") -> None:
 
 
 def explain_error(error: Exception, less_memory: str) -> str | None:
-    """Say in one sentence what went wrong; None for what should never happen, whose traceback is wanted.
-
-    Args:
-        error: that ended a command.
-        less_memory: what the user of this command can do about too little memory.
-    """
+    """Say in one sentence what went wrong; None for what should never happen, whose traceback is wanted."""
     if isinstance(error, MaskLossError) and error.parts is not None:
         rule, cause, hint = error.parts
         return f"{rule}: {cause}" + (f" ({hint})" if hint else "")

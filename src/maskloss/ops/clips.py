@@ -21,15 +21,7 @@ Costs = tuple[Tensor, Tensor]
 
 
 class Clip:
-    """One clip of a batch, and what all its queries share.
-
-    Args:
-        backend: its module.
-        number: of the clip.
-        num_targets: N of each clip.
-        job: the targets of all clips, as planes, and how they are read.
-        maps: `[B, _, T, h, w]`, some to be sampled of each size.
-    """
+    """One clip of a batch, and what all its queries share."""
 
     def __init__(self, backend: Any, number: int, num_targets: Sequence[int], job: Job, maps: Sequence[Tensor]) -> None:
         frames = maps[0].shape[2]

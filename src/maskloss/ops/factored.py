@@ -43,16 +43,20 @@ def match_cost(backend: Any, factors: Factors, num_targets: Sequence[int], job: 
         rows = torch.stack([factors.embeddings[layer] for layer in layers], 1)
         batch, depth, queries = rows.shape[:3]
         biases = torch.stack([factors.biases[layer] for layer in layers], 1).flatten(1) if factors.biases else None
-        costs = (_costs_of_clips if features.ndim == 5 else _costs_of_rows)(
-            backend, rows.flatten(1, 2), biases, features, factors.scratch_bytes, num_targets, job
-        )
-        by_layer = [cost.view(batch, depth, queries, cost.shape[2]).unbind(1) for cost in costs]
+        rows, dtype = rows.flatten(1, 2), accumulation_dtype(features.dtype)
+        ce = torch.zeros(*rows.shape[:2], max(num_targets, default=0), dtype=dtype, device=rows.device)
+        dice = torch.zeros_like(ce)
+        if ce.numel():
+            fill = _fill_costs_of_clips if features.ndim == 5 else _fill_costs
+            fill((ce, dice), backend, rows, biases, features, factors.scratch_bytes, num_targets, job)
+        by_layer = [cost.view(batch, depth, queries, cost.shape[2]).unbind(1) for cost in (ce, dice)]
         parts |= dict(zip(layers, zip(*by_layer, strict=True), strict=True))
     ce, dice = (torch.stack([parts[layer][which] for layer in sorted(parts)]) for which in range(2))
     return ce, dice
 
 
-def _costs_of_rows(
+def _fill_costs(
+    costs: tuple[Tensor, Tensor],
     backend: Any,
     rows: Tensor,
     biases: Tensor | None,
@@ -60,14 +64,9 @@ def _costs_of_rows(
     scratch_bytes: int,
     num_targets: Sequence[int],
     job: Job,
-) -> tuple[Tensor, Tensor]:
-    """Costs `[B, R, T_max]` of rows of embeddings `[B, R, D]` that share their features."""
+) -> None:
+    """Fill in costs `[B, R, T_max]` of rows of embeddings `[B, R, D]` that share their features."""
     batch, count = rows.shape[:2]
-    dtype, widest = accumulation_dtype(features.dtype), max(num_targets, default=0)
-    ce = torch.zeros(batch, count, widest, dtype=dtype, device=rows.device)
-    dice = torch.zeros_like(ce)
-    if ce.numel() == 0:
-        return ce, dice
     height, width = features.shape[2:]
     # Maps with fewer pixels than there are points are cheaper to form than to sample.
     small = height * width <= job.draw.num_points
@@ -86,14 +85,15 @@ def _costs_of_rows(
             logits += biases[:, part, None] if small else biases[:, part, None] * inside
         if small:
             maps = logits.view(*logits.shape[:2], height, width)
-            costs = [cost[0] for cost in backend.match_cost([maps], num_targets, job)]
+            found = [cost[0] for cost in backend.match_cost([maps], num_targets, job)]
         else:
-            costs = backend.row_costs(plan, logits, job.term)
-        ce[:, part], dice[:, part] = costs
-    return ce, dice
+            found = backend.row_costs(plan, logits, job.term)
+        for cost, values in zip(costs, found, strict=True):
+            cost[:, part] = values
 
 
-def _costs_of_clips(
+def _fill_costs_of_clips(
+    costs: tuple[Tensor, Tensor],
     backend: Any,
     rows: Tensor,
     biases: Tensor | None,
@@ -101,25 +101,19 @@ def _costs_of_clips(
     scratch_bytes: int,
     num_targets: Sequence[int],
     job: Job,
-) -> tuple[Tensor, Tensor]:
-    """As `_costs_of_rows`, of features `[B, D, T, h, w]` and targets as planes."""
-    dtype, widest = accumulation_dtype(features.dtype), max(num_targets, default=0)
-    ce = torch.zeros(*rows.shape[:2], widest, dtype=dtype, device=rows.device)
-    dice = torch.zeros_like(ce)
+) -> None:
+    """As `_fill_costs`, of features `[B, D, T, h, w]` and targets as planes."""
     for clip in clips_of(backend, num_targets, job, [features]):
         base = clip.sample(features[clip.number]).to(features.dtype)
-        inside = None
         if biases is not None:
-            inside = clip.sample(features.new_ones(1, 1, *features.shape[3:]).expand(1, *features.shape[2:])).to(
-                features.dtype
-            )
+            ones = features.new_ones(1, 1, *features.shape[3:]).expand(1, *features.shape[2:])
+            inside = clip.sample(ones).to(features.dtype)
         for part in _chunks(rows.shape[1], scratch_bytes // (base.shape[1] * base.element_size())):
             logits = rows[clip.number, part] @ base
-            if biases is not None and inside is not None:
+            if biases is not None:
                 logits += biases[clip.number, part, None] * inside
-            place = clip.number, part, slice(clip.count)
-            ce[place], dice[place] = clip.costs(logits)
-    return ce, dice
+            for cost, values in zip(costs, clip.costs(logits), strict=True):
+                cost[clip.number, part, : clip.count] = values
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

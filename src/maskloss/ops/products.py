@@ -129,12 +129,7 @@ def factored_mask_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute what `mask_loss` does, for logits as factors; gradients to all of them.
 
-    Args:
-        factors: of all layers.
-        index: int64 `[N, INDEX_COLUMNS]`, sorted by layer and image.
-        counts: how many rows each layer and image has, `[L * B]`.
-        job: see `mask_loss`.
-        backend: one that has kernels.
+    `index` `[N, INDEX_COLUMNS]` is sorted by layer and image; `counts` `[L * B]` says how many rows each of these has.
     """
     ce, dice, *_ = _differentiable_factored_mask_loss(*factors, index, counts, *job.flat, backend)
     return ce, dice

@@ -99,20 +99,7 @@ def inspect_points(
         (37632, 12544, '0.0506')
     """
     loss = MaskLoss() if loss is None else loss
-    for name, value in (("mask_logits", mask_logits), ("masks", masks)):
-        if not isinstance(value, Tensor) or value.ndim != 3 or len(value) != len(mask_logits):
-            raise Cause(
-                "mask_logits and masks must pair up",
-                f"got {describe(mask_logits)} and {describe(masks)}",
-                "give [N, h, w] and [N, H, W]",
-            )
-        swapped = not value.is_floating_point() if name == "mask_logits" else bool(((value < 0) | (value > 1)).any())
-        if swapped:
-            raise Cause(
-                "mask_logits must be float, and masks in [0, 1]",
-                f"got {describe(mask_logits)} and {describe(masks)}",
-                "inspect_points(mask_logits, masks): predictions come first",
-            )
+    _check_pairs(mask_logits, masks)
     logits, targets = mask_logits.detach().float(), masks.float()
     options, sampling = loss.options, loss.sampling
 
@@ -142,7 +129,7 @@ def inspect_points(
         weight = 1 - read(ignore.float().expand(len(z), -1, -1), points, "nearest")
     per_point = _per_point(z, t, loss) * weight
     ce = per_point.sum(1) / weight.sum(1).clamp(min=1)
-    dice = functional.mask_dice(z, t, weight)
+    dice = functional.mask_dice(z, t, weight, dice=options.dice)
     candidate_z = read(logits, candidates) if candidates.shape[1] else candidates[..., 0]
     return [
         Inspection(
@@ -164,6 +151,23 @@ def inspect_points(
         )
         for n in range(len(logits))
     ]
+
+
+def _check_pairs(mask_logits: Tensor, masks: Tensor) -> None:
+    for name, value in (("mask_logits", mask_logits), ("masks", masks)):
+        if not isinstance(value, Tensor) or value.ndim != 3 or len(value) != len(mask_logits):
+            raise Cause(
+                "mask_logits and masks must pair up",
+                f"got {describe(mask_logits)} and {describe(masks)}",
+                "give [N, h, w] and [N, H, W]",
+            )
+        swapped = not value.is_floating_point() if name == "mask_logits" else bool(((value < 0) | (value > 1)).any())
+        if swapped:
+            raise Cause(
+                "mask_logits must be float, and masks in [0, 1]",
+                f"got {describe(mask_logits)} and {describe(masks)}",
+                "inspect_points(mask_logits, masks): predictions come first",
+            )
 
 
 def _per_point(z: Tensor, t: Tensor, loss: MaskLoss) -> Tensor:

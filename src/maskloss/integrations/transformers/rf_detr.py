@@ -15,10 +15,11 @@ from maskloss.errors import Cause, reported
 from maskloss.integrations import _targets
 from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.layers import Layer
-from maskloss.loss import LayerTerms, MaskLoss
+from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.matches import Matches
 from maskloss.options import MaskOptions, TargetRules
+from maskloss.outputs import LayerTerms
 from maskloss.points import PointSampling
 from maskloss.step import Step
 

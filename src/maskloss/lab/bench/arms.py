@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from maskloss import MaskCriterion, MaskTargets, PointSampling
-from maskloss.criterion import CriterionOutput
 from maskloss.errors import require
 from maskloss.lab.bench import rf_detr
 from maskloss.lab.bench.cases import STRATIFIED, Case
 from maskloss.lab.bench.inputs import Inputs
 from maskloss.lab.bench.measure import Timed, wrap
+from maskloss.outputs import CriterionOutput
 
 ARMS = ("maskloss", "stratified", "stratified/4", "factors", "reference", "transformers", "rfdetr")
 

@@ -17,6 +17,7 @@ from maskloss.lab.bench import rf_detr
 from maskloss.lab.bench.arms import MasklossArm, TransformersArm
 from maskloss.lab.bench.cases import PEERS, STRATIFIED, Case
 from maskloss.lab.bench.inputs import Inputs
+from maskloss.lab.bench.measure import spied
 from maskloss.matches import Matches, Pairs
 from maskloss.ops.reference.sampling import match_points
 from maskloss.points import instance_keys, uniform_points
@@ -66,12 +67,6 @@ def compare(case: Case, inputs: Inputs, other: str, seed: int) -> Agreement:
 
     No other implementation draws stratified points. An arm that does is compared with itself on the reference backend,
     which draws as many of the same layout from the same seed.
-
-    Args:
-        case: the sizes.
-        inputs: of that case; gradients are dropped.
-        other: any arm but "maskloss".
-        seed: of the random numbers.
     """
     device, base = inputs.labels[0].device, "maskloss"
     if other in STRATIFIED:
@@ -126,9 +121,7 @@ def _run_transformers(arm: TransformersArm, inputs: Inputs, case: Case, matches:
     return _Step(_values(renamed), [*found[1:], found[0]], _take_gradients(inputs))
 
 
-def _run_rf_detr(
-    arm: rf_detr.TransformersArm | rf_detr.PackageArm, inputs: Inputs, case: Case, matches: Matches, seed: int
-) -> _Step:
+def _run_rf_detr(arm: rf_detr.Peer, inputs: Inputs, case: Case, matches: Matches, seed: int) -> _Step:
     """Run a criterion of RF-DETR, in Transformers or in its package, whose layers are in the order of `matches`."""
     inputs.drop_gradients()
     matcher, instances = _draws_by_layer(case, matches, seed)
@@ -137,7 +130,7 @@ def _run_rf_detr(
         draws = (draw for pair in zip(matcher, instances, strict=True) for part in pair for draw in part)
     else:
         draws = (draw for part in (*matcher, *instances) for draw in part)
-    with _Draws(iter(draws), exact=False), arm.watched() as found:
+    with _Draws(iter(draws), exact=False), spied(arm.matcher, "forward") as found:
         total, terms = arm.compute(inputs, arm.prepare(inputs.masks))
     total.backward()
     return _Step(_values(terms), found, _take_gradients(inputs))

@@ -63,15 +63,6 @@ def make_inputs(case: Case, *, seed: int, dtype: torch.dtype, device: torch.devi
     Targets are smooth closed shapes whose sizes are spread evenly on a logarithmic scale. In every layer, each target
     has a query that predicts it, better in later layers; the other queries predict background, or a target that
     another query has already.
-
-    Args:
-        case: the sizes.
-        seed: the same seed gives the same values.
-        dtype: of the logits.
-        device: where to put them; they are drawn on the CPU.
-
-    Returns:
-        The inputs; logits require a gradient.
     """
     generator = torch.Generator().manual_seed(seed)
     masks = [_draw_masks(case, generator) for _ in range(case.batch)]

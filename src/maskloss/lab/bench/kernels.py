@@ -35,13 +35,7 @@ Visit = Callable[[str, Launch, list[Tensor]], None]
 
 
 class Operations:
-    """Every operation on the inputs of a case: dense logits, factors, points, and the assignment.
-
-    Args:
-        case: the sizes; its head is used for the factors.
-        device: where the tensors are.
-        dtypes: of the dense logits.
-    """
+    """Every operation on the inputs of a case: dense logits, factors, points, and the assignment."""
 
     def __init__(
         self,
@@ -64,11 +58,7 @@ class Operations:
         self.labels = torch.cat(inputs.labels)
 
     def run(self, ops: Any) -> dict[str, list[Tensor]]:
-        """Call the operations of a backend.
-
-        Args:
-            ops: `maskloss.ops.gpu` or `maskloss.ops.reference`; the latter has no operations on factors.
-        """
+        """Call the operations of a backend."""
         found: dict[str, list[Tensor]] = {}
         for dtype in self.dtypes:
             found |= self._dense(ops, [each.detach().to(dtype) for each in self.inputs.dense()], str(dtype)[6:])
@@ -170,13 +160,6 @@ class Memory:
 
 def races(operations: Operations, ops: Any, repeats: int, warps: Sequence[int], seconds: float) -> list[dict[str, Any]]:
     """Launch every kernel again and again on the same memory, in deterministic mode.
-
-    Args:
-        operations: whose launches are repeated; each kernel as often as it is launched with another number of tensors.
-        ops: the backend with the kernels.
-        repeats: how often, for each number of warps.
-        warps: numbers of warps.
-        seconds: after which no more launches are repeated.
 
     Returns:
         For each kernel and number of warps: "kernel", "warps", "repeats", "equal" (all bits, every time), "difference"

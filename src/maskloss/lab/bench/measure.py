@@ -25,6 +25,26 @@ def wrap(timed: Timed, owner: Any, name: str, stage: str) -> None:
     setattr(owner, name, timed(stage, getattr(owner, name)))
 
 
+@contextmanager
+def spied(
+    owner: Any, name: str, what: Callable[[tuple[Any, ...], Any], Any] = lambda _, result: result
+) -> Iterator[list[Any]]:
+    """Collect what a method of a class returns, or is given: `what` of its arguments and its result."""
+    found: list[Any] = []
+    inner = vars(owner)[name]
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        result = inner(*arguments, **options)
+        found.append(what(arguments, result))
+        return result
+
+    setattr(owner, name, spy)
+    try:
+        yield found
+    finally:
+        setattr(owner, name, inner)
+
+
 class Clock:
     """Marks moments of a step; on CUDA the moments are events in the stream, and only reading them waits."""
 

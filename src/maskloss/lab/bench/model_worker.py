@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,13 +14,10 @@ from torch.overrides import TorchFunctionMode
 from maskloss.integrations.transformers import patch
 from maskloss.lab.bench.cases import Case
 from maskloss.lab.bench.check import _Draws, _draws
-from maskloss.lab.bench.measure import Clock, PeakMemory
+from maskloss.lab.bench.measure import Clock, PeakMemory, spied
 from maskloss.lab.bench.model import ModelCase, build, make_batch, to_device
 from maskloss.lab.bench.worker import BaseWorker, serve_process
-from maskloss.loss import LayerTerms, MaskLoss
-from maskloss.matches import Matches
-from maskloss.ops import Reduction
-from maskloss.step import Step
+from maskloss.loss import MaskLoss
 
 # Relative differences that pass. The gradient is that of all parameters, |a - b| / |b|: two candidates of equal
 # uncertainty but for rounding may be chosen one for the other, and an attention mask may flip where a logit is 0.
@@ -39,7 +36,8 @@ class ModelWorker(BaseWorker):
         The unpatched model gets the points that the patched one has drawn, and does all the rest itself.
         """
         found = self._start(case, device, dtype, seed)
-        with _recorded() as calls:
+        # The matches and the seed of every call of the patched criterion.
+        with spied(MaskLoss, "layer_terms", lambda given, _: (given[2], int(given[3].seed))) as calls:
             steps = {other: self._one_step(other, seed) for other in others[:1]}
         steps |= {other: self._one_step(other, seed) for other in others[1:]}
         points, batch = self.model.config.train_num_points, found.batch
@@ -98,23 +96,6 @@ class ModelWorker(BaseWorker):
             loss.backward()
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         return float(loss.detach()), gradients, resized.signs
-
-
-@contextmanager
-def _recorded() -> Iterator[list[tuple[Matches, int]]]:
-    """Note the matches and the seed of every call of a patched criterion."""
-    calls: list[tuple[Matches, int]] = []
-    inner = MaskLoss.layer_terms
-
-    def spy(self: MaskLoss, logits: Any, matches: Matches, step: Step, reduction: Reduction) -> LayerTerms:
-        calls.append((matches, int(step.seed)))
-        return inner(self, logits, matches, step, reduction)
-
-    MaskLoss.layer_terms = spy  # type: ignore[assignment, method-assign]
-    try:
-        yield calls
-    finally:
-        MaskLoss.layer_terms = inner  # type: ignore[method-assign]
 
 
 class _Resized(TorchFunctionMode):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from maskloss.integrations import _targets
 from maskloss.integrations.transformers import rf_detr as ours
 from maskloss.lab.bench.cases import PEERS, STRATIFIED, Case
 from maskloss.lab.bench.inputs import Inputs
-from maskloss.lab.bench.measure import Timed, wrap
+from maskloss.lab.bench.measure import Timed, spied, wrap
 from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher
@@ -69,7 +68,7 @@ class MasklossArm:
 
     def compute(self, inputs: Inputs, targets: Sequence[MaskTargets | Tensor], seed: int) -> Computed:
         """Compute the step, with its matches; bool masks are packed on the way."""
-        with _recorded() as matches:
+        with spied(MaskLoss, "layer_terms", lambda given, _: given[2]) as matches:
             total, terms = self._loss(inputs, targets, seed)
         return Computed(total, _weighed(terms), matches[0])
 
@@ -93,16 +92,12 @@ class MasklossArm:
         wrap(timed, ours, "_quality_loss", "classification")
 
 
-class TransformersArm:
-    """The loss of `RfDetrForInstanceSegmentation` of Hugging Face Transformers; it takes bool masks."""
+class Peer:
+    """An arm that is the work of others; it is given bool masks."""
 
-    name = "transformers"
+    name: str
     takes_masks = False
-
-    def __init__(self, case: Case) -> None:
-        require("transformers", "transformers")
-        self.module = require("transformers.loss.loss_rf_detr", "transformers")
-        self.config = _config(case)
+    matcher: type  # whose `forward` matches a layer, the final one first
 
     def prepare(self, masks: Sequence[Tensor]) -> list[Tensor]:
         """Leave the masks as they are."""
@@ -110,38 +105,52 @@ class TransformersArm:
 
     def compute(self, inputs: Inputs, targets: Sequence[Tensor]) -> tuple[Tensor, Terms]:
         """Compute the weighted total, and the terms that it weighs."""
-        arguments = _arguments(inputs, inputs.dense(), targets, self.config)
-        total, terms, _ = self.module.RfDetrForSegmentationLoss(*arguments)
-        return total, _weighed(terms)
+        raise NotImplementedError
 
     def forward(self, inputs: Inputs, targets: Sequence[Tensor], seed: int) -> Tensor:
         """Compute the weighted total; the points come from torch's default generator, which is seeded."""
         torch.manual_seed(seed)
         return self.compute(inputs, targets)[0]
 
-    @contextmanager
-    def watched(self) -> Iterator[list[Any]]:
-        """Collect the matches of each layer, the final one first."""
-        with _results_of(self.module.RfDetrHungarianMatcher, "forward") as found:
-            yield found
+    def split(self, timed: Timed) -> None:
+        """Time the matching costs, the assignment, the mask loss and the classification."""
+        raise NotImplementedError
+
+
+class TransformersArm(Peer):
+    """The loss of `RfDetrForInstanceSegmentation` of Hugging Face Transformers."""
+
+    name = "transformers"
+
+    def __init__(self, case: Case) -> None:
+        require("transformers", "transformers")
+        self.module = require("transformers.loss.loss_rf_detr", "transformers")
+        self.matcher = self.module.RfDetrHungarianMatcher
+        self.config = _config(case)
+
+    def compute(self, inputs: Inputs, targets: Sequence[Tensor]) -> tuple[Tensor, Terms]:
+        """Compute the weighted total, and the terms that it weighs."""
+        arguments = _arguments(inputs, inputs.dense(), targets, self.config)
+        total, terms, _ = self.module.RfDetrForSegmentationLoss(*arguments)
+        return total, _weighed(terms)
 
     def split(self, timed: Timed) -> None:
         """Time the matching costs, the assignment, the mask loss and the classification."""
-        wrap(timed, self.module.RfDetrHungarianMatcher, "forward", "matching cost")
+        wrap(timed, self.matcher, "forward", "matching cost")
         wrap(timed, self.module, "linear_sum_assignment", "assignment")
         wrap(timed, self.module.RfDetrImageLoss, "loss_masks", "mask loss")
         wrap(timed, self.module.RfDetrImageLoss, "loss_labels", "classification")
 
 
-class PackageArm:
+class PackageArm(Peer):
     """The criterion of the package rfdetr; masks of a head are given as the factors that it trains with."""
 
     name = "rfdetr"
-    takes_masks = False
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.module = require("rfdetr.models.criterion", "rfdetr")
-        matcher = self.module.HungarianMatcher(
+        self.matcher = self.module.HungarianMatcher
+        matcher = self.matcher(
             cost_class=_COSTS["class_cost"],
             cost_bbox=_COSTS["bbox_cost"],
             cost_giou=_COSTS["giou_cost"],
@@ -161,10 +170,6 @@ class PackageArm:
             mask_point_sample_ratio=_PIXELS_PER_POINT,
         ).to(device)
 
-    def prepare(self, masks: Sequence[Tensor]) -> list[Tensor]:
-        """Leave the masks as they are."""
-        return list(masks)
-
     def compute(self, inputs: Inputs, targets: Sequence[Tensor]) -> tuple[Tensor, Terms]:
         """Compute the weighted total, and the terms that it weighs."""
         columns = zip(inputs.class_logits, inputs.boxes, map(_as_dict, inputs.mask_logits), strict=True)
@@ -176,31 +181,20 @@ class PackageArm:
         weighted = [value * _WEIGHTS[_stem(name)] for name, value in terms.items()]
         return torch.stack(weighted).sum(), terms
 
-    def forward(self, inputs: Inputs, targets: Sequence[Tensor], seed: int) -> Tensor:
-        """Compute the weighted total; the points come from torch's default generator, which is seeded."""
-        torch.manual_seed(seed)
-        return self.compute(inputs, targets)[0]
-
-    @contextmanager
-    def watched(self) -> Iterator[list[Any]]:
-        """Collect the matches of each layer, the final one first."""
-        with _results_of(self.module.HungarianMatcher, "forward") as found:
-            yield found
-
     def split(self, timed: Timed) -> None:
         """Time the matching costs, the assignment, the mask loss and the classification."""
-        wrap(timed, self.module.HungarianMatcher, "forward", "matching cost")
+        wrap(timed, self.matcher, "forward", "matching cost")
         wrap(timed, require("rfdetr.models.matcher", "rfdetr"), "linear_sum_assignment", "assignment")
         wrap(timed, self.module.SetCriterion, "loss_masks", "mask loss")
         wrap(timed, self.module.SetCriterion, "loss_labels", "classification")
 
 
-def make_arm(name: str, case: Case, device: torch.device) -> MasklossArm | TransformersArm | PackageArm:
+def make_arm(name: str, case: Case, device: torch.device) -> MasklossArm | Peer:
     """Build an arm of RF-DETR's step by its name."""
     return make_peer(name, case, device) if name in PEERS else MasklossArm(case, name)
 
 
-def make_peer(name: str, case: Case, device: torch.device) -> TransformersArm | PackageArm:
+def make_peer(name: str, case: Case, device: torch.device) -> Peer:
     """Build an arm that is the work of others."""
     return TransformersArm(case) if name == "transformers" else PackageArm(case, device)
 
@@ -253,28 +247,3 @@ def _stem(name: str) -> str:
     """Return the name of a term without its layer."""
     first, _, last = name.rpartition("_")
     return first if last == "enc" or last.isdecimal() else name
-
-
-@contextmanager
-def _recorded() -> Iterator[list[Matches]]:
-    """Note the matches that the mask loss is given."""
-    with _results_of(MaskLoss, "layer_terms", lambda arguments, _: arguments[2]) as found:
-        yield found
-
-
-@contextmanager
-def _results_of(owner: Any, name: str, what: Any = lambda _, result: result) -> Iterator[list[Any]]:
-    """Collect what a method of a class returns, or is given."""
-    found: list[Any] = []
-    inner = vars(owner)[name]
-
-    def spy(*arguments: Any, **options: Any) -> Any:
-        result = inner(*arguments, **options)
-        found.append(what(arguments, result))
-        return result
-
-    setattr(owner, name, spy)
-    try:
-        yield found
-    finally:
-        setattr(owner, name, inner)

@@ -211,8 +211,7 @@ def _entries(arms: Sequence[str], settings: Settings) -> dict[str, str]:
 def better_waiting(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Keep of each peer the process that was faster: whoever uses it may have set OpenMP's policy or not.
 
-    Args:
-        found: results by name; that of a peer whose threads sleep ends in ", passive".
+    The name of a peer whose threads sleep ends in ", passive".
 
     Returns:
         The results without these. A peer has "waiting", "default" or "passive", which is the policy that it was faster

@@ -53,32 +53,22 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is verified, and on what.
+    """What is verified, and on what."""
 
-    Attributes:
-        device: a CUDA device, or "cpu": a rehearsal under Triton's interpreter, of sizes that it can bear.
-        tests: arguments of pytest, at the root of the repository.
-        races: case, repetitions and numbers of warps of the hunt for races.
-        sanitized: case that is run under compute-sanitizer.
-        presets: cases that are timed.
-        models: whole models that are trained.
-        steps: timed steps of each.
-        seconds: for all parts.
-        patience: what the limits of the parts are multiplied by.
-    """
-
-    device: str
+    device: str  # a CUDA device, or "cpu": a rehearsal under Triton's interpreter, of sizes that it can bear
+    # arguments of pytest, at the root of the repository
     tests: tuple[str, ...] = ("tests/gpu", "tests/lab/test_bench.py", "-m", "gpu")
+    # of the hunt for races: case, repetitions and numbers of warps
     races: tuple[str, int, tuple[int, ...]] = ("small", 200, (1, 2, 4, 8))
-    sanitized: str = "tiny-head"
+    sanitized: str = "tiny-head"  # case that is run under compute-sanitizer
     presets: tuple[str, ...] = (
         "coco", "rf-detr", "small", "crowded", "cityscapes", "coco-head", "rf-detr-head", "crowded-head",
         "cityscapes-head",
     )  # fmt: skip
     models: tuple[str, ...] = ("mask2former", "eomt")
-    steps: int = 20
-    seconds: float = SECONDS
-    patience: float = 1.0
+    steps: int = 20  # timed ones, of each case and model
+    seconds: float = SECONDS  # for all parts
+    patience: float = 1.0  # what the limits of the parts are multiplied by
 
     @staticmethod
     def on(device: str) -> Plan:
@@ -182,11 +172,6 @@ def _benchmark(_: str, folder: Path) -> dict[str, Any]:
 @reported("maskloss bench --verify")
 def run(plan: Plan, folder: Path, say: Say) -> dict[str, Any]:
     """Run the parts of a plan that are missing, write after each, and return the report.
-
-    Args:
-        plan: what to run.
-        folder: where results are, and where results of an earlier run may be.
-        say: is told what is going on.
 
     Returns:
         What the JSON has: "machine", "software", "device", and "parts" by name: "status" ("passed", "failed", "stopped"
@@ -310,7 +295,5 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    text = json.dumps(report, indent=1) + "\n"
-    files.write_whole(folder / RESULTS, lambda partial: partial.write_text(text, encoding="utf-8"))
-    page = verify_page.page(report)
-    files.write_whole(folder / PAGE, lambda partial: partial.write_text(page, encoding="utf-8"))
+    files.write_text(folder / RESULTS, json.dumps(report, indent=1) + "\n")
+    files.write_text(folder / PAGE, verify_page.page(report))

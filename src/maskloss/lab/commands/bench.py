@@ -158,8 +158,7 @@ def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
     """Write the report, and the pictures that can be drawn from it."""
     folder.mkdir(parents=True, exist_ok=True)
     results, presets, families = (folder / name for name in ("bench.json", "bench.png", "scaling.png"))
-    text = json.dumps(report, indent=1) + "\n"
-    files.write_whole(results, lambda partial: partial.write_text(text, encoding="utf-8"))
+    files.write_text(results, json.dumps(report, indent=1) + "\n")
     written = [results]
     if plots.plot_presets(report, presets):
         written.append(presets)

@@ -78,7 +78,7 @@ def main(options: argparse.Namespace) -> int:
     text, entries = describe(settings, format=form, **chosen), bibtex(settings, **chosen)
     if options.bib is not None:
         files.check_writable(options.bib, "--bib")
-        files.write_whole(options.bib, lambda partial: partial.write_text(entries + "\n", encoding="utf-8"))
+        files.write_text(options.bib, entries + "\n")
     _print(text)
     if options.bib is not None:
         return 0

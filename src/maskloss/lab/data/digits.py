@@ -111,13 +111,7 @@ class DigitScenes:
         return Probe(scene.image, scene.image, scene.targets, scene.labels, scene.name)
 
     def draw(self, digits: Tensor, count: int, generator: torch.Generator) -> Drawn:
-        """Draw scenes made of the given digits only.
-
-        Args:
-            digits: indices into the data set, int64 `[K]`.
-            count: number of scenes.
-            generator: where randomness comes from.
-        """
+        """Draw scenes made of the given digits only."""
         which = digits[torch.randint(len(digits), (count, MOST), generator=generator)]
         present = torch.arange(MOST) < torch.randint(FEWEST, MOST + 1, (count, 1), generator=generator)
         layout = _place(present, generator)

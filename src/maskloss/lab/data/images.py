@@ -179,12 +179,7 @@ def is_color(path: Path) -> bool:
 
 
 def to_unit(image: Array, percentile: bool) -> NDArray[np.float32]:
-    """Scale an image to [0, 1]: by the range of its type, or between percentiles of each channel.
-
-    Args:
-        image: `[H, W, C]`, uint8 or float32.
-        percentile: stretch 8-bit images too; deep ones always are.
-    """
+    """Scale an image to [0, 1]: by the range of its type, or between percentiles of each channel."""
     if image.dtype == np.uint8 and not percentile:
         return (image / np.float32(255)).astype(np.float32)
     values = image.astype(np.float32)

@@ -20,13 +20,7 @@ _RULE = "a label map must hold one whole number for each pixel"
 
 
 def read_map(path: Path, reading: str = NUMBERS, void: tuple[int, ...] = ()) -> NDArray[np.int32]:
-    """Read a map: `[H, W]`, 0 for the background.
-
-    Args:
-        path: a PNG, a TIFF, or an array of NumPy; never a lossy format.
-        reading: one of `READINGS`.
-        void: values that belong to no class, for components.
-    """
+    """Read a map: `[H, W]`, 0 for the background."""
     if path.suffix.lower() == ".npy":
         values = _whole_numbers(npy.read_masks(path), path)
     else:

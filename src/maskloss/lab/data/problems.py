@@ -33,12 +33,7 @@ class Finding(NamedTuple):
 
 
 class Problems:
-    """Collects what was left out, mended or decided.
-
-    Attributes:
-        skipped: what is broken and was left out, one sentence each.
-        asked: what has to be answered before anything is trained.
-    """
+    """Collects what was left out, mended or decided."""
 
     def __init__(self, on_error: str = STOP) -> None:
         self.on_error = on_error

@@ -218,14 +218,6 @@ class Steps(Dataset["Batch | Trouble"]):
 def batches(source: Source, plan: Sharing, seed: int, steps: range, workers: int, pin: bool) -> Iterator[list[Batch]]:
     """Load the micro-batches of this process, step by step.
 
-    Args:
-        source: the scenes.
-        plan: which of them this process takes.
-        seed: of the run.
-        steps: which steps.
-        workers: processes that read and pack; 0: this one does.
-        pin: whether to load into page-locked memory.
-
     Raises:
         Cause: an image that cannot be read.
         LostReader: a worker has ended, or does not answer.

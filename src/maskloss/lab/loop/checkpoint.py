@@ -60,16 +60,6 @@ def write(
 ) -> None:
     """Write a checkpoint; called by every process, which waits for the others twice.
 
-    Args:
-        folder: of the run.
-        position: where the run is.
-        network: whose weights to write.
-        optimizer: whose state to write.
-        average: of the weights, to write too.
-        keep_best: whether the checkpoint with the highest score on held-out images is kept beside the last ones.
-        rank: of this process; the first one writes what all share.
-        wait: for the other processes.
-
     Raises:
         Cause: it cannot be written; what was there before is left alone.
     """

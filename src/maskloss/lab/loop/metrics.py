@@ -33,8 +33,7 @@ class Metrics:
             self.lines = [line for line in found if line is not None and line["step"] <= last]
             self.ruined = [f"line {number} of {METRICS}" for number, line in enumerate(found, 1) if line is None]
         if writes:
-            text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            files.write_whole(self.path, lambda partial: partial.write_text(text, encoding="utf-8"))
+            files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Add a line; the file is complete after each."""

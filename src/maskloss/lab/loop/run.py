@@ -241,7 +241,7 @@ def _write_held_out(folder: Path, source: Source) -> None:
     """Write the names of the held-out images, one in each line, as --val takes them."""
     if isinstance(source, FolderScenes):
         names = "".join(f"{name}\n" for name in source.held_out_files)
-        files.write_whole(folder / HELD_OUT, lambda partial: partial.write_text(names, encoding="utf-8"))
+        files.write_text(folder / HELD_OUT, names)
 
 
 def _save_model(folder: Path, config: TrainConfig, learner: Learner) -> None:

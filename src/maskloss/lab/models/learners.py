@@ -116,12 +116,7 @@ class Kind:
 
     @classmethod
     def read(cls, config: TrainConfig, folder: Path | None) -> Kind:
-        """Read what is known of the model of a configuration.
-
-        Args:
-            config: of a run.
-            folder: of that run, if it has begun; it holds the model's description.
-        """
+        """Read what is known of the model of a configuration; a run that has begun holds the model's description."""
         raise NotImplementedError
 
     def resolve(self, config: TrainConfig, source: Source, ranks: int) -> TrainConfig:
@@ -137,15 +132,7 @@ class Kind:
         class_weights: Sequence[float] | None = None,
         trained: bool,
     ) -> Learner:
-        """Build the model.
-
-        Args:
-            config: resolved.
-            class_names: of the data.
-            channels: of the images.
-            class_weights: of the classes in the classification; None: all weigh alike.
-            trained: whether its own weights are loaded; False: the caller has others.
-        """
+        """Build the model of a resolved configuration; unless `trained`, the caller has other weights for it."""
         raise NotImplementedError
 
 
@@ -195,14 +182,7 @@ class Compact(Kind):
 
 
 class CompactLearner(Learner):
-    """The compact model, supervised by `MaskCriterion`.
-
-    Args:
-        config: resolved.
-        num_classes: C.
-        channels: of the images.
-        class_weights: of the classes in the classification; None: all weigh alike.
-    """
+    """The compact model, supervised by `MaskCriterion`."""
 
     class_layers = ("head.label.2.", "head.classes.2.")
     network: QueryNet

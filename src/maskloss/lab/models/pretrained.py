@@ -32,15 +32,7 @@ _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class PretrainedLearner(Learner):
-    """A model of Transformers whose losses this library computes.
-
-    Args:
-        config: resolved.
-        card: of the model.
-        class_names: of the data; the head is resized to them.
-        class_weights: of the classes in the classification; None: all weigh alike.
-        pretrained: whether to load weights; False: the caller has others.
-    """
+    """A model of Transformers whose losses this library computes."""
 
     settings: ClassVar[tuple[str, ...]] = ("criterion.",)
     model_class: ClassVar[str] = "AutoModelForUniversalSegmentation"

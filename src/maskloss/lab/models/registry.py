@@ -87,13 +87,7 @@ def open_source(
 
 
 def prepare(config: TrainConfig, ranks: int = 1, folder: Path | None = None) -> Prepared:
-    """Read the data and build the model; nothing is written.
-
-    Args:
-        config: of a run.
-        ranks: number of processes.
-        folder: of the run, if it has begun; its weights are not loaded.
-    """
+    """Read the data and build the model; nothing is written. `folder` is that of the run, if it has begun."""
     if config.batch_size % (config.accumulate * ranks):
         raise Cause(
             "--batch-size must be a multiple of --accumulate times the number of processes",

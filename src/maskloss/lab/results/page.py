@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskloss.errors import require
-from maskloss.lab.files import write_whole
+from maskloss.lab.files import write_text
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:
@@ -19,8 +19,7 @@ def write_page(path: Path, template: str, **content: Any) -> None:
         undefined=jinja.StrictUndefined,
         loader=jinja.FunctionLoader(lambda name: files(__package__).joinpath(name).read_text(encoding="utf-8")),
     )
-    text = environment.get_template(template).render(**content)
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, environment.get_template(template).render(**content))
 
 
 def embedded(picture: bytes, kind: str) -> str:

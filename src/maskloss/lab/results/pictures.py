@@ -119,12 +119,6 @@ def overlay(
     """Color instances over an image, with their names and scores: `[H, W, 3]`, enlarged if it is small.
 
     Where there are many, only those that are as wide as their names have one.
-
-    Args:
-        image: `[3, H, W]` in [0, 1].
-        instances: best first; the best lie on top.
-        letters: names of the classes; colors are theirs, or of one instance after the other if there is one class.
-        scores: whether to write them.
     """
     times = max(1, -(-_OVERLAY // max(image.shape[1:])))
     large = image.repeat_interleave(times, 1).repeat_interleave(times, 2)

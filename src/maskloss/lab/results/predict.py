@@ -81,13 +81,12 @@ def predict_images(
     planned = [RESULTS, IMAGES, *(name + ending for name in names for ending in (LABEL_MAP, OVERLAY))]
     _check_free(out, planned, earlier, facts.config.data)
     made = files.make_folder(out, "--out")
+    categories = zip(facts.category_ids, facts.classes, strict=True)
     content: dict[str, Any] = {
         "written_by": _WRITTEN_BY,
         "run": str(run.absolute()),
         "images": [],
-        "categories": [
-            {"id": number, "name": name} for number, name in zip(facts.category_ids, facts.classes, strict=True)
-        ],
+        "categories": [{"id": number, "name": name} for number, name in categories],
         "files": sorted({*planned, *earlier}),
     }
     written: list[Path] = []
@@ -102,28 +101,19 @@ def predict_images(
                     # Before the first of them: whatever happens, the next call knows what is its own.
                     files.write_json(out / IMAGES, content)
                 labels, shown = prediction.label_map(threshold)
-                map_path, overlay_path = out / (name + LABEL_MAP), out / (name + OVERLAY)
-                _write_map(map_path, labels)
                 visible = [each for each in prediction.instances if each.score >= threshold]
-                pictures.write_pixels(pictures.overlay(in_color(image), visible, letters), overlay_path)
-                written += [map_path, overlay_path]
+                _write_map(out / (name + LABEL_MAP), labels)
+                pictures.write_pixels(pictures.overlay(in_color(image), visible, letters), out / (name + OVERLAY))
+                written += [out / (name + LABEL_MAP), out / (name + OVERLAY)]
+                size = {"height": prediction.height, "width": prediction.width}
+                files_of = {"label_map": name + LABEL_MAP, "overlay": name + OVERLAY}
+                entries = coco_results(number, path.name, prediction, facts.category_ids)
                 results += [
                     {**entry, "label_map_number": in_map}
-                    for entry, in_map in zip(
-                        coco_results(number, path.name, prediction, facts.category_ids), shown, strict=True
-                    )
+                    for entry, in_map in zip(entries, shown, strict=True)
                     if entry["score"] >= least
                 ]
-                content["images"].append(
-                    {
-                        "id": number,
-                        "file_name": path.name,
-                        "height": prediction.height,
-                        "width": prediction.width,
-                        "label_map": map_path.name,
-                        "overlay": overlay_path.name,
-                    }
-                )
+                content["images"].append({"id": number, "file_name": path.name, **size, **files_of})
                 done(path, len(visible))
         files.write_json(out / IMAGES, content)
         write_list(out / RESULTS, results)
@@ -145,14 +135,7 @@ def _own_files(out: Path) -> set[str]:
 
 
 def _check_free(out: Path, planned: Iterable[str], own: set[str], data: str | None) -> None:
-    """Raise if a file would be written over that is not ours, or beside images that are somebody's data.
-
-    Args:
-        out: the folder; need not be there.
-        planned: names of the files to write.
-        own: names of those that earlier calls wrote.
-        data: folder of the data that the run learned from.
-    """
+    """Raise if a file would be written over that is not ours, or beside images that are somebody's data."""
     hint = "name another folder with --out"
     for name in planned:
         if name not in own and os.path.lexists(out / name):
@@ -175,8 +158,7 @@ def _write_map(path: Path, labels: NDArray[np.int32]) -> None:
 
 def write_list(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
     """Write COCO results whole, one in a line."""
-    text = "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n"
-    files.write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    files.write_text(path, "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
 
 
 def coco_results(

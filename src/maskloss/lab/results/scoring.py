@@ -104,16 +104,7 @@ def unfinished(run: Path) -> str | None:
 
 
 class _Detail:
-    """Writes pictures of the scenes as they are scored, and then everything else.
-
-    Args:
-        out: a folder that is new or empty.
-        source: of the scenes.
-        category_ids: of the run; those of its data, where they have some, are written.
-
-    Attributes:
-        notes: what a person should know.
-    """
+    """Writes pictures of the scenes as they are scored, and then everything else."""
 
     def __init__(self, out: Path, source: Source, category_ids: Sequence[int]) -> None:
         self.out, self.names = out, list(source.class_names)

@@ -136,14 +136,7 @@ def known_seed(seed: Tensor, device: torch.device) -> int | Tensor:
 
 
 def draw_points(z_at: Callable[[Tensor], Tensor], index: Tensor, windows: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Draw the points of instances: `[N, P, 2]` and the chosen candidates `[N, num_uncertain]`.
-
-    Args:
-        z_at: the logits at candidates `[N, K, 2]`.
-        index: the rows of the instances.
-        windows: where points may lie in each image.
-        draw: seed and numbers of points.
-    """
+    """Draw the points of instances: `[N, P, 2]` and the chosen candidates `[N, num_uncertain]`."""
     layers, images = index[:, LAYER], index[:, IMAGE]
     keys = instance_keys(known_seed(draw.seed, index.device), draw.image_ids[images], index[:, TARGET])
     window = windows[images]

@@ -112,17 +112,7 @@ def _is_idle(file: CocoFile, number: int, name: str) -> bool:
 
 
 class CocoFile:
-    """What a COCO file says.
-
-    Args:
-        tree: the folder.
-        path: the JSON file in it.
-        problems: told of what was mended, and what to do about what is wrong.
-        rule: what the file must be, for messages.
-
-    Attributes:
-        categories: name of each category, by its number, in the order of the labels.
-    """
+    """What a COCO file says."""
 
     def __init__(self, tree: Tree, path: str, problems: Problems, rule: str) -> None:
         self.tree, self.path, self.problems, self.rule = tree, path, problems, rule
