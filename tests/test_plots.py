@@ -75,7 +75,7 @@ LOSSES = {
     "defaults": {},
     "weights": {"ce_weight": 2.0, "dice_weight": 3.0},
     "focal": {"focal_alpha": 0.25, "focal_gamma": 2.0},
-    "border, nearest": {"padding_mode": "border", "target_mode": "nearest"},
+    "border, nearest, squares": {"padding_mode": "border", "target_mode": "nearest", "dice": "soft"},
 }
 
 
