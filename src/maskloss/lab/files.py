@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from maskloss.errors import Cause, require
 
 LOCK = ".maskloss.lock"
 PARTIAL = ".partial"
+# What a file of gzip begins with, and the most that one may unpack to.
+_GZIP, _MOST_BYTES = b"\x1f\x8b", 1 << 31
 # A file name longer than this is refused by every common file system.
 LONGEST_NAME = 255
 
@@ -104,8 +107,13 @@ def read_any_json(path: Path, rule: str) -> Any:
     check_file(path, rule)
     try:
         # As bytes: JSON may be UTF-16, which some systems write.
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = path.read_bytes()
+        if content.startswith(_GZIP):
+            content = zlib.decompressobj(wbits=31).decompress(content, _MOST_BYTES)
+        if path.suffix.lower() == ".jsonl":
+            return [json.loads(line) for line in content.splitlines() if line.strip()]
+        return json.loads(content)
+    except (ValueError, RecursionError, zlib.error) as error:
         raise Cause(rule, f"{path}: {explain(error)}", "is it the right file?") from None
     except OSError as error:
         raise Cause(rule, f"{path}: {explain(error)}", "check the path") from None

@@ -68,17 +68,26 @@ def case(
     return add
 
 
-def pixels(seed: int) -> np.ndarray:
+def place(number: int, at: int = 0) -> tuple[int, int, int, int]:
+    """Where an object is; `at`, 0 to 5, moves it, so that masks of another image do not fit."""
+    top, bottom, left, right = OBJECTS[number]
+    down, across = 2 * (at % 3), at
+    return top + down, bottom + down, left + across, right + across
+
+
+def pixels(seed: int, at: int = 0) -> np.ndarray:
     image = np.random.default_rng(seed).integers(0, 80, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    for top, bottom, left, right in OBJECTS:
+    for number in range(2):
+        top, bottom, left, right = place(number, at)
         image[top:bottom, left:right] = 230
     return image
 
 
-def instance_map(dtype: Any = np.uint8) -> np.ndarray:
+def instance_map(dtype: Any = np.uint8, at: int = 0) -> np.ndarray:
     found = np.zeros((HEIGHT, WIDTH), dtype=dtype)
-    for number, (top, bottom, left, right) in enumerate(OBJECTS, start=1):
-        found[top:bottom, left:right] = number
+    for number in range(2):
+        top, bottom, left, right = place(number, at)
+        found[top:bottom, left:right] = number + 1
     return found
 
 
@@ -104,13 +113,13 @@ def text(path: Path, content: Any) -> None:
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
-def corners(number: int) -> list[float]:
-    top, bottom, left, right = OBJECTS[number]
+def corners(number: int, at: int = 0) -> list[float]:
+    top, bottom, left, right = place(number, at)
     return [left, top, right, top, right, bottom, left, bottom]
 
 
-def box(number: int) -> list[int]:
-    top, bottom, left, right = OBJECTS[number]
+def box(number: int, at: int = 0) -> list[int]:
+    top, bottom, left, right = place(number, at)
     return [left, top, right - left, bottom - top]
 
 

@@ -22,7 +22,10 @@ from maskloss.lab.files import check_file, explain
 
 Array = NDArray[Any]
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm"})
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".dib", ".webp", ".gif", ".jp2"}
+    | {".avif", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"}
+)
 TIFF = frozenset({".tif", ".tiff"})
 _ORIENTATION = 274
 _JPEG_IN_TIFF = frozenset({6, 7, 33003, 33005, 34712})
@@ -344,6 +347,8 @@ def _read_pillow(path: Path, labels: bool) -> tuple[Array, int]:
         if (labels and opened.mode == "P") or opened.mode in {"1", "L", "RGB", "F", "I"} or opened.mode[:4] == "I;16":
             array = np.array(opened)
             return array.astype(np.uint16) if opened.mode == "I;16B" else array, orientation
+        if labels and opened.mode in {"LA", "RGBA"}:
+            return np.array(opened), orientation
         return np.array(opened.convert("L" if opened.mode == "LA" else "RGB")), orientation
 
 
@@ -361,4 +366,5 @@ def _not_a_plane(path: Path, shape: Sequence[int]) -> Cause:
 
 
 def _broken(path: Path, error: BaseException) -> Cause:
-    return Cause(_READABLE, f"{path}: {explain(error)}", "open it in a viewer: it may be damaged")
+    what = "it is empty" if not path.stat().st_size else explain(error)
+    return Cause(_READABLE, f"{path}: {what}", "open it in a viewer: it may be damaged")

@@ -21,7 +21,7 @@ _RULE = "a label map must hold one whole number for each pixel"
 
 def read_map(path: Path, reading: str = NUMBERS, void: tuple[int, ...] = ()) -> NDArray[np.int32]:
     """Read a map: `[H, W]`, 0 for the background."""
-    if path.suffix.lower() == ".npy":
+    if path.suffix.lower() in npy.SUFFIXES:
         values = _whole_numbers(npy.read_masks(path), path)
     else:
         check_lossless(path)
@@ -32,7 +32,7 @@ def read_map(path: Path, reading: str = NUMBERS, void: tuple[int, ...] = ()) -> 
 
 def has_colors(path: Path) -> bool:
     """Whether a map has colors that are not gray, so that they can be no numbers."""
-    if path.suffix.lower() == ".npy" or not is_color(path):
+    if path.suffix.lower() in npy.SUFFIXES or not is_color(path):
         return False
     check_lossless(path)
     pixels = read_pixels(path, labels=True)
@@ -41,7 +41,7 @@ def has_colors(path: Path) -> bool:
 
 def map_size(path: Path) -> tuple[int, int]:
     """Read height and width of a map off the head of its file."""
-    return npy.read_size(path) if path.suffix.lower() == ".npy" else read_size(path)
+    return npy.read_size(path) if path.suffix.lower() in npy.SUFFIXES else read_size(path)
 
 
 def components(values: NDArray[np.int32], void: tuple[int, ...] = ()) -> tuple[NDArray[np.int32], dict[int, int]]:
@@ -84,12 +84,20 @@ def _whole_numbers(array: Array, path: Path) -> NDArray[np.int32]:
 
 
 def _one_channel(array: Array) -> Array:
-    """Drop channels that say the same, and an opaque alpha."""
-    if array.ndim == 3 and array.shape[-1] in {2, 3, 4}:
-        colors = array[..., : 3 if array.shape[-1] > 2 else 1]
-        if (colors == colors[..., :1]).all():
-            return colors[..., 0]
-    return array
+    """Drop channels that say the same; where all is of one color, the alpha channel is the map."""
+    if array.ndim != 3 or array.shape[-1] not in {2, 3, 4}:
+        return array
+    alpha = None if array.shape[-1] == 3 else array[..., -1]
+    colors = array if alpha is None else array[..., :-1]
+    gray = colors[..., 0]
+    if (colors != colors[..., :1]).any():
+        return array
+    if alpha is None or alpha.min() == alpha.max():
+        return gray
+    if gray.min() == gray.max():
+        return alpha
+    # Two channels that differ are two planes.
+    return array if array.shape[-1] == 2 else np.where(alpha > 0, gray, 0)
 
 
 def _colors(array: Array, path: Path) -> NDArray[np.int32]:
@@ -100,4 +108,6 @@ def _colors(array: Array, path: Path) -> NDArray[np.int32]:
         shape = " x ".join(map(str, array.shape))
         raise Cause("a map of colors must be a color PNG", f"{path} is {shape} {array.dtype}", "store 8 bits a channel")
     red, green, blue = (array[..., channel].astype(np.int32) for channel in range(3))
-    return red + 256 * green + 65536 * blue
+    numbers = red + 256 * green + 65536 * blue
+    # What is transparent has no color.
+    return np.where(array[..., 3] > 0, numbers, 0) if array.shape[-1] == 4 and array[..., 3].any() else numbers

@@ -7,9 +7,11 @@ rebuilds arrays, and even those are stand-ins that do nothing but keep their arg
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from maskloss.errors import Cause
 from maskloss.lab.data.images import MOST_PIXELS, Array
 from maskloss.lab.files import check_file, explain
 
+SUFFIXES = (".npy", ".npz")
 _RULE = "a file of NumPy must hold a label map, or what Cellpose writes"
 _CONVERT = "write the masks as TIFF: cellpose.io.save_masks, or tifffile.imwrite"
 
@@ -38,7 +41,7 @@ def read_size(path: Path) -> tuple[int, int]:
 def _read(path: Path, *, pixels: bool) -> Array:
     check_file(path, _RULE)
     try:
-        with path.open("rb") as opened:
+        with _opened(path) as opened:
             array = _array(opened, path, pixels=pixels)
     except Cause:
         raise
@@ -49,7 +52,23 @@ def _read(path: Path, *, pixels: bool) -> Array:
     return array
 
 
-def _array(opened: BinaryIO, path: Path, *, pixels: bool) -> Array:
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file of one array; a `.npz` is an archive of such files."""
+    if path.suffix.lower() != ".npz":
+        with path.open("rb") as opened:
+            yield opened
+        return
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if len(names) != 1:
+            held = ", ".join(each.removesuffix(".npy") for each in names[:5])
+            raise Cause(_RULE, f"{path} holds {len(names)} arrays: {held}", "write each map into a file of its own")
+        with archive.open(names[0]) as inner:
+            yield inner
+
+
+def _array(opened: IO[bytes], path: Path, *, pixels: bool) -> Array:
     head = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(opened)[0]
     shape, _, kind = head[version](opened)

@@ -23,6 +23,18 @@ _HEADS = 2000
 _ROUNDING, _BEYOND = 2.0, 0.1
 
 
+# What people have that nothing reads, and what to do about it.
+_UNREAD = {
+    ".zip .tar .tgz .tar.gz .7z .rar": "unpack it first",
+    ".heic .heif .dng .cr2 .nef": "convert the images to PNG or JPEG",
+    ".nii .nii.gz .mha .nrrd .dcm": "volumes are not trained on: write their planes as TIFF, labels alike",
+    ".svs .ndpi .mrxs .czi .nd2 .lif": "write the regions that are annotated as TIFF or PNG",
+    ".npz .npy .h5 .hdf5 .mat .parquet .arrow .tfrecord": "write each image and each label map into a file of its own",
+    ".ndjson": "Labelbox lists masks by their addresses: download them, or export COCO",
+    ".csv": "write run lengths as COCO JSON: whether they go by rows or by columns is not known here",
+}
+
+
 class _Merged(NamedTuple):
     """The parts of a data set, with one list of classes."""
 
@@ -93,17 +105,19 @@ def _find(tree: Tree, options: DataOptions, problems: Problems) -> tuple[Reader,
     wanted = "images with annotations" if options.format is None else f"a data set of the format {options.format!r}"
     kinds = Counter(PurePosixPath(path).suffix.lower() or "no ending" for path in tree.files)
     holds = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(5)) or "nothing"
-    raise Cause(f"the folder must hold {wanted}", f"none was found in {tree.root}, which holds {holds}", LAYOUT)
+    hint = next((hint for endings, hint in _UNREAD.items() if tree.ending(*endings.split())), LAYOUT)
+    raise Cause(f"the folder must hold {wanted}", f"none was found in {tree.root}, which holds {holds}", hint)
 
 
 def _inside(tree: Tree, annotations: str) -> str:
-    """Return the path of a file of annotations relative to the folder."""
+    """Return the path of a file of annotations relative to the folder, or all of it if it lies elsewhere."""
     for path in (tree.root / annotations, Path(annotations)):
         if path.exists() and path.resolve().is_relative_to(tree.root.resolve()):
-            relative = path.resolve().relative_to(tree.root.resolve()).as_posix()
-            return next((each for each in tree.files if each == relative), relative)
+            return path.resolve().relative_to(tree.root.resolve()).as_posix()
+    if Path(annotations).exists():
+        return Path(annotations).absolute().as_posix()
     raise Cause(
-        "--annotations must be a file in the folder of the data", f"there is no {annotations} in {tree.root}", "name it"
+        "--annotations must be a file", f"there is no {annotations}, neither here nor in {tree.root}", "name it"
     )
 
 

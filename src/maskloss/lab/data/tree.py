@@ -48,9 +48,24 @@ def words(text: str) -> list[str]:
 def part_of(path: str, *, stem: bool = False) -> str:
     """Return which part of a data set the folders of a path name: "train", "val", "test" or ""."""
     pure = PurePosixPath(path)
-    parts = [*pure.parts[:-1], *([pure.stem] if stem else [])]
+    # What lies elsewhere is in folders of any name.
+    parts = [*(() if pure.is_absolute() else pure.parts[:-1]), *([pure.stem] if stem else [])]
     named = {name for part in parts for word in words(part) for name, known in _PARTS.items() if word in known}
     return named.pop() if len(named) == 1 else ""
+
+
+def parts_of_name(written: str) -> list[str]:
+    """Split a path as somebody wrote it into names in the form in which they are compared."""
+    return [folded(part) for part in written.replace("\\", "/").split("/") if part not in {"", ".", ".."}]
+
+
+def shared_end(path: str, parts: Sequence[str]) -> int:
+    """Return how many names, counted from the end, a path shares with one that `parts_of_name` has split."""
+    return _alike([folded(part) for part in PurePosixPath(path).parts][::-1], parts[::-1])
+
+
+def _alike(one: Sequence[str], other: Sequence[str]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def folded(name: str) -> str:
@@ -119,7 +134,11 @@ class Tree:
         """The JSON files that are not those of one image each."""
         of_image = {folded(PurePosixPath(path).stem) for path in self.images}
         of_image |= {folded(PurePosixPath(path).name) for path in self.images}
-        return [path for path in self.ending(".json") if folded(PurePosixPath(path).stem) not in of_image]
+        return [
+            path
+            for path in self.ending(".json", ".json.gz", ".jsonl")
+            if folded(PurePosixPath(path).stem) not in of_image
+        ]
 
     # ------------------------------------------------------------------------------------------------------- by names
 
@@ -157,22 +176,24 @@ class Tree:
         found = [path for path in self._by_stem.get(stem, []) if not is_mask_place(path)]
         if found:
             return self._choose(found, name, plain, near, problems)
+        other = next((path for path in self.files if PurePosixPath(path).name == plain.rsplit("/", 1)[-1]), None)
+        if other is not None:
+            raise Cause(
+                "every image must be in a format that is read",
+                f"{self.path(other)} is not",
+                "convert it to PNG or JPEG",
+            )
         raise Cause(
             "every image must be there", f"there is no file {name!r} in {self.root}", "put it there, or drop the entry"
         )
 
     def _choose(self, found: Sequence[str], name: str, written: str, near: str, problems: Problems) -> Path:
-        parts = [folded(part) for part in written.split("/") if part not in {"", ".", ".."}]
+        parts = parts_of_name(written)
 
         def agreement(path: str) -> tuple[int, bool, bool, int]:
-            mine = [folded(part) for part in PurePosixPath(path).parts]
-            tail = 0
-            while tail < min(len(mine), len(parts)) and mine[-1 - tail] == parts[-1 - tail]:
-                tail += 1
-            pairs = zip(PurePosixPath(near).parent.parts, PurePosixPath(path).parent.parts, strict=False)
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            folders = _alike(PurePosixPath(near).parent.parts, PurePosixPath(path).parent.parts)
             same_part = part_of(path) == part_of(near, stem=True)
-            return tail, same_part, not is_mask_place(path), shared
+            return shared_end(path, parts), same_part, not is_mask_place(path), folders
 
         ranked = sorted(found, key=agreement, reverse=True)
         if len(ranked) > 1 and agreement(ranked[0]) == agreement(ranked[1]):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from maskloss.errors import Cause, MaskLossError, describe
 from maskloss.lab.data.catalog import BOX, CROWD, OBJECT, Entry, Instance, Part
@@ -12,8 +15,9 @@ from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import DECIDED, MENDED, SUSPICIOUS, Problems
 from maskloss.lab.data.readers.coco_forms import mask_of, usual
-from maskloss.lab.data.readers.segmentation import Frame, box_of, integer, number, segmentation
+from maskloss.lab.data.readers.segmentation import Frame, box_of, integer, number, overlap, segmentation
 from maskloss.lab.data.tree import Tree, part_of
+from maskloss.lab.data.truth import decode
 
 INSTANCES = "annotations must be COCO instances"
 LONGEST_SIDE = 1 << 20
@@ -22,20 +26,25 @@ _SURE, _PREFERRED = ("instances", "_annotations.coco"), ("annotations", "coco")
 _OTHERS = ("captions", "person_keypoints", "panoptic", "stuff", "image_info")
 # With more crowds than this among all instances, run lengths are those of a brush.
 _MANY_CROWDS = 0.1
+# Masks that are compared with their boxes, the sides of a box that says enough, and the IoU that is too little.
+_COMPARED, _SMALL, _ELSEWHERE = 50, 4, 0.5
 # What a category is called that only stands for "nothing" or for the whole data set.
 _NOTHING = frozenset({"background", "_background_", "__background__", "bg", "__ignore__", "ignore"})
 
 
 def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
     """Find files of COCO instances, one for each part."""
-    parts = []
+    parts, files = [], []
     for path in _files(tree, options):
         file = CocoFile(tree, path, problems, INSTANCES)
         idle = frozenset(number for number, name in file.categories.items() if _is_idle(file, number, name))
         entries = list(read_images(file))
         how = f"COCO instances: {path}"
         parts.append(Part(part_of(path, stem=True), list(file.categories.items()), entries, how, idle))
+        files.append(file)
     _check_pixels(tree, parts)
+    for file in files:
+        _check_boxes(file)
     return _crowds(parts, options, problems) if parts else None
 
 
@@ -46,6 +55,33 @@ def _check_pixels(tree: Tree, parts: list[Part]) -> None:
     if largest <= 1 and all(isinstance(source, list) for source in sources):
         what = f"no coordinate in {tree.root} is larger than {largest:g}"
         raise Cause(INSTANCES, what, "multiply them by the width and the height of the image: COCO counts pixels")
+
+
+def _check_boxes(file: CocoFile) -> None:
+    """Ask if most masks lie elsewhere than their boxes: then their runs are counted otherwise, or of another image."""
+    apart = [
+        what for what, mask, box in file.boxes if overlap(mask, box) < _ELSEWHERE > overlap(mask, _of_corners(box))
+    ]
+    if 2 * len(apart) > len(file.boxes) > 1:
+        what = f"{len(apart)} of the first {len(file.boxes)} do not, such as {apart[0]}"
+        hint = "are run lengths counted row by row, not column by column? If the boxes are wrong, remove them"
+        file.problems.ask(Cause("masks must lie in their boxes", f"{file.tree.path(file.path)}: {what}", hint))
+
+
+def _of_corners(box: Sequence[float]) -> list[float]:
+    """Take a box for two corners, as some tools write it; with the same corner where that cannot be."""
+    return [box[0], box[1], max(0.0, box[2] - box[0]), max(0.0, box[3] - box[1])]
+
+
+def _mask_box(source: Any, entry: Entry) -> list[float] | None:
+    """Return the box around a mask; None: it is empty."""
+    if isinstance(source, list):
+        return box_of(None, source)
+    mask = decode(source, entry.height, entry.width)
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return None
+    return [float(each) for each in (columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1)]
 
 
 def _files(tree: Tree, options: DataOptions) -> list[str]:
@@ -132,6 +168,7 @@ class CocoFile:
         self._images: list[Any] = self.content["images"]
         listed = [each for each in self._images if isinstance(each, Mapping)]
         self._ids = {as_id(each.get("id")) for each in listed}
+        self.boxes: list[tuple[str, list[float], list[float]]] = []
         self._named = {each["file_name"]: as_id(each.get("id")) for each in listed if _is_text(each.get("file_name"))}
 
     def category(self, number: int) -> Mapping[str, Any]:
@@ -332,6 +369,10 @@ def _add(entry: Entry, annotation: Mapping[str, Any], file: CocoFile) -> bool:
         entry.instances.append(Instance({"box": box}, label, BOX))
     else:
         entry.instances.append(Instance(source, label, CROWD if crowd else OBJECT))
+        if box is not None and len(file.boxes) < _COMPARED and min(box[2:]) >= _SMALL:
+            with suppress(MaskLossError):  # a mask that cannot be decoded is told when its image is read
+                around = _mask_box(source, entry)
+                file.boxes += [] if around is None else [(what, around, box)]
     return True
 
 

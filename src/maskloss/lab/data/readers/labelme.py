@@ -17,6 +17,8 @@ from maskloss.lab.data.readers.shapes import Drawn, parts_of, unpack_png
 from maskloss.lab.data.tree import Tree, part_of
 
 _RULE = "a JSON file beside an image must be labelme's"
+# Of any other shape the box is known at least, such as of AnyLabeling's "rotation".
+_OPEN = frozenset({"point", "points", "line", "linestrip"})
 
 
 def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
@@ -56,7 +58,13 @@ def _read(tree: Tree, path: str, content: Mapping[str, Any], names: dict[str, in
     if not isinstance(written, str) or not written or "\0" in written:
         raise Cause(_RULE, f"{tree.path(path)} has the imagePath {describe(written)}", "name the image")
     name = (PurePosixPath(path).parent / written.replace("\\", "/")).as_posix()
-    file = tree.find(name if tree.path(name).is_file() else written, path, problems)
+    try:
+        file = tree.find(name if tree.path(name).is_file() else written, path, problems)
+    except Cause:
+        if content.get("imageData"):
+            what = f"that of {tree.path(path)} is in the JSON file only, as imageData"
+            raise Cause("every image must be a file", what, "labelme_export_json writes it out") from None
+        raise
     height, width = (content.get(side) for side in ("imageHeight", "imageWidth"))
     if not isinstance(height, int) or not isinstance(width, int) or not height or not width:
         height, width = read_size(file)
@@ -88,7 +96,7 @@ def _draw(drawn: Drawn, shapes: list[Mapping[str, Any]]) -> None:
         elif kind == "circle" and len(points) == 2:
             radius = math.dist(*points)
             drawn.ellipse(name, points[0], (radius, radius))
-        elif kind == "rectangle" and len(points) in {2, 4}:
+        elif len(points) > (1 if kind == "rectangle" else 2) and kind not in _OPEN:
             xs, ys = zip(*points, strict=True)
             drawn.box(name, [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)])
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ from numpy.typing import NDArray
 
 from maskloss.errors import Cause, MaskLossError, describe
 from maskloss.lab.data.catalog import Entry, Part
-from maskloss.lab.data.images import MOST_PIXELS, read_size
+from maskloss.lab.data.images import MOST_PIXELS, SUFFIXES, read_size
 from maskloss.lab.data.options import DataOptions
-from maskloss.lab.data.problems import DECIDED, LEFT_OUT, Problems
+from maskloss.lab.data.problems import DECIDED, LEFT_OUT, SUSPICIOUS, Problems
 from maskloss.lab.data.readers.coco import as_id
 from maskloss.lab.data.readers.segmentation import number
 from maskloss.lab.data.readers.shapes import Drawn, listed, parts_of
@@ -70,7 +71,9 @@ def _whole(task: Any) -> Any:
 def _read(tree: Tree, path: str, task: Mapping[str, Any], names: dict[str, int], problems: Problems) -> Drawn | None:
     data, what = task["data"], f"{path}: task {task.get('id')}"
     urls = [each for each in data.values() if isinstance(each, str)] if isinstance(data, Mapping) else []
-    written = data.get("image", urls[0] if urls else None) if isinstance(data, Mapping) else None
+    # The key is named by whoever set up the project, and there may be texts beside it.
+    images = [each for each in urls if PurePosixPath(each.split("?d=")[-1].split("?")[0]).suffix.lower() in SUFFIXES]
+    written = data.get("image", next(iter([*images, *urls]), None)) if isinstance(data, Mapping) else None
     if not isinstance(written, str) or "\0" in written:
         raise Cause(_RULE, f"{what} has the data {describe(data)}", "name the image")
     annotations = listed(task.get("annotations", task.get("completions")), what)
@@ -83,18 +86,26 @@ def _read(tree: Tree, path: str, task: Mapping[str, Any], names: dict[str, int],
     file = tree.find(written, path, problems)
     height, width = read_size(file)
     drawn = Drawn(Entry(str(file), height, width, [], None, as_id(task.get("id"))), names, what, problems)
-    for result in listed(some[-1].get("result"), what):
+    results = [each for each in listed(some[-1].get("result"), what) if isinstance(each, Mapping)]
+    drawings = [(each, value) for each in results if isinstance(value := each.get("value"), Mapping)]
+    # With one control for shapes and one for labels, a shape and its label are two results of one id.
+    names_of = {str(each.get("id")): label for each, value in drawings if (label := _label(value))}
+    for result, value in drawings:
         with drawn.guarded():
-            value = result.get("value") if isinstance(result, Mapping) else None
-            if isinstance(value, Mapping):
-                _draw(drawn, result, value)
+            if result.get("image_rotation"):
+                problems.note(SUSPICIOUS, "results drawn while the image was turned: are they in place?", what)
+            if result.get("type") != "labels":
+                _draw(drawn, result, value, _label(value) or names_of.get(str(result.get("id")), "object"))
     return drawn
 
 
-def _draw(drawn: Drawn, result: Mapping[str, Any], value: Mapping[str, Any]) -> None:
+def _label(value: Mapping[str, Any]) -> str | None:
+    found = next((each for key, each in value.items() if str(key).endswith("labels")), None)
+    return str(found[0]) if isinstance(found, list) and found else None
+
+
+def _draw(drawn: Drawn, result: Mapping[str, Any], value: Mapping[str, Any], name: str) -> None:
     kind = str(result.get("type"))
-    label = value.get(kind)
-    name = str(label[0]) if isinstance(label, list) and label else "object"
     across, down = drawn.entry.width / 100, drawn.entry.height / 100
 
     def need(*wanted: str) -> list[float]:

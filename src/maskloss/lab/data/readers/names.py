@@ -37,10 +37,13 @@ def listed(tree: Tree) -> list[str]:
 
 
 def of_values(tree: Tree) -> dict[int, str]:
-    """Return the names of the values of label maps, from a list, CVAT's labelmap.txt, or JSON."""
+    """Return the names of the values of label maps, from labelmap.txt, Roboflow's _classes.csv, JSON, or a list."""
     for path in tree.ending("labelmap.txt"):
         rows = [line.split(":") for line in read_text(tree, path).splitlines() if line.strip() and line[0] != "#"]
         return {number: row[0] for number, row in enumerate(rows)}
+    for path in tree.ending("_classes.csv"):
+        table = [[cell.strip() for cell in row] for row in csv.reader(read_text(tree, path).splitlines())]
+        return {int(row[0]): row[1] for row in table if len(row) > 1 and row[0].isdecimal()}
     for path in tree.ending(".json"):
         if PurePosixPath(path).name.lower() in {"dataset_meta.json", "label_map.json", "labels.json", "classes.json"}:
             found = _of_json(tree.json(path))

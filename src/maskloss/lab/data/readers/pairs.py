@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloss.errors import Cause, MaskLossError
+from maskloss.lab.data import npy
 from maskloss.lab.data.ahead import in_order
 from maskloss.lab.data.catalog import Entry, Instance, Map, Part
 from maskloss.lab.data.images import read_head
@@ -28,7 +29,7 @@ from maskloss.lab.data.options import CLASSES, INSTANCES, DataOptions
 from maskloss.lab.data.options import COMPONENTS as OF_CLASSES
 from maskloss.lab.data.problems import DECIDED, LEFT_OUT, SUSPICIOUS, Problems
 from maskloss.lab.data.readers import names
-from maskloss.lab.data.tree import Tree, bare_key, is_mask_place, part_of
+from maskloss.lab.data.tree import IMAGE_WORDS, Tree, bare_key, is_mask_place, part_of, words
 
 CLASS = "instance"
 VOID = 255
@@ -51,6 +52,10 @@ _STRAY = 8
 _PIECES, _NOISE = 2, 5
 
 
+# Paths by what an image and its map have in common.
+Named = dict[tuple[str, ...], list[str]]
+
+
 class Pair(NamedTuple):
     """An image and its map, as paths relative to the folder."""
 
@@ -64,7 +69,7 @@ class Scan(NamedTuple):
     size: tuple[int, int]  # height and width of the image as the map has them
     values: list[int]  # its numbers without 0
     apart: int  # how many of them have pixels in several places
-    scattered: int  # how many of them lie scattered in pieces of a few pixels, as the values that JPEG invents do
+    scattered: int  # how many of them lie in pieces of a few pixels or in thin lines, as what JPEG or resizing invents
     value_of: dict[int, int]  # value of each connected region, where regions were asked for
 
 
@@ -80,15 +85,17 @@ def find_pairs(tree: Tree, problems: Problems) -> list[Pair]:
     """Pair images with maps."""
     images: dict[tuple[str, ...], list[str]] = {}
     maps: dict[tuple[str, ...], list[str]] = {}
-    for path in (*tree.images, *tree.ending(".npy")):
+    for path in (*tree.images, *tree.ending(*npy.SUFFIXES)):
         stem = PurePosixPath(path).stem
-        if stem.endswith(_BYPRODUCTS) or (path.endswith(".npy") and not is_mask_place(path)):
+        if stem.endswith(_BYPRODUCTS) or (path.endswith(npy.SUFFIXES) and not is_mask_place(path)):
             continue
         place = maps if is_mask_place(path) else images
         place.setdefault(bare_key(path), []).append(path)
-    if not set(images) & set(maps):
+    if maps and not set(images) & set(maps):
         # Folders of images have many names; the names of files say what belongs together if each is there once.
-        images, maps = _by_file_name(images), _by_file_name(maps)
+        images, maps = _by_file_name(images, problems), _by_file_name(maps, problems)
+    if not maps:
+        images, maps = _by_content(tree)
     pairs, missing = [], []
     for key, some in images.items():
         found = sorted(maps.pop(key, []), key=_rank)
@@ -109,16 +116,64 @@ def find_pairs(tree: Tree, problems: Problems) -> list[Pair]:
     return sorted(pairs)
 
 
-def _by_file_name(found: dict[tuple[str, ...], list[str]]) -> dict[tuple[str, ...], list[str]]:
-    """Sort paths by what their last names have in common; as they are where that is not enough to tell them apart."""
-    last = Counter(key[-1] for key in found)
-    return {key[-1:]: some for key, some in found.items()} if len(last) == len(found) else found
+def _by_file_name(found: Named, problems: Problems) -> Named:
+    """Sort paths by what their last names have in common; as they are where that is not enough to tell them apart.
+
+    Of several folders with the same names, the one that is called images or masks is meant, not what was made of it.
+    """
+    every = [path for some in found.values() for path in some]
+    last = _by_last_name(every)
+    if len(last) < len(every):
+        called = {PurePosixPath(path).parent.name for path in every}
+        known = [name for name in called if is_mask_place(f"{name}/0.png") or set(words(name)) & IMAGE_WORDS]
+        if known:
+            first = min(known, key=lambda name: (*_rank(name)[1:2], len(name), name))
+            last = _by_last_name([path for path in every if PurePosixPath(path).parent.name == first])
+            problems.note(DECIDED, f"of folders with the same names, {first!r} taken", ", ".join(sorted(called)), 0)
+    return last if all(len(some) == 1 for some in last.values()) else found
+
+
+def _by_last_name(paths: Iterable[str]) -> Named:
+    found: Named = {}
+    for path in paths:
+        name = re.sub(r"\d+", lambda digits: str(int(digits[0])), bare_key(path)[-1])
+        found.setdefault((name,), []).append(path)
+    return found
+
+
+def _by_content(tree: Tree) -> tuple[Named, Named]:
+    """Find folders with files of the same names, some with maps and some with images, whatever they are called."""
+    folders: dict[str, list[str]] = {}
+    for path in tree.images:
+        folders.setdefault(PurePosixPath(path).parent.as_posix(), []).append(path)
+    if len(folders) < 2 or len(folders) % 2:
+        return {}, {}
+    maps = [name for name, some in folders.items() if all(_looks_like_a_map(tree.path(path)) for path in some[:3])]
+    images = [name for name in folders if name not in maps]
+    found: tuple[Named, Named] = {}, {}
+    for image, mapped in zip(sorted(images), sorted(maps), strict=False):
+        keys = [[(mapped, PurePosixPath(path).stem) for path in folders[name]] for name in (image, mapped)]
+        if len(images) != len(maps) or set(keys[0]) != set(keys[1]):
+            return {}, {}
+        for place, name in enumerate((image, mapped)):
+            found[place].update({key: [path] for key, path in zip(keys[place], folders[name], strict=True)})
+    return found
+
+
+def _looks_like_a_map(path: Path) -> bool:
+    """Whether a file has one channel of few values that are not scattered, in a format that keeps them."""
+    try:
+        labels = read_map(path)
+    except MaskLossError:
+        return False
+    values = [int(value) for value in np.unique(labels) if value]
+    return 0 < len(values) <= 4 * _MOST_CLASSES and 2 * count_apart(labels, values)[1] <= len(values)
 
 
 def _rank(path: str) -> tuple[bool, int, str]:
     lowered = path.lower()
     places = [place for place, word in enumerate(_RANK) if word in lowered]
-    return lowered.endswith(".npy"), min(places, default=len(_RANK)) + ("_cp_" in lowered), path
+    return lowered.endswith(npy.SUFFIXES), min(places, default=len(_RANK)) + ("_cp_" in lowered), path
 
 
 def read_pairs(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems: Problems) -> list[Part]:
@@ -202,7 +257,7 @@ def _of_classes(how: str | None) -> bool:
 
 def _is_sure(path: str) -> bool:
     """Whether the name of a map says that it numbers instances."""
-    return path.endswith(".npy") or "_cp_masks" in path
+    return path.endswith("_seg.npy") or "_cp_masks" in path
 
 
 def _void(every: set[int], options: DataOptions, problems: Problems) -> set[int]:
@@ -236,14 +291,15 @@ def _ask_about_noise(tree: Tree, scans: list[tuple[Pair, Scan]], how: str | None
     if not noisy:
         return
     pair, scan = noisy[0]
-    why = f"{scan.scattered} of the {len(scan.values)} values of {pair.map} lie scattered in pieces of a few pixels"
+    why = f"{scan.scattered} of the {len(scan.values)} values of {pair.map} lie in pieces of a few pixels or in lines"
     if how == INSTANCES:
-        problems.note(SUSPICIOUS, "label maps with the noise of a JPEG, taken as they are", why, len(noisy))
+        what = "label maps with the noise of a JPEG or of resizing, taken as they are"
+        problems.note(SUSPICIOUS, what, why, len(noisy))
         return
     problems.ask(
         Cause(
             "label maps must hold values that somebody drew",
-            f"{len(noisy)} in {tree.root} look like a JPEG that was stored again: {why}",
+            f"{len(noisy)} in {tree.root} look like a JPEG that was stored again, or were resized smoothly: {why}",
             "export the masks again as PNG or TIFF; --semantic instances takes the numbers as they are",
         )
     )
@@ -309,7 +365,7 @@ def fitting_size(image: Path, mapped: Path) -> tuple[int, int]:
 
 
 def count_apart(labels: NDArray[np.int32], values: list[int]) -> tuple[int, int]:
-    """Count the values with pixels in several places, and those in many pieces of a few pixels."""
+    """Count the values with pixels in several places, and those in pieces of a few pixels or in thin lines."""
     from scipy.ndimage import find_objects, label
 
     apart = scattered = 0
@@ -319,5 +375,8 @@ def count_apart(labels: NDArray[np.int32], values: list[int]) -> tuple[int, int]
             regions, _ = label(ranks[box] == place, structure=np.ones((3, 3), dtype=np.int8))
             pieces = np.bincount(regions.ravel())[1:]
             apart += int((pieces >= _STRAY).sum() > 1)
-            scattered += int(len(pieces) >= _PIECES and pieces.mean() < _STRAY)
+            own = ranks[box] == place
+            block = own[:-1, :-1] & own[1:, :-1] & own[:-1, 1:] & own[1:, 1:]
+            line = pieces.sum() >= _STRAY and not block.any()
+            scattered += int(line or (len(pieces) >= _PIECES and pieces.mean() < _STRAY))
     return apart, scattered

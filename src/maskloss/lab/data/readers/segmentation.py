@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -105,6 +106,9 @@ def run_lengths(value: Mapping[str, Any], frame: Frame) -> dict[str, Any]:
         if counts.startswith(("b'", 'b"')) and counts[-1] == counts[1]:
             _mended(frame, "counts of an RLE written as Python's bytes")
             counts = ast.literal_eval(counts).decode("latin-1")
+        if re.fullmatch(r"\[?\s*\d+([\s,]+\d+)+\s*\]?", counts):
+            _mended(frame, "counts of an RLE written as text")
+            return run_lengths({**value, "counts": re.findall(r"\d+", counts)}, frame)
         if counts.isascii():
             return {"size": [height, width], "counts": counts}
     elif isinstance(counts, list):
@@ -128,6 +132,16 @@ def box_of(value: Any, polygon_source: Any = None) -> list[float] | None:
         xs, ys = points[::2], points[1::2]
         return [min(xs), min(ys), max(1.0, max(xs) - min(xs)), max(1.0, max(ys) - min(ys))]
     return None
+
+
+def overlap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the IoU of two boxes [x, y, width, height]."""
+    sides = [
+        max(0.0, min(one[axis] + one[axis + 2], other[axis] + other[axis + 2]) - max(one[axis], other[axis]))
+        for axis in (0, 1)
+    ]
+    both = sides[0] * sides[1]
+    return both / (one[2] * one[3] + other[2] * other[3] - both)
 
 
 def integer(value: Any) -> int | None:

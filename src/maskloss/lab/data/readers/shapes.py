@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from maskloss.errors import Cause, MaskLossError, describe, require
 from maskloss.lab.data.catalog import BOX, CROWD, OBJECT, Entry, Instance, Part
 from maskloss.lab.data.images import MOST_PIXELS
-from maskloss.lab.data.problems import DECIDED, LEFT_OUT, Problems
-from maskloss.lab.data.readers.segmentation import FARTHEST, Frame, box_of, encode, polygons
+from maskloss.lab.data.problems import DECIDED, LEFT_OUT, MENDED, Problems
+from maskloss.lab.data.readers.segmentation import FARTHEST, Frame, box_of, encode, overlap, polygons, segmentation
 from maskloss.lab.data.truth import decode
 
 # Labels that tools keep for what is not to be looked at.
@@ -26,6 +26,8 @@ _IGNORED = frozenset({"__ignore__", "ignore", "_ignore_"})
 _BACKGROUND = frozenset({"_background_", "__background__", "background"})
 _CORNERS = 64
 _NO_CLASS = -1
+# A box with this IoU is that of the instance.
+_SAME = 0.8
 
 
 class Drawn:
@@ -45,6 +47,7 @@ class Drawn:
         self.entry, self.names, self.what, self.problems = entry, names, what, problems
         # An unknown instance would be learned as background.
         self.usable = True
+        self._boxes: list[list[float]] = []
 
     @property
     def frame(self) -> Frame:
@@ -74,6 +77,19 @@ class Drawn:
                     mask &= ~decode(hole, height, width).astype(bool)
                 source = encode(mask)
             self._add(name, source, OBJECT)
+
+    def even_odd(self, name: str, paths: list[list[Any]]) -> None:
+        """Add an instance of polygons of which one inside of another is a hole."""
+        if len(paths) == 1:
+            return self.polygons(name, paths)
+        mask = np.zeros((self.entry.height, self.entry.width), dtype=bool)
+        for path in filter(None, (polygons([each], self.frame) for each in paths)):
+            mask ^= decode(path, *mask.shape).astype(bool)
+        return self._add(name, encode(mask), OBJECT)
+
+    def segmentation(self, name: str, value: Any) -> None:
+        """Add an instance as COCO writes it."""
+        self._add(name, segmentation(value, self.frame), OBJECT)
 
     def ellipse(self, name: str, center: tuple[float, float], radii: tuple[float, float], turn: float = 0.0) -> None:
         """Add an ellipse, as a polygon of many corners; `turn` is in degrees."""
@@ -112,7 +128,31 @@ class Drawn:
             label, kind = _NO_CLASS, CROWD if kind == OBJECT else kind
         else:
             label = self.names.setdefault(name, len(self.names))
-        self.entry.instances.append(Instance(source, label, kind))
+        instances, around = self.entry.instances, _box_around(source)
+        for place, each in enumerate(instances):
+            # The rectangle that a mask was made from is no second object.
+            if (
+                each.label == label
+                and {each.kind, kind} == {OBJECT, BOX}
+                and overlap(self._boxes[place], around) > _SAME
+            ):
+                self.problems.note(MENDED, "boxes around an instance of their class left out", self.what)
+                if kind == BOX:
+                    return
+                del instances[place], self._boxes[place]
+                break
+        instances.append(Instance(source, label, kind))
+        self._boxes.append(around)
+
+
+def _box_around(source: Any) -> list[float]:
+    """Return [x, y, width, height] of an instance that was checked or encoded here."""
+    if isinstance(source, list) or "box" in source:
+        return (box_of(None, source) if isinstance(source, list) else source["box"]) or [0.0] * 4
+    counts = source["counts"]
+    codec = require("pycocotools.mask", "train")
+    packed = codec.frPyObjects(source, *source["size"]) if isinstance(counts, list) else source
+    return [float(each) for each in codec.toBbox(packed)]
 
 
 def listed(value: Any, what: str) -> list[Any]:

@@ -59,7 +59,7 @@ def _read(tree: Tree, path: str, content: Mapping[str, Any], names: dict[str, in
 def _draw(drawn: Drawn, each: Mapping[str, Any]) -> None:
     kind, name = str(each.get("geometryType", each.get("type"))), str(each.get("classTitle"))
     points = each.get("points")
-    if kind == "bitmap":
+    if kind in {"bitmap", "alpha_mask"}:
         bitmap = each.get("bitmap")
         origin = bitmap.get("origin") if isinstance(bitmap, Mapping) else None
         corner = [integer(each) for each in origin] if isinstance(origin, list) else []

@@ -12,7 +12,7 @@ from maskloss.errors import Cause, MaskLossError, describe
 from maskloss.lab.data.catalog import Entry, Part
 from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
-from maskloss.lab.data.problems import LEFT_OUT, Problems
+from maskloss.lab.data.problems import LEFT_OUT, SUSPICIOUS, Problems
 from maskloss.lab.data.readers.names import read_text
 from maskloss.lab.data.readers.segmentation import number
 from maskloss.lab.data.readers.shapes import Drawn, listed, parts_of
@@ -22,6 +22,13 @@ from maskloss.lab.files import explain
 _RULE = "a file of VIA must list regions with their shapes"
 CLASS = "object"
 _COLUMNS = ("region_shape_attributes", "region_attributes")
+# The shapes of VIA 3, by their numbers, and what their numbers are.
+_SHAPES = {
+    2: ("rect", ("x", "y", "width", "height")),
+    3: ("circle", ("cx", "cy", "r")),
+    4: ("ellipse", ("cx", "cy", "rx", "ry")),
+}
+_POLYGON = 7
 # Attributes that people call the class by, in this order.
 _ATTRIBUTES = ("class", "label", "name", "category", "type", "object")
 
@@ -65,6 +72,8 @@ def _images(tree: Tree, path: str) -> list[Mapping[str, Any]] | None:
         content = tree.json(path)
     except MaskLossError:
         return None
+    if isinstance(content, Mapping) and {"metadata", "file", "view", "attribute"} <= set(content):
+        return _of_third(content)
     if isinstance(content, Mapping):
         content = content.get("_via_img_metadata", content)
     images = list(content.values()) if isinstance(content, Mapping) else content
@@ -72,6 +81,30 @@ def _images(tree: Tree, path: str) -> list[Mapping[str, Any]] | None:
         return None
     fits = all(isinstance(each, Mapping) and {"filename", "regions"} <= set(each) for each in images)
     return images if fits else None
+
+
+def _of_third(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the images of a project of VIA 3 as those of VIA 2 are written."""
+    files, views, attributes = (content[each] for each in ("file", "view", "attribute"))
+    regions: dict[str, list[Any]] = {}
+    try:
+        for each in files.values():
+            regions[each["fname"]] = []
+        for each in content["metadata"].values():
+            [number] = views[str(each["vid"])]["fid_list"]
+            kind, *values = each["xy"]
+            chosen = {}
+            for key, value in each["av"].items():
+                options = attributes[key].get("options") or {}
+                chosen[attributes[key]["aname"]] = options.get(value, value)
+            shape = {"name": "polygon", "all_points_x": values[::2], "all_points_y": values[1::2]}
+            if kind != _POLYGON:
+                name, needed = _SHAPES.get(kind, (f"shape {kind}", ()))
+                shape = {"name": name, **dict(zip(needed, values, strict=False))}
+            regions[files[str(number)]["fname"]].append({"shape_attributes": shape, "region_attributes": chosen})
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise Cause(_RULE, f"a project of VIA 3 has {describe(each)}", "export it again") from None
+    return [{"filename": name, "regions": some} for name, some in regions.items()]
 
 
 def _read(tree: Tree, path: str, image: Mapping[str, Any], names: dict[str, int], problems: Problems) -> Drawn:
@@ -84,18 +117,22 @@ def _read(tree: Tree, path: str, image: Mapping[str, Any], names: dict[str, int]
             shape = region.get("shape_attributes") if isinstance(region, Mapping) else None
             if not isinstance(shape, Mapping):
                 raise Cause(_RULE, f"{drawn.what} has the region {describe(region)}", "export it again")
-            _draw(drawn, shape, _name(region.get("region_attributes")))
+            _draw(drawn, shape, _name(region.get("region_attributes"), drawn))
     return drawn
 
 
-def _name(attributes: Any) -> str:
-    """Return the class of a region: one of the usual attributes, else the only one that has a value."""
+def _name(attributes: Any, drawn: Drawn) -> str:
+    """Return the class of a region: one of the usual attributes, else the only one whose value is no number."""
     if not isinstance(attributes, Mapping):
         return CLASS
     values = {str(each).lower(): value for each, value in attributes.items() if value not in ("", None, {})}
     chosen = next((values[each] for each in _ATTRIBUTES if each in values), None)
-    if chosen is None and len(values) == 1:
-        [chosen] = values.values()
+    named = [value for value in values.values() if number(value) is None]
+    if chosen is None and len(named) == 1:
+        [chosen] = named
+    elif chosen is None and values:
+        what = f"regions whose attributes ({', '.join(sorted(values))}) name no class: all are called {CLASS!r}"
+        drawn.problems.note(SUSPICIOUS, what, drawn.what)
     if isinstance(chosen, Mapping):
         chosen = next((each for each, on in chosen.items() if on), None)
     return CLASS if chosen is None else str(chosen)

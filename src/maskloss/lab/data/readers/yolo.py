@@ -14,7 +14,7 @@ from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import DECIDED, LEFT_OUT, MENDED, Problems
 from maskloss.lab.data.readers import names
 from maskloss.lab.data.readers.segmentation import Frame, box_of, polygons
-from maskloss.lab.data.tree import TEST, TRAIN, VAL, Tree, folded, is_mask_place, part_of
+from maskloss.lab.data.tree import TEST, TRAIN, VAL, Tree, folded, is_mask_place, part_of, parts_of_name, shared_end
 
 _RULE = "a line of a YOLO file must be a class and a polygon"
 _HINT = "as in `0 0.1 0.2 0.5 0.2 0.5 0.6`: x and y of each corner, as fractions of the image"
@@ -32,6 +32,7 @@ class _Folder(NamedTuple):
     parts: dict[str, list[str]]  # the images of each part
     names: dict[int, str]  # of the classes
     how: str  # what names them
+    poses: bool  # whether keypoints follow the boxes
 
 
 def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
@@ -47,9 +48,9 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
         return None
     description = names.read_yaml(tree, named[0]) if named else {}
     classes = _classes(description.get("names"), tree, named[0] if named else "")
-    folder = _Folder(
-        labels, _parts(tree, description, labels, problems), classes, named[0] if named else "labels/*.txt"
-    )
+    poses = "kpt_shape" in description or _are_poses(tree, labels)
+    how = named[0] if named else "labels/*.txt"
+    folder = _Folder(labels, _parts(tree, description, labels, problems), classes, how, poses)
     found = {part: list(_read(tree, paths, folder, problems)) for part, paths in folder.parts.items()}
     used = {each.label for entries in found.values() for entry in entries for each in entry.instances}
     listed = [(number, folder.names.get(number, f"class {number}")) for number in sorted(used | set(folder.names))]
@@ -76,9 +77,21 @@ def _described(tree: Tree) -> list[str]:
 
 def _are_labels(tree: Tree, labels: dict[tuple[str, ...], str]) -> bool:
     """Whether text files hold what YOLO writes."""
+    lines = _some_lines(tree, labels)
+    return bool(lines) and all(len(line) >= _BOX and all(map(_number_or_none, line)) for line in lines)
+
+
+def _are_poses(tree: Tree, labels: dict[tuple[str, ...], str]) -> bool:
+    """Whether each line has a box and the same number of keypoints, whose third number says if they can be seen."""
+    lines = [line[_BOX:] for line in _some_lines(tree, labels)]
+    if len({len(line) for line in lines}) != 1 or not lines[0] or len(lines[0]) % 3:
+        return False
+    return all(float(each) in {0, 1, 2} for line in lines for each in line[2::3] if _number_or_none(each))
+
+
+def _some_lines(tree: Tree, labels: dict[tuple[str, ...], str]) -> list[list[str]]:
     some = [line for path in list(labels.values())[:20] for line in names.read_text(tree, path).splitlines()]
-    lines = [line.split() for line in some if line.strip()]
-    return bool(lines) and all(len(line) >= _BOX and all(map(_number_or_none, line)) for line in lines[:100])
+    return [line.split() for line in some if line.strip()][:100]
 
 
 def _number_or_none(text: str) -> str | None:
@@ -111,20 +124,22 @@ def _parts(
     """Say which images belong to which part: as the YAML file says, or as their folders are called."""
     images = [path for path in tree.images if not (is_mask_place(path) and _key(path) not in labels)]
     parts: dict[str, list[str]] = {}
+    by_folder: dict[str, list[str]] = {}
+    for path in images:
+        by_folder.setdefault(part_of(path), []).append(path)
+    lost = False
     for key, part in _KEYS.items():
         places = description.get(key)
         for place in places if isinstance(places, list) else [places]:
             if isinstance(place, str) and place.strip():
                 found = _under(tree, place, images)
                 if not found and part != TEST:
+                    lost = True
                     problems.note(MENDED, "folders that the YAML file names but that are not there", f"{key}: {place}")
                 parts.setdefault(part, []).extend(path for path in found if path not in set(parts.get(part, [])))
-    if parts.get(TRAIN):
-        return {part: paths for part, paths in parts.items() if paths}
-    by_folder: dict[str, list[str]] = {}
-    for path in images:
-        by_folder.setdefault(part_of(path), []).append(path)
-    return by_folder
+    # Where the YAML file is of folders that were nested or called otherwise, their names say what is what.
+    wrong = not parts.get(TRAIN) or (lost and VAL in by_folder) or bool(set(parts[TRAIN]) & set(parts.get(VAL, [])))
+    return by_folder if wrong else {part: paths for part, paths in parts.items() if paths}
 
 
 def _under(tree: Tree, place: str, images: Sequence[str]) -> list[str]:
@@ -133,13 +148,23 @@ def _under(tree: Tree, place: str, images: Sequence[str]) -> list[str]:
     for start in range(len(parts) + 1):
         tail = "/".join(parts[start:])
         if tail.lower().endswith(".txt") and tail in tree.files:
-            wanted = [line.strip().replace("\\", "/") for line in names.read_text(tree, tail).splitlines()]
-            bare = {folded(line.rsplit("/", 1)[-1]) for line in wanted if line}
-            return [path for path in images if folded(PurePosixPath(path).name) in bare]
+            return _listed(names.read_text(tree, tail).splitlines(), images)
         inside = [path for path in images if path.startswith(f"{tail}/")] if tail else []
         if inside:
             return inside
     return []
+
+
+def _listed(wanted: Sequence[str], images: Sequence[str]) -> list[str]:
+    """List the images that a list of paths names: of images of one name, those that share most of its folders."""
+    by_name: dict[str, list[str]] = {}
+    for path in images:
+        by_name.setdefault(folded(PurePosixPath(path).name), []).append(path)
+    found = []
+    for parts in map(parts_of_name, map(str.strip, wanted)):
+        known = {path: shared_end(path, parts) for path in by_name.get(parts[-1], [])} if parts else {}
+        found += [path for path, shared in known.items() if shared == max(known.values())]
+    return list(dict.fromkeys(found))
 
 
 def _read(tree: Tree, paths: Sequence[str], folder: _Folder, problems: Problems) -> Iterator[Entry]:
@@ -153,7 +178,8 @@ def _read(tree: Tree, paths: Sequence[str], folder: _Folder, problems: Problems)
                 yield entry
                 continue
             lines = enumerate(names.read_text(tree, label).splitlines(), start=1)
-            if all(_add(entry, line, f"{label}, line {number}", problems) for number, line in lines if line.strip()):
+            full = ((number, " ".join(line.split()[: _BOX if folder.poses else None])) for number, line in lines)
+            if all(_add(entry, line, f"{label}, line {number}", problems) for number, line in full if line):
                 yield entry
 
 

@@ -1,0 +1,247 @@
+"""Tools that list the objects of each image: Darwin, SuperAnnotate, Hasty, Datumaro, ISAT, FiftyOne."""
+
+from __future__ import annotations
+
+import base64
+import io
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maskloss.errors import Cause, MaskLossError, describe
+from maskloss.lab.data.catalog import Entry, Part
+from maskloss.lab.data.images import MOST_PIXELS, read_size
+from maskloss.lab.data.options import DataOptions
+from maskloss.lab.data.problems import LEFT_OUT, Problems
+from maskloss.lab.data.readers.shapes import Drawn, parts_of
+from maskloss.lab.data.tree import Tree, part_of
+
+# What damaged content makes a reader raise that takes it as it is.
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, zlib.error)
+# Files that are looked into to see whose they are.
+_LOOKED_AT = 3
+
+
+class Picture(NamedTuple):
+    """An image as a tool lists it."""
+
+    name: str  # of the file
+    height: int  # pixels; 0: the file says it
+    width: int
+    objects: list[Any]  # as the tool writes them
+
+
+class Tool(NamedTuple):
+    """How a tool writes its annotations."""
+
+    name: str
+    pictures: Callable[[Any], list[Picture]]  # of a JSON file; raises one of _DAMAGE where it is none of the tool's
+    draw: Callable[[Drawn, Any], None]
+
+    def find(self, tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
+        """Find JSON files of the tool, of the whole data set or one for each image."""
+        files = [options.annotations] if options.annotations else tree.ending(".json")
+        if not any(self._of(tree, path) for path in [*tree.whole_jsons[:_LOOKED_AT], *files[:_LOOKED_AT]]):
+            return None
+        names: dict[str, int] = {}
+        parts: dict[str, list[Entry]] = {}
+        mine = []
+        for path in files:
+            pictures = self._of(tree, path)
+            tree.forget()
+            mine += [path] if pictures else []
+            for picture in pictures:
+                with problems.tolerated():
+                    drawn = self._read(tree, path, picture, names, problems)
+                    if drawn.usable:
+                        parts.setdefault(part_of(path, stem=True), []).append(drawn.entry)
+        return parts_of(parts, names, f"{self.name}: {len(mine)} JSON files such as {mine[0]}") if mine else None
+
+    def _of(self, tree: Tree, path: str) -> list[Picture]:
+        try:
+            return self.pictures(tree.json(path))
+        except _DAMAGE:
+            return []
+
+    def _read(self, tree: Tree, path: str, picture: Picture, names: dict[str, int], problems: Problems) -> Drawn:
+        file = tree.find(picture.name, path, problems)
+        size = (picture.height, picture.width) if picture.height else read_size(file)
+        drawn = Drawn(Entry(str(file), *size, []), names, f"{path}: {picture.name}", problems)
+        for each in picture.objects:
+            with drawn.guarded():
+                try:
+                    self.draw(drawn, each)
+                except MaskLossError:
+                    raise
+                except _DAMAGE:
+                    rule = f"objects must be as {self.name} writes them"
+                    raise Cause(rule, f"{drawn.what} has {describe(each)}", "export it again") from None
+        return drawn
+
+
+def _flat(points: Any) -> list[Any]:
+    return [side for x, y in points for side in (x, y)]
+
+
+def _unread(drawn: Drawn, kind: str) -> Cause:
+    return Cause("masks must be polygons or in COCO's form", f"{drawn.what} has a {kind}", "export COCO instead")
+
+
+# ---------------------------------------------------------------------------------------------------- Darwin, of V7
+
+
+def _darwin(content: Any) -> list[Picture]:
+    objects = list(content["annotations"])
+    if "item" in content:
+        slot = content["item"]["slots"][0]
+        return [Picture(content["item"]["name"], slot["height"], slot["width"], objects)]
+    image = content["image"]
+    return [Picture(image.get("original_filename", image["filename"]), image["height"], image["width"], objects)]
+
+
+def _draw_darwin(drawn: Drawn, each: Any) -> None:
+    polygon, box = each.get("polygon") or each.get("complex_polygon"), each.get("bounding_box")
+    if polygon:
+        paths = polygon.get("paths") or polygon["path"]
+        paths = [paths] if isinstance(paths[0], Mapping) else paths
+        drawn.even_odd(each["name"], [[point[side] for point in path for side in "xy"] for path in paths])
+    elif "mask" in each:
+        raise _unread(drawn, "mask")
+    elif box:
+        drawn.box(each["name"], [float(box[side]) for side in "xywh"])
+    elif "tag" not in each:
+        drawn.problems.note(LEFT_OUT, "objects that enclose nothing", drawn.what)
+
+
+# ---------------------------------------------------------------------------------------------------- SuperAnnotate
+
+
+def _superannotate(content: Any) -> list[Picture]:
+    head, objects = content["metadata"], list(content["instances"])
+    return [Picture(head["name"], head.get("height") or 0, head.get("width") or 0, objects)]
+
+
+def _draw_superannotate(drawn: Drawn, each: Any) -> None:
+    name, points, kind = str(each.get("className") or each["classId"]), each.get("points"), each["type"]
+    if kind == "polygon":
+        drawn.polygons(name, [points], each.get("exclude") or [])
+    elif kind in {"bbox", "rbbox"}:
+        xs, ys = ([points[key] for key in points if key[0] == side] for side in "xy")
+        drawn.box(name, [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)])
+    elif kind == "ellipse":
+        drawn.ellipse(name, (points["cx"], points["cy"]), (points["rx"], points["ry"]), points.get("angle") or 0)
+    elif kind in {"mask", "pixel"} or "parts" in each:
+        raise _unread(drawn, "mask in colors")
+    else:
+        drawn.problems.note(LEFT_OUT, f"shapes that enclose nothing ({kind})", drawn.what)
+
+
+# ------------------------------------------------------------------------------------------------------------ Hasty
+
+
+def _hasty(content: Any) -> list[Picture]:
+    listed = content["images"]
+    return [Picture(each["image_name"], each["height"], each["width"], list(each["labels"])) for each in listed]
+
+
+def _draw_hasty(drawn: Drawn, each: Any) -> None:
+    if each.get("polygon"):
+        drawn.polygons(each["class_name"], [_flat(each["polygon"])])
+    elif each.get("mask"):
+        raise _unread(drawn, "mask")
+    else:
+        left, top, right, bottom = map(float, each["bbox"])
+        drawn.box(each["class_name"], [left, top, right - left, bottom - top])
+
+
+# --------------------------------------------------------------------------------------------------------- Datumaro
+
+
+def _datumaro(content: Any) -> list[Picture]:
+    names = [each["name"] for each in content["categories"]["label"]["labels"]]
+    found = []
+    for item in content["items"]:
+        image = item.get("image") or {}
+        grouped: dict[Any, list[Any]] = {}
+        for place, each in enumerate(item["annotations"]):
+            named = {**each, "name": names[each["label_id"]]} if isinstance(each.get("label_id"), int) else each
+            grouped.setdefault((each.get("group") or -place - 1, each.get("label_id"), each["type"]), []).append(named)
+        height, width = image.get("size") or (0, 0)
+        found.append(Picture(image.get("path") or item["id"], height, width, list(grouped.values())))
+    return found
+
+
+def _draw_datumaro(drawn: Drawn, group: Any) -> None:
+    kind, name = group[0]["type"], str(group[0].get("name", "object"))
+    if kind == "polygon":
+        drawn.polygons(name, [each["points"] for each in group])
+    elif kind == "mask":
+        for each in group:
+            drawn.segmentation(name, each["rle"])
+    elif kind == "bbox":
+        for each in group:
+            drawn.box(name, each["bbox"])
+    elif kind not in {"label", "caption"}:
+        drawn.problems.note(LEFT_OUT, f"shapes that enclose nothing ({kind})", drawn.what)
+
+
+# ------------------------------------------------------------------------------------------------------------- ISAT
+
+
+def _isat(content: Any) -> list[Picture]:
+    head = content["info"]
+    grouped: dict[Any, list[Any]] = {}
+    for each in content["objects"]:
+        grouped.setdefault((each["category"], each["group"]), []).append(_flat(each["segmentation"]))
+    objects = [(name, polygons) for (name, _), polygons in grouped.items()]
+    return [Picture(head["name"], head["height"], head["width"], objects)]
+
+
+def _draw_isat(drawn: Drawn, each: Any) -> None:
+    drawn.polygons(*each)
+
+
+# --------------------------------------------------------------------------------------------------------- FiftyOne
+
+
+def _fiftyone(content: Any) -> list[Picture]:
+    found = []
+    for sample in content["samples"]:
+        fields = [each for each in sample.values() if isinstance(each, Mapping)]
+        objects = [each for field in fields for kind in ("detections", "polylines") for each in field.get(kind, [])]
+        found.append(Picture(sample["filepath"], 0, 0, objects))
+    return found
+
+
+def _draw_fiftyone(drawn: Drawn, each: Any) -> None:
+    height, width = drawn.entry.height, drawn.entry.width
+    if "points" in each:
+        polygons = [[side for x, y in path for side in (x * width, y * height)] for path in each["points"]]
+        return drawn.even_odd(each["label"], polygons)
+    left, top, across, down = (
+        number * side for number, side in zip(each["bounding_box"], (width, height) * 2, strict=True)
+    )
+    if each.get("mask_path"):
+        raise _unread(drawn, "mask in a file of its own")
+    if not each.get("mask"):
+        return drawn.box(each["label"], [left, top, across, down])
+    packed = each["mask"]["$binary"]
+    text = packed["base64"] if isinstance(packed, Mapping) else packed
+    raw = zlib.decompressobj().decompress(base64.b64decode(text), 8 * MOST_PIXELS)
+    mask = np.load(io.BytesIO(raw), allow_pickle=False)
+    # A mask may have another resolution than its box.
+    rows, columns = (
+        (np.arange(max(1, round(side))) * length // max(1, round(side)))
+        for side, length in zip((down, across), mask.shape, strict=True)
+    )
+    return drawn.bitmap(each["label"], mask[np.ix_(rows, columns)] > 0, round(left), round(top))
+
+
+DARWIN = Tool("Darwin", _darwin, _draw_darwin)
+SUPERANNOTATE = Tool("SuperAnnotate", _superannotate, _draw_superannotate)
+HASTY = Tool("Hasty", _hasty, _draw_hasty)
+DATUMARO = Tool("Datumaro", _datumaro, _draw_datumaro)
+ISAT = Tool("ISAT", _isat, _draw_isat)
+FIFTYONE = Tool("FiftyOne", _fiftyone, _draw_fiftyone)
