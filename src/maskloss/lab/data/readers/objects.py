@@ -15,6 +15,7 @@ from maskloss.lab.data.catalog import Entry, Part
 from maskloss.lab.data.images import MOST_PIXELS, read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
+from maskloss.lab.data.readers.segmentation import integer, number
 from maskloss.lab.data.readers.shapes import Drawn, parts_of
 from maskloss.lab.data.tree import Tree, part_of
 
@@ -66,8 +67,11 @@ class Tool(NamedTuple):
             return []
 
     def _read(self, tree: Tree, path: str, picture: Picture, names: dict[str, int], problems: Problems) -> Drawn:
+        if not isinstance(picture.name, str) or "\0" in picture.name:
+            raise Cause("every image must be named", f"{path} has {describe(picture.name)}", "export it again")
         file = tree.find(picture.name, path, problems)
-        size = (picture.height, picture.width) if picture.height else read_size(file)
+        height, width = (integer(number(side)) for side in (picture.height, picture.width))
+        size = (height, width) if height and width else read_size(file)
         drawn = Drawn(Entry(str(file), *size, []), names, f"{path}: {picture.name}", problems)
         for each in picture.objects:
             with drawn.guarded():
@@ -120,7 +124,7 @@ def _draw_darwin(drawn: Drawn, each: Any) -> None:
 
 def _superannotate(content: Any) -> list[Picture]:
     head, objects = content["metadata"], list(content["instances"])
-    return [Picture(head["name"], head.get("height") or 0, head.get("width") or 0, objects)]
+    return [Picture(head["name"], head.get("height", 0), head.get("width", 0), objects)]
 
 
 def _draw_superannotate(drawn: Drawn, each: Any) -> None:

@@ -113,11 +113,12 @@ class Drawn:
 
     def box(self, name: str, box: Sequence[float] | None) -> None:
         """Add a box, in which nothing is asked for: x, y, width, height."""
-        if box is None or box[2] <= 0 or box[3] <= 0:
+        checked = box_of(None if box is None else list(box))
+        if checked is None:
             self.problems.note(LEFT_OUT, "shapes without an area", self.what)
             return
         self.problems.note(DECIDED, "instances with a box only made ignore regions of that box", self.what)
-        self._add(name, {"box": [float(each) for each in box]}, BOX)
+        self._add(name, {"box": checked}, BOX)
 
     def _add(self, name: str, source: Any, kind: str) -> None:
         if name.lower() in _BACKGROUND:

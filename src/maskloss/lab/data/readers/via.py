@@ -87,6 +87,7 @@ def _of_third(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the images of a project of VIA 3 as those of VIA 2 are written."""
     files, views, attributes = (content[each] for each in ("file", "view", "attribute"))
     regions: dict[str, list[Any]] = {}
+    each: Any = files
     try:
         for each in files.values():
             regions[each["fname"]] = []
