@@ -168,6 +168,7 @@ class CocoFile:
         self._images: list[Any] = self.content["images"]
         listed = [each for each in self._images if isinstance(each, Mapping)]
         self._ids = {as_id(each.get("id")) for each in listed}
+        # Of the first masks: what they are, the box around the mask, and the box that is annotated.
         self.boxes: list[tuple[str, list[float], list[float]]] = []
         self._named = {each["file_name"]: as_id(each.get("id")) for each in listed if _is_text(each.get("file_name"))}
 
