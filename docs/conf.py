@@ -18,6 +18,7 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -26,9 +27,17 @@ extensions = [
     "languages",
     "llms",
     "mathml",
+    "names",
     "summaries",
 ]
-exclude_patterns = ["_build", "figures", "sg_execution_times.rst", "gallery/sg_execution_times.rst", "gallery/*.ipynb"]
+exclude_patterns = [
+    "_build",
+    "figures",
+    "inventories",
+    "sg_execution_times.rst",
+    "gallery/sg_execution_times.rst",
+    "gallery/*.ipynb",
+]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
 myst_heading_anchors = 3
 html_math_renderer = "mathml"
@@ -51,15 +60,32 @@ sphinx_gallery_conf = {
     "default_thumb_file": str(Path(__file__).parent / "images" / "point_sampling.png"),
 }
 
+# A few names of others, as text, so that a build needs no network: `name kind page`.
+intersphinx_mapping = {
+    name: (address, f"inventories/{name}.txt")
+    for name, address in (
+        ("torch", "https://docs.pytorch.org/docs/stable/"),
+        ("numpy", "https://numpy.org/doc/stable/"),
+        ("matplotlib", "https://matplotlib.org/stable/"),
+        ("python", "https://docs.python.org/3/"),
+    )
+}
+
 # One argument per line and short type names, so that a signature can be read at a glance.
 add_module_names = False
-autodoc_default_options = {"members": True, "exclude-members": "extra_repr"}
+# What has no underscore because other modules of the library use it.
+_INTERNAL = (
+    "begin", "box_costs", "costs", "extra_repr", "focal", "has_box", "instance_losses", "layer_terms", "match",
+    "matched_losses", "of_layers", "operands", "target_rows", "tensors", "term",
+)  # fmt: skip
+autodoc_default_options = {"members": True, "exclude-members": ", ".join(_INTERNAL)}
 autodoc_member_order = "bysource"
 autosummary_generate = False
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 88
 napoleon_custom_sections = ["Source", ("Attributes", "params_style")]
+napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 _SECTION = re.compile(r"[A-Z]\w+:")
+_COLON = "\ue000"  # a character that no text has
 _LITERAL = re.compile(r"(``.*?``|`[^`]*`)")
 
 
@@ -41,7 +42,14 @@ def process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
         elif line.strip() and not line.startswith(" "):
             in_block = False
         result.append(line if in_block else _escape(line))
+    if what in {"attribute", "property"}:
+        # Napoleon takes what stands before a colon there for a type.
+        result[0] = result[0].replace(":", _COLON)
     lines[:] = result
+
+
+def restore(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = [line.replace(_COLON, ":") for line in lines]
 
 
 def skip(app: Any, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:
@@ -51,5 +59,6 @@ def skip(app: Any, what: str, name: str, obj: Any, skipped: bool, options: Any) 
 
 def setup(app: Any) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", process, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", restore, priority=900)
     app.connect("autodoc-skip-member", skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -338,7 +338,8 @@ class SetCriterion(nn.Module):
 
         Args:
             outputs: of the final layer, as `HungarianMatcher` takes them, and "aux_outputs": a list of the other
-                layers', "interm_outputs": those of the encoder, if there are any.
+                layers', "interm_outputs": those of the encoder, if there are any. A layer other than the final one
+                may come without "pred_masks"; it has no mask terms then.
             targets: one dict per image: "labels" int64 `[T]`, in [0, C] for classification "softmax" (a target of
                 class C is matched by its mask, and its query learns "no object"); "masks": dense `[T, H, W]` (bool,
                 float or integers), a `MaskTargets`, or a label map `[H, W]` along with "ids"; "boxes" `[T, 4]`
@@ -346,8 +347,6 @@ class SetCriterion(nn.Module):
                 matched by its class and box alone, and has no mask terms, as are all those of an image with "boxes"
                 and no "masks". Binary masks on a GPU are best bool: floats there count as soft, at twelve times the
                 memory. With `video`: "masks" of each clip, `[N, T, H, W]`, and "labels" `[N]`; "ids" are not read.
-
-            A layer other than the final one may come without "pred_masks"; it has no mask terms then.
 
         Returns:
             "loss_ce", "loss_mask", "loss_dice", "loss_bbox", "loss_giou", as far as asked for, of the final layer;
