@@ -13,7 +13,14 @@ def scrape(block: Any, block_vars: dict[str, Any], gallery_conf: dict[str, Any])
         return ""
     path = next(block_vars["image_path_iterator"])
     figure.savefig(path, dpi=110, facecolor="white")
-    return figure_rst([path], gallery_conf["src_dir"])
+    return figure_rst([path], gallery_conf["src_dir"], _described(figure))
+
+
+def _described(figure: Any) -> str:
+    """Say what a figure shows, for those who do not see it: its titles, or what its axes measure."""
+    titles = [axes.get_title(loc=where) for axes in figure.axes for where in ("center", "left")]
+    named = [title for title in titles if title]
+    return "; ".join(named or [f"{axes.get_ylabel()} against {axes.get_xlabel()}" for axes in figure.axes])
 
 
 class Order:

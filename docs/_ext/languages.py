@@ -1,4 +1,7 @@
-"""Name the language of a page, and its translation, for browsers, screen readers and search engines."""
+"""Name the language of a page, and its translation, for browsers, screen readers and search engines.
+
+On Chinese pages the theme's own words are Chinese too.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,27 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+_CHINESE = {
+    "Back to top": "回到顶部",
+    "Home": "首页",
+    "Next": "下一页",
+    "On this page": "本页内容",
+    "Previous": "上一页",
+    "Search": "搜索",
+    "View this page": "查看本页源文件",
+}
+
 
 def name_language(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
     chinese = pagename.startswith("zh/")
     if chinese:
         context["language"] = "zh-Hans"
+        context["gettext"] = lambda text: _CHINESE.get(text, text)  # what the templates ask
+    # The first Chinese page does not follow the last English one.
+    if pagename == "zh/index":
+        context["prev"] = None
+    elif not chinese and (context.get("next") or {}).get("link", "").startswith("zh/"):
+        context["next"] = None
     english, translation = pagename.removeprefix("zh/"), f"zh/{pagename.removeprefix('zh/')}"
     if {english, translation} <= app.env.found_docs:
         for language, page in (("en", english), ("zh-Hans", translation), ("x-default", english)):

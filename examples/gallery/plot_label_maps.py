@@ -55,4 +55,6 @@ from maskloss import plots
 figure = plots.new_figure(5, 3.6)
 colors = ["#0b7285", "#e8590c", "#4c74e6"]
 image = torch.full((3, height, width), 0.6)
-plots.draw_instances(figure.subplots(), image, from_polygons.dense() > 0.5, ["1", "2", "3"], colors)
+axes = figure.subplots()
+plots.draw_instances(axes, image, from_polygons.dense() > 0.5, ["1", "2", "3"], colors)
+axes.set_title("three targets of 600 × 800 pixels")
