@@ -432,6 +432,23 @@ def test_set_criterion_for_video() -> None:
         assert torch.equal(mine[1], theirs[1])
 
 
+def test_label_maps_of_clips_stand_in_targets() -> None:
+    setup = Setup()
+    drawn = {"pred_logits": setup.classes[0], "pred_masks": setup.logits[0]}
+    maps, dense = [], []
+    for masks, labels in zip(setup.masks, setup.labels, strict=True):
+        numbers = torch.arange(1, len(masks) + 1)
+        painted = (masks * numbers[:, None, None, None]).amax(0) if len(masks) else torch.zeros(T, H, W)
+        maps.append({"masks": painted.to(torch.uint8), "ids": numbers, "labels": labels})
+        dense.append({"masks": painted == numbers[:, None, None, None], "labels": labels})
+    with step(seed=4):
+        found, wanted = (video_criterion(video=True)(drawn, targets) for targets in (maps, dense))
+        whole = MaskCriterion(2, sampling=FEW)(setup.classes[0], setup.logits[0], maps)
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+    torch.testing.assert_close(whole.loss_dice[0], wanted["loss_dice"])
+
+
 def test_set_criterion_is_told_which_it_gets() -> None:
     setup = Setup()
     outputs = {"pred_logits": setup.classes[0], "pred_masks": setup.logits[0]}

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskloss import MaskCriterion, MaskFactors, MaskLossError, MaskTargets, PointSampling, StepTotals
+from maskloss import MaskCriterion, MaskFactors, MaskLossError, MaskTargets, PointSampling, StepTotals, step
+from maskloss.graphs import pad_targets
+from maskloss.integrations import detr, maskdino
+from maskloss.integrations.layerwise import LayerMasks
+from support import tiny
 from support.steps import CLASSES, QUERIES, criterion, entries, predictions
 
 SIZE = (20, 26)
@@ -156,6 +160,66 @@ def test_what_is_wrong_is_said(options: dict[str, Any], text: str) -> None:
     classes, masks = predictions(1, sizes=[(9, 12)])
     with pytest.raises(MaskLossError, match=text):
         criterion("reference")(classes, masks, entries((2,)), **options)
+
+
+def partial_targets() -> list[dict[str, Any]]:
+    """Of images of different sizes: one partly annotated everywhere, one in two classes."""
+    targets = entries((3, 2))
+    targets[1]["masks"] = targets[1]["masks"][:, :12, :20]
+    return [targets[0] | {"unlabeled": left()}, targets[1] | {"annotated_classes": {0, 2}}]
+
+
+@pytest.mark.parametrize("classification", ["softmax", "focal"])
+def test_targets_may_say_it_themselves(classification: str) -> None:
+    """In the criterion and in the drop-ins, which divide by the same numbers on one rank."""
+    classes, masks = predictions(2, sizes=[(9, 12), (16, 16)])
+    if classification == "focal":
+        classes = [each[..., :CLASSES] for each in classes]
+    targets = partial_targets()
+    canvas = [{**each, "masks": MaskTargets.from_masks(each["masks"], canvas=SIZE)} for each in targets]
+    plain = [{name: each[name] for name in ("masks", "labels")} for each in canvas]
+    module = criterion("reference", classification=classification)
+    wanted = module(classes, masks, plain, seed=1, unlabeled=[left(), None], annotated_classes=[None, [0, 2]])
+    found = module(classes, masks, canvas, seed=1)
+    assert torch.equal(found.total, wanted.total)
+    assert not torch.equal(found.loss_class, module(classes, masks, plain, seed=1).loss_class)
+    package: Any = detr if classification == "softmax" else maskdino
+    matcher = package.HungarianMatcher(2.0, 5.0, 5.0, module.matcher.num_points)
+    drop_in = package.SetCriterion(CLASSES, matcher, {}, 0.1, ["labels"], 64)
+    outputs = [{"pred_logits": c, "pred_masks": m} for c, m in zip(classes, masks, strict=True)]
+    with step(seed=1):
+        losses = drop_in(outputs[1] | {"aux_outputs": outputs[:1]}, targets)
+    torch.testing.assert_close(torch.stack([losses["loss_ce_0"], losses["loss_ce"]]), found.loss_class)
+    with pytest.raises(MaskLossError, match="give unlabeled in the targets or in the call"):
+        module(classes, masks, canvas, unlabeled=[left(), None])
+
+
+def test_what_computes_no_classes_says_so() -> None:
+    _, [masks] = predictions(2, sizes=[(9, 12)])
+    pairs = [(torch.tensor([0]), torch.tensor([0]))] * 2
+    with pytest.raises(MaskLossError, match="where maskloss computes the classification"):
+        LayerMasks(sampling=PointSampling(16))({"pred_masks": masks}, partial_targets(), pairs, 2.0)
+    with pytest.raises(MaskLossError, match="where maskloss computes the classification"):
+        pad_targets(partial_targets(), 4, data_size=4096)
+
+
+def test_a_patched_model_is_told_by_the_step() -> None:
+    transformers = pytest.importorskip("maskloss.integrations.transformers")
+    model: Any = tiny.mask2former()
+    [classes], [masks] = predictions(2, sizes=[(9, 12)])
+    targets = partial_targets()
+    given = masks, classes, [each["masks"] for each in targets], [each["labels"] for each in targets]
+    costs, weight = model.criterion.matcher, model.config.no_object_weight
+    matcher = detr.HungarianMatcher(costs.cost_class, costs.cost_mask, costs.cost_dice, costs.num_points)
+    with transformers.patch(model, backend="reference"), step(seed=5):
+        with step(unlabeled=[left(), None], annotated_classes=[None, [0, 2]]):
+            terms = model.criterion(*given)
+        whole = model.criterion(*given)
+        module = detr.SetCriterion(CLASSES, matcher, {}, weight, ["labels"], 64)
+        losses = module({"pred_logits": classes, "pred_masks": masks}, targets)
+    torch.testing.assert_close(terms["loss_cross_entropy"], losses["loss_ce"])
+    assert not torch.equal(terms["loss_cross_entropy"], whole["loss_cross_entropy"])
+    assert torch.equal(terms["loss_mask"], whole["loss_mask"])
 
 
 def test_clips_have_no_regions() -> None:

@@ -7,8 +7,9 @@ taught then is decided here: regions and classes that were not annotated teach l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
@@ -79,15 +80,16 @@ def softmax_loss(
         nll = torch.where(wanted == no_object, nothing, nll.view(wanted.shape))
     taught = partial.taught(wanted, no_object)
     nll = nll if taught is None else nll.view(wanted.shape) * taught
-    total = weight_sums(wanted, weights) if total_weight is None else total_weight
+    total = weight_sums(wanted, weights, taught) if total_weight is None else total_weight
     # A total of 0 divides only zeros. By 1: the gradient of a division by less can overflow, and 0 times that is NaN.
     bound = torch.where(total > 0, total, 1.0) if isinstance(total, Tensor) else total or 1.0
     return nll.view(len(class_logits), -1).sum(1) / bound
 
 
-def weight_sums(wanted: Tensor, weights: Tensor) -> Tensor:
+def weight_sums(wanted: Tensor, weights: Tensor, taught: Tensor | None = None) -> Tensor:
     """Sum the weights `[C + 1]` of the classes of all queries of each layer, but for IGNORED ones: `[L]`."""
-    return pad(weights, (0, 1))[wanted.clamp(min=-1)].flatten(1).sum(1)
+    found = pad(weights, (0, 1))[wanted.clamp(min=-1)]
+    return (found if taught is None else found * taught).flatten(1).sum(1)
 
 
 def focal_sums(
@@ -126,6 +128,22 @@ def focal_sums(
 # -------------------------------------------------------------------------------------------- partly annotated images
 
 
+def partial_of(
+    step: Step, layers: Sequence[Layer | None], num_classes: int, num_points: int, layout: str, *, softmax: bool
+) -> Partial:
+    """Take what is said of images that are annotated partly; `num_points` and `layout` are those of the matching."""
+    shares = classes = None
+    if step.annotated.unlabeled is not None:
+        if any(layer is not None and layer.ndim != 4 for layer in layers):
+            raise Cause("unlabeled regions belong to images", "the logits are those of clips", "leave them out")
+        if softmax and step.totals is not None:
+            raise Cause("give totals or unlabeled, not both", "both were given", "shares depend on the predictions")
+        shares = unlabeled_shares(layers, step, num_points, layout)
+    if step.annotated.classes is not None:
+        classes = annotated_classes(step.annotated.classes, len(step.targets), num_classes, step.device)
+    return Partial(shares, classes)
+
+
 def annotated_classes(given: Any, batch: int, num_classes: int, device: torch.device) -> Tensor:
     """Mark the classes that were annotated in each image, bool `[B, C]`, from their numbers; None: all of an image."""
     if not isinstance(given, Sequence) or len(given) != batch:
@@ -136,7 +154,7 @@ def annotated_classes(given: Any, batch: int, num_classes: int, device: torch.de
         )
     found = torch.zeros(batch, num_classes, dtype=torch.bool, device="cpu")
     for image, each in enumerate(given):
-        numbers = plain(each)
+        numbers = plain(sorted(each) if isinstance(each, (set, frozenset)) else each)
         if numbers is None:
             found[image] = True
             continue
@@ -153,20 +171,20 @@ def annotated_classes(given: Any, batch: int, num_classes: int, device: torch.de
 
 
 @torch.no_grad()
-def unlabeled_shares(given: Any, layers: Sequence[Layer | None], step: Step, num_points: int, layout: str) -> Tensor:
+def unlabeled_shares(layers: Sequence[Layer | None], step: Step, num_points: int, layout: str) -> Tensor:
     """Compute the share of each predicted mask that lies in the unlabeled region of its image: `[L, B, Q]`.
 
         sum over points of sigma(z) [inside] / sum over points of sigma(z)
 
     Args:
-        given: bool `[H, W]` of each image, or None for one without a region.
         layers: mask logits `[B, Q, h, w]`, or their factors, of each layer; None, without masks, has no share.
-        step: the targets, whose frames the regions lie in, and what decides the points.
+        step: the regions, bool `[H, W]` of each image or None, the targets, whose frames they lie in, and what decides
+            the points.
         num_points: uniform points, those of the matching.
         layout: see `PointSampling`.
     """
     points = match_points(step.targets.windows, Draw(step.image_ids, step.seed, num_points, layout=layout))
-    inside = ignored(points, *_regions(given, step))[:, None]
+    inside = ignored(points, *_regions(step))[:, None]
     found: list[Tensor | None] = []
     for layer in layers:
         if layer is None:
@@ -179,9 +197,11 @@ def unlabeled_shares(given: Any, layers: Sequence[Layer | None], step: Step, num
     return torch.stack([nothing if shares is None else shares for shares in found])
 
 
-def _regions(given: Any, step: Step) -> tuple[Tensor, Tensor]:
+def _regions(step: Step) -> tuple[Tensor, Tensor]:
     """Pack the regions: `images` of the targets with these for ignore regions, and the packed bytes."""
-    targets = step.targets
+    targets, given = step.targets, cast("Any", step.annotated.unlabeled)
+    if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 3:
+        given = list(given)
     if not isinstance(given, Sequence) or len(given) != len(targets):
         raise Cause(
             "unlabeled must have one region for each image",
@@ -190,6 +210,7 @@ def _regions(given: Any, step: Step) -> tuple[Tensor, Tensor]:
         )
     packed, rows, base = [torch.empty(0, dtype=torch.uint8, device=targets.device)], [], 0
     frames = targets.images[:, [IMAGE_H, IMAGE_W]].tolist() if on_host(targets.images) else None
+    unseen = [False] * len(targets)
     for image, each in enumerate(given):
         region = plain(each)
         if region is None:
@@ -202,12 +223,15 @@ def _regions(given: Any, step: Step) -> tuple[Tensor, Tensor]:
                 "True where objects may be that nobody annotated",
             )
         check_device("unlabeled", region.device, targets.device)
-        if frames is not None and frames[image] not in ([1, 1], list(region.shape)):
+        own = step.annotated.sizes[image] if step.annotated.sizes else None
+        whole = own if frames is None else tuple(frames[image])
+        if whole not in (None, (1, 1)) and tuple(region.shape) not in (own, whole):
             raise Cause(
                 "an unlabeled region must be of the size of the masks, or of their canvas",
-                f"that of image {image} is {describe(each)}, its masks or their canvas are {frames[image]}",
+                f"that of image {image} is {describe(each)}, its masks or their canvas are {describe(whole)}",
                 "resize it with the masks, and pad it to their canvas",
             )
+        unseen[image] = whole is None
         packed.append(bits.pack(region != 0).flatten())
         rows.append((len(packed[-1]), base, (region.shape[1] + 7) // 8, *region.shape))
         base += len(packed[-1])
@@ -217,8 +241,13 @@ def _regions(given: Any, step: Step) -> tuple[Tensor, Tensor]:
         images[:, column] = moved[:, place]  # a list of columns would be copied to the device, which waits
     # An image without masks has a frame of one pixel, in which a region cannot lie: there it has its own size.
     nowhere = (images[:, IMAGE_H] == 1) & (images[:, IMAGE_W] == 1)
-    for frame, own in ((IMAGE_H, IGNORE_H), (IMAGE_W, IGNORE_W)):
-        images[:, frame] = images[:, frame].where(~nowhere, images[:, own].clamp(min=1))
+    if any(unseen):
+        fits = (images[:, IMAGE_H] == images[:, IGNORE_H]) & (images[:, IMAGE_W] == images[:, IGNORE_W])
+        hidden = torch.tensor(unseen, device="cpu").to(targets.device, non_blocking=True)
+        hint = "resize it with the masks, and pad it to their canvas"
+        bits.check_unseen(fits | nowhere | ~hidden, "unlabeled regions must be of the size of the masks", hint)
+    for column, size in ((IMAGE_H, IGNORE_H), (IMAGE_W, IGNORE_W)):
+        images[:, column] = images[:, column].where(~nowhere, images[:, size].clamp(min=1))
     return images, torch.cat(packed)
 
 

@@ -197,7 +197,7 @@ class MaskCriterion(nn.Module):
                 target with "has_mask" False, bool `[T]`, or with "boxes" and no "masks", is matched by its class and
                 `extra_costs` alone and has no mask terms. Or, already collated, one dict with "masks": the
                 `MaskTargets` of the batch, and "labels": a list of `[T]`. The dense masks of a clip are
-                `[N, T, H, W]`, with labels `[N]`.
+                `[N, T, H, W]`, with labels `[N]`, its label map is `[T, H, W]`.
             matches: which query belongs to which target, instead of running the matcher: `Matches`, a pair
                 (queries, targets) for each image as DETR's matchers return them, or a list with such a list for each
                 layer. Those of a single layer hold for all layers. Several queries may share a target; they share its
@@ -208,13 +208,15 @@ class MaskCriterion(nn.Module):
                 weights, so that an instance of weight 2 counts as two, and one of weight 0 (or False) as none, whatever
                 its logits are. The classification does not change: a target without a mask still has a class.
             unlabeled: for each image the region in which there may be objects that nobody annotated, bool `[H, W]` of
-                the size of its masks (of their canvas, if they have one), or None. Another size raises an error where
-                the targets are on a CPU; an image without masks may have any. A query without a target is taught "no
-                object" by one minus the share of its predicted mask that lies there (seen at the matcher's points,
-                without a gradient). For "softmax" it has that weight in the mean too, which totals cannot know.
+                the size of its masks (of their canvas, if they have one), or None. Another size raises an error, or,
+                where masks were packed on a device, fails an assertion of the device; an image without masks may have
+                any. A query without a target is taught "no object" by one minus the share of its predicted mask that
+                lies there (seen at the matcher's points, without a gradient). For "softmax" it has that weight in the
+                mean too, which totals cannot know.
             annotated_classes: for each image the numbers of the classes that were annotated in it, or None for all. For
                 "softmax", a query without a target learns to be no object, or of another class; for "focal" it learns
-                nothing of the others. Targets of other classes teach theirs all the same.
+                nothing of the others. Targets of other classes teach theirs all the same. Both may stand in the
+                targets instead, as "unlabeled" and "annotated_classes" of each image.
             totals: the step's totals, for gradient accumulation (`step_totals`). Default: this batch over all ranks.
             image_ids: global numbers of the images, `[B]`, in [0, 2^32); points depend on them. Default: rank * B + b.
             seed: 64-bit seed of the points.
@@ -238,8 +240,9 @@ class MaskCriterion(nn.Module):
                 'num_classes excludes "no object". Softmax logits have one extra entry for it; sigmoid logits do not',
             )
         present = [layer for layer in logits if layer is not None]
+        batch = collate(targets, self.rules.ignore_value, present[0])
         step = Step.begin(
-            collate(targets, self.rules.ignore_value),
+            batch._replace(annotated=batch.annotated.update(unlabeled, annotated_classes)),
             [*present, stacked],
             self.rules,
             totals=totals,
@@ -255,7 +258,8 @@ class MaskCriterion(nn.Module):
             joined = joined_weights(instance_weights, step.targets)
             weights = check_instance_weights(joined, step.targets.num_masks, present[0])
         matched = step.mask_weights(found, weights, accumulation_dtype(present[0].dtype))
-        partial = self._partial(unlabeled, annotated_classes, logits, step)
+        points = self.matcher.num_points, self.matcher.layout
+        partial = _classification.partial_of(step, logits, self.num_classes, *points, softmax=softmax)
         weighed_by = None if instance_weights is None else "instance_weights"
         counts = self._counts(step, found, matched, weighed_by, wanted, stacked, partial)
         layers, (ce, dice, losses) = self._mask_terms(step, found, logits, weights, matched, counts)
@@ -280,20 +284,6 @@ class MaskCriterion(nn.Module):
         if extra_costs is not None:
             raise Cause("give matches or extra_costs, not both", "both were given", "with matches nothing is matched")
         return step.given(given, len(mask_logits), class_logits.shape[2], self.num_classes)
-
-    def _partial(self, unlabeled: Any, annotated: Any, mask_logits: Sequence[Layer | None], step: Step) -> Partial:
-        """Take what is said of images that are annotated partly."""
-        shares = classes = None
-        if unlabeled is not None:
-            if any(layer is not None and layer.ndim != 4 for layer in mask_logits):
-                raise Cause("unlabeled regions belong to images", "the logits are those of clips", "leave them out")
-            if step.totals is not None and self.classification == "softmax":
-                raise Cause("give totals or unlabeled, not both", "both were given", "shares depend on the predictions")
-            matcher = self.matcher
-            shares = _classification.unlabeled_shares(unlabeled, mask_logits, step, matcher.num_points, matcher.layout)
-        if annotated is not None:
-            classes = _classification.annotated_classes(annotated, len(step.targets), self.num_classes, step.device)
-        return Partial(shares, classes)
 
     def _counts(
         self,

@@ -18,7 +18,7 @@ from maskloss.layers import Layer
 from maskloss.matcher import check_predictions
 from maskloss.options import TargetRules
 from maskloss.outputs import CriterionOutput
-from maskloss.step import Step
+from maskloss.step import Step, check_whole
 from maskloss.targets import MaskTargets
 from maskloss.targets.collate import Batch, Entries, collate
 
@@ -128,7 +128,8 @@ def pad_targets(
         >>> padded.labels, padded.counts, [list(each.shape) for each in padded.masks.tensors[:3]]
         (tensor([ 3,  1, -1, -1]), tensor([2]), [[64], [4, 9], [1, 11]])
     """
-    masks, labels, has_mask = collate(targets)
+    masks, labels, has_mask, annotated = collate(targets)
+    check_whole(annotated)
     for name, value in (("size", size), ("data_size", data_size), ("ignore_size", ignore_size)):
         check_integer(name, value, 0, hint="a number that all batches stay below")
     if masks.present is not None or has_mask is not None:

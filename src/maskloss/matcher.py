@@ -141,7 +141,7 @@ class HungarianMatcher(nn.Module):
         softmax = self.classification == "softmax"
         stacked, logits = check_layers_of_masks(class_logits, mask_logits, no_object=softmax)
         given = [layer for layer in logits if layer is not None]
-        batch = collate(targets, self.rules.ignore_value)
+        batch = collate(targets, self.rules.ignore_value, given[0])
         step = Step.begin(batch, given, self.rules, image_ids=image_ids, seed=seed, generator=generator)
         extra = None if extra_costs is None else stack_costs(extra_costs, stacked, step.targets)
         return self.match(stacked, logits, step, extra)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from maskloss.options import TargetRules
 from maskloss.points import draw_seed
 from maskloss.targets import MaskTargets
 from maskloss.targets.clips import planes
-from maskloss.targets.collate import Batch, check_labels
+from maskloss.targets.collate import WHOLE, Annotated, Batch, check_labels
 
 # The class of a query that is matched with a target of an unknown one; PyTorch's cross-entropy leaves it out too.
 IGNORED = -100
@@ -34,6 +34,8 @@ class _Told(NamedTuple):
     image_ids: Tensor | Sequence[int] | None = None
     seed: Tensor | None = None
     group: Group = None
+    unlabeled: Sequence[Any] | None = None
+    annotated_classes: Sequence[Any] | None = None
 
 
 _NOTHING = _Told()
@@ -53,6 +55,8 @@ def step(
     image_ids: Tensor | Sequence[int] | None = None,
     seed: int | Tensor | None = None,
     group: Group = None,
+    unlabeled: Sequence[Any] | None = None,
+    annotated_classes: Sequence[Any] | None = None,
 ) -> Iterator[None]:
     """Tell all losses inside a block what the training loop knows about the step.
 
@@ -68,6 +72,8 @@ def step(
         group: the process group over whose ranks to count, always. False: this rank alone. Default None: all ranks,
             and only where a gradient is wanted: under `torch.no_grad()`, or for logits without a graph, a loss is
             normalized by this rank's own instances, so that a rank may compute a validation loss by itself.
+        unlabeled: regions of this batch that nobody annotated (see `MaskCriterion.forward`).
+        annotated_classes: the classes that were annotated in each image of this batch.
 
     Yields:
         Nothing.
@@ -85,7 +91,7 @@ def step(
         ('0.1733', tensor(0))
     """
     global _told_compiled
-    told = _checked(totals, image_ids, seed, group)
+    told = _checked(totals, image_ids, seed, group)._replace(unlabeled=unlabeled, annotated_classes=annotated_classes)
     before = _told.get()
     merged = before._replace(**{name: new for name, new in told._asdict().items() if new is not None})
     _told_compiled, token = merged, _told.set(merged)
@@ -124,6 +130,7 @@ class Step:
     has_mask: Tensor | None = None  # bool `[T_all]`, whether a target has a mask; None: all have
     rules: TargetRules = _NO_RULES  # how targets are understood
     planes: MaskTargets | None = None  # the frames of clips as images, described once; None: not described yet
+    annotated: Annotated = WHOLE  # what is said of images that are annotated partly
 
     @staticmethod
     def begin(
@@ -150,7 +157,11 @@ class Step:
             group: default: all ranks if a gradient is wanted, else nobody.
         """
         told, logits = _current(), predictions[0]
-        targets, labels, has_mask = batch
+        targets, labels, has_mask, annotated = batch
+        annotated = annotated._replace(
+            unlabeled=told.unlabeled if annotated.unlabeled is None else annotated.unlabeled,
+            classes=told.annotated_classes if annotated.classes is None else annotated.classes,
+        )
         _inputs.check_targets(targets, logits)
         if logits.ndim == 5 and targets.frames == 1 and not targets.num_masks:
             # Nothing says that images without targets are clips.
@@ -174,7 +185,7 @@ class Step:
         numbers = distributed.image_numbers(ids, logits.shape[0], device)
         drawn = draw_seed(seed, generator, device)
         by_plane = planes(targets) if targets.frames > 1 else None
-        return Step(targets, labels, numbers, drawn, totals, group, unknown, has_mask, rules, by_plane)
+        return Step(targets, labels, numbers, drawn, totals, group, unknown, has_mask, rules, by_plane, annotated)
 
     def wanted_classes(self, matches: Matches, shape: Sequence[int], no_object: int) -> Tensor:
         """Write the classes that queries should have, int64 `[L, B, Q]`; the unmatched ones get `no_object`.
@@ -291,6 +302,22 @@ class Step:
     def device(self) -> torch.device:
         """Where sums over the ranks run: with the images' numbers, on the device of the logits."""
         return self.image_ids.device
+
+
+def check_whole(annotated: Annotated | None = None) -> None:
+    """Raise if images are said to be annotated partly where the classification, which that is about, is not ours.
+
+    Default: what the training loop says.
+    """
+    told = _current()
+    said = Annotated(told.unlabeled, told.annotated_classes) if annotated is None else annotated
+    for name, value in (("unlabeled", said.unlabeled), ("annotated_classes", said.classes)):
+        if value is not None:
+            raise Cause(
+                f"{name} must be given where maskloss computes the classification",
+                "here another criterion does",
+                "MaskCriterion and SetCriterion of maskloss.integrations take it",
+            )
 
 
 def masks_that_count(targets: MaskTargets, has_mask: Tensor | None, rules: TargetRules) -> Tensor | None:

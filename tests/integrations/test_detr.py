@@ -42,8 +42,8 @@ def targets_of(*, boxes: bool = False) -> list[dict[str, Any]]:
     return [{"masks": m, "labels": c} | ({"boxes": b} if boxes else {}) for m, c, b in columns]
 
 
-def mask2former_criterion(**options: Any) -> detr.SetCriterion:
-    matcher = detr.HungarianMatcher(2.0, 5.0, 5.0, POINTS, backend=options.get("backend"))
+def mask2former_criterion(cost_class: float = 2.0, **options: Any) -> detr.SetCriterion:
+    matcher = detr.HungarianMatcher(cost_class, 5.0, 5.0, POINTS, backend=options.get("backend"))
     return detr.SetCriterion(tiny.CLASSES, matcher, WEIGHTS, 0.1, ["labels", "masks"], POINTS, 3.0, 0.75, **options)
 
 
@@ -53,11 +53,12 @@ def test_agrees_with_transformers_on_the_same_points(backend: str, monkeypatch: 
     config = transformers.Mask2FormerConfig(num_labels=tiny.CLASSES, train_num_points=POINTS)
     outputs, targets = outputs_of(), targets_of()
     leaves = [outputs["pred_logits"], outputs["pred_masks"], *(v for a in outputs["aux_outputs"] for v in a.values())]
+    criterion = modeling.Mask2FormerLoss(config, {})
     with recorded(monkeypatch) as recorder:
-        losses = mask2former_criterion(backend=backend)(outputs, targets)
+        losses = mask2former_criterion(criterion.matcher.cost_class, backend=backend)(outputs, targets)
     # maskloss has the final layer first here, as Transformers has.
     with answered(monkeypatch, recorder, final_first=False, shared=False):
-        theirs = modeling.Mask2FormerLoss(config, {})(
+        theirs = criterion(
             outputs["pred_masks"],
             outputs["pred_logits"],
             [t["masks"] for t in targets],

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import io
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maskloss import MaskLossError
 from maskloss.factors import MaskFactors
 from maskloss.integrations.transformers import factors as integration
-from maskloss.integrations.transformers import forward_pass, patch, unpatch
+from maskloss.integrations.transformers import families, forward_pass, patch, unpatch
 from support import tiny
 from support.forced import answered, fix_seed, recorded
 
@@ -27,10 +27,8 @@ pytest.importorskip("transformers")
 
 FAMILIES = ("mask2former", "oneformer", "eomt", "eomt_dinov3", "rf_detr")
 
-# The first versions that can be patched compute the masks of Mask2Former channel by channel.
 pytestmark = pytest.mark.skipif(
-    "einsum" not in inspect.getsource(tiny.model_class("mask2former", "Mask2FormerMaskPredictor").forward),
-    reason="this Transformers does not compute masks as one product",
+    families.transformers_version() < (4, 39), reason="this Transformers computes masks of Mask2Former by channel"
 )
 LAYERS = {"mask2former": 3, "oneformer": 3, "eomt": 3, "eomt_dinov3": 3, "rf_detr": 3}
 FINAL = {"rf_detr": "pred_masks"}
@@ -67,6 +65,14 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     with monkeypatch.context() as patched:
         patched.setattr(integration.LayerFactors, "of", staticmethod(spy))
         yield found
+
+
+def test_a_version_that_has_no_product_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.mask2former()
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.38.2")
+    with pytest.raises(MaskLossError, match=r"Transformers 4\.38 adds channel by channel[\s\S]*4\.39 or later"):
+        patch(model, factors=True)
+    patch(model).undo()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

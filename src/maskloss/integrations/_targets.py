@@ -17,9 +17,9 @@ from maskloss._tracing import on_host, plain
 from maskloss.errors import Cause, describe
 from maskloss.layers import Layer
 from maskloss.options import TargetRules
-from maskloss.step import Step
+from maskloss.step import Step, check_whole
 from maskloss.targets import MaskTargets
-from maskloss.targets.collate import Columns, check_packed, joined, pack, read
+from maskloss.targets.collate import WHOLE, Annotated, Columns, check_packed, joined, pack, read
 from maskloss.targets.frames import Size
 
 
@@ -31,6 +31,8 @@ def begin(
     *,
     no_object: int | None,
     has_mask: Sequence[Any] | None = None,
+    annotated: Annotated = WHOLE,
+    classifies: bool = False,
 ) -> Step:
     """Begin a step with the targets of another library.
 
@@ -41,6 +43,8 @@ def begin(
         rules: how labels and masks are understood.
         no_object: the label of "no object", None if there is none.
         has_mask: see `read`. Default: all targets have one.
+        annotated: what the targets say of images that are annotated partly.
+        classifies: whether the caller computes the classification, which that is about. If not, it is an error.
     """
     # Before the labels are joined: "one entry per image" is the first thing that goes wrong.
     _inputs.check_targets(packed, predictions[0])
@@ -56,7 +60,10 @@ def begin(
         )
     device = packed.device
     moved = [each.to(device, non_blocking=True) if isinstance(each, Tensor) else each for each in labels]
-    return Step.begin(joined(packed, moved, has_mask or [None] * len(packed)), predictions, rules)
+    step = Step.begin(joined(packed, moved, has_mask or [None] * len(packed), annotated), predictions, rules)
+    if not classifies:
+        check_whole(step.annotated)
+    return step
 
 
 def begin_entries(
@@ -66,11 +73,14 @@ def begin_entries(
     rules: TargetRules,
     *,
     no_object: int | None,
+    classifies: bool = False,
 ) -> Step:
     """Begin a step with one dict per image, whose labels have the name `label` (see `read`)."""
     found = read(targets, label)
-    packed = pack_entries(found, predictions[0].device, rules.ignore_value)
-    return begin(packed, found.labels, predictions, rules, no_object=no_object, has_mask=found.has_mask)
+    logits = predictions[0]
+    packed = pack_entries(found, logits.device, rules.ignore_value, clips=logits.ndim == 5)
+    more: dict[str, Any] = {"has_mask": found.has_mask, "annotated": found.annotated, "classifies": classifies}
+    return begin(packed, found.labels, predictions, rules, no_object=no_object, **more)
 
 
 def _warn_of_no_object(labels: Sequence[Any], no_object: int) -> None:
@@ -87,13 +97,16 @@ def _warn_of_no_object(labels: Sequence[Any], no_object: int) -> None:
         )
 
 
-def pack_entries(found: Columns, device: torch.device, ignore_value: int | None = None) -> MaskTargets:
+def pack_entries(
+    found: Columns, device: torch.device, ignore_value: int | None = None, *, clips: bool = False
+) -> MaskTargets:
     """Pack the masks of a batch, and move them to a device.
 
     Dense masks and label maps of different sizes lie in the top left corner of one canvas, the largest height and
     width of the batch, because predictions cover the padded batch.
     """
-    return pack(found.masks, found.ids, ignore_value, _canvas(found.masks)).to(device, non_blocking=True)
+    packed = pack(found.masks, found.ids, ignore_value, _canvas(found.masks), clips=clips)
+    return packed.to(device, non_blocking=True)
 
 
 def pack_masks(masks: Any, device: torch.device, ignore_value: int | None = None) -> MaskTargets:

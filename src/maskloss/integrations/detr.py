@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 
 from maskloss import _inputs, ops
 from maskloss import matcher as core
-from maskloss._classification import KINDS, focal_sums, softmax_loss
+from maskloss._classification import KINDS, focal_sums, partial_of, softmax_loss
 from maskloss._numbers import check_integer
 from maskloss.errors import Cause, describe, reported
 from maskloss.factors import MaskFactors
@@ -346,7 +346,9 @@ class SetCriterion(nn.Module):
                 (cx, cy, w, h) in [0, 1], where boxes are used; "has_mask", bool `[T]`: False for a target that is
                 matched by its class and box alone, and has no mask terms, as are all those of an image with "boxes"
                 and no "masks". Binary masks on a GPU are best bool: floats there count as soft, at twelve times the
-                memory. With `video`: "masks" of each clip, `[N, T, H, W]`, and "labels" `[N]`; "ids" are not read.
+                memory. "unlabeled" and "annotated_classes" say of an image what `MaskCriterion` is told of a batch.
+                With `video`: "masks" of each clip, `[N, T, H, W]`, and "labels" `[N]`; "ids" are read beside a label
+                map `[T, H, W]` only.
 
         Returns:
             "loss_ce", "loss_mask", "loss_dice", "loss_bbox", "loss_giou", as far as asked for, of the final layer;
@@ -359,7 +361,8 @@ class SetCriterion(nn.Module):
 
     def begin(self, outputs: Outputs, targets: Entries) -> Step:
         """Pack the targets of a step, and check that they fit."""
-        return begin(outputs, targets, self.rules, self.num_classes if self.classification == "softmax" else None)
+        no_object = self.num_classes if self.classification == "softmax" else None
+        return begin(outputs, targets, self.rules, no_object)
 
     def matched_losses(self, outputs: Outputs, targets: Entries, step: Step) -> dict[str, Tensor]:
         """Match the layers of checked inputs and compute their losses."""
@@ -421,7 +424,7 @@ class SetCriterion(nn.Module):
         classes, masks = _predictions(outputs, no_object=self.classification == "softmax")
         terms: dict[str, Tensor | dict[int, Tensor]] = {}
         if "labels" in losses:
-            terms["loss_ce"] = self._classify(classes, matches, step, count)
+            terms["loss_ce"] = self._classify(classes, masks, matches, step, count)
         if "masks" in losses:
             ce_weight, dice_weight = (self.weight_dict.get(name, 1.0) for name in ("loss_mask", "loss_dice"))
             present = [i for i, each in enumerate(masks) if each is not None]
@@ -452,7 +455,9 @@ class SetCriterion(nn.Module):
             parts.append(Matches.from_pairs(matcher(without, targets), num_queries=queries, num_targets=counts))
         return join_layers(parts).to(layers[0]["pred_logits"].device)
 
-    def _classify(self, logits: Tensor, matches: Matches, step: Step, count: float | Tensor) -> Tensor:
+    def _classify(
+        self, logits: Tensor, masks: Sequence[Layer | None], matches: Matches, step: Step, count: float | Tensor
+    ) -> Tensor:
         """Compute the classification of each layer `[L]` from logits `[L, B, Q, C (+ 1)]`."""
         softmax = self.classification == "softmax"
         if logits.shape[-1] != self.num_classes + softmax:
@@ -462,9 +467,11 @@ class SetCriterion(nn.Module):
                 'with "softmax" the last class is "no object"; with "focal" there is no such class',
             )
         wanted = step.wanted_classes(matches, logits.shape[:3], self.num_classes)
+        points = getattr(self.matcher, "core", self.mask_loss.sampling)
+        partial = partial_of(step, masks, self.num_classes, points.num_points, points.layout, softmax=softmax)
         if softmax:
-            return softmax_loss(logits, wanted, self.empty_weight, step.query_weight(self.empty_weight))
-        return focal_sums(logits, wanted, ignores=self.rules.ignore_label is not None) / count
+            return softmax_loss(logits, wanted, self.empty_weight, step.query_weight(self.empty_weight), partial)
+        return focal_sums(logits, wanted, ignores=self.rules.ignore_label is not None, partial=partial) / count
 
     def _compare_boxes(
         self, outputs: Sequence[Outputs], matches: Matches, targets: Entries, step: Step, count: float | Tensor
@@ -517,7 +524,7 @@ def begin(outputs: Outputs, targets: Entries, rules: TargetRules, no_object: int
     """Pack the targets of a step, and check that they fit."""
     logits = find_masks(outputs)
     others = [each for each in outputs.values() if isinstance(each, (Tensor, MaskFactors))]
-    return _targets.begin_entries(targets, "labels", [logits, *others], rules, no_object=no_object)
+    return _targets.begin_entries(targets, "labels", [logits, *others], rules, no_object=no_object, classifies=True)
 
 
 def _checked(outputs: Any) -> Outputs:

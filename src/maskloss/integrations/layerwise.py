@@ -26,7 +26,7 @@ from maskloss.loss import MaskLoss
 from maskloss.matches import Matches, Pairs
 from maskloss.options import MaskKeywords, MaskOptions, TargetRules, mask_options
 from maskloss.points import PointSampling
-from maskloss.step import masks_that_count
+from maskloss.step import check_whole, masks_that_count
 from maskloss.targets import MaskTargets
 from maskloss.targets.collate import joined_flags, read
 
@@ -138,6 +138,7 @@ class LayerMasks:
     def _pack(self, targets: Sequence[Mapping[str, Any]], num_boxes: object, device: torch.device) -> _Packed:
         """Pack the targets, or return those of the last call if this is one of the same step."""
         found, last = read(targets, None), self._last
+        check_whole(found.annotated)
         # Whole numbers may be one object in all steps.
         if last is not None and last.step is num_boxes and not isinstance(num_boxes, int):
             known = [source() for source in last.sources]

@@ -220,7 +220,8 @@ class SetCriterion(detr.SetCriterion):
             for name in ("labels", "unknown", "has_mask")
             if (values := getattr(step, name)) is not None
         }
-        known = replace(step, targets=repeated, **again)
+        # All of these queries have targets, wherever they lie.
+        known = replace(step, targets=repeated, annotated=step.annotated._replace(unlabeled=None), **again)
         if "boxes" in self.dn_losses:
             boxes = _targets.boxes_of(targets, counts, layers["_dn"]["pred_boxes"])
             targets = [{"boxes": each.repeat(times, 1)} for each in boxes]

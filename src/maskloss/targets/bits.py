@@ -56,12 +56,12 @@ def pack_elsewhere(images: Sequence[Tensor]) -> Tensor:
     return words.view(torch.uint8)[7::8].contiguous()
 
 
-def check_unseen(fits: Tensor) -> None:
-    """Raise unless all pixels fit, by an assertion of the device where a look would wait for it, or cannot be had."""
+def check_unseen(fits: Tensor, rule: str = "masks must be 0 or 1", hint: str = VOID_HINT) -> None:
+    """Raise unless all values fit, by an assertion of the device where a look would wait for it, or cannot be had."""
     if fits.device.type in ("cpu", "cuda", "meta") or torch.compiler.is_compiling():
-        torch._assert_async(fits.all(), f"maskloss: masks must be 0 or 1; {VOID_HINT}")
+        torch._assert_async(fits.all(), f"maskloss: {rule}; {hint}")
     elif not bool(fits.all()):
-        raise Cause("masks must be 0 or 1", "there are other values", VOID_HINT)
+        raise Cause(rule, "there are others", hint)
 
 
 def crop(packed: Tensor, width: int) -> tuple[Tensor, NDArray[np.int64]]:

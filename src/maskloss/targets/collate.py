@@ -21,6 +21,30 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Entries = Sequence[Mapping[str, Any]]
 
 
+class Annotated(NamedTuple):
+    """What is said of images that are annotated partly, one entry for each image."""
+
+    unlabeled: Sequence[Any] | None = None  # the region that nobody annotated, or None; None: no image has one
+    classes: Sequence[Any] | None = None  # the numbers of the annotated classes, or None for all; None: all everywhere
+    sizes: Sequence[Size | None] = ()  # of dense masks or a label map; None, or no sizes: its `MaskTargets` knows
+
+    def update(self, unlabeled: Any, classes: Any) -> Annotated:
+        """Add what a call says."""
+        for name, given, said in (
+            ("unlabeled", unlabeled, self.unlabeled),
+            ("annotated_classes", classes, self.classes),
+        ):
+            if given is not None and said is not None:
+                raise Cause(f"give {name} in the targets or in the call", "it is in both", "leave one out")
+        return self._replace(
+            unlabeled=self.unlabeled if unlabeled is None else unlabeled,
+            classes=self.classes if classes is None else classes,
+        )
+
+
+WHOLE = Annotated()
+
+
 class Columns(NamedTuple):
     """What the target dicts of a batch hold, one of each for an image."""
 
@@ -28,6 +52,7 @@ class Columns(NamedTuple):
     ids: list[Any]  # of a label map, or None
     labels: list[Any]  # of the targets, if they were asked for
     has_mask: list[Any]  # see `Batch`; None for an image whose targets all have a mask
+    annotated: Annotated = WHOLE
 
 
 class Batch(NamedTuple):
@@ -37,20 +62,23 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 `[T_all]`
     # bool `[T_all]`, False for a target that has a class, and perhaps a box, but no mask; None: all have
     has_mask: Tensor | None = None
+    annotated: Annotated = WHOLE
 
 
-def collate(targets: Entries | Mapping[str, Any], ignore_value: int | None = None) -> Batch:
+def collate(targets: Entries | Mapping[str, Any], ignore_value: int | None = None, like: Any = None) -> Batch:
     """Convert a list with one dict per image, torchvision's detection convention, to targets and labels.
 
     Args:
         targets: see `read`. Or one dict of a collated batch: "masks" is the `MaskTargets` of all images, "labels" and
             "has_mask" a list of `[T]` per image or one `[T_all]`.
         ignore_value: the value of void pixels (see `pack`).
+        like: mask logits, which say whether targets are those of clips.
     """
     if isinstance(targets, Mapping):
         return _collated(targets, ignore_value)
     found = read(targets)
-    return joined(pack(found.masks, found.ids, ignore_value), found.labels, found.has_mask)
+    packed = pack(found.masks, found.ids, ignore_value, clips=like is not None and like.ndim == 5)
+    return joined(packed, found.labels, found.has_mask, found.annotated)
 
 
 def read(targets: Any, label: str | None = "labels") -> Columns:
@@ -60,7 +88,8 @@ def read(targets: Any, label: str | None = "labels") -> Columns:
         targets: per image `{"masks": ..., "labels": int64 [T]}`. "masks" is a dense `[T, H, W]`, a `MaskTargets` of
             that image, or an integer label map `[H, W]`, with its "ids" or with all that occur but 0. "has_mask", bool
             `[T]`, is False for targets without a mask; with "boxes" and no "masks", or None and False, none has one.
-            Other keys are left alone: data sets carry more than a loss needs.
+            "unlabeled" and "annotated_classes" say of an image what `MaskCriterion.forward` says of a batch. Other keys
+            are left alone: data sets carry more than a loss needs.
         label: the name of the labels; None: there need not be any, but masks.
     """
     names = '"masks"' if label is None else f'"masks" and "{label}"'
@@ -79,14 +108,26 @@ def read(targets: Any, label: str | None = "labels") -> Columns:
             device = given.device if isinstance(given, Tensor) else "cpu"
             masks[image] = torch.zeros(len(given), 1, 1, dtype=torch.bool, device=device)
             has_mask[image] = False
-    return Columns(masks, [entry.get("ids") for entry in targets], labels, has_mask)
+    annotated = Annotated(_said(targets, "unlabeled"), _said(targets, "annotated_classes"), list(map(_size, masks)))
+    return Columns(masks, [entry.get("ids") for entry in targets], labels, has_mask, annotated)
 
 
-def joined(packed: MaskTargets, labels: Sequence[Any], has_mask: Sequence[Any]) -> Batch:
+def _said(targets: Entries, name: str) -> list[Any] | None:
+    found = [entry.get(name) for entry in targets]
+    return None if all(each is None for each in found) else found
+
+
+def _size(masks: Any) -> Size | None:
+    """Return the size of dense masks or of a label map; None of what has none, or is one pixel for lack of a mask."""
+    shape = () if isinstance(masks, MaskTargets) else tuple(getattr(plain(masks), "shape", ()))[-2:]
+    return (shape[0], shape[1]) if len(shape) == 2 and shape != (1, 1) and min(shape) else None
+
+
+def joined(packed: MaskTargets, labels: Sequence[Any], has_mask: Sequence[Any], annotated: Annotated = WHOLE) -> Batch:
     """Join the labels of each image, after checking that there is one for each mask."""
     sizes, device = packed.num_targets, packed.device
     listed = [_labels(each, n, f"image {i}", device) for i, (each, n) in enumerate(zip(labels, sizes, strict=True))]
-    return Batch(packed, torch.cat(listed).long(), joined_flags(has_mask, packed))
+    return Batch(packed, torch.cat(listed).long(), joined_flags(has_mask, packed), annotated)
 
 
 def joined_flags(has_mask: Sequence[Any], packed: MaskTargets) -> Tensor | None:
@@ -142,11 +183,18 @@ def _collated(targets: Mapping[str, Any], ignore_value: int | None) -> Batch:
             f"got {describe(has_mask)} for {len(masks)} images",
             "False for a target that has a class and perhaps a box, but no mask",
         )
-    return joined(check_packed(masks, ignore_value), labels, [None] * len(masks) if has_mask is None else has_mask)
+    flags = [None] * len(masks) if has_mask is None else has_mask
+    annotated = Annotated(targets.get("unlabeled"), targets.get("annotated_classes"))
+    return joined(check_packed(masks, ignore_value), labels, flags, annotated)
 
 
 def pack(
-    masks: Sequence[Any], ids: Sequence[Any], ignore_value: int | None = None, canvas: Size | None = None
+    masks: Sequence[Any],
+    ids: Sequence[Any],
+    ignore_value: int | None = None,
+    canvas: Size | None = None,
+    *,
+    clips: bool = False,
 ) -> MaskTargets:
     """Pack what each image has: dense masks, nothing at all, a label map with or without ids, or a `MaskTargets`.
 
@@ -155,9 +203,10 @@ def pack(
         ids: of the targets in a label map, or None.
         ignore_value: the value of void pixels; a `MaskTargets` must have been packed with it, or with an ignore region.
         canvas: what predictions cover. Default: the masks themselves.
+        clips: whether integers `[T, H, W]` are the label map of a clip or a volume.
     """
     masks = [each if each is None or isinstance(each, MaskTargets) else plain(each) for each in masks]
-    kinds = [_kind(each, image) for image, each in enumerate(masks)]
+    kinds = [_kind(each, image, clips) for image, each in enumerate(masks)]
     options: dict[str, Any] = {"ignore_value": ignore_value, "canvas": canvas}
     # Together if possible, so that all images of the batch get one encoding.
     if set(kinds) == {"dense"}:
@@ -186,7 +235,7 @@ def check_packed(masks: MaskTargets, ignore_value: int | None) -> MaskTargets:
     return masks
 
 
-def _kind(masks: Any, image: int) -> str:
+def _kind(masks: Any, image: int, clips: bool) -> str:
     if isinstance(masks, MaskTargets):
         if len(masks) != 1:
             raise Cause(
@@ -201,7 +250,10 @@ def _kind(masks: Any, image: int) -> str:
             f"that of image {image} is {describe(masks)}",
             "give one [T, H, W], or MaskTargets.from_coco for RLE and polygons",
         )
-    return "map" if masks is not None and masks.ndim == 2 else "dense"
+    if masks is None or not masks.numel():
+        return "map" if masks is not None and masks.ndim == 2 else "dense"
+    of_clip = clips and masks.ndim == 3 and masks.dtype in _INTEGERS
+    return "map" if masks.ndim == 2 or of_clip else "dense"
 
 
 def _none(flags: Any) -> bool:

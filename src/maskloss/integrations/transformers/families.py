@@ -56,6 +56,7 @@ class Family:
     # path in the model of the module that makes the embeddings of the masks; None: masks cannot stay factors
     head: str | None
     layerwise: bool = False  # whether the model calls its criterion once for each decoder layer
+    product_since: tuple[int, int] = (0, 0)  # the first Transformers whose model computes its masks as one product
 
     @property
     def path(self) -> str:
@@ -97,6 +98,13 @@ class Family:
                 f"{self.name}'s forward takes no targets and returns the masks, so that they have to be formed",
                 "patch it without factors, or give MaskFactors to its get_loss_dict",
             )
+        if options.factors and transformers_version() < self.product_since:
+            found, wanted = (".".join(map(str, each)) for each in (transformers_version(), self.product_since))
+            raise Cause(
+                "with factors=True the model must compute its masks as one product",
+                f"that of {self.name} in Transformers {found} adds channel by channel",
+                f"take Transformers {wanted} or later, or patch without factors",
+            )
         if not self.covers(model):
             if options.factors:
                 raise Cause(
@@ -134,6 +142,7 @@ FAMILIES = (
         "Mask2FormerForUniversalSegmentation",
         "Mask2FormerLoss",
         head="model.transformer_module.decoder.mask_predictor.mask_embedder",
+        product_since=(4, 39),
     ),
     Family(
         "OneFormer",
@@ -160,6 +169,11 @@ FAMILIES = (
         head="query_features_proj",
     ),
 )
+
+
+def transformers_version() -> tuple[int, ...]:
+    """Return the installed release, (4, 38) for instance."""
+    return tuple(int(part) for part in sys.modules["transformers"].__version__.split(".")[:2])
 
 
 def supported() -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from maskloss import _inputs, distributed, ops
-from maskloss._classification import softmax_loss
+from maskloss._classification import partial_of, softmax_loss
 from maskloss.errors import Cause, reported
 from maskloss.factors import MaskFactors
 from maskloss.integrations import _targets
@@ -28,7 +28,7 @@ from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.matches import Pairs
 from maskloss.options import TargetRules
 from maskloss.points import PointSampling
-from maskloss.step import masks_that_count
+from maskloss.step import check_whole, masks_that_count
 from maskloss.targets import MaskTargets
 
 _OPERATION = "maskloss in Transformers"
@@ -77,8 +77,10 @@ class PointCriterion(nn.Module):
         classes, masks = check_predictions(class_logits, mask_logits)
         no_object = classes.shape[3] - 1
         packed = _packed(self, mask_labels, masks[0].device)
-        step = _targets.begin(packed, class_labels, [*masks, classes], self.maskloss_rules, no_object=no_object)
-        found = _matcher_of(self.matcher, self).match(classes, masks, step)
+        given = packed, class_labels, [*masks, classes], self.maskloss_rules
+        step = _targets.begin(*given, no_object=no_object, classifies=True)
+        matcher = _matcher_of(self.matcher, self)
+        found = matcher.match(classes, masks, step)
         count = step.divisor(float(step.targets.num_masks))
         if self.maskloss_scale_by_ranks:
             # Transformers divides the mean over the ranks by their number once more.
@@ -87,7 +89,8 @@ class PointCriterion(nn.Module):
         shown = step.mask_weights(found, None, classes.dtype)
         terms = self._mask_loss().layer_terms(masks, found, step, ops.Reduction(ce_weight, dice_weight, count, shown))
         wanted = step.wanted_classes(found, classes.shape[:3], no_object)
-        by_class = softmax_loss(classes, wanted, self.empty_weight, step.query_weight(self.empty_weight))
+        partial = partial_of(step, masks, no_object, matcher.num_points, matcher.layout, softmax=True)
+        by_class = softmax_loss(classes, wanted, self.empty_weight, step.query_weight(self.empty_weight), partial)
         return [
             {
                 "loss_mask": terms.ce[layer].clone().reshape(self.count_shape),
@@ -149,6 +152,7 @@ class LayerMethods(PointCriterion):
         num_masks: float | Tensor,
     ) -> dict[str, Tensor]:
         """Compute the mask terms of one layer, divided by `num_masks`."""
+        check_whole()
         masks = _packed(self, mask_labels, masks_queries_logits.device)
         has_mask = masks_that_count(masks, None, self.maskloss_rules)
         ce, dice = layer_loss(self._mask_loss(), masks_queries_logits, masks, indices, num_masks, has_mask)
