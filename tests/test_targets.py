@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader
 
 from maskloss import MaskLossError, MaskTargets
 from maskloss import _abi as abi
 from maskloss.targets import bits, label_maps, mask_targets
-from support import workers
 from support.encodings_of_masks import LABEL_DTYPES, SIZES, WAYS, every_way, packed, parts_of, run_lengths, some_masks
 
 # ------------------------------------------------------------------------------------------------------- what they hold
@@ -342,14 +339,6 @@ def test_pickle(make: Callable[..., MaskTargets]) -> None:
     again = pickle.loads(pickle.dumps(targets))
     assert again.encoding == targets.encoding
     assert same(again, targets)
-
-
-def test_workers_pack_and_batch() -> None:
-    load = partial(DataLoader, workers.Images(), batch_size=3, collate_fn=MaskTargets.cat)
-    batches = list(load(num_workers=2, multiprocessing_context="spawn"))
-    expected = list(load(num_workers=0))
-    assert [batch.num_targets for batch in batches] == [(0, 1, 2), (3, 4, 5)]
-    assert all(same(left, right) for left, right in zip(batches, expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -18,32 +18,25 @@ pytestmark = [
 ]
 
 
-def run(what: str) -> None:
-    done = subprocess.run([sys.executable, str(PROGRAM), what], capture_output=True, text=True, check=False)
+def run(*checks: str) -> None:
+    """One after the other in a process."""
+    done = subprocess.run([sys.executable, str(PROGRAM), *checks], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_criterion_neither_copies_nor_waits() -> None:
-    run("criterion")
+def test_a_step_neither_copies_nor_waits_and_compiles_to_one_graph() -> None:
+    """The criterion as it is and compiled; the reference backend called with CUDA tensors."""
+    run("criterion", "cuda", "compile")
 
 
-def test_a_step_that_is_to_be_captured_copies_nothing() -> None:
+def test_a_step_that_is_to_be_captured_and_factors_copy_nothing_either() -> None:
     pytest.importorskip("triton")
-    run("padded")
+    run("padded", "factors")
 
 
-def test_factors_copy_nothing_either() -> None:
-    pytest.importorskip("triton")
-    run("factors")
-
-
-def test_the_criterion_compiles_to_one_graph() -> None:
-    run("compile")
-
-
-@pytest.mark.parametrize("device", ["cuda", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mps", "xpu"))])
-def test_the_reference_never_waits_for_the_device(device: str) -> None:
-    run(device)
+@pytest.mark.slow
+def test_the_reference_never_waits_for_other_devices() -> None:
+    run("mps", "xpu")
 
 
 def test_launches_of_a_step() -> None:

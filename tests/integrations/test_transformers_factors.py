@@ -266,20 +266,6 @@ def copied(model: Any, how: str) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
-def test_checkpoints_load_both_ways() -> None:
-    plain, patched = tiny.mask2former(), tiny.mask2former()
-    with patch(patched, factors=True):
-        for source, target in ((plain, patched), (patched, plain)):
-            with torch.no_grad():
-                for weight in source.parameters():
-                    weight.add_(1)
-            saved = {name: value.clone() for name, value in source.state_dict().items()}
-            target.load_state_dict(saved)
-            loaded = target.state_dict()
-            assert list(loaded) == list(saved)
-            assert all(torch.equal(loaded[name], value) for name, value in saved.items())
-
-
 def test_models_built_under_a_global_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = tiny.batch_for("mask2former")
     with patch(backend="reference", factors=True), products(monkeypatch) as made:

@@ -209,9 +209,10 @@ def test_a_label_map_alone_has_all_that_occur() -> None:
     assert torch.equal(found.dense(), wanted.dense())
 
 
-def test_checkpoints_load_both_ways() -> None:
+@pytest.mark.parametrize("factors", [False, True])
+def test_checkpoints_load_both_ways(factors: bool) -> None:
     plain, patched = tiny.mask2former(), tiny.mask2former()
-    with patch(patched):
+    with patch(patched, factors=factors):
         for source, target in ((plain, patched), (patched, plain)):
             with torch.no_grad():
                 for weight in source.parameters():

@@ -602,7 +602,7 @@ def test_the_command_measures_and_writes(
 ) -> None:
     out = tmp_path / "results"
     stages = ["--stages"] if len(arms) == 4 else []
-    assert run("--preset", "tiny", "--quick", *stages, "--threads", "2", "--arms", *arms, "--out", str(out)) == 0
+    assert run("--preset", "tiny", "--quick", *stages, "--threads", "1", "--arms", *arms, "--out", str(out)) == 0
     text = capsys.readouterr().out
     assert "✓ reference, from the same random numbers: 6 of 6 matches" in text
     for arm in set(arms) & set(STRATIFIED):

@@ -11,6 +11,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,15 +212,14 @@ def reference_stays_on(device: str) -> None:
     assert device != "mps" or torch.float64 not in watch.dtypes
 
 
+CHECKS: dict[str, Callable[[], None]] = {
+    "criterion": criterion_copies_nothing,
+    "compile": step_compiles_to_one_graph,
+    "padded": padded_targets_copy_nothing,
+    "factors": factors_copy_nothing,
+}
+
 if __name__ == "__main__":
     lend_guards()
-    if sys.argv[1] == "criterion":
-        criterion_copies_nothing()
-    elif sys.argv[1] == "padded":
-        padded_targets_copy_nothing()
-    elif sys.argv[1] == "factors":
-        factors_copy_nothing()
-    elif sys.argv[1] == "compile":
-        step_compiles_to_one_graph()
-    else:
-        reference_stays_on(sys.argv[1])
+    for name in sys.argv[1:]:
+        CHECKS.get(name, partial(reference_stays_on, name))()
