@@ -359,7 +359,7 @@ def uniform_points3(keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor
 
 def slabs_of(cells: int) -> int:
     """Into how many slabs a volume of this many cells is cut: floor(cells^(1/3)), at least 1."""
-    slabs = round(math.cbrt(cells))
+    slabs: int = round(cells ** (1 / 3))
     return max(1, slabs - 1 if slabs**3 > cells else slabs)
 
 

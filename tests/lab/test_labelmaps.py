@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import warnings
@@ -167,6 +168,16 @@ def test_a_broken_file(tmp_path, suffix):
         read_image(path)
     with pytest.raises(MaskLossError, match="no such file"):
         read_image(tmp_path / f"missing.{suffix}")
+
+
+def test_a_png_with_a_chunk_of_gigabytes(tmp_path):
+    path = tmp_path / "0.png"
+    Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).save(path)
+    content = path.read_bytes()
+    at = content.index(b"IDAT")
+    path.write_bytes(content[: at - 4] + b"\x7f\xff\xff\xff" + content[at:])
+    with reads_little(), contextlib.suppress(MaskLossError):
+        assert read_image(path).ravel().tolist() == [*range(12)]
 
 
 def test_an_image_that_would_fill_the_memory(tmp_path):

@@ -7,7 +7,9 @@ floats) have no natural range, so percentiles of each channel decide what is bla
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -184,7 +186,8 @@ def is_color(path: Path) -> bool:
 def to_unit(image: Array, percentile: bool) -> NDArray[np.float32]:
     """Scale an image to [0, 1]: by the range of its type, or between percentiles of each channel."""
     if image.dtype == np.uint8 and not percentile:
-        return (image / np.float32(255)).astype(np.float32)
+        unit: NDArray[np.float32] = image.astype(np.float32) / np.float32(255)
+        return unit
     values = image.astype(np.float32)
     # A sample of the pixels gives the same percentiles and costs less.
     step = max(1, int((values.shape[0] * values.shape[1] / 250_000) ** 0.5))
@@ -323,13 +326,27 @@ def _read_tiff(path: Path) -> tuple[Array, int] | None:
     return np.asarray(np.moveaxis(array, 0, -1) if _channels_first(sides) else array), orientation
 
 
+class _File(io.BufferedReader):
+    """A file of which no more is read at once than it has: what a damaged one announces takes no memory."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._path, self._size = path, os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(-1 if size is None else min(size, self._size))
+
+    def __repr__(self) -> str:
+        return repr(str(self._path))
+
+
 @contextlib.contextmanager
 def _pillow(path: Path) -> Iterator[Any]:
     """Open an image by its head, and check how many pixels it says it has."""
     pillow = require("PIL.Image", "train")
     check_file(path, _READABLE)
     try:
-        with _own_rules, pillow.open(path) as opened:
+        with _own_rules, _File(path) as file, pillow.open(file) as opened:
             _check_pixels(path, opened.size[1], opened.size[0])
             yield opened
     except Cause:

@@ -57,7 +57,8 @@ def array_of(tensor: Tensor) -> Array:
 
 def absolute(table: Tensor, images: Tensor) -> Array:
     """The table of targets, with offsets from where the data of all images begins."""
-    rows, described = table.detach().numpy().copy(), array_of(images)
+    rows: Array = table.detach().numpy().copy()
+    described = array_of(images)
     rows[:, OFFSET] += np.repeat(described[:, BASE], described[:, COUNT])
     return rows
 
