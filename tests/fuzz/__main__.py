@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--backends", nargs="+", default=["reference", "cpu"], choices=["reference", "cpu", "gpu"])
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no new part after this time")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write counts and largest errors there, as JSON")
+    parser.add_argument("--resume", action="store_true", help="go on after the parts that FILE has of this seed")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when PyTorch is imported
     if "gpu" in options.backends:
@@ -62,8 +63,14 @@ def main() -> int:
         definition.check(case, options.backends, record)
         return False
 
-    began, tried, rejected = time.monotonic(), Counter[str](), Counter[str]()
     chosen = options.only or [*SHARES]
+    done = _record(options.write, options.backends) if options.resume else {}
+    if done:
+        assert done["seed"] == options.seed and [*done["cases"]] == chosen, f"{options.write} has another run"
+        record.cases, record.worst = done["checked_against_float64"], done["largest_errors"]
+    tried = Counter({name: found["tried"] for name, found in done.get("cases", {}).items()})
+    rejected = Counter({name: found["rejected"] for name, found in done.get("cases", {}).items()})
+    began = time.monotonic() - 60 * done.get("minutes", 0)
     whole = sum(SHARES[name] for name in chosen)
     parts = -(-options.examples // PART)
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +79,7 @@ def main() -> int:
             "arguments": (arguments.wrong_calls(), arguments.check),
             **files.strategies(Path(folder)),
         }
-        for part in range(parts):
+        for part in range(done.get("parts", 0), parts):
             if time.monotonic() - began > options.minutes * 60:
                 break
             examples = min(PART, options.examples - part * PART)
@@ -97,7 +104,6 @@ def main() -> int:
             print(f"part {part + 1} of {parts}, {content['minutes']} minutes: {dict(tried)}", flush=True)
             if options.write is not None:
                 _write(options.write, content)
-    print(json.dumps(content, indent=1))
     return 0
 
 
@@ -128,10 +134,17 @@ def _run(strategy: Any, check: Callable[[Any], bool], examples: int, seed: str) 
     return len(rejected), sum(rejected)
 
 
+def _records(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _record(path: Path, backends: list[str]) -> dict[str, Any]:
+    return next((each for each in _records(path) if each["backends"] == backends), {})
+
+
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Put a record in place of the one with the same backends."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    others = [each for each in before if each["backends"] != content["backends"]]
+    others = [each for each in _records(path) if each["backends"] != content["backends"]]
     records = sorted([*others, content], key=lambda each: each["backends"], reverse=True)
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
