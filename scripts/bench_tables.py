@@ -1,4 +1,4 @@
-"""Print the tables of docs/benchmarks.md from what `maskloss bench --stages` wrote.
+"""Print the tables of docs/benchmarks.md from what `maskloss bench --stages`, or `--scaling`, wrote.
 
 python scripts/bench_tables.py runs/bench/bench.json
 """
@@ -56,11 +56,31 @@ def stages(cases: list[dict[str, Any]]) -> list[str]:
     return [*lines, row("all", *whole)]
 
 
+def growth(cases: list[dict[str, Any]]) -> list[str]:
+    """Lay out how the step grows, a table for each family and a column for each of its values."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for case in cases:
+        families.setdefault(case["name"].partition("=")[0], []).append(case)
+    lines = []
+    for family, members in families.items():
+        mine = [each["arms"]["maskloss"] for each in members]
+        lines += [
+            row(family, *(f"{int(each['name'].partition('=')[2]):,}" for each in members)),
+            row(*["---"] * (1 + len(members))),
+            row("step", *(seconds(each["summary"]["step"]["median"]) for each in mine)),
+            row("packing in it", *(seconds(each["summary"]["targets"]["median"]) for each in mine)),
+            row("memory¹", *(memory(each["memory"]["extra"]) for each in mine)),
+            "",
+        ]
+    return lines
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     report = json.loads(Path(sys.argv[1]).read_text())
-    cases = [case for case in report["cases"] if "summary" in case["arms"].get("transformers", {})]
-    print("\n".join([*steps(cases), "", *stages(cases)]))  # noqa: T201
+    compared = [case for case in report["cases"] if "summary" in case["arms"].get("transformers", {})]
+    lines = [*steps(compared), "", *stages(compared)] if compared else growth(report["cases"])
+    print("\n".join(lines))  # noqa: T201
 
 
 if __name__ == "__main__":
