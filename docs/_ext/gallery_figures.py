@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import indent
 from typing import Any
 
 from sphinx_gallery.scrapers import figure_rst
@@ -13,7 +14,9 @@ def scrape(block: Any, block_vars: dict[str, Any], gallery_conf: dict[str, Any])
         return ""
     path = next(block_vars["image_path_iterator"])
     figure.savefig(path, dpi=110, facecolor="white")
-    return figure_rst([path], gallery_conf["src_dir"], _described(figure))
+    image = figure_rst([path], gallery_conf["src_dir"], _described(figure))
+    # In a container that scrolls on a phone.
+    return f".. container:: scrolls\n\n{indent(image, '   ')}"
 
 
 def _described(figure: Any) -> str:

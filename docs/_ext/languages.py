@@ -18,6 +18,14 @@ _CHINESE = {
     "Search": "搜索",
     "View this page": "查看本页源文件",
 }
+# Above the English pages in the navigation.
+_CAPTIONS = {
+    "Get started": "入门（英文）",
+    "Understand": "理解（英文）",
+    "Use": "使用（英文）",
+    "Under the hood": "深入（英文）",
+    "Reference": "参考（英文）",
+}
 
 
 def name_language(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
@@ -25,6 +33,9 @@ def name_language(app: Any, pagename: str, templatename: str, context: dict[str,
     if chinese:
         context["language"] = "zh-Hans"
         context["gettext"] = lambda text: _CHINESE.get(text, text)  # what the templates ask
+        for english_caption, caption in _CAPTIONS.items():
+            tree = context["furo_navigation_tree"]
+            context["furo_navigation_tree"] = tree.replace(f">{english_caption}</span>", f">{caption}</span>")
     # The first Chinese page does not follow the last English one.
     if pagename == "zh/index":
         context["prev"] = None
@@ -40,5 +51,5 @@ def name_language(app: Any, pagename: str, templatename: str, context: dict[str,
 
 
 def setup(app: Any) -> dict[str, Any]:
-    app.connect("html-page-context", name_language)
+    app.connect("html-page-context", name_language, priority=900)  # after the theme
     return {"parallel_read_safe": True, "parallel_write_safe": True}
