@@ -196,7 +196,7 @@ def test_the_report_carries_everything_along(source, learner, tmp_path):
     assert page.count('src="data:image/gif;base64,') == 1
     assert page.count("<img ") == 6 + 4 + 4 + 2 + 2 + 1
     assert "http" not in page and "$" not in page
-    for text in ("loss, forward and backward <b>30.0%</b>", "large above 96 x 96", "step 5", "12 seconds"):
+    for text in ("loss, forward and backward <b>30.0%</b>", "large above 96 × 96", "step 5", "12 seconds"):
         assert text in page, text
     assert all(f'alt="{text}"' in page for text in ("truth", "prediction", "the instance"))
     for path in paths[1:]:

@@ -194,7 +194,9 @@ class FolderScenes:
                 if self.problems.on_error != SKIP:
                     raise
                 skipped.append(sentence(error))
-        raise Cause("there must be images that can be read", f"{_PATIENCE} in a row cannot; {skipped[-1]}", "see above")
+        raise Cause(
+            "there must be images that can be read", f"{_PATIENCE} in a row cannot; {skipped[-1]}", "look at the disk"
+        )
 
     @property
     def facts(self) -> list[tuple[str, str]]:

@@ -125,7 +125,9 @@ def _draw(drawn: Drawn, result: Mapping[str, Any], value: Mapping[str, Any], nam
         if (height, width) != (drawn.entry.height, drawn.entry.width):
             size = f"{drawn.entry.height} x {drawn.entry.width}"
             raise Cause(
-                "a mask must have the size of its image", f"{drawn.what}: {height} x {width}, not {size}", "see it"
+                "a mask must have the size of its image",
+                f"{drawn.what}: {height} x {width}, not {size}",
+                "export it again",
             )
         drawn.bitmap(name, decode_brush(value["rle"], height, width), 0, 0)
     elif kind in {"rectanglelabels", "rectangle"}:
