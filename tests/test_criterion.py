@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from maskloss import (
+    ClipOptions,
     CriterionOutput,
     MaskCriterion,
     MaskLoss,
@@ -413,6 +414,10 @@ def test_the_module_keeps_nothing(backend: str) -> None:
     text = repr(module)
     for shown in ("num_classes=3", "no_object_weight=0.3", "num_points=60", f"backend='{backend}'", "HungarianMatcher"):
         assert shown in text
+    clips = ClipOptions(frames="present")
+    text = repr(MaskCriterion(CLASSES, ignore_value=255, ignore_label=0, drop_empty=True, clips=clips))
+    for shown in ("ignore_value=255", "ignore_label=0", "drop_empty=True", "frames='present'"):
+        assert text.count(shown) == 2  # of the criterion or its loss, and of the matcher
 
 
 @pytest.mark.parametrize("region", [torch.no_grad, torch.inference_mode])

@@ -29,6 +29,7 @@ from maskloss.options import (
     MaskOptions,
     TargetRules,
     mask_options,
+    told,
 )
 from maskloss.outputs import CriterionOutput, LayerTerms
 from maskloss.points import PointSampling
@@ -416,7 +417,7 @@ class MaskCriterion(nn.Module):
         parts.append(f"classification={self.classification!r}")
         if self._class_weights is not None:
             parts.append(f"class_weights={[round(weight, 4) for weight in self._class_weights.tolist()]}")
-        return ", ".join(parts)
+        return ", ".join(parts) + told(self.rules)
 
 
 def _entries(softmax: bool) -> str:

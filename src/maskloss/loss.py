@@ -27,7 +27,7 @@ from maskloss.errors import Cause, check_device, check_layout, describe, reporte
 from maskloss.factors import MaskFactors
 from maskloss.layers import Layer
 from maskloss.matches import Matches, Pairs, check_fit
-from maskloss.options import DICE_WEIGHT, MASK_WEIGHT, MaskKeywords, MaskOptions, mask_options
+from maskloss.options import DICE_WEIGHT, MASK_WEIGHT, MaskKeywords, MaskOptions, mask_options, told
 from maskloss.outputs import InstanceLosses, LayerTerms, MaskLossOutput
 from maskloss.points import PointSampling, check_points
 from maskloss.step import Step
@@ -240,7 +240,8 @@ class MaskLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
-        return f"ce_weight={self.ce_weight}, dice_weight={self.dice_weight}, {self.sampling}, {self.options}"
+        weights = f"ce_weight={self.ce_weight}, dice_weight={self.dice_weight}"
+        return f"{weights}, {self.sampling}, {self.options}{told(self.clips)}"
 
     def _paired(
         self,

@@ -17,7 +17,7 @@ from maskloss.errors import Cause, check_device, check_layout, describe, reporte
 from maskloss.functional import class_cost, focal_class_cost
 from maskloss.layers import Layer
 from maskloss.matches import Matches
-from maskloss.options import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, MaskOptions, TargetKeywords, all_options
+from maskloss.options import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, MaskOptions, TargetKeywords, all_options, told
 from maskloss.points import PointSampling
 from maskloss.step import Step
 from maskloss.targets import MaskTargets
@@ -231,8 +231,9 @@ class HungarianMatcher(nn.Module):
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
         weights = f"class_weight={self.class_weight}, mask_weight={self.mask_weight}, dice_weight={self.dice_weight}"
-        solved = f"groups={self.groups}, assignment={self.assignment!r}"
-        return f"{weights}, {solved}, num_points={self.num_points}, layout={self.layout!r}, {self.options}"
+        solved = f"groups={self.groups}, assignment={self.assignment!r}, classification={self.classification!r}"
+        points = f"num_points={self.num_points}, layout={self.layout!r}"
+        return f"{weights}, {solved}, {points}, {self.options}{told(self.clips, self.rules)}"
 
 
 def check_matcher(matcher: HungarianMatcher, classification: str, groups: int | None) -> HungarianMatcher:

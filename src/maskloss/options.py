@@ -131,6 +131,18 @@ class TargetRules:
                 )
 
 
+def differing(*groups: Any) -> dict[str, Any]:
+    """List the fields of groups of options that are not as they are by default, for a `repr`."""
+    given = [(each, getattr(group, each.name)) for group in groups if group is not None for each in fields(group)]
+    return {each.name: value for each, value in given if value != each.default}
+
+
+def told(*groups: Any, **more: Any) -> str:
+    """Write such fields, and what else is not None, behind other parts of a `repr`."""
+    shown = {name: value for name, value in more.items() if value is not None} | differing(*groups)
+    return "".join(f", {name}={value!r}" for name, value in shown.items())
+
+
 class TargetKeywords(MaskKeywords, total=False):
     """The options of `MaskOptions`, and those of targets, as keyword arguments."""
 

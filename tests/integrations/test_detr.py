@@ -473,7 +473,9 @@ def test_the_original_criterion_can_print_our_matcher() -> None:
     assert lines[0] == "HungarianMatcher:"
     assert lines[1:3] == [" " * 8 + "cost_class: 2.0", " " * 8 + "cost_mask: 5.0"]
     assert "cost_giou: 2.0" in repr(matcher)
-    assert "cost_dice: 5.0" in repr(mask2former_criterion())
+    text = repr(mask2former_criterion(dice="soft", ignore_label=-1))
+    for shown in ("cost_dice: 5.0", "num_classes=3", "dice='soft'", "ignore_label=-1", "no_object_label='warn'"):
+        assert shown in text
 
 
 @pytest.mark.parametrize("base", [detr.SetCriterion, maskdino.SetCriterion])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskloss import MaskFactors, MaskLossError, MaskTargets, PointSampling
+from maskloss import MaskFactors, MaskLossError, MaskTargets, PointSampling, step
 from maskloss.integrations.layerwise import LayerMasks
 from support import tiny
 
@@ -106,12 +106,12 @@ def test_targets_are_packed_once_for_a_step(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(MaskTargets, "from_masks", staticmethod(lambda *a, **k: made.append(1) or inner(*a, **k)))
     logits, targets, pairs = example()
     loss_masks = LayerMasks()
-    for step in range(2):
+    for number in range(2):
         count = torch.tensor(10.0)
         for _ in range(3):
             # A new list with the same masks, as subclasses make them.
             loss_masks({"pred_masks": logits}, [dict(target) for target in targets], pairs, count)
-        assert len(made) == step + 1
+        assert len(made) == number + 1
     # Other masks, and numbers that cannot tell steps apart.
     other = [{"masks": target["masks"].clone()} for target in targets]
     loss_masks({"pred_masks": logits}, other, pairs, count)
@@ -133,9 +133,27 @@ def test_dense_masks_are_not_kept_and_copies_start_anew() -> None:
         assert copied._last is None
 
 
+def test_what_criteria_pass_on_top_says_which_layers_have_masks() -> None:
+    """As OpenSeeD and SEEM number their layers, and call it where nothing was matched."""
+    logits, targets, pairs = example()
+    loss_masks = LayerMasks(when=lambda layer, extra=None: layer < 1, drop_empty=True)
+    assert "when=" in repr(loss_masks)
+    assert "drop_empty=True" in repr(loss_masks)
+    with step(seed=1):
+        found = loss_masks({"pred_masks": logits}, targets, pairs, 10.0, 0, extra={})
+        assert found.keys() == LayerMasks()({"pred_masks": logits}, targets, pairs, 10.0).keys()
+        assert loss_masks({"pred_masks": logits}, targets, pairs, 10.0, 1) == {}
+    nothing = sum(loss_masks({"pred_masks": logits}, targets, None, 10.0, 0).values(), torch.zeros(()))
+    assert nothing == 0
+    assert nothing.requires_grad == logits.requires_grad
+    with pytest.raises(MaskLossError, match=r"on top needs when=[\s\S]*layer_id"):
+        LayerMasks()({"pred_masks": logits}, targets, pairs, 10.0, layer_id=0)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: LayerMasks(when=3), "when must be a function"),  # type: ignore[arg-type]
         (lambda: LayerMasks("ab"), "names must be those of cross-entropy and Dice"),  # type: ignore[arg-type]
         (lambda: LayerMasks(pixels_per_point=0), "pixels_per_point must be"),
         (lambda: LayerMasks()({"pred_masks": torch.zeros(1, 2, 4, 4)}, [{}], [], 1.0), 'must be a dict with "masks"'),

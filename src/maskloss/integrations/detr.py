@@ -27,7 +27,7 @@ from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches, Pairs, join_layers
-from maskloss.options import MaskOptions, TargetKeywords, TargetRules, all_options
+from maskloss.options import MaskOptions, TargetKeywords, TargetRules, all_options, differing, told
 from maskloss.points import PointSampling
 from maskloss.step import Step
 from maskloss.targets.collate import Entries
@@ -152,7 +152,10 @@ class HungarianMatcher(nn.Module):
     def __repr__(self, _repr_indent: int = 4) -> str:
         """Show the weights; the code bases' own criteria ask for an indentation when they print their matcher."""
         names = ("cost_class", "cost_mask", "cost_dice", "cost_box", "cost_giou", "num_points")
-        lines = [f"{' ' * _repr_indent}{name}: {getattr(self, name)}" for name in names]
+        shown = {name: getattr(self, name) for name in names}
+        shown |= {name: getattr(self.core, name) for name in ("layout", "classification")}
+        shown |= differing(self.core.options, self.core.rules)
+        lines = [f"{' ' * _repr_indent}{name}: {value}" for name, value in shown.items()]
         return "\n".join([f"{type(self).__name__}:", *lines])
 
     @reported("HungarianMatcher", NAMES)
@@ -248,6 +251,7 @@ class SetCriterion(nn.Module):
     empty_weight: Tensor
     mask_loss: MaskLoss
     mixes_classifications = False
+    own_options: tuple[str, ...] = ("video",)
 
     @reported("SetCriterion")
     def __init__(
@@ -331,6 +335,12 @@ class SetCriterion(nn.Module):
     def importance_sample_ratio(self) -> float:
         """Share of uncertain points (see `PointSampling`)."""
         return self.mask_loss.sampling.importance_ratio
+
+    def extra_repr(self) -> str:
+        """Show the options in `print(module)`."""
+        names = ["num_classes", "eos_coef", "losses", "classification", *self.own_options]
+        own = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return own + told(self.rules, extra_loss=self.extra_loss)
 
     @reported("SetCriterion", NAMES)
     def forward(self, outputs: Outputs, targets: Entries) -> dict[str, Tensor]:

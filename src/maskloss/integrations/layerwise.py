@@ -24,7 +24,7 @@ from maskloss.integrations.detr import find_masks
 from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches, Pairs
-from maskloss.options import MaskKeywords, MaskOptions, TargetRules, mask_options
+from maskloss.options import MaskKeywords, MaskOptions, TargetRules, mask_options, told
 from maskloss.points import PointSampling
 from maskloss.step import check_whole, masks_that_count
 from maskloss.targets import MaskTargets
@@ -53,6 +53,8 @@ class LayerMasks:
     Args:
         names: of the cross-entropy and of Dice. Default ("loss_mask", "loss_dice").
         sampling: numbers and layout of points. Default `PointSampling()`.
+        when: called with what the criterion passes on top of the four arguments, a number of the layer for instance:
+            whether this layer has mask terms. Needed where there is something on top. Default None.
         pixels_per_point: one point for this many pixels of the prediction, but at least as many as it has rows, instead
             of the number in `sampling`; RF-DETR has 16. Default None.
         ignore_value: the value of void pixels in masks (see `MaskTargets.from_masks`). Default None.
@@ -81,6 +83,7 @@ class LayerMasks:
         names: tuple[str, str] = ("loss_mask", "loss_dice"),
         *,
         sampling: PointSampling | None = None,
+        when: Callable[..., bool] | None = None,
         pixels_per_point: float | None = None,
         ignore_value: int | None = None,
         drop_empty: bool = False,
@@ -92,7 +95,11 @@ class LayerMasks:
             raise Cause("names must be those of cross-entropy and Dice", f"got {describe(names)}", hint)
         if pixels_per_point is not None:
             check_number("pixels_per_point", pixels_per_point, 1, hint="RF-DETR has 16")
-        self.names, self.pixels_per_point = tuple(names), pixels_per_point
+        if when is not None and not callable(when):
+            raise Cause(
+                "when must be a function", f"got {describe(when)}", "when=lambda layer_id, extra: layer_id < 10"
+            )
+        self.names, self.when, self.pixels_per_point = tuple(names), when, pixels_per_point
         self.rules = TargetRules(ignore_value, drop_empty=drop_empty)
         self.loss = MaskLoss(sampling=sampling, options=mask_options(options, **kwargs))
         self._last: _Packed | None = None
@@ -102,16 +109,20 @@ class LayerMasks:
         self,
         outputs: Mapping[str, Any],
         targets: Sequence[Mapping[str, Any]],
-        indices: Pairs,
+        indices: Pairs | None,
         num_boxes: float | Tensor,
+        *others: Any,
+        **more: Any,
     ) -> dict[str, Tensor]:
         """Compute both terms of one layer.
 
         Args:
             outputs: "pred_masks": `[B, Q, h, w]`, a `MaskFactors`, or the dict that `MaskFactors.from_dict` takes.
             targets: one dict per image with "masks", and "has_mask" where some have none (see `detr.SetCriterion`).
-            indices: (queries, targets) of each image.
+            indices: (queries, targets) of each image; None where nothing was matched: both terms are 0.
             num_boxes: what sums over instances are divided by, at least 1.
+            others: what the criterion passes on top, for `when`.
+            more: the same by name.
 
         Returns:
             Both terms by their names, unweighted; nothing for a layer without masks. Gradients flow to the masks.
@@ -119,9 +130,20 @@ class LayerMasks:
         Raises:
             MaskLossError: wrong or missing targets, or indices out of range.
         """
+        if (others or more) and self.when is None:
+            raise Cause(
+                "what the criterion passes on top needs when=",
+                f"loss_masks was called with {describe([*others, *more])} as well",
+                "when=lambda layer_id, extra: layer_id < 10, for instance, says which layers have mask terms",
+            )
+        if self.when is not None and not self.when(*others, **more):
+            return {}
         if isinstance(outputs, Mapping) and outputs.get("pred_masks") is None:
             return {}
         logits = find_masks(outputs)
+        if indices is None:
+            nothing = torch.empty(0, dtype=torch.int64, device="cpu")
+            indices, targets = [(nothing, nothing)] * logits.shape[0], [{"masks": None}] * logits.shape[0]
         packed = self._pack(targets, num_boxes, logits.device)
         found = layer_loss(self._loss_for(logits), logits, packed.targets, indices, num_boxes, packed.has_mask)
         return dict(zip(self.names, found, strict=True))
@@ -155,7 +177,8 @@ class LayerMasks:
         return vars(self) | {"_last": None}
 
     def __repr__(self) -> str:
-        return f"LayerMasks({self.names}, pixels_per_point={self.pixels_per_point}, {self.loss.extra_repr()})"
+        more = told(self.rules, when=self.when, pixels_per_point=self.pixels_per_point)
+        return f"LayerMasks({self.names}, {self.loss.extra_repr()}{more})"
 
 
 def _reference(value: Any) -> Callable[[], Any]:

@@ -85,6 +85,10 @@ class HungarianMatcher(detr.HungarianMatcher):
         )
         self.panoptic_on = panoptic_on
 
+    def __repr__(self, _repr_indent: int = 4) -> str:
+        """Show the weights (see `detr.HungarianMatcher`)."""
+        return f"{super().__repr__(_repr_indent)}\n{' ' * _repr_indent}panoptic_on: {self.panoptic_on}"
+
     def box_costs(self, layers: Sequence[Outputs], targets: Entries, step: Step) -> Tensor:
         """Compute the boxes' part of the cost: `[L, B, Q, T_max]`."""
         costs = super().box_costs(layers, targets, step)
@@ -127,6 +131,7 @@ class SetCriterion(detr.SetCriterion):
 
     # With semantic_ce_loss MaskDINO matches by sigmoids all the same.
     mixes_classifications = True
+    own_options = ("dn", "dn_losses", "panoptic_on")
 
     @reported("SetCriterion")
     def __init__(

@@ -98,13 +98,6 @@ class Family:
                 f"{self.name}'s forward takes no targets and returns the masks, so that they have to be formed",
                 "patch it without factors, or give MaskFactors to its get_loss_dict",
             )
-        if options.factors and transformers_version() < self.product_since:
-            found, wanted = (".".join(map(str, each)) for each in (transformers_version(), self.product_since))
-            raise Cause(
-                "with factors=True the model must compute its masks as one product",
-                f"that of {self.name} in Transformers {found} adds channel by channel",
-                f"take Transformers {wanted} or later, or patch without factors",
-            )
         if not self.covers(model):
             if options.factors:
                 raise Cause(
@@ -114,6 +107,13 @@ class Family:
                 )
             swap(model, options.of_criterion)
             return
+        if options.factors and transformers_version() < self.product_since:
+            found, wanted = (".".join(map(str, each)) for each in (transformers_version(), self.product_since))
+            raise Cause(
+                "with factors=True the model must compute its masks as one product",
+                f"that of {self.name} in Transformers {found} adds channel by channel",
+                f"take Transformers {wanted} or later, or patch without factors",
+            )
         if self.criterion is None:
             _swap_function(model, options)
         else:
