@@ -19,25 +19,8 @@ from maskloss.targets import MaskTargets
 __version__ = "0.1.0"
 
 __all__ = [
-    "ClipOptions",
-    "CriterionOutput",
-    "FoundInstances",
-    "HungarianMatcher",
-    "InstanceLosses",
-    "MaskCriterion",
-    "MaskFactors",
-    "MaskLoss",
-    "MaskLossError",
-    "MaskLossOutput",
-    "MaskLossTypeError",
-    "MaskOptions",
-    "MaskTargets",
-    "Matches",
-    "MissingExtraError",
-    "PointSampling",
-    "StepTotals",
-    "find_instances",
-    "functional",
-    "step",
+    "ClipOptions", "CriterionOutput", "FoundInstances", "HungarianMatcher", "InstanceLosses", "MaskCriterion",
+    "MaskFactors", "MaskLoss", "MaskLossError", "MaskLossOutput", "MaskLossTypeError", "MaskOptions", "MaskTargets",
+    "Matches", "MissingExtraError", "PointSampling", "StepTotals", "find_instances", "functional", "step",
     "step_totals",
-]
+]  # fmt: skip

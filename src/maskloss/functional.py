@@ -21,17 +21,9 @@ from maskloss.ops.reference import formulas
 from maskloss.points import PointSampling, check_coordinates, draw_seed
 
 __all__ = [
-    "PairwiseCost",
-    "class_cost",
-    "focal_class_cost",
-    "mask_bce",
-    "mask_dice",
-    "mask_focal",
-    "pairwise_mask_cost",
-    "point_sample",
-    "uncertain_points",
-    "uncertainty",
-]
+    "PairwiseCost", "class_cost", "focal_class_cost", "mask_bce", "mask_dice", "mask_focal", "pairwise_mask_cost",
+    "point_sample", "uncertain_points", "uncertainty",
+]  # fmt: skip
 
 
 @reported("point_sample")

@@ -48,242 +48,104 @@ class TrainConfig:
         MaskLossError: an option outside its range, or a device that is not there.
     """
 
+    # fmt: off
     data: Annotated[str | None, Option("data", "FOLDER", "images with annotations; default: handwritten digits")] = None
-    format: Annotated[
-        str | None,
-        Option("data", "FORMAT", f"format of the data: {', '.join(FORMATS)}; default: recognized", choices=FORMATS),
-    ] = None
-    annotations: Annotated[
-        str | None, Option("data", "FILE", "file of annotations, if the folder holds several; default: recognized")
-    ] = None
-    images: Annotated[
-        str | None, Option("data", "FOLDER", "where the images of the annotations lie; default: anywhere in --data")
-    ] = None
-    val: Annotated[
-        str | None,
-        Option(
-            "data",
-            "WHAT",
-            "held-out images: another folder or file of annotations, a share such as 0.1, or a text file with their "
-            "names; default: the part val or test of the data, else one image in five",
-        ),
-    ] = None
-    semantic: Annotated[
-        str | None,
-        Option(
-            "data",
-            "WHAT",
-            "what label maps number: components (classes, and each connected region is an instance), classes (each is "
-            "one mask) or instances; default: instances, unless they look like classes",
-            choices=SEMANTIC,
-        ),
-    ] = None
-    ignore_value: Annotated[
-        int | None,
-        Option("data", "N", "value in label maps that is ignored; default: 255 beside classes", 1, 2**31 - 1),
-    ] = None
-    crowd: Annotated[
-        str | None,
-        Option(
-            "data",
-            "WHAT",
-            "what iscrowd 1 means: ignore (a region that is ignored) or instances; default: ignore, unless all "
-            "run lengths have it, as CVAT's brush writes them",
-            choices=CROWD,
-        ),
-    ] = None
-    normalize: Annotated[
-        str,
-        Option(
-            "data",
-            "HOW",
-            "how brightness is scaled: range (of the data type), percentile (1 to 99.8 of each channel) or auto: "
-            "percentile for label maps and for images of more than 8 bits",
-            choices=NORMALIZE,
-        ),
-    ] = "auto"
+    format: Annotated[str | None, Option("data", "FORMAT",
+        f"format of the data: {', '.join(FORMATS)}; default: recognized", choices=FORMATS)] = None
+    annotations: Annotated[str | None, Option("data", "FILE",
+        "file of annotations, if the folder holds several; default: recognized")] = None
+    images: Annotated[str | None, Option("data", "FOLDER",
+        "where the images of the annotations lie; default: anywhere in --data")] = None
+    val: Annotated[str | None, Option("data", "WHAT",
+        "held-out images: another folder or file of annotations, a share such as 0.1, or a text file with their names; "
+        "default: the part val or test of the data, else one image in five")] = None
+    semantic: Annotated[str | None, Option("data", "WHAT",
+        "what label maps number: components (classes, and each connected region is an instance), classes (each is one "
+        "mask) or instances; default: instances, unless they look like classes", choices=SEMANTIC)] = None
+    ignore_value: Annotated[int | None, Option("data", "N",
+        "value in label maps that is ignored; default: 255 beside classes", 1, 2**31 - 1)] = None
+    crowd: Annotated[str | None, Option("data", "WHAT",
+        "what iscrowd 1 means: ignore (a region that is ignored) or instances; default: ignore, unless all run lengths "
+        "have it, as CVAT's brush writes them", choices=CROWD)] = None
+    normalize: Annotated[str, Option("data", "HOW",
+        "how brightness is scaled: range (of the data type), percentile (1 to 99.8 of each channel) or auto: "
+        "percentile for label maps and for images of more than 8 bits", choices=NORMALIZE)] = "auto"
     augment: Annotated[bool, Option("data", "", "no random crops, flips or changes of color")] = True
-    on_error: Annotated[
-        str, Option("data", "WHAT", "at a broken image or annotation: stop or skip", choices=ON_ERROR)
-    ] = "stop"
-    crop: Annotated[
-        int | None,
-        Option("data", "PIXELS", "train on squares cut out of the images; default: whole images", 16, 1 << 16),
-    ] = None
-    size: Annotated[
-        int | None,
-        Option(
-            "data",
-            "PIXELS",
-            "side of the square that the model sees; default: 64 for digits, that of a pretrained model, or the "
-            "usual side of the images, at most 256",
-            16,
-            4096,
-        ),
-    ] = None
+    on_error: Annotated[str, Option("data", "WHAT",
+        "at a broken image or annotation: stop or skip", choices=ON_ERROR)] = "stop"
+    crop: Annotated[int | None, Option("data", "PIXELS",
+        "train on squares cut out of the images; default: whole images", 16, 1 << 16)] = None
+    size: Annotated[int | None, Option("data", "PIXELS",
+        "side of the square that the model sees; default: 64 for digits, that of a pretrained model, or the usual side "
+        "of the images, at most 256", 16, 4096)] = None
     held_out: Annotated[int, Option("data", "N", "held-out scenes of digits", 1, 100_000)] = 400
-    workers: Annotated[
-        int | None,
-        Option(
-            "data", "N", "processes that read images; default: 0 for digits, else one for each core, up to 4", 0, 256
-        ),
-    ] = None
-    model: Annotated[
-        str,
-        Option(
-            "model",
-            "NAME",
-            "compact, the name or folder of a segmentation model of Transformers, or a run, to begin with its weights",
-        ),
-    ] = COMPACT
-    grid: Annotated[
-        int | None, Option("model", "N", "the compact model has N x N queries; default: by the fullest image", 1, 64)
-    ] = None
-    norm: Annotated[
-        str | None,
-        Option(
-            "model",
-            "KIND",
-            "normalization of the compact model, batch or group; default: batch, or group where batches are divided",
-            choices=("batch", "group"),
-        ),
-    ] = None
-    num_points: Annotated[
-        int | None,
-        Option("loss", "N", "points per instance; default: 256, or those of a pretrained model", 1, 1_000_000),
-    ] = None
-    layout: Annotated[
-        str,
-        Option(
-            "loss",
-            "LAYOUT",
-            "how these points are drawn: independent, or stratified, which is less noisy",
-            choices=LAYOUTS,
-        ),
-    ] = PointSampling.layout
-    class_weight: Annotated[
-        float | None,
-        Option("loss", "WEIGHT", "weight of the classification; default: 10, or that of a pretrained model", above=0),
-    ] = None
-    no_object_weight: Annotated[
-        float | None,
-        Option(
-            "loss",
-            "WEIGHT",
-            "weight of 'no object' in the classification; default: 0.4, or that of a pretrained model",
-            0,
-        ),
-    ] = None
-    balance: Annotated[
-        bool,
-        Option(
-            "loss",
-            "",
-            "weigh rare classes more in the classification: by 1 / sqrt(n) for n training instances, with a mean of 1",
-        ),
-    ] = False
-    steps: Annotated[
-        int | None, Option("training", "N", f"optimizer steps; default: {STEPS}, unless there are --epochs", 1, _STEPS)
-    ] = None
-    epochs: Annotated[
-        int | None, Option("training", "N", "how often every training image is shown, instead of --steps", 1, _STEPS)
-    ] = None
-    patience: Annotated[
-        int,
-        Option(
-            "training",
-            "N",
-            "stop after this many evaluations without a higher AP; 0: never",
-            0,
-            10_000,
-        ),
-    ] = 0
-    batch_size: Annotated[
-        int, Option("training", "N", "images in a step, over all processes and micro-batches", 1, _IMAGES)
-    ] = 16
+    workers: Annotated[int | None, Option("data", "N",
+        "processes that read images; default: 0 for digits, else one for each core, up to 4", 0, 256)] = None
+    model: Annotated[str, Option("model", "NAME",
+        "compact, the name or folder of a segmentation model of Transformers, or a run, to begin with its "
+        "weights")] = COMPACT
+    grid: Annotated[int | None, Option("model", "N",
+        "the compact model has N x N queries; default: by the fullest image", 1, 64)] = None
+    norm: Annotated[str | None, Option("model", "KIND",
+        "normalization of the compact model, batch or group; default: batch, or group where batches are divided",
+        choices=("batch", "group"))] = None
+    num_points: Annotated[int | None, Option("loss", "N",
+        "points per instance; default: 256, or those of a pretrained model", 1, 1_000_000)] = None
+    layout: Annotated[str, Option("loss", "LAYOUT",
+        "how these points are drawn: independent, or stratified, which is less noisy",
+        choices=LAYOUTS)] = PointSampling.layout
+    class_weight: Annotated[float | None, Option("loss", "WEIGHT",
+        "weight of the classification; default: 10, or that of a pretrained model", above=0)] = None
+    no_object_weight: Annotated[float | None, Option("loss", "WEIGHT",
+        "weight of 'no object' in the classification; default: 0.4, or that of a pretrained model", 0)] = None
+    balance: Annotated[bool, Option("loss", "",
+        "weigh rare classes more in the classification: by 1 / sqrt(n) for n training instances, with a mean of "
+        "1")] = False
+    steps: Annotated[int | None, Option("training", "N",
+        f"optimizer steps; default: {STEPS}, unless there are --epochs", 1, _STEPS)] = None
+    epochs: Annotated[int | None, Option("training", "N",
+        "how often every training image is shown, instead of --steps", 1, _STEPS)] = None
+    patience: Annotated[int, Option("training", "N",
+        "stop after this many evaluations without a higher AP; 0: never", 0, 10_000)] = 0
+    batch_size: Annotated[int, Option("training", "N",
+        "images in a step, over all processes and micro-batches", 1, _IMAGES)] = 16
     accumulate: Annotated[int, Option("training", "N", "micro-batches in a step", 1, _IMAGES)] = 1
-    lr: Annotated[
-        float | None,
-        Option("training", "RATE", "highest learning rate; default: 0.003, or 0.0001 for a pretrained model", above=0),
-    ] = None
-    backbone_lr: Annotated[
-        float | None,
-        Option(
-            "training",
-            "RATE",
-            "learning rate of a pretrained backbone; default: a tenth of --lr, but --lr for EoMT, which is "
-            "nearly all backbone",
-            above=0,
-        ),
-    ] = None
-    layer_decay: Annotated[
-        float,
-        Option(
-            "training",
-            "FACTOR",
-            "factor on the learning rate from each block of a pretrained backbone to the block before it",
-            0,
-            1,
-        ),
-    ] = 1.0
+    lr: Annotated[float | None, Option("training", "RATE",
+        "highest learning rate; default: 0.003, or 0.0001 for a pretrained model", above=0)] = None
+    backbone_lr: Annotated[float | None, Option("training", "RATE",
+        "learning rate of a pretrained backbone; default: a tenth of --lr, but --lr for EoMT, which is nearly all "
+        "backbone", above=0)] = None
+    layer_decay: Annotated[float, Option("training", "FACTOR",
+        "factor on the learning rate from each block of a pretrained backbone to the block before it", 0, 1)] = 1.0
     freeze_backbone: Annotated[bool, Option("training", "", "leave a pretrained backbone as it is")] = False
-    weight_decay: Annotated[float, Option("training", "DECAY", "weight decay of AdamW, on matrices and kernels", 0)] = (
-        0.05
-    )
+    weight_decay: Annotated[float, Option("training", "DECAY",
+        "weight decay of AdamW, on matrices and kernels", 0)] = 0.05
     clip: Annotated[float, Option("training", "NORM", "largest norm of the gradient; 0: no limit", 0)] = 1.0
-    schedule: Annotated[
-        str,
-        Option(
-            "training",
-            "KIND",
-            "schedule of the learning rate: cosine, linear or constant",
-            choices=("cosine", "linear", "constant"),
-        ),
-    ] = "cosine"
-    warmup: Annotated[
-        float, Option("training", "SHARE", "share of the steps in which the learning rate rises", 0, 1)
-    ] = 0.05
-    ema: Annotated[
-        bool, Option("training", "", "score and keep a moving average of the weights instead of the weights themselves")
-    ] = False
-    ema_decay: Annotated[
-        float,
-        Option(
-            "training",
-            "DECAY",
-            "largest decay of that average; after step n it is at most (1 + n) / (10 + n)",
-            0,
-            1,
-        ),
-    ] = 0.999
-    precision: Annotated[
-        str, Option("training", "KIND", "no, bf16 or fp16: mixed precision", choices=("no", "bf16", "fp16"))
-    ] = "no"
-    seed: Annotated[
-        int, Option("training", "N", "the same seed gives the same run, bit for bit on one machine", 0, 2**31 - 1)
-    ] = 0
-    keep: Annotated[
-        str,
-        Option(
-            "run",
-            "WHICH",
-            "best or last: the weights of the evaluation with the highest AP, or those of the last step",
-            choices=(BEST, LAST),
-        ),
-    ] = BEST
+    schedule: Annotated[str, Option("training", "KIND",
+        "schedule of the learning rate: cosine, linear or constant",
+        choices=("cosine", "linear", "constant"))] = "cosine"
+    warmup: Annotated[float, Option("training", "SHARE",
+        "share of the steps in which the learning rate rises", 0, 1)] = 0.05
+    ema: Annotated[bool, Option("training", "",
+        "score and keep a moving average of the weights instead of the weights themselves")] = False
+    ema_decay: Annotated[float, Option("training", "DECAY",
+        "largest decay of that average; after step n it is at most (1 + n) / (10 + n)", 0, 1)] = 0.999
+    precision: Annotated[str, Option("training", "KIND",
+        "no, bf16 or fp16: mixed precision", choices=("no", "bf16", "fp16"))] = "no"
+    seed: Annotated[int, Option("training", "N",
+        "the same seed gives the same run, bit for bit on one machine", 0, 2**31 - 1)] = 0
+    keep: Annotated[str, Option("run", "WHICH",
+        "best or last: the weights of the evaluation with the highest AP, or those of the last step",
+        choices=(BEST, LAST))] = BEST
     checkpoint_every: Annotated[int, Option("run", "STEPS", "steps between two checkpoints", 1, _STEPS)] = 250
     evaluations: Annotated[int, Option("run", "N", "evaluations during training", 1, 10_000)] = 8
-    log: Annotated[
-        tuple[str, ...],
-        Option("run", "LOGGER", f"also write to these loggers: {', '.join(LOGGERS)}", choices=LOGGERS),
-    ] = ()
-    threads: Annotated[
-        int | None, Option("run", "N", "CPU threads; default: torch's choice", 1, max(64, os.cpu_count() or 1))
-    ] = None
-    device: Annotated[
-        str | None,
-        Option("run", "DEVICE", "cpu, cuda or mps (GPUs of Apple); default: cuda where there is a device, else cpu"),
-    ] = None
+    log: Annotated[tuple[str, ...], Option("run", "LOGGER",
+        f"also write to these loggers: {', '.join(LOGGERS)}", choices=LOGGERS)] = ()
+    threads: Annotated[int | None, Option("run", "N",
+        "CPU threads; default: torch's choice", 1, max(64, os.cpu_count() or 1))] = None
+    device: Annotated[str | None, Option("run", "DEVICE",
+        "cpu, cuda or mps (GPUs of Apple); default: cuda where there is a device, else cpu")] = None
+    # fmt: on
 
     def __post_init__(self) -> None:
         loggers: Any = self.log

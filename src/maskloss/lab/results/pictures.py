@@ -275,42 +275,29 @@ def draw_all(
 ) -> dict[str, Path]:
     """Write all pictures into a folder; return name to path."""
     with letters.used():
-        return _draw_all(folder, shown, letters.names, history, evaluation, shots, probe, hardest)
-
-
-def _draw_all(
-    folder: Path,
-    shown: Sequence[Shown],
-    class_names: Sequence[str],
-    history: Sequence[Mapping[str, Any]],
-    evaluation: Evaluation,
-    shots: Sequence[Snapshot],
-    probe: Probe | None,
-    hardest: Sequence[Hard],
-) -> dict[str, Path]:
-    folder.mkdir(exist_ok=True)
-    figures: dict[str, Figure] = {"losses": charts.losses(history), "scores": charts.scores(history)}
-    if evaluation.matching:
-        figures["matching"] = charts.matching(evaluation)
-    figures |= charts.in_detail(evaluation, class_names)
-    for number, each in enumerate(shown):
-        for part, figure in zip(("image", "truth", "found"), panels(each, class_names), strict=True):
-            figures[f"scene-{number}-{part}"] = figure
-    if shots and probe is not None:
-        for number, row in enumerate(points(shots, probe)):
-            for place, figure in enumerate(row):
-                figures[f"points-{number}-{place}"] = figure
-    for number, found in enumerate(hardest):
-        for part, figure in zip(("image", "points"), hard(found), strict=True):
-            figures[f"hard-{number}-{part}"] = figure
-    figures["overview"] = overview(shown, class_names, history, shots, probe)
-    paths = {}
-    for name, figure in figures.items():
-        paths[name] = folder / f"{name}.png"
-        save(figure, paths[name])
-    if shots and probe is not None:
-        paths["points"] = _animation(folder / "points.gif", shots, probe)
-    return paths
+        folder.mkdir(exist_ok=True)
+        figures: dict[str, Figure] = {"losses": charts.losses(history), "scores": charts.scores(history)}
+        if evaluation.matching:
+            figures["matching"] = charts.matching(evaluation)
+        figures |= charts.in_detail(evaluation, letters.names)
+        for number, each in enumerate(shown):
+            for part, figure in zip(("image", "truth", "found"), panels(each, letters.names), strict=True):
+                figures[f"scene-{number}-{part}"] = figure
+        if shots and probe is not None:
+            for number, row in enumerate(points(shots, probe)):
+                for place, figure in enumerate(row):
+                    figures[f"points-{number}-{place}"] = figure
+        for number, found in enumerate(hardest):
+            for part, figure in zip(("image", "points"), hard(found), strict=True):
+                figures[f"hard-{number}-{part}"] = figure
+        figures["overview"] = overview(shown, letters.names, history, shots, probe)
+        paths = {}
+        for name, figure in figures.items():
+            paths[name] = folder / f"{name}.png"
+            save(figure, paths[name])
+        if shots and probe is not None:
+            paths["points"] = _animation(folder / "points.gif", shots, probe)
+        return paths
 
 
 def _animation(path: Path, shots: Sequence[Snapshot], probe: Probe) -> Path:

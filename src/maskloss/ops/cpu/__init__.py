@@ -46,22 +46,10 @@ from .scratch import Dtypes, Sizes
 from .threads import launch
 
 __all__ = [
-    "assign",
-    "join_frames",
-    "mask_loss",
-    "mask_loss_ahead",
-    "mask_loss_backward",
-    "mask_loss_settle",
-    "match_cost",
-    "match_plan",
-    "pack_masks",
-    "plane_gradients",
-    "point_sample",
-    "point_sample_backward",
-    "row_costs",
-    "sample_features",
-    "uncertain_points",
-]
+    "assign", "join_frames", "mask_loss", "mask_loss_ahead", "mask_loss_backward", "mask_loss_settle", "match_cost",
+    "match_plan", "pack_masks", "plane_gradients", "point_sample", "point_sample_backward", "row_costs",
+    "sample_features", "uncertain_points",
+]  # fmt: skip
 
 # How many pixels of masks can be looked at while a cost is assigned (see `launch`).
 _PIXELS_PER_COST = 70

@@ -42,18 +42,9 @@ from .loss import mask_loss, mask_loss_backward, plane_gradients
 from .scatter import Scatter
 
 __all__ = [
-    "join_frames",
-    "mask_loss",
-    "mask_loss_backward",
-    "match_cost",
-    "match_plan",
-    "plane_gradients",
-    "point_sample",
-    "point_sample_backward",
-    "row_costs",
-    "sample_features",
-    "uncertain_points",
-]
+    "join_frames", "mask_loss", "mask_loss_backward", "match_cost", "match_plan", "plane_gradients", "point_sample",
+    "point_sample_backward", "row_costs", "sample_features", "uncertain_points",
+]  # fmt: skip
 
 
 def _map_rows(index: Tensor) -> Tensor:
