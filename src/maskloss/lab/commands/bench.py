@@ -50,57 +50,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names = ", ".join(PRESETS)
     add("--preset", nargs="+", choices=list(PRESETS), metavar="NAME", help=f"{names} (default: coco)")
-    add(
-        "--scaling",
-        nargs="*",
-        choices=list(FAMILIES),
-        metavar="FAMILY",
+    # fmt: off
+    add("--scaling", choices=list(FAMILIES), nargs="*", metavar="FAMILY",
         help="measure how time and memory grow, instead of presets; each family is checked where it is smallest; "
-        f"{', '.join(FAMILIES)} (default: all of them)",
-    )
-    add(
-        "--model",
-        nargs="+",
-        choices=list(MODELS),
-        metavar="NAME",
+        f"{', '.join(FAMILIES)} (default: all of them)")
+    add("--model", choices=list(MODELS), nargs="+", metavar="NAME",
         help=f"train whole models instead of presets, {' or '.join(MODELS)}: unpatched, patched, and patched with "
-        "masks as factors",
-    )
-    add(
-        "--arms",
-        nargs="+",
-        choices=list(ARMS),
-        metavar="ARM",
+        "masks as factors")
+    add("--arms", choices=list(ARMS), nargs="+", metavar="ARM",
         help="maskloss; stratified, maskloss with stratified points; stratified/4, the same with a quarter of the "
         "points; factors, maskloss with masks as factors (presets with a head only); reference, its plain PyTorch "
         "backend; transformers, the loss of Hugging Face's Mask2Former or RF-DETR; rfdetr, that of RF-DETR's own "
         "package (its presets only; default: maskloss, factors, and those of the last two that are installed, or "
-        "reference without Transformers)",
-    )
-    add(
-        "--verify",
-        action="store_true",
-        help="for a machine with a GPU, within eight minutes: tests, races, unwritten memory, presets and models, "
-        "on one page in --out; goes on if a part fails, and a second run does what is missing. With --device cpu: a "
-        "rehearsal with small sizes, under Triton's interpreter",
-    )
+        "reference without Transformers)")
+    add("--verify", action="store_true",
+        help="for a machine with a GPU, within eight minutes: tests, races, unwritten memory, presets and models, on "
+        "one page in --out; goes on if a part fails, and a second run does what is missing. With --device cpu: a "
+        "rehearsal with small sizes, under Triton's interpreter")
     add("--stages", action="store_true", help="time the stages of the step as well")
     add("--steps", type=_positive, help="timed steps of each arm (default: 15; 5 with --scaling)")
-    add(
-        "--seconds",
-        type=float,
-        default=_USUAL["seconds"],
-        help="an arm that has used this much of a case's time, and has 3 steps, takes no more turns (default: 120)",
-    )
+    add("--seconds", type=float, default=_USUAL["seconds"],
+        help="an arm that has used this much of a case's time, and has 3 steps, takes no more turns (default: 120)")
     add("--quick", action="store_true", help="3 steps: a first impression")
     add("--threads", type=_positive, help="CPU threads (default: one for each core)")
     add("--device", type=_device, default="cpu", help="cpu, or a CUDA device (default: cpu)")
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        default=_USUAL["dtype"],
-        help="dtype of the logits (default: float32)",
-    )
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default=_USUAL["dtype"],
+        help="dtype of the logits (default: float32)")
+    # fmt: on
     add("--seed", type=int, default=_USUAL["seed"], help="seed of inputs and points (default: 0)")
     add("--out", type=Path, default=Path("runs/bench"), help="folder for results and pictures (default: runs/bench)")
 

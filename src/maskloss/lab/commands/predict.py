@@ -36,33 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that maskloss train wrote")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="images, or folders of images")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("predictions"), help="default: predictions")
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        metavar="SCORE",
-        default=FOUND,
-        help=f"least score of what label maps and overlays show (default: {FOUND})",
-    )
-    parser.add_argument(
-        "--least-score",
-        type=float,
-        metavar="SCORE",
-        default=0.0,
-        help="least score of what predictions.json lists (default: 0, as average precision needs low scores)",
-    )
-    parser.add_argument(
-        "--ids",
-        type=Path,
-        metavar="FILE",
-        help="annotations in COCO's form: images have the ids they have there, by file name; default: counted from 1",
-    )
+    # fmt: off
+    parser.add_argument("--threshold", type=float, default=FOUND, metavar="SCORE",
+        help=f"least score of what label maps and overlays show (default: {FOUND})")
+    parser.add_argument("--least-score", type=float, default=0.0, metavar="SCORE",
+        help="least score of what predictions.json lists (default: 0, as average precision needs low scores)")
+    parser.add_argument("--ids", type=Path, metavar="FILE",
+        help="annotations in COCO's form: images have the ids they have there, by file name; default: counted from 1")
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="side of the tiles; default: as in training")
-    parser.add_argument(
-        "--on-error",
-        choices=ON_ERROR,
-        default="stop",
-        help="what to do at an image that cannot be read (default: stop)",
-    )
+    parser.add_argument("--on-error", choices=ON_ERROR, default="stop",
+        help="what to do at an image that cannot be read (default: stop)")
+    # fmt: on
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or mps; default: cuda where there is a device")
 
 

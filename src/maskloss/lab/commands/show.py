@@ -39,11 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `maskloss show`."""
     parser.description = DESCRIPTION
     parser.add_argument("run_folder", nargs="?", type=Path, metavar="RUN", help="folder of a run of maskloss train")
-    parser.add_argument(
-        "--image",
-        metavar="WHICH",
-        help="with RUN: number or name of a held-out scene; with --data: a file name; else a file",
-    )
+    # fmt: off
+    parser.add_argument("--image", metavar="WHICH",
+        help="with RUN: number or name of a held-out scene; with --data: a file name; else a file")
     parser.add_argument(
         "--prediction", type=Path, metavar="FILE", help=".npy or .pt with mask logits [Q, h, w], or a dict of tensors"
     )
@@ -54,12 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", type=Path, metavar="FILE", help="the truth: .npy, .pt or an image, masks [T, H, W] or a label map"
     )
     parser.add_argument("--instance", type=int, metavar="N", help="which target, from 0; default: the largest")
-    parser.add_argument(
-        "--num-points",
-        type=int,
-        metavar="N",
-        help="points per instance; default: those of the run, else 12544; digits: 2048",
-    )
+    parser.add_argument("--num-points", type=int, metavar="N",
+        help="points per instance; default: those of the run, else 12544; digits: 2048")
+    # fmt: on
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the points; default: 0")
     parser.add_argument(
         "--out", type=Path, default=Path("show.png"), metavar="FILE", help=".png, .svg or .pdf; default: show.png"

@@ -49,18 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("folder")
     where.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: runs/<time>")
     where.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder")
-    where.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="options by name, as YAML or JSON, or the run.json of a run; the command line wins",
-    )
-    where.add_argument(
-        "--resume",
-        type=Path,
-        metavar="RUN",
-        help=f"go on with a run that was interrupted, or past its end with --steps; takes only {_CHANGEABLE}",
-    )
+    # fmt: off
+    where.add_argument("--config", type=Path, metavar="FILE",
+        help="options by name, as YAML or JSON, or the run.json of a run; the command line wins")
+    where.add_argument("--resume", type=Path, metavar="RUN",
+        help=f"go on with a run that was interrupted, or past its end with --steps; takes only {_CHANGEABLE}")
+    # fmt: on
 
 
 def add_options(parser: argparse.ArgumentParser, listed: Sequence[Field]) -> None:
