@@ -185,7 +185,8 @@ class Step:
         numbers = distributed.image_numbers(ids, logits.shape[0], device)
         drawn = draw_seed(seed, generator, device)
         by_plane = planes(targets) if targets.frames > 1 else None
-        return Step(targets, labels, numbers, drawn, totals, group, unknown, has_mask, rules, by_plane, annotated)
+        known = (targets, labels, numbers, drawn, totals, group, unknown, has_mask)
+        return Step(*known, rules=rules, planes=by_plane, annotated=annotated)
 
     def wanted_classes(self, matches: Matches, shape: Sequence[int], no_object: int) -> Tensor:
         """Write the classes that queries should have, int64 `[L, B, Q]`; the unmatched ones get `no_object`.

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,29 +43,33 @@ def match_cost(backend: Any, factors: Factors, num_targets: Sequence[int], job: 
         rows = torch.stack([factors.embeddings[layer] for layer in layers], 1)
         batch, depth, queries = rows.shape[:3]
         biases = torch.stack([factors.biases[layer] for layer in layers], 1).flatten(1) if factors.biases else None
-        rows, dtype = rows.flatten(1, 2), accumulation_dtype(features.dtype)
-        ce = torch.zeros(*rows.shape[:2], max(num_targets, default=0), dtype=dtype, device=rows.device)
+        shared = _Rows(rows.flatten(1, 2), biases, features, factors.scratch_bytes)
+        shape = (batch, depth * queries, max(num_targets, default=0))
+        ce = torch.zeros(shape, dtype=accumulation_dtype(features.dtype), device=rows.device)
         dice = torch.zeros_like(ce)
         if ce.numel():
             fill = _fill_costs_of_clips if features.ndim == 5 else _fill_costs
-            fill((ce, dice), backend, rows, biases, features, factors.scratch_bytes, num_targets, job)
+            fill((ce, dice), backend, shared, num_targets, job)
         by_layer = [cost.view(batch, depth, queries, cost.shape[2]).unbind(1) for cost in (ce, dice)]
         parts |= dict(zip(layers, zip(*by_layer, strict=True), strict=True))
     ce, dice = (torch.stack([parts[layer][which] for layer in sorted(parts)]) for which in range(2))
     return ce, dice
 
 
+class _Rows(NamedTuple):
+    """Embeddings of all queries of the layers that share their features."""
+
+    embeddings: Tensor  # `[B, R, D]`
+    biases: Tensor | None  # `[B, R]`
+    features: Tensor  # `[B, D, h, w]`, or those of clips
+    scratch_bytes: int  # bound on the logits at the points, or on the planes, that exist at a time
+
+
 def _fill_costs(
-    costs: tuple[Tensor, Tensor],
-    backend: Any,
-    rows: Tensor,
-    biases: Tensor | None,
-    features: Tensor,
-    scratch_bytes: int,
-    num_targets: Sequence[int],
-    job: Job,
+    costs: tuple[Tensor, Tensor], backend: Any, shared: _Rows, num_targets: Sequence[int], job: Job
 ) -> None:
-    """Fill in costs `[B, R, T_max]` of rows of embeddings `[B, R, D]` that share their features."""
+    """Fill in the costs `[B, R, T_max]` of some rows."""
+    rows, biases, features, scratch_bytes = shared
     batch, count = rows.shape[:2]
     height, width = features.shape[2:]
     # Maps with fewer pixels than there are points are cheaper to form than to sample.
@@ -93,16 +97,10 @@ def _fill_costs(
 
 
 def _fill_costs_of_clips(
-    costs: tuple[Tensor, Tensor],
-    backend: Any,
-    rows: Tensor,
-    biases: Tensor | None,
-    features: Tensor,
-    scratch_bytes: int,
-    num_targets: Sequence[int],
-    job: Job,
+    costs: tuple[Tensor, Tensor], backend: Any, shared: _Rows, num_targets: Sequence[int], job: Job
 ) -> None:
     """As `_fill_costs`, of features `[B, D, T, h, w]` and targets as planes."""
+    rows, biases, features, scratch_bytes = shared
     for clip in clips_of(backend, num_targets, job, [features]):
         base = clip.sample(features[clip.number]).to(features.dtype)
         if biases is not None:

@@ -22,6 +22,7 @@ from maskloss.lab.results import pictures
 from maskloss.lab.results.inference import FOUND, Prediction
 from maskloss.lab.results.lettering import Lettering
 from maskloss.lab.results.trained import load_run
+from maskloss.lab.runfolder import Facts
 
 RESULTS, IMAGES = "predictions.json", "images.json"
 # Not `_masks`, by which training knows the truth beside an image.
@@ -81,14 +82,7 @@ def predict_images(
     planned = [RESULTS, IMAGES, *(name + ending for name in names for ending in (LABEL_MAP, OVERLAY))]
     _check_free(out, planned, earlier, facts.config.data)
     made = files.make_folder(out, "--out")
-    categories = zip(facts.category_ids, facts.classes, strict=True)
-    content: dict[str, Any] = {
-        "written_by": _WRITTEN_BY,
-        "run": str(run.absolute()),
-        "images": [],
-        "categories": [{"id": number, "name": name} for number, name in categories],
-        "files": sorted({*planned, *earlier}),
-    }
+    content = _listing(run, facts, {*planned, *earlier})
     written: list[Path] = []
     results: list[dict[str, Any]] = []
     try:
@@ -120,6 +114,18 @@ def predict_images(
     finally:
         files.unmake(made)
     return [*written, out / RESULTS, out / IMAGES], problems.skipped
+
+
+def _listing(run: Path, facts: Facts, names: set[str]) -> dict[str, Any]:
+    """Begin images.json, which says what is in the folder, and what of it is ours."""
+    categories = zip(facts.category_ids, facts.classes, strict=True)
+    return {
+        "written_by": _WRITTEN_BY,
+        "run": str(run.absolute()),
+        "images": [],
+        "categories": [{"id": number, "name": name} for number, name in categories],
+        "files": sorted(names),
+    }
 
 
 def _own_files(out: Path) -> set[str]:
