@@ -12,7 +12,8 @@ def first_sentence(doctree: nodes.document) -> str:
     """The first sentence of a page's text, in one line."""
     for paragraph in doctree.findall(nodes.paragraph):
         text = " ".join(paragraph.astext().split())
-        if len(text) > 20:  # not the link to the page's translation
+        # Not the link to the page's translation, and no note.
+        if len(text) > 20 and not isinstance(paragraph.parent, nodes.Admonition):
             return text.partition(". ")[0].rstrip(".:") + "."
     return ""
 
@@ -30,7 +31,9 @@ def write_pages(app: Any, exception: Exception | None) -> None:
                 target = Path(app.outdir, f"{page}.md")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-            lines.append(f"- [{title}]({page}.md): {first_sentence(app.env.get_doctree(page))}")
+            # Pages of the gallery are no Markdown; their sources are there anyway.
+            address = f"{page}.md" if source.suffix == ".md" else f"_sources/{page}{source.suffix}.txt"
+            lines.append(f"- [{title}]({address}): {first_sentence(app.env.get_doctree(page))}")
     Path(app.outdir, "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
