@@ -197,7 +197,8 @@ def test_one_limit_of_pixels(tmp_path, suffix, read):
             write_png_head(path, side, side)
         else:
             write_zeros(path, side)
-        if side == 16_000 and read is read_size:
+        if read is read_size and (side == 16_000 or suffix == "tif"):
+            # A TIFF may be read in pieces.
             assert read(path) == (side, side)
         elif side == 17_000:
             with pytest.raises(MaskLossError, match=r"at most 268,435,456 pixels.*\n.* 17,000 x 17,000 = 289,000,000"):

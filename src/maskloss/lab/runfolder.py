@@ -12,7 +12,7 @@ from maskloss._numbers import is_number
 from maskloss.errors import Cause
 from maskloss.lab import files
 from maskloss.lab.config import BEST, TrainConfig
-from maskloss.lab.data.images import MOST_CHANNELS
+from maskloss.lab.data.tiff import MOST_CHANNELS
 from maskloss.lab.files import read_json
 
 RUN, METRICS, SUMMARY, REPORT = "run.json", "metrics.jsonl", "summary.json", "report.html"

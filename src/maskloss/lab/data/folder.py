@@ -85,7 +85,7 @@ class FolderScenes:
     ) -> None:
         self.problems = Problems(on_error)
         self.root = Path(folder)
-        self.found: Found = recognize(self.root, options, self.problems, score, classes)
+        self.found: Found = recognize(self.root, options._replace(crop=crop), self.problems, score, classes)
         self.title = f"images of {self.root.resolve().name}"
         self.class_names: Sequence[str] = self.found.class_names
         self.category_ids: Sequence[int] = self.found.category_ids

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,28 +19,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloss.errors import Cause, require
+from maskloss.lab.data import tiff
+from maskloss.lab.data.tiff import (
+    MOST_CHANNELS,
+    MOST_PIXELS,
+    READABLE,
+    SMALL_ENOUGH,
+    Array,
+    broken,
+    check_pixels,
+    not_a_plane,
+)
 from maskloss.lab.files import check_file, explain
-
-Array = NDArray[Any]
 
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".dib", ".webp", ".gif", ".jp2"}
     | {".avif", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
-TIFF = frozenset({".tif", ".tiff"})
 _ORIENTATION = 274
 _JPEG_IN_TIFF = frozenset({6, 7, 33003, 33005, 34712})
 # What is black and what is white in an image without a natural range. A few hot pixels must not decide.
 BLACK, WHITE = 1.0, 99.8
-# Beyond this an image does not fit into memory several times over.
-MOST_PIXELS = 1 << 28
-# What a compressed TIFF may have beyond its pixels; much more of it would unpack into more memory than the image.
-_OVERHEAD = 1 << 16
-# More planes than this are a stack, not channels.
-MOST_CHANNELS = 16
-
-_READABLE = "every image must be readable"
-_SMALL_ENOUGH, _CUT = f"an image must have at most {MOST_PIXELS:,} pixels", "cut it into smaller images"
 
 
 class _OwnRules:
@@ -93,16 +91,16 @@ def as_image(array: Array, path: Path) -> Array:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] > MOST_CHANNELS:
-        raise _not_a_plane(path, array.shape)
+        raise not_a_plane(path, array.shape)
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
     if not np.issubdtype(array.dtype, np.integer) and not np.issubdtype(array.dtype, np.floating):
-        raise Cause(_READABLE, f"{path} holds values of type {array.dtype}", "store integers or floats")
+        raise Cause(READABLE, f"{path} holds values of type {array.dtype}", "store integers or floats")
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise Cause(_READABLE, f"{path} holds values that are not finite", "replace them")
+        raise Cause(READABLE, f"{path} holds values that are not finite", "replace them")
     return array
 
 
@@ -126,18 +124,18 @@ class Head(NamedTuple):
 
 def read_head(path: Path) -> Head:
     """Read the size of an image, and how it is to be turned, off the head of its file."""
-    if path.suffix.lower() in TIFF and path.is_file():
+    if tiff.is_tiff(path):
         # Pillow does not know every TIFF that tifffile does, nor the other way round.
         try:
-            with _tiff(path) as (series, size):
-                head = Head(*size, _tiff_orientation(series))
-                lost = _end(series) > series.parent.filehandle.size
+            with tiff.opened(path) as (series, size):
+                head = Head(*size, tiff.orientation_of(series))
+                lost = tiff.end_of(series) > series.parent.filehandle.size
         except Cause as error:
-            if error.parts is None or error.parts[0] != _READABLE:
+            if error.parts is None or error.parts[0] != READABLE:
                 raise
         else:
             if lost:
-                raise Cause(_READABLE, f"{path} ends before its last pixel", "copy it again: it was cut off")
+                raise Cause(READABLE, f"{path} ends before its last pixel", "copy it again: it was cut off")
             return head
     with _pillow(path) as opened:
         orientation = _orientation(opened)
@@ -155,8 +153,8 @@ def read_size(path: Path) -> tuple[int, int]:
 def check_lossless(path: Path) -> None:
     """Raise if a format keeps values only about: a map read from it has numbers that nobody drew."""
     lossy = None
-    if path.suffix.lower() in TIFF and path.is_file():
-        with contextlib.suppress(Cause), _tiff(path) as (series, _):
+    if tiff.is_tiff(path):
+        with contextlib.suppress(Cause), tiff.opened(path) as (series, _):
             lossy = "JPEG in TIFF" if int(getattr(series.keyframe, "compression", 1)) in _JPEG_IN_TIFF else None
     else:
         with _pillow(path) as opened:
@@ -175,23 +173,27 @@ def check_lossless(path: Path) -> None:
 
 def is_color(path: Path) -> bool:
     """Whether a file stores a color for each pixel, and no number or index into a palette."""
-    if path.suffix.lower() in TIFF and path.is_file():
+    if tiff.is_tiff(path):
         # Pillow does not know every TIFF.
-        with _tiff(path) as (series, _):
+        with tiff.opened(path) as (series, _):
             return bool(series.axes.endswith("S") and series.shape[-1] in {3, 4})
     with _pillow(path) as opened:
         return opened.mode in {"RGB", "RGBA"}
 
 
-def to_unit(image: Array, percentile: bool) -> NDArray[np.float32]:
-    """Scale an image to [0, 1]: by the range of its type, or between percentiles of each channel."""
+def to_unit(image: Array, percentile: bool, sample: Array | None = None) -> NDArray[np.float32]:
+    """Scale an image to [0, 1]: by the range of its type, or between percentiles of each channel.
+
+    `sample` is what the percentiles are taken of, `[h, w, C]`, where the image is a part of a larger one.
+    """
     if image.dtype == np.uint8 and not percentile:
         unit: NDArray[np.float32] = image.astype(np.float32) / np.float32(255)
         return unit
     values = image.astype(np.float32)
+    pixels = values if sample is None else sample.astype(np.float32)
     # A sample of the pixels gives the same percentiles and costs less.
-    step = max(1, int((values.shape[0] * values.shape[1] / 250_000) ** 0.5))
-    low, high = np.percentile(values[::step, ::step], [BLACK, WHITE], axis=(0, 1)).astype(np.float32)
+    step = max(1, int((pixels.shape[0] * pixels.shape[1] / 250_000) ** 0.5))
+    low, high = np.percentile(pixels[::step, ::step], [BLACK, WHITE], axis=(0, 1)).astype(np.float32)
     span = np.maximum(high - low, 1e-6 * np.maximum(1, np.abs(high)))
     stretched: NDArray[np.float32] = ((values - low) / span).clip(0, 1).astype(np.float32)
     return stretched
@@ -229,8 +231,8 @@ def read_pixels(path: Path, *, labels: bool = False, upright: bool = True) -> Ar
         labels: keep the numbers of a palette, which are the instances of a label map, and not its colors.
         upright: turn the image as its orientation tag says.
     """
-    if path.suffix.lower() in TIFF:
-        found = _read_tiff(path)
+    if path.suffix.lower() in tiff.SUFFIXES:
+        found = tiff.read(path)
         if found is not None:
             return turn(*found) if upright else found[0]
     array, orientation = _read_pillow(path, labels)
@@ -245,14 +247,6 @@ def turn(array: Array, orientation: int) -> Array:
     return array[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
 
 
-def _end(series: Any) -> int:
-    """Return where the last pixel of a TIFF ends in its file."""
-    pages = [page for page in series.pages if page is not None]
-    return max(
-        (sum(piece) for page in pages for piece in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0
-    )
-
-
 def _orientation(opened: Any) -> int:
     """Return the orientation that a file asks for; 1 where the tag is missing or makes no sense."""
     if opened.format == "PNG" and not {"exif", "Raw profile type exif"} & set(opened.info):
@@ -260,70 +254,6 @@ def _orientation(opened: Any) -> int:
         return 1
     found = opened.getexif().get(_ORIENTATION, 1)
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
-
-
-def _tiff_orientation(series: Any) -> int:
-    tag = series.keyframe.tags.get(_ORIENTATION)
-    found = 1 if tag is None else int(tag.value)
-    return found if 1 <= found <= 8 else 1
-
-
-@contextlib.contextmanager
-def _tiff(path: Path) -> Iterator[tuple[Any, tuple[int, int]]]:
-    """Open the first series of a TIFF, and say height and width of its plane before any pixel is read."""
-    tifffile = require("tifffile", "train")
-    # Its warnings of a damaged file are for whoever asked for logs, not for the terminal.
-    logger = logging.getLogger("tifffile")
-    if not logger.handlers:
-        logger.addHandler(logging.NullHandler())
-    check_file(path, _READABLE)
-    try:
-        with tifffile.TiffFile(path) as opened:
-            series = opened.series[0]
-            yield series, _plane(path, series.axes, series.shape)
-    except Cause:
-        raise
-    except Exception as error:  # noqa: BLE001 (a broken file can make a parser fail in any way)
-        raise _broken(path, error) from None
-
-
-def _plane(path: Path, axes: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return height and width."""
-    sides = [(axis, length) for axis, length in zip(axes, shape, strict=True) if length > 1]
-    lengths = [length for _, length in sides]
-    if len(sides) == 3 and sides[0][0] in "ZT" and sides[-1][0] not in "SC":
-        raise Cause("an image must have one plane", f"{path} is a stack of {lengths[0]}", "cut it into its planes")
-    channels = [length for length in lengths if length <= MOST_CHANNELS]
-    if len(sides) > 3 or (len(sides) == 3 and not channels):
-        raise _not_a_plane(path, shape)
-    if len(sides) == 3:
-        lengths = lengths[1:] if _channels_first(sides) else lengths[:2]
-    # What is one pixel high or wide was dropped above.
-    height, width = lengths if len(lengths) == 2 else (shape[axes.find("Y")], shape[axes.find("X")])
-    _check_pixels(path, height, width)
-    return height, width
-
-
-def _channels_first(sides: Sequence[tuple[str, int]]) -> bool:
-    return len(sides) == 3 and sides[-1][0] not in "SC" and sides[0][1] <= MOST_CHANNELS
-
-
-def _read_tiff(path: Path) -> tuple[Array, int] | None:
-    """Read by tifffile, with the orientation; None where it lacks the codec, which Pillow may have."""
-    with _tiff(path) as (series, _):
-        stored = sum(sum(page.databytecounts) for page in series.pages if page is not None)
-        if stored > 2 * series.nbytes + _OVERHEAD:
-            raise Cause(_READABLE, f"{path} has {stored:,} bytes for {series.nbytes:,}", "it may be damaged")
-        orientation = _tiff_orientation(series)
-        try:
-            array = series.asarray()
-        except (ValueError, KeyError, NotImplementedError) as error:
-            if "imagecodecs" in str(error) or "codec" in str(error).lower():
-                return None
-            raise
-        sides = [(axis, length) for axis, length in zip(series.axes, series.shape, strict=True) if length > 1]
-    array = np.squeeze(array)
-    return np.asarray(np.moveaxis(array, 0, -1) if _channels_first(sides) else array), orientation
 
 
 class _File(io.BufferedReader):
@@ -344,17 +274,17 @@ class _File(io.BufferedReader):
 def _pillow(path: Path) -> Iterator[Any]:
     """Open an image by its head, and check how many pixels it says it has."""
     pillow = require("PIL.Image", "train")
-    check_file(path, _READABLE)
+    check_file(path, READABLE)
     try:
         with _own_rules, _File(path) as file, pillow.open(file) as opened:
-            _check_pixels(path, opened.size[1], opened.size[0])
+            check_pixels(path, opened.size[1], opened.size[0])
             yield opened
     except Cause:
         raise
     except pillow.DecompressionBombError as error:
-        raise Cause(_SMALL_ENOUGH, f"{path}: {explain(error)}", _CUT) from None
+        raise Cause(SMALL_ENOUGH, f"{path}: {explain(error)}", "cut it into smaller images") from None
     except (OSError, ValueError, SyntaxError, MemoryError) as error:
-        raise _broken(path, error) from None
+        raise broken(path, error) from None
 
 
 def _read_pillow(path: Path, labels: bool) -> tuple[Array, int]:
@@ -367,21 +297,3 @@ def _read_pillow(path: Path, labels: bool) -> tuple[Array, int]:
         if labels and opened.mode in {"LA", "RGBA"}:
             return np.array(opened), orientation
         return np.array(opened.convert("L" if opened.mode == "LA" else "RGB")), orientation
-
-
-def _check_pixels(path: Path, height: int, width: int) -> None:
-    if height * width > MOST_PIXELS:
-        raise Cause(_SMALL_ENOUGH, f"{path} has {height:,} x {width:,} = {height * width:,}", _CUT)
-
-
-def _not_a_plane(path: Path, shape: Sequence[int]) -> Cause:
-    return Cause(
-        "an image must have one plane",
-        f"{path} has the shape {' x '.join(map(str, shape))}",
-        "cut a stack into its planes; channels come first or last",
-    )
-
-
-def _broken(path: Path, error: BaseException) -> Cause:
-    what = "it is empty" if not path.stat().st_size else explain(error)
-    return Cause(_READABLE, f"{path}: {what}", "open it in a viewer: it may be damaged")

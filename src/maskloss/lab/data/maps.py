@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from maskloss.errors import Cause
 from maskloss.lab.data import npy
-from maskloss.lab.data.images import Array, check_lossless, is_color, read_pixels, read_size
+from maskloss.lab.data.images import check_lossless, is_color, read_pixels, read_size
+from maskloss.lab.data.tiff import Array
 
 # How a number is made of a pixel: its value; its color, red + 256 green + 65536 blue; or the number of the connected
 # region of equal values, or of equal colors, that it lies in, counted class by class.

@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from maskloss.errors import Cause
-from maskloss.lab.data.images import MOST_PIXELS, Array
+from maskloss.lab.data.tiff import MOST_PIXELS, Array
 from maskloss.lab.files import check_file, explain
 
 SUFFIXES = (".npy", ".npz")

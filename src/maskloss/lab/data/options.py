@@ -10,6 +10,10 @@ IGNORE = "ignore"
 CROWD = (IGNORE, INSTANCES)
 
 
+# A piece of a large image is about as long as this, or as two crops.
+PIECE = 2048
+
+
 class DataOptions(NamedTuple):
     """How to read a folder."""
 
@@ -27,3 +31,9 @@ class DataOptions(NamedTuple):
     # what annotations with iscrowd 1 are, "ignore" (regions) or "instances"; None: regions, unless all run
     # lengths are crowds
     crowd: str | None = None
+    crop: int | None = None  # the side of the squares to cut out of images; None: images are shown whole
+
+    @property
+    def pieces(self) -> int | None:
+        """The side of the pieces into which images beyond the limit of pixels are cut; None: they are refused."""
+        return max(PIECE, 2 * self.crop) if self.crop else None

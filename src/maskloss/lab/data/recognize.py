@@ -8,12 +8,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from maskloss.errors import Cause
-from maskloss.lab.data import split
+from maskloss.lab.data import split, tiff
 from maskloss.lab.data.catalog import Catalog, Entry, Found, Part
 from maskloss.lab.data.images import read_head
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import MENDED, SUSPICIOUS, Problems
 from maskloss.lab.data.readers import FORMATS, READERS, Reader
+from maskloss.lab.data.readers.pairs import tell_pieces
+from maskloss.lab.data.readers.segmentation import box_of
 from maskloss.lab.data.tree import TEST, TRAIN, VAL, Tree
 
 LAYOUT = "see the table of what is read in the documentation of training, or name the annotations with --annotations"
@@ -62,7 +64,7 @@ def recognize(
         classes: those of a trained model, in their order; None: those of the data.
     """
     merged = _merge(*_find(Tree(folder, _images(folder, options)), options, problems), problems)
-    merged = merged._replace(parts={part: _checked(some, problems) for part, some in merged.parts.items()})
+    merged = merged._replace(parts={part: _checked(some, options, problems) for part, some in merged.parts.items()})
     everything = [entry for some in merged.parts.values() for entry in some]
     if not any(entry.objects for entry in everything):
         raise _no_instances("image", folder, everything, problems)
@@ -140,7 +142,7 @@ def _other(folder: Path, options: DataOptions, problems: Problems) -> _Merged:
         root = place
     options = options._replace(val=None, annotations=annotations)
     merged = _merge(*_find(Tree(root, _images(root, options)), options, problems), problems)
-    return merged._replace(parts={part: _checked(some, problems) for part, some in merged.parts.items()})
+    return merged._replace(parts={part: _checked(some, options, problems) for part, some in merged.parts.items()})
 
 
 # ------------------------------------------------------------------------------------------------------------- classes
@@ -259,13 +261,50 @@ def _no_instances(name: str, folder: Path, entries: Sequence[Entry], problems: P
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
-def _checked(entries: list[Entry], problems: Problems) -> list[Entry]:
-    """Compare the annotated sizes with the heads of the files."""
-    kept = []
+def _checked(entries: list[Entry], options: DataOptions, problems: Problems) -> list[Entry]:
+    """Compare the annotated sizes with the heads of the files, and cut images that are too large to be read."""
+    kept: list[Entry] = []
     for number, entry in enumerate(entries):
         with problems.tolerated():
-            kept.append(_within(_sized(entry, problems) if number < _HEADS else entry, problems))
+            whole = _within(_sized(entry, problems) if number < _HEADS else entry, problems)
+            large = whole.height * whole.width > tiff.MOST_PIXELS
+            kept += _pieces(whole, options, problems) if large else [whole]
     return kept
+
+
+def _pieces(entry: Entry, options: DataOptions, problems: Problems) -> list[Entry]:
+    """Cut an image whose instances are polygons or boxes into pieces, each an image of its own."""
+    if options.pieces is None:
+        tiff.check_pixels(Path(entry.file), entry.height, entry.width)
+    cut = tiff.windows(Path(entry.file), options.pieces or 0)
+    if any(isinstance(each.source, dict) and "box" not in each.source for each in entry.instances):
+        what = f"{entry.name}, which has run lengths or mask files"
+        raise Cause("images that are read in pieces must have polygons or a label map", what, "convert them")
+    tell_pieces(problems, entry.name, len(cut))
+    pieces = []
+    for ending, window in cut:
+        moved = [each._replace(source=_moved(each.source, window)) for each in entry.instances]
+        seen = [each for each in moved if each.source]
+        pieces.append(Entry(entry.file + ending, window.height, window.width, seen))
+    return pieces
+
+
+def _moved(source: Any, window: tiff.Window) -> Any:
+    """Return polygons or a box as a piece of the image shows them; None: it shows nothing of them."""
+    boxes = [source["box"]] if isinstance(source, dict) else [box_of(None, [each]) or [0.0] * 4 for each in source]
+    seen = [
+        box[0] < window.left + window.width
+        and box[0] + box[2] > window.left
+        and box[1] < window.top + window.height
+        and box[1] + box[3] > window.top
+        for box in boxes
+    ]
+    if isinstance(source, dict):
+        left, top, *sides = boxes[0]
+        return {"box": [left - window.left, top - window.top, *sides]} if seen[0] else None
+    kept = [polygon for polygon, is_seen in zip(source, seen, strict=True) if is_seen]
+    corner = (window.left, window.top)
+    return [[side - corner[place % 2] for place, side in enumerate(polygon)] for polygon in kept]
 
 
 def _within(entry: Entry, problems: Problems) -> Entry:

@@ -14,8 +14,8 @@ from maskloss.lab.data import truth
 from maskloss.lab.data.ahead import in_order
 from maskloss.lab.data.catalog import Catalog, Entry
 from maskloss.lab.data.folder import FolderScenes, Reading
-from maskloss.lab.data.images import Array
 from maskloss.lab.data.problems import SUSPICIOUS, Problems
+from maskloss.lab.data.tiff import Array
 from maskloss.lab.data.truth import Box, Loaded, Measured
 
 # What the model sees of an instance must have this many pixels.

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from maskloss.errors import Cause, MaskLossError, require
 from maskloss.lab.data.catalog import Entry
-from maskloss.lab.data.images import Array, read_head, read_image
+from maskloss.lab.data.images import read_head, read_image
 from maskloss.lab.data.maps import REGIONAL, map_size, read_map
+from maskloss.lab.data.tiff import Array
 from maskloss.targets import MaskTargets
 
 # An instance with fewer pixels than this in a crop is not asked for; its pixels weigh nothing.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss.errors import Cause
+from maskloss.errors import Cause, require
 from maskloss.instances import find_instances, number_pixels, tight
 from maskloss.lab.data.scenes import fit
 from maskloss.lab.models.learners import Learner
@@ -42,6 +42,23 @@ class Instance(NamedTuple):
     def box(self) -> tuple[int, int, int, int]:
         """Top, left, bottom, right."""
         return self.top, self.left, self.top + self.mask.shape[0], self.left + self.mask.shape[1]
+
+    def run_lengths(self, height: int, width: int) -> dict[str, Any]:
+        """Return the run lengths in an image of this size as COCO writes them, without the mask of all of it."""
+        padded = np.pad(self.mask.T, ((0, 0), (1, 1)))
+        columns, rows = np.nonzero(padded[:, 1:] != padded[:, :-1])
+        # Where one column ends at the bottom and the next begins at the top, the run goes on.
+        ends, times = np.unique((self.left + columns) * height + self.top + rows, return_counts=True)
+        edges = np.concatenate([[0], ends[times == 1], [height * width]])
+        run = require("pycocotools.mask", "train").frPyObjects(
+            {"size": [height, width], "counts": np.diff(edges).tolist()}, height, width
+        )
+        return {"size": [height, width], "counts": run["counts"].decode("ascii")}
+
+    def reduced(self, step: int) -> Instance | None:
+        """Return the pixels whose row and column are multiples of `step`; None: there are none."""
+        mask = self.mask[-self.top % step :: step, -self.left % step :: step]
+        return self._replace(top=-(-self.top // step), left=-(-self.left // step), mask=mask) if mask.any() else None
 
     def whole(self, height: int, width: int) -> Mask:
         """Return the mask of the whole image."""
@@ -78,6 +95,16 @@ class Tile(NamedTuple):
     right: int
 
 
+class Pixels(Protocol):
+    """An image `[C, H, W]` in [0, 1] of which parts are taken."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its sides."""
+
+    def __getitem__(self, part: tuple[slice, slice, slice], /) -> Tensor: ...
+
+
 class Predictor:
     """Predicts images of any size.
 
@@ -105,7 +132,7 @@ class Predictor:
         ]
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
+    def __call__(self, images: Sequence[Pixels]) -> list[Prediction]:
         """Predict images, each `[C, H, W]` in [0, 1], with the model as it is in evaluation."""
         jobs = [(number, tile) for number, image in enumerate(images) for tile in self.tiles(*image.shape[1:])]
         found: list[list[tuple[Tile, list[Instance]]]] = [[] for _ in images]
@@ -127,7 +154,7 @@ class Predictor:
             out.append(Prediction(int(image.shape[1]), int(image.shape[2]), instances[:most]))
         return out
 
-    def _look(self, images: Sequence[Tensor], jobs: Sequence[tuple[int, Tile]]) -> list[list[Instance]]:
+    def _look(self, images: Sequence[Pixels], jobs: Sequence[tuple[int, Tile]]) -> list[list[Instance]]:
         inputs, windows, sizes, frames = [], [], [], []
         for number, (top, left, bottom, right) in jobs:
             part = images[number][:, top:bottom, left:right]

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloss.errors import Cause, MaskLossError, require
-from maskloss.instances import run_lengths
 from maskloss.lab import files
 from maskloss.lab.data.images import SUFFIXES
 from maskloss.lab.data.problems import Problems
@@ -21,12 +20,14 @@ from maskloss.lab.data.tree import without_masks
 from maskloss.lab.results import pictures
 from maskloss.lab.results.inference import FOUND, Prediction
 from maskloss.lab.results.lettering import Lettering
-from maskloss.lab.results.trained import load_run
+from maskloss.lab.results.trained import Slide, load_run
 from maskloss.lab.runfolder import Facts
 
 RESULTS, IMAGES = "predictions.json", "images.json"
 # Not `_masks`, by which training knows the truth beside an image.
 LABEL_MAP, OVERLAY = "_found.tif", "_overlay.png"
+# Overlays of images that are read in pieces are reduced to this side.
+_LARGEST_PICTURE = 4096
 _WRITTEN_BY = "maskloss predict"
 
 
@@ -97,7 +98,11 @@ def predict_images(
                 labels, shown = prediction.label_map(threshold)
                 visible = [each for each in prediction.instances if each.score >= threshold]
                 _write_map(out / (name + LABEL_MAP), labels)
-                pictures.write_pixels(pictures.overlay(in_color(image), visible, letters), out / (name + OVERLAY))
+                drawn = visible
+                if isinstance(image, Slide):
+                    step = -(-max(image.shape) // _LARGEST_PICTURE)
+                    image, drawn = image.overview(step), [small for each in visible if (small := each.reduced(step))]
+                pictures.write_pixels(pictures.overlay(in_color(image), drawn, letters), out / (name + OVERLAY))
                 written += [out / (name + LABEL_MAP), out / (name + OVERLAY)]
                 size = {"height": prediction.height, "width": prediction.width}
                 files_of = {"label_map": name + LABEL_MAP, "overlay": name + OVERLAY}
@@ -181,7 +186,7 @@ def coco_results(
                 "image_id": image_id,
                 "file_name": file_name,
                 "category_id": category_ids[each.label],
-                "segmentation": run_lengths(each.whole(prediction.height, prediction.width)),
+                "segmentation": each.run_lengths(prediction.height, prediction.width),
                 "bbox": [left, top, right - left, bottom - top],
                 "score": each.score,
             }

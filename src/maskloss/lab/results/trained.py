@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from maskloss._numbers import check_integer, check_number
 from maskloss.errors import Cause, describe, reported
-from maskloss.instances import run_lengths
 from maskloss.lab.config import TrainConfig
-from maskloss.lab.data.images import as_image, read_image, to_channels, to_unit
+from maskloss.lab.data import tiff
+from maskloss.lab.data.images import as_image, read_image, read_size, to_channels, to_unit
+from maskloss.lab.data.options import PIECE
 from maskloss.lab.models.registry import load_learner
 from maskloss.lab.results.inference import FOUND, MOST, Instance, Prediction, Predictor
 from maskloss.lab.runfolder import Facts, read_facts
@@ -66,10 +68,44 @@ class FoundObjects:
     def rle(self) -> list[dict[str, Any]]:
         """Return the run lengths of the masks as COCO writes them."""
         size = self._prediction.height, self._prediction.width
-        return [run_lengths(each.whole(*size)) for each in self._prediction.instances]
+        return [each.run_lengths(*size) for each in self._prediction.instances]
 
     def __repr__(self) -> str:
         return f"FoundObjects({len(self)} in {self._prediction.height} x {self._prediction.width} pixels)"
+
+
+class Slide:
+    """An image that is too large to be read at once: a part is read when it is asked for."""
+
+    def __init__(self, path: Path, facts: Facts) -> None:
+        self.path, self.facts = path, facts
+        pieces = [window for _, window in tiff.windows(path, PIECE)]
+        height, width = (max(each[side] + each[side + 2] for each in pieces) for side in (0, 1))
+        self.shape = torch.Size((facts.channels, height, width))
+        # Evenly chosen squares of equal size say what is black and what is white.
+        side = min(PIECE, height, width) // 4
+        chosen = [pieces[place] for place in np.linspace(0, len(pieces) - 1, min(len(pieces), 16)).astype(int)]
+        self._sample = np.concatenate([self._read(each.top, each.left, side, side) for each in chosen])
+
+    def __getitem__(self, part: tuple[slice, slice, slice]) -> Tensor:
+        _, rows, columns = part
+        pixels = self._read(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+        return _planes(to_unit(pixels, self.facts.percentile, self._sample))
+
+    def _read(self, top: int, left: int, height: int, width: int) -> NDArray[Any]:
+        path = self.path.with_name(f"{self.path.name}#{top},{left},{height}x{width}.tif")
+        return to_channels(read_image(path), self.facts.channels, self.path)
+
+    def overview(self, step: int) -> Tensor:
+        """Return every pixel whose row and column are multiples of `step`, `[C, h, w]`."""
+        height, width = self.shape[1:]
+        rows = max(1, PIECE // step) * step
+        strips = [self[:, top : min(top + rows, height), 0:width][:, ::step, ::step] for top in range(0, height, rows)]
+        return torch.cat(strips, dim=1)
+
+
+def _planes(image: NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
 
 
 class TrainedRun:
@@ -114,16 +150,18 @@ class TrainedRun:
         kept: list[Instance] = [each for each in prediction.instances if each.score >= threshold]
         return FoundObjects(prediction._replace(instances=kept), self.facts.classes)
 
-    def read(self, image: Any) -> Tensor:
-        """Bring an image to what the model takes: float32 `[C, H, W]` in [0, 1]."""
+    def read(self, image: Any) -> Tensor | Slide:
+        """Bring an image to what the model takes: float32 `[C, H, W]` in [0, 1]; one that is too large in pieces."""
         if isinstance(image, (str, os.PathLike)):
             path = Path(image)
+            if self.predictor.cut and tiff.is_tiff(path) and math.prod(read_size(path)) > tiff.MOST_PIXELS:
+                return Slide(path, self.facts)
             pixels = read_image(path)
         else:
             path = Path("the image")
             pixels = as_image(_array(image), path)
         shown = to_unit(to_channels(pixels, self.facts.channels, path), self.facts.percentile)
-        return torch.from_numpy(np.ascontiguousarray(shown)).permute(2, 0, 1)
+        return _planes(shown)
 
     def __repr__(self) -> str:
         return f"TrainedRun({self.folder}, {self.predictor.learner.describe()})"

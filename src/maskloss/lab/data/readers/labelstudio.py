@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from maskloss.errors import Cause, MaskLossError, describe
 from maskloss.lab.data.catalog import Entry, Part
-from maskloss.lab.data.images import MOST_PIXELS, SUFFIXES, read_size
+from maskloss.lab.data.images import SUFFIXES, read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import DECIDED, LEFT_OUT, SUSPICIOUS, Problems
 from maskloss.lab.data.readers.coco import as_id
 from maskloss.lab.data.readers.segmentation import number
 from maskloss.lab.data.readers.shapes import Drawn, listed, parts_of
+from maskloss.lab.data.tiff import MOST_PIXELS
 from maskloss.lab.data.tree import Tree, part_of
 
 _RULE = "a file of Label Studio must list tasks with annotations"

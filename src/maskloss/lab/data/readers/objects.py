@@ -12,11 +12,12 @@ import numpy as np
 
 from maskloss.errors import Cause, MaskLossError, describe
 from maskloss.lab.data.catalog import Entry, Part
-from maskloss.lab.data.images import MOST_PIXELS, read_size
+from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
 from maskloss.lab.data.readers.segmentation import integer, number
 from maskloss.lab.data.readers.shapes import Drawn, parts_of
+from maskloss.lab.data.tiff import MOST_PIXELS
 from maskloss.lab.data.tree import Tree, part_of
 
 # What damaged content makes a reader raise that takes it as it is.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloss.errors import Cause, MaskLossError
-from maskloss.lab.data import npy
+from maskloss.lab.data import npy, tiff
 from maskloss.lab.data.ahead import in_order
 from maskloss.lab.data.catalog import Entry, Instance, Map, Part
 from maskloss.lab.data.images import read_head
@@ -179,6 +181,7 @@ def _rank(path: str) -> tuple[bool, int, str]:
 def read_pairs(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems: Problems) -> list[Part]:
     """Look into every map: which instances it has, and whether it fits its image."""
     scans: list[tuple[Pair, Scan]] = []
+    pairs = _in_pieces(tree, pairs, options, problems)
     meaning = _meaning(tree, pairs, options, problems)
     with in_order(lambda each: _scan(tree, each[1], each[0], options, meaning), enumerate(pairs), 64) as found:
         for pair, scan in zip(pairs, found, strict=True):
@@ -212,6 +215,29 @@ def read_pairs(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems
     kind = {OF_CLASSES: "regions of semantic maps", CLASSES: "classes of semantic maps"}.get(how or "", "label maps")
     text = f"{kind}: {len(pairs)} pair{'s' * (len(pairs) > 1)} such as {first.image} and {first.map}"
     return [Part(part, classes, entries, f"{text}{f', {part}' if part else ''}") for part, entries in parts.items()]
+
+
+def _in_pieces(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems: Problems) -> list[Pair]:
+    """Cut images that are too large to be read, and their maps, into pieces."""
+    found: list[Pair] = []
+    for pair in pairs:
+        image, mapped, large = tree.path(pair.image), tree.path(pair.map), False
+        with suppress(MaskLossError):  # what cannot be read, or differs in size, is told when it is read
+            large = math.prod(fitting_size(image, mapped)) > tiff.MOST_PIXELS
+        if not large or options.pieces is None:
+            found.append(pair)
+            continue
+        with problems.tolerated():
+            cut, _ = (tiff.windows(each, options.pieces) for each in (image, mapped))
+            tell_pieces(problems, pair.image, len(cut))
+            found += [Pair(pair.image + ending, pair.map + ending) for ending, _ in cut]
+    return found
+
+
+def tell_pieces(problems: Problems, name: str, count: int) -> None:
+    """Note that an image was cut."""
+    what = f"images of more than {tiff.MOST_PIXELS:,} pixels cut into pieces, each an image of its own"
+    problems.note(DECIDED, what, f"{name}: {count} pieces")
 
 
 class Meaning(NamedTuple):

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from maskloss.errors import Cause, MaskLossError, describe, require
 from maskloss.lab.data.catalog import BOX, CROWD, OBJECT, Entry, Instance, Part
-from maskloss.lab.data.images import MOST_PIXELS
 from maskloss.lab.data.problems import DECIDED, LEFT_OUT, MENDED, Problems
 from maskloss.lab.data.readers.segmentation import FARTHEST, Frame, box_of, encode, overlap, polygons, segmentation
+from maskloss.lab.data.tiff import MOST_PIXELS
 from maskloss.lab.data.truth import decode
 
 # Labels that tools keep for what is not to be looked at.
