@@ -570,3 +570,24 @@ def fiftyone(root: Path) -> None:
 def labelbox(root: Path) -> None:
     images(root)
     text(root / "export.ndjson", '{"data_row": {}}\n')
+
+
+@case(
+    TOOLS,
+    "ImageScope, MoNuSeg, MoNuSAC: `Tissue Images/x.tif` and `Annotations/x.xml`",
+    "read: regions as polygons; negative regions weigh nothing",
+    regions=1,
+)
+def imagescope(root: Path) -> None:
+    for at in range(COUNT):
+        regions = [
+            "".join(f'<Vertex X="{x}" Y="{y}" Z="0"/>' for x, y in points(number, at)).join(
+                ("<Region NegativeROA='0'><Vertices>", "</Vertices></Region>")
+            )
+            for number in range(2)
+        ]
+        hole = "<Region NegativeROA='1'><Vertices><Vertex X='0' Y='0'/><Vertex X='3' Y='0'/><Vertex X='0' Y='3'/>"
+        regions += [f"{hole}</Vertices></Region>"] if at == 0 else []
+        layer = f"<Annotation><Attributes><Attribute Name='nut'/></Attributes><Regions>{''.join(regions)}</Regions>"
+        write(root / f"Tissue Images/{at}.tif", pixels(at, at))
+        text(root / f"Annotations/{at}.xml", f"<?xml version='1.0'?><Annotations>{layer}</Annotation></Annotations>")

@@ -14,9 +14,8 @@ from maskloss.lab.data.catalog import Entry, Part
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
 from maskloss.lab.data.readers.segmentation import number
-from maskloss.lab.data.readers.shapes import Drawn, parts_of
+from maskloss.lab.data.readers.shapes import Drawn, parts_of, read_xml
 from maskloss.lab.data.tree import TEST, TRAIN, VAL, Tree, part_of
-from maskloss.lab.files import check_file, explain
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -44,18 +43,7 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
 
 def _root(tree: Tree, path: str) -> Element | None:
     """Return the root of an XML file of CVAT; None: it is of something else."""
-    from xml.etree import ElementTree as ET
-
-    file = tree.path(path)
-    check_file(file, _RULE)
-    try:
-        text = file.read_bytes()
-        # Entities can make a small file a large one, and CVAT writes none.
-        if b"<!ENTITY" in text or b"<!DOCTYPE" in text:
-            raise Cause(_RULE, f"{file} declares entities", "export it again")
-        root = ET.fromstring(text)
-    except (OSError, ET.ParseError, LookupError) as error:
-        raise Cause(_RULE, f"{file}: {explain(error)}", "export it again") from None
+    root = read_xml(tree.path(path), _RULE)
     if root.tag != "annotations":
         return None
     if root.find("image") is None and root.find("track") is not None:
