@@ -25,12 +25,18 @@ def ours(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {arm: found for arm, found in case["arms"].items() if arm not in PEERS and "summary" in found}
 
 
+def rival(case: dict[str, Any]) -> dict[str, Any]:
+    """Return what the tables compare with: the dense arm of clips and volumes, or Transformers."""
+    found: dict[str, Any] = case["arms"].get("dense" if case["sizes"].get("unit") else "transformers", {})
+    return found
+
+
 def steps(cases: list[dict[str, Any]]) -> list[str]:
     """Lay out the steps, a row for each arm: times, ratios with packing within and before it, memory, operations."""
-    head = ("preset", "arm", "step", "packed before", "Transformers", "the other waiting policy", "ratio")
-    lines = [row(*head, "packed before", "memory", "memory, Transformers", "operations"), row(*["---"] * 11)]
+    head = ("preset", "arm", "step", "packed before", "theirs", "the other waiting policy", "ratio")
+    lines = [row(*head, "packed before", "memory", "memory, theirs", "operations"), row(*["---"] * 11)]
     for case in cases:
-        theirs = case["arms"]["transformers"]
+        theirs = rival(case)
         other = theirs["other_waiting"]
         for arm, mine in ours(case).items():
             both = [ratios(theirs["samples"], mine["samples"], packed=packed) for packed in (False, True)]
@@ -78,7 +84,7 @@ def growth(cases: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Print the tables."""
     report = json.loads(Path(sys.argv[1]).read_text())
-    compared = [case for case in report["cases"] if "summary" in case["arms"].get("transformers", {})]
+    compared = [case for case in report["cases"] if "summary" in rival(case)]
     lines = [*steps(compared), "", *stages(compared)] if compared else growth(report["cases"])
     print("\n".join(lines))  # noqa: T201
 

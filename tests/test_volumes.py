@@ -59,25 +59,27 @@ class Setup:
         return {"masks": self.packed, "labels": self.labels}
 
 
-def read(volumes: Tensor, points: Tensor, linear: bool) -> Tensor:
+def read(volumes: Tensor, points: Tensor, linear: bool, **options: Any) -> Tensor:
     """Read volumes `[n, d, h, w]` at points `[n, P, 3]`, (x, y, z), with PyTorch's own sampler."""
+    options["align_corners"] = False
     if linear:
         grid = 2 * points[:, :, None, None] - 1
-        return grid_sample(volumes[:, None], grid, align_corners=False)[:, 0, :, 0, 0]
+        return grid_sample(volumes[:, None], grid, **options)[:, 0, :, 0, 0]
     frame = (points[..., 2] * volumes.shape[1]).long()
     plane = [
-        grid_sample(v[:, None], 2 * p[None, None, :, :2].expand(len(v), -1, -1, -1) - 1, align_corners=False)
+        grid_sample(v[:, None], 2 * p[None, None, :, :2].expand(len(v), -1, -1, -1) - 1, **options)
         for v, p in zip(volumes, points, strict=True)
     ]
     every = torch.stack([each[:, 0, 0] for each in plane])
     return every.gather(1, frame[:, None])[:, 0]
 
 
+@pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("linear", [True, False])
-def test_reading_is_that_of_grid_sample(linear: bool) -> None:
+def test_reading_is_that_of_grid_sample(linear: bool, padding: str) -> None:
     volumes = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
     points = torch.rand(3, 40, 3, dtype=torch.float64)
-    mine, theirs = sample_volumes(volumes, points, linear), read(volumes, points, linear)
+    mine, theirs = sample_volumes(volumes, points, linear, padding), read(volumes, points, linear, padding_mode=padding)
     torch.testing.assert_close(mine, theirs)
     for one, other in zip(
         torch.autograd.grad(mine.square().sum(), volumes),
@@ -128,21 +130,23 @@ def test_strata_are_boxes_of_equal_volume(cells: int) -> None:
 
 
 @pytest.mark.parametrize("clips", [VOLUME, CLIP], ids=["volume", "clip"])
-def test_loss_at_uniform_points(backend: str, clips: ClipOptions) -> None:
+@pytest.mark.parametrize("edges", [{}, {"padding_mode": "border", "target_mode": "nearest"}], ids=["", "nearest"])
+def test_loss_at_uniform_points(backend: str, clips: ClipOptions, edges: dict[str, Any]) -> None:
     """Both terms and the gradient against `grid_sample`; the kernels in float32, for which they are compiled anyway."""
     dtype = torch.float64 if backend == "reference" else torch.float32
     setup = Setup(dtype, depth=4 if clips is VOLUME else D)
     pairs = [(torch.tensor([2, 0, 3]), torch.tensor([1, 0, 2])), (torch.tensor([1, 3]), torch.tensor([1, 0]))]
     logits = setup.logits[0]
-    loss = MaskLoss(sampling=UNIFORM, clips=clips, backend=backend)
+    loss = MaskLoss(sampling=UNIFORM, clips=clips, backend=backend, **edges)
     out = loss(logits, setup.packed, pairs, seed=4)
     images = torch.tensor([0, 0, 0, 1, 1])
     keys = instance_keys(torch.tensor(4), images, torch.cat([t for _, t in pairs]))
     points = draw_layout3("independent", keys, P, torch.zeros_like(images), RANDOM).to(dtype)
     linear = clips is VOLUME
-    z = read(torch.cat([logits[b, q] for b, (q, _) in enumerate(pairs)]), points, linear)
+    padding, mode = edges.get("padding_mode", "zeros"), edges.get("target_mode", "bilinear")
+    z = read(torch.cat([logits[b, q] for b, (q, _) in enumerate(pairs)]), points, linear, padding_mode=padding)
     dense = torch.cat([setup.packed.dense(b)[t].to(dtype) for b, (_, t) in enumerate(pairs)])
-    t = read(dense, points, linear)
+    t = read(dense, points, linear, padding_mode=padding, mode=mode)
     ce = binary_cross_entropy_with_logits(z, t, reduction="none").mean(1)
     s = z.sigmoid()
     dice = 1 - (2 * (s * t).sum(1) + 1) / (s.sum(1) + t.sum(1) + 1)
@@ -219,6 +223,41 @@ def test_kernels_choose_and_compute_as_the_reference(dtype: torch.dtype, encodin
         torch.testing.assert_close(one, other, **tolerance)
 
 
+@pytest.mark.parametrize("clips", [VOLUME, CLIP], ids=["volume", "clip"])
+@pytest.mark.parametrize("weigh", ["as expected", "half", "otherwise"])
+def test_gradients_that_come_early(clips: ClipOptions, weigh: str) -> None:
+    """Also of queries that share a target, and beside a layer without a gradient."""
+    pairs = [(torch.tensor([2, 0, 1]), torch.tensor([1, 0, 1])), (torch.tensor([1, 3]), torch.tensor([1, 1]))]
+    found = []
+    for backend in ("reference", "cpu"):
+        setup = Setup(depth=4 if clips is VOLUME else D)
+        setup.logits[0].requires_grad_(False)
+        out = MaskCriterion(2, sampling=PointSampling(num_points=P), clips=clips, backend=backend)(
+            setup.classes, setup.logits, setup.targets, matches=[pairs, pairs], seed=2
+        )
+        terms = {"as expected": out.total, "half": out.total / 2, "otherwise": out.loss_dice.sum() - out.loss_mask[1]}
+        terms[weigh].backward()
+        assert setup.logits[0].grad is None
+        found.append(setup.logits[1].grad)
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 9), (3, 1, 9), (3, 6, 1), (1, 1, 1)])
+def test_volumes_of_one_voxel_along_an_axis(shape: tuple[int, int, int]) -> None:
+    """Nothing beside them is read, and nothing is added there."""
+    found = []
+    for backend in ("reference", "cpu"):
+        setup = Setup(counts=(2,))
+        logits = torch.randn(1, 4, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out = MaskCriterion(2, sampling=PointSampling(num_points=P), clips=VOLUME, backend=backend)(
+            setup.classes[0], logits, setup.targets, seed=2
+        )
+        out.total.backward()
+        found.append((out.matches.index, out.per_instance.ce, logits.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
 def test_strided_logits_and_factors() -> None:
     """Views are read as they are; factors are formed."""
     setup = Setup()
@@ -257,8 +296,6 @@ def test_what_volumes_do_not_have() -> None:
         ClipOptions(unit="clip", frames="present")
     with pytest.raises(MaskLossError, match="the same frames"):
         MaskCriterion(2, sampling=UNIFORM, clips=CLIP)(setup.classes, setup.logits, setup.targets)
-    with pytest.raises(MaskLossError, match="has padding_mode='zeros'"):
-        MaskCriterion(2, clips=VOLUME, padding_mode="border")(setup.classes, setup.logits, setup.targets)
     with pytest.raises(MaskLossError, match="the same unit of clips"):
         MaskCriterion(2, clips=VOLUME, matcher=HungarianMatcher())
     pairs = [(torch.tensor([0]), torch.tensor([0]))] * 2

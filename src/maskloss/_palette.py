@@ -12,6 +12,7 @@ SAND, SAND_SOFT, SOFT = "#b08968", "#ddc7ae", "#ced4da"
 VIOLET, VIOLET_SOFT, ORANGE_SOFT = "#5f3dc4", "#b4a2e6", "#f5b08c"
 WINE, WINE_SOFT = "#7a1d2e", "#cc98a3"
 NAVY, NAVY_SOFT = "#1b2a5c", "#97a3cc"
+PINK, PINK_SOFT = "#d65fd6", "#eec3ee"
 # From "surely not" to "surely": the probability of a mask.
 CONFIDENCE = ("#ffffff", "#c5e9ef", "#3bb0c4", TEAL)
 # From a small to a large loss at a point; darker as it grows.

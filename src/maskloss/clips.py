@@ -13,7 +13,6 @@ from maskloss._abi import QUERY, TARGET, Stack
 from maskloss.errors import Cause, describe, reported
 from maskloss.layers import Layer
 from maskloss.matches import Matches
-from maskloss.options import MaskOptions
 from maskloss.targets import MaskTargets
 
 UNITS = ("frame", "clip", "volume")
@@ -143,13 +142,11 @@ def matches_of_planes(matches: Matches, frames: int) -> Matches:
     )
 
 
-def stack_of(
-    clips: ClipOptions | None, logits: Sequence[Layer], targets: MaskTargets, sampling: MaskOptions
-) -> Stack | None:
+def stack_of(clips: ClipOptions | None, logits: Sequence[Layer], targets: MaskTargets) -> Stack | None:
     """Say how whole clips or volumes are read; None where each frame is a unit, or where these are images.
 
     Raises:
-        Cause: logits and targets with different frames, or options that whole clips and volumes do not have.
+        Cause: logits and targets with different frames, or ignore regions, which whole clips and volumes do not have.
     """
     clips, first = clips or _DEFAULT, logits[0]
     if first.ndim != 5:
@@ -162,12 +159,6 @@ def stack_of(
         )
     if clips.unit == "frame":
         return None
-    if (sampling.padding_mode, sampling.target_mode) != ("zeros", "bilinear"):
-        raise Cause(
-            f"unit={clips.unit!r} has padding_mode='zeros' and target_mode='bilinear'",
-            f"padding_mode={sampling.padding_mode!r}, target_mode={sampling.target_mode!r}",
-            "leave them out, or take unit='frame'",
-        )
     if targets.ignore.numel():
         raise Cause(
             f"unit={clips.unit!r} has no ignore regions",

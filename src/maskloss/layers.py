@@ -43,7 +43,7 @@ def mask_loss(
     if stack is not None:
         ops.check_backend_of_volumes(backend)
         instances = ops.Instances(_formed(layers), matches.index, matches.layer_sizes)
-        return ops.volume_loss(instances, job, stack, backend)
+        return ops.volume_loss(instances, job, stack, backend, reduction)
     dense, factored = _alike(layers, backend)
     index, sizes = matches.index, matches.layer_sizes
     if not factored:

@@ -196,7 +196,7 @@ class MaskLoss(nn.Module):
             The terms. Those of the instances of clips are `[N, T]`.
         """
         shape: tuple[int, ...] = (len(matches),)
-        stack = stack_of(self.clips, logits, step.targets, self.options)
+        stack = stack_of(self.clips, logits, step.targets)
         if logits[0].ndim == 5 and stack is None:
             frames, shape = step.targets.frames, (*shape, step.targets.frames)
             reduction = reduction._replace(

@@ -211,7 +211,7 @@ class HungarianMatcher(nn.Module):
         given = [layer for layer in mask_logits if layer is not None]
         if not given:
             return torch.zeros_like(like)
-        stack = stack_of(self.clips, given, targets, self.options)
+        stack = stack_of(self.clips, given, targets)
         stored = targets if stack else step.by_plane()
         job = ops.Job(
             ops.Targets(targets.encoding, *stored.tensors),

@@ -150,6 +150,19 @@ def test_transformers_agrees_when_given_the_same_random_numbers(name: str) -> No
     assert found.mask_gradient < 5e-3
 
 
+@pytest.mark.parametrize("name", ["tiny-clip", "tiny-volume"])
+def test_dense_masks_of_clips_and_volumes_agree_when_given_the_same_random_numbers(name: str) -> None:
+    case = PRESETS[name]
+    inputs = make_inputs(case, seed=0, dtype=torch.float32, device=CPU)
+    assert {each.shape[1:] for each in inputs.masks} == {case.target_shape}
+    found = compare(case, inputs, "dense", seed=5)
+    assert found.passed
+    assert found.pairs == found.pairs_equal == case.instances == 6
+    assert max(found.loss, found.mask_gradient, found.class_gradient) < 1e-5
+    assert case.arms(ARMS) == tuple(arm for arm in ARMS if arm not in ("factors", "transformers", "rfdetr"))
+    assert "dense" not in TINY.arms(ARMS)
+
+
 @pytest.mark.parametrize("head", ["", "-head"])
 @pytest.mark.parametrize("other", ["reference", "factors", "transformers", "rfdetr", "stratified/4"])
 def test_criteria_of_rf_detr_agree(other: str, head: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,35 +87,64 @@ _differentiable_mask_loss = Derivative(_mask_loss, _mask_loss_setup, _mask_loss_
 # backward pass compares the expected gradients with the real ones.
 
 
+class Kind(NamedTuple):
+    """A loss whose gradient may come early.
+
+    Attributes:
+        operation: the loss, with its derivative.
+        backward: the operation of its derivative.
+        functions: the backend's functions that compute the gradients ahead, and that settle them.
+        regroup: turns the flat inputs after the instances into what these functions take.
+    """
+
+    operation: Any
+    backward: Any
+    functions: Callable[[str], tuple[Any, Any]]
+    regroup: Callable[[Sequence[Any]], tuple[Any, ...]]
+
+
 class _Ahead(torch.autograd.Function):
-    """`_mask_loss` that also computes the gradients, for losses that will be summed as expected.
+    """A loss that also computes the gradients, for losses that will be summed as expected.
 
     Not a registered operation: passing through the dispatcher takes as long as some of the kernels. It runs only on
     plain tensors (see `_pays_ahead`), which do not need dispatcher features.
     """
 
     @staticmethod
-    def forward(ctx: Any, expected: Gradients, inputs: tuple[Any, ...], backend: str, *logits: Tensor) -> Any:
+    def forward(
+        ctx: Any, kind: Kind, expected: Gradients, inputs: tuple[Any, ...], backend: str, *logits: Tensor
+    ) -> Any:
         flat = (list(logits), *inputs)
-        needs_grad = [bool(need) for need in ctx.needs_input_grad[3:]]
+        needs_grad = [bool(need) for need in ctx.needs_input_grad[4:]]
         instances, *rest = grouped(flat, Instances)
-        ce, dice, saved, ahead = load(backend).mask_loss_ahead(expected, instances, Job.of(rest), needs_grad)
+        compute, _ = kind.functions(backend)
+        ce, dice, saved, ahead = compute(expected, instances, *kind.regroup(rest), needs_grad)
         keep(ctx, saved, (*flat, backend))
         # Not among the saved tensors: the first backward pass takes the gradients, and may change them.
-        ctx.expected, ctx.ahead, ctx.computed = expected, ahead, needs_grad
+        ctx.kind, ctx.expected, ctx.ahead, ctx.computed = kind, expected, ahead, needs_grad
         return ce, dice
 
     @staticmethod
     def backward(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None) -> Any:
         found, ctx.ahead = ctx.ahead, None
-        needs_grad = [bool(need) for need in ctx.needs_input_grad[3:]]
+        needs_grad = [bool(need) for need in ctx.needs_input_grad[4:]]
         *inputs, backend = kept(ctx, grad_ce, grad_dice)
         # If a graph of the gradient is wanted, the operation raises: it cannot be differentiated twice.
         if found is None or torch.is_grad_enabled():
-            found = _mask_loss_backward(*inputs, needs_grad, backend)
+            found = ctx.kind.backward(*inputs, needs_grad, backend)
         else:
-            load(backend).mask_loss_settle(found, ctx.expected, *_grouped(inputs), ctx.computed)
-        return None, None, None, *(grad if need else None for grad, need in zip(found, needs_grad, strict=True))
+            grads, saved, instances, *rest = grouped(inputs, Gradients, Saved, Instances)
+            _, settle = ctx.kind.functions(backend)
+            settle(found, ctx.expected, grads, saved, instances, *ctx.kind.regroup(rest), ctx.computed)
+        return *[None] * 4, *(grad if need else None for grad, need in zip(found, needs_grad, strict=True))
+
+
+_MASKS = Kind(
+    _differentiable_mask_loss,
+    _mask_loss_backward,
+    lambda backend: (load(backend).mask_loss_ahead, load(backend).mask_loss_settle),
+    lambda flat: (Job.of(flat),),
+)
 
 
 def mask_loss(
@@ -125,12 +154,20 @@ def mask_loss(
 
     `reduction` is how the losses will be summed, if that is known; a wrong hint costs time, not correctness.
     """
-    flat = (*instances, *job.flat)
+    return loss_of(_MASKS, instances, job.flat, backend, reduction)
+
+
+def loss_of(
+    kind: Kind, instances: Instances, inputs: tuple[Any, ...], backend: str, reduction: Reduction | None
+) -> tuple[Tensor, Tensor]:
+    """Compute a loss of instances, and its gradient ahead where that pays; `inputs` are flat."""
+    flat = (*instances, *inputs)
     if reduction is not None and _pays_ahead(instances, flat, backend):
-        logits, *inputs = flat
-        ce, dice = _Ahead.apply(reduction.gradients(instances), tuple(inputs), backend, *logits)  # type: ignore[no-untyped-call]
+        logits, *rest = flat
+        expected = reduction.gradients(instances)
+        ce, dice = _Ahead.apply(kind, expected, tuple(rest), backend, *logits)  # type: ignore[no-untyped-call]
     else:
-        ce, dice, *_ = _differentiable_mask_loss(*flat, backend)
+        ce, dice, *_ = kind.operation(*flat, backend)
     return ce, dice
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from maskloss._abi import Gradients, Instances, Job, Saved, Stack, accumulation_dtype, grouped, widest
+from maskloss._abi import Gradients, Instances, Job, Reduction, Saved, Stack, accumulation_dtype, grouped, widest
 from maskloss.errors import Cause
-from maskloss.ops.dense import shapes_of_gradients
+from maskloss.ops.dense import Kind, loss_of, shapes_of_gradients
 from maskloss.ops.dispatch import load
 from maskloss.ops.schemas import GRADIENTS, INSTANCES, JOB, LOSSES, NOT_CAPTURED, SAVED, operation
 from maskloss.ops.transformed import Derivative, keep, kept
@@ -87,10 +87,22 @@ _volume_loss.register_autograd(_derivative, setup_context=_setup)
 _differentiable_volume_loss = Derivative(_volume_loss, _setup, _derivative)
 
 
-def volume_loss(instances: Instances, job: Job, stack: Stack, backend: str) -> tuple[Tensor, Tensor]:
-    """Compute cross-entropy and Dice `[N]` of volumes, at points that are drawn in them; gradient to the logits."""
-    ce, dice, *_ = _differentiable_volume_loss(*instances, *job.flat, *stack, backend)
-    return ce, dice
+_VOLUMES = Kind(
+    _differentiable_volume_loss,
+    _volume_loss_backward,
+    lambda backend: (_module(backend).volume_loss_ahead, _module(backend).volume_loss_settle),
+    lambda flat: (Job.of(flat[:-2]), Stack(*flat[-2:])),
+)
+
+
+def volume_loss(
+    instances: Instances, job: Job, stack: Stack, backend: str, reduction: Reduction | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute cross-entropy and Dice `[N]` of volumes, at points that are drawn in them; gradient to the logits.
+
+    `reduction` is how the losses will be summed, if that is known, as in `mask_loss`.
+    """
+    return loss_of(_VOLUMES, instances, (*job.flat, *stack), backend, reduction)
 
 
 @operation(

@@ -8,15 +8,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from maskloss import MaskCriterion, MaskTargets, PointSampling
+from maskloss import ClipOptions, MaskCriterion, MaskTargets, PointSampling
 from maskloss.errors import require
-from maskloss.lab.bench import rf_detr
+from maskloss.lab.bench import dense, rf_detr
 from maskloss.lab.bench.cases import STRATIFIED, Case
 from maskloss.lab.bench.inputs import Inputs
 from maskloss.lab.bench.measure import Timed, wrap
 from maskloss.outputs import CriterionOutput
 
-ARMS = ("maskloss", "stratified", "stratified/4", "factors", "reference", "transformers", "rfdetr")
+ARMS = ("maskloss", "stratified", "stratified/4", "factors", "reference", "transformers", "rfdetr", "dense")
 
 
 class Arm(Protocol):
@@ -57,7 +57,8 @@ class MasklossArm:
         layout = "stratified" if name in STRATIFIED else "independent"
         sampling = PointSampling(num_points=case.points // STRATIFIED.get(name, 1), layout=layout)
         backend = "reference" if name == "reference" else backend
-        self.criterion = MaskCriterion(case.classes, sampling=sampling, backend=backend).to(device)
+        clips = ClipOptions(unit=case.unit) if case.unit else None
+        self.criterion = MaskCriterion(case.classes, sampling=sampling, clips=clips, backend=backend).to(device)
 
     def prepare(self, masks: Sequence[Tensor]) -> MaskTargets:
         """Pack the masks of all images."""
@@ -148,6 +149,8 @@ def make_arm(name: str, case: Case, device: torch.device) -> Arm:
         return rf_detr.make_arm(name, case, device)
     if name == "transformers":
         return TransformersArm(case, device)
+    if name == "dense":
+        return dense.DenseArm(case, device)
     return MasklossArm(case, device, name)
 
 

@@ -10,8 +10,8 @@ from maskloss.errors import Cause, reported
 from maskloss.points import PointSampling
 
 Size = tuple[int, int]
-# The implementations of others. They are measured with both of OpenMP's ways of waiting; the better one is quoted.
-PEERS = ("transformers", "rfdetr")
+# What others do. It is measured with both of OpenMP's ways of waiting; the better one is quoted.
+PEERS = ("transformers", "rfdetr", "dense")
 # Arms with stratified points: the criterion, matcher included, takes the case's number of points divided by this.
 STRATIFIED = {"stratified": 1, "stratified/4": 4}
 
@@ -60,6 +60,18 @@ class Case:
     # DETR: sigmoids of C classes, boxes, the encoder's proposals as the first layer, border padding and features
     # of its own in every layer where there is a head.
     groups: int = 1
+    frames: int = 1  # of a clip, or slices of a volume, of predictions and targets
+    unit: str = ""  # "frame" for clips, "volume" for volumes (see `ClipOptions`); "" for images
+
+    @property
+    def logit_shape(self) -> tuple[int, ...]:
+        """The sizes of a prediction: `(h, w)`, with frames or slices before them where there are any."""
+        return (self.frames, *self.logit_size) if self.unit else self.logit_size
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """The sizes of a target."""
+        return (self.frames, *self.target_size) if self.unit else self.target_size
 
     @property
     def instances(self) -> int:
@@ -69,17 +81,18 @@ class Case:
     @property
     def logit_count(self) -> int:
         """Mask logits of all layers: also the number of entries of their gradient."""
-        return self.layers * self.batch * self.queries * math.prod(self.logit_size)
+        return self.layers * self.batch * self.queries * math.prod(self.logit_shape)
 
     @property
     def target_count(self) -> int:
         """Target pixels of all images, as dense masks have them."""
-        return self.batch * self.targets * math.prod(self.target_size)
+        return self.batch * self.targets * math.prod(self.target_shape)
 
     def arms(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        """Leave out what this step is not: masks as factors without a head, RF-DETR's package without groups."""
+        """Leave out what does not have this step: masks as factors without a head, and the others' other steps."""
         missing = {"factors"} if not self.channels else set()
         missing |= {"rfdetr"} if self.groups == 1 else set()
+        missing |= {"transformers"} if self.unit else {"dense"}
         return tuple(arm for arm in asked if arm not in missing)
 
     def working_set(self, arm: str, item_size: int) -> int:
@@ -106,8 +119,8 @@ class Case:
             "points": f"P={self.points}",
         }
         sizes = {
-            "logit_size": f"logits {self.logit_size[0]} × {self.logit_size[1]}",
-            "target_size": f"targets {self.target_size[0]} × {self.target_size[1]}",
+            "logit_size": f"logits {' × '.join(map(str, self.logit_shape))}",
+            "target_size": f"targets {' × '.join(map(str, self.target_shape))}",
         }
         grows = self.name.partition("=")[0].replace("-", "_") if "=" in self.name else ""
         if self.channels:
@@ -124,7 +137,8 @@ class Case:
     @property
     def smallest(self) -> Case:
         """The smallest preset of this kind, whose step loads and compiles all code."""
-        return PRESETS[f"tiny{'-rf-detr' if self.groups > 1 else ''}{'-head' if self.channels else ''}"]
+        kind = {"frame": "-clip", "volume": "-volume"}.get(self.unit, "-rf-detr" if self.groups > 1 else "")
+        return PRESETS[f"tiny{kind}{'-head' if self.channels else ''}"]
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Case:
@@ -147,6 +161,24 @@ PRESETS = {
         # proposals, 432 pixels; one point for 16 pixels of a mask, in the matching too.
         Case("rf-detr", 1, 2600, 20, 6, 91, (108, 108), (432, 432), points=729, groups=13),
         Case("tiny-rf-detr", 1, 12, 3, 3, 4, (32, 32), (64, 64), points=64, extent=(0.1, 0.5), groups=2),
+        # Mask2Former for video; and a volume with as many points as OccFormer has.
+        Case("clip", 1, 100, 10, 10, 40, (96, 160), (384, 640), frames=5, unit="frame"),
+        Case(
+            "volume",
+            1,
+            40,
+            20,
+            3,
+            17,
+            (128, 128),
+            (128, 128),
+            points=50176,
+            extent=(0.05, 0.4),
+            frames=64,
+            unit="volume",
+        ),
+        Case("tiny-clip", 1, 8, 3, 2, 4, (16, 16), (64, 64), points=128, extent=(0.1, 0.5), frames=3, unit="frame"),
+        Case("tiny-volume", 1, 8, 3, 2, 4, (16, 16), (16, 16), points=256, extent=(0.2, 0.5), frames=8, unit="volume"),
     )
 }
 

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from maskloss import PointSampling
-from maskloss._abi import CANDIDATES, IMAGE, LAYER, RANDOM, TARGET, Draw
+from maskloss._abi import ALL_TARGETS, CANDIDATES, IMAGE, LAYER, MATCHER, RANDOM, TARGET
+from maskloss.clips import matches_of_planes
 from maskloss.lab.bench import rf_detr
 from maskloss.lab.bench.arms import MasklossArm, TransformersArm
 from maskloss.lab.bench.cases import PEERS, STRATIFIED, Case
+from maskloss.lab.bench.dense import DenseArm
 from maskloss.lab.bench.inputs import Inputs
 from maskloss.lab.bench.measure import spied
 from maskloss.matches import Matches, Pairs
-from maskloss.ops.reference.sampling import match_points
-from maskloss.points import instance_keys, uniform_points
+from maskloss.points import instance_keys, uniform_points, uniform_points3
 
 # Largest differences that pass. Losses: of any term of any layer, relative. Gradients: |a - b| / |b|, over a layer.
 # Two candidates whose |logit| differ by rounding only may be chosen one for the other; that moves a gradient at
@@ -62,8 +63,9 @@ def compare(case: Case, inputs: Inputs, other: str, seed: int) -> Agreement:
     """Run a step of `maskloss` and one of another arm, and compare losses, matches and gradients.
 
     Both get the same inputs and the same random numbers. The reference backend draws them from the same seed. Those of
-    `transformers` come from `torch.rand`; in its place it is given, call by call, the numbers that `maskloss` draws
-    from the seed. Its own code does all the rest: it matches, it chooses the uncertain points, it computes the loss.
+    `transformers` and `dense` come from `torch.rand`; in its place they are given, call by call, the numbers that
+    `maskloss` draws from the seed. Their own code does all the rest: it matches, it chooses the uncertain points, it
+    computes the loss.
 
     No other implementation draws stratified points. An arm that does is compared with itself on the reference backend,
     which draws as many of the same layout from the same seed.
@@ -85,6 +87,8 @@ def compare(case: Case, inputs: Inputs, other: str, seed: int) -> Agreement:
         mine, matches = _run_maskloss(_maskloss(case, device), inputs, seed)
         if other == "transformers":
             theirs = _run_transformers(TransformersArm(case, device), inputs, case, matches, seed)
+        elif other == "dense":
+            theirs = _run_dense(DenseArm(case, device), inputs, case, matches, seed)
         else:
             theirs = _run_maskloss(_maskloss(case, device, other), inputs, seed)[0]
     return _agreement((other, base), mine, theirs, len(inputs.leaves))
@@ -119,6 +123,15 @@ def _run_transformers(arm: TransformersArm, inputs: Inputs, case: Case, matches:
     arm.total(terms).backward()
     renamed = {name.replace("loss_cross_entropy", "loss_class"): value for name, value in terms.items()}
     return _Step(_values(renamed), [*found[1:], found[0]], _take_gradients(inputs))
+
+
+def _run_dense(arm: DenseArm, inputs: Inputs, case: Case, matches: Matches, seed: int) -> _Step:
+    inputs.drop_gradients()
+    layers = zip(*_draws_by_layer(case, matches, seed), strict=True)
+    with _Draws(draw for layer in layers for part in layer for draw in part):
+        out = arm.compute(inputs, arm.prepare(inputs.masks))
+    out.total.backward()
+    return _Step(_values(out.terms), out.pairs, _take_gradients(inputs))
 
 
 def _run_rf_detr(arm: rf_detr.Peer, inputs: Inputs, case: Case, matches: Matches, seed: int) -> _Step:
@@ -181,13 +194,16 @@ def _draws_by_layer(case: Case, matches: Matches, seed: int) -> tuple[list[list[
     device = matches.index.device
     images = torch.arange(case.batch, device=device)
     drawn = torch.tensor(seed, device=device)
-    everywhere = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(case.batch, 4)
-    shared = match_points(everywhere, Draw(images, drawn, case.points))
+    draw = uniform_points3 if case.unit == "volume" else uniform_points
+    everyone = instance_keys(drawn, images, torch.full_like(images, ALL_TARGETS))
+    shared = draw(everyone, case.points, torch.zeros_like(images), MATCHER)
+    if case.unit == "frame":
+        matches = matches_of_planes(matches, case.frames)
     instances = []
     for rows in matches.index.split(list(matches.layer_sizes)):
         keys = instance_keys(drawn, images[rows[:, IMAGE]], rows[:, TARGET])
-        candidates = uniform_points(keys, sampling.num_candidates, rows[:, LAYER], CANDIDATES)
-        instances.append([candidates, uniform_points(keys, sampling.num_random, rows[:, LAYER], RANDOM)])
+        candidates = draw(keys, sampling.num_candidates, rows[:, LAYER], CANDIDATES)
+        instances.append([candidates, draw(keys, sampling.num_random, rows[:, LAYER], RANDOM)])
     return [list(shared[:, None])] * len(instances), instances
 
 

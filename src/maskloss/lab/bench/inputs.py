@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from maskloss.factors import MaskFactors
-from maskloss.lab.bench.cases import Case, Size
+from maskloss.lab.bench.cases import Case
 from maskloss.layers import Layer
 
 
@@ -19,6 +19,7 @@ from maskloss.layers import Layer
 class Inputs:
     """The inputs of one step."""
 
+    # Those of clips and volumes have one more dimension before h, and masks one before H.
     class_logits: list[Tensor]  # L tensors `[B, Q, C + 1]`; `[B, Q, C]` where queries are in groups
     mask_logits: list[Layer]  # L tensors `[B, Q, h, w]`, or factors of them; these share their features but in groups
     masks: list[Tensor]  # B tensors bool `[T, H, W]`
@@ -158,17 +159,30 @@ def _draw_factors(
 
 
 def _draw_masks(case: Case, generator: torch.Generator) -> Tensor:
-    masks = torch.zeros(case.targets, *case.target_size, dtype=torch.bool)
+    masks = torch.zeros(case.targets, *case.target_shape, dtype=torch.bool)
     for mask in masks:
-        _draw_blob(mask, case.extent, generator)
+        u = torch.rand(8, generator=generator).tolist()
+        if not case.unit:
+            _draw_blob(mask, case.extent, u)
+            continue
+        # Through the slices of a volume a blob grows and shrinks. In a clip it moves, and is away now and then.
+        middle, away = (torch.rand(count, generator=generator) for count in (1, case.frames))
+        reach = 0.6 * case.extent[0] * (case.extent[1] / case.extent[0]) ** u[0]
+        for number, frame in enumerate(mask):
+            if case.unit == "volume":
+                scale = 1 - (((number + 0.5) / case.frames - float(middle)) / reach) ** 2
+                if scale > 0:
+                    _draw_blob(frame, case.extent, u, math.sqrt(scale))
+            elif away[number] > 0.2:
+                moved = [where + 0.02 * number * (turn - 0.5) for where, turn in zip(u[2:4], u[4:6], strict=True)]
+                _draw_blob(frame, case.extent, [*u[:2], *moved, *u[4:]])
     return masks
 
 
-def _draw_blob(mask: Tensor, extent: tuple[float, float], generator: torch.Generator) -> None:
-    """Draw an ellipse with a wavy edge, whose centre lies in the image."""
+def _draw_blob(mask: Tensor, extent: tuple[float, float], u: list[float], scale: float = 1.0) -> None:
+    """Draw an ellipse with a wavy edge, whose centre lies in the image, from eight numbers in [0, 1)."""
     height, width = mask.shape
-    u = torch.rand(8, generator=generator).tolist()
-    side = math.sqrt(height * width) * extent[0] * (extent[1] / extent[0]) ** u[0]
+    side = scale * math.sqrt(height * width) * extent[0] * (extent[1] / extent[0]) ** u[0]
     stretch = math.exp(u[1] - 0.5)
     radii = [max(side * factor / math.sqrt(math.pi), 1.0) for factor in (stretch, 1 / stretch)]
     centre = [u[2] * height, u[3] * width]
@@ -200,15 +214,16 @@ def _draw_owners(case: Case, generator: torch.Generator) -> Tensor:
 
 def _known(case: Case, masks: Tensor, owner: Tensor) -> Tensor:
     """Return what a perfect prediction of each query's target looks like, `[Q, h, w]`: from -6 to 6."""
-    shares = torch.zeros(case.targets + 1, *case.logit_size)
+    shares = torch.zeros(case.targets + 1, *case.logit_shape)
     for share, mask in zip(shares, masks, strict=False):
-        share.copy_(adaptive_avg_pool2d(mask[None].float(), case.logit_size)[0])
+        planes = mask.view(-1, *case.target_size).float()
+        share.copy_(adaptive_avg_pool2d(planes, case.logit_size).view(share.shape))
     return shares.mul_(12).sub_(6)[owner]
 
 
 def _noise(case: Case, generator: torch.Generator) -> Tensor:
     """Draw errors of predictions: smooth ones, and a little of its own for each pixel."""
-    coarse: Size = (max(case.logit_size[0] // 16, 2), max(case.logit_size[1] // 16, 2))
-    smooth = torch.randn(case.batch, case.queries, *coarse, generator=generator)
-    noise = torch.randn(case.batch, case.queries, *case.logit_size, generator=generator).mul_(0.25)
-    return noise.add_(interpolate(smooth, case.logit_size, mode="bilinear"), alpha=2.0)
+    shape = case.logit_shape
+    smooth = torch.randn(case.batch, case.queries, *(max(size // 16, 2) for size in shape), generator=generator)
+    noise = torch.randn(case.batch, case.queries, *shape, generator=generator).mul_(0.25)
+    return noise.add_(interpolate(smooth, shape, mode="trilinear" if case.unit else "bilinear"), alpha=2.0)

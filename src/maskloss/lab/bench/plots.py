@@ -31,6 +31,7 @@ _COLORS = {
     "reference": (_palette.SAND, _palette.SAND_SOFT),
     "transformers": (GRAY, SOFT),
     "rfdetr": (_palette.NAVY, _palette.NAVY_SOFT),
+    "dense": (_palette.PINK, _palette.PINK_SOFT),
 }
 # Height of the two lines at the end of a curve, as a share of the axes.
 _LABEL = 0.16

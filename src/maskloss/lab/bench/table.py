@@ -54,8 +54,8 @@ def range_of(spread: dict[str, float]) -> str:
 
 
 LEGEND = """\
-[dim]step      forward and backward, median; maskloss packs bool masks within it, transformers gets float masks
-packed    the step with targets packed before it; for transformers, how it compares with that of maskloss
+[dim]step      forward and backward, median; maskloss packs bool masks within it, others get float masks
+packed    the step with targets packed before it; for others, how it compares with that of maskloss
 relative  compared with the step of maskloss        targets   making them from bool masks, on its own
 peak      memory above the inputs                   extra     the same without the gradients at the end
 ops       tensor operations, without packing        waits     of the host for a GPU, counted on a CPU too[/]

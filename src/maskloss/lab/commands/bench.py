@@ -31,7 +31,7 @@ LESS_MEMORY = "take a smaller --preset"
 DESCRIPTION = """\
 Measure a training step (matching, classification and mask loss over all decoder layers, forward and backward).
 Every arm runs in an ordinary process of its own, and the arms take turns. maskloss is given dense bool masks
-and packs them within the step; transformers gets float masks. Other implementations are measured with both
+and packs them within the step; transformers and dense get float masks. What others do is measured with both
 of OpenMP's ways of waiting, and the faster counts. Before anything is timed, each arm must find the matches,
 losses and gradients of maskloss from the same inputs and random numbers; with stratified points, those that
 the reference backend finds.
@@ -61,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maskloss; stratified, maskloss with stratified points; stratified/4, the same with a quarter of the "
         "points; factors, maskloss with masks as factors (presets with a head only); reference, its plain PyTorch "
         "backend; transformers, the loss of Hugging Face's Mask2Former or RF-DETR; rfdetr, that of RF-DETR's own "
-        "package (its presets only; default: maskloss, factors, and those of the last two that are installed, or "
-        "reference without Transformers)")
+        "package (its presets only); dense, for clips and volumes what copies of Mask2Former's criterion do (default: "
+        "maskloss, factors, dense, and those of the two packages that are installed, or reference without "
+        "Transformers)")
     add("--verify", action="store_true",
         help="for a machine with a GPU, within eight minutes: tests, races, unwritten memory, presets and models, on "
         "one page in --out; goes on if a part fails, and a second run does what is missing. With --device cpu: a "
@@ -172,7 +173,7 @@ def _check_package(arms: tuple[str, ...]) -> None:
 def _settings(arguments: argparse.Namespace) -> Settings:
     rival = "transformers" if find_spec("transformers") else "reference"
     others = ("rfdetr",) if find_spec("rfdetr") else ()
-    chosen = dict.fromkeys(arguments.arms or ("maskloss", "factors", rival, *others))
+    chosen = dict.fromkeys(arguments.arms or ("maskloss", "factors", "dense", rival, *others))
     usual = 3 if arguments.quick else 15 if arguments.scaling is None else 5
     return Settings(
         arms=tuple(arm for arm in ARMS if arm in chosen),

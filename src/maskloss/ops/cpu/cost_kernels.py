@@ -42,7 +42,7 @@ def bands_for(sizes: NDArray[np.int64], item_bytes: int) -> int:
 
 
 @helper()
-def _sort_pass(digits, shift, bins, n, source, target, counts):
+def sort_pass(digits, shift, bins, n, source, target, counts):
     """One stable counting pass: point numbers from `source` to `target`, by `digits >> shift`."""
     counts[: bins + 1] = 0
     for i in range(n):
@@ -76,8 +76,8 @@ def draw(
         draw_bits(key, stream, order, num_points, strata, bits)
         for i in range(num_points):
             rows[i] = _I32((np.int64(bits[Y, i]) * num_bands) >> 24)
-        _sort_pass(bits[X], 12, 4096, num_points, order, space, counts)
-        _sort_pass(rows, 0, num_bands, num_points, space, order, counts)
+        sort_pass(bits[X], 12, 4096, num_points, order, space, counts)
+        sort_pass(rows, 0, num_bands, num_points, space, order, counts)
         bands[image, 0] = 0
         for band in range(num_bands):
             bands[image, band + 1] = counts[band]
@@ -260,7 +260,7 @@ def _sum_squares(s, w, n):
 
 
 @helper()
-def _pair_costs(z, s, w, count, image, starts, first, length, offset, shares, sums, alpha, gamma, kind, ce, dice):
+def pair_costs(z, s, w, count, image, starts, first, length, offset, shares, sums, alpha, gamma, kind, ce, dice):
     """Both terms of a query with all targets `[T_max]`, from its logits at the sorted points; s is work space."""
     num_points = w.shape[0]
     if gamma < 0:
@@ -327,7 +327,7 @@ def row_costs(
             break
         image, row = item // rows, item % rows
         z[:num_points] = logits[image, row]
-        _pair_costs(
+        pair_costs(
             z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums,
             alpha, gamma, kind, ce[image, row], dice[image, row],
         )  # fmt: skip
@@ -371,7 +371,7 @@ def match_cost(
             source, image, query, rows[image, size], index[image, size], fx[image, size], fy[image, size],
             bands[image], buffer, z, memory,
         )  # fmt: skip
-        _pair_costs(
+        pair_costs(
             z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums,
             alpha, gamma, kind, ce[layer, image, query], dice[layer, image, query],
         )  # fmt: skip

@@ -44,7 +44,7 @@ def mask_loss_ahead(
     """As `mask_loss`, with the dense gradients of the logits for the expected gradients of the losses."""
     ahead, table = _new_gradients(instances, needs_grad)
     # The instances of a plane follow one another also where no gradient is needed.
-    planes = _by_plane(instances, [True] * len(instances.logits))
+    planes = by_plane(instances, [True] * len(instances.logits))
     return *_forward(instances, job, _Gradient(planes, _slopes(expected), table)), ahead
 
 
@@ -61,13 +61,19 @@ def mask_loss_settle(
     factor = common_factor(expected, grads)
     if factor == 1.0:
         return
-    planes = _by_plane(instances, needs_grad)
-    written = _needed_table(ahead, needs_grad, [False] * len(ahead))
     if factor is None:
-        _backward(saved, instances, job, _Gradient(planes, _slopes(grads), written))
+        written = _needed_table(ahead, needs_grad, [False] * len(ahead))
+        _backward(saved, instances, job, _Gradient(by_plane(instances, needs_grad), _slopes(grads), written))
     else:
-        args = (array_of(instances.rows), *planes, written, factor)
-        launch(kernels.scale_planes, len(planes.starts) - 1, dtypes_of(instances.logits[0]), (0, 0, 0), args)
+        scale_gradients(ahead, factor, instances, needs_grad)
+
+
+def scale_gradients(ahead: Sequence[Tensor], factor: float, instances: Instances, needs_grad: Sequence[bool]) -> None:
+    """Multiply the planes of instances, in gradients that were computed ahead."""
+    planes = by_plane(instances, needs_grad)
+    written = _needed_table(ahead, needs_grad, [False] * len(ahead))
+    args = (array_of(instances.rows), *planes, written, factor)
+    launch(kernels.scale_planes, len(planes.starts) - 1, dtypes_of(instances.logits[0]), (0, 0, 0), args)
 
 
 def mask_loss_backward(
@@ -76,7 +82,7 @@ def mask_loss_backward(
     """Dense gradients of the logits; an empty tensor for each layer that needs none."""
     found, table = _new_gradients(instances, needs_grad)
     if any(needs_grad):
-        _backward(saved, instances, job, _Gradient(_by_plane(instances, needs_grad), _slopes(grads), table))
+        _backward(saved, instances, job, _Gradient(by_plane(instances, needs_grad), _slopes(grads), table))
     return found
 
 
@@ -153,7 +159,7 @@ def _run(instances: Instances, job: Job, gradient: _Gradient, losses: tuple[Any,
     del alive
 
 
-def _by_plane(instances: Instances, needs_grad: Sequence[bool]) -> Planes:
+def by_plane(instances: Instances, needs_grad: Sequence[bool]) -> Planes:
     """Planes of instances, without those of layers that need no gradient."""
     rows = array_of(instances.rows)
     batch, queries = instances.logits[0].shape[:2]

@@ -78,7 +78,8 @@ def to_f16(value):
 
 
 @helper()
-def _read_row(address, dtype, n, step, out):
+def read_row(address, dtype, n, step, out):
+    """Copy n elements that lie `step` apart."""
     size = (n - 1) * step + 1
     if dtype == F32:
         f32 = at(address, size, np.float32)
@@ -120,7 +121,7 @@ def read_rows(source, b, q, first, last, buffer):
         start = (y - first) * pitch + BORDER
         row = buffer[start : start + width]
         if 0 <= y < source[HEIGHT]:
-            _read_row(plane + y * source[STRIDE_Y] * item, source[DTYPE], width, source[STRIDE_X], row)
+            read_row(plane + y * source[STRIDE_Y] * item, source[DTYPE], width, source[STRIDE_X], row)
         else:
             row[:] = 0
 

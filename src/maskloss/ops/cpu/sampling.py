@@ -40,7 +40,7 @@ def _bilinear(
         places = [builder.zext(builder.load(index), first.type) for index in indices]
         sides = []
         for start in (data, builder.gep(data, [pitch])):
-            pixels = [_pair(code, builder.gep(start, [place])) for place in places]
+            pixels = [load_pair(code, builder.gep(start, [place])) for place in places]
             while len(pixels) > 1:
                 width = range(2 * pixels[0].type.count)
                 pixels = [code.shuffle(*pair, *width) for pair in zip(pixels[::2], pixels[1::2], strict=True)]
@@ -57,13 +57,13 @@ def _bilinear(
     return types.void(buffer, pitch, index, fx, fy, z, types.uintp, lanes), codegen
 
 
-def _pair(code: Code, place: Any) -> Any:
+def load_pair(code: Code, place: Any) -> Any:
     """Two neighboring pixels."""
     return code.load(place, ir.VectorType(place.type.pointee, 2))
 
 
 @intrinsic
-def _add_pair(typingctx: Any, buffer: Any, place: Any, first: Any, second: Any) -> Any:
+def add_pair(typingctx: Any, buffer: Any, place: Any, first: Any, second: Any) -> Any:
     """Add to two neighboring pixels at once."""
 
     def codegen(*given: Any) -> Any:
@@ -72,7 +72,7 @@ def _add_pair(typingctx: Any, buffer: Any, place: Any, first: Any, second: Any) 
         both = ir.Constant(ir.VectorType(where.type.pointee, 2), ir.Undefined)
         for lane, value in enumerate(code.args[2:]):
             both = code.builder.insert_element(both, value, WORD(lane))
-        code.store(code.builder.fadd(_pair(code, where), both), where)
+        code.store(code.builder.fadd(load_pair(code, where), both), where)
         return code.nothing()
 
     return types.void(buffer, types.uintp, buffer.dtype, buffer.dtype), codegen
@@ -95,9 +95,9 @@ def _scatter_one(buffer, pitch, index, fx, fy, grad, i):
     bottom = fy[i] * grad[i]
     top = grad[i] - bottom
     right = fx[i] * top
-    _add_pair(buffer, place, top - right, right)
+    add_pair(buffer, place, top - right, right)
     right = fx[i] * bottom
-    _add_pair(buffer, place + np.uintp(pitch), bottom - right, right)
+    add_pair(buffer, place + np.uintp(pitch), bottom - right, right)
 
 
 @helper()

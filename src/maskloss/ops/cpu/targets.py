@@ -132,7 +132,7 @@ def _read_element(data, encoding, label, element):
 
 
 @helper(forceinline=True)
-def _pixels_around(data, encoding, row, y, x):
+def pixels_around(data, encoding, row, y, x):
     """The four pixels from (y, x) of a crop on, those of the upper row first."""
     if encoding != BITS and 0 <= y < row[CROP_H] - 1 and 0 <= x < row[CROP_W] - 1:
         stride, label = row[STRIDE], row[LABEL]
@@ -152,13 +152,13 @@ def _pixels_around(data, encoding, row, y, x):
 
 
 @helper(forceinline=True)
-def _bits_around(start, stride, y, x):
-    """The code of the four pixels from (y, x) on, x at least 7, inside the crop that begins at address `start`.
+def bits_around(start, stride, y, x):
+    """The code of the four pixels from (y, x) on, inside the crop that begins at address `start`.
 
     Two bytes hold both pixels of a row. They are the one with the right pixel and the one before it, so that nothing
-    behind the last row is read.
+    behind the last row is read; where x is below 7 they are the first two, which the row must have.
     """
-    byte = ((x + 1) >> 3) - 1
+    byte = max(((x + 1) >> 3) - 1, 0)
     shift = np.uint32(x - 8 * byte)
     upper = np.uint32(at(start + y * stride + byte, 1, np.uint16)[0])
     lower = np.uint32(at(start + y * stride + stride + byte, 1, np.uint16)[0])
@@ -205,9 +205,9 @@ def _read_inside(x, y, n, row, data, encoding, border, nearest, rows, columns, f
         if nearest:
             t[k] = read_pixel(data, encoding, row, v, u)
         elif encoding == BITS and 0 <= v < bottom and 7 <= u < right:
-            rows[k] = _bits_around(start, stride, v, u)
+            rows[k] = bits_around(start, stride, v, u)
         else:
-            a, b, c, d = _pixels_around(data, encoding, row, v, u)
+            a, b, c, d = pixels_around(data, encoding, row, v, u)
             if encoding < VALUES:
                 rows[k] = _I32(a + 2.0 * b + 4.0 * c + 8.0 * d)
             else:

@@ -28,30 +28,33 @@ from maskloss._abi import (
     Job,
     Saved,
     Stack,
-    Targets,
+    Term,
     Z,
     accumulation_dtype,
+    is_border,
 )
 from maskloss.points import draw_layout3, instance_keys
 
 from .formulas import instance_losses, interpolate, pairwise_costs, position
-from .sampling import choose, into_window, known_seed, locate
+from .sampling import Cells, choose, into_window, known_seed, locate, nearest
 from .slopes import instance_slopes
 from .storage import pack_bits, pixels_of_targets, rows_of, unpack_bits
 
 
-def _locate_depth(z: Tensor, depth: int, linear: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _locate_depth(z: Tensor, depth: int, linear: bool, padding: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the slice before each point, and how far the point lies towards the next one."""
     exact = z.double()
     if not linear:
         return (exact * depth).floor().long().clamp(0, depth - 1), torch.zeros_like(z, dtype=dtype)
     at = position(exact, depth)
+    if is_border(padding):
+        at = at.clamp(0, depth - 1)
     first = at.floor()
     return first.long(), (at - first).to(dtype)
 
 
-def sample_volumes(volumes: Tensor, points: Tensor, linear: bool) -> Tensor:
-    """Read volumes `[..., d, h, w]` at points `[..., P, 3]` (leading dimensions broadcast), zero outside."""
+def sample_volumes(volumes: Tensor, points: Tensor, linear: bool, padding: str = "zeros") -> Tensor:
+    """Read volumes `[..., d, h, w]` at points `[..., P, 3]` (leading dimensions broadcast)."""
     depth, height, width = volumes.shape[-3:]
     dtype = accumulation_dtype(volumes.dtype)
     flat = volumes.flatten(-3)
@@ -62,7 +65,7 @@ def sample_volumes(volumes: Tensor, points: Tensor, linear: bool) -> Tensor:
         values = flat.gather(-1, voxel.expand(*flat.shape[:-1], -1)).to(dtype)
         return torch.where(inside, values, values.new_zeros(()))
 
-    return _between(read, points, (depth, height, width), linear, dtype)
+    return _between(read, points, (depth, height, width), linear, Term(padding), dtype)
 
 
 def _between(
@@ -70,13 +73,17 @@ def _between(
     points: Tensor,
     size: tuple[int, Tensor | int, Tensor | int],
     linear: bool,
+    term: Term,
     dtype: torch.dtype,
 ) -> Tensor:
     """Interpolate what `read(slice, y, x)` finds: along x, then y, and linearly between the slices, if so."""
     depth, height, width = size
-    cells = locate(points[..., :Z], height, width, "zeros", dtype)
-    k, fz = _locate_depth(points[..., Z], depth, linear, dtype)
+    cells = locate(points[..., :Z], height, width, term.padding, dtype)
+    k, fz = _locate_depth(points[..., Z], depth, linear, term.padding, dtype)
     y, x = cells.y, cells.x
+    if term.nearest:
+        k, _ = nearest(Cells(k, x, fz, cells.fx), depth, width, term.padding)
+        return read(k, *nearest(cells, height, width, term.padding))
 
     def slice_at(k: Tensor) -> Tensor:
         corners = read(k, y, x), read(k, y, x + 1), read(k, y + 1, x), read(k, y + 1, x + 1)
@@ -86,11 +93,11 @@ def _between(
     return front + fz * (slice_at(k + 1) - front) if linear else front
 
 
-def _scatter(grad: Tensor, points: Tensor, size: torch.Size, linear: bool) -> Tensor:
+def _scatter(grad: Tensor, points: Tensor, size: torch.Size, linear: bool, padding: str) -> Tensor:
     """Invert `sample_volumes`: spread gradients `[n, P]` over the voxels of volumes `[n, d, h, w]`."""
     depth, height, width = size
-    cells = locate(points[..., :Z], height, width, "zeros", grad.dtype)
-    first, fz = _locate_depth(points[..., Z], depth, linear, grad.dtype)
+    cells = locate(points[..., :Z], height, width, padding, grad.dtype)
+    first, fz = _locate_depth(points[..., Z], depth, linear, padding, grad.dtype)
     volumes = grad.new_zeros(len(grad), depth * height * width)
     for dz, gz in ((0, 1 - fz), (1, fz))[: 1 + linear]:
         for dy, gy in ((0, 1 - cells.fy), (1, cells.fy)):
@@ -102,15 +109,16 @@ def _scatter(grad: Tensor, points: Tensor, size: torch.Size, linear: bool) -> Te
     return volumes.view(len(grad), *size)
 
 
-def _target_values(points: Tensor, rows: Tensor, targets: Targets, stack: Stack, dtype: torch.dtype) -> Tensor:
+def _target_values(points: Tensor, rows: Tensor, job: Job, stack: Stack, dtype: torch.dtype) -> Tensor:
     """Read targets, given by their rows of the table, at points `[n, P, 3]`: t `[n, P]`."""
+    targets = job.targets
     height = rows[:, FRAME_H, None] // stack.frames
 
     def read(k: Tensor, y: Tensor, x: Tensor) -> Tensor:
         inside = (k >= 0) & (k < stack.frames) & (y >= 0) & (y < height)
         return torch.where(inside, pixels_of_targets(k * height + y, x, rows, targets, dtype), 0.0)
 
-    return _between(read, points, (stack.frames, height, rows[:, FRAME_W, None]), stack.linear, dtype)
+    return _between(read, points, (stack.frames, height, rows[:, FRAME_W, None]), stack.linear, job.term, dtype)
 
 
 def _window3(points: Tensor, windows: Tensor) -> Tensor:
@@ -148,10 +156,10 @@ def volume_loss(instances: Instances, job: Job, stack: Stack) -> tuple[Tensor, T
         chosen = rows.new_empty(len(rows), 0)
         if draw.num_uncertain:
             candidates = _drawn(rows, targets.windows, draw, draw.num_candidates, CANDIDATES)
-            chosen = choose(sample_volumes(volumes, candidates, stack.linear), draw.num_uncertain)
+            chosen = choose(sample_volumes(volumes, candidates, stack.linear, term.padding), draw.num_uncertain)
         at = _points(chosen, rows, targets.windows, draw)
-        t = _target_values(at, rows_of(rows[:, IMAGE], rows[:, TARGET], targets), targets, stack, dtype)
-        z = sample_volumes(volumes, at, stack.linear)
+        t = _target_values(at, rows_of(rows[:, IMAGE], rows[:, TARGET], targets), job, stack, dtype)
+        z = sample_volumes(volumes, at, stack.linear, term.padding)
         losses = instance_losses(z, t, torch.ones_like(t), *term.focal, term.dice)
         soft = t if targets.encoding == "values" else t[:, :0]
         parts.append((*losses, pack_bits(chosen, draw.num_candidates), soft, z[:, :0]))
@@ -171,13 +179,14 @@ def volume_loss_backward(
             found.append(layer.new_empty(0))
             continue
         at = _points(unpack_bits(bits, draw.num_uncertain), rows, targets.windows, draw)
-        t = _target_values(at, rows_of(rows[:, IMAGE], rows[:, TARGET], targets), targets, stack, dtype)
-        z = sample_volumes(_volumes(layer, rows), at, stack.linear)
+        t = _target_values(at, rows_of(rows[:, IMAGE], rows[:, TARGET], targets), job, stack, dtype)
+        z = sample_volumes(_volumes(layer, rows), at, stack.linear, term.padding)
         slopes = instance_slopes(z, t, torch.ones_like(t), *term.focal, term.dice)
         d_z = d_ce[:, None] * slopes[0] + d_dice[:, None] * slopes[1]
         # A non-finite logit gives a non-finite gradient, unless its instance weighs nothing.
         live = ((d_ce != 0) | (d_dice != 0))[:, None]
-        d_volumes = _scatter(torch.where(live, d_z + 0 * z, 0.0), at, layer.shape[2:], stack.linear)
+        d_z = torch.where(live, d_z + 0 * z, 0.0)
+        d_volumes = _scatter(d_z, at, layer.shape[2:], stack.linear, term.padding)
         grad = torch.zeros(layer.shape, dtype=dtype, device=layer.device)
         found.append(grad.index_put_((rows[:, IMAGE], rows[:, QUERY]), d_volumes, accumulate=True).to(layer.dtype))
     return found
@@ -194,12 +203,12 @@ def volume_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job, 
     points = _window3(drawn, targets.windows)
     dtype = accumulation_dtype(logits[0].dtype)
     rows = rows_of(everyone.repeat_interleave(widest), column.repeat(batch), targets)
-    t = _target_values(points.repeat_interleave(widest, dim=0), rows, targets, stack, dtype)
+    t = _target_values(points.repeat_interleave(widest, dim=0), rows, job, stack, dtype)
     t = t.view(batch, widest, draw.num_points)
     real = column < torch.tensor(num_targets, device=device)[:, None]
     ce, overlap = [], []
     for layer in logits:
-        z = sample_volumes(layer, points[:, None], stack.linear)
+        z = sample_volumes(layer, points[:, None], stack.linear, term.padding)
         with torch.autocast(layer.device.type, enabled=False):
             costs = pairwise_costs(z, t, torch.ones_like(points[..., 0], dtype=dtype), *term.focal, term.dice)
         ce.append(torch.where(real[:, None], costs[0], 0.0))
