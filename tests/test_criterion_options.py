@@ -319,6 +319,7 @@ def test_the_weighted_dict_adds_up_to_the_total(backend: str) -> None:
         ("class_weights must be 3 finite numbers", {"class_weights": [1.0, 2.0, -1.0]}),
         ("class_weights must be 3 finite numbers", {"class_weights": torch.full((3,), float("nan"))}),
         ("class_weights must be 3 finite numbers", {"class_weights": "abc"}),
+        ("class_weights must be 3 finite numbers", {"class_weights": torch.ones(3, dtype=torch.complex64)}),
         ("matcher must be a maskloss.HungarianMatcher", {"matcher": 3}),
         ("must have the same classification", {"matcher": HungarianMatcher(classification="focal")}),
         ("focal_gamma must be a finite number", {"focal_gamma": "2"}),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 from torch.testing import assert_close
 
-from maskloss import MaskOptions, functional
+from maskloss import MaskOptions, PointSampling, functional
 from maskloss.errors import MaskLossError
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -184,3 +184,38 @@ def test_the_derivative_at_a_logit_of_zero(focal: tuple[float | None, float] | N
             loss = functional.mask_focal(z, t, alpha=focal[0], gamma=focal[1])
         slopes.append(*torch.autograd.grad(loss.sum(), z))
     torch.testing.assert_close(slopes[0], slopes[1], rtol=0, atol=1e-8)
+
+
+# -------------------------------------------------------------------------------------------------------------- windows
+
+
+def test_a_window_holds_the_points(backend: str) -> None:
+    sampling = PointSampling(num_points=60, importance_ratio=0.5)
+    options: dict[str, Any] = {"sampling": sampling, "seed": 1, "backend": backend}
+    x, y = functional.uncertain_points(torch.randn(2, 5, 6), window=(0.25, 0.5, 0.5, 0.25), **options).unbind(-1)
+    assert 0.25 <= x.min() < 0.35 and 0.65 < x.max() <= 0.75
+    assert 0.5 <= y.min() < 0.55 and 0.7 < y.max() <= 0.75
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        (0, 0, 1),
+        (0, 0, 1, 1.1),
+        (0, 0, 1.1, 1),
+        (0.5, 0, 0.6, 1),
+        (0, 0.5, 1, 0.6),
+        (0, 0, 0, 1),
+        (0, 0, 1, 0),
+        (-0.1, 0, 1, 1),
+    ],
+)
+def test_windows_that_are_refused(window: tuple[float, ...]) -> None:
+    with pytest.raises(MaskLossError, match="window must be"):
+        functional.uncertain_points(torch.zeros(1, 4, 4), window=window, seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("z", "t"), [((2, 3), (1, 3)), ((3,), (2, 3)), ((), ())])
+def test_pairs_that_are_refused(z: tuple[int, ...], t: tuple[int, ...]) -> None:
+    with pytest.raises(MaskLossError, match=r"z and t must have the same shape \[\.\.\., P\]"):
+        functional.mask_bce(torch.zeros(z), torch.zeros(t))

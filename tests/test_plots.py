@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskloss import MaskCriterion, MaskLoss, MaskLossError, MaskTargets, PointSampling, _palette, functional, plots
+from maskloss import MaskCriterion, MaskLoss, MaskLossError, MaskTargets, PointSampling, _palette, plots
 
 # What people with each kind of color blindness see of linear RGB: Machado, Oliveira and Fernandes (2009), severity 1.
 VISION = {
@@ -127,12 +127,6 @@ def test_chosen_are_the_candidates_of_smallest_logit(pair):
 def test_pairs_that_do_not_pair_up():
     with pytest.raises(MaskLossError, match=r"(?s)mask_logits and masks must pair up.*\[2, 4, 4\].*\[3, 8, 8\]"):
         plots.inspect_points(torch.zeros(2, 4, 4), torch.zeros(3, 8, 8))
-
-
-@pytest.mark.parametrize("window", [(0, 0, 0, 1), (0.5, 0, 0.6, 1), (-0.1, 0, 1, 1)])
-def test_a_window_that_leaves_the_image(window):
-    with pytest.raises(MaskLossError, match="window must be"):
-        functional.uncertain_points(torch.zeros(1, 4, 4), window=window, seed=0)
 
 
 # -------------------------------------------------------------------------------------------------------- the drawings

@@ -30,7 +30,8 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 def class_weights(weights: Tensor | Sequence[float], num_classes: int | None = None) -> Tensor:
     """Convert class weights to float32 `[C]`, a copy of their own."""
     try:
-        found = as_tensor(weights).detach().to(torch.float32, copy=True)
+        given = as_tensor(weights).detach()
+        found = given.new_empty(()) if given.is_complex() else given.to(torch.float32, copy=True)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         found = torch.empty((), device="cpu")
     fits = found.layout is torch.strided and found.ndim == 1 and len(found) == (num_classes or len(found))
