@@ -12,6 +12,7 @@ from torch import Tensor
 from maskloss import MaskLoss, MaskLossError, MaskTargets, Matches
 from support.steps import FEW, criterion, entries, gradients, predictions
 
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 7), reason="PyTorch 2.6 compiles no step into one graph")
 Step = Callable[..., Any]
 
 

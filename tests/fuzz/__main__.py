@@ -72,7 +72,8 @@ def main() -> int:
     rejected = Counter({name: found["rejected"] for name, found in done.get("cases", {}).items()})
     began = time.monotonic() - 60 * done.get("minutes", 0)
     whole = sum(SHARES[name] for name in chosen)
-    parts = -(-options.examples // PART)
+    size = PART // 20 if "gpu" in options.backends else PART  # interpreted kernels are slow
+    parts = -(-options.examples // size)
     with tempfile.TemporaryDirectory() as folder:
         kinds: dict[str, tuple[Any, Callable[[Any], bool]]] = {
             "calls": (cases.cases(16 if "gpu" in options.backends else 65), call),
@@ -82,7 +83,7 @@ def main() -> int:
         for part in range(done.get("parts", 0), parts):
             if time.monotonic() - began > options.minutes * 60:
                 break
-            examples = min(PART, options.examples - part * PART)
+            examples = min(size, options.examples - part * size)
             for name in chosen:
                 torch.set_num_threads(1)
                 share = max(1, round(examples * SHARES[name] / whole))
