@@ -198,14 +198,7 @@ class TrainConfig:
         return self.steps or STEPS
 
     def with_steps(self, images: int | None) -> TrainConfig:
-        """Return the options with the steps that their epochs amount to.
-
-        Args:
-            images: to train on; None: they are made as they are needed, without end.
-
-        Raises:
-            Cause: epochs of images without end.
-        """
+        """Return the options with the steps that their epochs of this many images amount to; None: without end."""
         if self.epochs is None:
             return dataclasses.replace(self, steps=self.num_steps)
         if images is None:

@@ -39,13 +39,9 @@ class Arm(Protocol):
 class MasklossArm:
     """This library.
 
-    Args:
-        case: the sizes of the step.
-        device: where it runs.
-        name: of the arm. "reference" has the plain PyTorch backend. "factors" takes the masks of a head as factors; for
-            all others their product is formed first, as a part of the step. Those of `STRATIFIED` draw stratified
-            points.
-        backend: of all arms but "reference"; None for the one that the device gets by default.
+    "reference" has the plain PyTorch backend, all other arms have `backend`, or that of the device. "factors" takes the
+    masks of a head as factors; for all others their product is formed first, as a part of the step. Those of
+    `STRATIFIED` draw stratified points.
     """
 
     takes_masks = True

@@ -150,12 +150,9 @@ def _run_rf_detr(arm: rf_detr.Peer, inputs: Inputs, case: Case, matches: Matches
 
 
 class _Draws(TorchFunctionMode):
-    """Answers calls of `torch.rand` with given tensors, in order.
+    """Answers calls of `torch.rand` with given tensors, in order, which must have as many points as were asked for.
 
-    Args:
-        draws: the answers.
-        exact: whether they must have as many points as were asked for. The matcher of Transformers' RF-DETR asks for
-            another number than its configuration says.
+    Unless `exact` is False: the matcher of Transformers' RF-DETR asks for another number than its configuration says.
     """
 
     def __init__(self, draws: Iterator[Tensor], *, exact: bool = True) -> None:

@@ -45,11 +45,8 @@ class Computed(NamedTuple):
 class MasklossArm:
     """RF-DETR's criterion as this library has it: all layers and groups of queries in one call.
 
-    Args:
-        case: the sizes of the step.
-        name: of the arm, see `arms.MasklossArm`.
-        backend: of all arms but "reference"; None for the one that the device gets by default.
-        padding_mode: how masks are read beyond their edge: "zeros" as in Transformers, or "border" as in rfdetr.
+    `name` and `backend` are those of `arms.MasklossArm`; `padding_mode` is how masks are read beyond their edge:
+    "zeros" as in Transformers, or "border" as in rfdetr.
     """
 
     takes_masks = True

@@ -72,10 +72,7 @@ class Settings:
 class Process:
     """A worker in a process of its own; leaving the `with` block ends it.
 
-    Args:
-        settings: threads and environment.
-        module: what it runs, see `Subject.worker`.
-        passive: let waiting OpenMP threads sleep; by default they spin for a while.
+    `module` is what it runs, see `Subject.worker`; `passive` lets waiting OpenMP threads sleep, which spin by default.
     """
 
     def __init__(self, settings: Settings, module: str, *, passive: bool = False) -> None:
@@ -311,10 +308,7 @@ def ratios(
 ) -> dict[str, float] | None:
     """Compare two arms round by round, so that what disturbs the machine for a while disturbs both.
 
-    Args:
-        samples: of one arm.
-        base: of the other.
-        packed: take those steps of the other to which packed targets were given.
+    `packed` takes those steps of `base` to which packed targets were given.
 
     Returns:
         Median and quantiles of the ratio of their steps, over the rounds in which both took a turn; None without any.

@@ -54,20 +54,8 @@ class Reading(NamedTuple):
 class FolderScenes:
     """Scenes from a folder with images and annotations.
 
-    Args:
-        folder: what a labeling tool leaves, or a benchmark has; see `readers`.
-        size: side of the square that the model sees, pixels; None: chosen by the images.
-        crop: side of the square to cut out of an image, pixels; None: whole images.
-        options: what a person said of the folder.
-        normalize: "auto" (percentiles for label maps and deep images), "percentile" or "range".
-        augment: whether training images are changed at random.
-        on_error: "stop" or "skip", at a broken image or annotation.
-        score: "all" or the name of a part: only to score on these images; None: divided for training.
-        classes: those of a trained model, which the data must have; None: any.
-
-    Raises:
-        MaskLossError: a file that is missing or is not what it should be; the message names it.
-        MissingExtraError: a package of the extra `train` is not installed.
+    Most arguments are options of `TrainConfig`, which documents them. With `score`, "all" or the name of a part, these
+    images are only to be scored on; `classes` are those of a trained model, which the data must have.
     """
 
     def __init__(

@@ -74,12 +74,7 @@ class Claim:
 
 @contextlib.contextmanager
 def claimed(folder: Path | None, *, overwrite: bool = False) -> Iterator[Claim]:
-    """Hold a folder for a new run, and leave it as it was if the run gets nowhere.
-
-    Args:
-        folder: where the run is to write; None: a new folder, named by the time.
-        overwrite: whether a run may be replaced.
-    """
+    """Hold a folder for a new run, by default one named by the time, and leave it as it was if the run gets nowhere."""
     if folder is None:
         folder, made = _new_folder()
     else:

@@ -346,12 +346,9 @@ def speed(images: int, seconds: float) -> float:
 
 
 def schedule(progress: float, kind: str = "cosine", warmup: float = 0.05) -> float:
-    """Return the learning rate as a share of the highest one: a linear rise, and then what `kind` says.
+    """Return the learning rate as a share of the highest one, when this share of the steps is taken, in (0, 1].
 
-    Args:
-        progress: share of the steps that are taken, in (0, 1].
-        kind: "cosine" and "linear" fall to zero, "constant" stays.
-        warmup: share of the steps in which it rises.
+    In the first `warmup` of them it rises linearly; then "cosine" and "linear" fall to zero, and "constant" stays.
     """
     if progress < warmup:
         return progress / warmup

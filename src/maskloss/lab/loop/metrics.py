@@ -12,16 +12,9 @@ from maskloss.lab.runfolder import METRICS, read_lines
 
 
 class Metrics:
-    """The lines of metrics.jsonl.
+    """The lines of metrics.jsonl, and the names of those that could not be read and are left out, `ruined`.
 
-    Args:
-        folder: of the run.
-        last: the last step to keep of what is there; None: nothing is kept.
-        writes: whether this process writes the file.
-
-    Attributes:
-        lines: that are there.
-        ruined: names of lines that could not be read; they are left out.
+    `last` is the last step to keep of what is there, None for nothing; only a process that `writes` touches the file.
     """
 
     def __init__(self, folder: Path, last: int | None, writes: bool) -> None:

@@ -44,12 +44,7 @@ class Listener(NamedTuple):
 
 
 class Interrupted(Exception):
-    """A signal ended a run that has a checkpoint.
-
-    Attributes:
-        step: of the checkpoint.
-        signal: its number.
-    """
+    """A signal ended a run that has a checkpoint: `signal` is its number, `step` that of the checkpoint."""
 
     def __init__(self, folder: Path, step: int, steps: int, number: int) -> None:
         super().__init__(f"stopped at step {step:,} of {steps:,}; go on with: maskloss train --resume {folder}")

@@ -15,12 +15,7 @@ PARTS = ("data", "model", "matching", "loss", "optimizer")
 
 
 class Clock:
-    """Adds up the time of each part of the steps in which it runs; otherwise it costs nothing.
-
-    Attributes:
-        running: whether this step is measured.
-        seconds: of each part.
-    """
+    """Adds up the time of each part of the steps in which it is `running`; otherwise it costs nothing."""
 
     def __init__(self) -> None:
         self.running = False

@@ -141,14 +141,9 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(3))
 
     def forward(self, queries: Tensor, places: Tensor, level: Tensor, where: Tensor, mask: Tensor) -> Tensor:
-        """Update the queries.
+        """Update the queries `[B, Q, DIM]` from features `[B, K, DIM]`.
 
-        Args:
-            queries: `[B, Q, DIM]`.
-            places: of the queries, `[Q, DIM]`.
-            level: features `[B, K, DIM]`.
-            where: the features' places, `[K, DIM]`.
-            mask: bool `[B, Q, K]`, which features a query may look at.
+        Both have places, `[Q, DIM]` and `[K, DIM]`; `mask` `[B, Q, K]` says which features a query may look at.
         """
         queries = self.norms[0](queries + self.to_image(queries + places, level + where, level, mask))
         queries = self.norms[1](queries + self.to_queries(queries + places, queries + places, queries, None))

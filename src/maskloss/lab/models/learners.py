@@ -46,32 +46,20 @@ class Output(NamedTuple):
 
 
 class Learner(nn.Module):
-    """A model with its losses; `forward` gives the losses of a batch, `predict` the logits.
+    """A model with its losses; `forward` gives the losses of a batch, `predict` the logits."""
 
-    Attributes:
-        network: the model itself, whose weights are saved.
-        clock: measures the parts of a step.
-        num_queries: Q.
-        num_points: of each instance.
-        layout: of these points.
-        class_weights: of the classes in the classification; None: all weigh alike.
-        classification: "softmax", or "focal" where there is no "no object".
-        class_layers: beginnings of the names of the weights whose number depends on the classes.
-        settings: beginnings of the names of buffers that are not learned.
-    """
-
-    classification: ClassVar[str] = "softmax"
-    class_layers: tuple[str, ...]
-    settings: ClassVar[tuple[str, ...]] = ()
-    network: nn.Module
-    num_queries: int
-    num_points: int
-    layout: str
-    class_weights: Sequence[float] | None
+    classification: ClassVar[str] = "softmax"  # or "focal", where there is no "no object"
+    class_layers: tuple[str, ...]  # beginnings of the names of the weights whose number depends on the classes
+    settings: ClassVar[tuple[str, ...]] = ()  # beginnings of the names of buffers that are not learned
+    network: nn.Module  # the model itself, whose weights are saved
+    num_queries: int  # Q
+    num_points: int  # of each instance
+    layout: str  # of these points
+    class_weights: Sequence[float] | None  # of the classes in the classification; None: all weigh alike
 
     def __init__(self) -> None:
         super().__init__()
-        self.clock = Clock()
+        self.clock = Clock()  # measures the parts of a step
 
     def forward(self, batch: Batch, totals: StepTotals, seed: int) -> Losses:
         """Compute the losses of a batch."""

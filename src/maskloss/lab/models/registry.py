@@ -36,9 +36,7 @@ class Prepared(NamedTuple):
 def kind_of(config: TrainConfig, folder: Path | None = None) -> type[Kind]:
     """Return what is known of the kind of model that a configuration names.
 
-    Args:
-        config: of a run.
-        folder: of that run, if it has begun. It knows itself, also where it began with the weights of another one.
+    `folder` is that of a run that has begun: it knows itself, also where it began with the weights of another one.
     """
     if config.model == COMPACT:
         return Compact
@@ -61,13 +59,10 @@ def weights_path(folder: Path, config: TrainConfig) -> Path:
 def open_source(
     config: TrainConfig, size: int | None = None, *, score: str | None = None, classes: Sequence[str] | None = None
 ) -> Source:
-    """Open the scenes that a configuration names.
+    """Open the scenes that a configuration names; `size` is for one that leaves it open.
 
-    Args:
-        config: of a run.
-        size: side of the square that the model sees, if the configuration leaves it open.
-        score: "all", or the part of the data to score on; None: as the run divides them.
-        classes: those of a trained model, which the data must have; None: any.
+    With `score`, "all" or a part of the data, only these are scored on. `classes` are those of a trained model, which
+    the data must have.
     """
     if config.data is None:
         if score is not None:

@@ -115,11 +115,7 @@ def interval(classes: Sequence[Ranked]) -> tuple[float, float]:
 
 
 def matched_pairs(iou: NDArray[np.float64], threshold: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pair instances and predictions one to one, so that as many pairs as possible reach an IoU.
-
-    Args:
-        iou: `[T, D]`.
-        threshold: a pair of at least this IoU counts.
+    """Pair instances and predictions one to one, so that as many pairs as possible reach an IoU, given all `[T, D]`.
 
     Returns:
         Rows and columns of the pairs that count; among the largest choices the one with the highest IoU.
@@ -135,15 +131,11 @@ def matched_pairs(iou: NDArray[np.float64], threshold: float) -> tuple[NDArray[n
 def taken_for(
     truth: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]], num_classes: int
 ) -> NDArray[np.int64]:
-    """Say for each instance of an image, whatever its class, what it was found to be.
-
-    Args:
-        truth: entries as COCO's evaluation takes them.
-        found: predictions in the same form; those that score at least `FOUND` are looked at.
-        num_classes: C, which also stands for "nothing".
+    """Say for each instance of an image, whatever its class, what it was found to be, from entries as COCO's has them.
 
     Returns:
-        truth * (C + 1) + found for each pair, missed instance and false alarm; predictions in crowds are left out.
+        truth * (C + 1) + found for each pair, missed instance and false alarm, where C stands for nothing. Predictions
+        in crowds are left out, and those that score below `FOUND`.
     """
     kept = [each for each in found if each["score"] >= FOUND]
     objects = [each for each in truth if not each["iscrowd"]]

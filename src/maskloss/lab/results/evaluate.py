@@ -111,19 +111,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Predict scenes and compare them with their truth, without holding more than a few of them.
 
-    Args:
-        predictor: of the model.
-        scenes: with their truth.
-        class_names: the classes, in the order of their labels.
-        one_class_maps: whether to compute the AP of microscopy as well.
-        problems: what to do about scenes that cannot be read; default: stop.
-        share: which scenes this process takes: its rank, and the number of processes.
-        gather: joins what the processes found.
-        each: is shown every scene and its prediction.
-        stopped: asked now and then; True ends the evaluation.
-
-    Returns:
-        The scores; None if it was stopped.
+    Of several processes, each takes its `share` of the scenes, rank and number of processes, and `gather` joins what
+    they found. `stopped` is asked now and then; if it says so, there are no scores.
     """
     problems = problems or Problems()
     judged: list[Judged] = []

@@ -106,15 +106,10 @@ class Pixels(Protocol):
 
 
 class Predictor:
-    """Predicts images of any size.
+    """Predicts images of any size, shown to the model as squares of `size` pixels; of each, `most` instances are kept.
 
-    Args:
-        learner: the model.
-        size: side of the square that the model sees, pixels.
-        tile: side of the squares into which larger images are cut, pixels of the image.
-        cut: whether any image larger than a tile is cut, as where a model was trained on crops; else only images that
-            are much larger.
-        most: instances of an image that are kept.
+    Larger images are cut into squares of `tile` pixels: with `cut`, as where a model was trained on crops, all that are
+    larger than a tile, else only those that are much larger.
     """
 
     def __init__(self, learner: Learner, size: int, tile: int, cut: bool, most: int = MOST) -> None:

@@ -46,27 +46,13 @@ def predict_images(
     advance: Callable[[int, int], None] = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Path], list[str]]:
-    """Find instances in images, and write label maps, overlays and COCO results.
+    """Find instances in images, and write label maps, overlays and COCO results; see the help of `maskloss predict`.
 
-    Args:
-        run: folder that `maskloss train` wrote.
-        images: files, or folders of them.
-        out: where to write.
-        threshold: least score of what label maps and overlays show, in [0, 1].
-        least: least score of what predictions.json lists, in [0, 1].
-        ids: annotations in COCO's form, whose images have the ids to use; None: images are counted from 1.
-        tile: side of the tiles, pixels; None: as in training.
-        device: "cpu" or "cuda".
-        on_error: "stop" or "skip", at an image that cannot be read.
-        done: is told each image and how many instances it shows.
-        advance: is told how many images were looked at, and how many there are.
-        say: is told what a person should know of what is written.
+    `done` is told each image and how many instances it shows, `advance` how many images were looked at and how many
+    there are, `say` what a person should know of what is written.
 
     Returns:
         What was written, and what was left out.
-
-    Raises:
-        Cause: no run, images that cannot be read, or a file in the way that an earlier call did not write.
     """
     for name, score in (("--threshold", threshold), ("--least-score", least)):
         if not 0 <= score <= 1:

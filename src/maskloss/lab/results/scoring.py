@@ -36,23 +36,13 @@ def evaluate_run(
     advance: Callable[[int, int], None] = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Evaluation, list[tuple[str, str]], list[str]]:
-    """Score the model of a run on held-out images.
+    """Score the model of a run on held-out images; see the help of `maskloss evaluate`.
 
-    Args:
-        run: folder that `maskloss train` wrote.
-        data: other data, scored on as a whole; None: those of the run.
-        split: the part to score on, or "all"; None: what the run held out, or all of other data.
-        device: "cpu" or "cuda".
-        out: a new folder for pictures, predictions and the truth; None: nothing is written.
-        note: is told what is being done.
-        advance: is told how many images were looked at, and how many there are.
-        say: is told what a person should know of what is written.
+    `note` is told what is being done, `advance` how many images were looked at and how many there are, `say` what a
+    person should know of what is written.
 
     Returns:
         The scores, what the data are, and what was left out.
-
-    Raises:
-        Cause: no run, data that cannot be read or have other classes, or a folder that is not empty.
     """
     if out is not None and out.is_dir() and any(out.iterdir()):
         raise Cause("--out must be a new folder", f"{out} is not empty", "name another one")
