@@ -15,19 +15,10 @@ from torch.utils._pytree import tree_leaves
 from maskloss.ops import WIDEST_ON_DEVICE
 
 # Operations whose result depends on values: the host waits for the device to know a number or a shape.
-_VALUE_DEPENDENT = frozenset(
-    {
-        "_local_scalar_dense",
-        "_unique2",
-        "bincount",
-        "equal",
-        "is_nonzero",
-        "masked_select",
-        "nonzero",
-        "unique_consecutive",
-        "unique_dim",
-    }
-)
+_VALUE_DEPENDENT = frozenset((
+    "_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "masked_select", "nonzero",
+    "unique_consecutive", "unique_dim",
+))  # fmt: skip
 # Operations that pass a tensor on and touch no memory.
 _FREE = frozenset({"alias", "detach", "detach_", "lift_fresh"})
 _COPIES = frozenset({"_to_copy", "copy_"})

@@ -30,6 +30,10 @@ DESCRIPTION = (
     "training run, a file of options, or the configuration of a Transformers model."
 )
 _RULE = "--config must be a JSON or YAML file with options by name"
+# Options of a run that the text takes as they are.
+_AS_THEY_ARE = (
+    "crop", "batch_size", "weight_decay", "clip", "schedule", "warmup", "precision", "layer_decay",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,22 +144,15 @@ def settings_of_run(folder: Path) -> MethodSettings:
         queries=learner.num_queries,
         parameters=count_weights(learner),
         size=config.size or 0,
-        crop=config.crop,
         augmentation=Augmentation(augment.SMALLEST, augment.LARGEST, facts.one_class_maps) if config.augment else None,
         digits=not folder_of_images,
         steps=steps,
-        batch_size=config.batch_size,
         lr=config.lr or 0.0,
         backbone_share=share,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-        schedule=config.schedule,
-        warmup=config.warmup,
-        precision=config.precision,
         planned=None if steps == config.num_steps else config.num_steps,
-        layer_decay=config.layer_decay,
         ema_decay=config.ema_decay if config.ema else None,
         best=ended.get("kept_step", kept_step(folder, config)) if config.keep == BEST else None,
+        **{name: getattr(config, name) for name in _AS_THEY_ARE},
     )
     version = facts.version if re.fullmatch(r"[\w.+-]{1,40}", facts.version or "") else None
     return replace(found, training=training, version=version).with_targets(folder_of_images, folder_of_images)
