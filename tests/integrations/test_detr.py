@@ -291,6 +291,12 @@ def test_an_extra_loss_is_one_of_the_final_layer() -> None:
     assert found["loss_contrastive"].item() == 5
     assert [name for name, _ in criterion.named_parameters()] == ["extra_loss.scale"]
     assert list(found)[-1] == "loss_contrastive"
+    for wrong in (torch.zeros(()), {"loss_mask": torch.zeros(())}):
+        with pytest.raises(MaskLossError, match="extra_loss must return other losses by name"):
+            mask2former_criterion(extra_loss=lambda *_, wrong=wrong: wrong)(outputs, targets)
+    criterion.losses = ["labels", "cards"]
+    with pytest.raises(MaskLossError, match="losses must be a list of"):
+        criterion(outputs, targets)
 
 
 def test_errors_name_what_the_outputs_have() -> None:
@@ -490,6 +496,9 @@ def test_a_subclass_whose_methods_would_not_be_called_is_refused(base: type, nam
     setattr(Mixin, name, lambda self, *_: {})
     with pytest.raises(MaskLossError, match="must not override what is not called"):
         type("Fork", (Mixin, base), {})
+    criterion = base(3, len, {}, 0.1, ["labels"])
+    with pytest.raises(MaskLossError, match=f"SetCriterion has {name}, but all layers"):
+        setattr(criterion, name, len)
 
 
 def test_a_subclass_of_the_matcher_is_honored_or_refused() -> None:

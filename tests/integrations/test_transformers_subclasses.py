@@ -140,6 +140,22 @@ def test_a_subclass_without_changes_has_all_layers_at_once() -> None:
     assert torch.isfinite(tiny.run(model, "mask2former", tiny.batch_for("mask2former"))[0]).all()
 
 
+def test_methods_of_an_object_are_called_or_named() -> None:
+    def nothing(*_: Any) -> dict[str, Any]:
+        return {"loss_cross_entropy": torch.zeros(())}
+
+    config: Any = tiny.mask2former().config
+    before, after = (modeling.Mask2FormerLoss(config, {}) for _ in range(2))
+    before.loss_labels = nothing
+    masks, classes = torch.randn(1, 3, 8, 8), torch.randn(1, 3, tiny.CLASSES + 1)
+    batch = masks, classes, [torch.ones(1, 16, 16)], [torch.tensor([1])]
+    with patch(before), patch(after):
+        assert before(*batch)["loss_cross_entropy"] == 0
+        after.loss_labels = nothing
+        with pytest.raises(MaskLossError, match=r"before the criterion is patched[\s\S]*loss_labels would not"):
+            after(*batch)
+
+
 def test_an_override_in_a_model_is_called() -> None:
     class Doubled(modeling.Mask2FormerLoss):
         def loss_labels(self, *args: Any) -> Any:

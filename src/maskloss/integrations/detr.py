@@ -21,24 +21,21 @@ from maskloss import matcher as core
 from maskloss._classification import KINDS, focal_sums, partial_of, softmax_loss
 from maskloss._numbers import check_integer
 from maskloss.errors import Cause, describe, reported
-from maskloss.factors import MaskFactors
-from maskloss.integrations import _targets
+from maskloss.integrations import _outputs, _targets
 from maskloss.integrations._boxes import box_costs, box_terms
+from maskloss.integrations._outputs import Outputs
 from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches, Pairs, join_layers
-from maskloss.options import MaskOptions, TargetKeywords, TargetRules, all_options, differing, told
+from maskloss.options import MaskOptions, TargetKeywords, all_options, differing, told
 from maskloss.points import PointSampling
 from maskloss.step import Step
 from maskloss.targets.collate import Entries
 
 __all__ = ["HungarianMatcher", "SetCriterion"]
 
-Outputs = Mapping[str, Any]
 ExtraLoss = Callable[[Outputs, Entries, Pairs, "float | Tensor"], Mapping[str, Tensor]]
 
-# What the library's own checks call these code bases' entries.
-NAMES = {"class_logits": "pred_logits", "mask_logits": "pred_masks"}
 LOSSES = ("labels", "masks", "boxes")
 
 # What the code bases' own criteria call for each layer, and this one, which computes all layers together, does not.
@@ -52,6 +49,7 @@ NOT_CALLED = (
     "_get_src_permutation_idx",
     "_get_tgt_permutation_idx",
 )
+_INSTEAD = "override losses_of, or compute other losses next to this criterion"
 
 
 class HungarianMatcher(nn.Module):
@@ -101,11 +99,10 @@ class HungarianMatcher(nn.Module):
         **kwargs: Unpack[TargetKeywords],
     ) -> None:
         super().__init__()
-        costs = {"cost_class": cost_class, "cost_mask": cost_mask, "cost_dice": cost_dice}
-        for name, weight in {**costs, "cost_box": cost_box, "cost_giou": cost_giou}.items():
+        names = ("cost_class", "cost_mask", "cost_dice", "cost_box", "cost_giou")
+        for name, weight in zip(names, (cost_class, cost_mask, cost_dice, cost_box, cost_giou), strict=True):
             _inputs.check_weight(name, weight)
         self.cost_box, self.cost_giou = float(cost_box), float(cost_giou)
-        self._costs = float(cost_class), float(cost_mask), float(cost_dice)
         all_options(options, kwargs)  # Before the core, which has more options than are offered here.
         self.core = core.HungarianMatcher(
             class_weight=cost_class,
@@ -122,32 +119,14 @@ class HungarianMatcher(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         """Raise if a subclass overrides what is never called."""
         super().__init_subclass__(**options)
-        if hasattr(cls, "memory_efficient_forward"):
-            raise Cause(
-                "a subclass must not override what is not called here",
-                f"{cls.__name__} has memory_efficient_forward, but all layers are matched together",
-                "override forward, or add to the costs with extra_costs",
-            )
+        hint = "override forward, or add to the costs with extra_costs"
+        _outputs.reject_overrides(cls, ["memory_efficient_forward"], hint)
 
-    @property
-    def cost_class(self) -> float:
-        """Weight of the class term."""
-        return self._costs[0]
-
-    @property
-    def cost_mask(self) -> float:
-        """Weight of the masks' cross-entropy."""
-        return self._costs[1]
-
-    @property
-    def cost_dice(self) -> float:
-        """Weight of Dice."""
-        return self._costs[2]
-
-    @property
-    def num_points(self) -> int:
-        """P, uniform points per image."""
-        return self.core.num_points
+    # Read by criteria, and not to be set.
+    cost_class = property(lambda self: self.core.class_weight, doc="Weight of the class term.")
+    cost_mask = property(lambda self: self.core.mask_weight, doc="Weight of the masks' cross-entropy.")
+    cost_dice = property(lambda self: self.core.dice_weight, doc="Weight of Dice.")
+    num_points = property(lambda self: self.core.num_points, doc="P, uniform points per image.")
 
     def __repr__(self, _repr_indent: int = 4) -> str:
         """Show the weights; the code bases' own criteria ask for an indentation when they print their matcher."""
@@ -158,7 +137,7 @@ class HungarianMatcher(nn.Module):
         lines = [f"{' ' * _repr_indent}{name}: {value}" for name, value in shown.items()]
         return "\n".join([f"{type(self).__name__}:", *lines])
 
-    @reported("HungarianMatcher", NAMES)
+    @reported("HungarianMatcher", _outputs.NAMES)
     def forward(self, outputs: Outputs, targets: Entries) -> Pairs:
         """Match the outputs of one layer.
 
@@ -175,12 +154,12 @@ class HungarianMatcher(nn.Module):
         Raises:
             MaskLossError: wrong or missing outputs or targets.
         """
-        step = begin(outputs, targets, replace(self.core.rules, no_object_label="allow"))
+        step = _outputs.begin(outputs, targets, replace(self.core.rules, no_object_label="allow"))
         return self.match([outputs], targets, step).pairs()
 
     def match(self, layers: Sequence[Outputs], targets: Entries, step: Step) -> Matches:
         """Match several layers with the same numbers of queries and classes; some may have no masks."""
-        logits, masks = _predictions(layers, no_object=self.core.classification == "softmax")
+        logits, masks = _outputs.predictions(layers, no_object=self.core.classification == "softmax")
         extra = self.box_costs(layers, targets, step) if self.cost_box or self.cost_giou else None
         if any("extra_costs" in layer for layer in layers):
             given = [layer.get("extra_costs") for layer in layers]
@@ -194,7 +173,7 @@ class HungarianMatcher(nn.Module):
 
     def box_costs(self, layers: Sequence[Outputs], targets: Entries, step: Step) -> Tensor:
         """Compute the boxes' part of the cost: `[L, B, Q, T_max]`."""
-        boxes = _predicted_boxes(layers)
+        boxes = _outputs.predicted_boxes(layers)
         given = _targets.boxes_of(targets, step.targets.num_targets, boxes)
         return box_costs(boxes, given, self.cost_box, self.cost_giou)
 
@@ -313,28 +292,19 @@ class SetCriterion(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         """Raise if a subclass overrides what is never called."""
         super().__init_subclass__(**options)
-        ignored = [name for name in NOT_CALLED if hasattr(cls, name)]
-        if ignored:
-            raise Cause(
-                "a subclass must not override what is not called here",
-                f"{cls.__name__} has {', '.join(ignored)}, but all layers are computed together",
-                "override losses_of, or compute other losses next to this criterion",
-            )
+        _outputs.reject_overrides(cls, NOT_CALLED, _INSTEAD)
 
-    @property
-    def num_points(self) -> int:
-        """P, points per instance."""
-        return self.mask_loss.sampling.num_points
+    @reported("SetCriterion")
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raise if a method is put in place that is never called."""
+        super().__setattr__(name, value)
+        if name in NOT_CALLED:
+            _outputs.reject_overrides(self, [name], _INSTEAD)
 
-    @property
-    def oversample_ratio(self) -> float:
-        """Candidates per point (see `PointSampling`)."""
-        return self.mask_loss.sampling.oversample_ratio
-
-    @property
-    def importance_sample_ratio(self) -> float:
-        """Share of uncertain points (see `PointSampling`)."""
-        return self.mask_loss.sampling.importance_ratio
+    # Read by training loops, and not to be set.
+    num_points = property(lambda self: self.mask_loss.sampling.num_points, doc="P, points per instance.")
+    oversample_ratio = property(lambda self: self.mask_loss.sampling.oversample_ratio, doc="See there.")
+    importance_sample_ratio = property(lambda self: self.mask_loss.sampling.importance_ratio, doc="See there.")
 
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
@@ -342,7 +312,7 @@ class SetCriterion(nn.Module):
         own = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return own + told(self.rules, extra_loss=self.extra_loss)
 
-    @reported("SetCriterion", NAMES)
+    @reported("SetCriterion", _outputs.NAMES)
     def forward(self, outputs: Outputs, targets: Entries) -> dict[str, Tensor]:
         """Match all layers and compute their losses.
 
@@ -372,23 +342,28 @@ class SetCriterion(nn.Module):
     def begin(self, outputs: Outputs, targets: Entries) -> Step:
         """Pack the targets of a step, and check that they fit."""
         no_object = self.num_classes if self.classification == "softmax" else None
-        return begin(outputs, targets, self.rules, no_object)
+        return _outputs.begin(outputs, targets, self.rules, no_object)
 
     def matched_losses(self, outputs: Outputs, targets: Entries, step: Step) -> dict[str, Tensor]:
         """Match the layers of checked inputs and compute their losses."""
-        rank = find_masks(outputs).ndim
+        rank = _outputs.find_masks(outputs).ndim
         if rank != 4 + self.video:
             raise Cause(
                 f'"pred_masks" must be {"[B, Q, T, h, w]" if self.video else "[B, Q, h, w]"} where video={self.video}',
                 f"they have {rank} dimensions",
                 f"SetCriterion(video={not self.video}) takes {'images' if self.video else 'clips'}",
             )
+        check_losses("losses", self.losses)
         layers = self._layers(outputs)
         matches = self._match(list(layers.values()), targets, step)
         count = step.divisor(float(step.targets.num_masks))
         losses = self.losses_of(self.losses, layers, matches, targets, step, count)
         if self.extra_loss is not None:
-            losses |= self.extra_loss(outputs, targets, matches.pairs(0), count)
+            more = self.extra_loss(outputs, targets, matches.pairs(0), count)
+            if not isinstance(more, Mapping) or losses.keys() & more:
+                hint = "return a dict of losses with names of their own"
+                raise Cause("extra_loss must return other losses by name", f"got {describe(more)}", hint)
+            losses |= more
         self._warn_of_missing_weights(losses)
         return losses
 
@@ -396,13 +371,13 @@ class SetCriterion(nn.Module):
         """List the layers by the suffixes of their losses: the final one, the auxiliary ones, and all others."""
         auxiliary = outputs.get("aux_outputs")
         auxiliary = () if auxiliary is None else auxiliary
-        if not _is_list(auxiliary):
+        if not _outputs.is_list(auxiliary):
             raise Cause('"aux_outputs" must be a list', f"got {describe(auxiliary)}", "give the dict of each layer")
         layers = {"": outputs} | {f"_{i}": layer for i, layer in enumerate(auxiliary)}
         for key, value in outputs.items():
             if key in self.layers_by_key and value is not None:
                 layers[self.layers_by_key[key]] = value
-            elif key != "aux_outputs" and _holds_layers(value):
+            elif key != "aux_outputs" and _outputs.holds_layers(value):
                 raise Cause(
                     "outputs that hold layers must be supervised, or taken out",
                     f'"{key}" holds one or more, and its losses have no name',
@@ -431,7 +406,7 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """Compute losses of layers of one shape, by their suffixes, and divide those of instances by `count`."""
         outputs = list(layers.values())
-        classes, masks = _predictions(outputs, no_object=self.classification == "softmax")
+        classes, masks = _outputs.predictions(outputs, no_object=self.classification == "softmax")
         terms: dict[str, Tensor | dict[int, Tensor]] = {}
         if "labels" in losses:
             terms["loss_ce"] = self._classify(classes, masks, matches, step, count)
@@ -487,7 +462,7 @@ class SetCriterion(nn.Module):
         self, outputs: Sequence[Outputs], matches: Matches, targets: Entries, step: Step, count: float | Tensor
     ) -> dict[str, Tensor]:
         """Compute the boxes' losses of each layer, `[L]` each."""
-        boxes = _predicted_boxes(outputs)
+        boxes = _outputs.predicted_boxes(outputs)
         layer, image, query, _ = matches.index.unbind(1)
         rows = matches.target_rows(step.targets.first_rows)
         given = _targets.boxes_of(targets, step.targets.num_targets, boxes)
@@ -506,7 +481,7 @@ class SetCriterion(nn.Module):
 
 def check_losses(name: str, losses: Sequence[str]) -> None:
     """Raise if losses are not computed here."""
-    if not _is_list(losses) or any(each not in LOSSES for each in losses):
+    if not _outputs.is_list(losses) or any(each not in LOSSES for each in losses):
         raise Cause(
             f"{name} must be a list of {', '.join(LOSSES)}",
             f"got {describe(losses)}",
@@ -518,60 +493,3 @@ def _check_function(name: str, value: object) -> None:
     if value is not None and not callable(value):
         hint = "it takes (outputs, targets, indices, num_boxes) and returns a dict"
         raise Cause(f"{name} must be a function", f"got {describe(value)}", hint)
-
-
-def _holds_layers(value: Any) -> bool:
-    """Whether an entry of the outputs is the outputs of a layer, or a list of them."""
-    entries = value if _is_list(value) else [value]
-    return any(isinstance(entry, Mapping) and "pred_logits" in entry for entry in entries)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def begin(outputs: Outputs, targets: Entries, rules: TargetRules, no_object: int | None = None) -> Step:
-    """Pack the targets of a step, and check that they fit."""
-    logits = find_masks(outputs)
-    others = [each for each in outputs.values() if isinstance(each, (Tensor, MaskFactors))]
-    return _targets.begin_entries(targets, "labels", [logits, *others], rules, no_object=no_object, classifies=True)
-
-
-def _checked(outputs: Any) -> Outputs:
-    if not isinstance(outputs, Mapping):
-        hint = 'give {"pred_logits": [B, Q, C + 1], "pred_masks": [B, Q, h, w]}'
-        raise Cause("the outputs of a layer must be a dict", f"got {describe(outputs)}", hint)
-    return outputs
-
-
-def _entry(outputs: Outputs, name: str, layer: int = 0) -> Tensor:
-    found = _checked(outputs).get(name)
-    if not isinstance(found, Tensor) or found.ndim < 3:
-        where = f"entry {layer - 1} of the other layers has" if layer else "those of the final layer have"
-        hint = "give it in every layer" if name != "pred_masks" or layer else "only other layers may come without masks"
-        raise Cause(f'outputs must have "{name}"', f"{where} {', '.join(map(str, outputs))}", hint)
-    return found
-
-
-def _predicted_boxes(layers: Sequence[Outputs]) -> Tensor:
-    """Stack the boxes of each layer: `[L, B, Q, 4]`, float32 or float64."""
-    boxes = [_entry(layer, "pred_boxes", number) for number, layer in enumerate(layers)]
-    for each in boxes:
-        if each.shape != (*boxes[0].shape[:2], 4):
-            raise Cause('"pred_boxes" must be [B, Q, 4]', f"got {describe(each)}", "(cx, cy, w, h) of every query")
-    return _inputs.accumulated(torch.stack(boxes))
-
-
-def find_masks(outputs: Outputs) -> Layer:
-    """Find the mask logits of a layer, dense or as factors."""
-    found = _checked(outputs).get("pred_masks")
-    if isinstance(found, Mapping):
-        return MaskFactors.from_dict(found)
-    return found if isinstance(found, MaskFactors) else _entry(outputs, "pred_masks")
-
-
-def _predictions(layers: Sequence[Outputs], *, no_object: bool) -> tuple[Tensor, list[Layer | None]]:
-    """Check the class logits, and the masks of those layers that have some; the first must have them."""
-    classes = [_entry(layer, "pred_logits", number) for number, layer in enumerate(layers)]
-    masks = [None if n and layer.get("pred_masks") is None else find_masks(layer) for n, layer in enumerate(layers)]
-    return core.check_layers_of_masks(classes, masks, no_object=no_object)

@@ -20,7 +20,7 @@ from maskloss._abi import IMAGE, TARGET
 from maskloss._numbers import check_number
 from maskloss.errors import Cause, describe, reported
 from maskloss.integrations import _targets
-from maskloss.integrations.detr import find_masks
+from maskloss.integrations._outputs import find_masks
 from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches, Pairs

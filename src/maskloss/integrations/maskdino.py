@@ -16,8 +16,8 @@ from typing_extensions import Unpack
 
 from maskloss import _inputs
 from maskloss.errors import Cause, describe, reported
-from maskloss.integrations import _targets, detr
-from maskloss.integrations.detr import Outputs
+from maskloss.integrations import _outputs, _targets, detr
+from maskloss.integrations._outputs import Outputs
 from maskloss.matches import Matches, Pairs
 from maskloss.options import MaskOptions, TargetKeywords
 from maskloss.points import PointSampling
@@ -171,7 +171,7 @@ class SetCriterion(detr.SetCriterion):
         )
         self.dn, self.dn_losses, self.panoptic_on = dn, list(dn_losses), panoptic_on
 
-    @reported("SetCriterion", detr.NAMES)
+    @reported("SetCriterion", _outputs.NAMES)
     def forward(
         self, outputs: Outputs, targets: Entries, mask_dict: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ from maskloss.errors import Cause, describe, reported
 from maskloss.functional import focal_class_cost
 from maskloss.integrations import _targets
 from maskloss.integrations._boxes import box_costs
+from maskloss.integrations._outputs import Outputs, find_masks
 from maskloss.integrations._undo import Undo
-from maskloss.integrations.detr import Outputs, find_masks
 from maskloss.integrations.layerwise import LayerMasks
 from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.matches import Pairs

@@ -74,6 +74,8 @@ class PointCriterion(nn.Module):
             For each layer "loss_mask", "loss_dice", "loss_cross_entropy", in Transformers' order. All of them are
             tensors of their own: the models multiply them by the weights in place.
         """
+        if not torch.compiler.is_compiling():
+            _reject_methods_of(self)
         classes, masks = check_predictions(class_logits, mask_logits)
         no_object = classes.shape[3] - 1
         packed = _packed(self, mask_labels, masks[0].device)
@@ -340,6 +342,17 @@ def swap(criterion: nn.Module, options: Mapping[str, Any]) -> None:
         _swap_class(matcher, _derived_matcher(cast("Any", type(matcher))), options)
 
 
+def _reject_methods_of(criterion: PointCriterion) -> None:
+    """Raise if an object was given methods after it was patched: all layers are computed at once, without them."""
+    given = [name for name in vars(criterion) if name != "forward" and callable(getattr(type(criterion), name, None))]
+    if given:
+        raise Cause(
+            "methods must be replaced before the criterion is patched",
+            f"{', '.join(given)} would not be called",
+            "unpatch, replace, and patch again",
+        )
+
+
 def _calls_super(method: Any) -> bool:
     return "__class__" in getattr(getattr(method, "__code__", None), "co_freevars", ())
 
@@ -374,7 +387,7 @@ def _derived(kind: Any, at_once: bool) -> Any:
         return _make(kind, (fused, kind))
     # Between the subclass and Transformers' class: what the subclass calls by `super()` is ours.
     below = type(f"PointSampled{original.__name__}", (layerwise, original), {})
-    return _make(kind, (Scope, kind, below))
+    return _make(kind, (Scope, below) if kind is original else (Scope, kind, below))
 
 
 @functools.cache
