@@ -20,7 +20,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from maskloss.ops import BACKENDS
 from support import contract, garbage
@@ -32,9 +32,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # One for each of several processes that run the tests side by side. Tests of threads set their number.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
-# `make test` tries fewer examples of each property than `make slow` (--hypothesis-profile=thorough), always the same.
-settings.register_profile("quick", max_examples=100, deadline=None, derandomize=True)
-settings.register_profile("thorough", max_examples=500, deadline=None, derandomize=True)
+# `make test` tries fewer examples of each property than `make slow` (--hypothesis-profile=thorough), always the same,
+# however slow the machine.
+ALIKE = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", ALIKE, max_examples=100)
+settings.register_profile("thorough", ALIKE, max_examples=500)
 settings.load_profile("quick")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from fuzz.arguments import assert_readable
-from lab.conftest import reads_little
+from lab.conftest import reads_little, run_once
 from lab.folders import CASES
 from lab.test_hostile_folders import TEXTS, WRONG, paths
 from maskloss import MaskLossError, MaskTargets
@@ -171,17 +171,9 @@ class Runs:
 
     def __init__(self, root: Path) -> None:
         from maskloss.lab.config import TrainConfig
-        from maskloss.lab.loop.progress import Listener
-        from maskloss.lab.loop.run import train
-        from maskloss.lab.results import report
 
-        self._root, self._run = root, root / "run"
         config = TrainConfig(steps=2, batch_size=2, held_out=2, evaluations=1, num_points=16, workers=0, device="cpu")
-        drawn, report.write = report.write, lambda folder, _: [folder / "report.html"]  # type: ignore[assignment]
-        try:
-            train(config, self._run, Listener.silent())
-        finally:
-            report.write = drawn
+        self._root, self._run = root, run_once(config, root / "run")
 
     def check_run(self, command: str, seed: int) -> bool:
         """Use a damaged run; return whether it was rejected."""

@@ -48,8 +48,7 @@ def reads_little(bytes_: int = 20_000_000) -> Iterator[None]:
         assert peak < bytes_, f"{peak:,} bytes"
 
 
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def leave_undrawn(patch: pytest.MonkeyPatch) -> None:
     """Leave the report empty: to draw it takes longer than the short runs of most tests."""
     from maskloss.lab.results import report
 
@@ -57,7 +56,22 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "report.html").write_text("not drawn")
         return [folder / "report.html"]
 
-    monkeypatch.setattr(report, "write", write)
+    patch.setattr(report, "write", write)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_undrawn(monkeypatch)
+
+
+def run_once(config: Any, folder: Path) -> Path:
+    """A run that several tests look at, not drawn."""
+    from maskloss.lab.loop.progress import Listener
+    from maskloss.lab.loop.run import train
+
+    with pytest.MonkeyPatch.context() as patched:
+        leave_undrawn(patched)
+        return train(config, folder, Listener.silent()).folder
 
 
 @pytest.fixture

@@ -17,11 +17,10 @@ from PIL import Image
 from pycocotools import mask as codec
 from pycocotools.coco import COCO
 
+from lab.conftest import run_once, write_cells
 from maskloss.lab.cli import main
 from maskloss.lab.commands import train as train_command
 from maskloss.lab.config import LOGGERS, TrainConfig, fields
-from maskloss.lab.loop.progress import Listener
-from maskloss.lab.loop.run import train
 from maskloss.lab.runfolder import read_facts
 
 SHORT = {"--steps": 3, "--batch-size": 2, "--held-out": 4, "--evaluations": 1, "--num-points": 32, "--device": "cpu"}
@@ -35,20 +34,13 @@ def words(**more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A short run on label maps, not drawn."""
-    from lab.conftest import write_cells
-
+    """A short run on label maps."""
     root = tmp_path_factory.mktemp("cli")
     write_cells(root / "cells")
     config = TrainConfig(
         data=str(root / "cells"), steps=3, batch_size=2, evaluations=1, num_points=32, workers=0, device="cpu"
     )
-    with pytest.MonkeyPatch.context() as patched:
-        from maskloss.lab.results import report
-
-        patched.setattr(report, "write", lambda folder, _: [folder / "report.html"])
-        train(config, root / "run", Listener.silent())
-    return root / "run"
+    return run_once(config, root / "run")
 
 
 def test_a_run_says_what_it_does_how_good_it_is_and_where_it_is(tmp_path, capsys):
@@ -129,8 +121,6 @@ def test_evaluate(run, tmp_path, capsys):
 
 
 def test_evaluate_on_other_data(run, tmp_path, capsys):
-    from lab.conftest import write_cells
-
     write_cells(tmp_path / "other", 11)
     assert main(["evaluate", str(run), "--data", str(tmp_path / "other"), "--device", "cpu"]) == 0
     assert "on 11 images" in capsys.readouterr().out
@@ -173,8 +163,6 @@ def test_predict(run, tmp_path, capsys):
 @pytest.fixture
 def data(tmp_path, capsys):
     """Images with the truth beside them, and a function that predicts and says what it did to a folder."""
-    from lab.conftest import write_cells
-
     return write_cells(tmp_path / "data", 3)
 
 
@@ -498,8 +486,6 @@ def test_options_from_a_file_and_the_command_line(tmp_path, capsys):
 
 
 def test_a_run_can_be_used_from_elsewhere(tmp_path, monkeypatch, capsys):
-    from lab.conftest import write_cells
-
     write_cells(tmp_path / "cells")
     monkeypatch.chdir(tmp_path)
     assert main(["train", *words(data="cells", out="run", workers=0, precision="bf16")]) == 0

@@ -9,27 +9,21 @@ import numpy as np
 import pytest
 import torch
 
+from lab.conftest import CocoFolder, run_once
 from maskloss import MaskLossError, MissingExtraError, find_instances
 from maskloss.lab import load_run
 from maskloss.lab.cli import main
 from maskloss.lab.config import TrainConfig
-from maskloss.lab.loop.progress import Listener
-from maskloss.lab.loop.run import train
 from maskloss.lab.results import export
 
 
 def train_on(folder, out, **options):
     given = {"steps": 1, "batch_size": 2, "evaluations": 1, "workers": 0, "device": "cpu", "size": 64}
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("maskloss.lab.results.report.write", lambda folder, _: [folder / "report.html"])
-        train(TrainConfig(data=str(folder.root), **(given | options)), out, Listener.silent())
-    return out
+    return run_once(TrainConfig(data=str(folder.root), **(given | options)), out)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    from lab.conftest import CocoFolder
-
     root = tmp_path_factory.mktemp("export")
     return train_on(CocoFolder(root / "shapes"), root / "run", size=32)
 

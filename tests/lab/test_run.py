@@ -18,6 +18,7 @@ import tifffile
 import torch
 from PIL import Image
 
+from lab.conftest import run_once
 from maskloss import MaskLossError, methods
 from maskloss.lab import files
 from maskloss.lab.commands.methods import settings_of_run
@@ -46,6 +47,14 @@ def quiet(**told) -> Listener:
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> Result:
     return train(TrainConfig(**SHORT), tmp_path_factory.mktemp("run") / "new", quiet())
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory) -> Path:
+    """The same run, with a line of metrics for every step; not drawn."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine, "LOG_EVERY", 1)
+        return run_once(TrainConfig(**SHORT), tmp_path_factory.mktemp("run") / "logged")
 
 
 def assert_same(folder: Path, other: Path) -> None:
@@ -129,29 +138,26 @@ def every_step_is_logged(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, every_step_is_logged, number):
-    config = TrainConfig(**SHORT)
-    whole = train(config, tmp_path / "whole", quiet())
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, every_step_is_logged, logged, number):
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=r"stopped at step 2 of 6; go on with: maskloss train --resume") as stopped:
-        train(config, tmp_path / "run", quiet(step=Stop(2, number)))
+        train(TrainConfig(**SHORT), tmp_path / "run", quiet(step=Stop(2, number)))
     assert stopped.value.signal == number and signal.getsignal(number) is before
     assert steps_of(tmp_path / "run") == [2]
     again = resume(tmp_path / "run", quiet())
-    assert_same(again.folder, whole.folder)
+    assert_same(again.folder, logged)
     with pytest.raises(MaskLossError, match="is finished"):
         resume(tmp_path / "run", quiet())
 
 
-def test_a_signal_in_the_last_step_changes_nothing(tmp_path, every_step_is_logged):
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path, every_step_is_logged, logged):
     config = TrainConfig(**SHORT)
-    whole = train(config, tmp_path / "whole", quiet())
     for begin in (train, lambda _, folder, told: resume(folder, told)):
         # The first time in the last step, the second time in the evaluation after it.
         told = quiet(step=Stop(6)) if begin is train else quiet(begin=lambda at: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Interrupted, match="stopped at step 6 of 6"):
             begin(config, tmp_path / "run", told)
-    assert_same(resume(tmp_path / "run", quiet()).folder, whole.folder)
+    assert_same(resume(tmp_path / "run", quiet()).folder, logged)
 
 
 class StopTwice(Stop):
@@ -325,17 +331,17 @@ def test_a_folder_of_a_running_run(tmp_path):
         train(TrainConfig(**SHORT), tmp_path, quiet())
 
 
-def test_a_run_can_be_replaced(tmp_path, result):
-    train(TrainConfig(**SHORT, seed=5), tmp_path, quiet())
+def test_a_run_can_be_replaced(tmp_path, result, logged):
+    shutil.copytree(logged, tmp_path, dirs_exist_ok=True)
     assert_same(train(TrainConfig(**SHORT), tmp_path, quiet(), overwrite=True).folder, result.folder)
 
 
 def test_a_run_that_is_replaced_by_one_that_fails_comes_back(tmp_path, result):
-    first = train(TrainConfig(**SHORT), tmp_path, quiet())
+    shutil.copytree(result.folder, tmp_path, dirs_exist_ok=True)
     with pytest.raises(MaskLossError, match="lower --lr"):
         train(TrainConfig(**SHORT, lr=1e30), tmp_path, quiet(), overwrite=True)
-    assert_same(first.folder, result.folder)
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in result.folder.iterdir()} - {"pictures"}
+    assert_same(tmp_path, result.folder)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in result.folder.iterdir()}
 
 
 def test_a_full_disk_during_a_checkpoint(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import tifffile
 import torch
 from PIL import Image
 
+from lab.conftest import run_once, write_cells
 from maskloss import MaskCriterion, PointSampling
 from maskloss.lab.cli import main
 from maskloss.lab.commands import show
@@ -54,13 +55,9 @@ def scene():
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     from maskloss.lab.config import TrainConfig
-    from maskloss.lab.loop.progress import Listener
-    from maskloss.lab.loop.run import train
 
-    folder = tmp_path_factory.mktemp("show") / "digits"
     config = TrainConfig(steps=2, batch_size=2, held_out=6, evaluations=1, num_points=64, workers=0)
-    train(config, folder, Listener.silent())
-    return folder
+    return run_once(config, tmp_path_factory.mktemp("show") / "digits")
 
 
 def test_from_nothing(capsys, tmp_path):
@@ -298,8 +295,6 @@ def test_pipes_devices_and_damage_are_not_waited_for(capsys, tmp_path, scene, fo
 
 def test_any_data_that_training_reads(capsys, tmp_path):
     """Label maps beside deep images."""
-    from lab.conftest import write_cells
-
     cells = write_cells(tmp_path / "cells", 3)
     truth = tifffile.imread(cells / "1_masks.tif")
     np.save(tmp_path / "p.npy", np.where(truth > 0, 4.0, -4.0)[None].astype(np.float32))

@@ -16,13 +16,12 @@ from pycocotools import mask as codec
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from lab.conftest import CocoFolder, run_once
 from maskloss import MaskLossError
 from maskloss.lab import load_run
 from maskloss.lab.cli import main
 from maskloss.lab.commands import evaluate as evaluate_command
 from maskloss.lab.config import TrainConfig
-from maskloss.lab.loop.progress import Listener
-from maskloss.lab.loop.run import train
 from maskloss.lab.results.predict import _known_ids, predict_images
 from maskloss.lab.results.scoring import evaluate_run
 
@@ -30,18 +29,10 @@ from maskloss.lab.results.scoring import evaluate_run
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run of two steps on photographs with two classes."""
-    from lab.conftest import CocoFolder
-    from maskloss.lab.results import report
-
     root = tmp_path_factory.mktemp("trained")
     folder = CocoFolder(root / "shapes")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(report, "write", lambda folder, _: [folder / "report.html"])
-        config = TrainConfig(
-            data=str(folder.root), steps=2, batch_size=2, size=32, evaluations=1, device="cpu", workers=0
-        )
-        train(config, root / "run", Listener.silent())
-    return root / "run"
+    config = TrainConfig(data=str(folder.root), steps=2, batch_size=2, size=32, evaluations=1, device="cpu", workers=0)
+    return run_once(config, root / "run")
 
 
 def test_predict_gives_arrays(run):
