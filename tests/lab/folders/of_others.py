@@ -591,3 +591,30 @@ def imagescope(root: Path) -> None:
         layer = f"<Annotation><Attributes><Attribute Name='nut'/></Attributes><Regions>{''.join(regions)}</Regions>"
         write(root / f"Tissue Images/{at}.tif", pixels(at, at))
         text(root / f"Annotations/{at}.xml", f"<?xml version='1.0'?><Annotations>{layer}</Annotation></Annotations>")
+
+
+@case(
+    TOOLS,
+    "labelme's old labels, `nut-1`, `nut-2`, which number the instances of an image",
+    "read as they are, and told as suspicious",
+    classes=("nut-1", "nut-2"),
+    told=("numbered anew in each image: are they instances of one class.: 2",),
+)
+def numbered_labels(root: Path) -> None:
+    moved(root)
+    labelme(root, lambda at: [{**shape(at, number), "label": f"nut-{number + 1}"} for number in range(2)])
+
+
+@case(
+    JSON,
+    "images that were enlarged after they were annotated, without their sizes in the annotations",
+    "read as they are, and told as suspicious",
+    told=("all polygons lie in the top left quarter of their images",),
+    aligned=False,
+)
+def enlarged(root: Path) -> None:
+    content = moved_coco()
+    for at, image in enumerate(content["images"]):
+        del image["height"], image["width"]
+        write(root / f"{at}.png", np.kron(pixels(at, at), np.ones((2, 2, 1), np.uint8)))
+    text(root / "instances.json", content)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,6 +23,8 @@ from maskloss.lab.data.tree import TEST, TRAIN, VAL, Tree
 LAYOUT = "see the table of what is read in the documentation of training, or name the annotations with --annotations"
 # More heads of files than this are not read before training; workers check the rest as they come to it.
 _HEADS = 2000
+# Polygons whose images reach this far, as a share, are all in one corner; two sides of this many images tell.
+_CORNER, _TELLING = 0.52, 10
 # A polygon may leave its image by this many pixels, or by this share of its own side, before it is suspicious.
 _ROUNDING, _BEYOND = 2.0, 0.1
 
@@ -84,6 +88,7 @@ def recognize(
         wanted = (each or not problems.asked) and not (score is not None and each is train)
         if wanted and not any(entry.objects for entry in each):
             problems.ask(_no_instances(name, folder, each, problems))
+    _suspect(everything, merged.classes, problems)
     if train and held_out:
         _compare(train, held_out, merged.classes, problems)
     names, numbers = [name for _, name in merged.classes], [number for number, _ in merged.classes]
@@ -219,6 +224,32 @@ def _as_known(entries: list[Entry], names: list[str], classes: Sequence[str]) ->
         )
         for entry in entries
     ]
+
+
+def _suspect(entries: Sequence[Entry], classes: list[tuple[int, str]], problems: Problems) -> None:
+    """Note what is likely to be meant otherwise, as can be seen of all images together only."""
+    reach = (
+        max(max(polygon[place::2]) / side for each in entry.objects for polygon in each.source)
+        for entry in entries
+        if entry.objects and all(isinstance(each.source, list) for each in entry.objects)
+        for place, side in ((0, entry.width), (1, entry.height))
+    )
+    few = list(islice(reach, _TELLING))
+    if len(few) == _TELLING and all(share < _CORNER for share in chain(few, reach)):
+        what = "all polygons lie in the top left quarter of their images: are they those of smaller ones?"
+        problems.note(SUSPICIOUS, what, "", 0)
+    of_name: dict[str, dict[int, int]] = {}
+    for label, (_, name) in enumerate(classes):
+        found = re.fullmatch(r"(.*\D)(\d+)", name)
+        if found:
+            of_name.setdefault(found[1], {})[int(found[2])] = label
+    # Classes that are counted anew in each image, and of which none has a second instance.
+    for name, labels in of_name.items():
+        counts = (Counter(each.label for each in entry.objects) for entry in entries)
+        rows = ([count[labels[number]] for number in sorted(labels)] for count in counts)
+        if len(labels) > 1 and all(row == sorted(row, reverse=True) and max(row) < 2 for row in rows):
+            what = "classes that are numbered anew in each image: are they instances of one class?"
+            problems.note(SUSPICIOUS, what, f"{name}{min(labels)} to {name}{max(labels)}", len(labels))
 
 
 def _compare(

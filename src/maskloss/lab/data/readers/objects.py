@@ -168,7 +168,7 @@ def _datumaro(content: Any) -> list[Picture]:
     names = [each["name"] for each in content["categories"]["label"]["labels"]]
     found = []
     for item in content["items"]:
-        image = item.get("image") or {}
+        image = item.get("image") or item.get("media") or {}
         grouped: dict[Any, list[Any]] = {}
         for place, each in enumerate(item["annotations"]):
             named = {**each, "name": names[each["label_id"]]} if isinstance(each.get("label_id"), int) else each
