@@ -238,6 +238,7 @@ def test_languages_have_the_same_sentences_with_the_same_slots():
         return {key: sorted(set(re.findall(special, text)) - {"$N$"}) for key, text in table.items()}
 
     assert slots(english.SENTENCES) == slots(chinese.SENTENCES)
+    assert set(facts.LEFT_OUT) <= set(english.SENTENCES)
     for language in (english, chinese):
         assert set(language.SHORT) == set(language.SENTENCES), "the short style has a sentence of its own"
         assert all("%" not in text.replace("%}", "}") for text in language.SHORT.values())

@@ -16,7 +16,7 @@ from torch import nn
 from maskloss._inputs import check_choice
 from maskloss.errors import Cause, reported
 from maskloss.methods import chinese, english
-from maskloss.methods.facts import Paragraph, paragraphs, write
+from maskloss.methods.facts import LEFT_OUT, Paragraph, paragraphs, write
 from maskloss.methods.formulas import display
 from maskloss.methods.markup import FORMATS, Markup
 from maskloss.methods.references import reference_entry
@@ -122,20 +122,10 @@ def document(
     settings = settings_of(subject)
     text, _ = _written(settings, lang, "latex", style, formulas)
     kind = "ctexart" if lang == "zh" else "article"
-    return "\n".join(
-        [
-            r"\begin{filecontents}[overwrite]{maskloss.bib}",
-            bibtex(settings, lang=lang, style=style, formulas=formulas),
-            r"\end{filecontents}",
-            rf"\documentclass{{{kind}}}",
-            r"\begin{document}",
-            text,
-            r"\bibliographystyle{plain}",
-            r"\bibliography{maskloss}",
-            r"\end{document}",
-            "",
-        ]
-    )
+    entries = bibtex(settings, lang=lang, style=style, formulas=formulas)
+    head = r"\begin{filecontents}[overwrite]{maskloss.bib}", entries, r"\end{filecontents}"
+    foot = r"\bibliographystyle{plain}", r"\bibliography{maskloss}", r"\end{document}"
+    return "\n".join([*head, rf"\documentclass{{{kind}}}", r"\begin{document}", text, *foot, ""])
 
 
 def _written(settings: MethodSettings, lang: str, form: str, style: str, formulas: str | None) -> tuple[str, list[str]]:
@@ -152,7 +142,7 @@ def _written(settings: MethodSettings, lang: str, form: str, style: str, formula
             "leave formulas out",
         )
     language, short = LANGUAGES[lang], style == "short"
-    table = language.SHORT if short else language.SENTENCES
+    table = {**language.SHORT, **dict.fromkeys(LEFT_OUT, "")} if short else language.SENTENCES
     told = paragraphs(settings, shown)
     if short:
         # One paragraph, with all equations after it.

@@ -136,10 +136,8 @@ SENTENCES = {
     "best": "我们保留训练过程中在留出图像上 AP 最高的权重（第 {best} 步）。",
 }
 
-# What the shortest version says otherwise; an empty sentence is left out.
+# What the short style says otherwise, but for what it leaves out (`facts.LEFT_OUT`).
 SHORT = SENTENCES | {
-    "points.following": "",
-    "points.without_importance": "",
     "points.mixed": "我们在每个匹配实例的 {points} 个点上监督{what}[@kirillov2020pointrend,cheng2022mask2former]："
     "{uncertain}是 {candidates} 个均匀随机候选点中不确定性（{uncertainty}）最高者，其余 {uniform}为均匀随机点。",
     "points.uncertain": "我们在每个匹配实例的 {points} 个点上监督{what}[@kirillov2020pointrend,cheng2022mask2former]，"
@@ -148,20 +146,15 @@ SHORT = SENTENCES | {
     "what.layers": "掩码",
     "what.masks": "掩码",
     "share.counted": "{share%} ",
-    "points.candidates": "",
-    "points.candidates.all": "",
     "points.stratified": "均匀采样采用分层方式。",
     "points.windows": "采样点均在图像内部。",
-    "reading.bilinear.zeros": "",
     "loss": "损失是{entropy}（{ce_weight}）与 Dice[@milletari2016vnet]{=dice}（{dice_weight}）的加权和{=total}，对"
     "{summed}求和并除以{counted}。",
-    "loss.divided": "",
     "counted.matches": "匹配实例总数 $N$",
     "clips.all": "视频片段的每一帧分别取采样点。",
     "clips.present": "实例在其出现的每一帧分别取采样点。",
     "clips.clip": "采样点分布于片段的全部帧。",
     "clips.volume": "采样点取自三维体数据，以三线性插值取值。",
-    "reading.volume": "",
     "ignored": "忽略区域内的点权重 $w_{np}$ 为 0。",
     "classes.softmax": "分类采用{over}外加“无目标”类（权重 {no_object}）的 softmax 交叉熵，权重为 {weight}。",
     "classes.focal": r"分类采用覆盖{over}的 sigmoid Focal 损失[@lin2017focal]（$\alpha = 0.25, \; \gamma = 2$），权重"
@@ -170,6 +163,4 @@ SHORT = SENTENCES | {
     "{weight}。",
     "matching": "匈牙利匹配[@carion2020detr,kuhn1955hungarian]{per_group}在{place}的 {number} 个{drawn}上最小化 "
     "{cost}{symbol}。",
-    "symbol.softmax": "",
-    "matching.points": "",
 }

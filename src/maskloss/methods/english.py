@@ -144,10 +144,8 @@ SENTENCES = {
     "best": "We keep the weights with the highest AP on held-out images during training (step {best}).",
 }
 
-# What the shortest version says otherwise; an empty sentence is left out.
+# What the short style says otherwise, but for what it leaves out (`facts.LEFT_OUT`).
 SHORT = SENTENCES | {
-    "points.following": "",
-    "points.without_importance": "",
     "points.mixed": "We supervise {what} at {points} points per matched "
     "instance~[@kirillov2020pointrend,cheng2022mask2former]: {uncertain} of highest uncertainty {uncertainty} among "
     "{candidates} uniform candidates, {uniform} uniform.",
@@ -158,14 +156,10 @@ SHORT = SENTENCES | {
     "what.layers": "masks",
     "what.masks": "masks",
     "share.counted": "{share%}",
-    "points.candidates": "",
-    "points.candidates.all": "",
     "points.stratified": "Uniform points are stratified.",
     "points.windows": "Points lie inside the image.",
-    "reading.bilinear.zeros": "",
     "loss": "The loss{=total} is {entropy} ({ce_weight}) plus Dice~[@milletari2016vnet]{=dice} ({dice_weight}), "
     "summed over {summed} and divided by the number $N$ of {counted}.",
-    "loss.divided": "",
     "counted.matches": "matched instances",
     "counted.targets": "target instances",
     "counted.groups": "target instances times {groups}",
@@ -175,7 +169,6 @@ SHORT = SENTENCES | {
     "clips.present": "Points are drawn in every frame in which an instance is present.",
     "clips.clip": "Points are spread over all frames of a clip.",
     "clips.volume": "Points are drawn in volumes and read trilinearly.",
-    "reading.volume": "",
     "ignored": "Points in ignored regions have weight $w_{np}$ = 0.",
     "classes.softmax": "Classification is softmax cross-entropy of weight {weight} over {over} and “no object” (weight "
     "{no_object}).",
@@ -185,6 +178,4 @@ SHORT = SENTENCES | {
     "{quality} for the score $s$.",
     "matching": "Hungarian matching~[@carion2020detr,kuhn1955hungarian]{per_group} minimizes {cost} at {number} "
     "{drawn} points per {place}{symbol}.",
-    "symbol.softmax": "",
-    "matching.points": "",
 }

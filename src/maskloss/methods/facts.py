@@ -1,9 +1,9 @@
 """What a text on the method says, in which order: keys of sentences, with what fills their slots.
 
-Nothing here is in any language. A language is a table from keys to sentences, such as `english.SENTENCES`; a sentence
-that is empty there is left out. In a sentence, `$z$` is a formula, `[@key,key]` cites works together, `{name}` is a
-slot and `{name%}` one that holds a share, `{#name}` is the number of an equation, `{=name,name}` refers to equations
-if they are displayed, and `~` is a space that ties two words.
+Nothing here is in any language. A language is a table from keys to sentences, such as `english.SENTENCES`. In a
+sentence, `$z$` is a formula, `[@key,key]` cites works together, `{name}` is a slot and `{name%}` one that holds a
+share, `{#name}` is the number of an equation, `{=name,name}` refers to equations if they are displayed, and `~` is a
+space that ties two words.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class Formula(str):
     __slots__ = ()
 
 
+# Sentences and parts that the short style leaves out.
+LEFT_OUT = (
+    "points.following", "points.without_importance", "points.candidates", "points.candidates.all",
+    "reading.bilinear.zeros", "reading.volume", "loss.divided", "symbol.softmax", "matching.points",
+)  # fmt: skip
 # None is left out; a plain text is a name that comes from outside.
 Slot = Say | Formula | str | int | float | None
 
