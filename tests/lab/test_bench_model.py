@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ pytest.importorskip("psutil")
 pytest.importorskip("transformers")
 
 from maskloss.integrations.transformers import factors
-from maskloss.lab.bench import model
+from maskloss.lab.bench import model, runner
 from maskloss.lab.bench.model import MODEL_ARMS, MODELS, ModelCase, model_lines, model_table
 from maskloss.lab.bench.model_worker import ModelWorker
-from maskloss.lab.bench.runner import Process, Settings, run_case
+from maskloss.lab.bench.runner import Settings, run_case
 from maskloss.lab.commands import bench as bench_command
 
 SETTINGS = Settings(MODEL_ARMS, steps=3, seconds=10, threads=2, device="cpu", dtype="float32")
@@ -103,18 +104,15 @@ def test_arms_are_measured_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_nothing_is_timed_behind_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def ask(_: Any, do: str, **__: Any) -> Any:
-        asked.append(do)
-        differs = {"loss": 1.0, "gradient": 1.0, "flips": 0, "attention": 1}
-        names = {"patched": True, "factors": False}
-        checks = [{"other": each, "base": "the unpatched model", "passed": names[each], **differs} for each in names]
-        return {"digest": "", "checks": checks}
-
-    monkeypatch.setattr(Process, "ask", ask)
+    differs = {"loss": 1.0, "gradient": 1.0, "flips": 0, "attention": 1}
+    names = {"patched": True, "factors": False}
+    checks = [{"other": each, "base": "the unpatched model", "passed": names[each], **differs} for each in names]
+    process = MagicMock()
+    ask = process.return_value.__enter__.return_value.ask
+    ask.return_value = {"digest": "", "checks": checks}
+    monkeypatch.setattr(runner, "Process", process)
     report = run_case(small("eomt"), SETTINGS, lambda _: None)
-    assert asked == ["check"]
+    assert [asked.args for asked in ask.call_args_list] == [("check",)]
     assert report["failed"] == "the unpatched model and factors do not agree; nothing was timed"
     assert report["arms"] == {}
     assert any("loss within 1.0e+00" in line for line in model_lines(report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import struct
 import warnings
@@ -192,7 +193,7 @@ def test_an_image_that_would_fill_the_memory(tmp_path):
 def test_one_limit_of_pixels(tmp_path, suffix, read):
     """Pixels count, not channels, and it is this limit that is told, not Pillow's."""
     path = tmp_path / f"wide.{suffix}"
-    for side in (16_000, 17_000):
+    for side in (16_000, 17_000) if read is read_size else (17_000,):
         if suffix == "png":
             write_png_head(path, side, side)
         else:
@@ -200,7 +201,7 @@ def test_one_limit_of_pixels(tmp_path, suffix, read):
         if read is read_size and (side == 16_000 or suffix == "tif"):
             # A TIFF may be read in pieces.
             assert read(path) == (side, side)
-        elif side == 17_000:
+        else:
             with pytest.raises(MaskLossError, match=r"at most 268,435,456 pixels.*\n.* 17,000 x 17,000 = 289,000,000"):
                 read(path)
 
@@ -218,10 +219,10 @@ def write_png_head(path, height, width):
 def write_zeros(path, side):
     """Write a square TIFF of zeros, as few bytes."""
     rows = 1000
-    strip = np.zeros((rows, side), np.uint8)
+    strip = zlib.compress(np.zeros((rows, side), np.uint8))
     tifffile.imwrite(
         path,
-        (zlib.compress(strip) for _ in range(side // rows)),
+        itertools.repeat(strip, side // rows),
         shape=(side, side),
         dtype=np.uint8,
         rowsperstrip=rows,
