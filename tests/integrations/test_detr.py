@@ -77,13 +77,16 @@ def test_agrees_with_transformers_on_the_same_points(backend: str, monkeypatch: 
         assert float((mine - other).norm()) <= 1e-5 * float(other.norm())
 
 
-@pytest.mark.parametrize("kind", ["packed", "label map", "dense"])
+@pytest.mark.parametrize("kind", ["packed", "label map", "arrays", "lists"])
 def test_takes_every_form_of_masks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    label_maps = [torch.randint(0, 4, (40, 40), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    """Of different sizes: all lie in the top left corner of the batch."""
+    label_maps = [torch.randint(0, 4, (40, 40 - 8 * i), generator=torch.Generator().manual_seed(i)) for i in range(2)]
     dense = [torch.stack([m == 1, m == 3]) for m in label_maps]
     labels = [torch.tensor([0, 2]), torch.tensor([1, 1])]
     forms: dict[str, list[dict[str, Any]]] = {
-        "packed": [{"masks": MaskTargets.from_masks(m)} for m in dense],
+        "packed": [{"masks": MaskTargets.from_masks(m, canvas=(40, 40))} for m in dense],
+        "arrays": [{"masks": m.numpy()} for m in dense],
+        "lists": [{"masks": list(m)} for m in dense],
         "label map": [{"masks": m, "ids": [1, 3]} for m in label_maps],
         "dense": [{"masks": m.float()} for m in dense],
     }

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,17 +33,10 @@ def begin(
     annotated: Annotated = WHOLE,
     classifies: bool = False,
 ) -> Step:
-    """Begin a step with the targets of another library.
+    """Begin a step with the targets of another library: masks on the device of the predictions, labels on any.
 
-    Args:
-        packed: the masks, on the device of the predictions.
-        labels: int64 `[T]` of each image, on any device.
-        predictions: all of them; the first is `[B, Q, h, w]`.
-        rules: how labels and masks are understood.
-        no_object: the label of "no object", None if there is none.
-        has_mask: see `read`. Default: all targets have one.
-        annotated: what the targets say of images that are annotated partly.
-        classifies: whether the caller computes the classification, which that is about. If not, it is an error.
+    `no_object` is the label of "no object", if there is one. Where the caller does not compute the classification,
+    `classifies`, it is an error to say what was annotated.
     """
     # Before the labels are joined: "one entry per image" is the first thing that goes wrong.
     _inputs.check_targets(packed, predictions[0])
@@ -105,21 +97,16 @@ def pack_entries(
     Dense masks and label maps of different sizes lie in the top left corner of one canvas, the largest height and
     width of the batch, because predictions cover the padded batch.
     """
-    packed = pack(found.masks, found.ids, ignore_value, _canvas(found.masks), clips=clips)
+    masks = [each if isinstance(each, MaskTargets) else plain(each) for each in found.masks]
+    packed = pack(masks, found.ids, ignore_value, _canvas(masks), clips=clips)
     return packed.to(device, non_blocking=True)
 
 
 def pack_masks(masks: Any, device: torch.device, ignore_value: int | None = None) -> MaskTargets:
-    """Pack the masks of a batch without dicts, in any of the forms that users have (see `pack_entries`).
+    """Pack the masks of a batch without dicts (see `pack_entries`).
 
-    Args:
-        masks: `MaskTargets` of the batch, or one entry per image: a dense `[T, H, W]`, a `MaskTargets`, or a pair of a
-            label map `[H, W]` and its ids, or a label map alone. None and `[0]` are an image without targets.
-        device: of the predictions.
-        ignore_value: the value of void pixels.
-
-    Raises:
-        Cause: an entry that is none of these, or an integer mask with other values than 0 and 1.
+    They are the `MaskTargets` of the batch, or one entry per image: a dense `[T, H, W]`, a `MaskTargets`, a label map
+    `[H, W]`, or a pair of a label map and its ids. None and `[0]` are an image without targets.
     """
     if isinstance(masks, MaskTargets):
         return check_packed(masks, ignore_value).to(device, non_blocking=True)
@@ -148,7 +135,7 @@ def boxes_of(targets: Sequence[Mapping[str, Any]], counts: Sequence[int], like: 
 
 
 def _canvas(entries: Sequence[Any]) -> Size | None:
-    sizes = [each.shape[-2:] for each in entries if isinstance(each, (Tensor, np.ndarray)) and each.ndim >= 2]
+    sizes = [each.shape[-2:] for each in entries if isinstance(each, Tensor) and each.ndim >= 2]
     if not sizes:
         return None
     return max(1, *(int(height) for height, _ in sizes)), max(1, *(int(width) for _, width in sizes))

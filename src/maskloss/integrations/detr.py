@@ -452,7 +452,7 @@ class SetCriterion(nn.Module):
                 'with "softmax" the last class is "no object"; with "focal" there is no such class',
             )
         wanted = step.wanted_classes(matches, logits.shape[:3], self.num_classes)
-        points = getattr(self.matcher, "core", self.mask_loss.sampling)
+        points = self.matcher.core if isinstance(self.matcher, HungarianMatcher) else self.mask_loss.sampling
         partial = partial_of(step, masks, self.num_classes, points.num_points, points.layout, softmax=softmax)
         if softmax:
             return softmax_loss(logits, wanted, self.empty_weight, step.query_weight(self.empty_weight), partial)

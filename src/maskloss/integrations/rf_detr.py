@@ -96,9 +96,9 @@ def patch(
     if matcher is not None:
         handle.replace(criterion, "forward", _packed_forward(criterion.forward, rules))  # type: ignore[union-attr]
         match = functools.partial(_match, sampling=sampling, options=options, rules=rules)
-        handle.replace(matcher, "forward", _match_one(matcher.forward, match))
+        handle.replace(matcher, "forward", _matching(matcher.forward, match, many=False))
         if hasattr(matcher, "_match_many"):
-            handle.replace(matcher, "_match_many", _match_all(matcher._match_many, match))
+            handle.replace(matcher, "_match_many", _matching(matcher._match_many, match, many=True))
     return handle
 
 
@@ -143,29 +143,18 @@ def _packed_forward(theirs: Callable[..., Any], rules: TargetRules) -> Any:
     return forward
 
 
-def _match_one(theirs: Callable[..., Any], match: Callable[..., list[Pairs]]) -> Any:
-    """Make what takes the place of the matcher's `forward`: one layer."""
+def _matching(theirs: Callable[..., Any], match: Callable[..., list[Pairs]], *, many: bool) -> Any:
+    """Make what takes the place of the matcher's `forward`, for one layer, and of its `_match_many`, for several."""
 
     @functools.wraps(theirs)
-    def forward(self: Any, outputs: Outputs, targets: Entries, group_detr: int = 1, **options: Any) -> Pairs:
-        if _is_other(outputs, targets):
-            found: Pairs = theirs(self, outputs, targets, group_detr, **options)
-            return found
-        return match(self, [outputs], targets, group_detr)[0]
-
-    return forward
-
-
-def _match_all(theirs: Callable[..., Any], match: Callable[..., list[Pairs]]) -> Any:
-    """Make what takes the place of the matcher's `_match_many`: all layers at once."""
-
-    @functools.wraps(theirs)
-    def match_many(self: Any, layers: Sequence[Outputs], targets: Entries, group_detr: int = 1, **options: Any) -> Any:
+    def matching(self: Any, given: Any, targets: Entries, group_detr: int = 1, **options: Any) -> Any:
+        layers = given if many else [given]
         if any(_is_other(layer, targets) for layer in layers):
-            return theirs(self, layers, targets, group_detr, **options)
-        return match(self, layers, targets, group_detr)
+            return theirs(self, given, targets, group_detr, **options)
+        found = match(self, layers, targets, group_detr)
+        return found if many else found[0]
 
-    return match_many
+    return matching
 
 
 def _is_other(outputs: Outputs, targets: Entries) -> bool:

@@ -119,7 +119,8 @@ def _said(targets: Entries, name: str) -> list[Any] | None:
 
 def _size(masks: Any) -> Size | None:
     """Return the size of dense masks or of a label map; None of what has none, or is one pixel for lack of a mask."""
-    shape = () if isinstance(masks, MaskTargets) else tuple(getattr(plain(masks), "shape", ()))[-2:]
+    first = masks[0] if isinstance(masks, (list, tuple)) and masks else masks
+    shape = () if isinstance(masks, MaskTargets) else tuple(getattr(first, "shape", ()))[-2:]
     return (shape[0], shape[1]) if len(shape) == 2 and shape != (1, 1) and min(shape) else None
 
 

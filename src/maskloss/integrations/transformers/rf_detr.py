@@ -53,30 +53,9 @@ def rf_detr_loss(
 ) -> tuple[Tensor, dict[str, Tensor], Layers | None]:
     """Compute the loss of `RfDetrForInstanceSegmentation`, with the arguments and results of Transformers' own.
 
-    Args:
-        logits: `[B, G * Q, C]`, class logits of the final layer, for G groups of queries (1 outside training).
-        labels: one dict per image: "class_labels" int64 `[T]`, "boxes" `[T, 4]` (cx, cy, w, h) in [0, 1], "masks":
-            dense `[T, H, W]`, `MaskTargets`, or a label map `[H, W]` along with "ids".
-        device: not used; the logits say where they are.
-        pred_boxes: `[B, G * Q, 4]`.
-        pred_masks: `[B, G * Q, h, w]`, or its factors, as all masks below.
-        config: the model's configuration, with all weights.
-        outputs_class: `[L, B, G * Q, C]`, all decoder layers; the last is left out, also below.
-        outputs_coord: `[L, B, G * Q, 4]`.
-        outputs_masks: L times `[B, G * Q, h, w]`.
-        enc_outputs_class: `[B, G * Q, C]`, the encoder's proposals.
-        enc_outputs_coord: `[B, G * Q, 4]`.
-        enc_outputs_masks: `[B, G * Q, h, w]`.
-        backend: see `MaskLoss`.
-        rules: how targets are understood (see `patch`).
-        sampling: see `patch`; None: one point for as many pixels as the configuration says.
-        padding_mode: see `MaskLoss`; RF-DETR's own code has "border".
-
-    Returns:
-        The weighted total, the unweighted terms by name, and the auxiliary layers' outputs.
-
-    Raises:
-        MaskLossError: a number of queries that the groups do not divide, or wrong targets.
+    Logits, boxes and masks are `[B, G * Q, ...]` for G groups of queries (1 outside training), with L in front those of
+    all decoder layers, the last of which is left out. Masks may be factors, and those in `labels` take all forms that
+    `read` knows. `device` is not used. Options are those of `patch`; RF-DETR's own code has `padding_mode` "border".
 
     Source:
         LW-DETR (Chen et al., 2024) for groups and classification, Mask2Former for the masks.

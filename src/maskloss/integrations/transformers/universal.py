@@ -61,18 +61,11 @@ class PointCriterion(nn.Module):
         mask_labels: Any,
         class_labels: Sequence[Tensor],
     ) -> list[dict[str, Tensor]]:
-        """Compute the unweighted terms of each decoder layer.
+        """Compute the unweighted terms of each decoder layer, from `[B, Q, h, w]` or factors, and `[B, Q, C + 1]`.
 
-        Args:
-            mask_logits: one `[B, Q, h, w]`, or its factors, per layer.
-            class_logits: one `[B, Q, C + 1]` per layer.
-            mask_labels: see `pack_masks`.
-            class_labels: int64 `[T]` of each image, in [0, C]: a target of class C is matched by its mask, and its
-                query learns "no object".
-
-        Returns:
-            For each layer "loss_mask", "loss_dice", "loss_cross_entropy", in Transformers' order. All of them are
-            tensors of their own: the models multiply them by the weights in place.
+        `mask_labels` are what `pack_masks` takes; a target of class C is matched by its mask, and its query learns "no
+        object". The terms are in Transformers' order, and tensors of their own: the models multiply them by the weights
+        in place.
         """
         if not torch.compiler.is_compiling():
             _reject_methods_of(self)
@@ -119,18 +112,9 @@ class UniversalCriterion(PointCriterion):
         class_labels: Sequence[Tensor],
         auxiliary_predictions: Sequence[Mapping[str, Any]] | None = None,
     ) -> dict[str, Tensor]:
-        """Match all layers and compute their losses.
+        """Match all layers and compute their losses: those of the final one, and with "_0" ... those of the others.
 
-        Args:
-            masks_queries_logits: `[B, Q, h, w]`, or its factors, of the final layer.
-            class_queries_logits: `[B, Q, C + 1]`, of the final layer.
-            mask_labels: dense `[T, H, W]` of each image, or `MaskTargets` of each image or of the batch, or a pair
-                (label map, ids) of each image.
-            class_labels: int64 `[T]` of each image, in [0, C].
-            auxiliary_predictions: the other layers', under the names of the first two arguments.
-
-        Returns:
-            "loss_mask", "loss_dice", "loss_cross_entropy" of the final layer, the same with "_0" ... of the others.
+        `auxiliary_predictions` are the others', under the names of the first two arguments.
         """
         layers = [*(auxiliary_predictions or ()), _named(masks_queries_logits, class_queries_logits)]
         return _join(self.layer_losses(*_columns(layers), mask_labels, class_labels))
@@ -237,11 +221,7 @@ class OneFormerCriterion(PointCriterion):
         auxiliary_predictions: Sequence[Mapping[str, Any]] | None = None,
         calculate_contrastive_loss: bool = True,
     ) -> dict[str, Tensor]:
-        """Match all layers and compute their losses; arguments as in `UniversalCriterion`, and the contrastive term's.
-
-        Returns:
-            What `UniversalCriterion` returns, and "loss_contrastive" if asked for.
-        """
+        """Match all layers and compute their losses, and on request the contrastive one."""
         layers = [*(auxiliary_predictions or ()), _named(masks_queries_logits, class_queries_logits)]
         *others, final = self.layer_losses(*_columns(layers), mask_labels, class_labels)
         if calculate_contrastive_loss:
