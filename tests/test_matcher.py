@@ -14,7 +14,7 @@ from maskloss import (
     HungarianMatcher,
     functional,
 )
-from maskloss._abi import Draw
+from maskloss._abi import TARGET, Draw
 from maskloss.ops.reference.sampling import match_points
 from support import oracle
 from support.steps import CLASSES, COUNTS, QUERIES, costs, criterion, entries, gradients, predictions
@@ -150,3 +150,13 @@ def test_non_finite_class_logits(backend: str, value: float) -> None:
     assert not out.total.isfinite()
     assert out.matches.layer_sizes == (12, 12)
     assert bool(torch.stack([out.loss_class[1], *out.loss_mask]).isfinite().all())
+
+
+def test_a_target_of_an_unknown_class_costs_its_mask_alone(backend: str) -> None:
+    """One query and two targets: it lies on the second, and has no probability for the class of the first."""
+    masks = torch.zeros(2, 8, 8, dtype=torch.bool)
+    masks[0, :4], masks[1, 4:] = True, True
+    logits, classes = torch.where(masks[1], 9.0, -9.0)[None, None], torch.tensor([[[-100.0, 0.0, 0.0]]])
+    matcher = HungarianMatcher(class_weight=1000.0, ignore_label=255, num_points=64, backend=backend)
+    matches = matcher(classes, logits, [{"masks": masks, "labels": torch.tensor([0, 255])}], seed=1)
+    assert matches.index[:, TARGET].tolist() == [1]

@@ -89,3 +89,8 @@ ERRORS = {
 def test_errors_say_what_is_wrong(message: str) -> None:
     with pytest.raises(MaskLossError, match=re.escape(message)):
         ERRORS[message](*inputs())
+
+
+def test_candidates_are_not_counted_where_none_are_drawn() -> None:
+    """Stratified points are 2^20 at most, and so are the candidates of a loss, three for each point."""
+    assert HungarianMatcher(num_points=1 << 20, layout="stratified").num_points == 1 << 20
