@@ -300,10 +300,8 @@ class MaskCriterion(nn.Module):
 
         `weights` are those of the matched instances in the mask terms, `weighed_by` the option that has said so.
         """
-        weighs_classes, counted = (
-            self._weighs_classes,
-            weights_of_divisor(self.mask_loss.clips, matches, step.targets, weights),
-        )
+        weighs_classes = self._weighs_classes
+        counted = weights_of_divisor(self.mask_loss.clips, matches, step.targets, weights)
         if step.totals is None:
             queries: float | Tensor = float(wanted.shape[1] * wanted.shape[2])
             if self.classification == "softmax" and partial.shares is not None:
