@@ -202,7 +202,7 @@ class MaskLoss(nn.Module):
             reduction = reduction._replace(
                 weights=weights_of_planes(self.clips, matches, step.targets, reduction.weights)
             )
-            matches, step = matches_of_planes(matches, frames), replace(step, targets=step.by_plane(), planes=None)
+            matches, step = matches_of_planes(matches, frames), step.with_targets(step.by_plane())
         if stack is not None and points is not None:
             raise Cause(
                 "points can be given to unit='frame' only", f"they are {describe(points)}", "leave points out, or unit"

@@ -260,6 +260,10 @@ class Step:
         """Return the targets, those of clips as planes."""
         return planes(self.targets) if self.planes is None else self.planes
 
+    def with_targets(self, targets: MaskTargets, **changes: Any) -> Step:
+        """Return the step of other targets, with what else changes."""
+        return replace(self, targets=targets, planes=None, **changes)
+
     def counted(
         self,
         matches: Matches,

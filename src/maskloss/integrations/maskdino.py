@@ -7,7 +7,6 @@ imports of both; the criterion also takes MaskDINO's own matcher.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -226,7 +225,7 @@ class SetCriterion(detr.SetCriterion):
             if (values := getattr(step, name)) is not None
         }
         # All of these queries have targets, wherever they lie.
-        known = replace(step, targets=repeated, annotated=step.annotated._replace(unlabeled=None), **again)
+        known = step.with_targets(repeated, annotated=step.annotated._replace(unlabeled=None), **again)
         if "boxes" in self.dn_losses:
             boxes = _targets.boxes_of(targets, counts, layers["_dn"]["pred_boxes"])
             targets = [{"boxes": each.repeat(times, 1)} for each in boxes]

@@ -185,7 +185,7 @@ def _mask_terms(
     step: Step, loss: MaskLoss, masks: Sequence[Layer], matches: Matches, groups: int, reduction: ops.Reduction
 ) -> LayerTerms:
     """Compute the mask terms of each layer; a target has points of their own for its query in each group."""
-    repeated = replace(step, targets=_targets.repeat_targets(step.targets, groups))
+    repeated = step.with_targets(_targets.repeat_targets(step.targets, groups))
     layer, image, query, target = matches.index.unbind(1)
     target = target + query // (matches.num_queries // groups) * step.targets.counts[image]
     index = torch.stack([layer, image, query, target], dim=1)
