@@ -618,3 +618,11 @@ def enlarged(root: Path) -> None:
         del image["height"], image["width"]
         write(root / f"{at}.png", np.kron(pixels(at, at), np.ones((2, 2, 1), np.uint8)))
     text(root / "instances.json", content)
+
+
+@case(TOOLS, "PASCAL VOC's XML", "refused: it holds boxes", refused="that of PASCAL VOC holds boxes")
+def voc_boxes(root: Path) -> None:
+    images(root / "JPEGImages")
+    for at in range(COUNT):
+        box = "<object><name>nut</name><bndbox><xmin>1</xmin></bndbox></object>"
+        text(root / f"Annotations/{at}.xml", f"<annotation><filename>{at}.png</filename>{box}</annotation>")

@@ -37,6 +37,7 @@ _UNREAD = {
     ".svs .ndpi .mrxs .czi .nd2 .lif": "write the regions that are annotated as TIFF or PNG",
     ".npz .npy .h5 .hdf5 .mat .parquet .arrow .tfrecord": "write each image and each label map into a file of its own",
     ".ndjson": "Labelbox lists masks by their addresses: download them, or export COCO",
+    ".xml": "XML of CVAT and of ImageScope is read; that of PASCAL VOC holds boxes, and masks are learned from masks",
     ".csv": "write run lengths as COCO JSON: whether they go by rows or by columns is not known here",
 }
 
