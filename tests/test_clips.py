@@ -30,7 +30,6 @@ from maskloss.points import draw_layout, instance_keys
 from maskloss.step import Step
 from maskloss.targets.collate import collate
 
-BACKENDS = ("reference", "cpu")
 FEW = PointSampling(num_points=40)
 T, H, W = 3, 20, 28
 
@@ -84,7 +83,6 @@ def dense_terms(logits: Tensor, masks: Tensor, points: Tensor) -> tuple[Tensor, 
     return ce.view(logits.shape[:2]), dice.view(logits.shape[:2])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("factored", [False, True])
 def test_one_frame_is_the_image(backend: str, factored: bool) -> None:
     """Bit for bit: matches, losses and gradients."""
@@ -107,7 +105,6 @@ def test_one_frame_is_the_image(backend: str, factored: bool) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_loss_of_video_at_the_same_points(backend: str) -> None:
     """Against the formula of Mask2Former for video, written with `grid_sample`, and its gradient."""
     setup = Setup(dtype=torch.float64)
@@ -128,7 +125,6 @@ def test_loss_of_video_at_the_same_points(backend: str) -> None:
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("focal", [False, True])
 def test_matching_costs_over_all_frames(backend: str, focal: bool) -> None:
     """One set of points for the frames of a clip, both terms over T * P points."""
@@ -175,7 +171,7 @@ def test_kernels_against_the_reference(encoding: str) -> None:
     assert packed.encoding == encoding
     targets = {"masks": packed, "labels": setup.labels}
     found = []
-    for backend in BACKENDS:
+    for backend in ("reference", "cpu"):
         out = MaskCriterion(2, sampling=FEW, backend=backend)(setup.classes, setup.logits, targets, seed=1)
         found.append((out.total, out.per_instance.dice, *torch.autograd.grad(out.total, setup.logits)))
         assert out.per_instance.ce.shape == (10, T)
@@ -226,7 +222,6 @@ def test_points_are_those_of_each_clip_and_plane() -> None:
     torch.testing.assert_close(both.per_instance.ce[mine], alone.per_instance.ce, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_frames_that_count_and_what_divides(backend: str) -> None:
     setup = Setup(counts=(3, 2))
     parts = {}

@@ -57,17 +57,11 @@ def test_folders(tmp_path, name):
         inside = scene.masks().any(0)
         assert (inside & bright).sum() > 0.9 * inside.sum(), scene.name
         assert (known & bright).sum() > 0.9 * bright.sum(), scene.name
-
-
-def test_a_training_batch_of_each_folder(tmp_path):
-    """What is read can be trained on: masks of the right classes, void and regions in the ignore region."""
-    for name, case in CASES.items():
-        if not case.refused:
-            source = open_case(case, tmp_path / name)
-            count = len(source.found.train)
-            batch = source.batch(0, range(count), count, 0)
-            assert len(batch.images) == count and torch.isfinite(batch.images).all(), name
-            assert int(batch.labels.max()) < len(source.class_names) and int(batch.labels.min()) >= 0, name
+    # What is read can be trained on: masks of the right classes.
+    count = len(source.found.train)
+    batch = source.batch(0, range(count), count, 0)
+    assert len(batch.images) == count and torch.isfinite(batch.images).all()
+    assert int(batch.labels.max()) < len(source.class_names) and int(batch.labels.min()) >= 0
 
 
 def test_the_table_of_the_documentation():
