@@ -26,6 +26,7 @@ from maskloss._abi import ALL_TARGETS, MATCHER
 from maskloss.clips import matches_of_planes
 from maskloss.integrations.detr import HungarianMatcher as DetrMatcher
 from maskloss.integrations.detr import SetCriterion
+from maskloss.integrations.layerwise import LayerMasks
 from maskloss.points import draw_layout, instance_keys
 from maskloss.step import Step
 from maskloss.targets.collate import collate
@@ -439,8 +440,11 @@ def test_label_maps_of_clips_stand_in_targets() -> None:
     with step(seed=4):
         found, wanted = (video_criterion(video=True)(drawn, targets) for targets in (maps, dense))
         whole = MaskCriterion(2, sampling=FEW)(setup.classes[0], setup.logits[0], maps)
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
+        pairs = [(torch.arange(len(each)), torch.arange(len(each))) for each in setup.labels]
+        layers = (LayerMasks(sampling=FEW)(drawn, targets, pairs, 5.0) for targets in (maps, dense))
+    for one, other in ((found, wanted), layers):
+        for name, value in other.items():
+            assert torch.equal(one[name], value), name
     torch.testing.assert_close(whole.loss_dice[0], wanted["loss_dice"])
 
 

@@ -144,7 +144,7 @@ class LayerMasks:
         if indices is None:
             nothing = torch.empty(0, dtype=torch.int64, device="cpu")
             indices, targets = [(nothing, nothing)] * logits.shape[0], [{"masks": None}] * logits.shape[0]
-        packed = self._pack(targets, num_boxes, logits.device)
+        packed = self._pack(targets, num_boxes, logits)
         found = layer_loss(self._loss_for(logits), logits, packed.targets, indices, num_boxes, packed.has_mask)
         return dict(zip(self.names, found, strict=True))
 
@@ -157,7 +157,7 @@ class LayerMasks:
         sampling = PointSampling(points, given.oversample_ratio, given.importance_ratio, given.layout)
         return MaskLoss(sampling=sampling, options=self.loss.options)
 
-    def _pack(self, targets: Sequence[Mapping[str, Any]], num_boxes: object, device: torch.device) -> _Packed:
+    def _pack(self, targets: Sequence[Mapping[str, Any]], num_boxes: object, logits: Layer) -> _Packed:
         """Pack the targets, or return those of the last call if this is one of the same step."""
         found, last = read(targets, None), self._last
         check_whole(found.annotated)
@@ -165,9 +165,9 @@ class LayerMasks:
         if last is not None and last.step is num_boxes and not isinstance(num_boxes, int):
             known = [source() for source in last.sources]
             same = len(known) == len(found.masks) and all(a is b for a, b in zip(known, found.masks, strict=True))
-            if same and last.targets.device == device:
+            if same and last.targets.device == logits.device:
                 return last
-        packed = _targets.pack_entries(found, device, self.rules.ignore_value)
+        packed = _targets.pack_entries(found, logits.device, self.rules.ignore_value, clips=logits.ndim == 5)
         has_mask = masks_that_count(packed, joined_flags(found.has_mask, packed), self.rules)
         self._last = _Packed(num_boxes, tuple(map(_reference, found.masks)), packed, has_mask)
         return self._last
