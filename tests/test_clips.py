@@ -441,7 +441,7 @@ def test_label_maps_of_clips_stand_in_targets() -> None:
         found, wanted = (video_criterion(video=True)(drawn, targets) for targets in (maps, dense))
         whole = MaskCriterion(2, sampling=FEW)(setup.classes[0], setup.logits[0], maps)
         pairs = [(torch.arange(len(each)), torch.arange(len(each))) for each in setup.labels]
-        layers = (LayerMasks(sampling=FEW)(drawn, targets, pairs, 5.0) for targets in (maps, dense))
+        layers = [LayerMasks(sampling=FEW)(drawn, targets, pairs, 5.0) for targets in (maps, dense)]
     for one, other in ((found, wanted), layers):
         for name, value in other.items():
             assert torch.equal(one[name], value), name
