@@ -274,6 +274,7 @@ def test_every_sentence_is_said_by_something():
     everything += [replace(base, divisor="targets", matching=replace(base.matching, groups=13))]
     everything += [settings_of(MaskCriterion(1))]
     everything += [replace(base, clips=ClipOptions(unit=unit)) for unit in ("clip", "volume")]
+    everything += [replace(base, clips=ClipOptions(unit="volume"), term=MaskOptions(padding_mode="border"))]
     everything += [replace(base, training=replace(TRAINING, backbone_share=0.0))]
     stratified = PointSampling(layout="stratified")
     everything += [settings_of(MaskCriterion(80, sampling=stratified, matcher=HungarianMatcher()))]
@@ -510,6 +511,8 @@ def test_groups_of_options_are_given_whole_or_one_by_one():
 def test_equations_are_those_of_the_unit_and_of_the_padding():
     volume = methods.describe(MaskLoss(clips=ClipOptions(unit="volume")), formulas="all")
     assert "(x, y, q) ∈ [0, 1]³" in volume and "s = q d − 1/2" in volume and "max(0, 1 − |s − k|)" in volume
+    nearest = methods.describe(MaskLoss(clips=ClipOptions(unit="volume"), padding_mode="border", target_mode="nearest"))
+    assert "targets t, unlike in Mask2Former, are taken from the nearest voxel" in nearest and "bilinear" not in nearest
     border = methods.describe(MaskLoss(padding_mode="border"), formulas="all")
     assert "u = min(max(x w − 1/2, 0), w − 1)" in border
     frames = methods.describe(MaskLoss(clips=ClipOptions()))

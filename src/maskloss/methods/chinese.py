@@ -36,14 +36,19 @@ SENTENCES = {
     "clips.volume": "掩码为三维体数据，采样点取自三维空间。",
     "logits.loss": "预测的 logit",
     "logits.cost": "计算匹配代价时，预测的 logit",
-    "reading.bilinear.zeros": "{logits} $z$ 与目标掩码 $t$ 均在各自的原始分辨率上以双线性插值取值。",
-    "reading.bilinear.border": "{logits} $z$ 与目标掩码 $t$ 均在各自的原始分辨率上以双线性插值取值，图像之外取最近的像"
-    "素（Mask2Former 取 0）。",
-    "reading.nearest.zeros": "{logits} $z$ 以双线性插值取值，目标掩码 $t$ 则与 Mask2Former 不同，取最近的像素；二者均"
-    "在各自的原始分辨率上进行。",
-    "reading.nearest.border": "{logits} $z$ 以双线性插值取值，目标掩码 $t$ 则与 Mask2Former 不同，取最近的像素；二者均"
-    "在各自的原始分辨率上进行，图像之外取最近的像素（Mask2Former 取 0）。",
-    "reading.volume": "{logits} $z$ 与目标掩码 $t$ 均在各自的原始分辨率上以三线性插值取值。",
+    "reading.bilinear.zeros": "{logits} $z$ 与目标掩码 $t$ 均在各自的原始分辨率上以{linearly}取值。",
+    "reading.bilinear.border": "{logits} $z$ 与目标掩码 $t$ 均在各自的原始分辨率上以{linearly}取值，{place}之外取最近的"
+    "{pixel}（Mask2Former 取 0）。",
+    "reading.nearest.zeros": "{logits} $z$ 以{linearly}取值，目标掩码 $t$ 则与 Mask2Former 不同，取最近的{pixel}；二者"
+    "均在各自的原始分辨率上进行。",
+    "reading.nearest.border": "{logits} $z$ 以{linearly}取值，目标掩码 $t$ 则与 Mask2Former 不同，取最近的{pixel}；二"
+    "者均在各自的原始分辨率上进行，{place}之外取最近的{pixel}（Mask2Former 取 0）。",
+    "linearly.plane": "双线性插值",
+    "linearly.volume": "三线性插值",
+    "pixel.plane": "像素",
+    "pixel.volume": "体素",
+    "place.plane": "图像",
+    "place.volume": "体数据",
     "coordinates": r"对高 $h$、宽 $w$ 的掩码，点 $(x, y) \in [0, 1]^2$ 的像素坐标见式~{#coordinates}，其 logit 见式~"
     r"{#interpolation}。",
     "coordinates.volume": r"对含 $d$ 个切片、高 $h$、宽 $w$ 的掩码，点 $(x, y, q) \in [0, 1]^3$ 的体素坐标见式~"
@@ -91,12 +96,12 @@ SENTENCES = {
     "matching.dice.soft": "代价中 Dice 的分母取两个面积的平方和。",
     "matching.dice.semimetric": "代价中的 Dice 以预测与目标中较小者作为重叠[@wang2023dice]。",
     "matching.focal": "Focal 指 Focal 损失[@lin2017focal]，{focal}。",
-    "matching.points": "代价中的掩码项在{place}的 {number} 个{drawn}上计算，这些点由{shared}。",
+    "matching.points": "代价中的掩码项在{per}的 {number} 个{drawn}上计算，这些点由{shared}。",
     "matching.frame": "匹配以整个片段为单位，各帧使用相同的采样点。",
-    "place.image": "每幅图像",
-    "place.frame": "每一帧",
-    "place.clip": "每个片段",
-    "place.volume": "每个体数据",
+    "per.image": "每幅图像",
+    "per.frame": "每一帧",
+    "per.clip": "每个片段",
+    "per.volume": "每个体数据",
     "drawn.independent": "均匀随机点",
     "drawn.stratified": "分层采样点",
     "shared.queries": "所有查询共用",
@@ -161,6 +166,6 @@ SHORT = SENTENCES | {
     r"为 {weight}。",
     "classes.quality": "分类采用覆盖{over}的 sigmoid 交叉熵，目标值是得分 $s$ 与边界框的质量 {quality}，权重为 "
     "{weight}。",
-    "matching": "匈牙利匹配[@carion2020detr,kuhn1955hungarian]{per_group}在{place}的 {number} 个{drawn}上最小化 "
+    "matching": "匈牙利匹配[@carion2020detr,kuhn1955hungarian]{per_group}在{per}的 {number} 个{drawn}上最小化 "
     "{cost}{symbol}。",
 }

@@ -39,15 +39,20 @@ SENTENCES = {
     "clips.volume": "Masks are volumes, and points are drawn in three dimensions.",
     "logits.loss": "Logits",
     "logits.cost": "In the matching cost, logits",
-    "reading.bilinear.zeros": "{logits} $z$ and targets $t$ are interpolated bilinearly, each at its own resolution.",
-    "reading.bilinear.border": "{logits} $z$ and targets $t$ are interpolated bilinearly, each at its own resolution; "
-    "outside the image, the nearest pixel is used (0 in Mask2Former).",
-    "reading.nearest.zeros": "{logits} $z$ are interpolated bilinearly, while targets $t$, unlike in Mask2Former, are "
-    "taken from the nearest pixel, each at its own resolution.",
-    "reading.nearest.border": "{logits} $z$ are interpolated bilinearly, while targets $t$, unlike in Mask2Former, "
-    "are taken from the nearest pixel, each at its own resolution; outside the image, the nearest pixel is used (0 in "
-    "Mask2Former).",
-    "reading.volume": "{logits} $z$ and targets $t$ are interpolated trilinearly, each at its own resolution.",
+    "reading.bilinear.zeros": "{logits} $z$ and targets $t$ are interpolated {linearly}, each at its own resolution.",
+    "reading.bilinear.border": "{logits} $z$ and targets $t$ are interpolated {linearly}, each at its own resolution; "
+    "outside the {place}, the nearest {pixel} is used (0 in Mask2Former).",
+    "reading.nearest.zeros": "{logits} $z$ are interpolated {linearly}, while targets $t$, unlike in Mask2Former, are "
+    "taken from the nearest {pixel}, each at its own resolution.",
+    "reading.nearest.border": "{logits} $z$ are interpolated {linearly}, while targets $t$, unlike in Mask2Former, "
+    "are taken from the nearest {pixel}, each at its own resolution; outside the {place}, the nearest {pixel} is used "
+    "(0 in Mask2Former).",
+    "linearly.plane": "bilinearly",
+    "linearly.volume": "trilinearly",
+    "pixel.plane": "pixel",
+    "pixel.volume": "voxel",
+    "place.plane": "image",
+    "place.volume": "volume",
     "coordinates": r"A point $(x, y) \in [0, 1]^2$ of a mask of height $h$ and width $w$ has the pixel coordinates of "
     r"Eq.~{#coordinates} and the logit of Eq.~{#interpolation}.",
     "coordinates.volume": r"A point $(x, y, q) \in [0, 1]^3$ of a mask of $d$ slices, height $h$ and width $w$ has the "
@@ -97,12 +102,12 @@ SENTENCES = {
     "matching.dice.soft": "Dice squares both areas in its denominator.",
     "matching.dice.semimetric": "Dice takes the smaller of prediction and target as their overlap~[@wang2023dice].",
     "matching.focal": "Focal is the focal loss~[@lin2017focal] with {focal}.",
-    "matching.points": "Its mask terms use {number} {drawn} points per {place}, shared by {shared}.",
+    "matching.points": "Its mask terms use {number} {drawn} points {per}, shared by {shared}.",
     "matching.frame": "Clips are matched as a whole, at the same points in every frame.",
-    "place.image": "image",
-    "place.frame": "frame",
-    "place.clip": "clip",
-    "place.volume": "volume",
+    "per.image": "per image",
+    "per.frame": "per frame",
+    "per.clip": "per clip",
+    "per.volume": "per volume",
     "drawn.independent": "uniform",
     "drawn.stratified": "stratified",
     "shared.queries": "all queries",
@@ -177,5 +182,5 @@ SHORT = SENTENCES | {
     "classes.quality": "Classification is sigmoid cross-entropy of weight {weight} over {over}, whose target is "
     "{quality} for the score $s$.",
     "matching": "Hungarian matching~[@carion2020detr,kuhn1955hungarian]{per_group} minimizes {cost} at {number} "
-    "{drawn} points per {place}{symbol}.",
+    "{drawn} points {per}{symbol}.",
 }

@@ -126,7 +126,7 @@ def _points(settings: MethodSettings, points: Points, equations: list[str]) -> l
         keys.append(f"clips.{clips.frames if clips.unit == 'frame' else clips.unit}")
     if settings.valid_windows:
         keys.append("points.windows")
-    keys.append(_reading(settings, settings.term.target_mode, settings.term.padding_mode))
+    keys.append(f"reading.{settings.term.target_mode}.{settings.term.padding_mode}")
     if equations:
         keys.append("coordinates.volume" if _unit(settings) == "volume" else "coordinates")
     uncertain = None if points.count is None else int(ratio * points.count)
@@ -139,6 +139,7 @@ def _points(settings: MethodSettings, points: Points, equations: list[str]) -> l
         "uncertain": Say(share, {"share": ratio, "count": uncertain}),
         "uniform": Say(share, {"share": 1 - ratio, "count": (points.count or 0) - (uncertain or 0)}),
         "logits": Say("logits.loss"),
+        **_space(settings),
     }
     return [Say(key, slots) for key in keys]
 
@@ -148,8 +149,10 @@ def _unit(settings: MethodSettings) -> str:
     return "image" if settings.clips is None else settings.clips.unit
 
 
-def _reading(settings: MethodSettings, target_mode: str, padding_mode: str) -> str:
-    return "reading.volume" if _unit(settings) == "volume" else f"reading.{target_mode}.{padding_mode}"
+def _space(settings: MethodSettings) -> dict[str, Slot]:
+    """Fill the slots of sentences on how points are read."""
+    space = "volume" if _unit(settings) == "volume" else "plane"
+    return {name: Say(f"{name}.{space}") for name in ("linearly", "pixel", "place")}
 
 
 def _loss(settings: MethodSettings) -> list[Say]:
@@ -177,7 +180,7 @@ def _matching(settings: MethodSettings, matching: Matching) -> list[Say]:
     points, term, loss = matching.points, matching.term, settings.points
     keys = ["matching"]
     if loss is None or term != settings.term:
-        keys.append(_reading(settings, term.target_mode, term.padding_mode))
+        keys.append(f"reading.{term.target_mode}.{term.padding_mode}")
         if term.focal_gamma is not None:
             keys.append("matching.focal")
     if term.dice != (settings.term.dice if loss is not None else "standard"):
@@ -197,9 +200,10 @@ def _matching(settings: MethodSettings, matching: Matching) -> list[Say]:
         "focal": Formula(formulas.focal(term)),
         "number": Formula(formulas.per_area(points)) if points.count is None else points.count,
         "drawn": Say(f"drawn.{points.layout}"),
-        "place": Say(f"place.{_unit(settings)}"),
+        "per": Say(f"per.{_unit(settings)}"),
         "shared": Say("shared.layers" if settings.layers_share else "shared.queries"),
         "logits": Say("logits.cost"),
+        **_space(settings),
     }
     return [Say(key, slots) for key in keys]
 
