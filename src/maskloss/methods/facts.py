@@ -37,7 +37,7 @@ class Formula(str):
 # Sentences and parts that the short style leaves out.
 LEFT_OUT = (
     "points.following", "points.without_importance", "points.candidates", "points.candidates.all",
-    "reading.bilinear.zeros", "reading.volume", "loss.divided", "symbol.softmax", "matching.points",
+    "reading.bilinear.zeros", "loss.divided", "symbol.softmax", "matching.points",
 )  # fmt: skip
 # None is left out; a plain text is a name that comes from outside.
 Slot = Say | Formula | str | int | float | None
