@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from pycocotools import mask as codec
 
+from lab.conftest import run_once
 from lab.folders.pieces import coco, text
 from maskloss import MaskLossError
+from maskloss.lab.config import TrainConfig
 from maskloss.lab.data import options, tiff
 from maskloss.lab.data.folder import FolderScenes, HeldOut
 from maskloss.lab.data.images import read_image, read_size
 from maskloss.lab.data.options import DataOptions
-from maskloss.lab.results import trained
+from maskloss.lab.results import predict, trained
 from maskloss.lab.results.inference import Instance, Predictor
 
 SIDE = 96
@@ -166,6 +170,25 @@ def test_a_slide_is_predicted_as_the_whole_image(tmp_path, monkeypatch):
     for one, other in zip(found, expected, strict=True):
         assert len(one.instances) == len(other.instances) > 0
         np.testing.assert_array_equal(one.label_map()[0], other.label_map()[0])
+
+
+def test_a_run_learns_from_a_slide_and_predicts_it(tmp_path, monkeypatch):
+    write(tmp_path / "data", "maps")
+    short = {"steps": 2, "batch_size": 2, "evaluations": 1, "num_points": 16, "size": 32, "workers": 0}
+    run = run_once(TrainConfig(data=str(tmp_path / "data"), crop=32, device="cpu", **short), tmp_path / "run")
+    monkeypatch.setattr(predict, "_LARGEST_PICTURE", 40)
+    image, found = tmp_path / "data/images/slide.tif", tmp_path / "found"
+    predict.predict_images(run, [image], found, device="cpu", threshold=0)
+    monkeypatch.setattr(tiff, "MOST_PIXELS", 1 << 20)
+    predict.predict_images(run, [image], tmp_path / "whole", device="cpu", threshold=0)
+    labels = [tifffile.imread(folder / "slide_found.tif") for folder in (found, tmp_path / "whole")]
+    assert labels[0].shape == labels[1].shape == (SIDE, SIDE)
+    for each in json.loads((found / "predictions.json").read_text()):
+        mask, number = codec.decode(each["segmentation"]).astype(bool), each["label_map_number"]
+        assert mask.shape == (SIDE, SIDE) and (not number or mask[labels[0] == number].all())
+    sizes = [read_size(folder / "slide_overlay.png") for folder in (found, tmp_path / "whole")]
+    # Every third row and column, enlarged as a small image is.
+    assert sizes[0][0] % 32 == 0 and sizes[1][0] % SIDE == 0
 
 
 @pytest.mark.parametrize("seed", range(20))
