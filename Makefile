@@ -65,6 +65,10 @@ bounds: $(VENV)/.dev ## Run the tests of the operations with bounds checks in th
 fuzz: $(VENV)/.dev ## Drive the public API and its readers at random (ARGS="--examples 20000 --seed 1 --write docs/fuzz.json")
 	@PYTHONPATH=tests nice -n 19 $(PY) -m fuzz $(ARGS)
 
+.PHONY: mutants
+mutants: $(VENV)/.dev ## Change the code at places drawn at random, and see that a test fails (ARGS="--sample 20 --only points")
+	@nice -n 19 $(PY) scripts/mutants.py $(ARGS)
+
 # In environments of their own, with what pip or uv chooses from the ranges of pyproject.toml.
 .PHONY: oldest newest nightly
 oldest: INSTALL := .venv-oldest/bin/uv pip install -q --python .venv-oldest/bin/python --torch-backend cpu --resolution lowest-direct
