@@ -15,7 +15,7 @@ LESS_MEMORY = "close other programs"
 EPILOG = """\
 The file takes "images" [B, C, S, S], float32 in [0, 1], and returns "class_logits" [B, Q, classes + 1], with
 "no object" last, and "mask_logits" [B, Q, h, w], which are above 0 inside. Its metadata name the classes and say how
-images are brought to [0, 1]. It is compared with the model in ONNX Runtime before it is put in place.
+images are scaled to [0, 1]. It is compared with the model in ONNX Runtime before it is put in place.
 
 examples:
   maskloss export runs/cells
