@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,50 @@ def growth(cases: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+# Parts of a step that the implementations divide alike: boxes and classes are costs of the matching in all of them.
+PARTS = {"matching and mask terms, forward": ("matching cost", "assignment", "mask loss"), "backward": ("backward",)}
+
+
+def packages(cases: list[dict[str, Any]]) -> list[str]:
+    """Lay out the steps of RF-DETR beside both packages that have them, with stages and memory."""
+    lines = [row("", "maskloss", "`rfdetr`", "ratio", "Transformers", "ratio"), row(*["---"] * 6)]
+    for case in cases:
+        arms = case["arms"]
+        if "summary" not in arms.get("rfdetr", {}):
+            continue
+        mine, peers = ours(case), [arms["rfdetr"], arms["transformers"]]
+        own, name = mine.get("factors") or mine["maskloss"], f"`{case['name']}`"
+        cells = [seconds(own["summary"]["step"]["median"])]
+        for each in peers:
+            found = ratios(each["samples"], own["samples"])
+            ratio = "" if found is None else f"**{factor(found['median'])}**"
+            cells += [seconds(each["summary"]["step"]["median"]), ratio]
+        lines.append(row(name, *cells))
+        for part, names in PARTS.items() if all("stages" in each for each in (own, *peers)) else ():
+            values = [sum(each["stages"].get(stage, 0.0) for stage in names) for each in (own, *peers)]
+            lines.append(row(f"of it, {part}", *_compared(values, seconds)))
+        for what, key in (("memory¹", "extra"), ("memory with the gradients", "peak")):
+            sizes = [each["memory"][key] for each in (own, *peers)]
+            if None not in sizes:
+                lines.append(row(f"{name}: {what}", *_compared(sizes, memory)))
+    return lines if len(lines) > 2 else []
+
+
+def _compared(values: list[Any], write: Callable[[Any], str]) -> list[str]:
+    """Write the first of some values, and each of the others with what it is of the first."""
+    own, *others = values
+    cells = [write(own)]
+    for each in others:
+        cells += [write(each), factor(each / own) if own else ""]
+    return cells
+
+
 def main() -> None:
     """Print the tables."""
     report = json.loads(Path(sys.argv[1]).read_text())
     compared = [case for case in report["cases"] if "summary" in rival(case)]
-    lines = [*steps(compared), "", *stages(compared)] if compared else growth(report["cases"])
-    print("\n".join(lines))  # noqa: T201
+    tables = (steps(compared), stages(compared), packages(compared)) if compared else (growth(report["cases"]),)
+    print("\n\n".join("\n".join(lines) for lines in tables if lines))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -738,7 +738,7 @@ def test_a_table_compares_every_arm_with_maskloss_and_with_transformers() -> Non
 def test_the_documentation_gets_a_row_for_every_arm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = synthetic_report({"stratified": 1.25, "stratified/4": 0.5})
+    report = synthetic_report({"stratified": 1.25, "stratified/4": 0.5, "rfdetr": 3.0})
     for arm, found in report["cases"][0]["arms"].items():
         found["stages"] = dict.fromkeys(table.STAGES, 0.001 if arm == "maskloss" else 0.002)
     (tmp_path / "bench.json").write_text(json.dumps(report))
@@ -749,7 +749,7 @@ def test_the_documentation_gets_a_row_for_every_arm(
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "bench.json")])
     module.main()
-    steps, stages = capsys.readouterr().out.split("\n\n")
+    steps, stages, packages = capsys.readouterr().out.split("\n\n")
     head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in steps.splitlines())
     assert {len(row) for row in rows} == {len(head)}
     tiny = [dict(zip(head, row, strict=True)) for row in rows if row[0] == "`tiny`"]
@@ -761,6 +761,8 @@ def test_the_documentation_gets_a_row_for_every_arm(
     assert [row[head.index("ratio")] for row in rows[:3]] == ["7.0 ×", "5.6 ×", "14 ×"]
     assert stages.startswith("| stage | `tiny` | `tiny`, stratified | `tiny`, stratified/4 |")
     assert re.search(r"\| all \| 7\.00 ms \| 14\.0 ms \| 14\.0 ms \|", stages)
+    assert "| `tiny` | 12.0 ms | 36.0 ms | **3.0 ×** | 84.0 ms | **7.0 ×** |\n" in packages
+    assert "| of it, backward | 1.00 ms | 2.00 ms | 2.0 × | 2.00 ms | 2.0 × |\n" in packages
 
 
 def test_every_arm_has_a_color_and_a_label_of_its_own(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The CPU kernels read and write nothing beside their tensors: pages there would end the process."""
+"""CPU kernels and reference read and write nothing beside their tensors: pages there would end the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run as a program: the CPU kernels on tensors that border on pages which cannot be read, before or behind them.
+"""Run as a program: CPU kernels and reference on tensors that border on pages which cannot be read.
 
 Whoever reads or writes there is killed. "some" are two dtypes and sizes, "all" all of them; "overrun" reads one byte
 on, and is killed.
@@ -35,7 +35,7 @@ SIZES = ((1, 1), (7, 9), (16, 16), (33, 65))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def step(dtype: torch.dtype, size: tuple[int, int], form: str, options: Any, *, at_end: bool) -> None:
+def step(dtype: torch.dtype, size: tuple[int, int], form: str, options: Any, backend: str, *, at_end: bool) -> None:
     fence = partial(guarded, at_end=at_end)
 
     def drawn(*shape: int) -> Tensor:
@@ -46,7 +46,7 @@ def step(dtype: torch.dtype, size: tuple[int, int], form: str, options: Any, *, 
         parts = {name: getattr(targets, name) for name in ("data", "table", "images", "windows", "ignore")}
         targets = replace(targets, **{name: fence(part) for name, part in parts.items() if part.numel()})
     entry = [{"masks": targets, "labels": fence(torch.tensor([0, 1, 2]))}]
-    criterion = MaskCriterion(3, sampling=PointSampling(num_points=300), backend="cpu", **options)
+    criterion = MaskCriterion(3, sampling=PointSampling(num_points=300), backend=backend, **options)
     for masks in (drawn(1, 5, *size), MaskFactors(drawn(1, 5, 4), drawn(1, 4, *size))):
         criterion(drawn(1, 5, 4), masks, entry).total.backward()
 
@@ -60,7 +60,8 @@ def main(what: str) -> None:
         ctypes.string_at(guarded(torch.zeros(3), at_end=True).data_ptr(), 13)
         return
     few = what == "some"
-    cases = product(DTYPES[:2] if few else DTYPES, SIZES[1::2] if few else SIZES, FORMS, OPTIONS[few:])
+    some = (DTYPES[:2], SIZES[1::2]) if few else (DTYPES, SIZES)
+    cases = product(*some, FORMS, OPTIONS[few:], ("cpu", "reference"))
     for case in cases:
         for at_end in (True, False):
             step(*case, at_end=at_end)

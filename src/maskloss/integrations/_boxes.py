@@ -19,25 +19,32 @@ class BoxTerms(NamedTuple):
 
 
 def box_terms(boxes: Tensor, targets: Tensor) -> BoxTerms:
-    """Compare boxes (cx, cy, w, h) `[..., 4]` with targets `[..., 4]` (the leading dimensions broadcast).
+    """Compare boxes (cx, cy, w, h) `[..., 4]` with targets of as many dimensions, which broadcast.
 
     Source:
         GIoU: Rezatofighi et al. (2019). Boxes without an area have IoU 0, and a negative width counts as 0: a crash
         in the matching would hide the non-finite loss that a gradient scaler looks for.
     """
-    l1 = (boxes - targets).abs().sum(-1)
+    # A coordinate at a time: with the four of a box side by side, there would be nothing to vectorize.
+    boxes, targets = boxes.movedim(-1, 0).contiguous(), targets.movedim(-1, 0).contiguous()
+    l1 = (boxes - targets).abs_().sum(0)
     (low, high), (low_t, high_t) = _corners(boxes), _corners(targets)
-    overlap = (torch.minimum(high, high_t) - torch.maximum(low, low_t)).clamp(min=0).prod(-1)
+    overlap = _area(torch.minimum(high, high_t).sub_(torch.maximum(low, low_t)))
     tiny = torch.finfo(boxes.dtype).tiny
-    union = (boxes[..., 2:].clamp(min=0).prod(-1) + targets[..., 2:].prod(-1) - overlap).clamp(min=tiny)
-    hull = (torch.maximum(high, high_t) - torch.minimum(low, low_t)).clamp(min=0).prod(-1).clamp(min=tiny)
+    union = (_area(boxes[2:]) + _area(targets[2:]) - overlap).clamp_(min=tiny)
+    hull = _area(torch.maximum(high, high_t).sub_(torch.minimum(low, low_t))).clamp_(min=tiny)
     iou = overlap / union
     return BoxTerms(l1, 1 - iou + (hull - union) / hull, iou)
 
 
 def _corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    center, half = boxes[:2], boxes[2:] / 2
     return center - half, center + half
+
+
+def _area(sizes: Tensor) -> Tensor:
+    width, height = sizes.clamp(min=0).unbind()
+    return width * height
 
 
 @torch.no_grad()
@@ -50,5 +57,6 @@ def box_costs(boxes: Tensor, targets: Sequence[Tensor], l1_weight: float, giou_w
     """
     boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
     padded = pad_sequence(list(targets), batch_first=True).to(boxes)
+    padded = padded[(None,) * (boxes.ndim - padded.ndim)]
     terms = box_terms(boxes.unsqueeze(-2), padded.unsqueeze(-3))
-    return l1_weight * terms.l1 + giou_weight * (terms.giou - 1)
+    return (l1_weight * terms.l1).add_(terms.giou - 1, alpha=giou_weight)

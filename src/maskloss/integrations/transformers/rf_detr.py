@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import l1_loss, logsigmoid
+from torch.nn.functional import l1_loss
 
 from maskloss import _inputs, ops
 from maskloss.errors import Cause, reported
 from maskloss.integrations import _targets
 from maskloss.integrations._boxes import box_costs, box_terms
+from maskloss.integrations._quality import quality_sums
 from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher, check_predictions
@@ -24,7 +25,7 @@ from maskloss.points import PointSampling
 from maskloss.step import Step
 
 # What Transformers has in its code and not in its configuration.
-OVERSAMPLE_RATIO, IMPORTANCE_RATIO, FOCAL_GAMMA, LEAST_QUALITY = 3.0, 0.75, 2.0, 0.01
+OVERSAMPLE_RATIO, IMPORTANCE_RATIO = 3.0, 0.75
 
 Layers = list[dict[str, Any]]
 _RULES = TargetRules()
@@ -75,22 +76,21 @@ def rf_detr_loss(
     options = MaskOptions(padding_mode, "nearest", backend=backend)
     terms = _layer_terms(layers, labels, config, options, sampling, rules)
     losses = {f"{name}{suffix}": values[i] for i, suffix in enumerate(suffixes) for name, values in terms.items()}
-    weights = _weights(config, suffixes)
-    total = torch.stack([losses[name] * weight for name, weight in weights.items()]).sum()
-    return total, losses, auxiliary
+    # Without auxiliary losses the proposals weigh nothing, as in Transformers.
+    counted = len(suffixes) if config.auxiliary_loss else 1
+    weighted = [weight * terms[name][:counted] for name, weight in _weights(config).items()]
+    return torch.stack(weighted).sum(), losses, auxiliary
 
 
-def _weights(config: Any, suffixes: Sequence[str]) -> dict[str, float]:
-    """Name the weight of every term; without auxiliary losses the proposals weigh nothing, as in Transformers."""
-    weights = {
+def _weights(config: Any) -> dict[str, float]:
+    """Name the weight of every term."""
+    return {
         "loss_ce": config.class_loss_coefficient,
         "loss_bbox": config.bbox_loss_coefficient,
         "loss_giou": config.giou_loss_coefficient,
         "loss_mask_ce": config.mask_class_loss_coefficient,
         "loss_mask_dice": config.mask_dice_loss_coefficient,
     }
-    counted = suffixes if config.auxiliary_loss else [""]
-    return {f"{name}{suffix}": float(weight) for suffix in counted for name, weight in weights.items()}
 
 
 def _layer_terms(
@@ -130,10 +130,10 @@ def _layer_terms(
     def per_layer(values: Tensor) -> Tensor:
         return values.reshape(len(layers), values.numel() // len(layers)).sum(1) / count
 
-    by_class = _quality_loss(logits, place, pairs.iou.detach(), config.focal_alpha)
+    by_class = quality_sums(logits, place, pairs.iou, config.focal_alpha)
     if step.unknown is not None:
         hidden = torch.zeros(logits.shape[:3], dtype=torch.bool, device=logits.device)
-        by_class = by_class.masked_fill(hidden.index_put((layer, image, query), step.unknown[rows])[..., None], 0)
+        by_class = by_class.masked_fill(hidden.index_put((layer, image, query), step.unknown[rows]), 0)
     return {
         "loss_ce": per_layer(by_class),
         "loss_bbox": per_layer(pairs.l1),
@@ -191,19 +191,6 @@ def _mask_terms(
     index = torch.stack([layer, image, query, target], dim=1)
     apart = replace(matches, index=index, num_targets=repeated.targets.num_targets)
     return loss.layer_terms(masks, apart, repeated, reduction)
-
-
-def _quality_loss(logits: Tensor, place: tuple[Tensor, ...], iou: Tensor, alpha: float) -> Tensor:
-    """Compute the classification of all queries and classes, weighted by the quality of the box: `[L, B, Q, C]`.
-
-    A matched class has the target q = max(p^alpha * IoU^(1 - alpha), 0.01), all others the target 0 and the weight
-    p^2. Written with log-sigmoids: the logarithm of a rounded probability is infinite.
-    """
-    p = logits.sigmoid()
-    quality = (p[place].detach() ** alpha * iou ** (1 - alpha)).clamp(min=LEAST_QUALITY)
-    positive = torch.zeros_like(logits).index_put(place, quality)
-    negative = (p**FOCAL_GAMMA).index_put(place, 1 - quality)
-    return -positive * logsigmoid(logits) - negative * logsigmoid(-logits)
 
 
 @torch.no_grad()

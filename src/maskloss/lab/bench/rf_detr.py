@@ -86,7 +86,7 @@ class MasklossArm:
         wrap(timed, HungarianMatcher, "costs", "matching cost")
         wrap(timed, ours, "_match", "assignment")
         wrap(timed, ours, "_mask_terms", "mask loss")
-        wrap(timed, ours, "_quality_loss", "classification")
+        wrap(timed, ours, "quality_sums", "classification")
 
 
 class Peer:

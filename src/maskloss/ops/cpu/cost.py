@@ -14,6 +14,7 @@ from torch.nn.functional import grid_sample
 from maskloss._abi import POINT_COLUMNS, Job, Term
 
 from . import cost_kernels as kernels
+from . import plane_points
 from .arguments import Array, absolute, array_of, check_sizes, dtypes_of, encode, plane_table, strata_of
 from .choose import GROUP
 from .planes import BORDER
@@ -40,12 +41,19 @@ class Plan(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the points of a plan lie in maps of some sizes, a band at a time (see `cost_kernels.place_points`)."""
+    """Where the points of a plan lie in maps of some sizes (see `plane_points.place_points`).
 
+    The rows of bands and the points' places in a buffer of one, fractions, pixels of points inside, numbers and places
+    of points at the edge and how many these are, and the size of the buffer.
+    """
+
+    rows: Array
     place: Array
     fx: Array
     fy: Array
-    rows: Array
+    inside: Array
+    edges: Array
+    num_edges: Array
     size: int
 
 
@@ -106,14 +114,23 @@ def join_frames(plan: Plan) -> Plan:
 
 def _place(plan: Plan, sizes: NDArray[np.int64], border: bool) -> Places:
     batch, _, num_points = plan.points.shape
-    index = np.empty((batch, len(sizes), num_points), np.int32)
+    index, inside = np.empty((2, batch, len(sizes), num_points), np.int32)
+    edges = np.empty((batch, len(sizes), 3, num_points), np.int32)
+    num_edges = np.empty((batch, len(sizes)), np.int64)
     fx, fy = (np.empty((batch, len(sizes), num_points), plan.dtypes[0]) for _ in range(2))
-    rows = np.empty((batch, len(sizes), plan.bands.shape[1] - 1, kernels.ROW_COLUMNS), np.int64)
-    args = (plan.points, plan.bands, sizes, border, index, fx, fy, rows)
+    rows = np.empty((batch, len(sizes), plan.bands.shape[1] - 1, plane_points.ROW_COLUMNS), np.int64)
+    args = (plan.points, plan.bands, sizes, border, index, fx, fy, rows, inside, edges, num_edges)
     pixels = _PER_DRAWN * batch * len(sizes) * num_points
-    launch(kernels.place_points, batch * len(sizes), plan.dtypes, (0, 0, 0), args, pixels)
-    highest = (rows[..., kernels.ROWS].max(axis=(0, 2)) + 1) * (sizes[:, 1] + 2 * BORDER)
-    return Places(index, fx, fy, rows, int(highest.max()))
+    launch(plane_points.place_points, batch * len(sizes), plan.dtypes, (0, 0, 0), args, pixels)
+    highest = (rows[..., plane_points.ROWS].max(axis=(0, 2)) + 1) * (sizes[:, 1] + 2 * BORDER)
+    return Places(rows, index, fx, fy, inside, edges, num_edges, int(highest.max()))
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether the planes of a tensor `[B, Q, h, w]` are read where they are."""
+    height, width = tensor.shape[2:]
+    fits = height * width * tensor.element_size() <= plane_points.SMALL_BYTES and min(height, width) > 1
+    return fits and tensor.dtype in (torch.float32, torch.float64) and tensor.stride()[2:] == (width, 1)
 
 
 def _options(term: Term) -> tuple[float, float, int]:
@@ -132,9 +149,10 @@ def match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job) -
         plan = match_plan(num_targets, job, logits)
         sizes, size_of = np.unique([t.shape[2:] for t in logits], axis=0, return_inverse=True)
         places = _place(plan, sizes.astype(np.int64), term.border)
-        drawn = (places.rows, places.place, places.fx, places.fy, plan.bands)
+        small = np.array([_is_small(layer) for layer in logits])
         shared = (plan.weights, plan.counts, plan.images, *plan.runs, *_options(term))
-        args = (plane_table(logits), size_of.reshape(-1).astype(np.int64), *drawn, *shared, ce, dice)
+        layers = (plane_table(logits), size_of.reshape(-1).astype(np.int64), small)
+        args = (*layers, *places[:-1], plan.bands, *shared, ce, dice)
         size = 2 * (draw.num_points + kernels.VECTOR) + places.size
         launch(kernels.match_cost, len(logits) * batch * queries, plan.dtypes, (size, 0, 0), args)
     return torch.from_numpy(ce), torch.from_numpy(dice)

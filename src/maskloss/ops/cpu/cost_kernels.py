@@ -3,7 +3,7 @@
 
 The points of an image are the same for all its queries and layers, so what depends on them alone is computed once. They
 are sorted into bands of y and within a band by x. A plane is then read a band of rows at a time, from the first-level
-cache, and the points in the box of a target are one run per band, over which its values are stored densely. Both cost
+cache, unless it is small, and the points in the box of a target are one run per band, over which its values are stored densely. Both cost
 terms are linear in t, so a plane needs one gather, one pass for softplus and sigmoid, and one sum of products per run.
 """
 
@@ -17,22 +17,20 @@ from maskloss._abi import ALL_TARGETS, COUNT, FIRST, MATCHER, SEMIMETRIC, SOFT, 
 from .compile import helper, kernel
 from .formulas import power, sigmoid_softplus
 from .generator import counter_of, draw_bits, instance_key, points_of_bits
-from .memory import bare
-from .planes import ADDRESS, BORDER, DTYPE, HEIGHT, STRIDE_B, STRIDE_Q, STRIDE_X, STRIDE_Y, WIDTH, item_bytes, read_rows
-from .positions import locate
-from .sampling import gather_ahead
+from .memory import bare, prefetch
+from .plane_points import band_memory, plane_memory, sample_in_place, sample_plane
+from .planes import BORDER, WIDTH
 from .targets import list_inside, read_targets, read_weights
 from .threads import take, take_early
 
 _I32 = np.int32
-# For each image, plane size and band: the first row of the plane, and how many.
-TOP_ROW, ROWS = range(2)
-ROW_COLUMNS = 2
 # Rows of a plane that are read together should fit into the first-level cache.
 BAND_BYTES = 16384
 MOST_BANDS = 256
 # Runs are filled up with zeros to whole vectors.
 VECTOR = 16
+# Points whose terms are computed before more memory is asked for.
+_SOME = 256
 
 
 def bands_for(sizes: NDArray[np.int64], item_bytes: int) -> int:
@@ -141,67 +139,6 @@ def fill_runs(
         sums[item] = total
 
 
-@kernel
-def place_points(counter, items, _values, _coordinates, _integers, points, bands, sizes, border, index, fx, fy, rows):
-    """For each image, plane size and band: its first row, its number of rows, and the points' places in a buffer."""
-    num_points = points.shape[2]
-    while True:
-        item = take(counter)
-        if item >= items:
-            break
-        image, size = item // sizes.shape[0], item % sizes.shape[0]
-        height, width = sizes[size, 0], sizes[size, 1]
-        pitch = width + 2 * BORDER
-        places = index[image, size]
-        locate(
-            points[image, X], points[image, Y], num_points, height, width, border, places,
-            fx[image, size], fy[image, size],
-        )  # fmt: skip
-        for band in range(bands.shape[1] - 1):
-            low, high = height + 2 * BORDER, 0
-            for i in range(bands[image, band], bands[image, band + 1]):
-                low, high = min(low, places[i] // pitch), max(high, places[i] // pitch)
-            for i in range(bands[image, band], bands[image, band + 1]):
-                places[i] -= low * pitch
-            rows[image, size, band, TOP_ROW] = low - BORDER
-            rows[image, size, band, ROWS] = high - low + 1
-
-
-@helper()
-def _band_memory(source, b, q, rows, band, done):
-    """Address and size of the rows of a band from row `done` on; 0 bytes where rows do not follow one another."""
-    if source[STRIDE_X] != 1 or source[STRIDE_Y] != source[WIDTH]:
-        return source[ADDRESS], 0
-    item = item_bytes(source[DTYPE])
-    top = max(rows[band, TOP_ROW], done, 0)
-    below = min(rows[band, TOP_ROW] + rows[band, ROWS] + 1, source[HEIGHT])
-    start = b * source[STRIDE_B] + q * source[STRIDE_Q] + top * source[WIDTH]
-    return source[ADDRESS] + start * item, max(below - top, 0) * source[WIDTH] * item
-
-
-@helper()
-def _sample_plane(source, b, q, rows, index, fx, fy, bands, buffer, z, following):
-    """Logits at sorted points: a band of rows at a time is copied to a small buffer and read there.
-
-    Memory is the bound: the rows of the next band are on their way while this one is computed, and with the last band
-    the memory `following`, an address and a size.
-    """
-    pitch = source[WIDTH] + 2 * BORDER
-    last_band = bands.shape[0] - 2
-    for band in range(bands.shape[0] - 1):
-        first, last = bands[band], bands[band + 1]
-        if first < last:
-            top, count = rows[band, TOP_ROW], rows[band, ROWS]
-            read_rows(source, b, q, top, top + count + 1, buffer)
-            memory = following
-            if band < last_band:
-                memory = _band_memory(source, b, q, rows, band + 1, top + count + 1)
-            gather_ahead(
-                buffer, pitch, index[first:last], fx[first:last], fy[first:last], last - first, z[first:last],
-                memory[0], memory[1],
-            )  # fmt: skip
-
-
 @helper(fastmath={"contract", "reassoc", "nsz"})
 def _terms(z, w, n, s):
     """s(z) at each point; returns the sums of w softplus(z) and w s(z).
@@ -259,17 +196,41 @@ def _sum_squares(s, w, n):
     return total
 
 
+@helper(forceinline=True)
+def _ask(address, stop):
+    """Bring memory into the cache."""
+    while address < stop:
+        prefetch(address)
+        address += 64
+    return address
+
+
 @helper()
-def pair_costs(z, s, w, count, image, starts, first, length, offset, shares, sums, alpha, gamma, kind, ce, dice):
-    """Both terms of a query with all targets `[T_max]`, from its logits at the sorted points; s is work space."""
+def pair_costs(
+    z, s, w, count, image, starts, first, length, offset, shares, sums, alpha, gamma, kind, ce, dice, memory
+):  # fmt: skip
+    """Both terms of a query with all targets `[T_max]`, from its logits at the sorted points; s is work space.
+
+    Meanwhile `memory`, an address and a size, is brought into the cache.
+    """
     num_points = w.shape[0]
-    if gamma < 0:
-        negative, area = _terms(z, w, num_points, s)
-    else:
-        negative, area = _focal_terms(z, w, num_points, alpha, gamma, s)
+    address, end = memory[0], memory[0] + memory[1]
+    part = memory[1] // 2 * _SOME // num_points
+    negative, area = z.dtype.type(0), z.dtype.type(0)
+    for i in range(0, num_points, _SOME):
+        address = _ask(address, min(address + part, end))
+        some = slice(i, min(i + _SOME, num_points))
+        if gamma < 0:
+            one = _terms(z[some], w[some], some.stop - i, s[some])
+        else:
+            one = _focal_terms(z[some], w[some], some.stop - i, alpha, gamma, s[some])
+        negative += one[0]
+        area += one[1]
+    part = (end - address) // (image[COUNT] + 1) + 64
     if kind == SOFT:
         area = _sum_squares(s, w, num_points)
     for target in range(image[COUNT]):
+        address = _ask(address, min(address + part, end))
         row = image[FIRST] + target
         by_z, by_s = 0.0, 0.0
         for run in range(starts[row], starts[row + 1]):
@@ -300,7 +261,7 @@ def sample_features(
         if item >= items:
             break
         image, channel = item // channels, item % channels
-        _sample_plane(
+        sample_plane(
             sources[0], image, channel, rows[image], index[image], fx[image], fy[image], bands[image], values,
             result[image, channel], (0, 0),
         )  # fmt: skip
@@ -329,15 +290,15 @@ def row_costs(
         z[:num_points] = logits[image, row]
         pair_costs(
             z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums,
-            alpha, gamma, kind, ce[image, row], dice[image, row],
+            alpha, gamma, kind, ce[image, row], dice[image, row], (0, 0),
         )  # fmt: skip
 
 
 @kernel
 def match_cost(
     counter, items, values, _coordinates, _integers,
-    sources, size_of, rows, index, fx, fy, bands, weights, counts, images, starts, first, length, offset, shares, sums,
-    alpha, gamma, kind, ce, dice,
+    sources, size_of, small, rows, index, fx, fy, inside, edges, num_edges, bands,
+    weights, counts, images, starts, first, length, offset, shares, sums, alpha, gamma, kind, ce, dice,
 ):  # fmt: skip
     """Both mask terms of all pairs. A work item is a plane.
 
@@ -362,18 +323,29 @@ def match_cost(
         item, memory = take_early(counter, items), (0, 0)
         if item >= 0:
             later, other, plane = item // (batch * queries), item // queries % batch, item % queries
-            memory = _band_memory(sources[later], other, plane, rows[other, size_of[later]], 0, 0)
-        if width != source[WIDTH]:
-            # The columns of the border are zeroed once for each width; rows are overwritten.
-            buffer[:] = 0
-            width = source[WIDTH]
-        _sample_plane(
-            source, image, query, rows[image, size], index[image, size], fx[image, size], fy[image, size],
-            bands[image], buffer, z, memory,
-        )  # fmt: skip
+            if small[later]:
+                memory = plane_memory(sources[later], other, plane)
+            else:
+                memory = band_memory(sources[later], other, plane, rows[other, size_of[later]], 0, 0)
+        if small[layer]:
+            sample_in_place(
+                source, image, query, inside[image, size], edges[image, size], num_edges[image, size],
+                fx[image, size], fy[image, size], z, (memory[0], memory[1] * 2 // 5),
+            )  # fmt: skip
+            memory = (memory[0] + memory[1] * 2 // 5, memory[1] * 3 // 5)
+        else:
+            if width != source[WIDTH]:
+                # The columns of the border are zeroed once for each width; rows are overwritten.
+                buffer[:] = 0
+                width = source[WIDTH]
+            sample_plane(
+                source, image, query, rows[image, size], index[image, size], fx[image, size], fy[image, size],
+                bands[image], buffer, z, memory,
+            )  # fmt: skip
+            memory = (0, 0)
         pair_costs(
             z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums,
-            alpha, gamma, kind, ce[layer, image, query], dice[layer, image, query],
+            alpha, gamma, kind, ce[layer, image, query], dice[layer, image, query], memory,
         )  # fmt: skip
         if item < 0:
             item = take(counter)

@@ -50,13 +50,16 @@ def bare(typingctx: Any, array: Any) -> Any:
 
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at an address, for reading; nothing waits for it, and it never faults."""
+    """Ask for the cache line at an address, for reading; nothing waits for it, and it never faults.
+
+    It comes to the second-level cache, which can wait for more lines at a time than the first.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, word, word, word])
         hint = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
-        builder.call(hint, [builder.inttoptr(args[0], cgutils.voidptr_t), word(0), word(3), word(1)])
+        builder.call(hint, [builder.inttoptr(args[0], cgutils.voidptr_t), word(0), word(2), word(1)])
         return context.get_dummy_value()
 
     return types.void(address), codegen

@@ -375,5 +375,5 @@ def match_volumes(
             query = start + row
             pair_costs(
                 z[row], s, weights[image], counts[image], images[image], starts, first_points, length, offset, shares,
-                sums, alpha, gamma, kind, ce[layer, image, query], dice[layer, image, query],
+                sums, alpha, gamma, kind, ce[layer, image, query], dice[layer, image, query], (0, 0),
             )  # fmt: skip
