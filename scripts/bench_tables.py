@@ -83,7 +83,12 @@ def growth(cases: list[dict[str, Any]]) -> list[str]:
 
 
 # Parts of a step that the implementations divide alike: boxes and classes are costs of the matching in all of them.
-PARTS = {"matching and mask terms, forward": ("matching cost", "assignment", "mask loss"), "backward": ("backward",)}
+_MASKS = ("matching cost", "assignment", "mask loss")
+PARTS = {
+    "matching and mask terms, forward": _MASKS,
+    "backward": ("backward",),
+    "these two together": (*_MASKS, "backward"),
+}
 
 
 def packages(cases: list[dict[str, Any]]) -> list[str]:
@@ -103,7 +108,7 @@ def packages(cases: list[dict[str, Any]]) -> list[str]:
         lines.append(row(name, *cells))
         for part, names in PARTS.items() if all("stages" in each for each in (own, *peers)) else ():
             values = [sum(each["stages"].get(stage, 0.0) for stage in names) for each in (own, *peers)]
-            lines.append(row(f"of it, {part}", *_compared(values, seconds)))
+            lines.append(row(part, *_compared(values, seconds)))
         for what, key in (("memory¹", "extra"), ("memory with the gradients", "peak")):
             sizes = [each["memory"][key] for each in (own, *peers)]
             if None not in sizes:

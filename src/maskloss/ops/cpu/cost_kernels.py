@@ -3,8 +3,9 @@
 
 The points of an image are the same for all its queries and layers, so what depends on them alone is computed once. They
 are sorted into bands of y and within a band by x. A plane is then read a band of rows at a time, from the first-level
-cache, unless it is small, and the points in the box of a target are one run per band, over which its values are stored densely. Both cost
-terms are linear in t, so a plane needs one gather, one pass for softplus and sigmoid, and one sum of products per run.
+cache, unless it is small. The points in the box of a target are one run per band, over which its values are stored
+densely. Both cost terms are linear in t, so a plane needs one gather, one pass for softplus and sigmoid, and one sum of
+products per run.
 """
 
 from __future__ import annotations
