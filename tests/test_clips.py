@@ -126,6 +126,23 @@ def test_loss_of_video_at_the_same_points(backend: str) -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("unit", ["frame", "volume"])
+def test_pairs_of_predictions_and_targets(unit: str) -> None:
+    """As with matches that say the same; masks with frames never belong to logits without."""
+    setup = Setup(counts=(3,))
+    loss, masks = MaskLoss(sampling=FEW, clips=ClipOptions(unit=unit), backend="reference"), setup.masks[0]
+    chosen = setup.logits[0][0, :3]
+    out = loss(chosen, masks, seed=1)
+    same = loss(setup.logits[0], MaskTargets.from_masks([masks]), [(torch.arange(3), torch.arange(3))], seed=1)
+    assert torch.equal(out.total, same.total)
+    assert out.per_instance.ce.shape == ((3, T) if unit == "frame" else (3,))
+    for logits, options in ((chosen[:, 0], {}), (chosen, {"best_of": True})):
+        with pytest.raises(MaskLossError, match="the same frames"):
+            loss(logits, masks, **options)
+    with pytest.raises(MaskLossError, match="must pair up"):
+        loss(chosen[:2], masks)
+
+
 @pytest.mark.parametrize("focal", [False, True])
 def test_matching_costs_over_all_frames(backend: str, focal: bool) -> None:
     """One set of points for the frames of a clip, both terms over T * P points."""

@@ -109,9 +109,9 @@ class MaskLoss(nn.Module):
         Args:
             mask_logits: `[N, h, w]` or `[N, 1, h, w]`, prediction n belongs to target n; or `[N, M, h, w]` with
                 `best_of`; or `[B, Q, h, w]`, dense or as `MaskFactors`, along with `matches`. Those of clips and
-                volumes are `[B, Q, T, h, w]`.
+                volumes are `[N, T, h, w]`, or `[B, Q, T, h, w]`.
             masks: the targets: `[N, H, W]` or `[N, 1, H, W]`, bool, integers or float, or `MaskTargets`; with `matches`
-                the targets of a batch, `MaskTargets` or a list of `[T, H, W]`.
+                the targets of a batch, `MaskTargets` or a list of `[T, H, W]`. Those of clips are `[N, T, H, W]`.
             matches: pairs of (queries, targets) of each image, as DETR's matchers return them, or `Matches`.
             best_of: of M candidates for each target only the one with the lowest weighted loss counts, and gets a
                 gradient, as in SAM. Their points are chosen from the same candidates. Default False.
@@ -262,7 +262,9 @@ class MaskLoss(nn.Module):
             masks = masks[:, 0]  # type: ignore[index, call-overload]
         targets = masks if isinstance(masks, MaskTargets) else MaskTargets.from_masks(masks)
         if matches is None:
-            if isinstance(mask_logits, MaskFactors) or (four and mask_logits.shape[1] != 1 and not best_of):
+            clips = four and not best_of and targets.present is not None
+            several = four and not best_of and not clips and mask_logits.shape[1] != 1
+            if isinstance(mask_logits, MaskFactors) or several:
                 raise Cause(
                     "mask_logits [B, Q, h, w] need matches",
                     "matches is None",
@@ -270,8 +272,8 @@ class MaskLoss(nn.Module):
                     "best_of=True if they are candidates [N, M, h, w]",
                 )
             candidates = mask_logits.shape[1] if best_of else 1
-            mask_logits = mask_logits.flatten(0, 1) if four else mask_logits
-            _inputs.check_maps("mask_logits", mask_logits, "[N, h, w]")
+            mask_logits = mask_logits.flatten(0, 1) if four and not clips else mask_logits
+            _inputs.check_maps("mask_logits", mask_logits, "[N, T, h, w]" if clips else "[N, h, w]")
             count = len(mask_logits) // max(candidates, 1)
             if len(targets) != 1 or targets.num_masks != count or candidates < 1:
                 raise Cause(
@@ -279,7 +281,7 @@ class MaskLoss(nn.Module):
                     f"{count} predictions but {targets.num_masks} targets in {len(targets)} image(s)",
                     "give one target mask for each prediction, or matches along with [B, Q, h, w] logits",
                 )
-            check_device("masks", targets.device, mask_logits.device)
+            _inputs.check_targets(targets, mask_logits[None])
             pairs = Matches.one_to_one(len(mask_logits), mask_logits.device)
             if candidates > 1:
                 pairs.index[:, TARGET] //= candidates
