@@ -735,6 +735,8 @@ def test_wrong_options(options: dict[str, Any]) -> None:
         ({"labels": torch.zeros(3, 1, dtype=torch.int64)}, r"labels\[:, 0\]"),
         ({"labels": torch.tensor([0, -1, 2])}, "ignore_label=-1 if the class"),
         ({"masks": torch.ones(1, 9, 9)}, '"has_mask" \\[T\\] says which'),
+        ({"masks": None, "boxes": torch.rand(3, 4), "has_mask": torch.eye(3)[0] > 0}, "give \\[T, H, W\\]; a target"),
+        ({"masks": None, "boxes": torch.rand(3, 4), "labels": torch.tensor(1)}, "give one class for each mask"),
         ({"masks": torch.tensor([[-1, 2], [1, 0]])}, "ignore_value=-1 for void"),
     ],
 )

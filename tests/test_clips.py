@@ -16,6 +16,7 @@ from maskloss import (
     MaskFactors,
     MaskLoss,
     MaskLossError,
+    MaskLossTypeError,
     MaskTargets,
     PointSampling,
     StepTotals,
@@ -323,6 +324,10 @@ def test_instance_weights_and_totals_of_a_step() -> None:
         torch.testing.assert_close(sum(parts), whole.loss_mask)
     with pytest.raises(MaskLossError, match=r"totals\.instance_weight"):
         criterion(setup.classes, setup.logits, setup.targets, totals=StepTotals(5.0, 10.0))
+    # A micro-batch without targets, whose masks say nothing of frames.
+    nothing, empty = [(torch.empty(0, dtype=torch.int64),) * 2], MaskTargets.from_masks([torch.zeros(0, 8, 8)])
+    with step(totals=totals):
+        assert MaskLoss(sampling=FEW, clips=clips)(setup.logits[0][:1], empty, nothing).total == 0
 
 
 def test_groups_of_queries() -> None:
@@ -369,6 +374,8 @@ def test_options() -> None:
         ClipOptions(frames="some")
     with pytest.raises(MaskLossError, match="divide_by must be one of"):
         ClipOptions(divide_by="planes")
+    with pytest.raises(MaskLossTypeError, match="it takes unit, frames, divide_by"):
+        ClipOptions(clips="frame")  # type: ignore[call-arg]
     with pytest.raises(MaskLossError, match="clips must be ClipOptions"):
         MaskLoss(clips="present")  # type: ignore[arg-type]
     with pytest.raises(MaskLossError, match="clips have no ignore regions"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -321,6 +322,7 @@ def test_the_weighted_dict_adds_up_to_the_total(backend: str) -> None:
         ("class_weights must be 3 finite numbers", {"class_weights": "abc"}),
         ("class_weights must be 3 finite numbers", {"class_weights": torch.ones(3, dtype=torch.complex64)}),
         ("matcher must be a maskloss.HungarianMatcher", {"matcher": 3}),
+        ("matcher must be a maskloss.HungarianMatcher", {"matcher": SimpleNamespace(rules=None)}),
         ("must have the same classification", {"matcher": HungarianMatcher(classification="focal")}),
         ("focal_gamma must be a finite number", {"focal_gamma": "2"}),
         ("focal_alpha must be a finite number in", {"focal_gamma": 2.0, "focal_alpha": True}),

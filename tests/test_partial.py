@@ -199,6 +199,8 @@ def test_what_computes_no_classes_says_so() -> None:
     pairs = [(torch.tensor([0]), torch.tensor([0]))] * 2
     with pytest.raises(MaskLossError, match="where maskloss computes the classification"):
         LayerMasks(sampling=PointSampling(16))({"pred_masks": masks}, partial_targets(), pairs, 2.0)
+    with step(unlabeled=[left(), None]), pytest.raises(MaskLossError, match="where maskloss computes the classi"):
+        LayerMasks(sampling=PointSampling(16))({"pred_masks": masks}, entries((3, 2)), pairs, 2.0)
     with pytest.raises(MaskLossError, match="where maskloss computes the classification"):
         pad_targets(partial_targets(), 4, data_size=4096)
 

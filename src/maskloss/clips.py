@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskloss import _inputs
 from maskloss._abi import QUERY, TARGET, Stack
-from maskloss.errors import Cause, describe, reported
+from maskloss.errors import Cause, describe, reported_init
 from maskloss.layers import Layer
 from maskloss.matches import Matches
 from maskloss.targets import MaskTargets
@@ -20,6 +20,7 @@ FRAMES = ("all", "present")
 DIVISORS = ("instances", "frames")
 
 
+@reported_init
 @dataclass(frozen=True)
 class ClipOptions:
     """What the mask terms of clips and volumes are made of, for logits `[B, Q, T, h, w]` and targets `[N, T, H, W]`.
@@ -53,10 +54,7 @@ class ClipOptions:
     divide_by: str = "instances"
 
     def __post_init__(self) -> None:
-        self._check()
-
-    @reported("ClipOptions")
-    def _check(self) -> None:
+        """Check the values."""
         _inputs.check_choice("unit", self.unit, UNITS)
         _inputs.check_choice("frames", self.frames, FRAMES)
         _inputs.check_choice("divide_by", self.divide_by, DIVISORS)

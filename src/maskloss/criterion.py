@@ -143,12 +143,12 @@ class MaskCriterion(nn.Module):
         sampling = _inputs.check_sampling(sampling)
         self.rules = TargetRules(ignore_value, ignore_label, drop_empty)
         group = mask_options(options, **kwargs)
-        self.rules.check_matcher(TargetRules() if matcher is None else getattr(matcher, "rules", TargetRules()))
         self.mask_loss = MaskLoss(
             ce_weight=mask_weight, dice_weight=dice_weight, sampling=sampling, clips=clips, options=group
         )
         if matcher is not None:
             self.matcher = check_matcher(matcher, classification, groups)
+            self.rules.check_matcher(matcher.rules)
         else:
             self.matcher = HungarianMatcher(
                 class_weight=class_weight,
@@ -360,7 +360,8 @@ class MaskCriterion(nn.Module):
         shown = matches.of_layers(layers)
         if shown is not matches:
             matched = step.mask_weights(shown, weights, accumulation_dtype(given[0].dtype))
-            divisor = divisor[list(layers)] if isinstance(divisor, Tensor) and divisor.ndim else divisor
+            if isinstance(divisor, Tensor) and divisor.ndim:
+                divisor = divisor[_places(layers, divisor.device)]
         reduction = ops.Reduction(self.mask_weight, self.dice_weight, divisor, matched)
         terms = self.mask_loss.layer_terms(given, shown, step, reduction)
         if shown is not matches:
@@ -424,8 +425,12 @@ def _entries(softmax: bool) -> str:
 
 def _spread(terms: Tensor, layers: Sequence[int], count: int) -> Tensor:
     """Put the terms of some layers at their places among those of all, `[L]`, which are 0."""
-    where = torch.tensor(layers, device="cpu").to(terms.device, non_blocking=True)
-    return terms.new_zeros(count).index_copy(0, where, terms)
+    return terms.new_zeros(count).index_copy(0, _places(layers, terms.device), terms)
+
+
+def _places(layers: Sequence[int], device: torch.device) -> Tensor:
+    # A list as an index would be copied to the device, which waits.
+    return torch.tensor(layers, device="cpu").to(device, non_blocking=True)
 
 
 def _given_or(given: float | Tensor | None, otherwise: float | Tensor) -> float | Tensor:

@@ -143,6 +143,7 @@ class MaskLoss(nn.Module):
             _inputs.check_count("num_instances", num_instances)
         batch = Batch(targets, matched.index.new_empty(0))
         step = Step.begin(batch, [logits], image_ids=image_ids, seed=seed, generator=generator, group=group)
+        targets = step.targets  # which knows the frames of clips without targets too
         instances = len(matched) // candidates
         if points is not None:
             check_points(points, instances * targets.frames, logits.device)

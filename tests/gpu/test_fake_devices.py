@@ -26,7 +26,7 @@ def run(*checks: str) -> None:
 
 def test_a_step_neither_copies_nor_waits_and_compiles_to_one_graph() -> None:
     """The criterion as it is and compiled; the reference backend called with CUDA tensors."""
-    run("criterion", "cuda", "compile")
+    run("criterion", "cuda", "compile", "uneven")
 
 
 def test_a_step_that_is_to_be_captured_and_factors_copy_nothing_either() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskloss import MaskLossError, MaskTargets, StepTotals, step
+from maskloss import MaskLossError, MaskTargets, StepTotals, distributed, step
 from maskloss.factors import MaskFactors
 from maskloss.integrations import _boxes, detr, maskdino
 from support import tiny
@@ -180,7 +180,7 @@ def test_sigmoid_classes_have_the_focal_loss() -> None:
     assert criterion(outputs, targets)["loss_ce"].isfinite()
 
 
-def test_denoised_queries_have_the_targets_they_were_made_from() -> None:
+def test_denoised_queries_have_the_targets_they_were_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
     copies, size = 2, 6
     outputs, targets = outputs_of(classes=tiny.CLASSES, boxes=True), targets_of(boxes=True)
     known = outputs_of(queries=size, classes=tiny.CLASSES, boxes=True)
@@ -199,6 +199,9 @@ def test_denoised_queries_have_the_targets_they_were_made_from() -> None:
     losses_of = ["labels", "masks", "boxes"]
     points = (POINTS, 3.0, 0.75)
     criterion = maskdino.SetCriterion(tiny.CLASSES, matcher, {}, 0.1, losses_of, *points, "seg", losses_of)
+    counted: list[int] = []
+    inner = distributed.mean_over_ranks
+    monkeypatch.setattr(distributed, "mean_over_ranks", lambda *args: counted.append(1) or inner(*args))
     losses = criterion(outputs, targets, {"output_known_lbs_bboxes": known, "scalar": copies, "pad_size": size})
     names = [f"loss_{n}" for n in ("ce", "mask", "dice", "bbox", "giou")]
     assert set(losses) == {f"{n}{s}" for n in names for s in ("", "_0", "_1", "_dn", "_dn_1")}
@@ -209,6 +212,32 @@ def test_denoised_queries_have_the_targets_they_were_made_from() -> None:
     nothing = criterion(outputs, targets)
     assert nothing.keys() == losses.keys()
     assert nothing["loss_mask_dn_1"].item() == 0
+    # Other ranks may have something to denoise in the same step.
+    assert counted == [1, 1]
+
+
+def test_a_matcher_by_itself_takes_the_labels_that_its_criterion_takes() -> None:
+    """The label "no object" too: other criteria call the matcher for each layer, and so do subclasses of it."""
+
+    class Own(detr.HungarianMatcher):
+        def forward(self, outputs: Any, targets: Any) -> Any:
+            return super().forward(outputs, targets)
+
+    outputs, targets = outputs_of(auxiliary=0), targets_of()
+    targets[0]["labels"] = torch.full_like(targets[0]["labels"], tiny.CLASSES)
+    found = []
+    for kind in (detr.HungarianMatcher, Own):
+        matcher = kind(2.0, 5.0, 5.0, POINTS)
+        criterion = detr.SetCriterion(
+            tiny.CLASSES, matcher, {}, 0.1, ["labels", "masks"], POINTS, no_object_label="allow"
+        )
+        with step(seed=3):
+            found.append(criterion(outputs, targets))
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value)
+    targets[0]["labels"] += 1
+    with pytest.raises(MaskLossError, match="labels must lie in"):
+        matcher(outputs, targets)
 
 
 def test_two_stages_and_panoptic_boxes() -> None:

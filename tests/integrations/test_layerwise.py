@@ -100,6 +100,20 @@ def test_points_by_area(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given == [576, 8, 17]
 
 
+def test_each_call_has_its_own_targets_where_threads_share_the_object() -> None:
+    """Another thread may write what is remembered at any time, here always."""
+
+    class Shared(LayerMasks):
+        _last: Any = property(lambda _: None, lambda *_: None)
+
+    logits, targets, pairs = example()
+    found = []
+    for kind in (LayerMasks, Shared):
+        torch.manual_seed(0)
+        found.append(kind(sampling=EXACT)({"pred_masks": logits}, targets, pairs, 10.0))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_targets_are_packed_once_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     inner = MaskTargets.from_masks

@@ -39,11 +39,12 @@ def lend_guards() -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Notes the copies between devices, and the dtypes that were computed with."""
+    """Notes the copies between devices, those of them that wait, and the dtypes that were computed with."""
 
     def __init__(self) -> None:
         super().__init__()
         self.copies: list[tuple[str, ...]] = []
+        self.waits: list[str] = []
         self.operations: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
 
@@ -56,6 +57,8 @@ class Watch(TorchDispatchMode):
         self.operations.add(func._schema.name)
         if "copy" in func._schema.name and len(devices) > 1:
             self.copies.append((given[0].device.type, made[0].device.type))
+            if not (kwargs or {}).get("non_blocking"):
+                self.waits.append(func._schema.name)
         self.dtypes |= {tensor.dtype for tensor in made}
         return result
 
@@ -95,6 +98,20 @@ def criterion_copies_nothing() -> None:
         assert "maskloss::assign" not in watch.operations
         assert out.total.device.type == "cuda"
         assert out.total.requires_grad
+
+
+def uneven_layers_do_not_wait() -> None:
+    """A layer without masks, weights, what is said of masks and labels on the host: small copies, and no waiting."""
+    with watched() as watch:
+        classes, logits = predictions("cuda")
+        flags = torch.ones(TARGETS, dtype=torch.bool)
+        numbers: Any = [0] * TARGETS
+        packed = [{"masks": MaskTargets.from_masks(each), "labels": numbers} for each in masks("cuda")]
+        weights = [torch.empty(TARGETS, device="cuda") for _ in range(BATCH)]
+        watch.waits.clear()
+        targets = [each | {"has_mask": flags} for each in packed]
+        MaskCriterion(CLASSES)(classes, [None, *logits[1:]], targets, instance_weights=weights)
+    assert not watch.waits, watch.waits
 
 
 def padded_targets_copy_nothing() -> None:
@@ -215,6 +232,7 @@ def reference_stays_on(device: str) -> None:
 CHECKS: dict[str, Callable[[], None]] = {
     "criterion": criterion_copies_nothing,
     "compile": step_compiles_to_one_graph,
+    "uneven": uneven_layers_do_not_wait,
     "padded": padded_targets_copy_nothing,
     "factors": factors_copy_nothing,
 }

@@ -154,7 +154,10 @@ class HungarianMatcher(nn.Module):
         Raises:
             MaskLossError: wrong or missing outputs or targets.
         """
-        step = _outputs.begin(outputs, targets, replace(self.core.rules, no_object_label="allow"))
+        softmax = self.core.classification == "softmax"
+        logits, _ = _outputs.predictions([outputs], no_object=softmax)
+        rules = replace(self.core.rules, no_object_label="allow")
+        step = _outputs.begin(outputs, targets, rules, logits.shape[-1] - 1 if softmax else None)
         return self.match([outputs], targets, step).pairs()
 
     def match(self, layers: Sequence[Outputs], targets: Entries, step: Step) -> Matches:
@@ -337,15 +340,18 @@ class SetCriterion(nn.Module):
         Raises:
             MaskLossError: wrong or missing outputs or targets.
         """
-        return self.matched_losses(outputs, targets, self.begin(outputs, targets))
+        step = self.begin(outputs, targets)
+        return self.matched_losses(outputs, targets, step, step.divisor(float(step.targets.num_masks)))
 
     def begin(self, outputs: Outputs, targets: Entries) -> Step:
         """Pack the targets of a step, and check that they fit."""
         no_object = self.num_classes if self.classification == "softmax" else None
         return _outputs.begin(outputs, targets, self.rules, no_object)
 
-    def matched_losses(self, outputs: Outputs, targets: Entries, step: Step) -> dict[str, Tensor]:
-        """Match the layers of checked inputs and compute their losses."""
+    def matched_losses(
+        self, outputs: Outputs, targets: Entries, step: Step, count: float | Tensor
+    ) -> dict[str, Tensor]:
+        """Match the layers of checked inputs and compute their losses, and divide those of instances by `count`."""
         rank = _outputs.find_masks(outputs).ndim
         if rank != 4 + self.video:
             raise Cause(
@@ -356,7 +362,6 @@ class SetCriterion(nn.Module):
         check_losses("losses", self.losses)
         layers = self._layers(outputs)
         matches = self._match(list(layers.values()), targets, step)
-        count = step.divisor(float(step.targets.num_masks))
         losses = self.losses_of(self.losses, layers, matches, targets, step, count)
         if self.extra_loss is not None:
             more = self.extra_loss(outputs, targets, matches.pairs(0), count)

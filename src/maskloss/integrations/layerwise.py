@@ -160,6 +160,7 @@ class LayerMasks:
     def _pack(self, targets: Sequence[Mapping[str, Any]], num_boxes: object, logits: Layer) -> _Packed:
         """Pack the targets, or return those of the last call if this is one of the same step."""
         found, last = read(targets, None), self._last
+        check_whole()
         check_whole(found.annotated)
         # Whole numbers may be one object in all steps.
         if last is not None and last.step is num_boxes and not isinstance(num_boxes, int):
@@ -169,8 +170,9 @@ class LayerMasks:
                 return last
         packed = _targets.pack_entries(found, logits.device, self.rules.ignore_value, clips=logits.ndim == 5)
         has_mask = masks_that_count(packed, joined_flags(found.has_mask, packed), self.rules)
-        self._last = _Packed(num_boxes, tuple(map(_reference, found.masks)), packed, has_mask)
-        return self._last
+        # Returned as it is: another thread may have put its own in that place by then.
+        made = self._last = _Packed(num_boxes, tuple(map(_reference, found.masks)), packed, has_mask)
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last step behind in copies and pickles."""

@@ -189,7 +189,9 @@ class SetCriterion(detr.SetCriterion):
             MaskLossError: wrong or missing outputs or targets.
         """
         step = self.begin(outputs, targets)
-        losses = self.matched_losses(outputs, targets, step)
+        # Once: a rank whose targets leave nothing to denoise must not sum over the ranks less often than the others.
+        count = step.divisor(float(step.targets.num_masks))
+        losses = self.matched_losses(outputs, targets, step, count)
         if self.dn == "no":
             return losses
         others = range(0 if "interm_outputs" in outputs else 1, len(outputs.get("aux_outputs") or ()))
@@ -199,10 +201,16 @@ class SetCriterion(detr.SetCriterion):
             return losses | {f"{name}{suffix}": zero.clone() for suffix in suffixes for name in _DENOISED[self.dn]}
         known = mask_dict["output_known_lbs_bboxes"]
         layers = {"_dn": known} | {f"_dn_{i}": known["aux_outputs"][i] for i in others}
-        return losses | self._denoised(layers, targets, step, mask_dict["scalar"], mask_dict["pad_size"])
+        return losses | self._denoised(layers, targets, step, count, mask_dict["scalar"], mask_dict["pad_size"])
 
     def _denoised(
-        self, layers: Mapping[str, Outputs], targets: Entries, step: Step, times: int, size: int
+        self,
+        layers: Mapping[str, Outputs],
+        targets: Entries,
+        step: Step,
+        count: float | Tensor,
+        times: int,
+        size: int,
     ) -> dict[str, Tensor]:
         """Compute the losses of queries made from targets: query s * size / times + t is target t, noised anew."""
         if size % times:
@@ -231,8 +239,7 @@ class SetCriterion(detr.SetCriterion):
             targets = [{"boxes": each.repeat(times, 1)} for each in boxes]
         blocks = repeated.num_targets * len(layers)
         matches = Matches(index, (repeated.num_masks,) * len(layers), size, repeated.num_targets, counts=blocks)
-        count = step.divisor(float(step.targets.num_masks)) * times
-        return self.losses_of(self.dn_losses, layers, matches, targets, known, count)
+        return self.losses_of(self.dn_losses, layers, matches, targets, known, count * times)
 
     def has_box(self, labels: Tensor) -> Tensor:
         """Return which classes' boxes count in the loss."""

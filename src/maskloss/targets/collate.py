@@ -104,9 +104,16 @@ def read(targets: Any, label: str | None = "labels") -> Columns:
     labels = [] if label is None else [entry[label] for entry in targets]
     masks, has_mask = [entry.get("masks") for entry in targets], [entry.get("has_mask") for entry in targets]
     for image, (given, entry) in enumerate(zip(labels, targets, strict=label is not None)):
-        if masks[image] is None and given is not None and len(given) and ("boxes" in entry or _none(has_mask[image])):
+        count = len(given) if getattr(given, "ndim", isinstance(given, Sequence)) else 0
+        if masks[image] is None and count and ("boxes" in entry or _any(has_mask[image]) is False):
+            if _any(has_mask[image]):
+                raise Cause(
+                    'targets that have a mask must have "masks"',
+                    f'entry {image} has "has_mask" {describe(has_mask[image])} and no "masks"',
+                    'give [T, H, W]; a target whose "has_mask" is False may have anything there',
+                )
             device = given.device if isinstance(given, Tensor) else "cpu"
-            masks[image] = torch.zeros(len(given), 1, 1, dtype=torch.bool, device=device)
+            masks[image] = torch.zeros(count, 1, 1, dtype=torch.bool, device=device)
             has_mask[image] = False
     annotated = Annotated(_said(targets, "unlabeled"), _said(targets, "annotated_classes"), list(map(_size, masks)))
     return Columns(masks, [entry.get("ids") for entry in targets], labels, has_mask, annotated)
@@ -257,10 +264,11 @@ def _kind(masks: Any, image: int, clips: bool) -> str:
     return "map" if masks.ndim == 2 or of_clip else "dense"
 
 
-def _none(flags: Any) -> bool:
-    """Whether an entry says that none of its targets has a mask."""
+def _any(flags: Any) -> bool | None:
+    """Whether an entry says that one of its targets has a mask; None: it says nothing, or a look would wait."""
     found = plain(flags)
-    return isinstance(found, Tensor) and found.dtype == torch.bool and on_host(found) and not bool(found.any())
+    seen = isinstance(found, Tensor) and found.dtype == torch.bool and on_host(found)
+    return bool(found.any()) if seen else None
 
 
 def _flags(given: Any, count: int, device: torch.device) -> Tensor:
@@ -275,7 +283,7 @@ def _flags(given: Any, count: int, device: torch.device) -> Tensor:
             f"got {describe(given)} for {count} targets",
             "False for a target that has a class and perhaps a box, but no mask",
         )
-    return flags.to(device)
+    return flags.to(device, non_blocking=on_host(flags))
 
 
 def _label_hint(labels: Any) -> str:
@@ -310,4 +318,4 @@ def _labels(given: Any, count: int, where: str, device: torch.device) -> Tensor:
             f"{where} has {count} masks but {len(labels)} labels",
             'give one label for each mask; "has_mask" [T] says which of T masks count',
         )
-    return labels.to(device)
+    return labels.to(device, non_blocking=on_host(labels))
