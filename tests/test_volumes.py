@@ -155,6 +155,9 @@ def test_loss_at_uniform_points(backend: str, clips: ClipOptions, edges: dict[st
     torch.testing.assert_close(out.per_instance.ce, ce, **close)
     torch.testing.assert_close(out.per_instance.dice, dice, **close)
     torch.testing.assert_close(out.total, ce.sum() + dice.sum(), **close)
+    given = loss(logits, setup.packed, pairs, points=points.float())
+    torch.testing.assert_close(given.total, out.total)
+    torch.testing.assert_close(*(torch.autograd.grad(each.total, logits, retain_graph=True) for each in (given, out)))
     for one, other in zip(
         torch.autograd.grad(out.total, logits), torch.autograd.grad((ce + dice).sum(), logits), strict=True
     ):
@@ -299,8 +302,10 @@ def test_what_volumes_do_not_have() -> None:
     with pytest.raises(MaskLossError, match="the same unit of clips"):
         MaskCriterion(2, clips=VOLUME, matcher=HungarianMatcher())
     pairs = [(torch.tensor([0]), torch.tensor([0]))] * 2
-    with pytest.raises(MaskLossError, match="points can be given to unit='frame' only"):
-        MaskLoss(clips=VOLUME)(setup.logits[0], setup.packed, pairs, points=torch.rand(2 * D, 4, 2))
+    with pytest.raises(MaskLossError, match=r"points must be float \[N, P, 3\](.|\n)*\(x, y, z\)"):
+        MaskLoss(clips=VOLUME)(setup.logits[0], setup.packed, pairs, points=torch.rand(2, 4, 2))
+    with pytest.raises(MaskLossError, match="2 instances but points"):
+        MaskLoss(clips=VOLUME)(setup.logits[0], setup.packed, pairs, points=torch.rand(2 * D, 4, 3))
 
 
 def test_the_gpu_backend_says_that_it_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

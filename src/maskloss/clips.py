@@ -140,6 +140,11 @@ def matches_of_planes(matches: Matches, frames: int) -> Matches:
     )
 
 
+def is_whole(clips: ClipOptions | None, logits: Layer) -> bool:
+    """Whether all frames or slices of an instance are one unit."""
+    return logits.ndim == 5 and (clips or _DEFAULT).unit != "frame"
+
+
 def stack_of(clips: ClipOptions | None, logits: Sequence[Layer], targets: MaskTargets) -> Stack | None:
     """Say how whole clips or volumes are read; None where each frame is a unit, or where these are images.
 

@@ -17,6 +17,7 @@ from maskloss.clips import (
     ClipOptions,
     check_clip_options,
     frames_of_divisor,
+    is_whole,
     matches_of_planes,
     stack_of,
     weights_of_divisor,
@@ -116,7 +117,8 @@ class MaskLoss(nn.Module):
             best_of: of M candidates for each target only the one with the lowest weighted loss counts, and gets a
                 gradient, as in SAM. Their points are chosen from the same candidates. Default False.
             points: float `[N, P, 2]`, (x, y) in [0, 1]^2: read here, and draw nothing. In the order of the matches; of
-                clips `[N * T, P, 2]`, the frames of an instance one after the other.
+                clips `[N * T, P, 2]`, the frames of an instance one after the other; of whole clips and of volumes
+                `[N, P, 3]`, (x, y, z).
             instance_weights: bool or float `[N]`, v_i at least 0, in the order of the matches: the terms become
                 `sum_i v_i ce_i / N` with N = sum_i v_i, so that an instance of weight 2 counts as two, and one of
                 weight 0 (or False) as none, whatever its logits are. No gradient flows to the weights.
@@ -146,7 +148,8 @@ class MaskLoss(nn.Module):
         targets = step.targets  # which knows the frames of clips without targets too
         instances = len(matched) // candidates
         if points is not None:
-            check_points(points, instances * targets.frames, logits.device)
+            whole = is_whole(self.clips, logits)
+            check_points(points, instances * (1 if whole else targets.frames), logits.device, 3 if whole else 2)
             points = points.repeat_interleave(candidates, dim=0) if best_of else points
         weights = None
         if instance_weights is not None:
@@ -191,7 +194,7 @@ class MaskLoss(nn.Module):
             step: targets, numbers and seed.
             reduction: the weights of the instances, and what their sums are divided by. How the caller will weigh the
                 two terms is only a guess: gradients cost less where it is right.
-            points: float `[N, P, 2]`, or None to draw them; of clips `[N * T, P, 2]`.
+            points: float `[N, P, 2]`, or None to draw them; of clips `[N * T, P, 2]`, of whole ones `[N, P, 3]`.
 
         Returns:
             The terms. Those of the instances of clips are `[N, T]`.
@@ -204,10 +207,6 @@ class MaskLoss(nn.Module):
                 weights=weights_of_planes(self.clips, matches, step.targets, reduction.weights)
             )
             matches, step = matches_of_planes(matches, frames), step.with_targets(step.by_plane())
-        if stack is not None and points is not None:
-            raise Cause(
-                "points can be given to unit='frame' only", f"they are {describe(points)}", "leave points out, or unit"
-            )
         losses = self.instance_losses(logits, matches, step, points, reduction, stack)
         terms = losses if reduction.weights is None else weighted(losses, reduction.weights)
         # Both terms of all layers at once: on a GPU every small operation costs a launch.

@@ -165,23 +165,24 @@ def _reachable(seed: Tensor, device: torch.device | None) -> Tensor:
     return seed
 
 
-def check_points(points: Tensor, count: int, device: torch.device) -> None:
-    """Raise if points are not float `[count, P, 2]` on the given device."""
-    check_coordinates(points, "[N, P, 2]", device)
+def check_points(points: Tensor, count: int, device: torch.device, columns: int = 2) -> None:
+    """Raise if points are not float `[count, P, columns]` on the given device."""
+    check_coordinates(points, f"[N, P, {columns}]", device)
     if points.shape[0] != count:
         raise Cause(
             "there must be points for every instance",
             f"{count} instances but points {list(points.shape)}",
-            "give [N, P, 2] with P at least 1",
+            f"give [N, P, {columns}] with P at least 1",
         )
 
 
 def check_coordinates(points: Tensor, shape: str, device: torch.device) -> None:
-    """Raise unless points are float of the shape, `[N, P, 2]` or `[..., P, 2]`, with P at least 1."""
+    """Raise unless points are float of the shape, `[N, P, 2]`, `[N, P, 3]` or `[..., P, 2]`, with P at least 1."""
     check_layout("points", points)
+    names = "(x, y, z)" if shape.endswith("3]") else "(x, y)"
     fits = isinstance(points, Tensor) and points.ndim >= 2 and (points.ndim == 3 or "..." in shape)
-    if not fits or points.shape[-1] != 2 or not is_float(points):
-        raise Cause(f"points must be float {shape}", f"got {describe(points)}", "the last dimension holds (x, y)")
+    if not fits or points.shape[-1] != names.count(",") + 1 or not is_float(points):
+        raise Cause(f"points must be float {shape}", f"got {describe(points)}", f"the last dimension holds {names}")
     if points.shape[-2] < 1:
         raise Cause("there must be points for every instance", f"got points {list(points.shape)}", f"give {shape}")
     check_device("points", points.device, device)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from maskloss._abi import BASE, COUNT, FIRST, OFFSET, Job, Targets, accumulation_dtype
 
-# Logits at the matcher's points that exist at a time.
-_SCRATCH_BYTES = 1 << 25
+# Logits at the matcher's points that exist at a time, on the host and on a device, where each part costs launches.
+_HOST_BYTES, _DEVICE_BYTES = 1 << 23, 1 << 25
 
 Costs = tuple[Tensor, Tensor]
 
@@ -74,7 +74,8 @@ def match_cost(backend: Any, logits: Sequence[Tensor], num_targets: Sequence[int
     shape = (len(logits), batch, queries, max(num_targets, default=0))
     ce = torch.zeros(shape, dtype=accumulation_dtype(logits[0].dtype), device=logits[0].device)
     dice = torch.zeros_like(ce)
-    size = max(1, _SCRATCH_BYTES // (frames * job.draw.num_points * ce.element_size()))
+    scratch = _HOST_BYTES if ce.device.type == "cpu" else _DEVICE_BYTES
+    size = max(1, scratch // (frames * job.draw.num_points * ce.element_size()))
     for clip in clips_of(backend, num_targets, job, logits):
         for which, layer in enumerate(logits):
             for start in range(0, queries, size):

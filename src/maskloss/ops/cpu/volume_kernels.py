@@ -47,6 +47,7 @@ from .volume_sampling import (
     draw_volume,
     find_cells,
     find_places,
+    given_cells,
     read_target,
     read_volume,
     scatter_volume,
@@ -110,6 +111,24 @@ def _choose(volume, grid, key, layer, window, numbers, border, z, coordinates, f
 
 
 @helper()
+def _draw_block(first, n, numbers, key, layer, chosen, counters, bits):
+    """Points `first:first + n` of an instance: chosen candidates, and then random ones."""
+    if first < numbers.uncertain:
+        draw_volume(key, layer, CANDIDATES, chosen[first : first + n], n, numbers.candidate_boxes, bits)
+    else:
+        _count_up(counters, first - numbers.uncertain, n)
+        draw_volume(key, layer, RANDOM, counters, n, numbers.random_boxes, bits)
+
+
+@helper()
+def _locate(given, instance, first, bits, n, window, grid, border, xyz, cells, fx, fy, fz):
+    if given.address != 0:
+        given_cells(given, instance, first, n, grid, border, xyz, cells, fx, fy, fz)
+    else:
+        find_cells(bits, n, window, grid, border, xyz, cells, fx, fy, fz)
+
+
+@helper()
 def _add_gradient(grad, image, query, grid, points, places, edges, count, slopes, totals, alpha, gamma, kind):
     """Add the gradient of an instance to its volume; z and the work space in `points` are overwritten."""
     fx, fy, fz, z, t, w, s, extra = (
@@ -139,8 +158,8 @@ def _add_gradient(grad, image, query, grid, points, places, edges, count, slopes
 @kernel
 def volume_loss(
     counter, items, values, coordinates, integers,
-    sources, data, table, index, encoding, images, windows, image_ids, seed, numbers, reading, alpha, gamma, kind,
-    again, ce, dice, chosen_bits, soft, order, starts, by_ce, by_dice, grads,
+    sources, data, table, index, encoding, images, windows, image_ids, seed, given, numbers, reading, alpha, gamma,
+    kind, again, ce, dice, chosen_bits, soft, order, starts, by_ce, by_dice, grads,
 ):  # fmt: skip
     """Cross-entropy and Dice of instances, and their gradient: see `loss_kernels.mask_loss`.
 
@@ -203,20 +222,16 @@ def volume_loss(
                 fx, fy, fz, z = points[0][where], points[1][where], points[2][where], points[3][where]
                 t, w, s, at_points = points[4][where], points[5][where], points[6][where], places[where]
                 uncertain = first < num_uncertain
-                if uncertain:
-                    drawn = chosen[first : first + n]
-                    draw_volume(key, layer, CANDIDATES, drawn, n, numbers.candidate_boxes, bits)
-                else:
-                    _count_up(counters, first - num_uncertain, n)
-                    draw_volume(key, layer, RANDOM, counters, n, numbers.random_boxes, bits)
+                if given.address == 0:
+                    _draw_block(first, n, numbers, key, layer, chosen, counters, bits)
                 tx, ty, tz = blocks[0][:n], blocks[1][:n], blocks[2][:n]
                 if not alike:
-                    find_cells(bits, n, window, lattice, reading.border, xyz, cells, tx, ty, tz)
+                    _locate(given, instance, first, bits, n, window, lattice, reading.border, xyz, cells, tx, ty, tz)
                     read_target(
                         cells, tx, ty, tz, n, row, lattice, data, encoding, reading.border, reading.nearest, codes,
                         t, s,
                     )  # fmt: skip
-                find_cells(bits, n, window, grid, reading.border, xyz, cells, fx, fy, fz)
+                _locate(given, instance, first, bits, n, window, grid, reading.border, xyz, cells, fx, fy, fz)
                 if alike:
                     read_target(
                         cells, fx, fy, fz, n, row, lattice, data, encoding, reading.border, reading.nearest, codes,

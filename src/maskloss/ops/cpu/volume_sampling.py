@@ -40,7 +40,7 @@ from .generator import U32, counter_of, draw_bits, points_of_bits, threefry
 from .lanes import Code, check_literals
 from .memory import at
 from .planes import item_bytes, read_row
-from .positions import locate_pixels, nearest_pixel
+from .positions import Given, given_points, locate_pixels, nearest_pixel
 from .sampling import add_pair, gather, load_pair
 from .targets import bits_around, interpolate_codes, pixels_around, read_pixel
 
@@ -126,18 +126,39 @@ def find_cells(bits, n, window, grid, border, coordinates, cells, fx, fy, fz):
         _along(bits[Y], n, grid.height, cells[Y], fy)
     else:
         points_of_bits(bits, n, window, coordinates[X], coordinates[Y])
-        locate_pixels(coordinates[X], n, grid.width, border, cells[X], fx)
-        locate_pixels(coordinates[Y], n, grid.height, border, cells[Y], fy)
-    if grid.linear and not border:
-        _along(bits[Z], n, grid.depth, cells[Z], fz)
-    elif grid.linear:
         for i in range(n):
             coordinates[Z, i] = np.float32(bits[Z, i]) * _UNIT
-        locate_pixels(coordinates[Z], n, grid.depth, border, cells[Z], fz)
+        _cells_of_floats(coordinates, n, grid, border, cells, fx, fy, fz)
+        return
+    if grid.linear:
+        _along(bits[Z], n, grid.depth, cells[Z], fz)
     else:
         for i in range(n):
             cells[Z, i] = _I32(np.int64(bits[Z, i]) * np.int64(grid.depth) >> 24)
             fz[i] = 0
+
+
+@helper()
+def given_cells(given, instance, first, n, grid, border, coordinates, cells, fx, fy, fz):
+    """As `find_cells`, of points `first:first + n` that the caller gave to an instance."""
+    deep = Given(given.address, given.double, given.row, given.point, 2 * given.coordinate)
+    given_points(deep, instance, first, n, coordinates[X], coordinates[Z])
+    given_points(given, instance, first, n, coordinates[X], coordinates[Y])
+    _cells_of_floats(coordinates, n, grid, border, cells, fx, fy, fz)
+
+
+@helper()
+def _cells_of_floats(coordinates, n, grid, border, cells, fx, fy, fz):
+    locate_pixels(coordinates[X], n, grid.width, border, cells[X], fx)
+    locate_pixels(coordinates[Y], n, grid.height, border, cells[Y], fy)
+    if grid.linear:
+        locate_pixels(coordinates[Z], n, grid.depth, border, cells[Z], fz)
+        return
+    for i in range(n):
+        # A NaN is in the first slice; along the other axes it is off the volume.
+        z = np.float64(coordinates[Z, i]) * grid.depth
+        cells[Z, i] = _I32(min(z, grid.depth - 1.0)) if z > 0 else _I32(0)
+        fz[i] = 0
 
 
 @helper()

@@ -16,7 +16,7 @@ from maskloss.errors import Cause
 from maskloss.points import slabs_of
 
 from . import volume_kernels as kernels
-from .arguments import absolute, array_of, dtypes_of, encode, float_of, zeros
+from .arguments import absolute, array_of, dtypes_of, encode, float_of, given_rows, zeros
 from .blocks import SPARE
 from .cost_kernels import VECTOR
 from .loss import Planes, by_plane, common_factor, scale_gradients
@@ -73,11 +73,12 @@ def _run(
     """Run the kernel of both passes. `losses`: whether they are known, and where they are written."""
     targets, draw, term = job.targets, job.drawn, job.term
     sources, data = _table(instances.logits), targets.data.contiguous()
+    given, alive = given_rows(job.points)
     points, candidates, uncertain = draw.num_points, draw.num_candidates, draw.num_uncertain
     numbers = kernels.Numbers(points, candidates, uncertain, _boxes(draw, candidates), _boxes(draw, points - uncertain))
     args: tuple[Any, ...] = (sources, data.data_ptr(), absolute(targets.table, targets.images))
     args += (array_of(instances.rows), encode(data, targets.encoding), array_of(targets.images))
-    args += (array_of(targets.windows), array_of(draw.image_ids), int(draw.seed), numbers, _reading(job, stack))
+    args += (array_of(targets.windows), array_of(draw.image_ids), int(draw.seed), given, numbers, _reading(job, stack))
     width = points if len(written) else BLOCK
     sizes = (
         kernels.VALUE_ROWS * BLOCK + kernels.GRADIENT_ROWS * width + candidates + _copied(sources),
@@ -86,7 +87,7 @@ def _run(
     )
     args += (float(term.alpha), float(term.gamma), term.dice_kind, *losses, array_of(saved.chosen))
     args += (array_of(saved.soft), *planes, *slopes, written)
-    launch(kernels.volume_loss, len(planes.starts) - 1, dtypes_of(instances.logits[0]), sizes, args)
+    launch(kernels.volume_loss, len(planes.starts) - 1, dtypes_of(instances.logits[0], alive), sizes, args)
 
 
 def _forward(

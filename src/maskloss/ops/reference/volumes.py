@@ -130,8 +130,10 @@ def _drawn(rows: Tensor, windows: Tensor, draw: Draw, count: int, stream: int) -
     return _window3(draw_layout3(draw.layout, keys, count, rows[:, LAYER], stream), windows[rows[:, IMAGE]])
 
 
-def _points(chosen: Tensor, rows: Tensor, windows: Tensor, draw: Draw) -> Tensor:
-    """The points of instances `[n, P, 3]`: the chosen candidates, then uniform ones."""
+def _points(chosen: Tensor, rows: Tensor, given: Tensor | None, windows: Tensor, draw: Draw) -> Tensor:
+    """The points of instances `[n, P, 3]`: the caller's, or the chosen candidates, then uniform ones."""
+    if given is not None:
+        return given
     uniform = _drawn(rows, windows, draw, draw.num_points - draw.num_uncertain, RANDOM)
     if not draw.num_uncertain:
         return uniform
@@ -139,8 +141,11 @@ def _points(chosen: Tensor, rows: Tensor, windows: Tensor, draw: Draw) -> Tensor
     return torch.cat([candidates.gather(1, chosen[..., None].expand(-1, -1, 3)), uniform], dim=1)
 
 
-def _by_layer(instances: Instances) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(instances.logits, instances.rows.split(list(instances.layer_sizes)), strict=True)
+def _by_layer(instances: Instances, job: Job) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield the logits, the rows and the caller's points of each layer."""
+    sizes = list(instances.layer_sizes)
+    given = [None] * len(sizes) if job.points is None else job.points.split(sizes)
+    yield from zip(instances.logits, instances.rows.split(sizes), given, strict=True)
 
 
 def _volumes(layer: Tensor, rows: Tensor) -> Tensor:
@@ -151,13 +156,13 @@ def volume_loss(instances: Instances, job: Job, stack: Stack) -> tuple[Tensor, T
     """As `mask_loss`, of logits `[B, Q, d, h, w]`, at points that are drawn in the volumes."""
     targets, draw, term = job.targets, job.drawn, job.term
     dtype, parts = instances.accumulation_dtype, []
-    for layer, rows in _by_layer(instances):
+    for layer, rows, given in _by_layer(instances, job):
         volumes = _volumes(layer, rows)
         chosen = rows.new_empty(len(rows), 0)
         if draw.num_uncertain:
             candidates = _drawn(rows, targets.windows, draw, draw.num_candidates, CANDIDATES)
             chosen = choose(sample_volumes(volumes, candidates, stack.linear, term.padding), draw.num_uncertain)
-        at = _points(chosen, rows, targets.windows, draw)
+        at = _points(chosen, rows, given, targets.windows, draw)
         t = _target_values(at, rows_of(rows[:, IMAGE], rows[:, TARGET], targets), job, stack, dtype)
         z = sample_volumes(volumes, at, stack.linear, term.padding)
         losses = instance_losses(z, t, torch.ones_like(t), *term.focal, term.dice)
@@ -174,11 +179,12 @@ def volume_loss_backward(
     targets, draw, term = job.targets, job.drawn, job.term
     parts = zip(*(tensor.split(list(instances.layer_sizes)) for tensor in (*grads, *saved)), strict=True)
     dtype, found = instances.accumulation_dtype, []
-    for (layer, rows), need, (d_ce, d_dice, bits, _, _) in zip(_by_layer(instances), needs_grad, parts, strict=True):
+    layers = zip(_by_layer(instances, job), needs_grad, parts, strict=True)
+    for (layer, rows, given), need, (d_ce, d_dice, bits, _, _) in layers:
         if not need:
             found.append(layer.new_empty(0))
             continue
-        at = _points(unpack_bits(bits, draw.num_uncertain), rows, targets.windows, draw)
+        at = _points(unpack_bits(bits, draw.num_uncertain), rows, given, targets.windows, draw)
         t = _target_values(at, rows_of(rows[:, IMAGE], rows[:, TARGET], targets), job, stack, dtype)
         z = sample_volumes(_volumes(layer, rows), at, stack.linear, term.padding)
         slopes = instance_slopes(z, t, torch.ones_like(t), *term.focal, term.dice)
