@@ -458,9 +458,9 @@ def test_patience(tmp_path, monkeypatch, every_step_is_logged):
     text = " ".join(methods.describe(settings_of_run(tmp_path / "run")).split())
     for part in (
         "for 4 steps with",
-        "made for 6 steps; training ended early, at step 4",
+        "planned for 6 steps; training ended early, at step 4",
         "with a decay of at most 0.999",
-        "which weights are kept (step 3)",
+        "with the highest AP on held-out images during training (step 3)",
     ):
         assert part in text, part
     # A failure while the report is drawn costs no step more, and does not take one.
