@@ -93,6 +93,10 @@ def test_what_does_not_fit_is_rejected(batch: Any) -> None:
     criterion = MaskCriterion(CLASSES, groups=GROUPS, class_weights=[1, 1, 1, 2], sampling=SAMPLING)
     with pytest.raises(MaskLossError, match="totals cannot weigh classes"):
         criterion(classes, masks, targets, totals=StepTotals(5, 36, class_weight=6.0))
+    few = classes[:, : 4 * GROUPS], masks[:, : 4 * GROUPS]
+    assert MaskCriterion(CLASSES, groups=GROUPS, sampling=SAMPLING)(*few, targets).total.isfinite()
+    with pytest.raises(MaskLossError, match="5 targets for 4 queries in each of 3 groups"):
+        MaskCriterion(CLASSES, groups=GROUPS, sampling=SAMPLING)(*few, targets, totals=StepTotals(5, 24))
 
 
 def test_groups_and_solver_are_shown() -> None:

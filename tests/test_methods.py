@@ -348,6 +348,9 @@ def test_weights_are_introduced_where_regions_are_ignored():
     text = methods.describe(MaskLoss(), ignore_regions=True)
     assert "weight w_np, which is 0 in ignored regions" in text and "max(Σ_p w_np, 1)" in text
     assert "w_np" not in methods.describe(MaskLoss())
+    assert methods.describe(HungarianMatcher(ignore_value=255)) == methods.describe(
+        HungarianMatcher(), ignore_regions=True
+    )
 
 
 def test_percentages_have_no_space():

@@ -280,6 +280,14 @@ class MaskCriterion(nn.Module):
     ) -> Matches:
         """Match, or take matches that were made elsewhere."""
         if given is None:
+            groups, queries = self.matcher.groups if self.matcher.training else 1, class_logits.shape[2]
+            largest = ops.widest(step.targets.num_targets)
+            if groups > 1 and step.totals is not None and largest > queries // groups:
+                raise Cause(
+                    "with totals and groups, no image may have more targets than a group has queries",
+                    f"{largest} targets for {queries // groups} queries in each of {groups} groups",
+                    "totals count each target once for every group: leave them out, or raise the number of queries",
+                )
             extra = None if extra_costs is None else stack_costs(extra_costs, class_logits, step.targets)
             return self.matcher.match(class_logits, mask_logits, step, extra)
         if extra_costs is not None:

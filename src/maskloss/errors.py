@@ -205,7 +205,6 @@ _GUESSES = {
     "target_sizes": ("size",),
     "sampling": ("num_points",),
     "ignore_index": ("ignore_value",),
-    "losses": ("classification",),
     "num_select": ("max_instances",),
 }
 

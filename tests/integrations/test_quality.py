@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskloss.integrations import _quality
 
@@ -36,3 +37,13 @@ def test_what_is_not_finite_shows(value: float, matched: bool) -> None:
     logits[0, 0, 2, 3 if matched else 4] = value
     sums = _quality.quality_sums(logits, (*PLACE, CLASSES), torch.full((5,), 0.5), 0.25)
     assert sums.isfinite().logical_not().nonzero().tolist() == [[0, 0, 2]]
+
+
+def test_fake_tensors_need_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More logits than are computed at a time."""
+    monkeypatch.setattr(_quality, "_AT_A_TIME", 16)
+    with FakeTensorMode():
+        place, logits = torch.empty(5, dtype=torch.int64), torch.empty(2, 2, 7, 5, requires_grad=True)
+        sums = _quality.quality_sums(logits, (place, place, place, place), torch.empty(5), 0.25)
+    assert sums.shape == (2, 2, 7)
+    assert sums.requires_grad

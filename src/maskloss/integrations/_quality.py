@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, softplus
 
-from maskloss._tracing import active
+from maskloss._tracing import active, watched
 
 FOCAL_GAMMA, LEAST_QUALITY = 2.0, 0.01
 # On a CPU this many logits are computed at a time: work space then stays in the cache, and small.
@@ -32,7 +32,7 @@ def quality_sums(logits: Tensor, place: tuple[Tensor, ...], iou: Tensor, alpha: 
     """
     p = logits.detach()[place].sigmoid()
     quality = (p**alpha * iou.detach() ** (1 - alpha)).clamp(min=LEAST_QUALITY)
-    if torch.compiler.is_compiling() or active():
+    if torch.compiler.is_compiling() or active() or watched():
         return quality_terms(logits, place, quality).sum(-1)
     sums: Tensor = _QualitySums.apply(logits, place, quality)  # type: ignore[no-untyped-call]
     return sums

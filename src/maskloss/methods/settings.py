@@ -172,7 +172,8 @@ def settings_of(module: nn.Module | MethodSettings) -> MethodSettings:
     if isinstance(module, MaskLoss):
         return _of_loss(module)
     if isinstance(module, HungarianMatcher):
-        return MethodSettings(None, matching=_of_matcher(module), clips=module.clips)
+        ignores = module.rules.ignore_value is not None
+        return MethodSettings(None, matching=_of_matcher(module), clips=module.clips, ignore_regions=ignores)
     if isinstance(module, MaskCriterion):
         return replace(
             _of_loss(module.mask_loss),
