@@ -281,6 +281,7 @@ class MaskLoss(nn.Module):
                     f"{count} predictions but {targets.num_masks} targets in {len(targets)} image(s)",
                     "give one target mask for each prediction, or matches along with [B, Q, h, w] logits",
                 )
+            check_device("masks", targets.device, mask_logits.device)
             _inputs.check_targets(targets, mask_logits[None])
             pairs = Matches.one_to_one(len(mask_logits), mask_logits.device)
             if candidates > 1:
