@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from maskloss.lab.models.learners import Learner, Output
+from maskloss.lab.results import inference
 from maskloss.lab.results.inference import Instance, Prediction, Predictor, Tile, merge
 
 
@@ -118,3 +119,25 @@ def test_images_of_several_sizes_at_once_and_the_model_stays_in_training():
     predictions = Predictor(learner, 32, 32, cut=False)(images)
     assert [(each.height, each.width) for each in predictions] == [(20, 30), (70, 30), (32, 32)]
     assert learner.training and {shape[1:] for shape in learner.seen} == {(3, 32, 32)}
+
+
+def test_boxes_are_found_by_where_they_lie():
+    random = np.random.default_rng(0)
+    corners = random.integers(0, 200, (60, 2))
+    boxes = [
+        (top, left, top + down, left + across)
+        for (top, left), (down, across) in zip(corners.tolist(), random.integers(1, 50, (60, 2)).tolist(), strict=True)
+    ]
+    grid = inference._Grid(boxes, 32)
+    for number in range(60):
+        expected = [other for other in range(number) if inference._overlap(boxes[number], boxes[other])]
+        assert grid.near(number) == expected
+        grid.add(number)
+
+
+def test_an_image_is_cut_into_tiles_once(monkeypatch):
+    predictor, calls = Predictor(Threshold(), 32, 32, cut=True), []
+    cut = predictor.tiles
+    monkeypatch.setattr(predictor, "tiles", lambda *size: calls.append(size) or cut(*size))
+    predictor([torch.zeros(3, 96, 96)])
+    assert calls == [(96, 96)]

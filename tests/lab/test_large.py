@@ -205,3 +205,20 @@ def test_run_lengths_of_a_part_are_those_of_the_whole(seed):
     step = int(random.integers(1, 4))
     small, expected = instance.reduced(step), instance.whole(*frame)[::step, ::step]
     assert (small.whole(*expected.shape) == expected).all() if small else not expected.any()
+
+
+def test_the_overview_of_a_wide_slide_is_read_in_squares(tmp_path):
+    class Facts:
+        channels, percentile = 1, False
+
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 300)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "wide.tif", pixels, tile=(32, 32), compression="zlib")
+    found = trained.Slide(tmp_path / "wide.tif", Facts()).overview(5)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found[0], pixels[::5, ::5] / np.float32(255))
+
+
+def test_a_slide_has_as_many_pixels_as_run_lengths_can_count(tmp_path, monkeypatch):
+    write(tmp_path, "polygons")
+    monkeypatch.setattr(trained, "_MOST_COUNTED", SIDE * SIDE)
+    with pytest.raises(MaskLossError, match="fewer than 9,216 pixels"):
+        trained.Slide(tmp_path / "images/slide.tif", None)  # type: ignore[arg-type]

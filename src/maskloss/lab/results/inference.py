@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -154,7 +155,7 @@ class Predictor:
         for number, (top, left, bottom, right) in jobs:
             part = images[number][:, top:bottom, left:right]
             height, width = part.shape[1:]
-            whole = len(self.tiles(*images[number].shape[1:])) == 1
+            whole = (height, width) == tuple(images[number].shape[1:])
             frame = max(height, width) if whole and not self.cut else max(height, width, self.tile)
             inputs.append(fit(part, frame, self.size))
             windows.append([0.0, 0.0, width / frame, height / frame])
@@ -209,15 +210,15 @@ def merge(parts: Sequence[tuple[Tile, list[Instance]]]) -> list[Instance]:
     flat.sort(key=lambda each: -each[1].score)
     bottom, right = (max(tile[side] for tile, _ in parts) for side in (2, 3))
     pieces = [_is_cut(instance, tile, bottom, right) for tile, instance in flat]
-    boxes = np.array([instance.box for _, instance in flat], dtype=np.int64).reshape(-1, 4)
-    kept: list[int] = []
+    boxes, side = [instance.box for _, instance in flat], max(tile.bottom - tile.top for tile, _ in parts)
+    kept, before = _Grid(boxes, side), _Grid(boxes, side)
     for number, piece in enumerate(pieces):
-        if not piece and not any(_agree(flat[number], flat[other]) for other in _near(boxes, number, kept)):
-            kept.append(number)
+        if not piece and not any(_agree(flat[number], flat[other]) for other in kept.near(number)):
+            kept.add(number)
     cut = [
         number
         for number, piece in enumerate(pieces)
-        if piece and not _is_covered(flat[number], [flat[other] for other in _near(boxes, number, kept)])
+        if piece and not _is_covered(flat[number], [flat[other] for other in kept.near(number)])
     ]
     group = {number: number for number in cut}
 
@@ -226,21 +227,38 @@ def merge(parts: Sequence[tuple[Tile, list[Instance]]]) -> list[Instance]:
             number = group[number]
         return number
 
-    for place, number in enumerate(cut):
-        for other in _near(boxes, number, cut[:place]):
+    for number in cut:
+        for other in before.near(number):
             if _agree(flat[number], flat[other]):
                 group[root(number)] = root(other)
+        before.add(number)
     members: dict[int, list[Instance]] = {}
     for number in cut:
         members.setdefault(root(number), []).append(flat[number][1])
-    return [flat[number][1] for number in kept] + [_union(each) for each in members.values()]
+    return [flat[number][1] for number in kept.numbers] + [_union(each) for each in members.values()]
 
 
-def _near(boxes: NDArray[Any], number: int, others: Sequence[int]) -> list[int]:
-    """Return those of the others whose boxes overlap."""
-    some, (top, left, bottom, right) = boxes[list(others)].reshape(-1, 4), boxes[number]
-    inside = (some[:, 0] < bottom) & (some[:, 2] > top) & (some[:, 1] < right) & (some[:, 3] > left)
-    return [others[int(place)] for place in np.flatnonzero(inside)]
+class _Grid:
+    """Some of the boxes by the squares that they touch: a slide has too many to compare each with all."""
+
+    def __init__(self, boxes: Sequence[tuple[int, int, int, int]], side: int) -> None:
+        self.boxes, self.side = boxes, side
+        self.numbers: list[int] = []
+        self._squares: dict[tuple[int, int], list[int]] = {}
+
+    def _touched(self, number: int) -> Iterator[tuple[int, int]]:
+        top, left, bottom, right = (edge // self.side for edge in self.boxes[number])
+        return product(range(top, bottom + 1), range(left, right + 1))
+
+    def add(self, number: int) -> None:
+        self.numbers.append(number)
+        for square in self._touched(number):
+            self._squares.setdefault(square, []).append(number)
+
+    def near(self, number: int) -> list[int]:
+        """Return those whose boxes overlap the box of this number."""
+        some = {other for square in self._touched(number) for other in self._squares.get(square, ())}
+        return [other for other in sorted(some) if _overlap(self.boxes[number], self.boxes[other])]
 
 
 def _overlap(one: Sequence[int], other: Sequence[int]) -> tuple[int, int, int, int] | None:

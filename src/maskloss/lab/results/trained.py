@@ -23,6 +23,9 @@ from maskloss.lab.models.registry import load_learner
 from maskloss.lab.results.inference import FOUND, MOST, Instance, Prediction, Predictor
 from maskloss.lab.runfolder import Facts, read_facts
 
+# COCO's run lengths are numbers of 32 bits.
+_MOST_COUNTED = 1 << 32
+
 
 class FoundObjects:
     """What a trained model found in one image, best first.
@@ -81,6 +84,9 @@ class Slide:
         self.path, self.facts = path, facts
         pieces = [window for _, window in tiff.windows(path, PIECE)]
         height, width = (max(each[side] + each[side + 2] for each in pieces) for side in (0, 1))
+        if height * width >= _MOST_COUNTED:
+            what = f"{path} has {height:,} x {width:,} = {height * width:,}"
+            raise Cause(f"an image must have fewer than {_MOST_COUNTED:,} pixels", what, "cut it into smaller images")
         self.shape = torch.Size((facts.channels, height, width))
         # Evenly chosen squares of equal size say what is black and what is white.
         side = min(PIECE, height, width) // 4
@@ -98,9 +104,11 @@ class Slide:
 
     def overview(self, step: int) -> Tensor:
         """Return every pixel whose row and column are multiples of `step`, `[C, h, w]`."""
-        height, width = self.shape[1:]
-        rows = max(1, PIECE // step) * step
-        strips = [self[:, top : min(top + rows, height), 0:width][:, ::step, ::step] for top in range(0, height, rows)]
+        side = max(1, PIECE // step) * step
+        rows, columns = (
+            [slice(start, min(start + side, length)) for start in range(0, length, side)] for length in self.shape[1:]
+        )
+        strips = [torch.cat([self[:, down, across][:, ::step, ::step] for across in columns], dim=2) for down in rows]
         return torch.cat(strips, dim=1)
 
 
