@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from lab.folders import CASES
+from lab.folders.of_others import fiftyone
 from maskloss import MaskLossError
 from maskloss.lab.data.folder import FolderScenes, HeldOut
 from maskloss.lab.data.options import DataOptions
@@ -74,3 +77,14 @@ def test_a_sentence_or_a_data_set(tmp_path, name):
             assert source.facts and len(source.batch(0, range(count), count, 0).images) == count
             assert len(list(HeldOut(source.found.held_out, source.reading))) == len(source.held_out)
         path.write_bytes(before)
+
+
+@pytest.mark.parametrize("mask", [b"", b"PK\x03\x04abc", b"\x80\x04."])
+def test_a_mask_of_fiftyone_that_is_no_array(tmp_path, mask):
+    fiftyone(tmp_path)
+    content = json.loads((tmp_path / "samples.json").read_text())
+    packed = base64.b64encode(zlib.compress(mask)).decode()
+    content["samples"][0]["ground_truth"]["detections"][0]["mask"]["$binary"]["base64"] = packed
+    (tmp_path / "samples.json").write_text(json.dumps(content))
+    with pytest.raises(MaskLossError, match="objects must be as FiftyOne writes them"):
+        FolderScenes(str(tmp_path), 32)

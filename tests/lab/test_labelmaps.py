@@ -283,3 +283,17 @@ def test_warnings_of_broken_files_on_many_threads(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(read_size, paths)) == {(8, 8)}
     assert list(warnings.filters) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "größe,a\n1,2\n".encode("latin-1")),
+        ("train.csv", b"id,rle\n1," + b"1 " * 100_000 + b"\n"),
+        ("large.csv", b"a,b\n" + b"1,2\n" * (1 << 20)),
+        ("log.jsonl", b'{"step": 1}\n{"st'),
+    ],
+)
+def test_a_file_of_something_else_is_no_obstacle(cells, name, content):
+    (cells / name).write_bytes(content)
+    assert FolderScenes(str(cells), 32).found.kind == "labels"

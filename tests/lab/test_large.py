@@ -14,10 +14,14 @@ from lab.conftest import run_once
 from lab.folders.pieces import coco, text
 from maskloss import MaskLossError
 from maskloss.lab.config import TrainConfig
-from maskloss.lab.data import options, tiff
+from maskloss.lab.data import catalog, options, tiff
+from maskloss.lab.data.catalog import Entry, Map
 from maskloss.lab.data.folder import FolderScenes, HeldOut
 from maskloss.lab.data.images import read_image, read_size
 from maskloss.lab.data.options import DataOptions
+from maskloss.lab.data.problems import Problems
+from maskloss.lab.data.readers.shapes import Drawn
+from maskloss.lab.data.recognize import _pieces
 from maskloss.lab.results import predict, trained
 from maskloss.lab.results.inference import Instance, Predictor
 
@@ -84,6 +88,18 @@ def write(root: Path, truth: str) -> None:
         (root / "masks").mkdir()
         tifffile.imwrite(root / "masks/slide.tif", labels, rowsperstrip=5, compression="zlib")
         return
+    if truth == "ImageScope":
+        corners = "".join(
+            f"<Vertex X='{left + x}' Y='{top + y}'/>"
+            for top, left in SPOTS
+            for x, y in ((0, 0), (11, 0), (11, 9), (0, 9))
+        ).split("<Vertex")[1:]
+        regions = (
+            f"<Region><Vertices><Vertex{'<Vertex'.join(corners[at : at + 4])}</Vertices></Region>"
+            for at in range(0, len(corners), 4)
+        )
+        text(root / "images/slide.xml", f"<Annotations><Annotation>{''.join(regions)}</Annotation></Annotations>")
+        return
     content = coco(["slide.tif"])
     content["images"][0].update(height=SIDE, width=SIDE)
     content["annotations"] = [
@@ -99,7 +115,7 @@ def write(root: Path, truth: str) -> None:
     text(root / "instances.json", content)
 
 
-@pytest.mark.parametrize("truth", ["maps", "polygons"])
+@pytest.mark.parametrize("truth", ["maps", "polygons", "ImageScope"])
 def test_pieces_are_images_of_their_own(tmp_path, truth):
     write(tmp_path / "data", truth)
     source = FolderScenes(str(tmp_path / "data"), 32, crop=16, augment=False)
@@ -135,6 +151,10 @@ def test_what_cannot_be_read_in_pieces(tmp_path, monkeypatch):
         tifffile.imwrite(path, image, **stored)
         with pytest.raises(MaskLossError, match=why):
             FolderScenes(str(tmp_path / "data"), 32, crop=16)
+    with pytest.raises(MaskLossError, match=r"at most 5,000 pixels\n.*slide has 96 x 96"):
+        Drawn(Entry("", SIDE, SIDE, []), {}, "slide", Problems()).polygons(
+            "a", [[0, 0, 9, 0, 9, 9]], [[1, 1, 5, 1, 5, 4]]
+        )
     write(tmp_path / "runs", "polygons")
     content = coco(["slide.tif"])
     content["images"][0].update(height=SIDE, width=SIDE)
@@ -142,6 +162,10 @@ def test_what_cannot_be_read_in_pieces(tmp_path, monkeypatch):
     content["annotations"][0]["segmentation"] = {"size": [SIDE, SIDE], "counts": [10, 20, SIDE * SIDE - 30]}
     del content["annotations"][0]["bbox"]
     text(tmp_path / "runs/instances.json", content)
+    write(tmp_path / "map", "polygons")
+    mapped = Entry(str(tmp_path / "map/images/slide.tif"), SIDE, SIDE, [catalog.Instance(1, 0)], Map("a.png", "colors"))
+    with pytest.raises(MaskLossError, match="map of a benchmark"):
+        _pieces(mapped, DataOptions(crop=16), Problems())
     with pytest.raises(MaskLossError, match="must have polygons or a label map"):
         FolderScenes(str(tmp_path / "runs"), 32, crop=16)
 

@@ -309,8 +309,8 @@ def _pieces(entry: Entry, options: DataOptions, problems: Problems) -> list[Entr
     if options.pieces is None:
         tiff.check_pixels(Path(entry.file), entry.height, entry.width)
     cut = tiff.windows(Path(entry.file), options.pieces or 0)
-    if any(isinstance(each.source, dict) and "box" not in each.source for each in entry.instances):
-        what = f"{entry.name}, which has run lengths or mask files"
+    if entry.map or any(isinstance(each.source, dict) and "box" not in each.source for each in entry.instances):
+        what = f"{entry.name}, which has run lengths, mask files or the map of a benchmark"
         raise Cause("images that are read in pieces must have polygons or a label map", what, "convert them")
     tell_pieces(problems, entry.name, len(cut))
     pieces = []

@@ -28,7 +28,7 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
     whole = set(tree.whole_jsons)
     files = [path for path in tree.ending(".json") if path not in whole]
     # The first few decide; files of an image that is not there are found by what they hold.
-    if not any(_is_labelme(tree.json(path, _RULE)) for path in (files or sorted(whole))[:3]):
+    if not any(_is_labelme(tree.json(path, _RULE)) for path in (files or tree.ending(".json"))[:3]):
         return None
     names: dict[str, int] = {}
     parts: dict[str, list[Entry]] = {}

@@ -21,7 +21,7 @@ from maskloss.lab.data.tiff import MOST_PIXELS
 from maskloss.lab.data.tree import Tree, part_of
 
 # What damaged content makes a reader raise that takes it as it is.
-_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, zlib.error)
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, zlib.error)
 # Files that are looked into to see whose they are.
 _LOOKED_AT = 3
 
@@ -45,13 +45,16 @@ class Tool(NamedTuple):
     def find(self, tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
         """Find JSON files of the tool, of the whole data set or one for each image."""
         files = [options.annotations] if options.annotations else tree.ending(".json")
-        if not any(self._of(tree, path) for path in [*tree.whole_jsons[:_LOOKED_AT], *files[:_LOOKED_AT]]):
+        whole = [path for path in tree.whole_jsons if path.lower().endswith(".json")]
+        if not any(self._of(tree, path) for path in [*whole[:_LOOKED_AT], *files[:_LOOKED_AT]]):
             return None
         names: dict[str, int] = {}
         parts: dict[str, list[Entry]] = {}
         mine = []
         for path in files:
-            pictures = self._of(tree, path)
+            pictures: list[Picture] = []
+            with problems.tolerated():
+                pictures = self._of(tree, path)
             tree.forget()
             mine += [path] if pictures else []
             for picture in pictures:
@@ -235,7 +238,7 @@ def _draw_fiftyone(drawn: Drawn, each: Any) -> None:
     packed = each["mask"]["$binary"]
     text = packed["base64"] if isinstance(packed, Mapping) else packed
     raw = zlib.decompressobj().decompress(base64.b64decode(text), 8 * MOST_PIXELS)
-    mask = np.load(io.BytesIO(raw), allow_pickle=False)
+    mask = np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
     # A mask may have another resolution than its box.
     rows, columns = (
         (np.arange(max(1, round(side))) * length // max(1, round(side)))

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloss.errors import Cause, MaskLossError, describe, require
+from maskloss.lab.data import tiff
 from maskloss.lab.data.catalog import BOX, CROWD, OBJECT, Entry, Instance, Part
 from maskloss.lab.data.problems import DECIDED, LEFT_OUT, MENDED, Problems
 from maskloss.lab.data.readers.segmentation import FARTHEST, Frame, box_of, encode, overlap, polygons, segmentation
-from maskloss.lab.data.tiff import MOST_PIXELS
 from maskloss.lab.data.truth import decode
 from maskloss.lab.files import check_file, explain
 
@@ -46,7 +46,7 @@ class Drawn:
     """
 
     def __init__(self, entry: Entry, names: dict[str, int], what: str, problems: Problems) -> None:
-        if not 0 < entry.height * entry.width <= MOST_PIXELS:
+        if not 0 < entry.height * entry.width <= FARTHEST**2:
             size = f"{entry.height} x {entry.width}"
             raise Cause("annotations must give the size of the image", f"{what} says {size}", "export it again")
         self.entry, self.names, self.what, self.problems = entry, names, what, problems
@@ -58,6 +58,14 @@ class Drawn:
     def frame(self) -> Frame:
         """What the instances belong to."""
         return Frame(self.entry.height, self.entry.width, self.what, self.problems)
+
+    def _blank(self) -> NDArray[np.bool_]:
+        """Return a mask of the whole image to draw in; what is not a polygon needs one."""
+        height, width = self.entry.height, self.entry.width
+        if height * width > tiff.MOST_PIXELS:
+            rule = f"masks, and holes in polygons, need an image of at most {tiff.MOST_PIXELS:,} pixels"
+            raise Cause(rule, f"{self.what} has {height} x {width}", "draw polygons without holes, or a label map")
+        return np.zeros((height, width), dtype=bool)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -76,10 +84,10 @@ class Drawn:
         else:
             pierced = [hole for hole in (polygons([each], self.frame) for each in holes) if hole]
             if pierced:
-                height, width = self.entry.height, self.entry.width
-                mask = decode(source, height, width).astype(bool)
+                mask = self._blank()
+                mask |= decode(source, *mask.shape).astype(bool)
                 for hole in pierced:
-                    mask &= ~decode(hole, height, width).astype(bool)
+                    mask &= ~decode(hole, *mask.shape).astype(bool)
                 source = encode(mask)
             self._add(name, source, OBJECT)
 
@@ -87,7 +95,7 @@ class Drawn:
         """Add an instance of polygons of which one inside of another is a hole."""
         if len(paths) == 1:
             return self.polygons(name, paths)
-        mask = np.zeros((self.entry.height, self.entry.width), dtype=bool)
+        mask = self._blank()
         for path in filter(None, (polygons([each], self.frame) for each in paths)):
             mask ^= decode(path, *mask.shape).astype(bool)
         return self._add(name, encode(mask), OBJECT)
@@ -108,7 +116,7 @@ class Drawn:
 
     def bitmap(self, name: str, mask: NDArray[np.bool_], left: int, top: int) -> None:
         """Add an instance whose place a piece of the image shows."""
-        whole = np.zeros((self.entry.height, self.entry.width), dtype=bool)
+        whole = self._blank()
         if max(abs(left), abs(top)) > FARTHEST:
             raise Cause("a mask must lie in its image", f"{self.what} has one at {left}, {top}", "export it again")
         y, x = (np.arange(length) + start for start, length in zip((top, left), mask.shape, strict=True))
@@ -202,9 +210,9 @@ def unpack_png(text: Any, what: str, *, compressed: bool = False) -> NDArray[np.
     try:
         packed = base64.b64decode(text, validate=False)
         if compressed:
-            packed = zlib.decompressobj().decompress(packed, MOST_PIXELS)
+            packed = zlib.decompressobj().decompress(packed, tiff.MOST_PIXELS)
         with pillow.open(io.BytesIO(packed), formats=("PNG",)) as opened:
-            if opened.size[0] * opened.size[1] > MOST_PIXELS:
+            if opened.size[0] * opened.size[1] > tiff.MOST_PIXELS:
                 raise Cause(rule, f"{what} has {opened.size[1]} x {opened.size[0]} pixels", "is it damaged?")
             # Where there is an alpha channel, it is the mask.
             found = (

@@ -17,10 +17,11 @@ from maskloss.lab.data.readers.names import read_text
 from maskloss.lab.data.readers.segmentation import number
 from maskloss.lab.data.readers.shapes import Drawn, listed, parts_of
 from maskloss.lab.data.tree import Tree, part_of
-from maskloss.lab.files import explain
+from maskloss.lab.files import check_file, explain
 
 _RULE = "a file of VIA must list regions with their shapes"
 CLASS = "object"
+_LONGEST_HEAD = 4096
 _COLUMNS = ("region_shape_attributes", "region_attributes")
 # The shapes of VIA 3, by their numbers, and what their numbers are.
 _SHAPES = {
@@ -50,7 +51,16 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
 
 def _of_csv(tree: Tree, path: str) -> list[Mapping[str, Any]] | None:
     """Read the table that VIA exports: a row for each region."""
-    rows = list(csv.DictReader(read_text(tree, path).splitlines()))
+    check_file(tree.path(path), _RULE)
+    with tree.path(path).open("rb") as opened:
+        # A table of something else may be of any size and in any encoding.
+        head = opened.readline(_LONGEST_HEAD).decode("utf-8", "replace")
+    if not all(column in head for column in ("filename", *_COLUMNS)):
+        return None
+    try:
+        rows = list(csv.DictReader(read_text(tree, path).splitlines()))
+    except csv.Error as error:
+        raise Cause(_RULE, f"{path}: {explain(error)}", "export it as JSON") from None
     if not rows or not set(rows[0]) >= {"filename", *_COLUMNS}:
         return None
     regions: dict[str, list[Any]] = {}
