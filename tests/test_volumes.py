@@ -274,6 +274,23 @@ def test_strided_logits_and_factors() -> None:
     assert torch.equal(*both)
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["early", "in the backward pass"])
+def test_gradients_of_views(early: bool) -> None:
+    """The gradient has no gaps between rows and slices, whatever the logits have."""
+    setup = Setup(counts=(2,))
+    logits = setup.logits[0].detach()
+    wide = torch.nn.functional.pad(logits, (0, 4, 0, 3))[..., : logits.shape[3], : logits.shape[4]]
+    turned = logits.transpose(2, 3).contiguous().transpose(2, 3)
+    loss, pairs, found = MaskLoss(sampling=PointSampling(num_points=P), clips=VOLUME), [(torch.arange(2),) * 2], []
+    for view in (logits, wide, turned):
+        leaf = view.detach().requires_grad_()
+        out = loss(leaf, setup.packed, pairs, seed=1)
+        (out.total if early else out.per_instance.dice.sum()).backward()
+        found.append(leaf.grad)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_volumes_without_instances_and_with_a_nan(backend: str) -> None:
     setup = Setup(counts=(0,))
     criterion = MaskCriterion(2, sampling=UNIFORM, clips=VOLUME, backend=backend)

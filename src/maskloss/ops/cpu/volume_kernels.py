@@ -36,14 +36,11 @@ from .sampling import BLOCK
 from .threads import take
 from .volume_sampling import (
     ADDRESS,
-    DEPTH,
     DTYPE,
-    HEIGHT,
     STRIDE_B,
     STRIDE_Q,
-    WIDTH,
-    Grid,
     copy_volume,
+    dense_grid,
     draw_volume,
     find_cells,
     find_places,
@@ -129,8 +126,8 @@ def _locate(given, instance, first, bits, n, window, grid, border, xyz, cells, f
 
 
 @helper()
-def _add_gradient(grad, image, query, grid, points, places, edges, count, slopes, totals, alpha, gamma, kind):
-    """Add the gradient of an instance to its volume; z and the work space in `points` are overwritten."""
+def _add_gradient(grad, image, query, dense, points, places, edges, count, slopes, totals, alpha, gamma, kind):
+    """Add the gradient of an instance to its volume, whose grid is `dense`; z and the work space are overwritten."""
     fx, fy, fz, z, t, w, s, extra = (
         points[0], points[1], points[2], points[3], points[4], points[5], points[6], points[7]
     )  # fmt: skip
@@ -147,11 +144,8 @@ def _add_gradient(grad, image, query, grid, points, places, edges, count, slopes
             z[i] += extra[i]
     for e in range(count):
         z[edges[e]] *= points[8, e]
-    height, width = grad[HEIGHT], grad[WIDTH]
     start = grad[ADDRESS] + (image * grad[STRIDE_B] + query * grad[STRIDE_Q]) * item_bytes(grad[DTYPE])
-    written = at(start, grad[DEPTH] * height * width, z.dtype)
-    by_slice, by_row = (height * width if grid.depth > 1 else 0), (width if height > 1 else 0)
-    dense = Grid(grid.depth, height, width, by_slice, by_row, grid.linear)
+    written = at(start, dense.depth * dense.height * dense.width, z.dtype)
     scatter_volume(written, dense, places, fx, fy, fz, z, num_points)
 
 
@@ -192,6 +186,8 @@ def volume_loss(
         window = windows[image]
         copy_volume(sources[layer], image, query, buffer)
         volume, grid = view_volume(sources[layer], image, query, reading.linear, buffer)
+        dense = dense_grid(grid)
+        gaps = dense.by_slice != grid.by_slice or dense.by_row != grid.by_row
         wanted = grads.shape[0] > 0 and grads[layer, ADDRESS] != 0
         for place in range(starts[item], starts[item + 1]):
             instance = order[place]
@@ -246,6 +242,8 @@ def volume_loss(
                     read_volume(volume, grid, cells, at_points, fx, fy, fz, n, edges, count, z)
                 if wanted:
                     total = settle_edges(cells, grid, edges, count, fx, fy, fz, first, moved, points[8], total)
+                    if gaps:  # the gradient has none
+                        find_places(cells, n, dense, at_points, flags, edges)
                 w[:] = 1
                 if again:
                     part = sum_areas(z, t, w, n, s)
@@ -266,7 +264,7 @@ def volume_loss(
             if live:
                 totals = (weight, area, marked, both)
                 _add_gradient(
-                    grads[layer], image, query, grid, points, places, moved, total, slopes, totals, alpha, gamma, kind
+                    grads[layer], image, query, dense, points, places, moved, total, slopes, totals, alpha, gamma, kind
                 )
 
 

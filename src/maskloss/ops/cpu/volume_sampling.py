@@ -217,6 +217,13 @@ def view_volume(source, b, q, linear, buffer):
     return volume, Grid(depth, height, width, by_slice if depth > 1 else 0, by_row if height > 1 else 0, linear)
 
 
+@helper()
+def dense_grid(grid):
+    """The grid of a volume of the same sizes whose slices and rows follow one another, as those of a gradient do."""
+    by_slice, by_row = grid.height * grid.width if grid.depth > 1 else 0, grid.width if grid.height > 1 else 0
+    return Grid(grid.depth, grid.height, grid.width, by_slice, by_row, grid.linear)
+
+
 @intrinsic
 def _trilinear(
     typingctx: Any, volume: Any, by_row: Any, by_slice: Any, places: Any, fx: Any, fy: Any, fz: Any, z: Any,
