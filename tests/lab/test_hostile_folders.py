@@ -88,3 +88,14 @@ def test_a_mask_of_fiftyone_that_is_no_array(tmp_path, mask):
     (tmp_path / "samples.json").write_text(json.dumps(content))
     with pytest.raises(MaskLossError, match="objects must be as FiftyOne writes them"):
         FolderScenes(str(tmp_path), 32)
+
+
+def test_a_broken_file_among_those_of_a_tool_costs_its_image_and_is_told(tmp_path):
+    CASES["superannotate"].make(tmp_path)
+    first = next(path for path in sorted(tmp_path.rglob("*.json")) if path.stem.endswith("0") or "0." in path.name)
+    first.write_text("{")
+    with pytest.raises(MaskLossError, match=rf"must be JSON\n.*{first.name}"):
+        FolderScenes(str(tmp_path), 32)
+    source = FolderScenes(str(tmp_path), 32, on_error="skip")
+    assert len(source.problems.skipped) == 1
+    assert "images that no JSON file lists: 1" in "\n".join(map(str, source.findings))

@@ -11,7 +11,7 @@ from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import Problems
 from maskloss.lab.data.readers.segmentation import number
-from maskloss.lab.data.readers.shapes import Drawn, parts_of, read_xml
+from maskloss.lab.data.readers.shapes import Drawn, note_others, parts_of, read_xml
 from maskloss.lab.data.tree import Tree, part_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
                 _draw(drawn, layer)
             if drawn.usable:
                 parts.setdefault(part_of(path), []).append(drawn.entry)
+    note_others(tree, parts, "images without an XML file", problems)
     return parts_of(parts, names, f"ImageScope: {len(files)} XML files such as {files[0]}")
 
 

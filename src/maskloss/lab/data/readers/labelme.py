@@ -13,7 +13,7 @@ from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
 from maskloss.lab.data.readers.segmentation import number
-from maskloss.lab.data.readers.shapes import Drawn, parts_of, unpack_png
+from maskloss.lab.data.readers.shapes import Drawn, note_others, parts_of, unpack_png
 from maskloss.lab.data.tree import Tree, part_of
 
 _RULE = "a JSON file beside an image must be labelme's"
@@ -42,10 +42,7 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
                 if drawn.usable:
                     parts.setdefault(part_of(path), []).append(drawn.entry)
         tree.forget()
-    images = {entry.file for some in parts.values() for entry in some}
-    others = [path for path in tree.images if str(tree.path(path)) not in images]
-    if others:
-        problems.note(LEFT_OUT, "images without a JSON file", others[0], len(others))
+    note_others(tree, parts, "images without a JSON file", problems)
     return parts_of(parts, names, f"labelme: {count} JSON files such as {files[0] if files else path}")
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
 from maskloss.lab.data.readers.segmentation import integer, number
-from maskloss.lab.data.readers.shapes import Drawn, parts_of
+from maskloss.lab.data.readers.shapes import Drawn, note_others, parts_of
 from maskloss.lab.data.tiff import MOST_PIXELS
 from maskloss.lab.data.tree import Tree, part_of
 
@@ -46,7 +47,7 @@ class Tool(NamedTuple):
         """Find JSON files of the tool, of the whole data set or one for each image."""
         files = [options.annotations] if options.annotations else tree.ending(".json")
         whole = [path for path in tree.whole_jsons if path.lower().endswith(".json")]
-        if not any(self._of(tree, path) for path in [*whole[:_LOOKED_AT], *files[:_LOOKED_AT]]):
+        if not any(self._is_of(tree, path) for path in [*whole[:_LOOKED_AT], *files[:_LOOKED_AT]]):
             return None
         names: dict[str, int] = {}
         parts: dict[str, list[Entry]] = {}
@@ -62,11 +63,20 @@ class Tool(NamedTuple):
                     drawn = self._read(tree, path, picture, names, problems)
                     if drawn.usable:
                         parts.setdefault(part_of(path, stem=True), []).append(drawn.entry)
-        return parts_of(parts, names, f"{self.name}: {len(mine)} JSON files such as {mine[0]}") if mine else None
+        if not mine:
+            return None
+        note_others(tree, parts, "images that no JSON file lists", problems)
+        return parts_of(parts, names, f"{self.name}: {len(mine)} JSON files such as {mine[0]}")
+
+    def _is_of(self, tree: Tree, path: str) -> bool:
+        with suppress(MaskLossError):  # what is broken may be of anything
+            return bool(self._of(tree, path))
+        return False
 
     def _of(self, tree: Tree, path: str) -> list[Picture]:
+        content = tree.json(path)
         try:
-            return self.pictures(tree.json(path))
+            return self.pictures(content)
         except _DAMAGE:
             return []
 

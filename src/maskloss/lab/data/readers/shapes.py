@@ -20,6 +20,7 @@ from maskloss.lab.data import tiff
 from maskloss.lab.data.catalog import BOX, CROWD, OBJECT, Entry, Instance, Part
 from maskloss.lab.data.problems import DECIDED, LEFT_OUT, MENDED, Problems
 from maskloss.lab.data.readers.segmentation import FARTHEST, Frame, box_of, encode, overlap, polygons, segmentation
+from maskloss.lab.data.tree import Tree
 from maskloss.lab.data.truth import decode
 from maskloss.lab.files import check_file, explain
 
@@ -191,6 +192,14 @@ def listed(value: Any, what: str) -> list[Any]:
     if isinstance(value, Mapping):
         return list(value.values())
     raise Cause("annotations must be in a list", f"{what} has {describe(value)}", "export it again")
+
+
+def note_others(tree: Tree, parts: Mapping[str, list[Entry]], what: str, problems: Problems) -> None:
+    """Note the images of a folder that are in no part."""
+    images = {entry.file for some in parts.values() for entry in some}
+    others = [path for path in tree.images if str(tree.path(path)) not in images]
+    if others:
+        problems.note(LEFT_OUT, what, others[0], len(others))
 
 
 def parts_of(entries: Mapping[str, list[Entry]], names: Mapping[str, int], how: str) -> list[Part]:
