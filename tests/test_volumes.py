@@ -274,6 +274,17 @@ def test_strided_logits_and_factors() -> None:
     assert torch.equal(*both)
 
 
+def test_given_points_off_a_clip(backend: str) -> None:
+    """The nearest frame counts, however far away a point is."""
+    setup, loss = Setup(depth=D, counts=(2,)), MaskLoss(sampling=UNIFORM, clips=CLIP, backend=backend)
+    points = torch.rand(2, P, 3, generator=torch.Generator().manual_seed(1))
+    found = []
+    for low, high in ((0.0, 1 - 2**-24), (-3.0, 1.5), (-math.inf, 1e30), (math.nan, math.inf)):
+        points[0, :, 2], points[1, :, 2] = low, high
+        found.append(loss(setup.logits[0], setup.packed, [(torch.arange(2),) * 2], points=points).per_instance.ce)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
 @pytest.mark.parametrize("early", [True, False], ids=["early", "in the backward pass"])
 def test_gradients_of_views(early: bool) -> None:
     """The gradient has no gaps between rows and slices, whatever the logits have."""

@@ -45,7 +45,8 @@ def _locate_depth(z: Tensor, depth: int, linear: bool, padding: str, dtype: torc
     """Return the slice before each point, and how far the point lies towards the next one."""
     exact = z.double()
     if not linear:
-        return (exact * depth).floor().long().clamp(0, depth - 1), torch.zeros_like(z, dtype=dtype)
+        # Clamped as floats: integers have no infinity, and no NaN, which is in the first slice.
+        return (exact * depth).nan_to_num(0.0).clamp(0, depth - 1).long(), torch.zeros_like(z, dtype=dtype)
     at = position(exact, depth)
     if is_border(padding):
         at = at.clamp(0, depth - 1)
