@@ -100,3 +100,10 @@ def test_a_broken_file_among_those_of_a_tool_costs_its_image_and_is_told(tmp_pat
     source = FolderScenes(str(tmp_path), 32, on_error="skip")
     assert len(source.problems.skipped) == 1
     assert "images that no JSON file lists: 1" in "\n".join(map(str, source.findings))
+
+
+def test_a_first_image_without_regions(tmp_path):
+    CASES["imagescope"].make(tmp_path)
+    (tmp_path / "Annotations/0.xml").write_text("<Annotations/>")
+    source = FolderScenes(str(tmp_path), 32)
+    assert source.found.kind == "imagescope" and source.num_training + len(source.held_out) == 5

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 _RULE = "an XML file of annotations must be ImageScope's"
 CLASS = "object"
+_LOOKED_AT = 3
 
 
 def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
-    """Find XML files with regions; the first decides."""
+    """Find XML files with regions; the first few decide, as there are images without any."""
     files = [path for path in tree.ending(".xml") if options.annotations in (None, path)]
-    if not files or read_xml(tree.path(files[0]), _RULE).find(".//Region/Vertices") is None:
+    if all(read_xml(tree.path(path), _RULE).find(".//Region/Vertices") is None for path in files[:_LOOKED_AT]):
         return None
     names: dict[str, int] = {}
     parts: dict[str, list[Entry]] = {}
