@@ -56,9 +56,9 @@ class Case:
     extent: tuple[float, float] = (0.03, 0.5)
     # D of the mask head, whose product is then a part of the step; 0: the step begins with the logits
     channels: int = 0
-    # G, groups of Q / G queries that are matched each on their own. With more than one the step is that of RF-
-    # DETR: sigmoids of C classes, boxes, the encoder's proposals as the first layer, border padding and features
-    # of its own in every layer where there is a head.
+    # G, groups of Q / G queries that are matched each on their own. With more than one the step is that of
+    # RF-DETR: sigmoids of C classes, boxes, the encoder's proposals as the first layer, border padding and
+    # features of its own in every layer where there is a head.
     groups: int = 1
     frames: int = 1  # of a clip, or slices of a volume, of predictions and targets
     unit: str = ""  # "frame" for clips, "volume" for volumes (see `ClipOptions`); "" for images
