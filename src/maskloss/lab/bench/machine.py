@@ -80,6 +80,8 @@ def cpu_model() -> str:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # with the build, which the package index leaves out
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

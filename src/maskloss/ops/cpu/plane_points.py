@@ -16,7 +16,7 @@ from .threads import take
 TOP_ROW, ROWS = range(2)
 ROW_COLUMNS = 2
 # Planes up to this size are read where they are: the next one fits into the second-level cache meanwhile.
-SMALL_BYTES = 3 << 16
+SMALL_BYTES = 192 * 1024
 
 
 @kernel
