@@ -12,6 +12,7 @@ from torch import Tensor
 from maskloss import (
     HungarianMatcher,
     MaskCriterion,
+    MaskFactors,
     MaskLoss,
     MaskLossError,
     MaskTargets,
@@ -455,6 +456,14 @@ def test_layerwise_losses_know_what_is_missing() -> None:
     assert terms({"masks": bare}, drop_empty=True) == without
     only = terms({"masks": masks, "has_mask": torch.tensor([False, True, False])})
     assert [a + b for a, b in zip(without, only, strict=True)] == pytest.approx(terms({"masks": masks}))
+
+
+@pytest.mark.parametrize("labels", [MaskFactors(torch.zeros(1, 4, 2), torch.zeros(1, 2, 6, 6)), 3, None])
+def test_labels_that_are_none(labels: Any) -> None:
+    """Factors have dimensions, and no length."""
+    targets = [{"masks": torch.zeros(1, 6, 6), "labels": labels}]
+    with pytest.raises(MaskLossError, match="labels"):
+        MaskCriterion(CLASSES)([torch.zeros(1, 4, CLASSES + 1)], [torch.zeros(1, 4, 6, 6)], targets)
 
 
 def test_boxes_must_pair_up_and_may_be_missing_without_targets() -> None:

@@ -104,7 +104,7 @@ def read(targets: Any, label: str | None = "labels") -> Columns:
     labels = [] if label is None else [entry[label] for entry in targets]
     masks, has_mask = [entry.get("masks") for entry in targets], [entry.get("has_mask") for entry in targets]
     for image, (given, entry) in enumerate(zip(labels, targets, strict=label is not None)):
-        count = len(given) if getattr(given, "ndim", isinstance(given, Sequence)) else 0
+        count = len(given) if isinstance(given, (Tensor, np.ndarray, Sequence)) and getattr(given, "ndim", True) else 0
         if masks[image] is None and count and ("boxes" in entry or _any(has_mask[image]) is False):
             if _any(has_mask[image]):
                 raise Cause(
