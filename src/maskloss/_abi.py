@@ -197,7 +197,8 @@ class Job(NamedTuple):
     targets: Targets  # of the batch
     draw: Draw  # how points are drawn
     term: Term  # how logits and targets are read
-    # float `[N, P, 2]`, the caller's points of instances; None: they are drawn, as those of costs always are
+    # float `[N, P, 2]`, of whole clips and volumes `[N, P, 3]`, the caller's points of instances; None: they are drawn,
+    # as those of costs always are
     points: Tensor | None = None
 
     @property

@@ -90,7 +90,7 @@ def _parts(logits: Tensor, place: tuple[Tensor, ...]) -> Iterator[tuple[slice, T
         yield slice(0, len(flat)), flat, (row, label)
         return
     starts = range(0, len(flat), size)
-    bounds = torch.searchsorted(row, torch.tensor([*starts, len(flat)])).tolist()
+    bounds = torch.searchsorted(row, torch.tensor([*starts, len(flat)], device="cpu")).tolist()
     for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
         rows = slice(start, min(start + size, len(flat)))
         yield rows, flat[rows], (row[first:last] - start, label[first:last])

@@ -141,7 +141,8 @@ class Display:
 
     def __init__(self, console: Console, bar: Progress | None) -> None:
         self._console, self._bar = console, bar
-        self._begun: tuple[float, int] | None = None
+        # When, and at which number, how fast it goes began to be measured; and how often was said how far it is.
+        self._begun, self._count = (0.0, 0), 0
         self._told = time.monotonic()
 
     def print(self, *parts: str | tuple[str, str]) -> None:
@@ -153,7 +154,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Say what is being done."""
-        self._begun = None
+        self._count = 0
         if self._bar is None:
             self.print(text)
         else:
@@ -167,9 +168,10 @@ class Display:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total, text=text)
             return
         now = time.monotonic()
-        if self._begun is None:
+        self._count += 1
+        if self._count <= 2:  # until the first has been done kernels are compiled, and files are found
             self._begun = now, done
-        if now - self._told >= LINE_EVERY and done > self._begun[1]:
+        elif now - self._told >= LINE_EVERY and done > self._begun[1]:
             left = (now - self._begun[0]) / (done - self._begun[1]) * (total - done)
             self.print(f"{done:,} of {total:,}  {text}  {_duration(left)} left".replace("    ", "  "))
 

@@ -129,7 +129,8 @@ def volume_loss_settle(
     """Turn gradients for the expected gradients of the losses into those for the real ones."""
     factor = common_factor(expected, grads)
     if factor is None:
-        ahead[:] = volume_loss_backward(grads, saved, instances, job, stack, needs_grad)
+        ahead.clear()  # so that there is room for the new ones
+        ahead += volume_loss_backward(grads, saved, instances, job, stack, needs_grad)
     elif factor != 1.0:
         tall = [each.flatten(2, 3) if need else each for each, need in zip(ahead, needs_grad, strict=True)]
         scale_gradients(tall, factor, instances, needs_grad)

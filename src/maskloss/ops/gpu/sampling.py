@@ -17,7 +17,6 @@ from maskloss import _abi as abi
 # Encodings of the targets.
 _BITS: tl.constexpr = tl.constexpr(abi.BITS)
 _LABELS: tl.constexpr = tl.constexpr(abi.LABELS)
-_VALUES: tl.constexpr = tl.constexpr(abi.VALUES)
 # Streams of the random numbers, in the half of the counter that holds them.
 CANDIDATES: tl.constexpr = tl.constexpr(abi.CANDIDATES << abi.STREAM_SHIFT)
 RANDOM: tl.constexpr = tl.constexpr(abi.RANDOM << abi.STREAM_SHIFT)
