@@ -19,7 +19,7 @@ from maskloss._inputs import accumulated
 from maskloss._tracing import on_host, plain
 from maskloss.errors import Cause, check_device, describe
 from maskloss.factors import MaskFactors
-from maskloss.layers import Layer
+from maskloss.layers import Layer, spread, with_masks
 from maskloss.ops.reference import formulas
 from maskloss.ops.reference.sampling import match_points, sample_planes
 from maskloss.ops.reference.storage import ignored
@@ -185,16 +185,13 @@ def unlabeled_shares(layers: Sequence[Layer | None], step: Step, num_points: int
     """
     points = match_points(step.targets.windows, Draw(step.image_ids, step.seed, num_points, layout=layout))
     inside = ignored(points, *_regions(step))[:, None]
-    found: list[Tensor | None] = []
-    for layer in layers:
-        if layer is None:
-            found.append(None)
-            continue
+    numbers, given = with_masks(layers)
+    found = []
+    for layer in given:
         probability = _sampled(layer, points).sigmoid()
         tiny = torch.finfo(probability.dtype).tiny
         found.append((probability * inside).sum(-1) / probability.sum(-1).clamp(min=tiny))
-    nothing = next(torch.zeros_like(shares) for shares in found if shares is not None)
-    return torch.stack([nothing if shares is None else shares for shares in found])
+    return spread(torch.stack(found), numbers, len(layers))
 
 
 def _regions(step: Step) -> tuple[Tensor, Tensor]:

@@ -44,9 +44,9 @@ def class_weights(weights: Tensor | Sequence[float], num_classes: int | None = N
     return found
 
 
-def check_weight(name: str, value: object) -> None:
-    """Raise if a weight is negative or not finite."""
-    check_number(name, value, 0, hint="0 switches the term off")
+def check_weights(**weights: Any) -> list[float]:
+    """Return the weights of terms; raise if one is negative or not finite."""
+    return [check_number(name, weight, 0, hint="0 switches the term off") for name, weight in weights.items()]
 
 
 def check_count(name: str, value: object) -> None:

@@ -17,7 +17,7 @@ from maskloss._numbers import check_integer
 from maskloss.clips import ClipOptions, check_same_unit, frames_of_divisor, weights_of_divisor
 from maskloss.distributed import Group, StepTotals
 from maskloss.errors import Cause, reported
-from maskloss.layers import Layer
+from maskloss.layers import Layer, places, spread, with_masks
 from maskloss.loss import MaskLoss, check_instance_weights
 from maskloss.matcher import HungarianMatcher, check_layers_of_masks, check_matcher, stack_costs
 from maskloss.matches import Matches, Pairs
@@ -125,11 +125,12 @@ class MaskCriterion(nn.Module):
         super().__init__()
         hint = "do not count 'no object'"
         self.num_classes = check_integer("num_classes", num_classes, 1, hint=hint)
-        weights = {"class_weight": class_weight, "mask_weight": mask_weight, "dice_weight": dice_weight}
-        for name, weight in weights.items():
-            _inputs.check_weight(name, weight)
-        self.class_weight, self.mask_weight, self.dice_weight = (float(weight) for weight in weights.values())
-        _inputs.check_weight("no_object_weight", no_object_weight)
+        self.class_weight, self.mask_weight, self.dice_weight, self.no_object_weight = _inputs.check_weights(
+            class_weight=class_weight,
+            mask_weight=mask_weight,
+            dice_weight=dice_weight,
+            no_object_weight=no_object_weight,
+        )
         _inputs.check_choice("classification", classification, _classification.KINDS)
         if classification == "focal" and no_object_weight != NO_OBJECT_WEIGHT:
             raise Cause(
@@ -137,7 +138,7 @@ class MaskCriterion(nn.Module):
                 f'classification="focal", no_object_weight={no_object_weight!r}',
                 'sigmoids have no class "no object"; leave it out',
             )
-        self.classification, self.no_object_weight = classification, float(no_object_weight)
+        self.classification = classification
         # Not a buffer, which `module.half()` would round; it moves to the logits with the first step.
         self._class_weights = None if class_weights is None else _inputs.class_weights(class_weights, self.num_classes)
         sampling = _inputs.check_sampling(sampling)
@@ -236,11 +237,11 @@ class MaskCriterion(nn.Module):
         stacked, logits = check_layers_of_masks(class_logits, mask_logits, no_object=softmax)
         if stacked.shape[3] != self.num_classes + softmax:
             raise Cause(
-                f"class_logits must have {_entries(softmax)} = {self.num_classes + softmax} entries",
+                f"class_logits must have num_classes{' + 1' * softmax} = {self.num_classes + softmax} entries",
                 f"got {stacked.shape[3]}",
                 'num_classes excludes "no object". Softmax logits have one extra entry for it; sigmoid logits do not',
             )
-        present = [layer for layer in logits if layer is not None]
+        _, present = with_masks(logits)
         batch = collate(targets, self.rules.ignore_value, present[0])
         step = Step.begin(
             batch._replace(annotated=batch.annotated.update(unlabeled, annotated_classes)),
@@ -363,17 +364,16 @@ class MaskCriterion(nn.Module):
         clips = self.mask_loss.clips
         instances = _given_or(counts.instance_weight, counts.instances)
         divisor = distributed.at_least_one(instances * frames_of_divisor(clips, step.targets))
-        layers = tuple(number for number, layer in enumerate(logits) if layer is not None)
-        given = [layer for layer in logits if layer is not None]
+        layers, given = with_masks(logits)
         shown = matches.of_layers(layers)
         if shown is not matches:
             matched = step.mask_weights(shown, weights, accumulation_dtype(given[0].dtype))
             if isinstance(divisor, Tensor) and divisor.ndim:
-                divisor = divisor[_places(layers, divisor.device)]
+                divisor = divisor[places(layers, divisor.device)]
         reduction = ops.Reduction(self.mask_weight, self.dice_weight, divisor, matched)
         terms = self.mask_loss.layer_terms(given, shown, step, reduction)
         if shown is not matches:
-            ce, dice = (_spread(term, layers, len(logits)) for term in terms[:2])
+            ce, dice = (spread(term, layers, len(logits)) for term in terms[:2])
             terms = terms._replace(ce=ce, dice=dice)
         return layers, terms
 
@@ -425,20 +425,6 @@ class MaskCriterion(nn.Module):
         if self._class_weights is not None:
             parts.append(f"class_weights={[round(weight, 4) for weight in self._class_weights.tolist()]}")
         return ", ".join(parts) + told(self.rules)
-
-
-def _entries(softmax: bool) -> str:
-    return "num_classes + 1" if softmax else "num_classes"
-
-
-def _spread(terms: Tensor, layers: Sequence[int], count: int) -> Tensor:
-    """Put the terms of some layers at their places among those of all, `[L]`, which are 0."""
-    return terms.new_zeros(count).index_copy(0, _places(layers, terms.device), terms)
-
-
-def _places(layers: Sequence[int], device: torch.device) -> Tensor:
-    # A list as an index would be copied to the device, which waits.
-    return torch.tensor(layers, device="cpu").to(device, non_blocking=True)
 
 
 def _given_or(given: float | Tensor | None, otherwise: float | Tensor) -> float | Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from maskloss import ops
@@ -13,6 +14,24 @@ from maskloss.matches import Matches
 from maskloss.ops import Job, Reduction
 
 Layer = Tensor | MaskFactors
+
+
+def with_masks(layers: Sequence[Layer | None]) -> tuple[tuple[int, ...], list[Layer]]:
+    """List the layers that have masks: their numbers, and their logits."""
+    numbers = tuple(number for number, layer in enumerate(layers) if layer is not None)
+    return numbers, [layer for layer in layers if layer is not None]
+
+
+def spread(values: Tensor, numbers: Sequence[int], count: int) -> Tensor:
+    """Put the values of some layers at their places among those of all, which are 0."""
+    if len(numbers) == count:
+        return values
+    return values.new_zeros(count, *values.shape[1:]).index_copy(0, places(numbers, values.device), values)
+
+
+def places(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Take numbers of layers to a device; a list as an index would be copied there, which waits."""
+    return torch.tensor(numbers, device="cpu").to(device, non_blocking=True)
 
 
 def match_cost(

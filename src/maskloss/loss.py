@@ -82,9 +82,7 @@ class MaskLoss(nn.Module):
         **kwargs: Unpack[MaskKeywords],
     ) -> None:
         super().__init__()
-        _inputs.check_weight("ce_weight", ce_weight)
-        _inputs.check_weight("dice_weight", dice_weight)
-        self.ce_weight, self.dice_weight = float(ce_weight), float(dice_weight)
+        self.ce_weight, self.dice_weight = _inputs.check_weights(ce_weight=ce_weight, dice_weight=dice_weight)
         self.sampling = _inputs.check_sampling(sampling)
         self.clips = check_clip_options(clips)
         self.options = mask_options(options, **kwargs)

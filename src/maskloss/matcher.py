@@ -15,7 +15,7 @@ from maskloss._numbers import check_integer, is_float
 from maskloss.clips import ClipOptions, check_clip_options, stack_of
 from maskloss.errors import Cause, check_device, check_layout, describe, reported
 from maskloss.functional import class_cost, focal_class_cost
-from maskloss.layers import Layer
+from maskloss.layers import Layer, spread, with_masks
 from maskloss.matches import Matches
 from maskloss.options import CLASS_WEIGHT, DICE_WEIGHT, MASK_WEIGHT, MaskOptions, TargetKeywords, all_options, told
 from maskloss.points import PointSampling
@@ -86,14 +86,12 @@ class HungarianMatcher(nn.Module):
         **kwargs: Unpack[TargetKeywords],
     ) -> None:
         super().__init__()
-        weights = {"class_weight": class_weight, "mask_weight": mask_weight, "dice_weight": dice_weight}
-        for name, weight in weights.items():
-            _inputs.check_weight(name, weight)
-        if not any(weights.values()):
+        weights = _inputs.check_weights(class_weight=class_weight, mask_weight=mask_weight, dice_weight=dice_weight)
+        if not any(weights):
             raise Cause(
                 "at least one weight must be positive", "all are 0", "with all costs 0 the matching would be arbitrary"
             )
-        self.class_weight, self.mask_weight, self.dice_weight = (float(weight) for weight in weights.values())
+        self.class_weight, self.mask_weight, self.dice_weight = weights
         self.groups = check_integer("groups", groups, 1, hint="RF-DETR has 13 in training")
         _inputs.check_choice("assignment", assignment, ops.ASSIGNMENTS)
         self.assignment = assignment
@@ -140,7 +138,7 @@ class HungarianMatcher(nn.Module):
         """
         softmax = self.classification == "softmax"
         stacked, logits = check_layers_of_masks(class_logits, mask_logits, no_object=softmax)
-        given = [layer for layer in logits if layer is not None]
+        _, given = with_masks(logits)
         batch = collate(targets, self.rules.ignore_value, given[0])
         step = Step.begin(batch, given, self.rules, image_ids=image_ids, seed=seed, generator=generator)
         extra = None if extra_costs is None else stack_costs(extra_costs, stacked, step.targets)
@@ -207,8 +205,7 @@ class HungarianMatcher(nn.Module):
     def _mask_costs(self, mask_logits: Sequence[Layer | None], step: Step, like: Tensor) -> Tensor:
         """Compute the mask terms of the costs, `[L, B, Q, T_max]`; 0 in layers without masks and for such targets."""
         targets = step.targets
-        present = [number for number, layer in enumerate(mask_logits) if layer is not None]
-        given = [layer for layer in mask_logits if layer is not None]
+        numbers, given = with_masks(mask_logits)
         if not given:
             return torch.zeros_like(like)
         stack = stack_of(self.clips, given, targets)
@@ -223,10 +220,7 @@ class HungarianMatcher(nn.Module):
         cost = torch.add(self.mask_weight * ce, dice, alpha=self.dice_weight)
         if step.has_mask is not None:
             cost = cost.masked_fill(~_by_image(step.has_mask, targets)[:, None], 0)
-        if len(present) == len(mask_logits):
-            return cost
-        where = torch.tensor(present, device="cpu").to(cost.device, non_blocking=True)
-        return cost.new_zeros(like.shape).index_copy(0, where, cost)
+        return spread(cost, numbers, len(mask_logits))
 
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
@@ -296,7 +290,7 @@ def check_predictions(
 ) -> tuple[Tensor, list[Layer]]:
     """Check the predictions of all decoder layers, all of which must have masks; see `check_layers_of_masks`."""
     stacked, masks = check_layers_of_masks(class_logits, mask_logits, no_object=no_object)
-    given = [layer for layer in masks if layer is not None]
+    _, given = with_masks(masks)
     if len(given) < len(masks):
         raise Cause(
             "mask_logits must be given in every decoder layer",

@@ -99,10 +99,9 @@ class HungarianMatcher(nn.Module):
         **kwargs: Unpack[TargetKeywords],
     ) -> None:
         super().__init__()
-        names = ("cost_class", "cost_mask", "cost_dice", "cost_box", "cost_giou")
-        for name, weight in zip(names, (cost_class, cost_mask, cost_dice, cost_box, cost_giou), strict=True):
-            _inputs.check_weight(name, weight)
-        self.cost_box, self.cost_giou = float(cost_box), float(cost_giou)
+        *_, self.cost_box, self.cost_giou = _inputs.check_weights(
+            cost_class=cost_class, cost_mask=cost_mask, cost_dice=cost_dice, cost_box=cost_box, cost_giou=cost_giou
+        )
         all_options(options, kwargs)  # Before the core, which has more options than are offered here.
         self.core = core.HungarianMatcher(
             class_weight=cost_class,
@@ -256,7 +255,7 @@ class SetCriterion(nn.Module):
         **kwargs: Unpack[TargetKeywords],
     ) -> None:
         super().__init__()
-        _inputs.check_weight("eos_coef", eos_coef)
+        _inputs.check_weights(eos_coef=eos_coef)
         _check_function("extra_loss", extra_loss)
         _inputs.check_choice("classification", classification, KINDS)
         check_integer("num_classes", num_classes, 1, hint='do not count "no object"')

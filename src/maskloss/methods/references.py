@@ -24,7 +24,8 @@ def reference_entry(key: str, version: str | None) -> str:
 def reference_line(key: str, version: str | None) -> str:
     """Return a work's line in a list of references: authors, title, and where it appeared."""
     entry = reference_entry(key, version).replace(r"{\'a}", "á")
-    found = {name: re.sub(r"[{}]", "", value) for name, value in re.findall(r"(\w+) += \{(.*?)\},?\n", entry, re.DOTALL)}
+    fields = re.findall(r"(\w+) += \{(.*?)\},?\n", entry, re.DOTALL)
+    found = {name: re.sub(r"[{}]", "", value) for name, value in fields}
     authors = ", ".join(_with_initials(name) for name in re.split(r"\s+and\s+", found["author"]))
     if "howpublished" in found:
         where = [found[name] for name in ("note", "howpublished") if name in found]
