@@ -21,11 +21,13 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,13 +37,13 @@ BEGIN, END = "<!-- begin: scripts/mutants.py -->", "<!-- end: scripts/mutants.py
 # Sources below src/maskloss, tests of them, and slower ones for what survives those.
 GROUPS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "functional": (["functional.py"], ["test_functional.py"], ["test_maths.py"]),
-    "points": (["points.py"], ["test_points.py"], ["test_stratified.py", "test_functional.py"]),
+    "points": (["points.py"], ["test_points.py", "test_stratified.py"], ["test_volumes.py", "test_functional.py"]),
     "matcher": (["matcher.py"], ["test_matcher.py", "test_matcher_options.py"], ["test_groups.py", "test_calls.py"]),
-    "loss": (["loss.py"], ["test_dice.py"], ["test_calls.py"]),
+    "loss": (["loss.py"], ["test_dice.py", "test_partial.py"], ["test_calls.py", "test_clips.py", "test_maths.py"]),
     "criterion": (
-        ["criterion.py"],
-        ["test_criterion.py", "test_criterion_options.py"],
-        ["test_groups.py", "test_partial.py", "test_step.py"],
+        ["criterion.py", "step.py"],
+        ["test_criterion.py", "test_step.py"],
+        ["test_criterion_options.py", "test_groups.py", "test_partial.py"],
     ),
     "targets": (
         ["targets/*.py"],
@@ -51,7 +53,7 @@ GROUPS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "reference": (
         ["ops/reference/*.py"],
         ["test_points.py", "test_functional.py"],
-        ["test_volumes.py", "test_maths.py"],
+        ["test_volumes.py", "test_maths.py", "test_target_reading.py"],
     ),
     "assignment": (["ops/assignment.py", "ops/cpu/hungarian.py"], ["ops/test_assignment.py"], ["test_groups.py"]),
 }
@@ -233,14 +235,15 @@ def table(result: dict[str, Any]) -> str:
     tried = sum(group["tried"] for group in groups.values())
     left = [each for group in groups.values() for each in group["survived"]]
     lines = [
-        f"{tried - len(left)} of {tried} mutants were killed, drawn with the seed {result['seed']}.",
+        f"{tried - len(left)} of {tried} mutants were killed, with PyTorch {result['torch']}.",
         "",
-        "| code | mutants | tried | killed |",
-        "| --- | --- | --- | --- |",
+        "| code | mutants | tried | killed | drawn with the seed | from the commit | on |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, group in groups.items():
         killed = group["tried"] - len(group["survived"])
-        lines.append(f"| {name} | {group['mutants']:,} | {group['tried']} | {killed} |")
+        run_of = " | ".join(str(group[key]) for key in ("seed", "commit", "date"))
+        lines.append(f"| {name} | {group['mutants']:,} | {group['tried']} | {killed} | {run_of} |")
     if left:
         lines += [
             "",
@@ -282,10 +285,13 @@ def main() -> None:
         import scipy.optimize  # noqa: F401
         import torch
 
-        result |= {"seed": options.seed, "torch": torch.__version__}
+        head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+        drawn = {"seed": options.seed, "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "commit": head}
+        result["torch"] = torch.__version__
         for group in options.only:
             before = result["groups"].get(group, {"survived": []})
-            result["groups"][group] = run(group, before, options.sample, options.seed, options.again)
+            found = run(group, before, options.sample, options.seed, options.again)
+            result["groups"][group] = before | found | ({} if options.again else drawn)
             RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page_with(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
 

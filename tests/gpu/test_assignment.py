@@ -98,14 +98,15 @@ def test_without_labels_every_query_has_no_object(gpu: Any) -> None:
 
 
 def drawn_problems(
-    rng: np.random.Generator, kind: str, largest: int, images: int
+    rng: np.random.Generator, kind: str, largest: tuple[int, int], images: int
 ) -> tuple[np.ndarray[Any, Any], list[int]]:
-    """Costs of two layers of some images: any numbers of queries and targets, and one image without targets."""
-    queries = int(rng.integers(1, largest + 1))
-    counts = [0, *rng.integers(1, largest + 1, images - 1).tolist()]
+    """Costs of two layers of some images, one of them without targets. The numbers of queries and targets are as often
+    from 1 to 10 as from 10 to 100."""
+    most = [largest[0], *[largest[1]] * (images - 1)]
+    queries, *counts = np.rint(np.power(most, rng.random(images))).astype(int).tolist()
     with np.errstate(over="ignore"):
         cost = KINDS[kind](rng, (2, images, queries, max(counts))).astype(rng.choice([np.float32, np.float64]))
-    return cost, counts
+    return cost, [0, *counts]
 
 
 def assert_same_matches(gpu: Any, cost: np.ndarray[Any, Any], counts: list[int]) -> None:
@@ -121,17 +122,17 @@ def assert_same_matches(gpu: Any, cost: np.ndarray[Any, Any], counts: list[int])
 def test_same_matches_in_three_hundred_problems(gpu: Any, kind: str) -> None:
     rng = np.random.default_rng(list(KINDS).index(kind))
     for _ in range(2):
-        assert_same_matches(gpu, *drawn_problems(rng, kind, 6, 10))
+        assert_same_matches(gpu, *drawn_problems(rng, kind, (6, 6), 10))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_matches_in_three_thousand_problems(gpu: Any, kind: str, seed: int) -> None:
-    """80 times 40 problems, some of them larger; the sizes of pictures are below."""
+    """80 times 40 problems with targets, and 8 without."""
     rng = np.random.default_rng(100 * list(KINDS).index(kind) + seed)
-    for largest, images in ((6, 10), (16, 8), (40, 2)):
-        assert_same_matches(gpu, *drawn_problems(rng, kind, largest, images))
+    for _ in range(4):
+        assert_same_matches(gpu, *drawn_problems(rng, kind, (300, 400), 6))
 
 
 @pytest.mark.slow

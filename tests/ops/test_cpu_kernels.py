@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskloss import HungarianMatcher, MaskLoss, MaskLossError, functional
+from maskloss import HungarianMatcher, MaskLoss, MaskLossError, PointSampling, functional
 from maskloss._abi import FRAME_H, FRAME_W, INDEX_COLUMNS, LEFT, TOP, Term
 from maskloss.ops import cpu, dense, reference
 from maskloss.ops.cpu import arguments, positions
@@ -226,6 +226,24 @@ def test_planes_of_more_pixels_than_32_bits_count_are_rejected() -> None:
     for call in calls:
         with pytest.raises(MaskLossError, match=r"fewer than 2\*\*31 pixels\n(.*\n)*  cause: 65536 x 65536"):
             call()
+
+
+def test_a_plane_of_more_than_two_to_the_31_elements_away() -> None:
+    """This takes 4 GiB of addresses, and memory where the planes are."""
+    masks = torch.rand(1, 61, 48) > 0.5
+    planes = torch.empty_strided((1, 2, 61, 48), (0, 2**31, 48, 1), dtype=torch.bfloat16).normal_()
+    planes[0, 1] += torch.where(masks[0], 8, -8)
+    targets = [{"masks": masks, "labels": torch.tensor([0])}]
+    matches = HungarianMatcher(backend="cpu")(torch.zeros(1, 2, 2), planes, targets)
+    assert matches.index.tolist() == [[0, 0, 1, 0]]
+    loss, found = MaskLoss(backend="cpu", sampling=PointSampling(num_points=500)), []
+    for each in (planes, planes.contiguous()):
+        logits = each.detach().requires_grad_()
+        loss(logits, [masks], matches, seed=3).total.backward()
+        assert logits.grad is not None
+        found.append(logits.grad)
+    assert found[0].count_nonzero() > 0
+    assert torch.equal(*found)
 
 
 def test_frame_larger_than_the_mask() -> None:
