@@ -23,6 +23,9 @@ INDEX = torch.tensor([[0, 0, 2, 1], [0, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1], [1
 LAYER_SIZES, IMAGE_IDS = (2, 3), torch.tensor([7, 8])
 DRAW_FOR_MATCHING = (IMAGE_IDS, SEED, POINTS, 0, 0, LAYOUT)
 
+# Themselves, without what serves `torch.func`.
+MASK_LOSS, VOLUME_LOSS = dense._MASKS.operation.operation, volumes._VOLUMES.operation.operation
+
 
 def layers(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(2, 3, *size, dtype=dtype).requires_grad_() for size in ((5, 8), (9, 4))]
@@ -74,7 +77,7 @@ def mask_loss(
 def mask_loss_backward(backend: str, encoding: str = "bits") -> Args:
     logits, *rest, _ = mask_loss(backend, encoding)
     plain = [layer.detach() for layer in logits]
-    _, _, *saved = dense._mask_loss(plain, *rest, backend)
+    _, _, *saved = MASK_LOSS(plain, *rest, backend)
     gradients = torch.randn(len(INDEX)), torch.randn(len(INDEX))
     return *gradients, *saved, plain, *rest, [True, False], backend
 
@@ -104,7 +107,7 @@ def volume_loss(backend: str, encoding: str = "bits", *, linear: bool = True) ->
 def volume_loss_backward(backend: str) -> Args:
     logits, *rest, _ = volume_loss(backend)
     plain = [layer.detach() for layer in logits]
-    _, _, *saved = volumes._volume_loss(plain, *rest, backend)
+    _, _, *saved = VOLUME_LOSS(plain, *rest, backend)
     gradients = torch.randn(len(INDEX)), torch.randn(len(INDEX))
     return *gradients, *saved, plain, *rest, [True, False], backend
 
@@ -166,26 +169,24 @@ def factored_mask_loss_backward(backend: str, encoding: str = "bits", *, needed:
         pytest.param(ops._point_sample_backward, point_sample_backward, id="point_sample_backward"),
         pytest.param(ops._uncertain_points, uncertain_points, id="uncertain_points"),
         pytest.param(ops._uncertain_points, lambda backend: uncertain_points(backend, 0), id="uniform points"),
-        pytest.param(dense._mask_loss, mask_loss, id="mask_loss"),
-        pytest.param(dense._mask_loss, lambda backend: mask_loss(backend, "labels"), id="mask_loss, label maps"),
-        pytest.param(dense._mask_loss, lambda backend: mask_loss(backend, "values", dice="soft"), id="mask_loss, soft"),
-        pytest.param(dense._mask_loss, lambda backend: mask_loss(backend, given=True), id="mask_loss, given points"),
+        pytest.param(MASK_LOSS, mask_loss, id="mask_loss"),
+        pytest.param(MASK_LOSS, lambda backend: mask_loss(backend, "labels"), id="mask_loss, label maps"),
+        pytest.param(MASK_LOSS, lambda backend: mask_loss(backend, "values", dice="soft"), id="mask_loss, soft"),
+        pytest.param(MASK_LOSS, lambda backend: mask_loss(backend, given=True), id="mask_loss, given points"),
         pytest.param(
-            dense._mask_loss,
+            MASK_LOSS,
             lambda backend: mask_loss(backend, "values", dtype=torch.bfloat16),
             id="mask_loss, bfloat16",
         ),
-        pytest.param(dense._mask_loss_backward, mask_loss_backward, id="mask_loss_backward"),
+        pytest.param(dense._MASKS.backward, mask_loss_backward, id="mask_loss_backward"),
         pytest.param(
-            dense._mask_loss_backward,
+            dense._MASKS.backward,
             lambda backend: mask_loss_backward(backend, "values"),
             id="mask_loss_backward soft",
         ),
-        pytest.param(volumes._volume_loss, volume_loss, id="volume_loss"),
-        pytest.param(
-            volumes._volume_loss, lambda backend: volume_loss(backend, "values", linear=False), id="volume_loss, soft"
-        ),
-        pytest.param(volumes._volume_loss_backward, volume_loss_backward, id="volume_loss_backward"),
+        pytest.param(VOLUME_LOSS, volume_loss, id="volume_loss"),
+        pytest.param(VOLUME_LOSS, lambda backend: volume_loss(backend, "values", linear=False), id="volume_loss, soft"),
+        pytest.param(volumes._VOLUMES.backward, volume_loss_backward, id="volume_loss_backward"),
         pytest.param(volumes._volume_cost, volume_cost, id="volume_cost"),
         pytest.param(ops._match_cost, match_cost, id="match_cost"),
         pytest.param(ops._match_cost, lambda backend: match_cost(backend, "labels"), id="match_cost, label maps"),

@@ -40,7 +40,7 @@ from maskloss.ops.dispatch import (
     load,
 )
 from maskloss.ops.products import factored_mask_loss, factored_match_cost
-from maskloss.ops.schemas import DRAW, INSTANCES, NOT_CAPTURED, SAMPLE, TARGETS, TERM, operation
+from maskloss.ops.schemas import DRAW, INSTANCES, NOT_CAPTURED, SAMPLE, TARGETS, TERM, new_costs, operation
 from maskloss.ops.transformed import Derivative
 from maskloss.ops.volumes import check_backend_of_volumes, volume_cost, volume_loss
 
@@ -161,9 +161,7 @@ def _match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], *args: Any
 
 @_match_cost.register_fake
 def _(logits: Sequence[Tensor], num_targets: Sequence[int], *_: Any) -> tuple[Tensor, Tensor]:
-    shape = (len(logits), *logits[0].shape[:2], widest(num_targets))
-    dtype = accumulation_dtype(logits[0].dtype)
-    return logits[0].new_empty(shape, dtype=dtype), logits[0].new_empty(shape, dtype=dtype)
+    return new_costs(logits[0], len(logits), logits[0].shape[:2], num_targets)
 
 
 def match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job, backend: str) -> tuple[Tensor, Tensor]:

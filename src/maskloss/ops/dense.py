@@ -1,4 +1,4 @@
-"""The operation of the loss of dense logits, and its derivative."""
+"""The operations of losses of dense logits, and their derivatives."""
 
 from __future__ import annotations
 
@@ -13,71 +13,70 @@ from maskloss._abi import Gradients, Instances, Job, Reduction, Saved, grouped
 from maskloss._tracing import active, is_lazy, watched
 from maskloss.ops.dispatch import load
 from maskloss.ops.schemas import GRADIENTS, INSTANCES, JOB, LOSSES, NOT_CAPTURED, SAVED, operation
-from maskloss.ops.transformed import Derivative, keep, kept
+from maskloss.ops.transformed import Derivative, keep, kept, set_up
 
 
-@operation("mask_loss", f"{INSTANCES}, {JOB}, str backend", LOSSES, **NOT_CAPTURED)
-def _mask_loss(*args: Any) -> tuple[Tensor, ...]:
-    instances, *flat, backend = grouped(args, Instances)
-    ce, dice, saved = load(backend).mask_loss(instances, Job.of(flat))
-    return ce, dice, *saved
+class Loss(NamedTuple):
+    """A loss of instances of dense logits, whose gradient may come early."""
+
+    name: str  # of the operation, and of the backend's function
+    module: Callable[[str], Any]  # where a backend has its functions: this one, and those that end as below
+    regroup: Callable[[Sequence[Any]], tuple[Any, ...]]  # turns the flat inputs after the instances into what they take
+    operation: Any  # the loss, with its derivative
+    backward: Any  # the operation of its derivative
+
+    def function(self, backend: str, ending: str) -> Any:
+        """Return the backend's function of the name with this ending."""
+        return getattr(self.module(backend), self.name + ending)
 
 
-@_mask_loss.register_fake
-def _(*args: Any) -> tuple[Tensor, ...]:
-    instances, *flat, _ = grouped(args, Instances)
-    rows = instances.rows
-    ce, dice, saved = Job.of(flat).new_losses(rows.shape[0], instances.accumulation_dtype, rows.device, keep=False)
-    return ce, dice, *saved
+def register(
+    name: str, inputs: str, module: Callable[[str], Any], regroup: Callable[[Sequence[Any]], tuple[Any, ...]]
+) -> Loss:
+    """Register a loss and its derivative as operations; `inputs` is the schema of what follows the instances."""
 
+    @operation(name, f"{INSTANCES}, {inputs}, str backend", LOSSES, **NOT_CAPTURED)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        instances, *flat, backend = grouped(args, Instances)
+        ce, dice, saved = getattr(module(backend), name)(instances, *regroup(flat))
+        return ce, dice, *saved
 
-def shapes_of_gradients(logits: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
-    """Make empty gradients of the layers that need one."""
-    return [
-        torch.empty(layer.shape if need else 0, dtype=layer.dtype, device=layer.device)
-        for layer, need in zip(logits, needs_grad, strict=True)
-    ]
+    @forward.register_fake
+    def _(*args: Any) -> tuple[Tensor, ...]:
+        instances, *flat, _ = grouped(args, Instances)
+        job, rows = regroup(flat)[0], instances.rows
+        ce, dice, saved = job.new_losses(rows.shape[0], instances.accumulation_dtype, rows.device, keep=False)
+        return ce, dice, *saved
 
+    @operation(
+        f"{name}_backward",
+        f"{GRADIENTS}, {SAVED}, {INSTANCES}, {inputs}, bool[] needs_grad, str backend",
+        "Tensor[]",
+        **NOT_CAPTURED,
+    )
+    def backward(*args: Any) -> list[Tensor]:
+        grads, saved, instances, *flat, needs_grad, backend = grouped(args, Gradients, Saved, Instances)
+        compute = getattr(module(backend), f"{name}_backward")
+        found: list[Tensor] = compute(grads, saved, instances, *regroup(flat), needs_grad)
+        return found
 
-@operation(
-    "mask_loss_backward",
-    f"{GRADIENTS}, {SAVED}, {INSTANCES}, {JOB}, bool[] needs_grad, str backend",
-    "Tensor[]",
-    **NOT_CAPTURED,
-)
-def _mask_loss_backward(*args: Any) -> list[Tensor]:
-    *groups, needs_grad, backend = args
-    grads: list[Tensor] = load(backend).mask_loss_backward(*_grouped(groups), needs_grad)
-    return grads
+    @backward.register_fake
+    def _(*args: Any) -> list[Tensor]:
+        _, _, instances, *_, needs_grad, _ = grouped(args, Gradients, Saved, Instances)
+        return [
+            torch.empty(layer.shape if need else 0, dtype=layer.dtype, device=layer.device)
+            for layer, need in zip(instances.logits, needs_grad, strict=True)
+        ]
 
+    def derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        needs_grad = [bool(need) for need in ctx.needs_input_grad[0]]
+        *given, backend = kept(ctx, grad_ce, grad_dice)
+        grads = backward(*given, needs_grad, backend)
+        wanted = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
+        return wanted, *[None] * (len(ctx.kinds) - 1)
 
-def _grouped(flat: Sequence[Any]) -> tuple[Gradients, Saved, Instances, Job]:
-    """What backward passes take."""
-    grads, saved, instances, *rest = grouped(flat, Gradients, Saved, Instances)
-    return grads, saved, instances, Job.of(rest)
-
-
-@_mask_loss_backward.register_fake
-def _(*args: Any) -> list[Tensor]:
-    instances = _grouped(args[:-2])[2]
-    return shapes_of_gradients(instances.logits, args[-2])
-
-
-def _mask_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[2:])
-    keep(ctx, output[2:], inputs)
-
-
-def _mask_loss_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    needs_grad = [bool(need) for need in ctx.needs_input_grad[0]]
-    *inputs, backend = kept(ctx, grad_ce, grad_dice)
-    grads = _mask_loss_backward(*inputs, needs_grad, backend)
-    wanted = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
-    return wanted, *[None] * (len(ctx.kinds) - 1)
-
-
-_mask_loss.register_autograd(_mask_loss_derivative, setup_context=_mask_loss_setup)
-_differentiable_mask_loss = Derivative(_mask_loss, _mask_loss_setup, _mask_loss_derivative)
+    forward.register_autograd(derivative, setup_context=set_up)
+    return Loss(name, module, regroup, Derivative(forward, set_up, derivative), backward)
 
 
 # ------------------------------------------------------------------------------------------- gradients that come early
@@ -85,22 +84,6 @@ _differentiable_mask_loss = Derivative(_mask_loss, _mask_loss_setup, _mask_loss_
 # Computing the gradient while the plane is still in cache halves its cost. It only needs the gradients of the
 # per-instance losses, and the caller nearly always knows those in advance: it tells how it will sum the losses. The
 # backward pass compares the expected gradients with the real ones.
-
-
-class Kind(NamedTuple):
-    """A loss whose gradient may come early.
-
-    Attributes:
-        operation: the loss, with its derivative.
-        backward: the operation of its derivative.
-        functions: the backend's functions that compute the gradients ahead, and that settle them.
-        regroup: turns the flat inputs after the instances into what these functions take.
-    """
-
-    operation: Any
-    backward: Any
-    functions: Callable[[str], tuple[Any, Any]]
-    regroup: Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
 class _Ahead(torch.autograd.Function):
@@ -112,16 +95,15 @@ class _Ahead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kind: Kind, expected: Gradients, inputs: tuple[Any, ...], backend: str, *logits: Tensor
+        ctx: Any, loss: Loss, expected: Gradients, inputs: tuple[Any, ...], backend: str, *logits: Tensor
     ) -> Any:
         flat = (list(logits), *inputs)
         needs_grad = [bool(need) for need in ctx.needs_input_grad[4:]]
         instances, *rest = grouped(flat, Instances)
-        compute, _ = kind.functions(backend)
-        ce, dice, saved, ahead = compute(expected, instances, *kind.regroup(rest), needs_grad)
+        ce, dice, saved, ahead = loss.function(backend, "_ahead")(expected, instances, *loss.regroup(rest), needs_grad)
         keep(ctx, saved, (*flat, backend))
         # Not among the saved tensors: the first backward pass takes the gradients, and may change them.
-        ctx.kind, ctx.expected, ctx.ahead, ctx.computed = kind, expected, ahead, needs_grad
+        ctx.loss, ctx.expected, ctx.ahead, ctx.computed = loss, expected, ahead, needs_grad
         return ce, dice
 
     @staticmethod
@@ -131,20 +113,15 @@ class _Ahead(torch.autograd.Function):
         *inputs, backend = kept(ctx, grad_ce, grad_dice)
         # If a graph of the gradient is wanted, the operation raises: it cannot be differentiated twice.
         if found is None or torch.is_grad_enabled():
-            found = ctx.kind.backward(*inputs, needs_grad, backend)
+            found = ctx.loss.backward(*inputs, needs_grad, backend)
         else:
             grads, saved, instances, *rest = grouped(inputs, Gradients, Saved, Instances)
-            _, settle = ctx.kind.functions(backend)
-            settle(found, ctx.expected, grads, saved, instances, *ctx.kind.regroup(rest), ctx.computed)
+            settle = ctx.loss.function(backend, "_settle")
+            settle(found, ctx.expected, grads, saved, instances, *ctx.loss.regroup(rest), ctx.computed)
         return *[None] * 4, *(grad if need else None for grad, need in zip(found, needs_grad, strict=True))
 
 
-_MASKS = Kind(
-    _differentiable_mask_loss,
-    _mask_loss_backward,
-    lambda backend: (load(backend).mask_loss_ahead, load(backend).mask_loss_settle),
-    lambda flat: (Job.of(flat),),
-)
+_MASKS = register("mask_loss", JOB, load, lambda flat: (Job.of(flat),))
 
 
 def mask_loss(
@@ -158,16 +135,16 @@ def mask_loss(
 
 
 def loss_of(
-    kind: Kind, instances: Instances, inputs: tuple[Any, ...], backend: str, reduction: Reduction | None
+    loss: Loss, instances: Instances, inputs: tuple[Any, ...], backend: str, reduction: Reduction | None
 ) -> tuple[Tensor, Tensor]:
     """Compute a loss of instances, and its gradient ahead where that pays; `inputs` are flat."""
     flat = (*instances, *inputs)
     if reduction is not None and _pays_ahead(instances, flat, backend):
         logits, *rest = flat
         expected = reduction.gradients(instances)
-        ce, dice = _Ahead.apply(kind, expected, tuple(rest), backend, *logits)  # type: ignore[no-untyped-call]
+        ce, dice = _Ahead.apply(loss, expected, tuple(rest), backend, *logits)  # type: ignore[no-untyped-call]
     else:
-        ce, dice, *_ = kind.operation(*flat, backend)
+        ce, dice, *_ = loss.operation(*flat, backend)
     return ce, dice
 
 

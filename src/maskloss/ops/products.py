@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._abi import Factors, Gradients, Job, Saved, accumulation_dtype, grouped, widest
+from maskloss._abi import Factors, Gradients, Job, Saved, accumulation_dtype, grouped
 from maskloss.ops import factored
 from maskloss.ops.dispatch import load
 from maskloss.ops.schemas import (
@@ -22,9 +22,10 @@ from maskloss.ops.schemas import (
     SAVED,
     TARGETS,
     TERM,
+    new_costs,
     operation,
 )
-from maskloss.ops.transformed import Derivative, keep, kept
+from maskloss.ops.transformed import Derivative, kept, set_up
 
 
 def _products_as_they_are(factors: Factors) -> torch.autocast:
@@ -47,10 +48,8 @@ def _factored_match_cost(*args: Any) -> tuple[Tensor, Tensor]:
 @_factored_match_cost.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     factors, num_targets, *_ = grouped(args, Factors)
-    like = factors.features[0]
-    shape = (len(factors.embeddings), *factors.embeddings[0].shape[:2], widest(num_targets))
-    dtype = accumulation_dtype(like.dtype)
-    return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
+    embeddings = factors.embeddings
+    return new_costs(factors.features[0], len(embeddings), embeddings[0].shape[:2], num_targets)
 
 
 def factored_match_cost(factors: Factors, num_targets: Sequence[int], job: Job, backend: str) -> tuple[Tensor, Tensor]:
@@ -98,11 +97,6 @@ def _(*args: Any) -> list[Tensor]:
     return [like.new_empty(shape if need else 0) for shape, need in zip(shapes, needs_grad, strict=True)]
 
 
-def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[2:])
-    keep(ctx, output[2:], inputs)
-
-
 def _factored_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | None, *_: Any) -> tuple[Any, ...]:
     *inputs, backend = kept(ctx, grad_ce, grad_dice)
     factors = tuple(grouped(inputs, Gradients, Saved, Factors))[2]
@@ -120,8 +114,8 @@ def _factored_derivative(ctx: Any, grad_ce: Tensor | None, grad_dice: Tensor | N
     return *found, *[None] * (len(ctx.kinds) - len(found))
 
 
-_factored_mask_loss.register_autograd(_factored_derivative, setup_context=_factored_setup)
-_differentiable_factored_mask_loss = Derivative(_factored_mask_loss, _factored_setup, _factored_derivative)
+_factored_mask_loss.register_autograd(_factored_derivative, setup_context=set_up)
+_differentiable_factored_mask_loss = Derivative(_factored_mask_loss, set_up, _factored_derivative)
 
 
 def factored_mask_loss(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from maskloss._abi import accumulation_dtype, widest
 
 # The groups, flat: their order is that of the fields.
 INSTANCES = "Tensor[] logits, Tensor rows, SymInt[] layer_sizes"
@@ -28,3 +32,9 @@ def operation(name: str, arguments: str, result: str, **options: Any) -> Any:
     """Register the decorated function as an operation of the library."""
     schema = f"({arguments}) -> {result}"
     return torch.library.custom_op(f"maskloss::{name}", mutates_args=(), schema=schema, **options)
+
+
+def new_costs(like: Tensor, layers: int, shape: Sequence[int], num_targets: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Allocate both mask terms of a matching cost, `[L, B, Q, T_max]`; `shape` is B and Q."""
+    size, dtype = (layers, *shape, widest(num_targets)), accumulation_dtype(like.dtype)
+    return like.new_empty(size, dtype=dtype), like.new_empty(size, dtype=dtype)

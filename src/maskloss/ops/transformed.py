@@ -31,6 +31,12 @@ def keep(ctx: Any, saved: Sequence[Tensor], inputs: Sequence[Any]) -> None:
     ctx.kinds = [len(value) if _is_list(value) else None if isinstance(value, Tensor) else (value,) for value in inputs]
 
 
+def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Set up the backward pass of a loss, which returns both losses and what `Saved` has."""
+    ctx.mark_non_differentiable(*output[2:])
+    keep(ctx, output[2:], inputs)
+
+
 def kept(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Return gradients of both losses in one piece, zeros for one that was not used, and what `keep` has kept."""
     tensors = iter(ctx.saved_tensors)
