@@ -654,17 +654,14 @@ def test_arrays_in_every_constructor() -> None:
     assert torch.equal(first, second)
 
 
-def test_clips_without_targets_and_void_pixels() -> None:
-    """Frames `[N, T, H, W]`: empty ones as mappers leave them; void pixels are told to be missing there."""
+def test_clips_without_targets() -> None:
+    """Frames `[N, T, H, W]`: empty ones as mappers leave them."""
     clip = torch.rand(2, 3, 6, 8) > 0.5
     expected = MaskTargets.from_masks([clip, clip[:0]])
     for nothing in (None, torch.zeros(0), np.zeros(0)):
         found = MaskTargets.from_masks([clip.numpy(), nothing])
         assert found.num_targets == expected.num_targets
         assert torch.equal(found.dense(), expected.dense())
-    for make in (MaskTargets.from_masks, lambda masks, **more: MaskTargets.from_label_map(masks[0].long(), **more)):
-        with pytest.raises(MaskLossError, match="clips have no ignore regions and no ignore_value"):
-            make(clip, ignore_value=255)
     labels = torch.tensor([[[0, 4]], [[9, 4]]], dtype=torch.uint8)
     assert MaskTargets.from_label_map(labels, canvas=(2, 3)).num_targets == (2,)
 
@@ -811,7 +808,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor], part: str = "") -> b
     return all(torch.equal(one[name], other[name]) for name in one if part in name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "videomt"])
 def test_void_pixels_in_a_patched_model(family: str) -> None:
     """What lies below does not matter; without the option it is an error."""
     first = trained(family, void, ignore_value=255)

@@ -23,13 +23,14 @@ from maskloss import (
     step,
     step_totals,
 )
-from maskloss._abi import ALL_TARGETS, MATCHER
+from maskloss._abi import ALL_TARGETS, IGNORE_OFFSET, IGNORE_SIZE, MATCHER
 from maskloss.clips import matches_of_planes
 from maskloss.integrations.detr import HungarianMatcher as DetrMatcher
 from maskloss.integrations.detr import SetCriterion
 from maskloss.integrations.layerwise import LayerMasks
 from maskloss.points import draw_layout, instance_keys
 from maskloss.step import Step
+from maskloss.targets.clips import planes
 from maskloss.targets.collate import collate
 
 FEW = PointSampling(num_points=40)
@@ -46,6 +47,14 @@ def blobs(count: int, frames: int = T, seed: int = 0, height: int = H, width: in
             if frames == 1 or (n + t) % frames:
                 masks[n, t, top : top + 7 + t, left + 2 * t : left + 2 * t + 9] = True
     return masks
+
+
+def region(frames: int = T, height: int = H, width: int = W) -> Tensor:
+    """Void pixels `[T, H, W]`, others in each frame."""
+    void = torch.zeros(frames, height, width, dtype=torch.bool)
+    for t in range(frames):
+        void[t, 3 * t : 3 * t + 9, 5 * t : 5 * t + 14] = True
+    return void
 
 
 class Setup:
@@ -69,26 +78,40 @@ class Setup:
     def targets(self) -> list[dict[str, Any]]:
         return [{"masks": m, "labels": n} for m, n in zip(self.masks, self.labels, strict=True)]
 
+    def with_void(self) -> MaskTargets:
+        """The targets of all clips, of which the first has void pixels."""
+        void = [region(self.masks[0].shape[1])] + [None] * (len(self.masks) - 1)
+        pairs = zip(self.masks, void, strict=True)
+        return MaskTargets.cat([MaskTargets.from_masks(masks, ignore=each) for masks, each in pairs])
+
 
 def read(planes: Tensor, points: Tensor) -> Tensor:
     """Read planes `[n, h, w]` at points `[n, P, 2]`."""
     return grid_sample(planes[:, None], 2 * points[:, None] - 1, align_corners=False)[:, 0, 0]
 
 
-def dense_terms(logits: Tensor, masks: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+def counting(void: Tensor, points: Tensor) -> Tensor:
+    """Which points `[n, P, 2]` count: those that lie in no void pixel of `[n, H, W]`."""
+    x, y = (points[..., axis].mul(void.shape[2 - axis]).long() for axis in (0, 1))
+    return ~void.flatten(1).gather(1, y * void.shape[2] + x)
+
+
+def dense_terms(logits: Tensor, masks: Tensor, points: Tensor, void: Tensor) -> tuple[Tensor, Tensor]:
     """The video criterion's terms of `[N, T, h, w]` at points `[N * T, P, 2]`: summed over planes, `[N, T]` each."""
     z = read(logits.flatten(0, 1), points)
     t = read(masks.flatten(0, 1).to(z.dtype), points)
-    ce = binary_cross_entropy_with_logits(z, t, reduction="none").mean(1)
-    s = z.sigmoid()
-    dice = 1 - (2 * (s * t).sum(1) + 1) / (s.sum(1) + t.sum(1) + 1)
+    w = counting(void.flatten(0, 1), points)
+    ce = (binary_cross_entropy_with_logits(z, t, reduction="none") * w).sum(1) / w.sum(1)
+    s = z.sigmoid() * w
+    dice = 1 - (2 * (s * t).sum(1) + 1) / (s.sum(1) + (t * w).sum(1) + 1)
     return ce.view(logits.shape[:2]), dice.view(logits.shape[:2])
 
 
 @pytest.mark.parametrize("factored", [False, True])
 def test_one_frame_is_the_image(backend: str, factored: bool) -> None:
-    """Bit for bit: matches, losses and gradients."""
+    """Bit for bit: matches, losses and gradients; one of them has void pixels."""
     setup = Setup(frames=1)
+    void = [region(1), None, None]
     found = []
     for clip in (True, False):
         criterion = MaskCriterion(2, sampling=FEW, backend=backend)
@@ -99,7 +122,11 @@ def test_one_frame_is_the_image(backend: str, factored: bool) -> None:
             pixels = torch.randn(3, 4, 1, 9, 11, generator=torch.Generator().manual_seed(2)).requires_grad_()
             shared = pixels if clip else pixels.squeeze(2)
             logits, leaves = [MaskFactors(rows, shared, bias=0.5)] * 2, [rows, pixels]
-        targets = setup.targets if clip else [{**t, "masks": t["masks"].squeeze(1)} for t in setup.targets]
+        targets = []
+        for entry, hidden in zip(setup.targets, void, strict=True):
+            masks = entry["masks"] if clip else entry["masks"].squeeze(1)
+            ignore = hidden if clip or hidden is None else hidden[0]
+            targets.append({**entry, "masks": MaskTargets.from_masks(masks, ignore=ignore)})
         out = criterion(setup.classes, logits, targets, seed=3)
         grads = torch.autograd.grad(out.total, leaves)
         found.append((out.total, out.matches.index, out.per_instance.ce.flatten(), *grads))
@@ -114,10 +141,11 @@ def test_loss_of_video_at_the_same_points(backend: str) -> None:
     pairs.append((torch.tensor([3, 1]), torch.tensor([0, 1])))
     points = torch.rand(5 * T, 30, 2, dtype=torch.float64)
     logits = setup.logits[1]
-    out = MaskLoss(backend=backend)(logits, MaskTargets.from_masks(setup.masks), pairs, points=points)
+    out = MaskLoss(backend=backend)(logits, setup.with_void(), pairs, points=points)
     picked = torch.cat([logits[b, q] for b, (q, _) in enumerate(pairs)])
     wanted = torch.cat([setup.masks[b][t] for b, (_, t) in enumerate(pairs)])
-    ce, dice = dense_terms(picked, wanted, points)
+    void = torch.stack([region()] * 3 + [torch.zeros_like(region())] * 2)
+    ce, dice = dense_terms(picked, wanted, points, void)
     torch.testing.assert_close(out.per_instance.ce, ce)
     torch.testing.assert_close(out.per_instance.dice, dice)
     torch.testing.assert_close(out.total, 5 * ce.sum() / 5 + 5 * dice.sum() / 5)
@@ -152,15 +180,15 @@ def test_matching_costs_over_all_frames(backend: str, focal: bool) -> None:
     weights = {"class_weight": 0.0, "mask_weight": 1.0, "dice_weight": 10.0}
     matcher = HungarianMatcher(**weights, num_points=50, backend=backend, **options)
     logits = [layer.detach() for layer in setup.logits]
-    begun = Step.begin(collate(setup.targets), logits, seed=5)
+    begun = Step.begin(collate({"masks": setup.with_void(), "labels": setup.labels}), logits, seed=5)
     found = matcher.costs(torch.stack(setup.classes), logits, begun)
     ids = torch.arange(3)
     keys = instance_keys(torch.tensor(5), ids, torch.full_like(ids, ALL_TARGETS))
     points = draw_layout("independent", keys, 50, torch.zeros_like(ids), MATCHER).double()
-    for layer, planes in enumerate(logits):
+    for layer, clips in enumerate(logits):
         for clip, masks in enumerate(setup.masks):
             at = points[clip].expand(T, -1, -1)
-            z = torch.stack([read(query, at).flatten() for query in planes[clip]])
+            z = torch.stack([read(query, at).flatten() for query in clips[clip]])
             if not len(masks):
                 continue
             t = torch.stack([read(mask.double(), at).flatten() for mask in masks])
@@ -171,8 +199,10 @@ def test_matching_costs_over_all_frames(backend: str, focal: bool) -> None:
                 # The cost is linear in t, between its values where t is 0 and 1.
                 on, off = -0.25 * (1 - s) ** 2 * logsigmoid(pair_z), -0.75 * s**2 * logsigmoid(-pair_z)
                 ce = on * pair_t + off * (1 - pair_t)
-            dice = 1 - (2 * (s * pair_t).sum(2) + 1) / (s.sum(2) + pair_t.sum(2) + 1)
-            torch.testing.assert_close(found[layer, clip, :, : len(t)], ce.mean(2) + 10 * dice)
+            w = torch.ones(T * 50) if clip else counting(region(), at).flatten()
+            ce, s = (ce * w).sum(2) / w.sum(), s * w
+            dice = 1 - (2 * (s * pair_t).sum(2) + 1) / (s.sum(2) + (pair_t * w).sum(2) + 1)
+            torch.testing.assert_close(found[layer, clip, :, : len(t)], ce + 10 * dice)
 
 
 @pytest.mark.parametrize("encoding", ["bits", "labels", "values"])
@@ -184,9 +214,10 @@ def test_kernels_against_the_reference(encoding: str) -> None:
         for drawn, masks in zip(maps, setup.masks, strict=True):
             for n, mask in enumerate(masks):
                 drawn[mask] = n + 1
-        packed = MaskTargets.from_label_map(maps, [[1, 2, 3], [1, 2]])
+        packed = MaskTargets.from_label_map(maps, [[1, 2, 3], [1, 2]], ignore=region())
     else:
-        packed = MaskTargets.from_masks([masks.float() for masks in setup.masks], soft=encoding == "values")
+        dense = [masks.float() for masks in setup.masks]
+        packed = MaskTargets.from_masks(dense, soft=encoding == "values", ignore=region())
     assert packed.encoding == encoding
     targets = {"masks": packed, "labels": setup.labels}
     found = []
@@ -378,7 +409,7 @@ def test_options() -> None:
         ClipOptions(clips="frame")  # type: ignore[call-arg]
     with pytest.raises(MaskLossError, match="clips must be ClipOptions"):
         MaskLoss(clips="present")  # type: ignore[arg-type]
-    with pytest.raises(MaskLossError, match="clips have no ignore regions"):
+    with pytest.raises(MaskLossError, match=r"ignore region must be bool \[T, H, W\](.|\n)*masks are 3 x 20 x 28"):
         MaskTargets.from_masks(blobs(1), ignore=torch.zeros(H, W, dtype=torch.bool))
 
 
@@ -411,6 +442,29 @@ def test_padded_clips_and_their_windows() -> None:
     padded = MaskTargets.from_label_map(labels, [0, 2], canvas=(H + 4, W + 3))
     assert not padded.dense()[0, :, H:].any()
     assert torch.equal(padded.dense()[1, :, :H, :W], labels == 2)
+
+
+@pytest.mark.parametrize("canvas", [None, (H + 4, W + 3)])
+def test_void_pixels_of_clips_in_every_form(canvas: tuple[int, int] | None) -> None:
+    """As a region, as a value of masks and as one of label maps: the same is stored, also on a canvas."""
+    masks, void = blobs(2) & ~region(), region()
+    masks[1] &= ~masks[0]
+    values, labels = masks.to(torch.uint8), (masks[0] + 2 * masks[1]).to(torch.uint8)
+    values[0, void], labels[void] = 255, 255
+    packed = [
+        MaskTargets.from_masks(masks, ignore=void.numpy(), canvas=canvas),
+        MaskTargets.from_masks(values, ignore_value=255, canvas=canvas),
+        MaskTargets.from_label_map(labels, ignore_value=255, canvas=canvas),
+    ]
+    for each in packed:
+        assert torch.equal(each.ignore, packed[0].ignore)
+        assert torch.equal(each.images[:, IGNORE_SIZE:], packed[0].images[:, IGNORE_SIZE:]) or each is packed[2]
+        assert torch.equal(each.dense(), packed[0].dense())
+        assert torch.equal(planes(each).table[:, IGNORE_OFFSET], planes(packed[0]).table[:, IGNORE_OFFSET])
+    with pytest.raises(MaskLossError, match="ignore_value must be no target's id"):
+        MaskTargets.from_label_map(labels, [1, 255], ignore_value=255)
+    with pytest.raises(MaskLossError, match="integer masks must be 0 or 1"):
+        MaskTargets.from_masks(values)
 
 
 # ------------------------------------------------------------------------------------ Mask2Former's own code for video
@@ -499,12 +553,8 @@ def test_a_batch_of_clips_without_a_target(unit: str, nothing: Tensor | None) ->
     assert logits.grad is not None and not logits.grad.any()
 
 
-@pytest.mark.parametrize("unit", ["clip", "volume"])
-def test_whole_clips_and_volumes_reject_what_they_would_ignore(unit: str) -> None:
-    loss = MaskLoss(clips=ClipOptions(unit=unit), sampling=PointSampling(64))
+def test_volumes_need_slices() -> None:
+    loss = MaskLoss(clips=ClipOptions(unit="volume"), sampling=PointSampling(64))
     masks, pairs = torch.rand(2, 16, 16) > 0.5, [(torch.tensor([0, 1]), torch.tensor([0, 1]))]
-    with pytest.raises(MaskLossError, match="no ignore regions"):
-        loss(torch.randn(1, 6, 1, 8, 8), MaskTargets.from_masks(masks, ignore=torch.rand(16, 16) > 0.5), pairs)
-    if unit == "volume":
-        with pytest.raises(MaskLossError, match="volumes need targets with a dimension of slices"):
-            loss(torch.randn(1, 6, 5, 8, 8), MaskTargets.from_masks(masks), pairs)
+    with pytest.raises(MaskLossError, match="volumes need targets with a dimension of slices"):
+        loss(torch.randn(1, 6, 5, 8, 8), MaskTargets.from_masks(masks), pairs)

@@ -41,12 +41,26 @@ def labels_of(count: int, seed: int = 0, size: tuple[int, int, int] = (D, H, W))
     return fine.to(torch.int32).to(torch.uint16)
 
 
+def region(size: tuple[int, int, int] = (D, H, W)) -> Tensor:
+    """Void voxels, a box with a part of every slice but the last."""
+    void = torch.zeros(size, dtype=torch.bool)
+    void[: max(size[0] - 1, 1), 3:10, 2:13] = True
+    return void
+
+
+def counting(points: Tensor) -> Tensor:
+    """Which points `[..., P, 3]` lie in no void voxel, 1 or 0."""
+    x, y, z = (points[..., axis].mul((W, H, D)[axis]).long() for axis in range(3))
+    return (~region()[z, y, x]).to(points.dtype)
+
+
 class Setup:
     def __init__(self, dtype: torch.dtype = torch.float32, depth: int = 4, counts: tuple[int, ...] = (3, 2)) -> None:
         generator = torch.Generator().manual_seed(5)
         self.maps = [labels_of(count, seed) for seed, count in enumerate(counts)]
         self.ids = [list(range(1, count + 1)) for count in counts]
         self.packed = MaskTargets.from_label_map(self.maps, self.ids)
+        self.with_void = MaskTargets.from_label_map(self.maps, self.ids, ignore=region())
         self.labels = [torch.arange(count) % 2 for count in counts]
         self.classes = [torch.randn(len(counts), 4, 3, generator=generator).to(dtype) for _ in range(2)]
         self.logits = [
@@ -138,7 +152,7 @@ def test_loss_at_uniform_points(backend: str, clips: ClipOptions, edges: dict[st
     pairs = [(torch.tensor([2, 0, 3]), torch.tensor([1, 0, 2])), (torch.tensor([1, 3]), torch.tensor([1, 0]))]
     logits = setup.logits[0]
     loss = MaskLoss(sampling=UNIFORM, clips=clips, backend=backend, **edges)
-    out = loss(logits, setup.packed, pairs, seed=4)
+    out = loss(logits, setup.with_void, pairs, seed=4)
     images = torch.tensor([0, 0, 0, 1, 1])
     keys = instance_keys(torch.tensor(4), images, torch.cat([t for _, t in pairs]))
     points = draw_layout3("independent", keys, P, torch.zeros_like(images), RANDOM).to(dtype)
@@ -147,21 +161,69 @@ def test_loss_at_uniform_points(backend: str, clips: ClipOptions, edges: dict[st
     z = read(torch.cat([logits[b, q] for b, (q, _) in enumerate(pairs)]), points, linear, padding_mode=padding)
     dense = torch.cat([setup.packed.dense(b)[t].to(dtype) for b, (_, t) in enumerate(pairs)])
     t = read(dense, points, linear, padding_mode=padding, mode=mode)
-    ce = binary_cross_entropy_with_logits(z, t, reduction="none").mean(1)
-    s = z.sigmoid()
+    w = counting(points)
+    ce = (binary_cross_entropy_with_logits(z, t, reduction="none") * w).sum(1) / w.sum(1)
+    s, t = z.sigmoid() * w, t * w
     dice = 1 - (2 * (s * t).sum(1) + 1) / (s.sum(1) + t.sum(1) + 1)
     # `grid_sample` rounds positions in its own precision, the library in float64.
     close = {} if backend == "reference" else {"atol": 1e-4, "rtol": 1e-4}
     torch.testing.assert_close(out.per_instance.ce, ce, **close)
     torch.testing.assert_close(out.per_instance.dice, dice, **close)
     torch.testing.assert_close(out.total, ce.sum() + dice.sum(), **close)
-    given = loss(logits, setup.packed, pairs, points=points.float())
+    given = loss(logits, setup.with_void, pairs, points=points.float())
     torch.testing.assert_close(given.total, out.total)
     torch.testing.assert_close(*(torch.autograd.grad(each.total, logits, retain_graph=True) for each in (given, out)))
     for one, other in zip(
         torch.autograd.grad(out.total, logits), torch.autograd.grad((ce + dice).sum(), logits), strict=True
     ):
         torch.testing.assert_close(one, other, **close)
+
+
+@pytest.mark.parametrize("unit", ["frame", "clip", "volume"])
+def test_void_voxels_change_nothing(backend: str, unit: str) -> None:
+    """Neither what is predicted there nor what is annotated: equal matches and losses, and no gradient."""
+    generator = torch.Generator().manual_seed(3)
+    classes, logits = torch.randn(1, 4, 3, generator=generator), torch.randn(1, 4, D, H, W, generator=generator)
+    # A point beside the region reads the next voxel of it, and in a volume that of the next slice.
+    inner = torch.zeros_like(region())
+    inner[: D - 2 if unit == "volume" else D - 1, 4:9, 3:12] = True
+    options: dict[str, Any] = {"clips": ClipOptions(unit=unit), "backend": backend}
+    criterion = MaskCriterion(2, sampling=UNIFORM, ignore_value=255, **options)
+    found = []
+    for perturbed in (False, True):
+        masks = MaskTargets.from_label_map(labels_of(3), [1, 2, 3]).dense().to(torch.uint8)
+        drawn = logits.clone()
+        if perturbed:
+            masks[:, inner] = 1 - masks[:, inner]
+            drawn[..., inner] = -9 * drawn[..., inner]
+        masks[0, region()] = 255
+        entry = {"masks": masks, "labels": torch.tensor([0, 1, 1])}
+        out = criterion(classes, drawn.requires_grad_(), [entry], seed=1)
+        [gradient] = torch.autograd.grad(out.total, drawn)
+        assert not gradient[..., inner].any() and gradient.any()
+        found.append((out.matches.index, out.total, gradient))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_clip_of_one_frame_with_void_is_the_image(backend: str) -> None:
+    """Where points are independent they are the image's, whatever the unit."""
+    setup, pairs = Setup(), [(torch.tensor([2, 0]), torch.tensor([1, 0])), (torch.tensor([1]), torch.tensor([1]))]
+    masks, logits = [setup.packed.dense(image)[:, 2] for image in range(2)], setup.logits[0].detach()[:, :, 2]
+    void, sampling = region()[0], PointSampling(num_points=P)
+    image = MaskLoss(sampling=sampling, backend=backend)
+    clip = MaskLoss(sampling=sampling, backend=backend, clips=CLIP)
+    found = (
+        image(logits, MaskTargets.from_masks(masks, ignore=void), pairs, seed=1),
+        clip(
+            logits[:, :, None],
+            MaskTargets.from_masks([each[:, None] for each in masks], ignore=void[None]),
+            pairs,
+            seed=1,
+        ),
+    )
+    torch.testing.assert_close(*(each.per_instance.ce for each in found))
+    torch.testing.assert_close(*(each.per_instance.dice for each in found))
 
 
 @pytest.mark.parametrize("clips", [VOLUME, CLIP], ids=["volume", "clip"])
@@ -180,7 +242,8 @@ def test_matching_costs(backend: str, layout: str, clips: ClipOptions) -> None:
     setup = Setup(dtype, depth=4 if clips is VOLUME else D)
     weights = {"class_weight": 0.0, "mask_weight": 1.0, "dice_weight": 10.0}
     matcher = HungarianMatcher(**weights, num_points=P, layout=layout, clips=clips, backend=backend)
-    begun = Step.begin(collate(setup.targets), setup.logits, seed=5)
+    targets = {"masks": MaskTargets.cat([setup.with_void[0], setup.packed[1]]), "labels": setup.labels}
+    begun = Step.begin(collate(targets), setup.logits, seed=5)
     found = matcher.costs(torch.stack(setup.classes), setup.logits, begun)
     ids = torch.arange(2)
     keys = instance_keys(torch.tensor(5), ids, torch.full_like(ids, ALL_TARGETS))
@@ -191,8 +254,9 @@ def test_matching_costs(backend: str, layout: str, clips: ClipOptions) -> None:
             z = read(logits[image].detach(), points[image].expand(4, -1, -1), clips is VOLUME)
             t = read(dense, points[image].expand(len(dense), -1, -1), clips is VOLUME)
             pair_z, pair_t = z[:, None].expand(-1, len(t), -1), t.expand(len(z), -1, -1)
-            ce = binary_cross_entropy_with_logits(pair_z, pair_t, reduction="none").mean(2)
-            s = pair_z.sigmoid()
+            w = torch.ones(P, dtype=dtype) if image else counting(points[0])
+            ce = (binary_cross_entropy_with_logits(pair_z, pair_t, reduction="none") * w).sum(2) / w.sum()
+            s, pair_t = pair_z.sigmoid() * w, pair_t * w
             dice = 1 - (2 * (s * pair_t).sum(2) + 1) / (s.sum(2) + pair_t.sum(2) + 1)
             close = {} if backend == "reference" else {"atol": 1e-3, "rtol": 1e-4}
             torch.testing.assert_close(found[layer, image, :, : len(t)], ce + 10 * dice, **close)
@@ -207,7 +271,9 @@ def test_kernels_choose_and_compute_as_the_reference(dtype: torch.dtype, encodin
     setup = Setup(dtype, depth=3 if clips is VOLUME else D)
     if encoding != "labels":
         dense = [setup.packed.dense(image).float() for image in range(2)]
-        setup.packed = MaskTargets.from_masks(dense, soft=encoding == "values", valid=(1, 2, H - 2, W - 4))
+        setup.packed = MaskTargets.from_masks(
+            dense, soft=encoding == "values", valid=(1, 2, H - 2, W - 4), ignore=region()
+        )
     sampling = PointSampling(num_points=P, layout="stratified" if dtype == torch.float32 else "independent")
     others: dict[str, dict[str, Any]] = {
         "bits": {"focal_alpha": 0.3, "focal_gamma": 2.0},

@@ -21,9 +21,10 @@ INDEX_COLUMNS = 4
 # Sums of larger costs of pairs (float64) could overflow.
 LARGEST_COST = 1e290
 # `MaskTargets.table`, a row for each target: where its crop is stored; the crop within the frame; the frame; its id in
-# a label map. The first PLACE_COLUMNS are known as soon as a mask is packed.
-OFFSET, STRIDE, TOP, LEFT, CROP_H, CROP_W, FRAME_H, FRAME_W, LABEL = range(9)
-PLACE_COLUMNS, TABLE_COLUMNS = 6, 9
+# a label map; where the ignore region of a plane of a clip begins in the clip's. The first PLACE_COLUMNS are known as
+# soon as a mask is packed.
+OFFSET, STRIDE, TOP, LEFT, CROP_H, CROP_W, FRAME_H, FRAME_W, LABEL, IGNORE_OFFSET = range(10)
+PLACE_COLUMNS, TABLE_COLUMNS = 6, 10
 # `MaskTargets.images`: three sizes, what the images before add up to (in the same order), and what lies there.
 COUNT, SIZE, IGNORE_SIZE, FIRST, BASE, IGNORE_BASE, IGNORE_STRIDE, IGNORE_H, IGNORE_W, IMAGE_H, IMAGE_W = range(11)
 SIZES, IMAGE_COLUMNS = 3, 11

@@ -149,7 +149,7 @@ def stack_of(clips: ClipOptions | None, logits: Sequence[Layer], targets: MaskTa
     """Say how whole clips or volumes are read; None where each frame is a unit, or where these are images.
 
     Raises:
-        Cause: logits and targets with different frames, or ignore regions, which whole clips and volumes do not have.
+        Cause: clips whose logits and targets have different frames, or volumes whose targets have no slices.
     """
     clips, first = clips or _DEFAULT, logits[0]
     if first.ndim != 5:
@@ -162,12 +162,6 @@ def stack_of(clips: ClipOptions | None, logits: Sequence[Layer], targets: MaskTa
         )
     if clips.unit == "frame":
         return None
-    if targets.ignore.numel():
-        raise Cause(
-            f"unit={clips.unit!r} has no ignore regions",
-            "the targets have some",
-            "leave them out, or take unit='frame'",
-        )
     if clips.unit == "volume" and targets.num_masks and targets.present is None:
         raise Cause(
             "volumes need targets with a dimension of slices",

@@ -126,7 +126,7 @@ def pad_targets(
         >>> masks[:, 4:8, 4:8] = True
         >>> padded = pad_targets([{"masks": masks, "labels": torch.tensor([3, 1])}], 4, data_size=64)
         >>> padded.labels, padded.counts, [list(each.shape) for each in padded.masks.tensors[:3]]
-        (tensor([ 3,  1, -1, -1]), tensor([2]), [[64], [4, 9], [1, 11]])
+        (tensor([ 3,  1, -1, -1]), tensor([2]), [[64], [4, 10], [1, 11]])
     """
     masks, labels, has_mask, annotated = collate(targets)
     check_whole(annotated)

@@ -23,7 +23,8 @@ FRAMES, COUNTS = 2, (2, 0, 1)
 
 def targets() -> MaskTargets:
     masks = [torch.rand(count, FRAMES, 11, 14, device=DEVICE) > 0.6 for count in COUNTS]
-    return MaskTargets.from_masks(masks, soft=False, valid=(1, 2, 9, 10))
+    ignore = torch.rand(FRAMES, 11, 14, device=DEVICE) > 0.7
+    return MaskTargets.from_masks(masks, soft=False, valid=(1, 2, 9, 10), ignore=ignore)
 
 
 def draw(*numbers: int) -> Draw:

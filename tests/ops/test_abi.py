@@ -88,7 +88,7 @@ def test_bare_columns_would_be_found() -> None:
 
 def test_tables_have_the_columns() -> None:
     targets = MaskTargets.from_masks(torch.rand(2, 5, 7) > 0.5)
-    assert targets.table.shape[1] == abi.TABLE_COLUMNS == abi.LABEL + 1
+    assert targets.table.shape[1] == abi.TABLE_COLUMNS == abi.IGNORE_OFFSET + 1
     assert targets.images.shape[1] == abi.IMAGE_COLUMNS == abi.IMAGE_W + 1
     assert targets.windows.shape[1] == abi.WINDOW_COLUMNS == abi.WINDOW_H + 1
     assert abi.CROP_W + 1 == abi.PLACE_COLUMNS and abi.TARGET + 1 == abi.INDEX_COLUMNS

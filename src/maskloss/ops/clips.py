@@ -12,7 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._abi import BASE, COUNT, FIRST, OFFSET, Job, Targets, accumulation_dtype
+from maskloss._abi import (
+    BASE,
+    COUNT,
+    FIRST,
+    IGNORE_BASE,
+    IGNORE_H,
+    IGNORE_STRIDE,
+    OFFSET,
+    Job,
+    Targets,
+    accumulation_dtype,
+)
 
 # Logits at the matcher's points that exist at a time, on the host and on a device, where each part costs launches.
 _HOST_BYTES, _DEVICE_BYTES = 1 << 23, 1 << 25
@@ -60,8 +71,10 @@ def _frames_of(targets: Targets, num_targets: Sequence[int], clip: int, frames: 
     table[:, OFFSET] += targets.images[clip, BASE]
     images = targets.images[clip].repeat(frames, 1)
     images[:, BASE] = 0
+    frame = torch.arange(frames, device=images.device)
+    images[:, IGNORE_BASE] += frame * images[:, IGNORE_H] * images[:, IGNORE_STRIDE]
     images[:, COUNT] = count
-    images[:, FIRST] = torch.arange(frames, device=images.device) * count
+    images[:, FIRST] = frame * count
     return targets._replace(table=table, images=images, windows=targets.windows[clip].repeat(frames, 1))
 
 

@@ -15,9 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from maskloss._abi import COUNT, CROP_H, FIRST, FRAME_H, IMAGE_H, LABEL, OFFSET, STRIDE, TOP
+from maskloss._abi import (
+    COUNT,
+    CROP_H,
+    FIRST,
+    FRAME_H,
+    FRAME_W,
+    IGNORE_H,
+    IGNORE_OFFSET,
+    IMAGE_H,
+    LABEL,
+    OFFSET,
+    STRIDE,
+    TOP,
+)
+from maskloss._tracing import plain
 from maskloss.errors import Cause, check_layout, describe
-from maskloss.targets.frames import Box, Size, frame_size, window_row
+from maskloss.targets.frames import Box, Size, check_ignore, frame_size, window_row
 from maskloss.targets.storage import Packed
 
 P = TypeVar("P", bound=Packed)
@@ -28,14 +42,23 @@ def are_clips(images: Sequence[Any], rank: int) -> bool:
     return any(isinstance(each, Tensor) and each.ndim == rank + 1 for each in images)
 
 
-def stacked(clips: Sequence[Any], shape: str, canvas: Size | None, ignore: Any) -> tuple[list[Tensor], int]:
-    """Put the frames `[..., T, H, W]` of each clip one below the other, on the canvas: `[..., T * H, W]`, and T.
+def tall(clip: Tensor, canvas: Size | None, outside: int = 0) -> Tensor:
+    """Put the frames `[..., T, H, W]` of a clip one below the other, each on the canvas: `[..., T * H, W]`."""
+    height, width = frame_size((clip.shape[-2], clip.shape[-1]), canvas)
+    padding = (0, width - clip.shape[-1], 0, height - clip.shape[-2])
+    return (pad(clip, padding, value=outside) if any(padding) else clip).flatten(-3, -2)
+
+
+def stacked(
+    clips: Sequence[Any], shape: str, canvas: Size | None, ignore: Any
+) -> tuple[list[Tensor], int, Tensor | None]:
+    """Put the frames of each clip one below the other (see `tall`); return T, and the ignore region in the same form.
 
     Args:
         clips: dense masks or label maps.
         shape: what they should be, for a message.
         canvas: height and width that every frame gets.
-        ignore: a region or a value of void pixels; must be None.
+        ignore: bool `[T, H, W]`, for every clip; or None.
     """
     rank, lengths = shape.count(",") + 1, set()
     clips = _filled(clips) if rank == 4 else clips
@@ -50,18 +73,16 @@ def stacked(clips: Sequence[Any], shape: str, canvas: Size | None, ignore: Any) 
         raise Cause(
             "the clips of a batch must have one number of frames", f"got {sorted(lengths)}", "cut them to one length"
         )
-    if ignore is not None:
-        raise Cause("clips have no ignore regions and no ignore_value", f"got {describe(ignore)}", "leave it out")
-    tall = []
-    for each in clips:
-        height, width = frame_size((each.shape[-2], each.shape[-1]), canvas)
-        padding = (0, width - each.shape[-1], 0, height - each.shape[-2])
-        if any(padding):
-            # Beside a label map lies a number that is nobody's id.
-            each = each.to(torch.int16) if rank == 3 and each.dtype == torch.uint8 else each
-            each = pad(each, padding, value=0 if rank == 4 else torch.iinfo(each.dtype).min)
-        tall.append(each.flatten(-3, -2))
-    return tall, lengths.pop()
+    region = plain(ignore)
+    if region is not None:
+        for each in clips:
+            check_ignore(region, each.shape[-3:], each.device)
+        region = tall(region, canvas)
+    if rank == 4:
+        return [tall(each, canvas) for each in clips], lengths.pop(), region
+    # Beside a label map lies a number that is nobody's id.
+    maps = [each.to(torch.int16) if canvas is not None and each.dtype == torch.uint8 else each for each in clips]
+    return [tall(each, canvas, torch.iinfo(each.dtype).min) for each in maps], lengths.pop(), region
 
 
 def _filled(clips: Sequence[Any]) -> list[Any]:
@@ -71,20 +92,20 @@ def _filled(clips: Sequence[Any]) -> list[Any]:
     return [nothing if each is None or tuple(getattr(each, "shape", ())) == (0,) else each for each in clips]
 
 
-def described(targets: P, tall: Sequence[Tensor], frames: int, valid: Box | None) -> P:
-    """Say of targets that they are clips; `tall` are masks `[N, T * H, W]` or label maps `[T * H, W]`, as packed."""
+def described(targets: P, stored: Sequence[Tensor], frames: int, valid: Box | None) -> P:
+    """Say of targets that they are clips; `stored` are masks `[N, T * H, W]` or label maps `[T * H, W]`, as packed."""
     windows = targets.windows
     if valid is not None:
-        rows = [window_row(valid, each.shape[-2] // frames, each.shape[-1]) for each in tall]
+        rows = [window_row(valid, each.shape[-2] // frames, each.shape[-1]) for each in stored]
         windows = torch.cat([torch.from_numpy(row) for row in rows]).to(windows.device)
     stacked_up = replace(targets, windows=windows, frames=frames)
     if targets.encoding == "bits":
         found = planes(stacked_up).inhabited().view(targets.num_masks, frames)
     elif targets.encoding == "values":
-        found = torch.cat([(each != 0).unflatten(1, (frames, -1)).flatten(2).any(2) for each in tall])
+        found = torch.cat([(each != 0).unflatten(1, (frames, -1)).flatten(2).any(2) for each in stored])
     else:
         # One frame after the other: all pixels of all ids at once would be the dense masks.
-        listed = zip(tall, targets.table[:, LABEL].split(list(targets.num_targets)), strict=True)
+        listed = zip(stored, targets.table[:, LABEL].split(list(targets.num_targets)), strict=True)
         found = torch.cat([_occurrences(each.unflatten(0, (frames, -1)), ids) for each, ids in listed])
     return replace(stacked_up, present=found)
 
@@ -114,9 +135,11 @@ def planes(targets: P) -> P:
     table[:, TOP] = torch.where(inside, first - frame * height, 0)
     table[:, CROP_H] = torch.where(inside, last - first, 0)
     table[:, FRAME_H] = height
+    table[:, IGNORE_OFFSET] = frame * height * ((table[:, FRAME_W] + 7) // 8)
     images = targets.images.clone()
     for column in (COUNT, FIRST):  # one by one: a list would be copied to the device, which waits
         images[:, column] *= count
-    images[:, IMAGE_H] //= count
+    for column in (IMAGE_H, IGNORE_H):
+        images[:, column] //= count
     numbers = tuple(number * count for number in targets.num_targets)
     return replace(targets, table=table, images=images, num_targets=numbers, frames=1, present=None)

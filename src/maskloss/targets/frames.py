@@ -120,13 +120,13 @@ def _upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor
     ]
 
 
-def check_ignore(ignore: Tensor, size: Size, device: torch.device) -> None:
-    """Raise if an ignore region has another size, type or device than the masks."""
+def check_ignore(ignore: Tensor, size: Sequence[int], device: torch.device) -> None:
+    """Raise if an ignore region has another size, type or device than the masks, `(H, W)` or `(T, H, W)`."""
     fits = isinstance(ignore, Tensor) and tuple(ignore.shape) == tuple(size)
     if not fits or ignore.dtype not in (torch.bool, torch.uint8):
         raise Cause(
-            "the ignore region must be bool [H, W], of the size of the masks",
-            f"got {describe(ignore)}, masks are {size[0]} x {size[1]}",
+            f"the ignore region must be bool {'[H, W]' if len(size) == 2 else '[T, H, W]'}, of the size of the masks",
+            f"got {describe(ignore)}, masks are {' x '.join(map(str, size))}",
             "mark the pixels to leave out with True",
         )
     if ignore.device != device:

@@ -34,9 +34,9 @@ class MaskTargets(Packed):
     Attributes:
         encoding: "bits", "labels" or "values".
         data: 1-D, the pixels of all images: uint8, an integer type, or a float type.
-        table: int64 `[T_all, 9]`, one row per target: offset into the data of its image, elements from one row of
+        table: int64 `[T_all, 10]`, one row per target: offset into the data of its image, elements from one row of
             pixels to the next; top, left, height, width of the stored crop; height and width of the frame; id in the
-            label map.
+            label map; 0, or for the frames of clips where their ignore region begins in that of the clip.
         images: int64 `[B, 11]`, one row per image: number of targets, elements in `data`, bytes in `ignore`; where
             these three begin: row in `table`, offsets into `data` and `ignore`; bytes per row, height, width of the
             ignore region; height and width of the frame.
@@ -75,13 +75,14 @@ class MaskTargets(Packed):
                 with one per image, of any sizes. `[0]` and None are an image without targets. Or those of clips:
                 `[N, T, H, W]`, N targets in T frames, 0 where one is absent.
             ignore_value: the value of void pixels, 255 for instance: their points weigh nothing. A pixel that is void
-                in one mask of an image is void for all of them. Default None: there is no such value.
+                in one mask of an image, or of a frame, is void for all of them. Default None: there is no such value.
             soft: whether float masks in [0, 1] are soft targets, which are kept as they are, or binary ones, which are
                 packed (non-zero is inside). Default None: on a CPU the values decide; elsewhere, and inside
                 `torch.compile`, float masks count as soft, because looking at their values would stall the device.
             canvas: (height, width) of the padded canvas in whose top left corner the masks lie and which the
                 predictions cover. Default: the masks fill the frame.
-            ignore: bool `[H, W]`, tensor or array: pixels whose points weigh nothing (void, crowd).
+            ignore: bool `[H, W]`, of clips `[T, H, W]`, tensor or array: pixels whose points weigh nothing (void,
+                crowd).
             valid: (top, left, height, width) in pixels of the frame, the part inside which points are drawn.
                 Default: all of it. `canvas`, `ignore` and `valid` hold for every image of a list.
 
@@ -96,10 +97,9 @@ class MaskTargets(Packed):
         """
         given = [plain(each) for each in masks] if isinstance(masks, (list, tuple)) else [plain(masks)]
         if clips.are_clips(given, 3):
-            tall, frames = clips.stacked(
-                given, "[N, T, H, W]", canvas, ignore if ignore_value is None else ignore_value
-            )
-            return clips.described(MaskTargets.from_masks(tall, soft=soft), tall, frames, valid)
+            tall, frames, region = clips.stacked(given, "[N, T, H, W]", canvas, ignore)
+            packed = MaskTargets.from_masks(tall, ignore_value=ignore_value, soft=soft, ignore=region)
+            return clips.described(packed, tall, frames, valid)
         if not given:
             raise Cause("masks must hold one tensor per image", "the list is empty", "an empty image is [0, H, W]")
         value = dense.check_void(ignore_value, dense=True)
@@ -206,7 +206,7 @@ class MaskTargets(Packed):
         maps, value = [plain(each) for each in maps], dense.check_void(ignore_value, dense=False)
         tall, frames = maps, 0
         if clips.are_clips(maps, 2):
-            tall, frames = clips.stacked(maps, "label maps [T, H, W]", canvas, ignore if value is None else value)
+            tall, frames, ignore = clips.stacked(maps, "label maps [T, H, W]", canvas, ignore)
         tall = [label_maps.check_label_map(each) for each in tall]
         # Not from the canvas around the frames of a clip, where there is a number that is nobody's id.
         shown = [
@@ -217,11 +217,11 @@ class MaskTargets(Packed):
             label_maps.present_ids(each, value) if listed is None else listed
             for each, listed in zip(shown, numbers, strict=True)
         ]
-        if frames:
-            packed = _from_labels(tall, numbers, allow_missing, Frame(None, None, None), None)
-            return clips.described(packed, tall, frames, valid)
-        void = [] if value is None else [dense.where_void(each, value) for each in tall]
-        return _from_labels(tall, numbers, allow_missing, Frame(canvas, ignore, valid, void), value)
+        void = [] if value is None else [dense.where_void(each, value) for each in shown]
+        if not frames:
+            return _from_labels(tall, numbers, allow_missing, Frame(canvas, ignore, valid, void), value)
+        frame = Frame(None, ignore, None, [clips.tall(each, canvas) for each in void])
+        return clips.described(_from_labels(tall, numbers, allow_missing, frame, value), tall, frames, valid)
 
     @staticmethod
     @reported("MaskTargets.from_coco")

@@ -170,7 +170,7 @@ class Packed:
         """
         row = self.images[self.number_of(image)].tolist()
         first, count, base = row[FIRST], row[COUNT], row[BASE]
-        for offset, stride, top, left, h, w, _, _, label in self.table[first : first + count].tolist():
+        for offset, stride, top, left, h, w, _, _, label, _ in self.table[first : first + count].tolist():
             across = (w + 7) // 8 if self.encoding == "bits" else w
             pixels = self.data[base + offset if h * w else 0 :].as_strided((h, across), (stride, 1))
             yield self._decode(pixels, w, label), top, left

@@ -86,7 +86,7 @@ def draw(
                 space[i] = bits[axis, order[i]]
             bits[axis] = space
         points_of_bits(bits, num_points, windows[image], x, y)
-        read_weights(x, y, num_points, images[image], ignore, False, weights[image])
+        read_weights(x, y, num_points, images[image], 0, ignore, False, weights[image])
 
 
 @kernel

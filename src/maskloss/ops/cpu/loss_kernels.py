@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskloss._abi import F32, FIRST, IMAGE, LAYER, QUERY, STANDARD, TARGET, X, Y
+from maskloss._abi import F32, FIRST, IGNORE_OFFSET, IMAGE, LAYER, QUERY, STANDARD, TARGET, X, Y
 
 from .blocks import (
     GRADIENT_ROWS,
@@ -32,7 +32,8 @@ from .threads import take
 
 
 @helper()
-def _keep_soft(t, w, n, kept):
+def keep_soft(t, w, n, kept):
+    """Keep t at points, -1 where the weight is 0."""
     for i in range(n):
         kept[i] = t[i] if w[i] != 0 else -1
 
@@ -201,14 +202,14 @@ def mask_loss(
                     read_targets(
                         x, y, n, row, data, encoding, border, nearest, xs, ys, ints, t, value_blocks[0], value_blocks[1]
                     )
-                    read_weights(x, y, n, images[image], ignore, given.double, w)
+                    read_weights(x, y, n, images[image], row[IGNORE_OFFSET], ignore, given.double, w)
                 if again:
                     part = sum_areas(z, t, w, n, s)
                 else:
                     by_entropy, part = sum_losses(z, t, w, n, s)
                     loss += by_entropy if gamma < 0 else sum_focal(z, t, w, n, alpha, gamma)
                     if keeps_soft:
-                        _keep_soft(t, w, n, soft[instance, first : first + n])
+                        keep_soft(t, w, n, soft[instance, first : first + n])
                     if keeps_logits:
                         logits[instance, first : first + n] = z
                 areas = part[1:] if kind == STANDARD else sum_other_areas(t, w, n, s, kind)

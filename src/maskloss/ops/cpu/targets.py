@@ -235,22 +235,30 @@ def interpolate_codes(codes, n, fx, fy, t):
         t[k] = top + fy[k] * (bottom - top)
 
 
+@helper(forceinline=True)
+def _pixel_at(coordinate, size, double):
+    """The pixel that a point lies in, `int(x * size)` in the type of the point; a NaN counts as 0."""
+    position = coordinate * size if double else np.float64(np.float32(coordinate) * np.float32(size))
+    return int(min(position, size - 1.0)) if position > 0 else 0
+
+
+@helper(forceinline=True)
+def is_ignored(x, y, image, frames, region, ignore, double):
+    """Whether a point lies in an ignore region: that of one of `frames`, which begins at `region` in their image's."""
+    row, column = _pixel_at(y, image[IMAGE_H] // frames, double), _pixel_at(x, image[IMAGE_W], double)
+    if row >= image[IGNORE_H] // frames or column >= image[IGNORE_W]:
+        return False
+    byte = ignore[image[IGNORE_BASE] + region + row * image[IGNORE_STRIDE] + (column >> 3)]
+    return ((byte >> (column & 7)) & 1) != 0
+
+
 @helper()
-def read_weights(x, y, n, image, ignore, double, w):
-    """Weights of points: 0 in the ignore region, 1 elsewhere. A point lies in pixel `int(x * image_w)`, in its type."""
+def read_weights(x, y, n, image, region, ignore, double, w):
+    """Weights of points: 0 in the ignore region, which begins at `region` in that of its image, 1 elsewhere."""
     for i in range(n):
         w[i] = 1
     if image[IGNORE_SIZE] == 0:
         return
     for i in range(n):
-        u, v = x[i] * image[IMAGE_W], y[i] * image[IMAGE_H]
-        if not double:
-            u = np.float64(np.float32(x[i]) * np.float32(image[IMAGE_W]))
-            v = np.float64(np.float32(y[i]) * np.float32(image[IMAGE_H]))
-        # A NaN counts as 0.
-        column = int(min(u, image[IMAGE_W] - 1.0)) if u > 0 else 0
-        row = int(min(v, image[IMAGE_H] - 1.0)) if v > 0 else 0
-        if row < image[IGNORE_H] and column < image[IGNORE_W]:
-            byte = ignore[image[IGNORE_BASE] + row * image[IGNORE_STRIDE] + (column >> 3)]
-            if (byte >> (column & 7)) & 1:
-                w[i] = 0
+        if is_ignored(x[i], y[i], image, 1, region, ignore, double):
+            w[i] = 0

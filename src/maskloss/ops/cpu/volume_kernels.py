@@ -24,12 +24,13 @@ from maskloss._abi import (
     Z,
 )
 
-from .blocks import SPARE, block_length
+from .blocks import NOT_GIVEN, SPARE, block_length
 from .choose import GROUP, LARGEST_KEY, list_marked, make_keys, mark_chosen, pick, threshold
 from .compile import helper, kernel
 from .cost_kernels import VECTOR, pair_costs, sort_pass
 from .formulas import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses, sum_other_areas
 from .generator import instance_key
+from .loss_kernels import keep_soft
 from .memory import at, bare
 from .planes import item_bytes
 from .sampling import BLOCK
@@ -51,6 +52,7 @@ from .volume_sampling import (
     settle_edges,
     target_grid,
     view_volume,
+    weigh_points,
 )
 
 _I32 = np.int32
@@ -152,8 +154,8 @@ def _add_gradient(grad, image, query, dense, points, places, edges, count, slope
 @kernel
 def volume_loss(
     counter, items, values, coordinates, integers,
-    sources, data, table, index, encoding, images, windows, image_ids, seed, given, numbers, reading, alpha, gamma,
-    kind, again, ce, dice, chosen_bits, soft, order, starts, by_ce, by_dice, grads,
+    sources, data, table, ignore, index, encoding, images, windows, image_ids, seed, given, numbers, reading, alpha,
+    gamma, kind, again, ce, dice, chosen_bits, soft, order, starts, by_ce, by_dice, grads,
 ):  # fmt: skip
     """Cross-entropy and Dice of instances, and their gradient: see `loss_kernels.mask_loss`.
 
@@ -163,6 +165,7 @@ def volume_loss(
     values, coordinates, integers = bare(values), bare(coordinates), bare(integers)
     sources, windows, table, images, index = bare(sources), bare(windows), bare(table), bare(images), bare(index)
     chosen_bits, soft, grads, order, starts = bare(chosen_bits), bare(soft), bare(grads), bare(order), bare(starts)
+    ignore = bare(ignore)
     num_points, num_candidates, num_uncertain = numbers.points, numbers.candidates, numbers.uncertain
     xyz = coordinates[: POINT_ROWS * BLOCK].reshape(POINT_ROWS, BLOCK)
     blocks = values[: VALUE_ROWS * BLOCK].reshape(VALUE_ROWS, BLOCK)
@@ -244,14 +247,16 @@ def volume_loss(
                     total = settle_edges(cells, grid, edges, count, fx, fy, fz, first, moved, points[8], total)
                     if gaps:  # the gradient has none
                         find_places(cells, n, dense, at_points, flags, edges)
-                w[:] = 1
+                weigh_points(
+                    given, instance, first, bits, n, window, images[image], reading.frames, ignore, xyz, w
+                )  # fmt: skip
                 if again:
                     part = sum_areas(z, t, w, n, s)
                 else:
                     by_entropy, part = sum_losses(z, t, w, n, s)
                     loss += by_entropy if gamma < 0 else sum_focal(z, t, w, n, alpha, gamma)
                     if encoding >= VALUES:
-                        soft[instance, first : first + n] = t
+                        keep_soft(t, w, n, soft[instance, first : first + n])
                 areas = part[1:] if kind == STANDARD else sum_other_areas(t, w, n, s, kind)
                 weight += part[0]
                 area += areas[0]
@@ -272,11 +277,15 @@ def volume_loss(
 
 
 @kernel
-def matching_points(counter, items, _values, _coordinates, integers, image_ids, seed, boxes, num_points, slabs, points):
+def matching_points(
+    counter, items, _values, coordinates, integers,
+    image_ids, seed, boxes, num_points, slabs, windows, images, frames, ignore, points, weights,
+):  # fmt: skip
     """The matcher's points of each volume as bits, `[B, 3, P]`, sorted into slabs of z and there by y, for the caches.
 
-    A work item is a volume.
+    And their weights. A work item is a volume.
     """
+    xyz = coordinates.reshape(POINT_ROWS, num_points)
     order, space, rows = integers[: 3 * num_points].reshape(3, num_points)
     bits = integers[3 * num_points : 7 * num_points].reshape(4, num_points)
     counts = np.empty(4097, np.int64)
@@ -294,6 +303,10 @@ def matching_points(counter, items, _values, _coordinates, integers, image_ids, 
         for axis in range(3):
             for i in range(num_points):
                 points[image, axis, i] = bits[axis, order[i]]
+        weigh_points(
+            NOT_GIVEN, 0, 0, points[image], num_points, windows[image], images[image], frames, ignore, xyz,
+            weights[image],
+        )  # fmt: skip
 
 
 @helper()

@@ -18,6 +18,9 @@ from maskloss._abi import (
     DEPTH_STREAM,
     FRAME_H,
     FRAME_W,
+    IGNORE_H,
+    IGNORE_SIZE,
+    IGNORE_STRIDE,
     INVERSE_BITS,
     LEFT,
     OFFSET,
@@ -42,7 +45,7 @@ from .memory import at
 from .planes import item_bytes, read_row
 from .positions import Given, given_points, locate_pixels, nearest_pixel
 from .sampling import add_pair, gather, load_pair
-from .targets import bits_around, interpolate_codes, pixels_around, read_pixel
+from .targets import bits_around, interpolate_codes, is_ignored, pixels_around, read_pixel
 
 _I32 = np.int32
 _UNIT = np.float32(2.0**-24)
@@ -125,9 +128,7 @@ def find_cells(bits, n, window, grid, border, coordinates, cells, fx, fy, fz):
         _along(bits[X], n, grid.width, cells[X], fx)
         _along(bits[Y], n, grid.height, cells[Y], fy)
     else:
-        points_of_bits(bits, n, window, coordinates[X], coordinates[Y])
-        for i in range(n):
-            coordinates[Z, i] = np.float32(bits[Z, i]) * _UNIT
+        _coordinates_of_bits(bits, n, window, coordinates)
         _cells_of_floats(coordinates, n, grid, border, cells, fx, fy, fz)
         return
     if grid.linear:
@@ -139,11 +140,23 @@ def find_cells(bits, n, window, grid, border, coordinates, cells, fx, fy, fz):
 
 
 @helper()
-def given_cells(given, instance, first, n, grid, border, coordinates, cells, fx, fy, fz):
-    """As `find_cells`, of points `first:first + n` that the caller gave to an instance."""
+def _coordinates_of_bits(bits, n, window, coordinates):
+    points_of_bits(bits, n, window, coordinates[X], coordinates[Y])
+    for i in range(n):
+        coordinates[Z, i] = np.float32(bits[Z, i]) * _UNIT
+
+
+@helper()
+def _given_coordinates(given, instance, first, n, coordinates):
     deep = Given(given.address, given.double, given.row, given.point, 2 * given.coordinate)
     given_points(deep, instance, first, n, coordinates[X], coordinates[Z])
     given_points(given, instance, first, n, coordinates[X], coordinates[Y])
+
+
+@helper()
+def given_cells(given, instance, first, n, grid, border, coordinates, cells, fx, fy, fz):
+    """As `find_cells`, of points `first:first + n` that the caller gave to an instance."""
+    _given_coordinates(given, instance, first, n, coordinates)
     _cells_of_floats(coordinates, n, grid, border, cells, fx, fy, fz)
 
 
@@ -155,10 +168,33 @@ def _cells_of_floats(coordinates, n, grid, border, cells, fx, fy, fz):
         locate_pixels(coordinates[Z], n, grid.depth, border, cells[Z], fz)
         return
     for i in range(n):
-        # A NaN is in the first slice; along the other axes it is off the volume.
-        z = np.float64(coordinates[Z, i]) * grid.depth
-        cells[Z, i] = _I32(min(z, grid.depth - 1.0)) if z > 0 else _I32(0)
+        cells[Z, i] = _slice_at(coordinates[Z, i], grid.depth)
         fz[i] = 0
+
+
+@helper(forceinline=True)
+def _slice_at(coordinate, depth):
+    """The slice that a point lies in. A NaN is in the first one; along the other axes it is off the volume."""
+    z = np.float64(coordinate) * depth
+    return _I32(min(z, depth - 1.0)) if z > 0 else _I32(0)
+
+
+@helper()
+def weigh_points(given, instance, first, bits, n, window, image, frames, ignore, coordinates, w):
+    """Weights of points, given or drawn: 0 in a voxel of the ignore region, 1 elsewhere (see `read_weights`)."""
+    for i in range(n):
+        w[i] = 1
+    if image[IGNORE_SIZE] == 0:
+        return
+    if given.address != 0:
+        _given_coordinates(given, instance, first, n, coordinates)
+    else:
+        _coordinates_of_bits(bits, n, window, coordinates)
+    region = image[IGNORE_H] // frames * image[IGNORE_STRIDE]
+    for i in range(n):
+        behind = _slice_at(coordinates[Z, i], frames) * region
+        if is_ignored(coordinates[X, i], coordinates[Y, i], image, frames, behind, ignore, given.double):
+            w[i] = 0
 
 
 @helper()

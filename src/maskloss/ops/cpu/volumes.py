@@ -77,7 +77,12 @@ def _run(
     points, candidates, uncertain = draw.num_points, draw.num_candidates, draw.num_uncertain
     numbers = kernels.Numbers(points, candidates, uncertain, _boxes(draw, candidates), _boxes(draw, points - uncertain))
     args: tuple[Any, ...] = (sources, data.data_ptr(), absolute(targets.table, targets.images))
-    args += (array_of(instances.rows), encode(data, targets.encoding), array_of(targets.images))
+    args += (
+        array_of(targets.ignore),
+        array_of(instances.rows),
+        encode(data, targets.encoding),
+        array_of(targets.images),
+    )
     args += (array_of(targets.windows), array_of(draw.image_ids), int(draw.seed), given, numbers, _reading(job, stack))
     width = points if len(written) else BLOCK
     sizes = (
@@ -172,10 +177,15 @@ def volume_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job, 
     if ce.size:
         num_points, dtypes = draw.num_points, dtypes_of(logits[0])
         points = np.empty((batch, 3, num_points), np.int32)
-        args: tuple[Any, ...] = (array_of(draw.image_ids), int(draw.seed), _boxes(draw, num_points))
-        launch(kernels.matching_points, batch, dtypes, (0, 0, 7 * num_points), (*args, num_points, _SLABS, points))
-        weights = np.ones((batch, num_points), kind)
-        counts, windows = np.maximum(weights.sum(axis=1), 1), array_of(targets.windows)
+        weights, windows, images = (
+            np.empty((batch, num_points), kind),
+            array_of(targets.windows),
+            array_of(targets.images),
+        )
+        args: tuple[Any, ...] = (array_of(draw.image_ids), int(draw.seed), _boxes(draw, num_points), num_points, _SLABS)
+        args += (windows, images, stack.frames, array_of(targets.ignore), points, weights)
+        launch(kernels.matching_points, batch, dtypes, (0, 3 * num_points, 7 * num_points), args)
+        counts = np.maximum(weights.sum(axis=1), 1)
         runs = _runs(points, windows, weights, num_targets, job, stack)
         sources = _table(logits)
         copied, padded = _copied(sources), num_points + VECTOR
@@ -185,7 +195,7 @@ def volume_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job, 
             kernels.POINT_ROWS * BLOCK,
             kernels.INTEGER_ROWS * BLOCK,
         )
-        args = (points, sources, windows, _reading(job, stack), together, weights, counts, array_of(targets.images))
+        args = (points, sources, windows, _reading(job, stack), together, weights, counts, images)
         args += (*runs, float(term.alpha), float(term.gamma), term.dice_kind, ce, dice)
         launch(kernels.match_volumes, len(logits) * batch * -(-queries // together), dtypes, sizes, args)
     return torch.from_numpy(ce), torch.from_numpy(dice)

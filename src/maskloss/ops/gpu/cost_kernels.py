@@ -78,7 +78,7 @@ def match_targets(
     ACC: tl.constexpr = weights.dtype.element_ty
     x, y = _load_point(points, order, image, i, num_points, keep)
     image_row = images + image * IMAGE_COLUMNS
-    weight = 1.0 - is_ignored(ignore, image_row, x, y, keep).to(ACC)
+    weight = 1.0 - is_ignored(ignore, image_row, None, x, y, keep).to(ACC)
     tl.store(weights + image * num_points + i, weight, mask=keep & (target == 0))
     real = target < tl.load(image_row + COUNT)
     row = tl.where(real, table_row(table, image_row, target), table)

@@ -10,6 +10,7 @@ from maskloss import _abi as abi
 
 from .sampling import (
     BASE,
+    IGNORE_OFFSET,
     IMAGE,
     IMAGE_COLUMNS,
     INDEX_COLUMNS,
@@ -153,7 +154,7 @@ def loss_terms(
     image_row = images + image * IMAGE_COLUMNS
     target_row = table_row(table, image_row, tl.load(row + TARGET))
     t = read_targets(data + tl.load(image_row + BASE), target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
-    skip = is_ignored(ignore, image_row, x, y, keep)
+    skip = is_ignored(ignore, image_row, target_row + IGNORE_OFFSET, x, y, keep)
     if soft is not None:
         keep_targets(soft, n * num_points + i, t, skip, keep)
     weight = 1.0 - skip.to(ACC)
@@ -228,7 +229,7 @@ def slope_terms(
         image_row = images + image * IMAGE_COLUMNS
         target_row = table_row(table, image_row, tl.load(row + TARGET))
         t = read_targets(data + tl.load(image_row + BASE), target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
-        skip = is_ignored(ignore, image_row, x, y, keep)
+        skip = is_ignored(ignore, image_row, target_row + IGNORE_OFFSET, x, y, keep)
         keep_targets(wanted, n * num_points + i, t, skip, keep)
         weight = 1.0 - skip.to(ACC)
     s, _c, _logarithm = sigmoids(z)

@@ -45,6 +45,7 @@ _CROP_W: tl.constexpr = tl.constexpr(abi.CROP_W)
 _FRAME_H: tl.constexpr = tl.constexpr(abi.FRAME_H)
 _FRAME_W: tl.constexpr = tl.constexpr(abi.FRAME_W)
 _LABEL: tl.constexpr = tl.constexpr(abi.LABEL)
+IGNORE_OFFSET: tl.constexpr = tl.constexpr(abi.IGNORE_OFFSET)
 TABLE_COLUMNS: tl.constexpr = tl.constexpr(abi.TABLE_COLUMNS)
 IMAGE_COLUMNS: tl.constexpr = tl.constexpr(abi.IMAGE_COLUMNS)
 COUNT: tl.constexpr = tl.constexpr(abi.COUNT)
@@ -323,8 +324,11 @@ def read_targets(
 
 
 @triton.jit
-def is_ignored(ignore, image_row, px, py, keep):
-    """Whether the pixel that a point lies in is left out; the product is rounded in the precision of the points."""
+def is_ignored(ignore, image_row, region, px, py, keep):
+    """Whether the pixel that a point lies in is left out; the product is rounded in the precision of the points.
+
+    `region` points to where the ignore region of a frame begins in that of its clip; None: at its beginning.
+    """
     if ignore is None:
         skip = tl.full(keep.shape, False, tl.int1)
     else:
@@ -333,6 +337,8 @@ def is_ignored(ignore, image_row, px, py, keep):
         inside = keep & (tl.load(image_row + _IGNORE_SIZE) > 0)
         inside = inside & (y < tl.load(image_row + _IGNORE_H)) & (x < tl.load(image_row + _IGNORE_W))
         start = ignore + tl.load(image_row + _IGNORE_BASE)
+        if region is not None:
+            start += tl.load(region)
         byte = tl.load(start + y * tl.load(image_row + _IGNORE_STRIDE) + (x >> 3), mask=inside, other=0)
         skip = ((byte.to(tl.int32) >> (x & 7).to(tl.int32)) & 1) != 0
     return skip

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maskloss._abi import (
     COUNT,
+    IGNORE_OFFSET,
     IMAGE,
     QUERY,
     TARGET,
@@ -106,7 +107,8 @@ def _targets_at(
     entries = rows_of(rows[:, IMAGE], rows[:, TARGET], targets)
     cells = target_cells(points, entries, term.padding, dtype)
     t = target_values(read_targets(cells, entries, targets, term, dtype), cells)
-    return t, (~ignored(points, targets.images[rows[:, IMAGE]], targets.ignore)).to(dtype)
+    skip = ignored(points, targets.images[rows[:, IMAGE]], targets.ignore, entries[:, IGNORE_OFFSET, None])
+    return t, (~skip).to(dtype)
 
 
 def mask_loss_backward(

@@ -38,8 +38,11 @@ from .formulas import interpolate
 from .sampling import Cells, locate, nearest
 
 
-def ignored(points: Tensor, images: Tensor, ignore: Tensor) -> Tensor:
-    """Tell which points `[n, P, 2]` lie in a pixel that the ignore region of their image (a row of `images`) covers."""
+def ignored(points: Tensor, images: Tensor, ignore: Tensor, offset: Tensor | int = 0) -> Tensor:
+    """Which points `[n, P, 2]` lie in a pixel that the ignore region of their image (a row of `images`) covers.
+
+    `offset`, of each instance or point, is where the region of its frame begins in that of a clip, in bytes.
+    """
     if ignore.numel() == 0:
         return torch.zeros(points.shape[:-1], dtype=torch.bool, device=points.device)
 
@@ -51,7 +54,7 @@ def ignored(points: Tensor, images: Tensor, ignore: Tensor) -> Tensor:
     y = (points[..., Y] * column(IMAGE_H)).nan_to_num().long().clamp(min=0).clamp(max=column(IMAGE_H) - 1)
     x = (points[..., X] * column(IMAGE_W)).nan_to_num().long().clamp(min=0).clamp(max=column(IMAGE_W) - 1)
     inside = (column(IGNORE_SIZE) > 0) & (y < column(IGNORE_H)) & (x < column(IGNORE_W))
-    address = torch.where(inside, column(IGNORE_BASE) + y * column(IGNORE_STRIDE) + (x >> 3), 0)
+    address = torch.where(inside, column(IGNORE_BASE) + offset + y * column(IGNORE_STRIDE) + (x >> 3), 0)
     return inside & ((ignore[address] >> (x & 7)) & 1).bool()
 
 

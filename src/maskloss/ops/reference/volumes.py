@@ -16,7 +16,10 @@ from maskloss._abi import (
     CANDIDATES,
     FRAME_H,
     FRAME_W,
+    IGNORE_H,
+    IGNORE_STRIDE,
     IMAGE,
+    IMAGE_H,
     LAYER,
     MATCHER,
     QUERY,
@@ -28,6 +31,7 @@ from maskloss._abi import (
     Job,
     Saved,
     Stack,
+    Targets,
     Term,
     Z,
     accumulation_dtype,
@@ -38,7 +42,7 @@ from maskloss.points import draw_layout3, instance_keys
 from .formulas import instance_losses, interpolate, pairwise_costs, position
 from .sampling import Cells, choose, into_window, known_seed, locate, nearest
 from .slopes import instance_slopes
-from .storage import pack_bits, pixels_of_targets, rows_of, unpack_bits
+from .storage import ignored, pack_bits, pixels_of_targets, rows_of, unpack_bits
 
 
 def _locate_depth(z: Tensor, depth: int, linear: bool, padding: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -122,6 +126,19 @@ def _target_values(points: Tensor, rows: Tensor, job: Job, stack: Stack, dtype: 
     return _between(read, points, (stack.frames, height, rows[:, FRAME_W, None]), stack.linear, job.term, dtype)
 
 
+def _weights(points: Tensor, image: Tensor, targets: Targets, stack: Stack, dtype: torch.dtype) -> Tensor:
+    """Return 0 for points `[n, P, 3]` in a voxel of the ignore region of their image, and 1 for others.
+
+    Whatever is interpolated, a point lies in one voxel, as it lies in one pixel of an image.
+    """
+    images = targets.images[image]
+    for column in (IMAGE_H, IGNORE_H):
+        images[:, column] //= stack.frames
+    k, _ = _locate_depth(points[..., Z], stack.frames, False, "zeros", dtype)
+    offset = k * (images[:, IGNORE_H] * images[:, IGNORE_STRIDE])[:, None]
+    return (~ignored(points, images, targets.ignore, offset)).to(dtype)
+
+
 def _window3(points: Tensor, windows: Tensor) -> Tensor:
     return torch.cat([into_window(points[..., :Z], windows), points[..., Z:]], dim=-1)
 
@@ -166,8 +183,9 @@ def volume_loss(instances: Instances, job: Job, stack: Stack) -> tuple[Tensor, T
         at = _points(chosen, rows, given, targets.windows, draw)
         t = _target_values(at, rows_of(rows[:, IMAGE], rows[:, TARGET], targets), job, stack, dtype)
         z = sample_volumes(volumes, at, stack.linear, term.padding)
-        losses = instance_losses(z, t, torch.ones_like(t), *term.focal, term.dice)
-        soft = t if targets.encoding == "values" else t[:, :0]
+        w = _weights(at, rows[:, IMAGE], targets, stack, dtype)
+        losses = instance_losses(z, t, w, *term.focal, term.dice)
+        soft = torch.where(w > 0, t, -1.0) if targets.encoding == "values" else t[:, :0]
         parts.append((*losses, pack_bits(chosen, draw.num_candidates), soft, z[:, :0]))
     ce, dice, *kept = (torch.cat(part) for part in zip(*parts, strict=True))
     return ce, dice, Saved(*kept)
@@ -188,7 +206,8 @@ def volume_loss_backward(
         at = _points(unpack_bits(bits, draw.num_uncertain), rows, given, targets.windows, draw)
         t = _target_values(at, rows_of(rows[:, IMAGE], rows[:, TARGET], targets), job, stack, dtype)
         z = sample_volumes(_volumes(layer, rows), at, stack.linear, term.padding)
-        slopes = instance_slopes(z, t, torch.ones_like(t), *term.focal, term.dice)
+        w = _weights(at, rows[:, IMAGE], targets, stack, dtype)
+        slopes = instance_slopes(z, t, w, *term.focal, term.dice)
         d_z = d_ce[:, None] * slopes[0] + d_dice[:, None] * slopes[1]
         # A non-finite logit gives a non-finite gradient, unless its instance weighs nothing.
         live = ((d_ce != 0) | (d_dice != 0))[:, None]
@@ -211,13 +230,13 @@ def volume_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job, 
     dtype = accumulation_dtype(logits[0].dtype)
     rows = rows_of(everyone.repeat_interleave(widest), column.repeat(batch), targets)
     t = _target_values(points.repeat_interleave(widest, dim=0), rows, job, stack, dtype)
-    t = t.view(batch, widest, draw.num_points)
+    t, w = t.view(batch, widest, draw.num_points), _weights(points, everyone, targets, stack, dtype)
     real = column < torch.tensor(num_targets, device=device)[:, None]
     ce, overlap = [], []
     for layer in logits:
         z = sample_volumes(layer, points[:, None], stack.linear, term.padding)
         with torch.autocast(layer.device.type, enabled=False):
-            costs = pairwise_costs(z, t, torch.ones_like(points[..., 0], dtype=dtype), *term.focal, term.dice)
+            costs = pairwise_costs(z, t, w, *term.focal, term.dice)
         ce.append(torch.where(real[:, None], costs[0], 0.0))
         overlap.append(torch.where(real[:, None], costs[1], 0.0))
     return torch.stack(ce), torch.stack(overlap)
