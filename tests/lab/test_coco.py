@@ -15,7 +15,7 @@ from PIL import Image
 
 from lab.conftest import reads_little, write_panoptic
 from maskloss import MaskLossError
-from maskloss.lab.data import recognize
+from maskloss.lab.data import sizes
 from maskloss.lab.data.folder import FolderScenes
 from maskloss.lab.data.problems import by_kind
 
@@ -185,7 +185,7 @@ def _counts(value):
 
 def test_sizes_are_compared_before_pixels_are_read(folder, monkeypatch):
     """Beyond the first thousands of images, the worker that takes an image is the first to look at its file."""
-    monkeypatch.setattr(recognize, "_HEADS", 0)
+    monkeypatch.setattr(sizes, "_HEADS", 0)
     Image.fromarray(np.zeros((7000, 9000), np.uint8)).save(folder.root / "images" / "2.png")
     source = open_folder(folder)
     with pytest.raises(MaskLossError, match=r"2\.png is 7000 x 9000, expected are 48 x 48"), reads_little():

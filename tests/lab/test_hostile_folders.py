@@ -26,7 +26,7 @@ WRONG = (
 )  # fmt: skip
 PIECES = (b" ", b"nan", b"-1", b'"', b"\xff", b"1e99", b":", b"\n", b"<", b"99999999999")
 TEXTS = frozenset({".csv", ".json", ".txt", ".xml", ".yaml"})
-NAMES = [name for name, case in CASES.items() if not case.refused]
+NAMES = [name for name, case in CASES.items() if not case.refused and name != "broken_files"]
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from maskloss.lab.data.images import read_image, read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import Problems
 from maskloss.lab.data.readers.shapes import Drawn
-from maskloss.lab.data.recognize import _pieces
+from maskloss.lab.data.sizes import _pieces
 from maskloss.lab.results import predict, trained
 from maskloss.lab.results.inference import Instance, Predictor
 
@@ -135,6 +136,30 @@ def test_pieces_are_images_of_their_own(tmp_path, truth):
     listed.write_text(name)
     again = FolderScenes(str(tmp_path / "data"), 32, crop=16, options=DataOptions(val=str(listed)))
     assert again.held_out_files == [name]
+
+
+def test_pieces_of_an_image_are_in_one_part(tmp_path):
+    """Those of one slide are much alike: with several, none is in both parts; with one, it is told."""
+    write(tmp_path / "alone", "maps")
+    root, options = tmp_path / "data", DataOptions(crop=24)
+    for name in "abc":
+        for kind in ("images", "masks"):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / f"alone/{kind}/slide.tif", root / kind / f"{name}.tif")
+    source = FolderScenes(str(root), 32, crop=24, options=options)
+    parts = [
+        {tiff.window_of(Path(file))[0] for file in part.files} for part in (source.found.train, source.found.held_out)
+    ]
+    assert [len(part) for part in parts] == [2, 1] and not parts[0] & parts[1]
+    assert len(source.found.train) == 2 * len(source.found.held_out)
+    listed = tmp_path / "val.txt"
+    [name] = parts[1]
+    listed.write_text(f"{name.relative_to(root)}\n")
+    again = FolderScenes(str(root), 32, crop=24, options=options._replace(val=str(listed)))
+    assert again.found.held_out.files == source.found.held_out.files
+    alone = FolderScenes(str(tmp_path / "alone"), 32, crop=24, options=options)
+    assert "pieces of one image in both parts" in "\n".join(map(str, alone.findings))
+    assert not any("pieces of one image" in str(each) for each in source.findings)
 
 
 def test_what_cannot_be_read_in_pieces(tmp_path, monkeypatch):

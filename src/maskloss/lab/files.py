@@ -14,9 +14,12 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maskloss.errors import Cause, require
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
 
 LOCK = ".maskloss.lock"
 PARTIAL = ".partial"
@@ -110,13 +113,51 @@ def read_any_json(path: Path, rule: str) -> Any:
         content = path.read_bytes()
         if content.startswith(_GZIP):
             content = zlib.decompressobj(wbits=31).decompress(content, _MOST_BYTES)
-        if path.suffix.lower() == ".jsonl":
+        if path.suffix.lower() in {".jsonl", ".ndjson"}:
             return [json.loads(line) for line in content.splitlines() if line.strip()]
         return json.loads(content)
     except (ValueError, RecursionError, zlib.error) as error:
-        raise Cause(rule, f"{path}: {explain(error)}", "is it the right file?") from None
+        what, hint = in_truth(path) or (explain(error), "is it the right file?")
+        raise Cause(rule, f"{path}: {what}", hint) from None
     except OSError as error:
         raise Cause(rule, f"{path}: {explain(error)}", "check the path") from None
+
+
+def in_truth(path: Path) -> tuple[str, str] | None:
+    """Return what a file that cannot be read is, by its first bytes, and what to do about it; None: not known."""
+    try:
+        with path.open("rb") as opened:
+            head = opened.read(64).lower()
+    except OSError:
+        return None
+    if not head:
+        return "it is empty", "copy it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer to a file in Git LFS", "git lfs pull fetches the file"
+    if head.lstrip().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page", "download the file itself"
+    if head[4:8] == b"ftyp" and head[8:12] in {b"heic", b"heix", b"mif1", b"msf1"}:
+        return "it is HEIC, which is not read", "convert it to PNG or JPEG"
+    return None
+
+
+def read_xml(path: Path, rule: str) -> Element:
+    """Read an XML file that declares nothing, and return its root.
+
+    Raises:
+        Cause: `rule`, with what is wrong with the file.
+    """
+    from xml.etree import ElementTree as ET
+
+    check_file(path, rule)
+    try:
+        text = path.read_bytes()
+        # Entities can make a small file a large one, and tools write none.
+        if b"<!ENTITY" in text or b"<!DOCTYPE" in text:
+            raise Cause(rule, f"{path} declares entities", "export it again")
+        return ET.fromstring(text)
+    except (OSError, ET.ParseError, LookupError) as error:
+        raise Cause(rule, f"{path}: {explain(error)}", "export it again") from None
 
 
 def read_mapping(path: Path, rule: str, extra: str) -> dict[str, Any]:

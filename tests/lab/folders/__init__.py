@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lab.folders import of_json, of_maps, of_others, of_tools
+from lab.folders import of_json, of_maps, of_others, of_public, of_tools
 from lab.folders.pieces import CASES, Case
 
-__all__ = ["CASES", "Case", "of_json", "of_maps", "of_others", "of_page", "of_tools", "table"]
+__all__ = ["CASES", "Case", "of_json", "of_maps", "of_others", "of_page", "of_public", "of_tools", "table"]
 
 PAGE = Path(__file__).parents[3] / "docs" / "data.md"
 BEGIN, END = "<!-- made by tests/lab/folders -->\n", "<!-- until here -->"

@@ -256,7 +256,7 @@ def archive(root: Path) -> None:
     MAPS,
     "Kaggle's CSV of run lengths",
     "refused: some go by columns, some by rows",
-    refused="by rows or by columns is not known",
+    refused="run lengths may go by rows or by columns",
 )
 def kaggle(root: Path) -> None:
     images(root / "train")
@@ -319,11 +319,6 @@ def labelme(root: Path, shapes: Any, **more: Any) -> None:
 
 def shape(at: int, number: int, kind: str = "polygon") -> dict[str, Any]:
     return {"label": "nut", "points": points(number, at), "shape_type": kind}
-
-
-@case(TOOLS, "labelme with images in the JSON files only", "refused", refused="is in the JSON file only, as imageData")
-def labelme_inside(root: Path) -> None:
-    labelme(root, lambda at: [shape(at, 0)], imageData="iVBORw0KGgo=")
 
 
 @case(
@@ -563,17 +558,6 @@ def fiftyone(root: Path) -> None:
 
 @case(
     TOOLS,
-    "Labelbox's `export.ndjson`",
-    "refused: masks are addresses there",
-    refused="Labelbox lists masks by their addresses",
-)
-def labelbox(root: Path) -> None:
-    images(root)
-    text(root / "export.ndjson", '{"data_row": {}}\n')
-
-
-@case(
-    TOOLS,
     "ImageScope, MoNuSeg, MoNuSAC: `Tissue Images/x.tif` and `Annotations/x.xml`",
     "read: regions as polygons; negative regions weigh nothing",
     regions=1,
@@ -620,7 +604,7 @@ def enlarged(root: Path) -> None:
     text(root / "instances.json", content)
 
 
-@case(TOOLS, "PASCAL VOC's XML", "refused: it holds boxes", refused="that of PASCAL VOC holds boxes")
+@case(TOOLS, "PASCAL VOC's XML", "refused: it holds boxes", refused="PASCAL VOC's holds boxes")
 def voc_boxes(root: Path) -> None:
     images(root / "JPEGImages")
     for at in range(COUNT):

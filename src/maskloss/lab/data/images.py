@@ -6,6 +6,7 @@ floats) have no natural range, so percentiles of each channel decide what is bla
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import os
@@ -30,7 +31,7 @@ from maskloss.lab.data.tiff import (
     check_pixels,
     not_a_plane,
 )
-from maskloss.lab.files import check_file, explain
+from maskloss.lab.files import check_file, explain, read_json
 
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".dib", ".webp", ".gif", ".jp2"}
@@ -270,13 +271,28 @@ class _File(io.BufferedReader):
         return repr(str(self._path))
 
 
+class _Inside(io.BytesIO):
+    """An image that a JSON file holds."""
+
+    def __repr__(self) -> str:
+        return "imageData"
+
+
+def _content(path: Path) -> Any:
+    """Open the file of an image, or what labelme has put into its JSON file."""
+    if path.suffix.lower() != ".json":
+        return _File(path)
+    packed = read_json(path, READABLE).get("imageData")
+    return _Inside(base64.b64decode(packed if isinstance(packed, str) else ""))
+
+
 @contextlib.contextmanager
 def _pillow(path: Path) -> Iterator[Any]:
     """Open an image by its head, and check how many pixels it says it has."""
     pillow = require("PIL.Image", "train")
     check_file(path, READABLE)
     try:
-        with _own_rules, _File(path) as file, pillow.open(file) as opened:
+        with _own_rules, _content(path) as file, pillow.open(file) as opened:
             check_pixels(path, opened.size[1], opened.size[0])
             yield opened
     except Cause:

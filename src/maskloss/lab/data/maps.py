@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from maskloss.errors import Cause
 from maskloss.lab.data import npy
-from maskloss.lab.data.images import check_lossless, is_color, read_pixels, read_size
+from maskloss.lab.data.images import check_lossless, is_color, read_head, read_pixels, read_size
 from maskloss.lab.data.tiff import Array
 
 # How a number is made of a pixel: its value; its color, red + 256 green + 65536 blue; or the number of the connected
@@ -17,6 +17,8 @@ from maskloss.lab.data.tiff import Array
 NUMBERS, COLORS, COMPONENTS, COLORED_COMPONENTS = "numbers", "colors", "components", "colored components"
 READINGS = (NUMBERS, COLORS, COMPONENTS, COLORED_COMPONENTS)
 REGIONAL, COLORED = frozenset({COMPONENTS, COLORED_COMPONENTS}), frozenset({COLORS, COLORED_COMPONENTS})
+# A piece of fewer pixels is a stray, no second object; a value in this many strays is scattered.
+_STRAY, _PIECES = 8, 2
 _RULE = "a label map must hold one whole number for each pixel"
 
 
@@ -112,3 +114,34 @@ def _colors(array: Array, path: Path) -> NDArray[np.int32]:
     numbers = red + 256 * green + 65536 * blue
     # What is transparent has no color.
     return np.where(array[..., 3] > 0, numbers, 0) if array.shape[-1] == 4 and array[..., 3].any() else numbers
+
+
+def fitting_size(image: Path, mapped: Path) -> tuple[int, int]:
+    """Return the size of a map, before any pixel is read: a small file may hold a large map."""
+    head, found = read_head(image), map_size(mapped)
+    if found not in (head.displayed, head.stored):
+        height, width = head.displayed
+        raise Cause(
+            "a label map must have the size of its image",
+            f"{mapped.name} is {found[0]} x {found[1]}, {image.name} is {height} x {width}",
+            "store both at the same resolution",
+        )
+    return found
+
+
+def count_apart(labels: NDArray[np.int32], values: list[int]) -> tuple[int, int]:
+    """Count the values with pixels in several places, and those in pieces of a few pixels or in thin lines."""
+    from scipy.ndimage import find_objects, label
+
+    apart = scattered = 0
+    ranks = np.searchsorted(np.array([0, *values]), labels)
+    for place, box in enumerate(find_objects(ranks), start=1):
+        if box is not None:
+            regions, _ = label(ranks[box] == place, structure=np.ones((3, 3), dtype=np.int8))
+            pieces = np.bincount(regions.ravel())[1:]
+            apart += int((pieces >= _STRAY).sum() > 1)
+            own = ranks[box] == place
+            block = own[:-1, :-1] & own[1:, :-1] & own[:-1, 1:] & own[1:, 1:]
+            line = pieces.sum() >= _STRAY and not block.any()
+            scattered += int(line or (len(pieces) >= _PIECES and pieces.mean() < _STRAY))
+    return apart, scattered

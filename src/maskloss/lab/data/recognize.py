@@ -7,26 +7,22 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from maskloss.errors import Cause
-from maskloss.lab.data import split, tiff
-from maskloss.lab.data.catalog import Catalog, Entry, Found, Part
-from maskloss.lab.data.images import read_head
+from maskloss.lab.data import split
+from maskloss.lab.data.catalog import Catalog, Entry, Found, Instance, Part
 from maskloss.lab.data.options import DataOptions
-from maskloss.lab.data.problems import MENDED, SUSPICIOUS, Problems
+from maskloss.lab.data.problems import LEFT_OUT, MENDED, SUSPICIOUS, Problems
 from maskloss.lab.data.readers import FORMATS, READERS, Reader
-from maskloss.lab.data.readers.pairs import tell_pieces
-from maskloss.lab.data.readers.segmentation import box_of
+from maskloss.lab.data.sizes import checked
 from maskloss.lab.data.tree import TEST, TRAIN, VAL, Tree
 
 LAYOUT = "see the table of what is read in the documentation of training, or name the annotations with --annotations"
-# More heads of files than this are not read before training; workers check the rest as they come to it.
-_HEADS = 2000
 # Polygons whose images reach this far, as a share, are all in one corner; two sides of this many images tell.
 _CORNER, _TELLING = 0.52, 10
-# A polygon may leave its image by this many pixels, or by this share of its own side, before it is suspicious.
-_ROUNDING, _BEYOND = 2.0, 0.1
+# That this many polygons have four corners each, and maybe the first one again, is no accident.
+_MANY = 20
 
 
 # What people have that nothing reads, and what to do about it.
@@ -36,9 +32,9 @@ _UNREAD = {
     ".nii .nii.gz .mha .nrrd .dcm": "volumes are not trained on: write their planes as TIFF, labels alike",
     ".svs .ndpi .mrxs .czi .nd2 .lif": "write the regions that are annotated as TIFF or PNG",
     ".npz .npy .h5 .hdf5 .mat .parquet .arrow .tfrecord": "write each image and each label map into a file of its own",
-    ".ndjson": "Labelbox lists masks by their addresses: download them, or export COCO",
-    ".xml": "XML of CVAT and of ImageScope is read; that of PASCAL VOC holds boxes, and masks are learned from masks",
-    ".csv": "write run lengths as COCO JSON: whether they go by rows or by columns is not known here",
+    ".geojson": "GeoJSON must be in pixels, as QuPath writes it, and be named after its image",
+    ".xml": "XML of CVAT, ImageScope and LabelMe is read; PASCAL VOC's holds boxes, and masks are learned from masks",
+    ".csv": "VIA's CSV is read; write others as COCO JSON, since run lengths may go by rows or by columns",
 }
 
 
@@ -69,7 +65,7 @@ def recognize(
         classes: those of a trained model, in their order; None: those of the data.
     """
     merged = _merge(*_find(Tree(folder, _images(folder, options)), options, problems), problems)
-    merged = merged._replace(parts={part: _checked(some, options, problems) for part, some in merged.parts.items()})
+    merged = merged._replace(parts={part: checked(some, options, problems) for part, some in merged.parts.items()})
     everything = [entry for some in merged.parts.values() for entry in some]
     if not any(entry.objects for entry in everything):
         raise _no_instances("image", folder, everything, problems)
@@ -108,13 +104,17 @@ def _find(tree: Tree, options: DataOptions, problems: Problems) -> tuple[Reader,
         if options.format in (None, reader.name):
             parts = reader.find(tree, options, problems)
             if parts:
+                for what in tree.broken.values():
+                    if not any(what in each for each in problems.skipped):
+                        problems.note(LEFT_OUT, "broken files that nothing needed", what)
                 tree.forget()
                 return reader, parts
     wanted = "images with annotations" if options.format is None else f"a data set of the format {options.format!r}"
     kinds = Counter(PurePosixPath(path).suffix.lower() or "no ending" for path in tree.files)
     holds = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(5)) or "nothing"
     hint = next((hint for endings, hint in _UNREAD.items() if tree.ending(*endings.split())), LAYOUT)
-    raise Cause(f"the folder must hold {wanted}", f"none was found in {tree.root}, which holds {holds}", hint)
+    lost = "".join(f"; {what}" for what in tree.broken.values())
+    raise Cause(f"the folder must hold {wanted}", f"none was found in {tree.root}, which holds {holds}{lost}", hint)
 
 
 def _inside(tree: Tree, annotations: str) -> str:
@@ -148,7 +148,7 @@ def _other(folder: Path, options: DataOptions, problems: Problems) -> _Merged:
         root = place
     options = options._replace(val=None, annotations=annotations)
     merged = _merge(*_find(Tree(root, _images(root, options)), options, problems), problems)
-    return merged._replace(parts={part: _checked(some, options, problems) for part, some in merged.parts.items()})
+    return merged._replace(parts={part: checked(some, options, problems) for part, some in merged.parts.items()})
 
 
 # ------------------------------------------------------------------------------------------------------------- classes
@@ -189,9 +189,7 @@ def _renumbered(reader: Reader, parts: list[Part], classes: dict[str, int]) -> _
     for part in parts:
         new = [place.get(name, -1) for _, name in part.classes]
         for entry in part.entries:
-            entry.instances[:] = [
-                each._replace(label=new[each.label] if each.label >= 0 else -1) for each in entry.instances
-            ]
+            entry.instances[:] = _relabeled(entry, new)
         merged.setdefault(part.name, []).extend(part.entries)
     return _Merged(reader, [(number, name) for name, number in classes.items()], merged, [part.how for part in parts])
 
@@ -219,12 +217,11 @@ def _as_known(entries: list[Entry], names: list[str], classes: Sequence[str]) ->
             "name the classes alike",
         )
     new = [list(classes).index(name) if name in classes else -1 for name in names]
-    return [
-        entry._replace(
-            instances=[each._replace(label=new[each.label] if each.label >= 0 else -1) for each in entry.instances]
-        )
-        for entry in entries
-    ]
+    return [entry._replace(instances=_relabeled(entry, new)) for entry in entries]
+
+
+def _relabeled(entry: Entry, new: Sequence[int]) -> list[Instance]:
+    return [each._replace(label=new[each.label] if each.label >= 0 else -1) for each in entry.instances]
 
 
 def _suspect(entries: Sequence[Entry], classes: list[tuple[int, str]], problems: Problems) -> None:
@@ -239,6 +236,9 @@ def _suspect(entries: Sequence[Entry], classes: list[tuple[int, str]], problems:
     if len(few) == _TELLING and all(share < _CORNER for share in chain(few, reach)):
         what = "all polygons lie in the top left quarter of their images: are they those of smaller ones?"
         problems.note(SUSPICIOUS, what, "", 0)
+    sources = [each.source for entry in entries for each in entry.objects]
+    if len(sources) >= _MANY and all(isinstance(each, list) and [*map(len, each)] in ([8], [10]) for each in sources):
+        problems.note(SUSPICIOUS, "all polygons have four corners: are they boxes, and no masks?", "", len(sources))
     of_name: dict[str, dict[int, int]] = {}
     for label, (_, name) in enumerate(classes):
         found = re.fullmatch(r"(.*\D)(\d+)", name)
@@ -288,117 +288,6 @@ def _no_instances(name: str, folder: Path, entries: Sequence[Entry], problems: P
         f"no {name} in {folder} has one{why}",
         LAYOUT,
     )
-
-
-# --------------------------------------------------------------------------------------------------------------- sizes
-
-
-def _checked(entries: list[Entry], options: DataOptions, problems: Problems) -> list[Entry]:
-    """Compare the annotated sizes with the heads of the files, and cut images that are too large to be read."""
-    kept: list[Entry] = []
-    for number, entry in enumerate(entries):
-        with problems.tolerated():
-            whole = _within(_sized(entry, problems) if number < _HEADS else entry, problems)
-            large = whole.height * whole.width > tiff.MOST_PIXELS
-            kept += _pieces(whole, options, problems) if large else [whole]
-    return kept
-
-
-def _pieces(entry: Entry, options: DataOptions, problems: Problems) -> list[Entry]:
-    """Cut an image whose instances are polygons or boxes into pieces, each an image of its own."""
-    if options.pieces is None:
-        tiff.check_pixels(Path(entry.file), entry.height, entry.width)
-    cut = tiff.windows(Path(entry.file), options.pieces or 0)
-    if entry.map or any(isinstance(each.source, dict) and "box" not in each.source for each in entry.instances):
-        what = f"{entry.name}, which has run lengths, mask files or the map of a benchmark"
-        raise Cause("images that are read in pieces must have polygons or a label map", what, "convert them")
-    tell_pieces(problems, entry.name, len(cut))
-    pieces = []
-    for ending, window in cut:
-        moved = [each._replace(source=_moved(each.source, window)) for each in entry.instances]
-        seen = [each for each in moved if each.source]
-        pieces.append(Entry(entry.file + ending, window.height, window.width, seen))
-    return pieces
-
-
-def _moved(source: Any, window: tiff.Window) -> Any:
-    """Return polygons or a box as a piece of the image shows them; None: it shows nothing of them."""
-    boxes = [source["box"]] if isinstance(source, dict) else [box_of(None, [each]) or [0.0] * 4 for each in source]
-    seen = [
-        box[0] < window.left + window.width
-        and box[0] + box[2] > window.left
-        and box[1] < window.top + window.height
-        and box[1] + box[3] > window.top
-        for box in boxes
-    ]
-    if isinstance(source, dict):
-        left, top, *sides = boxes[0]
-        return {"box": [left - window.left, top - window.top, *sides]} if seen[0] else None
-    kept = [polygon for polygon, is_seen in zip(source, seen, strict=True) if is_seen]
-    corner = (window.left, window.top)
-    return [[side - corner[place % 2] for place, side in enumerate(polygon)] for polygon in kept]
-
-
-def _within(entry: Entry, problems: Problems) -> Entry:
-    """Leave out polygons that lie outside of their image: nothing of them can be seen."""
-
-    def is_seen(source: Any) -> bool:
-        if not isinstance(source, list):
-            return True
-        xs, ys = ([value for polygon in source for value in polygon[place::2]] for place in (0, 1))
-        return bool(max(xs) > 0 and max(ys) > 0 and min(xs) < entry.width and min(ys) < entry.height)
-
-    def reaches_beyond(source: Any) -> bool:
-        """Whether a polygon leaves its image by more than rounding explains."""
-        if not isinstance(source, list):
-            return False
-        for place, side in ((0, entry.width), (1, entry.height)):
-            values = [value for polygon in source for value in polygon[place::2]]
-            if max(-min(values), max(values) - side) > max(_ROUNDING, _BEYOND * (max(values) - min(values))):
-                return True
-        return False
-
-    lost = [each for each in entry.instances if not is_seen(each.source)]
-    beyond = sum(reaches_beyond(each.source) for each in entry.instances) - len(lost)
-    if beyond:
-        problems.note(SUSPICIOUS, "instances that reach beyond their image, cut at its edge", entry.name, beyond)
-    if not lost:
-        return entry
-    problems.note(SUSPICIOUS, "instances outside of their image left out", entry.name, len(lost))
-    return entry._replace(instances=[each for each in entry.instances if is_seen(each.source)])
-
-
-def _sized(entry: Entry, problems: Problems) -> Entry:
-    """Return an image with a size that can be true."""
-    head = read_head(Path(entry.file))
-    size = (entry.height, entry.width)
-    if size == head.displayed:
-        if head.orientation > 1:
-            problems.note(
-                MENDED, "images turned as their orientation tag (EXIF) says, as viewers show them", entry.name
-            )
-        return entry
-    if size == head.stored:
-        what = "images that their orientation tag (EXIF) turns left as stored, which has the annotated size"
-        problems.note(SUSPICIOUS, what, entry.name)
-        return entry
-    if entry.map is None and size[::-1] in (head.displayed, head.stored) and _fits(entry, *size[::-1]):
-        problems.note(MENDED, "height and width exchanged", entry.name)
-        return entry._replace(height=size[1], width=size[0])
-    turned = f", {head.displayed[0]} x {head.displayed[1]} as displayed (EXIF)" if head.stored != head.displayed else ""
-    raise Cause(
-        "annotations must give the size of the image",
-        f"{entry.file} is {head.height} x {head.width}{turned}, annotated as {entry.height} x {entry.width}",
-        "annotate the image as it is stored, or store it as it was annotated",
-    )
-
-
-def _fits(entry: Entry, height: int, width: int) -> bool:
-    """Whether all instances are polygons within the image."""
-    polygons = [polygon for each in entry.instances for polygon in each.source if isinstance(each.source, list)]
-    if any(not isinstance(each.source, list) for each in entry.instances) or not polygons:
-        return False
-    return all(max(each[::2]) <= width + 1 and max(each[1::2]) <= height + 1 for each in polygons)
 
 
 __all__ = ["FORMATS", "LAYOUT", "recognize"]

@@ -9,7 +9,8 @@ import torch
 
 from maskloss.errors import Cause
 from maskloss.lab.data.catalog import Entry
-from maskloss.lab.data.problems import LEFT_OUT, Problems
+from maskloss.lab.data.problems import LEFT_OUT, SUSPICIOUS, Problems
+from maskloss.lab.data.tiff import window_of
 from maskloss.lab.data.tree import TEST, TRAIN, VAL, folded
 from maskloss.lab.files import check_file, explain
 
@@ -91,18 +92,29 @@ def _random(entries: list[Entry], share: float, folder: Path, problems: Problems
         found = f"{folder} has {len(entries)} that can be used"
         problems.ask(Cause("there must be at least two images", found, "one is held out"))
         return entries, [], []
-    count = min(len(entries) - 1, max(1, int(len(entries) * share + 1e-9)))
-    order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(_SEED)).tolist()
+    # The pieces of a large image are much alike: they belong to one part.
+    images: dict[Path, list[Entry]] = {}
+    for entry in entries:
+        images.setdefault(window_of(Path(entry.file))[0], []).append(entry)
+    whole = list(images.values())
+    if len(whole) == 1:
+        what = "pieces of one image in both parts: scores are those of the image that was trained on"
+        problems.note(SUSPICIOUS, what, entries[0].name, 0)
+        # Those held out lie side by side, so that few objects are in both.
+        count = max(1, int(len(entries) * share + 1e-9))
+        return entries[:-count], entries[-count:], [f"the last {count} pieces held out"]
+    count = min(len(whole) - 1, max(1, int(len(whole) * share + 1e-9)))
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(_SEED)).tolist()
     # Images without an object score nothing: they are held out only in their share.
-    full = [i for i in order if entries[i].objects]
-    empty = [i for i in order if not entries[i].objects]
-    of_full = min(count, max(1, round(count * len(full) / len(entries))))
+    is_full = [any(entry.objects for entry in some) for some in whole]
+    full, empty = ([i for i in order if is_full[i] == wanted] for wanted in (True, False))
+    of_full = min(count, max(1, round(count * len(full) / len(whole))))
     held_out = {*full[:of_full], *empty[: count - of_full]}
     which = (
         "one image in five is held out" if share == _SHARE else f"{count} images held out at random (--val {share:g})"
     )
-    train = [entries[i] for i in order if i not in held_out]
-    return train, [entries[i] for i in order if i in held_out], [which]
+    parts = [[entry for i in order if (i in held_out) == each for entry in whole[i]] for each in (False, True)]
+    return parts[0], parts[1], [which]
 
 
 def _listed(entries: list[Entry], path: Path, folder: Path) -> Divided:
@@ -136,4 +148,9 @@ def relative(path: Path, folder: Path) -> str:
 
 def _names(entry: Entry, folder: Path) -> set[str]:
     path = Path(entry.file)
-    return {folded(each) for each in (relative(path, folder), entry.file, path.name, path.stem)}
+    # The name of a large image means all of its pieces.
+    return {
+        folded(each)
+        for one in {path, window_of(path)[0]}
+        for each in (relative(one, folder), str(one), one.name, one.stem)
+    }

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloss.errors import Cause, require
-from maskloss.lab.files import check_file, explain
+from maskloss.lab.files import check_file, explain, in_truth
 
 Array = NDArray[Any]
 
@@ -226,5 +226,5 @@ def not_a_plane(path: Path, shape: Sequence[int]) -> Cause:
 
 def broken(path: Path, error: BaseException) -> Cause:
     """Make an error of what a parser says."""
-    what = "it is empty" if not path.stat().st_size else explain(error)
-    return Cause(READABLE, f"{path}: {what}", "open it in a viewer: it may be damaged")
+    what, hint = in_truth(path) or (explain(error), "open it in a viewer: it may be damaged")
+    return Cause(READABLE, f"{path}: {what}", hint)

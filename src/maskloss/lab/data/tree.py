@@ -6,17 +6,20 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from maskloss.errors import Cause
 from maskloss.lab.data.images import SUFFIXES
 from maskloss.lab.data.problems import MENDED, Problems
-from maskloss.lab.files import explain, read_any_json
+from maskloss.lab.files import explain, read_any_json, read_xml
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
 
 TRAIN, VAL, TEST = "train", "val", "test"
 _PARTS = {
@@ -25,11 +28,13 @@ _PARTS = {
     TEST: {"test", "testing"},
 }
 # Words in names of files and folders that hold images, and of those that hold masks.
-IMAGE_WORDS = frozenset({"image", "images", "img", "imgs", "raw", "input", "inputs", "photo", "photos", "jpegimages"})
+IMAGE_WORDS = frozenset(
+    {"image", "images", "img", "imgs", "raw", "rgb", "input", "inputs", "photo", "photos"} | {"jpegimages", "pngimages"}
+)
 MASK_WORDS = frozenset(
     {"mask", "masks", "label", "labels", "gt", "groundtruth", "truth", "annotation", "annotations", "seg", "segs"}
     | {"instance", "instances", "target", "targets", "labelmap", "labelmaps", "gts", "cp", "segmentation"}
-    | {"segmentations", "annots", "annot", "segmentationclass", "segmentationobject"}
+    | {"segmentations", "annots", "annot", "segmentationclass", "segmentationobject", "identities"}
 )
 # At the beginning of a name, only these mean a mask: mask_001.
 _FIRST = frozenset({"mask", "masks", "gt", "label", "labels", "seg", "target"})
@@ -82,6 +87,7 @@ class Tree:
 
     Attributes:
         files: relative paths with slashes, sorted; hidden ones and runs of this package are left out.
+        broken: what is wrong with files of JSON or XML, which other programs may have left there.
     """
 
     def __init__(self, root: Path, images: Path | None = None) -> None:
@@ -92,6 +98,7 @@ class Tree:
             mine = [path for path in self.files if PurePosixPath(path).suffix.lower() not in SUFFIXES]
             self.files = sorted([*mine, *((images.absolute() / path).as_posix() for path in _walk(images))])
         self._read: dict[str, Any] = {}
+        self.broken: dict[str, str] = {}
 
     @cached_property
     def images(self) -> list[str]:
@@ -121,12 +128,24 @@ class Tree:
 
     def json(self, relative: str, rule: str = "annotations must be JSON") -> Any:
         """Read a JSON file once."""
+        return self._once(read_any_json, relative, rule)
+
+    def xml(self, relative: str, rule: str) -> Element:
+        """Read an XML file once."""
+        root: Element = self._once(read_xml, relative, rule)
+        return root
+
+    def _once(self, read: Callable[[Path, str], Any], relative: str, rule: str) -> Any:
         if relative not in self._read:
-            self._read[relative] = read_any_json(self.path(relative), rule)
+            try:
+                self._read[relative] = read(self.path(relative), rule)
+            except Cause as error:
+                self.broken[relative] = error.parts[1] if error.parts else str(error)
+                raise
         return self._read[relative]
 
     def forget(self) -> None:
-        """Let go of the JSON files that were read."""
+        """Let go of the files that were read."""
         self._read.clear()
 
     @cached_property
@@ -136,7 +155,7 @@ class Tree:
         of_image |= {folded(PurePosixPath(path).name) for path in self.images}
         return [
             path
-            for path in self.ending(".json", ".json.gz", ".jsonl")
+            for path in self.ending(".json", ".json.gz", ".jsonl", ".ndjson")
             if folded(PurePosixPath(path).stem) not in of_image
         ]
 
@@ -239,7 +258,7 @@ def _walk(root: Path) -> list[str]:
 
 def is_mask_place(path: str) -> bool:
     """Whether the folders of a path, or the ends of its name, say that it is a mask and no image."""
-    pure = PurePosixPath(path)
+    pure = PurePosixPath(re.sub(r"(?i)\.ome(?=\.tiff?$)", "", path))
     stem = words(pure.stem)
     if stem[-1:] and stem[-1] in MASK_WORDS and len(stem) + any(map(str.isdigit, pure.stem)) > 1:
         return True
@@ -255,10 +274,10 @@ def is_mask_place(path: str) -> bool:
 def bare_key(path: str) -> tuple[str, ...]:
     """Return what an image and its mask have in common: their folders and name without the words for either."""
     pure = PurePosixPath(path)
-    # A mask may be named after the whole name of its image: 0.jpg.png.
+    # A mask may be named after the whole name of its image: 0.jpg.png. OME-TIFFs end in .ome.tif.
     stem = PurePosixPath(pure.stem)
-    last = stem.stem if stem.suffix.lower() in SUFFIXES else pure.stem
-    parts = [_bare(part) for part in (*pure.parts[:-1], last)]
+    last = stem.stem if stem.suffix.lower() in {*SUFFIXES, ".ome"} else pure.stem
+    parts = [bare(part) for part in (*pure.parts[:-1], last)]
     return (*(part for part in parts[:-1] if part), parts[-1])
 
 
@@ -268,10 +287,11 @@ def without_masks(names: Sequence[str]) -> list[str]:
     return [name for name in names if not (is_mask_place(name) and bare_key(name) in images)]
 
 
-def _bare(name: str) -> str:
-    tokens = [token for token in re.split(r"[\s_.\-]+|(?<=[a-z])(?=\d)|(?<=[a-z\d])(?=[A-Z])", name) if token]
+def bare(name: str) -> str:
+    """Return a name without the words for images and masks, as it is compared; "" if it is nothing else."""
+    tokens = [token for token in re.split(r"[\s_.\-]+|(?<=[a-zA-Z])(?=\d)|(?<=[a-z\d])(?=[A-Z])", name) if token]
     known = IMAGE_WORDS | MASK_WORDS
-    if name.lower() in known:
+    if "".join(tokens).lower() in known:
         return ""
     while tokens and tokens[-1].lower() in known:
         tokens.pop()

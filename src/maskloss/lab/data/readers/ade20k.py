@@ -8,11 +8,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from maskloss.lab.data.catalog import Entry, Instance, Map, Part
-from maskloss.lab.data.maps import COLORS, read_map
+from maskloss.lab.data.maps import COLORS, fitting_size, read_map
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
 from maskloss.lab.data.readers import names
-from maskloss.lab.data.readers.pairs import fitting_size
 from maskloss.lab.data.tree import Tree, folded, is_mask_place, part_of
 
 

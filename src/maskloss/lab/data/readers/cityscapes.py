@@ -7,10 +7,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from maskloss.lab.data.catalog import CROWD, OBJECT, Entry, Instance, Map, Part
-from maskloss.lab.data.maps import NUMBERS, read_map
+from maskloss.lab.data.maps import NUMBERS, fitting_size, read_map
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
-from maskloss.lab.data.readers.pairs import fitting_size
 from maskloss.lab.data.tree import Tree, part_of
 
 # The classes with instances.

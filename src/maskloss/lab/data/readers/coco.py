@@ -14,7 +14,7 @@ from maskloss.lab.data.catalog import BOX, CROWD, OBJECT, Entry, Instance, Part
 from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import DECIDED, MENDED, SUSPICIOUS, Problems
-from maskloss.lab.data.readers.coco_forms import mask_of, usual
+from maskloss.lab.data.readers.coco_forms import is_instances, mask_of, usual
 from maskloss.lab.data.readers.segmentation import Frame, box_of, integer, number, overlap, segmentation
 from maskloss.lab.data.tree import Tree, part_of
 from maskloss.lab.data.truth import decode
@@ -122,22 +122,6 @@ def _may_be(tree: Tree, path: str) -> bool:
         return False
 
 
-def is_instances(content: Any) -> bool:
-    """Whether a JSON file holds COCO instances."""
-    content = usual(content)
-    if not isinstance(content, Mapping) or _lacks(content):
-        return False
-    return not any(isinstance(each, Mapping) and "segments_info" in each for each in _values(content["annotations"]))
-
-
-def _values(content: Any) -> list[Any]:
-    return list(content.values()) if isinstance(content, Mapping) else content
-
-
-def _lacks(content: Mapping[str, Any]) -> bool:
-    return not all(isinstance(content.get(key), (list, dict)) for key in ("images", "annotations"))
-
-
 def _is_idle(file: CocoFile, number: int, name: str) -> bool:
     """Whether a category without instances is a placeholder, as exporters write them before the true ones."""
     kind = str(file.category(number).get("supercategory")).lower()
@@ -235,6 +219,11 @@ class CocoFile:
             raise self.wrong(f"the file_name of image {number!r} is {describe(name)}", "name a file")
         if number is None:
             raise self.wrong(f"the id of image {name!r} is {describe(image.get('id'))}", "give each image a number")
+        if image.get("not_exhaustive_category_ids"):
+            what = (
+                "images in which instances of a class are not all annotated (LVIS): the others are taken for background"
+            )
+            self.problems.note(SUSPICIOUS, what, name)
         if isinstance(image.get("id"), str) and isinstance(number, int):
             self.problems.note(MENDED, "ids as strings", f"image {number}")
         sides = [_side(image.get(side)) for side in ("height", "width")]

@@ -31,6 +31,22 @@ def usual(content: Any, note: Callable[[str], None] = lambda _: None) -> Any:
     return {**content, **_categories(content, note)}
 
 
+def is_instances(content: Any) -> bool:
+    """Whether a JSON file holds COCO instances."""
+    content = usual(content)
+    if not isinstance(content, Mapping) or _lacks(content):
+        return False
+    return not any(isinstance(each, Mapping) and "segments_info" in each for each in _values(content["annotations"]))
+
+
+def _values(content: Any) -> list[Any]:
+    return list(content.values()) if isinstance(content, Mapping) else content
+
+
+def _lacks(content: Mapping[str, Any]) -> bool:
+    return not all(isinstance(content.get(key), (list, dict)) for key in ("images", "annotations"))
+
+
 def mask_of(annotation: Mapping[str, Any], note: Callable[[str], None]) -> Any:
     """Return the segmentation of an annotation, whatever it is called."""
     if "segmentation" not in annotation:

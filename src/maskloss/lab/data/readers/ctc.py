@@ -8,7 +8,8 @@ from pathlib import PurePosixPath
 from maskloss.lab.data.catalog import Part
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
-from maskloss.lab.data.readers.pairs import Pair, read_pairs
+from maskloss.lab.data.readers.matching import Pair
+from maskloss.lab.data.readers.pairs import read_pairs
 from maskloss.lab.data.tree import Tree
 
 _SEGMENTATION = re.compile(r"man_seg_?(\d+)$", re.IGNORECASE)

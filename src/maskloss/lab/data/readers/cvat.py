@@ -9,25 +9,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from maskloss.errors import Cause, describe
+from maskloss.errors import Cause, MaskLossError, describe
 from maskloss.lab.data.catalog import Entry, Part
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
 from maskloss.lab.data.readers.segmentation import number
-from maskloss.lab.data.readers.shapes import Drawn, parts_of, read_xml
+from maskloss.lab.data.readers.shapes import Drawn, parts_of
 from maskloss.lab.data.tree import TEST, TRAIN, VAL, Tree, part_of
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
 _RULE = "an XML file of annotations must be CVAT's"
+# A file that is called so must be right; another one may be of anything.
+_SURE = "annotation"
 _PARTS = {"train": TRAIN, "training": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
 
 
 def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
     """Find annotations.xml, or another XML file with images in it."""
     files = [path for path in tree.ending(".xml") if options.annotations in (None, path)]
-    likely = [path for path in files if PurePosixPath(path).name.startswith("annotation")] or files[:1]
+    likely = [path for path in files if PurePosixPath(path).name.startswith(_SURE)] or files[:1]
     roots = {path: root for path in likely if (root := _root(tree, path)) is not None}
     names: dict[str, int] = {}
     parts: dict[str, list[Entry]] = {}
@@ -43,7 +45,12 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
 
 def _root(tree: Tree, path: str) -> Element | None:
     """Return the root of an XML file of CVAT; None: it is of something else."""
-    root = read_xml(tree.path(path), _RULE)
+    try:
+        root = tree.xml(path, _RULE)
+    except MaskLossError:
+        if PurePosixPath(path).name.startswith(_SURE):
+            raise
+        return None
     if root.tag != "annotations":
         return None
     if root.find("image") is None and root.find("track") is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
-from maskloss.errors import Cause, require
+from maskloss.errors import Cause, MaskLossError, require
 from maskloss.lab.data.tree import Tree
 from maskloss.lab.files import check_file, explain
 
@@ -23,7 +25,10 @@ def read_text(tree: Tree, path: str) -> str:
     try:
         if file.stat().st_size > _MOST_BYTES:
             raise Cause(rule, f"{file} has more than {_MOST_BYTES:,} bytes", "is it the right file?")
-        return file.read_text(encoding="utf-8-sig")
+        content = file.read_bytes()
+        # Windows' PowerShell writes UTF-16.
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if wide else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise Cause(rule, f"{file}: {explain(error)}", "store it as UTF-8") from None
 
@@ -46,9 +51,10 @@ def of_values(tree: Tree) -> dict[int, str]:
         return {int(row[0]): row[1] for row in table if len(row) > 1 and row[0].isdecimal()}
     for path in tree.ending(".json"):
         if PurePosixPath(path).name.lower() in {"dataset_meta.json", "label_map.json", "labels.json", "classes.json"}:
-            found = _of_json(tree.json(path))
-            if found:
-                return found
+            with suppress(MaskLossError):  # told as one of the broken files of the folder
+                found = _of_json(tree.json(path))
+                if found:
+                    return found
     return dict(enumerate(listed(tree)))
 
 

@@ -1,4 +1,4 @@
-"""Tools that list the objects of each image: Darwin, SuperAnnotate, Hasty, Datumaro, ISAT, FiftyOne."""
+"""Tools that list the objects of each image: a function finds them, and one draws one of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,15 +26,17 @@ from maskloss.lab.data.tree import Tree, part_of
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, zlib.error)
 # Files that are looked into to see whose they are.
 _LOOKED_AT = 3
+_ENDINGS = (".json", ".jsonl", ".ndjson", ".geojson")
 
 
 class Picture(NamedTuple):
     """An image as a tool lists it."""
 
-    name: str  # of the file
+    name: str  # of the file; "": the JSON file is named after it
     height: int  # pixels; 0: the file says it
     width: int
     objects: list[Any]  # as the tool writes them
+    inside: bool = False  # whether the JSON file holds the image itself, as labelme's imageData
 
 
 class Tool(NamedTuple):
@@ -45,9 +48,11 @@ class Tool(NamedTuple):
 
     def find(self, tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
         """Find JSON files of the tool, of the whole data set or one for each image."""
-        files = [options.annotations] if options.annotations else tree.ending(".json")
-        whole = [path for path in tree.whole_jsons if path.lower().endswith(".json")]
-        if not any(self._is_of(tree, path) for path in [*whole[:_LOOKED_AT], *files[:_LOOKED_AT]]):
+        files = [options.annotations] if options.annotations else tree.ending(*_ENDINGS)
+        whole = set(tree.whole_jsons)
+        of_one = [path for path in files if path not in whole]
+        some = [*of_one[:_LOOKED_AT], *(path for path in files if path in whole)][: 2 * _LOOKED_AT]
+        if not any(self._is_of(tree, path) for path in some):
             return None
         names: dict[str, int] = {}
         parts: dict[str, list[Entry]] = {}
@@ -58,15 +63,14 @@ class Tool(NamedTuple):
                 pictures = self._of(tree, path)
             tree.forget()
             mine += [path] if pictures else []
+            part = part_of(path, stem=len(pictures) > 1)
             for picture in pictures:
                 with problems.tolerated():
                     drawn = self._read(tree, path, picture, names, problems)
                     if drawn.usable:
-                        parts.setdefault(part_of(path, stem=True), []).append(drawn.entry)
-        if not mine:
-            return None
+                        parts.setdefault(part, []).append(drawn.entry)
         note_others(tree, parts, "images that no JSON file lists", problems)
-        return parts_of(parts, names, f"{self.name}: {len(mine)} JSON files such as {mine[0]}")
+        return parts_of(parts, names, f"{self.name}: {len(mine)} JSON files such as {mine[0]}") if mine else None
 
     def _is_of(self, tree: Tree, path: str) -> bool:
         with suppress(MaskLossError):  # what is broken may be of anything
@@ -81,12 +85,18 @@ class Tool(NamedTuple):
             return []
 
     def _read(self, tree: Tree, path: str, picture: Picture, names: dict[str, int], problems: Problems) -> Drawn:
-        if not isinstance(picture.name, str) or "\0" in picture.name:
-            raise Cause("every image must be named", f"{path} has {describe(picture.name)}", "export it again")
-        file = tree.find(picture.name, path, problems)
+        name = picture.name or PurePosixPath(path).stem
+        if not isinstance(name, str) or "\0" in name:
+            raise Cause("every image must be named", f"{path} has {describe(name)}", "export it again")
+        try:
+            file = tree.find(name, path, problems)
+        except MaskLossError:
+            if not picture.inside:
+                raise
+            file = tree.path(path)
         height, width = (integer(number(side)) for side in (picture.height, picture.width))
         size = (height, width) if height and width else read_size(file)
-        drawn = Drawn(Entry(str(file), *size, []), names, f"{path}: {picture.name}", problems)
+        drawn = Drawn(Entry(str(file), *size, []), names, f"{path}: {name}", problems)
         for each in picture.objects:
             with drawn.guarded():
                 try:
@@ -99,11 +109,18 @@ class Tool(NamedTuple):
         return drawn
 
 
-def _flat(points: Any) -> list[Any]:
+def flat(points: Any) -> list[Any]:
+    """Return the numbers of points, each of which is [x, y]."""
     return [side for x, y in points for side in (x, y)]
 
 
-def _unread(drawn: Drawn, kind: str) -> Cause:
+def xy(points: Any, across: float = 1, down: float = 1) -> list[float]:
+    """Return the numbers of points that are called x and y, in units of pixels or of the sides of the image."""
+    return [side for point in points for side in (point["x"] * across, point["y"] * down)]
+
+
+def unread(drawn: Drawn, kind: str) -> Cause:
+    """Make an error of a form of masks that is not read."""
     return Cause("masks must be polygons or in COCO's form", f"{drawn.what} has a {kind}", "export COCO instead")
 
 
@@ -124,9 +141,9 @@ def _draw_darwin(drawn: Drawn, each: Any) -> None:
     if polygon:
         paths = polygon.get("paths") or polygon["path"]
         paths = [paths] if isinstance(paths[0], Mapping) else paths
-        drawn.even_odd(each["name"], [[point[side] for point in path for side in "xy"] for path in paths])
+        drawn.even_odd(each["name"], [xy(path) for path in paths])
     elif "mask" in each:
-        raise _unread(drawn, "mask")
+        raise unread(drawn, "mask")
     elif box:
         drawn.box(each["name"], [float(box[side]) for side in "xywh"])
     elif "tag" not in each:
@@ -151,7 +168,7 @@ def _draw_superannotate(drawn: Drawn, each: Any) -> None:
     elif kind == "ellipse":
         drawn.ellipse(name, (points["cx"], points["cy"]), (points["rx"], points["ry"]), points.get("angle") or 0)
     elif kind in {"mask", "pixel"} or "parts" in each:
-        raise _unread(drawn, "mask in colors")
+        raise unread(drawn, "mask in colors")
     else:
         drawn.problems.note(LEFT_OUT, f"shapes that enclose nothing ({kind})", drawn.what)
 
@@ -166,9 +183,9 @@ def _hasty(content: Any) -> list[Picture]:
 
 def _draw_hasty(drawn: Drawn, each: Any) -> None:
     if each.get("polygon"):
-        drawn.polygons(each["class_name"], [_flat(each["polygon"])])
+        drawn.polygons(each["class_name"], [flat(each["polygon"])])
     elif each.get("mask"):
-        raise _unread(drawn, "mask")
+        raise unread(drawn, "mask")
     else:
         left, top, right, bottom = map(float, each["bbox"])
         drawn.box(each["class_name"], [left, top, right - left, bottom - top])
@@ -212,7 +229,7 @@ def _isat(content: Any) -> list[Picture]:
     head = content["info"]
     grouped: dict[Any, list[Any]] = {}
     for each in content["objects"]:
-        grouped.setdefault((each["category"], each["group"]), []).append(_flat(each["segmentation"]))
+        grouped.setdefault((each["category"], each["group"]), []).append(flat(each["segmentation"]))
     objects = [(name, polygons) for (name, _), polygons in grouped.items()]
     return [Picture(head["name"], head["height"], head["width"], objects)]
 
@@ -242,7 +259,7 @@ def _draw_fiftyone(drawn: Drawn, each: Any) -> None:
         number * side for number, side in zip(each["bounding_box"], (width, height) * 2, strict=True)
     )
     if each.get("mask_path"):
-        raise _unread(drawn, "mask in a file of its own")
+        raise unread(drawn, "mask in a file of its own")
     if not each.get("mask"):
         return drawn.box(each["label"], [left, top, across, down])
     packed = each["mask"]["$binary"]
@@ -257,9 +274,39 @@ def _draw_fiftyone(drawn: Drawn, each: Any) -> None:
     return drawn.bitmap(each["label"], mask[np.ix_(rows, columns)] > 0, round(left), round(top))
 
 
+# ----------------------------------------------------------------------------------------------------------- GeoJSON
+
+
+def _geojson(content: Any) -> list[Picture]:
+    """Take QuPath's features in pixels, a file for each image, or HuBMAP's lines of polygons."""
+    if isinstance(content, list) and "annotations" in content[0]:
+        return [Picture(row["id"], 0, 0, [_feature(each) for each in row["annotations"]]) for row in content]
+    features = content if isinstance(content, list) else content["features"]
+    # Those with a reference system lie on the Earth.
+    if "crs" in content or any(each["type"] != "Feature" for each in features):
+        return []
+    return [Picture("", 0, 0, list(features))]
+
+
+def _feature(each: Any) -> dict[str, Any]:
+    geometry = {"type": "Polygon", "coordinates": each["coordinates"]}
+    return {"geometry": geometry, "properties": {"name": each["type"]}}
+
+
+def _draw_geojson(drawn: Drawn, each: Any) -> None:
+    geometry, properties = each["geometry"], each.get("properties") or {}
+    named = properties.get("classification") or properties
+    name, kind, rings = str(named.get("name") or "object"), geometry["type"], geometry.get("coordinates")
+    if kind not in {"Polygon", "MultiPolygon"}:
+        return drawn.problems.note(LEFT_OUT, f"shapes that enclose nothing ({kind})", drawn.what)
+    rings = rings if kind == "Polygon" else [ring for rings in rings for ring in rings]
+    return drawn.even_odd(name, [flat(ring) for ring in rings])
+
+
 DARWIN = Tool("Darwin", _darwin, _draw_darwin)
 SUPERANNOTATE = Tool("SuperAnnotate", _superannotate, _draw_superannotate)
 HASTY = Tool("Hasty", _hasty, _draw_hasty)
 DATUMARO = Tool("Datumaro", _datumaro, _draw_datumaro)
 ISAT = Tool("ISAT", _isat, _draw_isat)
 FIFTYONE = Tool("FiftyOne", _fiftyone, _draw_fiftyone)
+GEOJSON = Tool("GeoJSON", _geojson, _draw_geojson)

@@ -3,66 +3,49 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from maskloss.errors import Cause, MaskLossError
-from maskloss.lab.data import npy, tiff
+from maskloss.lab.data import tiff
 from maskloss.lab.data.ahead import in_order
 from maskloss.lab.data.catalog import Entry, Instance, Map, Part
-from maskloss.lab.data.images import read_head
 from maskloss.lab.data.maps import (
     COLORED_COMPONENTS,
     COLORS,
     COMPONENTS,
     NUMBERS,
     components,
+    count_apart,
+    fitting_size,
     has_colors,
-    map_size,
     read_map,
 )
 from maskloss.lab.data.options import CLASSES, INSTANCES, DataOptions
 from maskloss.lab.data.options import COMPONENTS as OF_CLASSES
-from maskloss.lab.data.problems import DECIDED, LEFT_OUT, SUSPICIOUS, Problems
+from maskloss.lab.data.problems import DECIDED, SUSPICIOUS, Problems
 from maskloss.lab.data.readers import names
-from maskloss.lab.data.tree import IMAGE_WORDS, Tree, bare_key, is_mask_place, part_of, words
+from maskloss.lab.data.readers.matching import Pair, find_pairs
+from maskloss.lab.data.tree import Tree, part_of
 
 CLASS = "instance"
 VOID = 255
-# What programs write beside their masks, and what is neither image nor mask.
-_BYPRODUCTS = ("_flows", "_outlines", "_cp_output", "_overlay", "_prob", "_probs", "_output")
-# Of several maps for one image, the first of these is taken.
-_RANK = ("masks", "mask", "labels", "label", "instances", "instance", "gt")
 # Maps that a look at their values is taken from, and how many parts of one value make it look like a class.
 _LOOKED_AT = 50
 _APART = 0.3
 _MOST_CLASSES = 64
+# Cityscapes and KITTI number an instance by its class times one of these, and by how many were before.
+_BASES = (1000, 256)
 # No map of classes has this many.
 _TOO_MANY = 1000
 # Names of colors that stand for nothing known, and of those that stand for nothing.
 _UNKNOWN = frozenset({"void", "unlabeled", "unlabelled", "ignore", "__ignore__", "unknown"})
 _GROUND = frozenset({"background", "_background_", "__background__", "bg"})
-# A part of fewer pixels is a stray, not a second object.
-_STRAY = 8
-# A value in this many strays is scattered; a map of at least this many such values was a JPEG.
-_PIECES, _NOISE = 2, 5
-
-
-# Paths by what an image and its map have in common.
-Named = dict[tuple[str, ...], list[str]]
-
-
-class Pair(NamedTuple):
-    """An image and its map, as paths relative to the folder."""
-
-    image: str
-    map: str
+# A map of at least this many values that are scattered was a JPEG.
+_NOISE = 5
 
 
 class Scan(NamedTuple):
@@ -81,101 +64,6 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
         return None
     pairs = find_pairs(tree, problems)
     return read_pairs(tree, pairs, options, problems) if pairs else None
-
-
-def find_pairs(tree: Tree, problems: Problems) -> list[Pair]:
-    """Pair images with maps."""
-    images: dict[tuple[str, ...], list[str]] = {}
-    maps: dict[tuple[str, ...], list[str]] = {}
-    for path in (*tree.images, *tree.ending(*npy.SUFFIXES)):
-        stem = PurePosixPath(path).stem
-        if stem.endswith(_BYPRODUCTS) or (path.endswith(npy.SUFFIXES) and not is_mask_place(path)):
-            continue
-        place = maps if is_mask_place(path) else images
-        place.setdefault(bare_key(path), []).append(path)
-    if maps and not set(images) & set(maps):
-        # Folders of images have many names; the names of files say what belongs together if each is there once.
-        images, maps = _by_file_name(images, problems), _by_file_name(maps, problems)
-    if not maps:
-        images, maps = _by_content(tree)
-    pairs, missing = [], []
-    for key, some in images.items():
-        found = sorted(maps.pop(key, []), key=_rank)
-        if not found:
-            missing += some
-            continue
-        if len(some) > 1 or len({_rank(path)[:2] for path in found}) < len(found):
-            raise Cause(
-                "an image must have one label map", f"{', '.join([*some, *found])} in {tree.root}", "move one away"
-            )
-        if len(found) > 1:
-            problems.note(DECIDED, "several maps for one image, the first taken", f"{found[0]} before {found[1]}")
-        pairs.append(Pair(some[0], found[0]))
-    if pairs and missing:
-        problems.note(LEFT_OUT, "images without a label map", missing[0], len(missing))
-    if pairs and maps:
-        problems.note(LEFT_OUT, "label maps without an image", next(iter(maps.values()))[0], len(maps))
-    return sorted(pairs)
-
-
-def _by_file_name(found: Named, problems: Problems) -> Named:
-    """Sort paths by what their last names have in common; as they are where that is not enough to tell them apart.
-
-    Of several folders with the same names, the one that is called images or masks is meant, not what was made of it.
-    """
-    every = [path for some in found.values() for path in some]
-    last = _by_last_name(every)
-    if len(last) < len(every):
-        called = {PurePosixPath(path).parent.name for path in every}
-        known = [name for name in called if is_mask_place(f"{name}/0.png") or set(words(name)) & IMAGE_WORDS]
-        if known:
-            first = min(known, key=lambda name: (*_rank(name)[1:2], len(name), name))
-            last = _by_last_name([path for path in every if PurePosixPath(path).parent.name == first])
-            problems.note(DECIDED, f"of folders with the same names, {first!r} taken", ", ".join(sorted(called)), 0)
-    return last if all(len(some) == 1 for some in last.values()) else found
-
-
-def _by_last_name(paths: Iterable[str]) -> Named:
-    found: Named = {}
-    for path in paths:
-        name = re.sub(r"\d+", lambda digits: str(int(digits[0])), bare_key(path)[-1])
-        found.setdefault((name,), []).append(path)
-    return found
-
-
-def _by_content(tree: Tree) -> tuple[Named, Named]:
-    """Find folders with files of the same names, some with maps and some with images, whatever they are called."""
-    folders: dict[str, list[str]] = {}
-    for path in tree.images:
-        folders.setdefault(PurePosixPath(path).parent.as_posix(), []).append(path)
-    if len(folders) < 2 or len(folders) % 2:
-        return {}, {}
-    maps = [name for name, some in folders.items() if all(_looks_like_a_map(tree.path(path)) for path in some[:3])]
-    images = [name for name in folders if name not in maps]
-    found: tuple[Named, Named] = {}, {}
-    for image, mapped in zip(sorted(images), sorted(maps), strict=False):
-        keys = [[(mapped, PurePosixPath(path).stem) for path in folders[name]] for name in (image, mapped)]
-        if len(images) != len(maps) or set(keys[0]) != set(keys[1]):
-            return {}, {}
-        for place, name in enumerate((image, mapped)):
-            found[place].update({key: [path] for key, path in zip(keys[place], folders[name], strict=True)})
-    return found
-
-
-def _looks_like_a_map(path: Path) -> bool:
-    """Whether a file has one channel of few values that are not scattered, in a format that keeps them."""
-    try:
-        labels = read_map(path)
-    except MaskLossError:
-        return False
-    values = [int(value) for value in np.unique(labels) if value]
-    return 0 < len(values) <= 4 * _MOST_CLASSES and 2 * count_apart(labels, values)[1] <= len(values)
-
-
-def _rank(path: str) -> tuple[bool, int, str]:
-    lowered = path.lower()
-    places = [place for place, word in enumerate(_RANK) if word in lowered]
-    return lowered.endswith(npy.SUFFIXES), min(places, default=len(_RANK)) + ("_cp_" in lowered), path
 
 
 def read_pairs(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems: Problems) -> list[Part]:
@@ -343,19 +231,36 @@ def _ask(tree: Tree, scans: list[tuple[Pair, Scan]], every: set[int], meaning: M
         why = f"all {len(scans)} maps have the values 0 and {VOID} only"
     elif len(every) <= _MOST_CLASSES and count and apart > (0 if every == {1} else _APART * count):
         why = f"they have the values {shown}, and in {apart} of {count} cases the pixels of one value lie apart"
+    elif any(_is_code(every, base) for base in _BASES):
+        why = f"they have the values {shown}, which may be {' or '.join(map(str, _BASES))} times a class and a number"
     elif VOID in every and VOID - 1 not in every and any(VOID in scan.values for scan in some):
         why = f"they have the values {shown} and {VOID}, which usually stands for void"
     if why is not None:
-        problems.ask(
-            Cause(
-                "the numbers of label maps must be known to be instances or classes",
-                f"those of {tree.path(scans[0][0].map).parent} look like classes: {why}",
-                "--semantic components makes each connected region an instance, --semantic classes each class one "
-                "mask, --semantic instances takes the numbers as they are",
-            )
-        )
+        ask(f"those of {tree.path(scans[0][0].map).parent} look like classes: {why}", problems)
     if every == {1} and len(scans) > 1:
         problems.note(SUSPICIOUS, "every map has one instance, number 1: objects that touch would be one", "", 0)
+
+
+def ask(what: str, problems: Problems) -> None:
+    """Ask what the numbers of maps, or the pieces of masks, are."""
+    problems.ask(
+        Cause(
+            "the numbers of label maps must be known to be instances or classes",
+            what,
+            "--semantic components makes each connected region an instance, --semantic classes each class one mask, "
+            "--semantic instances takes the numbers as they are",
+        )
+    )
+
+
+def _is_code(every: set[int], base: int) -> bool:
+    """Whether numbers are classes times a base plus numbers that count the instances of each, but for a few classes."""
+    groups: dict[int, list[int]] = {}
+    for value in every:
+        groups.setdefault(value // base, []).append(value % base)
+    few = groups.pop(0, [])
+    counted = all(min(rest) < 2 and max(rest) < base // 2 for rest in groups.values())
+    return bool(groups) and counted and max(groups) < _MOST_CLASSES and max(few, default=0) < _MOST_CLASSES
 
 
 def _scan(tree: Tree, pair: Pair, number: int, options: DataOptions, meaning: Meaning) -> Scan | MaskLossError:
@@ -375,34 +280,3 @@ def _scan(tree: Tree, pair: Pair, number: int, options: DataOptions, meaning: Me
         return Scan(size, values, apart, scattered, {})
     except MaskLossError as error:
         return error
-
-
-def fitting_size(image: Path, mapped: Path) -> tuple[int, int]:
-    """Return the size of a map, before any pixel is read: a small file may hold a large map."""
-    head, found = read_head(image), map_size(mapped)
-    if found not in (head.displayed, head.stored):
-        height, width = head.displayed
-        raise Cause(
-            "a label map must have the size of its image",
-            f"{mapped.name} is {found[0]} x {found[1]}, {image.name} is {height} x {width}",
-            "store both at the same resolution",
-        )
-    return found
-
-
-def count_apart(labels: NDArray[np.int32], values: list[int]) -> tuple[int, int]:
-    """Count the values with pixels in several places, and those in pieces of a few pixels or in thin lines."""
-    from scipy.ndimage import find_objects, label
-
-    apart = scattered = 0
-    ranks = np.searchsorted(np.array([0, *values]), labels)
-    for place, box in enumerate(find_objects(ranks), start=1):
-        if box is not None:
-            regions, _ = label(ranks[box] == place, structure=np.ones((3, 3), dtype=np.int8))
-            pieces = np.bincount(regions.ravel())[1:]
-            apart += int((pieces >= _STRAY).sum() > 1)
-            own = ranks[box] == place
-            block = own[:-1, :-1] & own[1:, :-1] & own[:-1, 1:] & own[1:, 1:]
-            line = pieces.sum() >= _STRAY and not block.any()
-            scattered += int(line or (len(pieces) >= _PIECES and pieces.mean() < _STRAY))
-    return apart, scattered

@@ -9,8 +9,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +21,6 @@ from maskloss.lab.data.problems import DECIDED, LEFT_OUT, MENDED, Problems
 from maskloss.lab.data.readers.segmentation import FARTHEST, Frame, box_of, encode, overlap, polygons, segmentation
 from maskloss.lab.data.tree import Tree
 from maskloss.lab.data.truth import decode
-from maskloss.lab.files import check_file, explain
-
-if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
 
 # Labels that tools keep for what is not to be looked at.
 _IGNORED = frozenset({"__ignore__", "ignore", "_ignore_"})
@@ -168,21 +163,6 @@ def _box_around(source: Any) -> list[float]:
     codec = require("pycocotools.mask", "train")
     packed = codec.frPyObjects(source, *source["size"]) if isinstance(counts, list) else source
     return [float(each) for each in codec.toBbox(packed)]
-
-
-def read_xml(file: Path, rule: str) -> Element:
-    """Read an XML file that declares nothing, and return its root."""
-    from xml.etree import ElementTree as ET
-
-    check_file(file, rule)
-    try:
-        text = file.read_bytes()
-        # Entities can make a small file a large one, and tools write none.
-        if b"<!ENTITY" in text or b"<!DOCTYPE" in text:
-            raise Cause(rule, f"{file} declares entities", "export it again")
-        return ET.fromstring(text)
-    except (OSError, ET.ParseError, LookupError) as error:
-        raise Cause(rule, f"{file}: {explain(error)}", "export it again") from None
 
 
 def listed(value: Any, what: str) -> list[Any]:

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from maskloss.errors import Cause
 from maskloss.lab.data.catalog import Entry, Instance, Map, Part
 from maskloss.lab.data.images import is_color
-from maskloss.lab.data.maps import COLORS, NUMBERS, read_map
+from maskloss.lab.data.maps import COLORS, NUMBERS, fitting_size, read_map
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
 from maskloss.lab.data.readers import names
-from maskloss.lab.data.readers.pairs import fitting_size
 from maskloss.lab.data.tree import TEST, TRAIN, VAL, Tree, folded
 
 # The classes of PASCAL VOC itself, in the order of their numbers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -69,9 +70,10 @@ def _described(tree: Tree) -> list[str]:
     for path in tree.ending(".yaml", ".yml"):
         name = PurePosixPath(path).name.lower()
         if name.startswith(("data", "dataset", "coco", "config")) or "/" not in path:
-            text = names.read_text(tree, path)
-            if "names" in text and ("train" in text or "val" in text):
-                found.append(path)
+            with suppress(MaskLossError):  # it may be of anything
+                text = names.read_text(tree, path)
+                if "names" in text and ("train" in text or "val" in text):
+                    found.append(path)
     return found
 
 
@@ -138,7 +140,11 @@ def _parts(
                     problems.note(MENDED, "folders that the YAML file names but that are not there", f"{key}: {place}")
                 parts.setdefault(part, []).extend(path for path in found if path not in set(parts.get(part, [])))
     # Where the YAML file is of folders that were nested or called otherwise, their names say what is what.
-    wrong = not parts.get(TRAIN) or (lost and VAL in by_folder) or bool(set(parts[TRAIN]) & set(parts.get(VAL, [])))
+    both = set(parts.get(TRAIN, [])) & set(parts.get(VAL, []))
+    if both:
+        instead = "what their folders are called counts" if VAL in by_folder else "a share is held out"
+        problems.note(DECIDED, f"train and val of the YAML file have the same images: {instead}", min(both), len(both))
+    wrong = not parts.get(TRAIN) or (lost and VAL in by_folder) or bool(both)
     return by_folder if wrong else {part: paths for part, paths in parts.items() if paths}
 
 
