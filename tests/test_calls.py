@@ -558,6 +558,11 @@ def test_masks_and_logits_with_a_channel(backend: str) -> None:
     assert torch.equal(loss(logits, MaskTargets.from_masks(masks[:, None]), seed=1).total, expected)
 
 
+def test_pairs_are_counted_over_a_group_of_processes() -> None:
+    with pytest.raises(MaskLossError, match="group must be a process group"):
+        MaskLoss(sampling=FEW)(torch.zeros(1, 8, 8), torch.ones(1, 8, 8), group="all")  # type: ignore[arg-type]
+
+
 def test_the_best_of_several_candidates_counts(backend: str) -> None:
     torch.manual_seed(2)
     logits = torch.randn(3, 4, 9, 9, requires_grad=True)

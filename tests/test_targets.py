@@ -66,7 +66,7 @@ def test_soft_is_decided_by_the_values_or_the_caller() -> None:
     assert torch.equal(both.dense(1), masks * 0.5)
 
 
-def test_packing_where_values_may_not_be_looked_at() -> None:
+def test_packing_where_values_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device masks are packed by a product of eight bytes, not by NumPy: the bits are the same."""
     every_byte = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
     images = [every_byte[None], torch.rand(0, 4, 4) > 0.5, torch.rand(1, 1, 7), (torch.rand(2, 5, 13) > 0.5)[:, ::2]]
@@ -75,6 +75,9 @@ def test_packing_where_values_may_not_be_looked_at() -> None:
     assert torch.equal(bits.pack_elsewhere(images), torch.from_numpy(np.concatenate(wanted)))
     one = torch.rand(3, 8 * 6)[:, 1:25].unflatten(-1, (4, 6)) > 0.5  # begins in the middle of a word
     assert torch.equal(bits.pack_elsewhere([one]), bits.pack(one).flatten())
+    monkeypatch.setattr(mask_targets, "on_host", lambda _: False)
+    for image in images:
+        assert torch.equal(MaskTargets.from_masks(image, soft=False).dense(), image != 0)
 
 
 @pytest.mark.parametrize("size", SIZES)

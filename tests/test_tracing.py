@@ -207,7 +207,7 @@ def test_make_fx(function: Callable[..., Tensor], inputs: Callable[[], tuple[Ten
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is")
 def test_jit_trace_would_keep_the_masks() -> None:
     with pytest.raises(MaskLossError, match=r"packed under torch\.jit\.trace"):
         torch.jit.trace(loss_of, pairs())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -284,7 +283,6 @@ class MaskLoss(nn.Module):
             pairs = Matches.one_to_one(len(mask_logits), mask_logits.device)
             if candidates > 1:
                 pairs.index[:, TARGET] //= candidates
-                pairs = replace(pairs, num_targets=(count,))
             return mask_logits[None], targets, pairs, candidates
         _inputs.check_layers("mask_logits", [mask_logits], "[B, Q, h, w]")
         _inputs.check_targets(targets, mask_logits)

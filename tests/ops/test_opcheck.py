@@ -13,6 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from maskloss import MaskTargets, ops
 from maskloss.ops import dense, products, volumes
 
+# PyTorch 2.14 hides this warning of its own checks, but not from those who have warnings raised.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
 Args = tuple[Any, ...]
 
 POINTS, CANDIDATES, UNCERTAIN, LAYOUT = 20, 50, 12, "stratified"
