@@ -507,23 +507,30 @@ def test_set_criterion_for_video() -> None:
 
 
 def test_label_maps_of_clips_stand_in_targets() -> None:
+    """With void pixels, which the criteria find by their value in either form; and differ from pixels outside."""
     setup = Setup()
     drawn = {"pred_logits": setup.classes[0], "pred_masks": setup.logits[0]}
-    maps, dense = [], []
+    maps, dense, outside = [], [], []
     for masks, labels in zip(setup.masks, setup.labels, strict=True):
         numbers = torch.arange(1, len(masks) + 1)
         painted = (masks * numbers[:, None, None, None]).amax(0) if len(masks) else torch.zeros(T, H, W)
+        painted[region()] = 255
         maps.append({"masks": painted.to(torch.uint8), "ids": numbers, "labels": labels})
-        dense.append({"masks": painted == numbers[:, None, None, None], "labels": labels})
+        inside = painted == numbers[:, None, None, None]
+        outside.append({"masks": inside, "labels": labels})
+        dense.append({"masks": inside.byte().masked_fill(region(), 255), "labels": labels})
+    options = {"ignore_value": 255}
     with step(seed=4):
-        found, wanted = (video_criterion(video=True)(drawn, targets) for targets in (maps, dense))
-        whole = MaskCriterion(2, sampling=FEW)(setup.classes[0], setup.logits[0], maps)
+        found, wanted = (video_criterion(video=True, **options)(drawn, targets) for targets in (maps, dense))
+        whole = MaskCriterion(2, sampling=FEW, ignore_value=255)(setup.classes[0], setup.logits[0], maps)
         pairs = [(torch.arange(len(each)), torch.arange(len(each))) for each in setup.labels]
-        layers = [LayerMasks(sampling=FEW)(drawn, targets, pairs, 5.0) for targets in (maps, dense)]
-    for one, other in ((found, wanted), layers):
-        for name, value in other.items():
+        layers = [LayerMasks(sampling=FEW, ignore_value=255)(drawn, targets, pairs, 5.0) for targets in (maps, dense)]
+        other = video_criterion(video=True)(drawn, outside)
+    for one, same in ((found, wanted), layers):
+        for name, value in same.items():
             assert torch.equal(one[name], value), name
     torch.testing.assert_close(whole.loss_dice[0], wanted["loss_dice"])
+    assert other["loss_mask"] != wanted["loss_mask"]
 
 
 def test_set_criterion_is_told_which_it_gets() -> None:
