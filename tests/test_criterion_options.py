@@ -334,6 +334,20 @@ def test_options_that_are_refused(text: str, options: dict[str, Any]) -> None:
         MaskCriterion(CLASSES, **options)
 
 
+def test_a_criterion_takes_no_matcher_whose_forward_it_would_pass_over() -> None:
+    class Own(HungarianMatcher):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    class Both(Own):
+        def match(self, *args: Any) -> Any:
+            return super().match(*args)
+
+    with pytest.raises(MaskLossError, match=r"Own overrides forward alone(.|\n)*override match or costs"):
+        MaskCriterion(CLASSES, matcher=Own())
+    assert isinstance(MaskCriterion(CLASSES, matcher=Both()).matcher, Both)
+
+
 SHORT = [as_tensors(PAIRS)] * 3
 
 

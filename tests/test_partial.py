@@ -194,6 +194,22 @@ def test_targets_may_say_it_themselves(classification: str) -> None:
         module(classes, masks, canvas, unlabeled=[left(), None])
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_region_may_be_as_large_as_the_canvas_of_smaller_masks(device: str) -> None:
+    """On any device: the canvas of dense masks follows from their sizes, and a region of another size is an error."""
+    [classes], [masks] = predictions(2, sizes=[(9, 12)])
+    targets = [{name: entry[name].to(device) for name in ("masks", "labels")} for entry in partial_targets()]
+    targets[1]["masks"] = targets[1]["masks"].bool()
+    outputs = {"pred_logits": classes.to(device), "pred_masks": masks.to(device)}
+    module = detr.SetCriterion(CLASSES, detr.HungarianMatcher(num_points=64), {}, 0.1, ["labels"], 64).to(device)
+    for size in (SIZE, (12, 20)):
+        targets[1]["unlabeled"] = torch.ones(size, dtype=torch.bool, device=device)
+        assert module(outputs, targets)["loss_ce"].device.type == device
+    targets[1]["unlabeled"] = torch.ones(13, 20, dtype=torch.bool, device=device)
+    with pytest.raises(MaskLossError, match="must be of the size of the masks, or of their canvas"):
+        module(outputs, targets)
+
+
 def test_what_computes_no_classes_says_so() -> None:
     _, [masks] = predictions(2, sizes=[(9, 12)])
     pairs = [(torch.tensor([0]), torch.tensor([0]))] * 2

@@ -221,7 +221,8 @@ def _regions(step: Step) -> tuple[Tensor, Tensor]:
             )
         check_device("unlabeled", region.device, targets.device)
         own = step.annotated.sizes[image] if step.annotated.sizes else None
-        whole = own if frames is None else tuple(frames[image])
+        # On a device the tables are not looked at; what has a size lies on the canvas that the host knows.
+        whole = (own and (step.annotated.canvas or own)) if frames is None else tuple(frames[image])
         if whole not in (None, (1, 1)) and tuple(region.shape) not in (own, whole):
             raise Cause(
                 "an unlabeled region must be of the size of the masks, or of their canvas",

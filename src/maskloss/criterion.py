@@ -72,7 +72,8 @@ class MaskCriterion(nn.Module):
         clips: what the mask terms of clips and volumes are made of. Default `ClipOptions()`.
         groups: groups of queries, each matched to all targets on its own, in training mode (see `HungarianMatcher`);
             instances are counted over all of them. Default 1, or what the matcher has.
-        matcher: how to match. Default: `HungarianMatcher` with the weights and options given here.
+        matcher: how to match; its `match` is called, so that a subclass that overrides `forward` alone is an error.
+            Default: `HungarianMatcher` with the weights and options given here.
         ignore_value: the value of void pixels in masks and label maps that are packed here (see
             `MaskTargets.from_masks`). Default None.
         ignore_label: the label of targets whose class is unknown, 255 or -1 for instance: they are matched by their

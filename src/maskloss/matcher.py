@@ -206,7 +206,7 @@ class HungarianMatcher(nn.Module):
         """Compute the mask terms of the costs, `[L, B, Q, T_max]`; 0 in layers without masks and for such targets."""
         targets = step.targets
         numbers, given = with_masks(mask_logits)
-        if not given:
+        if not given or not (self.mask_weight or self.dice_weight):
             return torch.zeros_like(like)
         stack = stack_of(self.clips, given, targets)
         stored = targets if stack else step.by_plane()
@@ -237,6 +237,13 @@ def check_matcher(matcher: HungarianMatcher, classification: str, groups: int | 
             "matcher must be a maskloss.HungarianMatcher",
             f"got {describe(matcher)}",
             "pairs from a matcher of another kind are given to each call as matches=",
+        )
+    kind = type(matcher)
+    if kind.forward is not HungarianMatcher.forward and kind.match is HungarianMatcher.match:
+        raise Cause(
+            "a criterion calls match of its matcher, and never forward",
+            f"{kind.__name__} overrides forward alone",
+            "override match or costs, or give each call what the matcher finds as matches=",
         )
     if matcher.classification != classification:
         raise Cause(

@@ -338,6 +338,12 @@ def test_errors_name_what_the_outputs_have() -> None:
         mask2former_criterion()(outputs, targets_of())
 
 
+def denoise(mask_dict: Any) -> dict[str, Tensor]:
+    matcher = detr.HungarianMatcher(num_points=POINTS, classification="focal")
+    criterion = maskdino.SetCriterion(tiny.CLASSES + 1, matcher, {}, 0.1, [], POINTS, dn="seg")
+    return criterion(outputs_of(), targets_of(), mask_dict)
+
+
 ERRORS = {
     "extra_loss must be a function": lambda: mask2former_criterion(extra_loss=3),
     "losses must be a list of labels, masks, boxes": lambda: detr.SetCriterion(3, lambda *_: [], {}, 0.1, ["cards"]),
@@ -363,9 +369,14 @@ ERRORS = {
     "extra_costs must be [Q, T]": lambda: detr.HungarianMatcher()(
         outputs_of() | {"extra_costs": [torch.zeros(6, 3), torch.zeros(6, 3)]}, targets_of()
     ),
-    "pad_size must be a multiple of scalar": lambda: maskdino.SetCriterion(
-        4, detr.HungarianMatcher(num_points=POINTS, classification="focal"), {}, 0.1, [], POINTS, dn="seg"
-    )(outputs_of(), targets_of(), {"output_known_lbs_bboxes": outputs_of(), "scalar": 4, "pad_size": 6}),
+    "pad_size must be a multiple of scalar": lambda: denoise(
+        {"output_known_lbs_bboxes": outputs_of(), "scalar": 4, "pad_size": 6}
+    ),
+    "lacks scalar, pad_size": lambda: denoise({"output_known_lbs_bboxes": outputs_of()}),
+    "lacks output_known_lbs_bboxes, scalar": lambda: denoise(["scalar"]),
+    '"output_known_lbs_bboxes" must have every layer': lambda: denoise(
+        {"output_known_lbs_bboxes": outputs_of(auxiliary=0), "scalar": 2, "pad_size": 6}
+    ),
 }
 
 

@@ -132,6 +132,26 @@ def test_the_divisor_may_be_given_and_packing_and_matching_run_once(monkeypatch:
         torch.testing.assert_close(once[name], value * 10, rtol=0.1, atol=0)
 
 
+def test_masks_that_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes and boxes alone are matched then, and masks are not even read for it."""
+    outputs, targets, _ = batch()
+    for name in ("cost_mask_ce", "cost_mask_dice"):
+        monkeypatch.setattr(Matcher, name, 0.0)
+    monkeypatch.setattr(layers, "match_cost", lambda *_: pytest.fail("masks are matched"))
+    for image, entry in enumerate(targets):
+        for layer in (outputs, outputs["aux_outputs"][0], outputs["enc_outputs"]):
+            for first in range(0, GROUPS * PER_GROUP, PER_GROUP):
+                last = first + PER_GROUP
+                layer["pred_boxes"][image, last - len(entry["boxes"]) : last] = entry["boxes"].flip(0)
+    criterion = Criterion()
+    with rf_detr.patch():
+        losses = criterion(outputs, targets)
+    assert all(value.isfinite() for value in losses.values())
+    for pairs in criterion.pairs:
+        for queries, rows in pairs:
+            assert torch.equal(queries % PER_GROUP, PER_GROUP - 1 - rows)
+
+
 def test_void_pixels_and_empty_masks(backend: str) -> None:
     """What lies below void pixels does not matter, and an empty mask has no terms, in loss and matching."""
     outputs, targets, _ = batch()

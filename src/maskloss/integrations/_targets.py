@@ -69,9 +69,11 @@ def begin_entries(
 ) -> Step:
     """Begin a step with one dict per image, whose labels have the name `label` (see `read`)."""
     found = read(targets, label)
+    found.masks[:] = _plain(found.masks)
     logits = predictions[0]
     packed = pack_entries(found, logits.device, rules.ignore_value, clips=logits.ndim == 5)
-    more: dict[str, Any] = {"has_mask": found.has_mask, "annotated": found.annotated, "classifies": classifies}
+    annotated = found.annotated._replace(canvas=_canvas(found.masks))
+    more: dict[str, Any] = {"has_mask": found.has_mask, "annotated": annotated, "classifies": classifies}
     return begin(packed, found.labels, predictions, rules, no_object=no_object, **more)
 
 
@@ -97,7 +99,7 @@ def pack_entries(
     Dense masks and label maps of different sizes lie in the top left corner of one canvas, the largest height and
     width of the batch, because predictions cover the padded batch.
     """
-    masks = [each if isinstance(each, MaskTargets) else plain(each) for each in found.masks]
+    masks = _plain(found.masks)
     packed = pack(masks, found.ids, ignore_value, _canvas(masks), clips=clips)
     return packed.to(device, non_blocking=True)
 
@@ -132,6 +134,10 @@ def boxes_of(targets: Sequence[Mapping[str, Any]], counts: Sequence[int], like: 
             )
         found.append(given.to(like))
     return found
+
+
+def _plain(masks: Sequence[Any]) -> list[Any]:
+    return [each if isinstance(each, MaskTargets) else plain(each) for each in masks]
 
 
 def _canvas(entries: Sequence[Any]) -> Size | None:

@@ -199,6 +199,7 @@ class SetCriterion(detr.SetCriterion):
             zero = outputs["pred_logits"].new_zeros(())
             suffixes = ["_dn", *(f"_dn_{i}" for i in others)]
             return losses | {f"{name}{suffix}": zero.clone() for suffix in suffixes for name in _DENOISED[self.dn]}
+        _check_denoised(mask_dict, others)
         known = mask_dict["output_known_lbs_bboxes"]
         layers = {"_dn": known} | {f"_dn_{i}": known["aux_outputs"][i] for i in others}
         return losses | self._denoised(layers, targets, step, count, mask_dict["scalar"], mask_dict["pad_size"])
@@ -244,3 +245,17 @@ class SetCriterion(detr.SetCriterion):
     def has_box(self, labels: Tensor) -> Tensor:
         """Return which classes' boxes count in the loss."""
         return labels < NUM_THINGS if self.panoptic_on else super().has_box(labels)
+
+
+def _check_denoised(mask_dict: Any, others: range) -> None:
+    """Raise unless `mask_dict` has what is read of it, and as many layers as there are."""
+    hint = "pass on what MaskDINO's decoder returns, or None where nothing was denoised"
+    names = ("output_known_lbs_bboxes", "scalar", "pad_size")
+    missing = [name for name in names if not isinstance(mask_dict, Mapping) or name not in mask_dict]
+    if missing:
+        raise Cause("mask_dict must have what was denoised", f"{describe(mask_dict)} lacks {', '.join(missing)}", hint)
+    known = mask_dict["output_known_lbs_bboxes"]
+    layers = known.get("aux_outputs") if isinstance(known, Mapping) else None
+    if not isinstance(known, Mapping) or len(layers or ()) < others.stop:
+        got = f"there are {others.stop} auxiliary layers, and of the denoised queries {describe(known)}"
+        raise Cause('"output_known_lbs_bboxes" must have every layer of the outputs', got, hint)

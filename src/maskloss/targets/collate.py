@@ -27,6 +27,7 @@ class Annotated(NamedTuple):
     unlabeled: Sequence[Any] | None = None  # the region that nobody annotated, or None; None: no image has one
     classes: Sequence[Any] | None = None  # the numbers of the annotated classes, or None for all; None: all everywhere
     sizes: Sequence[Size | None] = ()  # of dense masks or a label map; None, or no sizes: its `MaskTargets` knows
+    canvas: Size | None = None  # on which dense masks and label maps lie, unless they fill their frames
 
     def update(self, unlabeled: Any, classes: Any) -> Annotated:
         """Add what a call says."""
