@@ -191,7 +191,12 @@ def _renumbered(reader: Reader, parts: list[Part], classes: dict[str, int]) -> _
         for entry in part.entries:
             entry.instances[:] = _relabeled(entry, new)
         merged.setdefault(part.name, []).extend(part.entries)
-    return _Merged(reader, [(number, name) for name, number in classes.items()], merged, [part.how for part in parts])
+    return _Merged(
+        reader,
+        [(number, name) for name, number in classes.items()],
+        merged,
+        list(dict.fromkeys(part.how for part in parts)),
+    )
 
 
 def _together(

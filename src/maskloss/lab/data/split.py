@@ -66,9 +66,9 @@ def divide(parts: Parts, val: str | None, folder: Path, problems: Problems, *, a
         return _listed(pool, Path(val), folder) if share is None else _random(pool, share, folder, problems)
     if valid:
         _leave(problems, TEST, test)
-        return trained, valid, [f"{len(valid)} images of the part {VAL} held out"]
+        return trained, valid, [f"the part {VAL} held out"]
     if test:
-        return trained, test, [f"{len(test)} images of the part {TEST} held out"]
+        return trained, test, [f"the part {TEST} held out"]
     return _random(trained, _SHARE, folder, problems)
 
 

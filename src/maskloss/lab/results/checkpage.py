@@ -29,6 +29,8 @@ from maskloss.targets import MaskTargets
 GENERATOR = "maskloss check"
 # Longer side of a picture, pixels; pictures of usual images; classes in the legend.
 _SIDE, _USUAL, _LEGEND = 440, 12, 24
+# Names of files with more characters are shortened under their pictures.
+_LONGEST = 32
 # A picture of an instance shows this many times its box, and at least this many pixels.
 _AROUND, _LEAST_AROUND = 4, 24
 _BINS = 24
@@ -115,7 +117,7 @@ def _pictures(source: FolderScenes, places: Sequence[Place]) -> Iterable[tuple[s
         except MaskLossError:
             continue
         part = "held out" if place.held_out else "training"
-        yield embedded(picture, "webp"), f"{entry.name} · {part} · {count(len(entry.objects), 'instance')}"
+        yield embedded(picture, "webp"), f"{_short(entry.name)} · {part} · {count(len(entry.objects), 'instance')}"
 
 
 class _Window(NamedTuple):
@@ -284,3 +286,8 @@ def _histogram(
         for times, lower, upper in zip(found.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
     ]
     return {"title": title, "columns": columns, "first": f"{low:,.4g}", "last": f"{high:,.4g}"}
+
+
+def _short(name: str) -> str:
+    """Leave out the middle of a long name: the numbers of files are at their ends."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 :]}"

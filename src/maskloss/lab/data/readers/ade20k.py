@@ -57,7 +57,7 @@ def _parts(tree: Tree, maps: dict[str, str], class_of: Callable[[int], int], pro
     for entries in found.values():
         for entry in entries:
             entry.instances[:] = [each._replace(label=place[each.label]) for each in entry.instances]
-    return [Part(part, classes, entries, f"ADE20K{f', {part}' if part else ''}") for part, entries in found.items()]
+    return [Part(part, classes, entries, "ADE20K") for part, entries in found.items()]
 
 
 def _read(image: Path, mapped: Path, class_of: Callable[[int], int]) -> Entry:

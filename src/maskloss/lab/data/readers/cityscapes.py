@@ -39,9 +39,7 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
         with problems.tolerated():
             parts.setdefault(part_of(path), []).append(_read(tree.path(image), tree.path(path)))
     classes = list(CLASSES.items())
-    return [
-        Part(part, classes, entries, f"Cityscapes{f', {part}' if part else ''}") for part, entries in parts.items()
-    ] or None
+    return [Part(part, classes, entries, "Cityscapes") for part, entries in parts.items()] or None
 
 
 def _read(image: Path, mapped: Path) -> Entry:

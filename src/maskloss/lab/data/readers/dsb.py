@@ -61,9 +61,7 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
     what = "instance" if classes == [CLASS] else "class"
     how = f"a mask file for each {what}: {len(found)} images such as {next(iter(found), None)}"
     listed = list(enumerate(classes, start=1))
-    return [
-        Part(part, listed, entries, f"{how}{f', {part}' if part else ''}") for part, entries in parts.items()
-    ] or None
+    return [Part(part, listed, entries, how) for part, entries in parts.items()] or None
 
 
 def _apart(tree: Tree) -> dict[str, list[Mask]]:

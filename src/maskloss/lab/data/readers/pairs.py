@@ -102,7 +102,7 @@ def read_pairs(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems
     first = pairs[0]
     kind = {OF_CLASSES: "regions of semantic maps", CLASSES: "classes of semantic maps"}.get(how or "", "label maps")
     text = f"{kind}: {len(pairs)} pair{'s' * (len(pairs) > 1)} such as {first.image} and {first.map}"
-    return [Part(part, classes, entries, f"{text}{f', {part}' if part else ''}") for part, entries in parts.items()]
+    return [Part(part, classes, entries, text) for part, entries in parts.items()]
 
 
 def _in_pieces(tree: Tree, pairs: Sequence[Pair], options: DataOptions, problems: Problems) -> list[Pair]:

@@ -189,7 +189,7 @@ def parts_of(entries: Mapping[str, list[Entry]], names: Mapping[str, int], how: 
     for each in (entry for some in entries.values() for entry in some):
         each.instances[:] = [one._replace(label=place.get(one.label, _NO_CLASS)) for one in each.instances]
     classes = list(enumerate(order, start=1))
-    return [Part(part, classes, some, f"{how}{f', {part}' if part else ''}") for part, some in entries.items()]
+    return [Part(part, classes, some, how) for part, some in entries.items()]
 
 
 def unpack_png(text: Any, what: str, *, compressed: bool = False) -> NDArray[np.bool_]:

@@ -64,7 +64,7 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
         entry.instances[:] = [each._replace(label=place_of[each.label]) for each in entry.instances]
     how = f"VOC: {objects[0]} and {of_class[0]}"
     return [
-        Part(part, listed, [read[stem] for stem in some if stem in read], f"{how}{f', {part}' if part else ''}")
+        Part(part, listed, [read[stem] for stem in some if stem in read], how)
         for part, some in _parts(tree, stems).items()
     ]
 

@@ -60,7 +60,7 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
     for part, entries in found.items():
         for entry in entries:
             entry.instances[:] = [each._replace(label=place[each.label]) for each in entry.instances]
-        parts.append(Part(part, listed, entries, f"YOLO polygons: {folder.how}{f', {part}' if part else ''}"))
+        parts.append(Part(part, listed, entries, f"YOLO polygons: {folder.how}"))
     return parts
 
 
