@@ -20,10 +20,11 @@ from maskloss import (
     MaskTargets,
     PointSampling,
     StepTotals,
+    ops,
     step,
     step_totals,
 )
-from maskloss._abi import ALL_TARGETS, IGNORE_OFFSET, IGNORE_SIZE, MATCHER
+from maskloss._abi import ALL_TARGETS, IGNORE_OFFSET, IGNORE_SIZE, MATCHER, Draw, Job, Term
 from maskloss.clips import matches_of_planes
 from maskloss.integrations.detr import HungarianMatcher as DetrMatcher
 from maskloss.integrations.detr import SetCriterion
@@ -32,6 +33,7 @@ from maskloss.points import draw_layout, instance_keys
 from maskloss.step import Step
 from maskloss.targets.clips import planes
 from maskloss.targets.collate import collate
+from support.batches import group
 
 FEW = PointSampling(num_points=40)
 T, H, W = 3, 20, 28
@@ -203,6 +205,15 @@ def test_matching_costs_over_all_frames(backend: str, focal: bool) -> None:
             ce, s = (ce * w).sum(2) / w.sum(), s * w
             dice = 1 - (2 * (s * pair_t).sum(2) + 1) / (s.sum(2) + (pair_t * w).sum(2) + 1)
             torch.testing.assert_close(found[layer, clip, :, : len(t)], ce + 10 * dice)
+
+
+def test_matching_costs_of_planes_that_are_copied() -> None:
+    """The CPU copies planes of half precision before it reads them, large ones in bands of rows."""
+    masks = MaskTargets.from_masks([torch.rand(count, T, H, W) > 0.5 for count in (2, 1)])
+    logits = [torch.randn(2, 3, T, *size).bfloat16() for size in ((90, 120), (7, 9))]
+    job = Job(group(planes(masks)), Draw(torch.tensor([4, 5]), torch.tensor(3), 40), Term())
+    found, wanted = (ops.match_cost(logits, (2, 1), job, backend) for backend in ("cpu", "reference"))
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("encoding", ["bits", "labels", "values"])

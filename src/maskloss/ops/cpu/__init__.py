@@ -38,7 +38,7 @@ from .arguments import (
     work_space,
     zeros,
 )
-from .cost import join_frames, match_cost, match_plan, row_costs, sample_features
+from .cost import clip_costs, join_frames, match_cost, match_plan, row_costs, sample_features
 from .loss import mask_loss, mask_loss_ahead, mask_loss_backward, mask_loss_settle, plane_gradients
 from .planes import buffer_size
 from .sampling import BLOCK
@@ -46,8 +46,8 @@ from .scratch import Dtypes, Sizes
 from .threads import launch
 
 __all__ = [
-    "assign", "join_frames", "mask_loss", "mask_loss_ahead", "mask_loss_backward", "mask_loss_settle", "match_cost",
-    "match_plan", "pack_masks", "plane_gradients", "point_sample", "point_sample_backward", "row_costs",
+    "assign", "clip_costs", "join_frames", "mask_loss", "mask_loss_ahead", "mask_loss_backward", "mask_loss_settle",
+    "match_cost", "match_plan", "pack_masks", "plane_gradients", "point_sample", "point_sample_backward", "row_costs",
     "sample_features", "uncertain_points",
 ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from maskloss._abi import POINT_COLUMNS, Job, Term
 
 from . import cost_kernels as kernels
 from . import plane_points
-from .arguments import Array, absolute, array_of, check_sizes, dtypes_of, encode, plane_table, strata_of
+from .arguments import Array, absolute, array_of, check_sizes, dtypes_of, encode, float_of, plane_table, strata_of
 from .choose import GROUP
 from .planes import BORDER
 from .scratch import Dtypes
@@ -140,22 +140,35 @@ def _options(term: Term) -> tuple[float, float, int]:
 
 def match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job) -> tuple[Tensor, Tensor]:
     """Both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
-    draw, term = job.draw, job.term
-    batch, queries = logits[0].shape[:2]
-    dtype = dtypes_of(logits[0])[0]
-    shape = (len(logits), batch, queries, max(num_targets, default=0))
-    ce, dice = np.empty(shape, dtype), np.empty(shape, dtype)
+    shape = (len(logits), *logits[0].shape[:2], max(num_targets, default=0))
+    ce, dice = (np.empty(shape, float_of(logits[0].dtype)) for _ in range(2))
     if ce.size:
         plan = match_plan(num_targets, job, logits)
-        sizes, size_of = np.unique([t.shape[2:] for t in logits], axis=0, return_inverse=True)
-        places = _place(plan, sizes.astype(np.int64), term.border)
-        small = np.array([_is_small(layer) for layer in logits])
-        shared = (plan.weights, plan.counts, plan.images, *plan.runs, *_options(term))
-        layers = (plane_table(logits), size_of.reshape(-1).astype(np.int64), small)
-        args = (*layers, *places[:-1], plan.bands, *shared, ce, dice)
-        size = 2 * (draw.num_points + kernels.VECTOR) + places.size
-        launch(kernels.match_cost, len(logits) * batch * queries, plan.dtypes, (size, 0, 0), args)
+        _fill_costs(plan, plan, logits, job.term, ce, dice)
     return torch.from_numpy(ce), torch.from_numpy(dice)
+
+
+def clip_costs(plan: Plan, joined: Plan, logits: Sequence[Tensor], term: Term) -> tuple[Tensor, Tensor]:
+    """Both mask terms of the matching cost of one clip, `[L, Q, N]`, from logits `[T, Q, h, w]` of each layer.
+
+    `plan` is that of its frames, and `joined` has their points side by side (see `join_frames`).
+    """
+    ce, dice = (np.empty((len(logits), 1, logits[0].shape[1], joined.widest), plan.dtypes[0]) for _ in range(2))
+    # All frames have the points of the first one.
+    _fill_costs(plan._replace(points=plan.points[:1], bands=plan.bands[:1]), joined, logits, term, ce, dice)
+    return torch.from_numpy(ce[:, 0]), torch.from_numpy(dice[:, 0])
+
+
+def _fill_costs(plan: Plan, joined: Plan, logits: Sequence[Tensor], term: Term, ce: Array, dice: Array) -> None:
+    """Compute the costs of images, or of a clip, at points that lie as `plan` says, `joined` of all frames."""
+    sizes, size_of = np.unique([t.shape[2:] for t in logits], axis=0, return_inverse=True)
+    places = _place(plan, sizes.astype(np.int64), term.border)
+    small = np.array([_is_small(layer) for layer in logits])
+    shared = (joined.weights, joined.counts, joined.images, *joined.runs, *_options(term))
+    layers = (plane_table(logits), size_of.reshape(-1).astype(np.int64), small)
+    args = (*layers, *places[:-1], plan.bands, *shared, ce, dice)
+    size = 2 * (joined.weights.shape[1] + kernels.VECTOR) + places.size
+    launch(kernels.match_cost, ce[..., 0].size, plan.dtypes, (size, 0, 0), args)
 
 
 def sample_features(plan: Plan, features: Tensor, term: Term) -> Tensor:

@@ -301,16 +301,19 @@ def match_cost(
     sources, size_of, small, rows, index, fx, fy, inside, edges, num_edges, bands,
     weights, counts, images, starts, first, length, offset, shares, sums, alpha, gamma, kind, ce, dice,
 ):  # fmt: skip
-    """Both mask terms of all pairs. A work item is a plane.
+    """Both mask terms of all pairs. A work item is a query: a plane, or one in each frame of a clip.
 
     ce = sum w (softplus(z) - z t) / max(sum w, 1);  dice = 1 - (2 sum w s t + 1) / (sum w s + sum w t + 1)
+
+    The frames of a clip are images in `sources`, with the same points and places; weights and runs are those of all.
     """
     values, sources, rows, index, fx, fy = bare(values), bare(sources), bare(rows), bare(index), bare(fx), bare(fy)
     bands, weights, images, shares, sums = bare(bands), bare(weights), bare(images), bare(shares), bare(sums)
     starts, first, length, offset = bare(starts), bare(first), bare(length), bare(offset)
     ce, dice = bare(ce), bare(dice)
     batch, queries = ce.shape[1], ce.shape[2]
-    num_points = weights.shape[1]
+    num_points, each = weights.shape[1], fx.shape[2]
+    frames = num_points // each
     padded = num_points + VECTOR
     z, s = values[:padded], values[padded : 2 * padded]
     z[num_points:] = 0
@@ -321,29 +324,39 @@ def match_cost(
     while item < items:
         layer, image, query = item // (batch * queries), item // queries % batch, item % queries
         size, source = size_of[layer], sources[layer]
-        item, memory = take_early(counter, items), (0, 0)
+        item, later, other, plane = take_early(counter, items), -1, 0, 0
         if item >= 0:
             later, other, plane = item // (batch * queries), item // queries % batch, item % queries
-            if small[later]:
-                memory = plane_memory(sources[later], other, plane)
+        memory = (0, 0)
+        for frame in range(frames):
+            number, found = image * frames + frame, z[frame * each : (frame + 1) * each]
+            memory, last = (0, 0), frame == frames - 1
+            # The plane whose memory is asked for meanwhile.
+            after = (later, other, other * frames, plane) if last else (layer, image, number + 1, query)
+            if after[0] >= 0:
+                following, near = sources[after[0]], rows[after[1], size_of[after[0]]]
+                if small[after[0]]:
+                    memory = plane_memory(following, after[2], after[3])
+                else:
+                    memory = band_memory(following, after[2], after[3], near, 0, 0)
+            if small[layer]:
+                # The rest of the next query's plane comes while the costs are computed.
+                now = memory[1] * 2 // 5 if last else memory[1]
+                sample_in_place(
+                    source, number, query, inside[image, size], edges[image, size], num_edges[image, size],
+                    fx[image, size], fy[image, size], found, (memory[0], now),
+                )  # fmt: skip
+                memory = (memory[0] + now, memory[1] - now)
             else:
-                memory = band_memory(sources[later], other, plane, rows[other, size_of[later]], 0, 0)
-        if small[layer]:
-            sample_in_place(
-                source, image, query, inside[image, size], edges[image, size], num_edges[image, size],
-                fx[image, size], fy[image, size], z, (memory[0], memory[1] * 2 // 5),
-            )  # fmt: skip
-            memory = (memory[0] + memory[1] * 2 // 5, memory[1] * 3 // 5)
-        else:
-            if width != source[WIDTH]:
-                # The columns of the border are zeroed once for each width; rows are overwritten.
-                buffer[:] = 0
-                width = source[WIDTH]
-            sample_plane(
-                source, image, query, rows[image, size], index[image, size], fx[image, size], fy[image, size],
-                bands[image], buffer, z, memory,
-            )  # fmt: skip
-            memory = (0, 0)
+                if width != source[WIDTH]:
+                    # The columns of the border are zeroed once for each width; rows are overwritten.
+                    buffer[:] = 0
+                    width = source[WIDTH]
+                sample_plane(
+                    source, number, query, rows[image, size], index[image, size], fx[image, size], fy[image, size],
+                    bands[image], buffer, found, memory,
+                )  # fmt: skip
+                memory = (0, 0)
         pair_costs(
             z, s, weights[image], counts[image], images[image], starts, first, length, offset, shares, sums,
             alpha, gamma, kind, ce[layer, image, query], dice[layer, image, query], memory,
