@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -42,10 +43,13 @@ def test_extra_costs_are_added(backend: str) -> None:
         for target, query in pairs:
             cost[0, query, target] = cost[1, (query + 1) % 5, target] = 0
         extra.append(cost)
-    matches = HungarianMatcher(num_points=64, backend=backend)(class_logits, mask_logits, targets, extra_costs=extra)
-    for layer in (0, 1):
-        found = [sorted(zip(t.tolist(), q.tolist(), strict=True)) for q, t in matches.pairs(layer)]
-        assert found == [[(t, (q + layer) % 5) for t, q in pairs] for pairs in wanted]
+    alone: dict[str, Any] = {"class_weight": 0, "mask_weight": 0, "dice_weight": 0}
+    for weights in ({}, alone):
+        matcher = HungarianMatcher(num_points=64, backend=backend, **weights)
+        matches = matcher(class_logits, mask_logits, targets, extra_costs=extra)
+        for layer in (0, 1):
+            found = [sorted(zip(t.tolist(), q.tolist(), strict=True)) for q, t in matches.pairs(layer)]
+            assert found == [[(t, (q + layer) % 5) for t, q in pairs] for pairs in wanted]
 
 
 def test_costs_of_one_layer_need_no_layer_dimension() -> None:

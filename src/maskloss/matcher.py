@@ -53,7 +53,7 @@ class HungarianMatcher(nn.Module):
             `MaskCriterion`, whose own hold where it calls the matcher.
 
     Raises:
-        MaskLossError: an option outside its range, or all weights 0.
+        MaskLossError: an option outside its range.
 
     Source:
         DETR (Carion et al., 2020), section 3.1; Mask2Former (Cheng et al., 2022), section 3.2.2. Mask2Former draws new
@@ -87,10 +87,6 @@ class HungarianMatcher(nn.Module):
     ) -> None:
         super().__init__()
         weights = _inputs.check_weights(class_weight=class_weight, mask_weight=mask_weight, dice_weight=dice_weight)
-        if not any(weights):
-            raise Cause(
-                "at least one weight must be positive", "all are 0", "with all costs 0 the matching would be arbitrary"
-            )
         self.class_weight, self.mask_weight, self.dice_weight = weights
         self.groups = check_integer("groups", groups, 1, hint="RF-DETR has 13 in training")
         _inputs.check_choice("assignment", assignment, ops.ASSIGNMENTS)
@@ -134,7 +130,8 @@ class HungarianMatcher(nn.Module):
             The matches, on the device of the logits. No gradient.
 
         Raises:
-            MaskLossError: wrong rank, dtype or device, numbers that do not pair up, or labels outside the classes.
+            MaskLossError: wrong rank, dtype or device, numbers that do not pair up, labels outside the classes, or no
+                costs at all, because all weights are 0.
         """
         softmax = self.classification == "softmax"
         stacked, logits = check_layers_of_masks(class_logits, mask_logits, no_object=softmax)
@@ -194,6 +191,12 @@ class HungarianMatcher(nn.Module):
         self, class_logits: Tensor, mask_logits: Sequence[Layer | None], step: Step, extra_costs: Tensor | None = None
     ) -> Tensor:
         """Compute the costs `[L, B, Q, T_max]` of checked inputs; meaningless beyond an image's targets."""
+        if extra_costs is None and not (self.class_weight or self.mask_weight or self.dice_weight):
+            raise Cause(
+                "at least one weight must be positive, or extra_costs given",
+                "all are 0",
+                "with all costs 0 the matching would be arbitrary",
+            )
         targets = step.targets
         by_class = class_cost if self.classification == "softmax" else focal_class_cost
         classes = by_class(class_logits.detach(), _by_image(step.labels, targets))

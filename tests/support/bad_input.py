@@ -117,9 +117,9 @@ OPTIONS = {
     "no classes": Bad("MaskCriterion", "num_classes must be an integer, at least 1", "=0", lambda: Criterion(0)),
     "all weights 0": Bad(
         "HungarianMatcher",
-        "at least one weight must be positive",
+        "at least one weight must be positive, or extra_costs given",
         "all are 0",
-        lambda: Matcher(class_weight=0, mask_weight=0, dice_weight=0),
+        lambda: Matcher(class_weight=0, mask_weight=0, dice_weight=0)(CLASSES, LAYER, [entry(), entry()]),
     ),
     "points of the matcher": Bad("HungarianMatcher", "num_points must be", "=0", lambda: Matcher(num_points=0)),
 }

@@ -69,7 +69,7 @@ class HungarianMatcher(nn.Module):
             `maskloss.MaskCriterion`, whose own hold where a criterion calls the matcher.
 
     Raises:
-        MaskLossError: an option outside its range, or all weights 0.
+        MaskLossError: an option outside its range.
 
     Source:
         DETR (Carion et al., 2020); Mask2Former (Cheng et al., 2022); MaskDINO (Li et al., 2023) for the boxes. A

@@ -51,7 +51,7 @@ class HungarianMatcher(detr.HungarianMatcher):
         kwargs: see `detr.HungarianMatcher`.
 
     Raises:
-        MaskLossError: an option outside its range, or all weights 0.
+        MaskLossError: an option outside its range.
 
     Source:
         MaskDINO (Li et al., 2023), section 3.4.

@@ -184,6 +184,7 @@ def _match(
     height, width = masks[0].shape[2:]
     points = sampling or PointSampling(max(height * width // theirs.mask_point_sample_ratio, 1))
     matcher = HungarianMatcher(
+        class_weight=0.0,
         mask_weight=theirs.cost_mask_ce,
         dice_weight=theirs.cost_mask_dice,
         groups=groups,
@@ -192,8 +193,7 @@ def _match(
         classification="focal",
         options=options,
     )
-    # Apart, because RF-DETR lets its users choose alpha; set here, as costs of masks may be 0 beside it.
-    matcher.class_weight = 0.0
+    # Apart, because RF-DETR lets its users choose alpha.
     labels = pad_sequence(step.labels.split(list(counts)), batch_first=True)
     by_class = focal_class_cost(logits, labels, alpha=theirs.focal_alpha)
     given = _targets.boxes_of(targets, counts, boxes)
