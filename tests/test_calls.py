@@ -124,7 +124,7 @@ def test_what_is_packed_unseen_is_asserted(dtype: torch.dtype, monkeypatch: pyte
     assert MaskTargets.from_masks(masks.clamp(max=1), soft=False).dense().tolist() == [[[False, True, True]]]
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.uint8, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_void_pixels_of_compiled_code(dtype: torch.dtype) -> None:
     masks, void = void_masks()
     given, logits = masks.to(dtype).masked_fill(void, 255), torch.zeros(3, 10, 13)
