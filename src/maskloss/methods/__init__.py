@@ -136,24 +136,15 @@ def _written(settings: MethodSettings, lang: str, form: str, style: str, formula
     shown = formulas if formulas is not None else "none" if style == "short" else "loss"
     check_choice("formulas", shown, FORMULAS)
     if settings.points is None and formulas not in {None, "none"}:
-        raise Cause(
-            "equations belong to a mask loss",
-            f"there is only a matching, and formulas={formulas!r}",
-            "leave formulas out",
-        )
+        cause = f"there is only a matching, and formulas={formulas!r}"
+        raise Cause("equations belong to a mask loss", cause, "leave formulas out")
     language, short = LANGUAGES[lang], style == "short"
     table = {**language.SHORT, **dict.fromkeys(LEFT_OUT, "")} if short else language.SENTENCES
     told = paragraphs(settings, shown)
-    if short:
-        # One paragraph, with all equations after it.
-        told = [
-            Paragraph(
-                None,
-                [each for part in told for each in part.sentences],
-                [name for part in told for name in part.equations],
-            )
-        ]
-    markup = Markup(FORMATS[form], settings.version, tuple(name for each in told for name in each.equations))
+    names = [name for each in told for name in each.equations]
+    if short:  # one paragraph, with all equations after it
+        told = [Paragraph(None, [said for each in told for said in each.sentences], names)]
+    markup = Markup(FORMATS[form], settings.version, tuple(names))
     blocks = []
     for title, facts, equations in told:
         sentences = (write(fact, table, markup) for fact in facts)

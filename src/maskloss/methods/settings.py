@@ -189,12 +189,9 @@ def settings_of(module: nn.Module | MethodSettings) -> MethodSettings:
 
 
 def _of_loss(loss: MaskLoss) -> MethodSettings:
-    points, term = _of_sampling(loss.sampling), _without_backend(loss.options)
+    drawn, term = loss.sampling, _without_backend(loss.options)
+    points = Points(drawn.num_points, None, drawn.oversample_ratio, drawn.importance_ratio, drawn.layout)
     return MethodSettings(points, loss.ce_weight, loss.dice_weight, term, clips=loss.clips)
-
-
-def _of_sampling(sampling: PointSampling) -> Points:
-    return Points(sampling.num_points, None, sampling.oversample_ratio, sampling.importance_ratio, sampling.layout)
 
 
 def _without_backend(options: MaskOptions) -> MaskOptions:
@@ -203,15 +200,9 @@ def _without_backend(options: MaskOptions) -> MaskOptions:
 
 
 def _of_matcher(matcher: HungarianMatcher) -> Matching:
-    return Matching(
-        class_weight=matcher.class_weight,
-        mask_weight=matcher.mask_weight,
-        dice_weight=matcher.dice_weight,
-        points=Points(matcher.num_points, layout=matcher.layout),
-        classification=matcher.classification,
-        term=_without_backend(matcher.options),
-        groups=matcher.groups,
-    )
+    weights = (matcher.class_weight, matcher.mask_weight, matcher.dice_weight)
+    points, term = Points(matcher.num_points, layout=matcher.layout), _without_backend(matcher.options)
+    return Matching(*weights, points, matcher.classification, term, groups=matcher.groups)
 
 
 def _of_classes(criterion: MaskCriterion) -> Classification:

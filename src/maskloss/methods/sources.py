@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -190,22 +190,22 @@ def _count(config: Any, name: str) -> int:
     return int(_number(config, name, 1))
 
 
-def _of_universal(config: Any) -> MethodSettings:
-    sampling = PointSampling(
-        _count(config, "train_num_points"),
-        _number(config, "oversample_ratio"),
-        _number(config, "importance_sample_ratio"),
-    )
-    class_weight, mask_weight, dice_weight = (_number(config, f"{name}_weight") for name in ("class", "mask", "dice"))
-    criterion = MaskCriterion(
+def criterion_of_config(config: Any, class_weights: Sequence[float] | None = None) -> MaskCriterion:
+    """Make a criterion with the settings of a configuration of Mask2Former or its kin."""
+    oversample, importance = (_number(config, name) for name in ("oversample_ratio", "importance_sample_ratio"))
+    return MaskCriterion(
         _count(config, "num_labels"),
-        class_weight=class_weight,
-        mask_weight=mask_weight,
-        dice_weight=dice_weight,
+        class_weight=_number(config, "class_weight"),
+        mask_weight=_number(config, "mask_weight"),
+        dice_weight=_number(config, "dice_weight"),
         no_object_weight=_number(config, "no_object_weight"),
-        sampling=sampling,
+        class_weights=class_weights,
+        sampling=PointSampling(_count(config, "train_num_points"), oversample, importance),
     )
-    found = settings_of(criterion)
+
+
+def _of_universal(config: Any) -> MethodSettings:
+    found = settings_of(criterion_of_config(config))
     assert found.classification is not None
     return replace(
         found,

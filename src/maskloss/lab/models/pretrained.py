@@ -22,6 +22,7 @@ from maskloss.lab.data.scenes import Batch
 from maskloss.lab.files import explain, write_json
 from maskloss.lab.models.families import FAMILIES, Described, backbone_shares
 from maskloss.lab.models.learners import Learner, Losses, Output, count_weights
+from maskloss.methods.sources import criterion_of_config
 from maskloss.points import PointSampling
 from maskloss.step import step
 
@@ -177,16 +178,7 @@ class PretrainedLearner(Learner):
 
     def mask_criterion(self) -> MaskCriterion:
         """Return a criterion with the settings of its configuration."""
-        config = self.card.config
-        return MaskCriterion(
-            config.num_labels,
-            class_weight=config.class_weight,
-            mask_weight=config.mask_weight,
-            dice_weight=config.dice_weight,
-            no_object_weight=config.no_object_weight,
-            class_weights=self.class_weights,
-            sampling=PointSampling(config.train_num_points, config.oversample_ratio, config.importance_sample_ratio),
-        )
+        return criterion_of_config(self.card.config, self.class_weights)
 
     def describe(self) -> str:
         """Say what it is."""
