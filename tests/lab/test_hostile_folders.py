@@ -99,7 +99,7 @@ def test_a_broken_file_among_those_of_a_tool_costs_its_image_and_is_told(tmp_pat
         FolderScenes(str(tmp_path), 32)
     source = FolderScenes(str(tmp_path), 32, on_error="skip")
     assert len(source.problems.skipped) == 1
-    assert "images that no JSON file lists: 1" in "\n".join(map(str, source.findings))
+    assert "images that no file of annotations lists: 1" in "\n".join(map(str, source.findings))
 
 
 def test_a_first_image_without_regions(tmp_path):

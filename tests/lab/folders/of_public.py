@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from lab.folders.of_maps import MAPS
 from lab.folders.of_others import labelme, moved, moved_coco, points, shape
 from lab.folders.of_tools import TOOLS, yolo
 from lab.folders.pieces import COUNT, HEIGHT, WIDTH, case, images, instance_map, pixels, text, write
+from maskloss.lab.data.readers.segmentation import encode
 
 NAMES = ("bolt", "nut")
 
@@ -216,7 +219,73 @@ def boxes_as_polygons(root: Path) -> None:
     text(root / "instances.json", moved_coco(names))
 
 
+@case(JSON, "Segment Anything (SA-1B): a JSON file for each image", "read, as one class", classes=("object",))
+def segment_anything(root: Path) -> None:
+    moved(root)
+    for at in range(COUNT):
+        image = {"file_name": f"{at}.png", "height": HEIGHT, "width": WIDTH}
+        masks = [{"segmentation": encode(binary(number, at))} for number in range(2)]
+        text(root / f"{at}.json", {"image": image, "annotations": masks})
+
+
+@case(JSON, "YouTube-VIS: videos, with a mask in each frame", "read: frames are images, and it is told")
+def videos(root: Path) -> None:
+    names = [f"v/{at}.png" for at in range(COUNT)]
+    moved(root / "JPEGImages", names)
+    video = {"id": 1, "file_names": names, "height": HEIGHT, "width": WIDTH}
+    tracks = [
+        {
+            "id": number,
+            "video_id": 1,
+            "category_id": 1,
+            "segmentations": [encode(binary(number, at)) for at in range(COUNT)],
+        }
+        for number in range(2)
+    ]
+    text(root / "train.json", {"videos": [video], "annotations": tracks, "categories": [{"id": 1, "name": "nut"}]})
+
+
+@case(JSON, "`person_keypoints_train2017.json` alone", "read: it has masks, too")
+def keypoints(root: Path) -> None:
+    moved(root / "images")
+    text(root / "annotations/person_keypoints_train2017.json", moved_coco())
+
+
+@case(MAPS, "CVAT's export of Cityscapes, with its own classes in `label_colors.txt`", "read", classes=NAMES)
+def cvat_cityscapes(root: Path) -> None:
+    for number in range(COUNT):
+        write(root / f"imgsFine/leftImg8bit/default/{number}_leftImg8bit.png", pixels(number))
+        found = np.array([0, 1000, 2000], np.uint16)[instance_map()]
+        write(root / f"gtFine/default/{number}_gtFine_instanceIds.png", found)
+    text(root / "label_colors.txt", "0 0 0 background\n1 2 3 bolt\n4 5 6 nut\n")
+
+
 # --------------------------------------------------------------------------------------------------------------- tools
+
+
+def region(number: int, at: int) -> bytes:
+    """Write a region as ImageJ does: whole numbers of pixels, or fractions of them."""
+    corners, fine = points(number, at), bool(number)
+    (left, top), (right, bottom) = corners[0], corners[2]
+    head = struct.pack(">4sHBB4hH", b"Iout", 227, 7 * number, 0, top, left, bottom, right, len(corners))
+    head += bytes(50 - len(head)) + struct.pack(">H", 128 * fine) + bytes(12)
+    whole = [x - left for x, _ in corners] + [y - top for _, y in corners]
+    exact = [x for x, _ in corners] + [y for _, y in corners]
+    return head + struct.pack(">8h", *whole) + (struct.pack(">8f", *exact) if fine else b"")
+
+
+@case(
+    TOOLS,
+    "ImageJ and Fiji: `x_rois.zip` or `x/RoiSet.zip`",
+    "read: polygons, ovals; rectangles become regions",
+    classes=("object",),
+)
+def imagej(root: Path) -> None:
+    for at in range(COUNT):
+        moved(root / (f"s{at}" if at else "."), [f"{at}.png"], at)
+        with zipfile.ZipFile(root / (f"s{at}/RoiSet.zip" if at else "0_rois.zip"), "w") as archive:
+            for number in range(2):
+                archive.writestr(f"{number}.roi", region(number, at))
 
 
 @case(

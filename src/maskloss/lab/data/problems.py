@@ -95,6 +95,11 @@ def by_kind(findings: Iterable[Finding]) -> list[tuple[str, str]]:
     return [(kind, "; ".join(str(each) for each in found if each.kind == kind)) for kind in kinds]
 
 
+def cause_of(error: MaskLossError) -> str:
+    """Say what is wrong, without the rule."""
+    return error.parts[1] if error.parts else str(error)
+
+
 def sentence(error: MaskLossError) -> str:
     """Say in one line what is wrong."""
     if error.parts is None:

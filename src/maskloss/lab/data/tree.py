@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from maskloss.errors import Cause
 from maskloss.lab.data.images import SUFFIXES
-from maskloss.lab.data.problems import MENDED, Problems
+from maskloss.lab.data.problems import MENDED, Problems, cause_of
 from maskloss.lab.files import explain, read_any_json, read_xml
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Tree:
 
     Attributes:
         files: relative paths with slashes, sorted; hidden ones and runs of this package are left out.
-        broken: what is wrong with files of JSON or XML, which other programs may have left there.
+        broken: what is wrong with files, which other programs may have left there.
     """
 
     def __init__(self, root: Path, images: Path | None = None) -> None:
@@ -140,7 +140,7 @@ class Tree:
             try:
                 self._read[relative] = read(self.path(relative), rule)
             except Cause as error:
-                self.broken[relative] = error.parts[1] if error.parts else str(error)
+                self.broken[relative] = cause_of(error)
                 raise
         return self._read[relative]
 

@@ -15,6 +15,7 @@ from maskloss.lab.data.readers import (
     ctc,
     cvat,
     dsb,
+    imagej,
     imagescope,
     labelme,
     labelstudio,
@@ -44,17 +45,20 @@ class Reader(NamedTuple):
 READERS = (
     Reader("coco", coco.find, "COCO instances: any JSON file with images, annotations and categories"),
     Reader("panoptic", panoptic.find, "COCO panoptic: panoptic_*.json and its folder of PNG files"),
-    Reader("labelstudio", labelstudio.find, "Label Studio's JSON: tasks with polygons or brush masks"),
-    Reader("via", via.find, "VIA: via_region_data.json, or a project"),
+    Reader("labelstudio", labelstudio.LABEL_STUDIO.find, "Label Studio's JSON: tasks with polygons or brush masks"),
+    Reader("via", via.VIA.find, "VIA: via_region_data.json, or a project"),
     Reader("supervisely", supervisely.SUPERVISELY.find, "Supervisely: img/ and ann/, a JSON file for each image"),
     Reader("labelme", labelme.LABELME.find, "labelme: x.json beside x.jpg, or with the image in it"),
     Reader("cvat", cvat.find, "CVAT for images: annotations.xml"),
-    Reader("imagescope", imagescope.find, "ImageScope (MoNuSeg), LabelMe: an XML file of regions for each image"),
+    Reader(
+        "imagescope", imagescope.IMAGESCOPE.find, "ImageScope (MoNuSeg), LabelMe: an XML file of regions for each image"
+    ),
     Reader("datumaro", objects.DATUMARO.find, "Datumaro: annotations/*.json with items"),
     Reader("darwin", objects.DARWIN.find, "V7's Darwin: a JSON file for each image"),
     Reader("superannotate", objects.SUPERANNOTATE.find, "SuperAnnotate: a JSON file for each image"),
     Reader("hasty", objects.HASTY.find, "Hasty: a JSON file with images and their labels"),
     Reader("isat", objects.ISAT.find, "ISAT: x.json beside x.jpg"),
+    Reader("segmentanything", objects.SEGMENT_ANYTHING.find, "Segment Anything (SA-1B): a JSON file for each image"),
     Reader("fiftyone", objects.FIFTYONE.find, "FiftyOne: samples.json and data/"),
     Reader("geojson", objects.GEOJSON.find, "QuPath: a GeoJSON file for each image"),
     Reader("scalabel", services.SCALABEL.find, "Scalabel (BDD100K): a JSON file of frames with labels"),
@@ -70,5 +74,6 @@ READERS = (
     Reader("ctc", ctc.find, "Cell Tracking Challenge: 01/ and 01_GT/SEG/man_seg*.tif", microscopy=True),
     Reader("dsb", dsb.find, "Data Science Bowl 2018: a folder for each image, with masks/", microscopy=True),
     Reader("labels", pairs.find, "label maps: images/ and masks/, or x.tif and x_masks.tif", microscopy=True),
+    Reader("imagej", imagej.IMAGEJ.find, "ImageJ: x_rois.zip beside x.tif"),
 )
 FORMATS = tuple(reader.name for reader in READERS)

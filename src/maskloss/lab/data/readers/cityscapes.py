@@ -10,6 +10,7 @@ from maskloss.lab.data.catalog import CROWD, OBJECT, Entry, Instance, Map, Part
 from maskloss.lab.data.maps import NUMBERS, fitting_size, read_map
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
+from maskloss.lab.data.readers import names
 from maskloss.lab.data.tree import Tree, part_of
 
 # The classes with instances.
@@ -29,6 +30,8 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
     images = {
         PurePosixPath(path).name.rsplit("_leftImg8bit", 1)[0]: path for path in tree.images if "_leftImg8bit" in path
     }
+    # CVAT numbers its classes in the order of a list, with the background first.
+    classes = dict(list(enumerate(names.of_colors(tree)))[1:]) or CLASSES
     parts: dict[str, list[Entry]] = {}
     for path in maps:
         # aachen_000000_000019_gtFine_instanceIds.png
@@ -37,15 +40,14 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
             problems.note(LEFT_OUT, "maps without an image", path)
             continue
         with problems.tolerated():
-            parts.setdefault(part_of(path), []).append(_read(tree.path(image), tree.path(path)))
-    classes = list(CLASSES.items())
-    return [Part(part, classes, entries, "Cityscapes") for part, entries in parts.items()] or None
+            parts.setdefault(part_of(path), []).append(_read(tree.path(image), tree.path(path), list(classes)))
+    return [Part(part, list(classes.items()), entries, "Cityscapes") for part, entries in parts.items()] or None
 
 
-def _read(image: Path, mapped: Path) -> Entry:
+def _read(image: Path, mapped: Path, classes: list[int]) -> Entry:
     height, width = fitting_size(image, mapped)
     instances = []
-    place = {number: label for label, number in enumerate(CLASSES)}
+    place = {number: label for label, number in enumerate(classes)}
     for value in np.unique(read_map(mapped)).tolist():
         of_class = value // _PER_CLASS or value
         if of_class in place:

@@ -88,6 +88,8 @@ def _files(tree: Tree, options: DataOptions) -> list[str]:
     if options.annotations is not None:
         return [options.annotations] if is_instances(tree.json(options.annotations, INSTANCES)) else []
     names = [path for path in tree.whole_jsons if not Path(path).name.lower().startswith(_OTHERS)]
+    # The keypoints of persons come with their masks: where nothing else is there, they are meant.
+    names = names or [path for path in tree.whole_jsons if Path(path).name.lower().startswith("person_keypoints")]
     # A file that says by its name what it is must be right; of others, those are taken that are.
     found = [path for path in names if _must_be(tree, path)]
     covered = {part_of(path, stem=True) for path in found}

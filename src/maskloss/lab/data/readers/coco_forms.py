@@ -26,6 +26,8 @@ def usual(content: Any, note: Callable[[str], None] = lambda _: None) -> Any:
     if renamed:
         note("keys in capitals")
         content = {renamed.get(key, key): value for key, value in content.items()}
+    if "videos" in content and "images" not in content:
+        content = _frames(content, note)
     if "annotations" not in content and "images" in content:
         content = _nested(content, note)
     return {**content, **_categories(content, note)}
@@ -71,6 +73,25 @@ def _nested(content: Mapping[str, Any], note: Callable[[str], None]) -> Mapping[
     numbered = [{**image, "id": image.get("id", image.get("image_id", place))} for place, image in enumerate(images)]
     annotations = [{**each, "image_id": image["id"]} for image in numbered for each in image["annotations"]]
     return {**content, "images": numbered, "annotations": annotations}
+
+
+def _frames(content: Mapping[str, Any], note: Callable[[str], None]) -> Mapping[str, Any]:
+    """Take the frames of YouTube-VIS's videos for images, and its tracks for an instance in each frame."""
+    images, annotations = [], []
+    try:
+        for video in content["videos"]:
+            sides = {side: video[side] for side in ("height", "width")}
+            for place, name in enumerate(video["file_names"]):
+                images.append({"id": f"{video['id']}/{place}", "file_name": name, **sides})
+        for track in content["annotations"]:
+            for place, mask in enumerate(track["segmentations"]):
+                owner = f"{track['video_id']}/{place}"
+                one = {key: track[key] for key in ("id", "category_id", "iscrowd") if key in track}
+                annotations += [{**one, "image_id": owner, "segmentation": mask}] if mask else []
+    except (LookupError, TypeError):
+        return content
+    note("frames of videos as images: a video should be in one part, which --val can say")
+    return {**content, "images": images, "annotations": annotations}
 
 
 def _holds_annotations(image: Any) -> bool:

@@ -9,48 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskloss.errors import Cause, MaskLossError, describe
-from maskloss.lab.data.catalog import Entry, Part
-from maskloss.lab.data.images import SUFFIXES, read_size
-from maskloss.lab.data.options import DataOptions
-from maskloss.lab.data.problems import DECIDED, LEFT_OUT, SUSPICIOUS, Problems
+from maskloss.errors import Cause
+from maskloss.lab.data.images import SUFFIXES
+from maskloss.lab.data.problems import DECIDED, LEFT_OUT, SUSPICIOUS
 from maskloss.lab.data.readers.coco import as_id
-from maskloss.lab.data.readers.segmentation import number
-from maskloss.lab.data.readers.shapes import Drawn, listed, parts_of
+from maskloss.lab.data.readers.objects import Picture, Tool
+from maskloss.lab.data.readers.shapes import Drawn, listed
 from maskloss.lab.data.tiff import MOST_PIXELS
-from maskloss.lab.data.tree import Tree, part_of
-
-_RULE = "a file of Label Studio must list tasks with annotations"
 
 
-def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
-    """Find JSON files with tasks."""
-    files = [options.annotations] if options.annotations else tree.whole_jsons
-    found = [path for path in files if _is_tasks(tree, path)]
-    names: dict[str, int] = {}
-    parts: dict[str, list[Entry]] = {}
-    for path in found:
-        for task in map(_whole, tree.json(path)):
-            with problems.tolerated():
-                drawn = _read(tree, path, task, names, problems)
-                if drawn is not None and drawn.usable:
-                    parts.setdefault(part_of(path, stem=True), []).append(drawn.entry)
-    return parts_of(parts, names, f"Label Studio: {', '.join(found)}") if found else None
-
-
-def _is_tasks(tree: Tree, path: str) -> bool:
-    try:
-        content = tree.json(path)
-    except MaskLossError:
-        return False
-    return (
-        isinstance(content, list)
-        and bool(content)
-        and all(
-            isinstance(each, Mapping) and "data" in each and ("annotations" in each or "completions" in each)
-            for each in map(_whole, content)
-        )
-    )
+def _pictures(content: Any) -> list[Picture]:
+    tasks = [_whole(task) for task in content]
+    return [_picture(task) for task in tasks]
 
 
 def _whole(task: Any) -> Any:
@@ -69,74 +39,57 @@ def _whole(task: Any) -> Any:
     return {"id": task.get("id"), "data": {"image": task["image"]}, "annotations": [{"result": results}]}
 
 
-def _read(tree: Tree, path: str, task: Mapping[str, Any], names: dict[str, int], problems: Problems) -> Drawn | None:
-    data, what = task["data"], f"{path}: task {task.get('id')}"
+def _picture(task: Mapping[str, Any]) -> Picture:
+    data, annotations = task["data"], task["annotations"] if "annotations" in task else task["completions"]
     urls = [each for each in data.values() if isinstance(each, str)] if isinstance(data, Mapping) else []
     # The key is named by whoever set up the project, and there may be texts beside it.
     images = [each for each in urls if PurePosixPath(each.split("?d=")[-1].split("?")[0]).suffix.lower() in SUFFIXES]
     written = data.get("image", next(iter([*images, *urls]), None)) if isinstance(data, Mapping) else None
-    if not isinstance(written, str) or "\0" in written:
-        raise Cause(_RULE, f"{what} has the data {describe(data)}", "name the image")
-    annotations = listed(task.get("annotations", task.get("completions")), what)
-    some = [each for each in annotations if isinstance(each, Mapping) and not each.get("was_cancelled")]
+    some = [
+        each for each in listed(annotations, "a task") if isinstance(each, Mapping) and not each.get("was_cancelled")
+    ]
+    number = as_id(task.get("id"))
     if not some:
-        problems.note(LEFT_OUT, "tasks that nobody annotated", what)
-        return None
-    if len(some) > 1:
-        problems.note(DECIDED, "tasks with several annotations, the last taken", what)
-    file = tree.find(written, path, problems)
-    height, width = read_size(file)
-    drawn = Drawn(Entry(str(file), height, width, [], None, as_id(task.get("id"))), names, what, problems)
-    results = [each for each in listed(some[-1].get("result"), what) if isinstance(each, Mapping)]
-    drawings = [(each, value) for each in results if isinstance(value := each.get("value"), Mapping)]
+        return Picture(written, 0, 0, None, id=number, told=[(LEFT_OUT, "tasks that nobody annotated")])
+    told = [(DECIDED, "tasks with several annotations, the last taken")] * (len(some) > 1)
+    results = [each for each in listed(some[-1].get("result"), "a task") if isinstance(each, Mapping)]
+    if any(each.get("image_rotation") for each in results):
+        told.append((SUSPICIOUS, "results drawn while the image was turned: are they in place?"))
     # With one control for shapes and one for labels, a shape and its label are two results of one id.
-    names_of = {str(each.get("id")): label for each, value in drawings if (label := _label(value))}
-    for result, value in drawings:
-        with drawn.guarded():
-            if result.get("image_rotation"):
-                problems.note(SUSPICIOUS, "results drawn while the image was turned: are they in place?", what)
-            if result.get("type") != "labels":
-                _draw(drawn, result, value, _label(value) or names_of.get(str(result.get("id")), "object"))
-    return drawn
+    names_of = {str(each.get("id")): label for each in results if (label := _label(each.get("value")))}
+    drawings = [
+        (each, _label(each["value"]) or names_of.get(str(each.get("id")), "object"))
+        for each in results
+        if isinstance(each.get("value"), Mapping) and each.get("type") != "labels"
+    ]
+    return Picture(written, 0, 0, drawings, id=number, told=told)
 
 
-def _label(value: Mapping[str, Any]) -> str | None:
-    found = next((each for key, each in value.items() if str(key).endswith("labels")), None)
+def _label(value: Any) -> str | None:
+    items = value.items() if isinstance(value, Mapping) else ()
+    found = next((each for key, each in items if str(key).endswith("labels")), None)
     return str(found[0]) if isinstance(found, list) and found else None
 
 
-def _draw(drawn: Drawn, result: Mapping[str, Any], value: Mapping[str, Any], name: str) -> None:
-    kind = str(result.get("type"))
+def _draw(drawn: Drawn, drawing: Any) -> None:
+    result, name = drawing
+    kind, value = str(result.get("type")).removesuffix("labels"), result["value"]
     across, down = drawn.entry.width / 100, drawn.entry.height / 100
 
-    def need(*wanted: str) -> list[float]:
-        found = [number(value.get(each)) for each in wanted]
-        if None in found:
-            raise Cause(_RULE, f"{drawn.what} has the {kind} {describe(value)}", "export it again")
-        return [each or 0.0 for each in found]
-
-    if kind in {"polygonlabels", "polygon"}:
-        corners = listed(value.get("points"), drawn.what)
-        points = [[number(each) for each in point] for point in corners if isinstance(point, list)]
-        if not points or any(len(point) != 2 or None in point for point in points):
-            raise Cause(_RULE, f"{drawn.what} has the polygon {describe(value.get('points'))}", "export it again")
-        drawn.polygons(name, [[one for x, y in points for one in ((x or 0) * across, (y or 0) * down)]])
-    elif kind in {"brushlabels", "brush"} and isinstance(value.get("rle"), list):
-        height, width = (int(number(result.get(each)) or 0) for each in ("original_height", "original_width"))
-        if (height, width) != (drawn.entry.height, drawn.entry.width):
-            size = f"{drawn.entry.height} x {drawn.entry.width}"
-            raise Cause(
-                "a mask must have the size of its image",
-                f"{drawn.what}: {height} x {width}, not {size}",
-                "export it again",
-            )
-        drawn.bitmap(name, decode_brush(value["rle"], height, width), 0, 0)
-    elif kind in {"rectanglelabels", "rectangle"}:
-        x, y, width_, height_ = need("x", "y", "width", "height")
-        drawn.box(name, [x * across, y * down, width_ * across, height_ * down])
-    elif kind in {"ellipselabels", "ellipse"}:
-        x, y, radius_x, radius_y = need("x", "y", "radiusX", "radiusY")
-        turn = number(value.get("rotation")) or 0.0
+    if kind == "polygon":
+        drawn.polygons(name, [[one for x, y in value["points"] for one in (float(x) * across, float(y) * down)]])
+    elif kind == "brush" and isinstance(value.get("rle"), list):
+        size = tuple(int(result[each]) for each in ("original_height", "original_width"))
+        if size != (drawn.entry.height, drawn.entry.width):
+            what = f"{drawn.what}: {size[0]} x {size[1]}, not {drawn.entry.height} x {drawn.entry.width}"
+            raise Cause("a mask must have the size of its image", what, "export it again")
+        drawn.bitmap(name, decode_brush(value["rle"], *size), 0, 0)
+    elif kind == "rectangle":
+        x, y, wide, high = (float(value[each]) for each in ("x", "y", "width", "height"))
+        drawn.box(name, [x * across, y * down, wide * across, high * down])
+    elif kind == "ellipse":
+        x, y, radius_x, radius_y = (float(value[each]) for each in ("x", "y", "radiusX", "radiusY"))
+        turn = float(value.get("rotation") or 0)
         drawn.ellipse(name, (x * across, y * down), (radius_x * across, radius_y * down), turn)
     else:
         drawn.problems.note(LEFT_OUT, f"results that enclose nothing ({kind})", drawn.what)
@@ -179,3 +132,6 @@ def decode_brush(packed: list[Any], height: int, width: int) -> NDArray[np.bool_
         values[filled : filled + count] = take(size) if repeated else [take(size) for _ in range(count)]
         filled += count
     return np.asarray(values.reshape(height, width, 4)[..., 3] > 0)
+
+
+LABEL_STUDIO = Tool("Label Studio", _pictures, _draw)

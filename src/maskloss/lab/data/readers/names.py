@@ -71,6 +71,14 @@ def colors(tree: Tree) -> dict[int, str]:
     return found
 
 
+def of_colors(tree: Tree) -> list[str]:
+    """Return the names that CVAT's label_colors.txt lists behind their colors; empty: there is none."""
+    for path in tree.ending("label_colors.txt"):
+        rows = [line.split(maxsplit=3) for line in read_text(tree, path).splitlines()]
+        return [row[3] for row in rows if len(row) == 4]
+    return []
+
+
 def _color(found: dict[int, str], name: str, channels: list[str]) -> None:
     if name.strip() and name[0] != "#" and len(channels) == 3 and all(each.strip().isdecimal() for each in channels):
         red, green, blue = (int(each) for each in channels)

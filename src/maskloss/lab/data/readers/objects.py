@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -16,39 +16,42 @@ from maskloss.errors import Cause, MaskLossError, describe
 from maskloss.lab.data.catalog import Entry, Part
 from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
-from maskloss.lab.data.problems import LEFT_OUT, Problems
+from maskloss.lab.data.problems import LEFT_OUT, Problems, cause_of
 from maskloss.lab.data.readers.segmentation import integer, number
-from maskloss.lab.data.readers.shapes import Drawn, note_others, parts_of
+from maskloss.lab.data.readers.shapes import Drawn, listed, note_others, parts_of
 from maskloss.lab.data.tiff import MOST_PIXELS
 from maskloss.lab.data.tree import Tree, part_of
 
 # What damaged content makes a reader raise that takes it as it is.
-_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, zlib.error)
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, zlib.error, struct.error)
 # Files that are looked into to see whose they are.
 _LOOKED_AT = 3
-_ENDINGS = (".json", ".jsonl", ".ndjson", ".geojson")
 
 
 class Picture(NamedTuple):
     """An image as a tool lists it."""
 
-    name: str  # of the file; "": the JSON file is named after it
+    name: Any  # of the file; "": the file of annotations is named after it
     height: int  # pixels; 0: the file says it
     width: int
-    objects: list[Any]  # as the tool writes them
+    objects: list[Any] | None  # as the tool writes them; None: nobody has annotated the image, it is left out
     inside: bool = False  # whether the JSON file holds the image itself, as labelme's imageData
+    id: Any = None  # what the tool calls the image; None: nothing
+    told: Sequence[tuple[str, str]] = ()  # findings of the image, (kind, what)
 
 
 class Tool(NamedTuple):
     """How a tool writes its annotations."""
 
     name: str
-    pictures: Callable[[Any], list[Picture]]  # of a JSON file; raises one of _DAMAGE where it is none of the tool's
+    pictures: Callable[[Any], list[Picture]]  # of a file; raises one of _DAMAGE where it is none of the tool's
     draw: Callable[[Drawn, Any], None]
+    endings: tuple[str, ...] = (".json", ".jsonl", ".ndjson", ".geojson")
+    content: Callable[[Tree, str], Any] = Tree.json  # reads a file
 
     def find(self, tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
-        """Find JSON files of the tool, of the whole data set or one for each image."""
-        files = [options.annotations] if options.annotations else tree.ending(*_ENDINGS)
+        """Find files of the tool, of the whole data set or one for each image."""
+        files = [path for path in tree.ending(*self.endings) if options.annotations in (None, path)]
         whole = set(tree.whole_jsons)
         of_one = [path for path in files if path not in whole]
         some = [*of_one[:_LOOKED_AT], *(path for path in files if path in whole)][: 2 * _LOOKED_AT]
@@ -67,27 +70,35 @@ class Tool(NamedTuple):
             for picture in pictures:
                 with problems.tolerated():
                     drawn = self._read(tree, path, picture, names, problems)
-                    if drawn.usable:
+                    if drawn is not None and drawn.usable:
                         parts.setdefault(part, []).append(drawn.entry)
-        note_others(tree, parts, "images that no JSON file lists", problems)
-        return parts_of(parts, names, f"{self.name}: {len(mine)} JSON files such as {mine[0]}") if mine else None
+        note_others(tree, parts, "images that no file of annotations lists", problems)
+        return parts_of(parts, names, f"{self.name}: {mine[0]}{_and(len(mine))}") if mine else None
 
     def _is_of(self, tree: Tree, path: str) -> bool:
-        with suppress(MaskLossError):  # what is broken may be of anything
+        try:
             return bool(self._of(tree, path))
-        return False
+        except MaskLossError as error:  # what is broken may be of anything
+            tree.broken.setdefault(path, cause_of(error))
+            return False
 
     def _of(self, tree: Tree, path: str) -> list[Picture]:
-        content = tree.json(path)
+        content = self.content(tree, path)
         try:
             return self.pictures(content)
+        except MaskLossError:
+            raise
         except _DAMAGE:
             return []
 
-    def _read(self, tree: Tree, path: str, picture: Picture, names: dict[str, int], problems: Problems) -> Drawn:
+    def _read(self, tree: Tree, path: str, picture: Picture, names: dict[str, int], problems: Problems) -> Drawn | None:
         name = picture.name or PurePosixPath(path).stem
         if not isinstance(name, str) or "\0" in name:
             raise Cause("every image must be named", f"{path} has {describe(name)}", "export it again")
+        for kind, what in picture.told:
+            problems.note(kind, what, f"{path}: {name}")
+        if picture.objects is None:
+            return None
         try:
             file = tree.find(name, path, problems)
         except MaskLossError:
@@ -96,8 +107,8 @@ class Tool(NamedTuple):
             file = tree.path(path)
         height, width = (integer(number(side)) for side in (picture.height, picture.width))
         size = (height, width) if height and width else read_size(file)
-        drawn = Drawn(Entry(str(file), *size, []), names, f"{path}: {name}", problems)
-        for each in picture.objects:
+        drawn = Drawn(Entry(str(file), *size, [], None, picture.id), names, f"{path}: {name}", problems)
+        for each in listed(picture.objects, drawn.what):
             with drawn.guarded():
                 try:
                     self.draw(drawn, each)
@@ -107,6 +118,10 @@ class Tool(NamedTuple):
                     rule = f"objects must be as {self.name} writes them"
                     raise Cause(rule, f"{drawn.what} has {describe(each)}", "export it again") from None
         return drawn
+
+
+def _and(count: int) -> str:
+    return f" and {count - 1} more" if count > 1 else ""
 
 
 def flat(points: Any) -> list[Any]:
@@ -303,6 +318,18 @@ def _draw_geojson(drawn: Drawn, each: Any) -> None:
     return drawn.even_odd(name, [flat(ring) for ring in rings])
 
 
+# ------------------------------------------------------------------------------------------------ Segment Anything
+
+
+def _segment_anything(content: Any) -> list[Picture]:
+    image, objects = content["image"], content["annotations"]
+    return [Picture(image["file_name"], image["height"], image["width"], [each["segmentation"] for each in objects])]
+
+
+def _draw_segment(drawn: Drawn, each: Any) -> None:
+    drawn.segmentation("object", each)
+
+
 DARWIN = Tool("Darwin", _darwin, _draw_darwin)
 SUPERANNOTATE = Tool("SuperAnnotate", _superannotate, _draw_superannotate)
 HASTY = Tool("Hasty", _hasty, _draw_hasty)
@@ -310,3 +337,4 @@ DATUMARO = Tool("Datumaro", _datumaro, _draw_datumaro)
 ISAT = Tool("ISAT", _isat, _draw_isat)
 FIFTYONE = Tool("FiftyOne", _fiftyone, _draw_fiftyone)
 GEOJSON = Tool("GeoJSON", _geojson, _draw_geojson)
+SEGMENT_ANYTHING = Tool("Segment Anything", _segment_anything, _draw_segment)

@@ -16,7 +16,7 @@ from maskloss.lab.data.readers.shapes import Drawn, unpack_png
 def _scalabel(content: Any) -> list[Picture]:
     frames = content["frames"] if isinstance(content, Mapping) else content
     found = [Picture(each["name"], 0, 0, list(each["labels"] or [])) for each in frames if "labels" in each]
-    return found if any("category" in one for each in found for one in each.objects) else []
+    return found if any("category" in one for each in found for one in each.objects or []) else []
 
 
 def _draw_scalabel(drawn: Drawn, each: Any) -> None:

@@ -8,15 +8,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from maskloss.errors import Cause, MaskLossError, describe
-from maskloss.lab.data.catalog import Entry, Part
-from maskloss.lab.data.images import read_size
-from maskloss.lab.data.options import DataOptions
-from maskloss.lab.data.problems import LEFT_OUT, SUSPICIOUS, Problems
+from maskloss.errors import Cause, describe
+from maskloss.lab.data.problems import LEFT_OUT, SUSPICIOUS
 from maskloss.lab.data.readers.names import read_text
+from maskloss.lab.data.readers.objects import Picture, Tool, flat
 from maskloss.lab.data.readers.segmentation import number
-from maskloss.lab.data.readers.shapes import Drawn, listed, parts_of
-from maskloss.lab.data.tree import Tree, part_of
+from maskloss.lab.data.readers.shapes import Drawn, listed
+from maskloss.lab.data.tree import Tree
 from maskloss.lab.files import check_file, explain
 
 _RULE = "a file of VIA must list regions with their shapes"
@@ -32,21 +30,6 @@ _SHAPES = {
 _POLYGON = 7
 # Attributes that people call the class by, in this order.
 _ATTRIBUTES = ("class", "label", "name", "category", "type", "object")
-
-
-def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
-    """Find JSON files with regions."""
-    files = [options.annotations] if options.annotations else [*tree.whole_jsons, *tree.ending(".csv")]
-    found = {path: images for path in files if (images := _images(tree, path)) is not None}
-    names: dict[str, int] = {}
-    parts: dict[str, list[Entry]] = {}
-    for path, images in found.items():
-        for image in images:
-            with problems.tolerated():
-                drawn = _read(tree, path, image, names, problems)
-                if drawn.usable:
-                    parts.setdefault(part_of(path, stem=True), []).append(drawn.entry)
-    return parts_of(parts, names, f"VIA: {', '.join(found)}") if found else None
 
 
 def _of_csv(tree: Tree, path: str) -> list[Mapping[str, Any]] | None:
@@ -75,22 +58,17 @@ def _of_csv(tree: Tree, path: str) -> list[Mapping[str, Any]] | None:
     return [{"filename": name, "regions": some} for name, some in regions.items()]
 
 
-def _images(tree: Tree, path: str) -> list[Mapping[str, Any]] | None:
-    if path.lower().endswith(".csv"):
-        return _of_csv(tree, path)
-    try:
-        content = tree.json(path)
-    except MaskLossError:
-        return None
+def _content(tree: Tree, path: str) -> Any:
+    return _of_csv(tree, path) if path.lower().endswith(".csv") else tree.json(path)
+
+
+def _pictures(content: Any) -> list[Picture]:
     if isinstance(content, Mapping) and {"metadata", "file", "view", "attribute"} <= set(content):
-        return _of_third(content)
+        content = _of_third(content)
     if isinstance(content, Mapping):
         content = content.get("_via_img_metadata", content)
     images = list(content.values()) if isinstance(content, Mapping) else content
-    if not isinstance(images, list) or not images:
-        return None
-    fits = all(isinstance(each, Mapping) and {"filename", "regions"} <= set(each) for each in images)
-    return images if fits else None
+    return [Picture(each["filename"], 0, 0, listed(each["regions"], each["filename"])) for each in images]
 
 
 def _of_third(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -118,20 +96,6 @@ def _of_third(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [{"filename": name, "regions": some} for name, some in regions.items()]
 
 
-def _read(tree: Tree, path: str, image: Mapping[str, Any], names: dict[str, int], problems: Problems) -> Drawn:
-    if not isinstance(image["filename"], str) or "\0" in image["filename"]:
-        raise Cause(_RULE, f"{path} names the image {describe(image['filename'])}", "name a file")
-    file = tree.find(image["filename"], path, problems)
-    drawn = Drawn(Entry(str(file), *read_size(file), []), names, f"{path}: {image['filename']}", problems)
-    for region in listed(image["regions"], drawn.what):
-        with drawn.guarded():
-            shape = region.get("shape_attributes") if isinstance(region, Mapping) else None
-            if not isinstance(shape, Mapping):
-                raise Cause(_RULE, f"{drawn.what} has the region {describe(region)}", "export it again")
-            _draw(drawn, shape, _name(region.get("region_attributes"), drawn))
-    return drawn
-
-
 def _name(attributes: Any, drawn: Drawn) -> str:
     """Return the class of a region: one of the usual attributes, else the only one whose value is no number."""
     if not isinstance(attributes, Mapping):
@@ -149,19 +113,15 @@ def _name(attributes: Any, drawn: Drawn) -> str:
     return CLASS if chosen is None else str(chosen)
 
 
-def _draw(drawn: Drawn, shape: Mapping[str, Any], name: str) -> None:
+def _draw(drawn: Drawn, region: Any) -> None:
+    shape, name = region["shape_attributes"], _name(region.get("region_attributes"), drawn)
+
     def need(*wanted: str) -> list[float]:
-        found = [number(shape.get(each)) for each in wanted]
-        if None in found:
-            raise Cause(_RULE, f"{drawn.what} has the shape {describe(shape)}", "export it again")
-        return [each or 0.0 for each in found]
+        return [float(shape[each]) for each in wanted]
 
     kind = shape.get("name")
     if kind == "polygon":
-        xs, ys = shape.get("all_points_x"), shape.get("all_points_y")
-        if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
-            raise Cause(_RULE, f"{drawn.what} has the shape {describe(shape)}", "export it again")
-        drawn.polygons(name, [[each for point in zip(xs, ys, strict=True) for each in point]])
+        drawn.polygons(name, [flat(zip(shape["all_points_x"], shape["all_points_y"], strict=True))])
     elif kind == "rect":
         drawn.box(name, need("x", "y", "width", "height"))
     elif kind == "circle":
@@ -169,6 +129,9 @@ def _draw(drawn: Drawn, shape: Mapping[str, Any], name: str) -> None:
         drawn.ellipse(name, (x, y), (radius, radius))
     elif kind == "ellipse":
         x, y, across, down = need("cx", "cy", "rx", "ry")
-        drawn.ellipse(name, (x, y), (across, down), math.degrees(number(shape.get("theta")) or 0.0))
+        drawn.ellipse(name, (x, y), (across, down), math.degrees(float(shape.get("theta") or 0)))
     else:
         drawn.problems.note(LEFT_OUT, f"shapes that enclose nothing ({kind})", drawn.what)
+
+
+VIA = Tool("VIA", _pictures, _draw, (".json", ".csv"), _content)
