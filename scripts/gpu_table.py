@@ -1,6 +1,7 @@
 """Compile the Triton kernels ahead of time and tabulate registers, spills and shared memory: no GPU is needed.
 
-    python scripts/gpu_table.py            write docs/gpu-kernels.csv: the default options, all dtypes and targets
+    python scripts/gpu_table.py            write docs/gpu-kernels.csv: the default options, all dtypes and targets,
+                                           of planes, and of volumes where they are compiled anew
     python scripts/gpu_table.py --check    exit with 1 if the committed table is not what the kernels compile to
 
 The launches are recorded from the operations themselves, called on tensors without data, so what is compiled is what
@@ -42,11 +43,13 @@ from maskloss._abi import (
     Gradients,
     Instances,
     Job,
+    Stack,
     Targets,
     Term,
     accumulation_dtype,
 )
 from maskloss.ops import factored, gpu
+from maskloss.ops.gpu import volumes
 from maskloss.points import PointSampling
 
 TABLE = Path(__file__).parent.parent / "docs" / "gpu-kernels.csv"
@@ -87,6 +90,7 @@ class Case:
     deterministic: bool = False
     widest: int = 20
     layout: str = "independent"
+    unit: str = ""  # "clip" or "volume": of five dimensions, for the operations on those
 
 
 @dataclass(frozen=True)
@@ -181,20 +185,24 @@ def operations_of(case: Case) -> dict[str, list[Launch]]:
         return torch.empty(shape, dtype=torch.int64, device=meta)
 
     count, num_points = layers * batch * case.widest, sampling.num_points
-    logits = [torch.empty(batch, queries, size, size, dtype=case.dtype, device=meta) for _ in range(layers)]
+    shape = (64, size, size) if case.unit else (size, size)
+    logits = [torch.empty(batch, queries, *shape, dtype=case.dtype, device=meta) for _ in range(layers)]
     ignore = torch.empty(64 if case.ignore else 0, dtype=torch.uint8, device=meta)
     windows = torch.empty(batch, WINDOW_COLUMNS, device=meta)
     rows = batch * case.widest
     described = [integers(rows, TABLE_COLUMNS), integers(batch, IMAGE_COLUMNS), windows, ignore]
     targets = Targets(case.encoding, torch.empty(4096, dtype=case.data, device=meta), *described)
     seed = integers(1)[0] if case.seed_on_device else torch.tensor(2**62)
-    given = torch.empty(count, num_points, POINT_COLUMNS, dtype=case.given or torch.float32, device=meta)
+    columns = POINT_COLUMNS + bool(case.unit)
+    given = torch.empty(count, num_points, columns, dtype=case.given or torch.float32, device=meta)
     index = integers(count, INDEX_COLUMNS)
     instances = Instances(logits, index, [rows] * layers)
     draw = Draw(integers(batch), seed, num_points, sampling.num_candidates, sampling.num_uncertain, case.layout)
     term = Term(case.padding, case.target_mode, *case.focal, case.dice)
     job = Job(targets, draw, term)
     inputs = (instances, job._replace(points=given) if case.given else job)
+    if case.unit:
+        return _operations_on_stacks(*inputs, [case.widest] * batch, case)
     maps, mode = logits[0][0], case.target_mode
     channels, planes = 256, layers * case.widest
     embeddings = [torch.empty(batch, queries, channels, dtype=case.dtype, device=meta) for _ in range(layers)]
@@ -227,6 +235,24 @@ def operations_of(case: Case) -> dict[str, list[Launch]]:
             values = gpu.point_sample(maps, index[:, QUERY], given, mode, case.padding)
         with recorded() as result["point_sample_backward"]:
             gpu.point_sample_backward(values, maps, index[:, QUERY], given, mode, case.padding)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return result
+
+
+def _operations_on_stacks(instances: Instances, job: Job, counts: Sequence[int], case: Case) -> dict[str, list[Launch]]:
+    """Launches of the operations on volumes and whole clips."""
+    stack = Stack(instances.logits[0].shape[2], case.unit == "volume")
+    result: dict[str, list[Launch]] = {}
+    torch.use_deterministic_algorithms(case.deterministic)
+    try:
+        with recorded() as result["volume_cost"]:
+            volumes.volume_cost(instances.logits, counts, job, stack)
+        with recorded() as result["volume_loss"]:
+            ce, dice, saved = volumes.volume_loss(instances, job, stack)
+        with recorded() as result["volume_loss_backward"]:
+            needs_grad = [True] * len(instances.logits)
+            volumes.volume_loss_backward(Gradients(ce, dice), saved, instances, job, stack, needs_grad)
     finally:
         torch.use_deterministic_algorithms(False)
     return result
@@ -290,7 +316,10 @@ def rows(dtypes: Sequence[str] = tuple(DTYPES)) -> list[tuple[str, ...]]:
     """Compile the default options: registers by target; dtypes with the same numbers share a row."""
     found: dict[tuple[str, ...], list[str]] = {}
     for dtype in dtypes:
-        for name, launches in _by_kernel(launches_of(Case(dtype=DTYPES[dtype]))).items():
+        planes = launches_of(Case(dtype=DTYPES[dtype]))
+        stacks = [each for each in launches_of(Case(dtype=DTYPES[dtype], unit="volume")) if each not in planes]
+        kernels = _by_kernel(planes) | {f"{name}, volumes": each for name, each in _by_kernel(stacks).items()}
+        for name, launches in kernels.items():
             usages = [[compiled(launch, target) for launch in launches] for target in TARGETS.values()]
             registers = [str(max(usage.registers for usage in each)) for each in usages]
             spilled = max(usage.spilled for each in usages for usage in each)

@@ -402,13 +402,6 @@ def test_what_volumes_do_not_have() -> None:
         MaskLoss(clips=VOLUME)(setup.logits[0], setup.packed, pairs, points=torch.rand(2 * D, 4, 3))
 
 
-def test_the_gpu_backend_says_that_it_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = Setup()
-    monkeypatch.setattr("maskloss.ops.choose_backend", lambda *_: "gpu")
-    with pytest.raises(MaskLossError, match="drawn by the backends 'reference' and 'cpu'"):
-        MaskCriterion(2, clips=VOLUME)(setup.classes, setup.logits, setup.targets)
-
-
 @pytest.mark.skipif(torch.__version__ < (2, 7), reason="PyTorch 2.6 compiles no step into one graph")
 def test_compiled() -> None:
     setup = Setup()

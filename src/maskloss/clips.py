@@ -31,7 +31,7 @@ class ClipOptions:
     trilinearly; there, logits and targets may have different numbers of slices.
 
     Args:
-        unit: "frame" (default), "clip" or "volume". The last two are computed by the backends "reference" and "cpu".
+        unit: "frame" (default), "clip" or "volume".
         frames: "all" (default): where an instance is absent, its mask has to be empty; or "present": only the frames
             that it is in count (`MaskTargets.present`), for the unit "frame".
         divide_by: the sums over instances and frames are divided by the number of "instances" (default), or of the

@@ -42,7 +42,6 @@ def match_cost(
     Those of clips with targets as planes; of whole clips and volumes, which `stack` describes, with targets as stored.
     """
     if stack is not None:
-        ops.check_backend_of_volumes(backend)
         return ops.volume_cost(_formed(layers), num_targets, job, stack, backend)
     dense, factored = _alike(layers, backend)
     if factored:
@@ -60,7 +59,6 @@ def mask_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute cross-entropy and Dice `[N]` of instances; of clips they are planes, query q in frame t is q * T + t."""
     if stack is not None:
-        ops.check_backend_of_volumes(backend)
         instances = ops.Instances(_formed(layers), matches.index, matches.layer_sizes)
         return ops.volume_loss(instances, job, stack, backend, reduction)
     dense, factored = _alike(layers, backend)

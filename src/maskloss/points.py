@@ -364,21 +364,50 @@ def slabs_of(cells: int) -> int:
     return max(1, slabs - 1 if slabs**3 > cells else slabs)
 
 
-def stratified_points3(keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor, stream: int) -> Tensor:
-    """Draw one uniform point in each of K = `num_points` boxes of equal volume that tile the unit cube.
+class Boxes(NamedTuple):
+    """K boxes of equal volume that tile the unit cube, and what the position of a point is computed with.
 
     The cube has S = floor(K^(1/3)) slabs. Slab s has the boxes f_s to f_(s + 1) - 1, where f_s = floor(s K / S), so
-    n_s = f_(s + 1) - f_s of them: it is n_s / K thick, and its boxes are the cells of `Strata` for n_s points. u and v
-    have the words of `stratified_points`, and the position across the slab 16 bits of a third word. Arguments and
-    result are those of `uniform_points3`.
+    n_s = f_(s + 1) - f_s of them: it is n_s / K thick, and its boxes are the cells of `Strata` for n_s points.
+
+    Attributes:
+        cells: K.
+        slabs: S.
+        thin: floor(K / S), the n of a thin slab; that of a thick one is one more.
+        rows_of_thin: the rows of a thin slab.
+        rows_of_thick: the rows of a thick one.
+        by_cells: the inverse of K.
     """
-    cells, slabs = max(num_points, 1), slabs_of(max(num_points, 1))
+
+    cells: int
+    slabs: int
+    thin: int
+    rows_of_thin: int
+    rows_of_thick: int
+    by_cells: int
+
+    @staticmethod
+    def of(count: int) -> Boxes:
+        """Describe the boxes of this many points. Zero points have one box, in which nothing is drawn."""
+        cells = max(count, 1)
+        slabs = slabs_of(cells)
+        thin = cells // slabs
+        return Boxes(cells, slabs, thin, math.isqrt(thin), math.isqrt(thin + 1), (1 << INVERSE_BITS) // cells)
+
+
+def stratified_points3(keys: tuple[Tensor, Tensor], num_points: int, layers: Tensor, stream: int) -> Tensor:
+    """Draw one uniform point in each of K = `num_points` boxes of equal volume that tile the unit cube (see `Boxes`).
+
+    u and v have the words of `stratified_points`, and the position across the slab 16 bits of a third word. Arguments
+    and result are those of `uniform_points3`.
+    """
+    cells, slabs, thin, rows_of_thin, rows_of_thick, by_cells = Boxes.of(num_points)
     i = torch.arange(num_points, device=keys[0].device)
     slab = ((i + 1) * slabs - 1) // cells
     behind = slab * cells // slabs
     count = (slab + 1) * cells // slabs - behind
     own = i - behind
-    rows = torch.where(count == cells // slabs, math.isqrt(cells // slabs), math.isqrt(cells // slabs + 1))
+    rows = torch.where(count == thin, rows_of_thin, rows_of_thick)
     row = ((own + 1) * rows - 1) // count
     first = row * count // rows
     wide = (row + 1) * count // rows - first
@@ -391,7 +420,7 @@ def stratified_points3(keys: tuple[Tensor, Tensor], num_points: int, layers: Ten
     u, v, depth = word >> CELL_BITS, word & ((1 << CELL_BITS) - 1), third >> CELL_BITS
     x = (((own - first) << CELL_BITS) + u) * ((1 << INVERSE_BITS) // wide) >> POSITION_SHIFT
     y = ((first << CELL_BITS) + v * wide) * ((1 << INVERSE_BITS) // count) >> POSITION_SHIFT
-    z = ((behind << CELL_BITS) + depth * count) * ((1 << INVERSE_BITS) // cells) >> POSITION_SHIFT
+    z = ((behind << CELL_BITS) + depth * count) * by_cells >> POSITION_SHIFT
     return torch.stack([x, y, z], dim=-1).to(torch.float32) * 2.0**-24
 
 

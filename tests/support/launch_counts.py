@@ -20,7 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from maskloss import MaskTargets, PointSampling
-from maskloss._abi import INDEX_COLUMNS, Draw, Factors, Gradients, Instances, Job, Targets, Term
+from maskloss._abi import INDEX_COLUMNS, Draw, Factors, Gradients, Instances, Job, Stack, Targets, Term
 from maskloss.lab.bench.cases import PRESETS, Case
 from maskloss.ops import factored
 from support.fake_devices import lend_guards, watched
@@ -41,8 +41,8 @@ def launches(gpu: Any, case: Case) -> dict[str, dict[str, int]]:
         return result
 
     with watched() as watch, torch.no_grad():
-        sizes, batch = case.logit_size, case.batch
-        masks = [torch.empty(case.targets, *case.target_size, dtype=torch.bool, device="cuda") for _ in range(batch)]
+        sizes, batch = case.logit_shape, case.batch
+        masks = [torch.empty(case.targets, *case.target_shape, dtype=torch.bool, device="cuda") for _ in range(batch)]
         targets = MaskTargets.from_masks(masks)
         points = PointSampling(case.points)
         seed = torch.empty((), dtype=torch.int64, device="cuda")
@@ -69,10 +69,11 @@ def launches(gpu: Any, case: Case) -> dict[str, dict[str, int]]:
         else:
             logits = [torch.empty(batch, case.queries, *sizes, device="cuda") for _ in range(case.layers)]
             instances = Instances(logits, index, [case.instances // case.layers] * case.layers)
-            noted("match_cost", gpu.match_cost(logits, targets.num_targets, job))
+            stack = Stack(case.frames, case.unit == "volume") if case.unit else None
+            noted("match_cost", gpu.match_cost(logits, targets.num_targets, job, stack))
             noted("assign", gpu.assign(*answer))
-            *terms, saved = noted("mask_loss", gpu.mask_loss(instances, job))
-            backward = gpu.mask_loss_backward(Gradients(*terms), saved, instances, job, [True] * case.layers)
+            *terms, saved = noted("mask_loss", gpu.mask_loss(instances, job, stack))
+            backward = gpu.mask_loss_backward(Gradients(*terms), saved, instances, job, [True] * case.layers, stack)
         noted("mask_loss_backward", backward)
         assert all(isinstance(each, Tensor) for each in backward)
     assert not watch.copies, watch.copies
@@ -87,6 +88,7 @@ if __name__ == "__main__":
         import_module(f"maskloss.ops.gpu{name}").on_device = lambda _: nullcontext()  # type: ignore[attr-defined]
     grown = {f"coco, {name}": replace(PRESETS["coco"], **sizes) for name, sizes in GROWN.items()}
     grown["rf-detr, groups"] = replace(PRESETS["rf-detr"], groups=26)
-    # A clip launches what its frames launch, and volumes have no kernels there.
-    cases = {name: case for name, case in PRESETS.items() if not case.unit} | grown
+    grown["clip as a whole"] = replace(PRESETS["clip"], unit="clip")
+    # A clip whose frames are units launches what these launch as images.
+    cases = {name: case for name, case in PRESETS.items() if case.unit != "frame"} | grown
     sys.stdout.write(json.dumps({name: launches(backend, case) for name, case in cases.items()}))

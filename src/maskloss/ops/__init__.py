@@ -42,11 +42,11 @@ from maskloss.ops.dispatch import (
 from maskloss.ops.products import factored_mask_loss, factored_match_cost
 from maskloss.ops.schemas import DRAW, INSTANCES, NOT_CAPTURED, SAMPLE, TARGETS, TERM, new_costs, operation
 from maskloss.ops.transformed import Derivative
-from maskloss.ops.volumes import check_backend_of_volumes, volume_cost, volume_loss
+from maskloss.ops.volumes import volume_cost, volume_loss
 
 __all__ = [
     "ASSIGNMENTS", "BACKENDS", "WIDEST_ON_DEVICE", "Draw", "Factors", "Instances", "Job", "Reduction", "Targets",
-    "Term", "assign", "check_backend", "check_backend_of_volumes", "choose_backend", "count_matches",
+    "Term", "assign", "check_backend", "choose_backend", "count_matches",
     "factored_mask_loss", "factored_match_cost", "has_host_kernels", "mask_loss", "match_cost", "matched_counts",
     "pack_masks", "point_sample", "uncertain_points", "volume_cost", "volume_loss", "widest",
 ]  # fmt: skip

@@ -11,22 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from maskloss._abi import Instances, Job, Reduction, Stack
-from maskloss.errors import Cause
 from maskloss.ops.dense import loss_of, register
 from maskloss.ops.dispatch import load
 from maskloss.ops.schemas import JOB, NOT_CAPTURED, new_costs, operation
 
 _STACK = "SymInt frames, bool linear"
-
-
-def check_backend_of_volumes(backend: str) -> None:
-    """Raise for the backend that has no kernels for volumes."""
-    if backend == "gpu":
-        raise Cause(
-            "points of volumes, and of clips with unit='clip', are drawn by the backends 'reference' and 'cpu'",
-            "the backend is 'gpu'",
-            "backend='reference' runs on every device; unit='frame' on every backend",
-        )
 
 
 def _module(backend: str) -> Any:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from maskloss import MaskTargets
-from maskloss._abi import Draw, Factors, Gradients, Instances, Job, Targets, Term
+from maskloss._abi import Draw, Factors, Gradients, Instances, Job, Stack, Targets, Term
 from maskloss.factors import MaskFactors
 from maskloss.lab.bench.cases import PRESETS, Case
 from maskloss.lab.bench.inputs import make_inputs
@@ -35,7 +36,7 @@ Visit = Callable[[str, Launch, list[Tensor]], None]
 
 
 class Operations:
-    """Every operation on the inputs of a case: dense logits, factors, points, and the assignment."""
+    """Every operation on the inputs of a case: dense logits, factors, volumes, points, and the assignment."""
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class Operations:
         found: dict[str, list[Tensor]] = {}
         for dtype in self.dtypes:
             found |= self._dense(ops, [each.detach().to(dtype) for each in self.inputs.dense()], str(dtype)[6:])
+        found |= self._stacked(ops)
         if ops is not reference and isinstance(self.inputs.mask_logits[0], MaskFactors):
             found |= self._factored(ops)
         return found
@@ -89,6 +91,22 @@ class Operations:
             given = (cost[0] + cost[1], self.labels, self.targets.images, counts, self.case.classes, 1)
             found["assign"] = [ops.assign(*given)]
         return {f"{key}, {name}": values for key, values in found.items()}
+
+    def _stacked(self, ops: Any) -> dict[str, list[Tensor]]:
+        """Volumes of two slices, the second one the first one mirrored."""
+        logits = [torch.stack([each.detach(), each.detach().flip(-1)], 2) for each in self.inputs.dense()]
+        targets = MaskTargets.from_masks([torch.stack([each, each.flip(-1)], 1) for each in self.inputs.masks])
+        job = self.job._replace(targets=Targets(targets.encoding, *targets.tensors))
+        instances, kernels = Instances(logits, self.index, self.sizes), import_module(f"{ops.__name__}.volumes")
+        slopes = Gradients(*(torch.ones(len(self.index), device=self.index.device) for _ in range(2)))
+        stack = Stack(2, linear=True)
+        *loss, saved = kernels.volume_loss(instances, job, stack)
+        gradients = kernels.volume_loss_backward(slopes, saved, instances, job, stack, [True] * len(logits))
+        return {
+            "volume_cost": list(kernels.volume_cost(logits, targets.num_targets, job, stack)),
+            "volume_loss": [*loss, saved.chosen],
+            "volume_loss_backward": gradients,
+        }
 
     def _factored(self, ops: Any) -> dict[str, list[Tensor]]:
         layers = [each for each in self.inputs.mask_logits if isinstance(each, MaskFactors)]

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from maskloss._abi import accumulation_dtype, num_bytes
 
-from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry
+from .generator import CANDIDATES, FIRST_CELLS, draw_layout, instance_key, load_point, point_of
+from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, geometry, slices
 from .sampling import (
-    CANDIDATES,
-    FIRST_CELLS,
     IMAGE,
     INDEX_COLUMNS,
     LAYER,
@@ -29,12 +28,12 @@ from .sampling import (
     TARGET,
     X,
     Y,
-    draw_layout,
-    instance_key,
     layer_pointer,
-    load_point,
-    point_of,
-    sample_map,
+    locate,
+    nearest,
+    read_pixel,
+    sample_cells,
+    sample_logits,
 )
 
 # Candidates that one step of a choice takes.
@@ -56,17 +55,23 @@ def sample_points(
     base = layer_pointer(layers, tl.load(row + LAYER) - first_layer, LAYERS)
     base += tl.load(row + IMAGE) * stride_b + tl.load(row + QUERY) * stride_q
     point = points + n * stride_n + i.to(tl.int64) * stride_p
-    x, y = load_point(point, stride_c, keep)
+    px, py, _pz = load_point(point, stride_c, keep, None)
     ACC: tl.constexpr = values.dtype.element_ty
-    z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, NEAREST, BORDER, ACC)
+    x, fx = locate(px, width, BORDER, ACC)
+    y, fy = locate(py, height, BORDER, ACC)
+    if NEAREST:
+        y, x = nearest(y, fy, height, BORDER), nearest(x, fx, width, BORDER)
+        z = read_pixel(base, y, x, height, width, stride_y, stride_x, keep, ACC)
+    else:
+        z = sample_cells(base, y, x, fy, fx, height, width, stride_y, stride_x, keep, ACC)
     tl.store(values + n * num_points + i, z, mask=keep)
 
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
 def sample_candidates(
-    layers, first_layer, index, windows, image_ids, seed_value, seed_pointer, strata, values, num_candidates, blocks,
-    height, width, stride_b, stride_q, stride_y, stride_x,
-    LAYERS: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
+    layers, first_layer, index, windows, image_ids, seed_value, seed_pointer, strata, frames, values, num_candidates,
+    blocks, height, width, stride_b, stride_q, stride_y, stride_x, depth, stride_z,
+    LAYERS: tl.constexpr, BORDER: tl.constexpr, LINEAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """values[n, i] = logit of instance n at its i-th candidate. One program: a block of candidates of an instance."""
     program = tl.program_id(0)
@@ -77,10 +82,11 @@ def sample_candidates(
     layer, image = tl.load(row + LAYER), tl.load(row + IMAGE)
     base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + QUERY) * stride_q
     key0, key1 = instance_key(seed_value, seed_pointer, tl.load(image_ids + image), tl.load(row + TARGET))
-    x, y = draw_layout(key0, key1, i, layer.to(tl.uint32) + CANDIDATES, strata, FIRST_CELLS, windows, image)
+    stream = layer.to(tl.uint32) + CANDIDATES
+    x, y, z = draw_layout(key0, key1, i, stream, strata, FIRST_CELLS, windows, image, frames)
     ACC: tl.constexpr = values.dtype.element_ty
-    z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, False, BORDER, ACC)
-    tl.store(values + n * num_candidates + i, z, mask=keep)
+    logit = sample_logits(base, x, y, z, depth, height, width, stride_z, stride_y, stride_x, keep, BORDER, LINEAR, ACC)
+    tl.store(values + n * num_candidates + i, logit, mask=keep)
 
 
 @triton.jit
@@ -159,8 +165,8 @@ def _list_chosen(chosen, order, num_candidates, num_uncertain, num_bytes, BLOCK:
 
 @triton.jit(do_not_specialize=["seed_value"])
 def write_points(
-    index, windows, image_ids, seed_value, seed_pointer, strata, order, points, num_points, num_uncertain, blocks,
-    BLOCK: tl.constexpr,
+    index, windows, image_ids, seed_value, seed_pointer, strata, frames, order, points, num_points, num_uncertain,
+    blocks, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """points[n, i] = x, y of the points of the loss. One program: a block of points of an instance."""
     program = tl.program_id(0)
@@ -168,8 +174,9 @@ def write_points(
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     keep = i < num_points
     row = index + n * INDEX_COLUMNS
-    x, y = point_of(
-        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, strata, None, order, 0, 0, 0, num_uncertain
+    x, y, _z = point_of(
+        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, strata, frames, None, order,
+        0, 0, 0, num_uncertain,
     )  # fmt: skip
     place = points + POINT_COLUMNS * (n * num_points + i)
     tl.store(place + X, x, mask=keep)
@@ -210,7 +217,7 @@ def choose(span: Span, index: Tensor, sampling: Sampling, chosen: Tensor) -> Cho
     blocks = cdiv(candidates, BLOCK)
     sample_candidates[(span.count * blocks,)](
         span.layers, span.first, index[span.rows], *sampling.source, values, candidates, blocks, *geometry(first),
-        LAYERS=len(span.layers), BORDER=sampling.border, BLOCK=BLOCK, **OPTIONS,
+        *slices(first), LAYERS=len(span.layers), BORDER=sampling.border, LINEAR=sampling.linear, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
     _choose[(span.count,)](
         values, order, kept, chosen[span.rows], candidates, uncertain, chosen.shape[1],

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskloss._abi import ENCODINGS, POINT_COLUMNS, SEMIMETRIC, SOFT, Job, Term, accumulation_dtype
+from maskloss._abi import ENCODINGS, POINT_COLUMNS, SEMIMETRIC, SOFT, Job, Stack, Term, accumulation_dtype
 
 from .cost_kernels import finish_costs, match_cells, match_points, match_targets, match_terms
 from .launch import (
@@ -22,6 +22,7 @@ from .launch import (
     is_simple,
     on_device,
     runs,
+    slices,
     split_seed,
     strata_of,
 )
@@ -67,6 +68,8 @@ class Plan(NamedTuple):
     weights: Tensor  # `[B, P]`, 0 or 1
     images: Tensor  # `MaskTargets.images`
     border: bool  # whether maps are continued at their border
+    depths: Tensor | None = None  # `[B, P]`, the third coordinate of points in a stack
+    linear: bool = False  # whether a point is read between two slices of a stack
 
     @property
     def widest(self) -> int:
@@ -79,26 +82,20 @@ class Plan(NamedTuple):
         return self.weights.shape[1]
 
 
-def _prepare(job: Job, widest: int, dtype: torch.dtype) -> Plan:
+def _prepare(job: Job, widest: int, dtype: torch.dtype, stack: Stack | None) -> Plan:
     """Draw and sort the points of each image, and read its targets there."""
     (encoding, data, table, images, windows, ignore), draw, term, _ = job
     num_points = draw.num_points
     batch, device, blocks = len(images), images.device, cdiv(num_points, BLOCK)
     points = empty((batch, num_points, POINT_COLUMNS), torch.float32, device)
     keys = empty((batch, num_points), torch.int32, device)
-    strata = strata_of(draw.layout, num_points)
+    depths = empty((batch, num_points), torch.float32, device) if stack else None
+    strata, frames = strata_of(draw.layout, stack, num_points), stack.frames if stack else None
+    linear = stack is not None and stack.linear
     match_points[(batch * blocks,)](
-        windows,
-        draw.image_ids,
-        *split_seed(draw.seed),
-        strata,
-        points,
-        keys,
-        num_points,
-        blocks,
-        BLOCK=BLOCK,
-        **OPTIONS,
-    )
+        windows, draw.image_ids, *split_seed(draw.seed), strata, frames, points, depths, keys, num_points, blocks,
+        BLOCK=BLOCK, **OPTIONS,
+    )  # fmt: skip
     if strata is None:
         order = keys.sort(dim=1, stable=True).indices
     else:
@@ -107,21 +104,23 @@ def _prepare(job: Job, widest: int, dtype: torch.dtype) -> Plan:
     weighted = empty((batch, widest, num_points), dtype, device)
     weights = empty((batch, num_points), dtype, device)
     match_targets[(batch * widest * blocks,)](
-        points, order, data, table, images, ignore if ignore.numel() else None, weighted, weights, num_points, blocks,
-        widest, ENCODING=ENCODINGS[encoding], NEAREST=term.nearest, BORDER=term.border, BLOCK=BLOCK, **OPTIONS,
+        points, depths, order, frames, data, table, images, ignore if ignore.numel() else None, weighted, weights,
+        num_points, blocks, widest,
+        ENCODING=ENCODINGS[encoding], NEAREST=term.nearest, BORDER=term.border, LINEAR=linear, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
-    return Plan(points, order, weighted, weights, images, term.border)
+    return Plan(points, order, weighted, weights, images, term.border, depths, linear)
 
 
-def cells_of(shared: Plan, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Find the sorted points in maps of a size: pixels y, x and fractions, `[2, B * P]` each."""
+def cells_of(shared: Plan, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the sorted points in maps: pixels y, x and fractions, `[2, B * P]` each; in stacks a slice, `[3, B * P]`."""
     batch, num_points = shared.weights.shape
-    cells = empty((2, batch * num_points), torch.int32, shared.points.device)
-    fractions = empty((2, batch * num_points), shared.weights.dtype, shared.points.device)
+    shape = (maps.ndim - 2, batch * num_points)
+    cells = empty(shape, torch.int32, shared.points.device)
+    fractions = empty(shape, shared.weights.dtype, shared.points.device)
     blocks = cdiv(num_points, BLOCK)
     match_cells[(batch * blocks,)](
-        shared.points, shared.order, cells, fractions, batch * num_points, num_points, blocks, height, width,
-        BORDER=shared.border, BLOCK=BLOCK, **OPTIONS,
+        shared.points, shared.depths, shared.order, cells, fractions, batch * num_points, num_points, blocks,
+        *maps.shape[-2:], slices(maps)[0], BORDER=shared.border, LINEAR=shared.linear, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
     return cells, fractions
 
@@ -147,8 +146,8 @@ def add_terms(
 ) -> None:
     """Sums of all pairs of the layers of a span; `sampled` layers hold the logits at the points, `[B, Q, 1, P]`."""
     first, widest = span.layers[0], shared.widest
-    batch, queries, height, width = first.shape
-    cells, fractions = (None, None) if sampled else cells_of(shared, height, width)
+    batch, queries = first.shape[:2]
+    cells, fractions = (None, None) if sampled else cells_of(shared, first)
     splits, num_points = parts[0].shape[0], shared.num_points
     per_split = cdiv(cdiv(num_points, splits), tile.points) * tile.points
     programs = len(span.layers) * batch * cdiv(queries, tile.queries) * splits * cdiv(widest, tile.targets)
@@ -156,8 +155,8 @@ def add_terms(
     options = {**focal_options(term.gamma, bounded=bounded), "num_warps": tile.warps}
     match_terms[(programs,)](
         span.layers, span.first, cells, fractions, shared.weighted, shared.weights, *parts, shared.order.numel(),
-        num_points, splits, per_split, batch, queries, widest, num_rows, *geometry(first),
-        LAYERS=len(span.layers), ALPHA=term.alpha, GAMMA=term.gamma, DICE=term.dice_kind,
+        num_points, splits, per_split, batch, queries, widest, num_rows, *geometry(first), *slices(first),
+        LAYERS=len(span.layers), LINEAR=shared.linear, ALPHA=term.alpha, GAMMA=term.gamma, DICE=term.dice_kind,
         PRECISION=_precision(shared.weights.dtype),
         QUERIES=tile.queries, TARGETS=tile.targets, POINTS=tile.points, **options,
     )  # fmt: skip
@@ -182,10 +181,10 @@ def costs(shared: Plan, layers: Sequence[Tensor], term: Term, *, sampled: bool) 
     return ce, dice
 
 
-def match_plan(num_targets: Sequence[int], job: Job, maps: Sequence[Tensor]) -> Plan:
+def match_plan(num_targets: Sequence[int], job: Job, maps: Sequence[Tensor], stack: Stack | None = None) -> Plan:
     """Draw and sort the points of each image, and read its targets there; `maps` `[B, _, h, w]` are to be sampled."""
     with on_device(maps[0]):
-        return _prepare(job, max(num_targets, default=0), accumulation_dtype(maps[0].dtype))
+        return _prepare(job, max(num_targets, default=0), accumulation_dtype(maps[0].dtype), stack)
 
 
 def join_frames(plan: Plan) -> Plan:
@@ -197,13 +196,15 @@ def join_frames(plan: Plan) -> Plan:
     return plan._replace(weighted=weighted, weights=plan.weights.view(1, -1), images=plan.images[:1])
 
 
-def match_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job) -> tuple[Tensor, Tensor]:
+def match_cost(
+    logits: Sequence[Tensor], num_targets: Sequence[int], job: Job, stack: Stack | None = None
+) -> tuple[Tensor, Tensor]:
     """Both mask terms of the matching cost of all pairs of all images and layers, `[L, B, Q, T_max]`."""
     shape = (len(logits), *logits[0].shape[:2], max(num_targets, default=0))
     if 0 in shape:
         none = empty(shape, accumulation_dtype(logits[0].dtype), logits[0].device)
         return none, torch.empty_like(none)
-    plan = match_plan(num_targets, job, logits)
+    plan = match_plan(num_targets, job, logits, stack)
     with on_device(logits[0]):
         return costs(plan, logits, job.term, sampled=False)
 

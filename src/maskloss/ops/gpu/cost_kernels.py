@@ -13,23 +13,22 @@ import triton.language as tl
 
 from maskloss import _abi as abi
 
+from .generator import FIRST_CELLS, MATCHER, draw_layout, instance_key
 from .loss_kernels import SEMIMETRIC, SOFT, power, sigmoids
 from .sampling import (
     BASE,
     COUNT,
-    FIRST_CELLS,
     IMAGE_COLUMNS,
-    MATCHER,
     POINT_COLUMNS,
     X,
     Y,
-    draw_layout,
-    instance_key,
     is_ignored,
     layer_pointer,
     locate,
+    locate_slice,
     read_targets,
     sample_cells,
+    sample_slices,
     table_row,
 )
 
@@ -39,35 +38,46 @@ _GRID: tl.constexpr = tl.constexpr(1024)
 
 @triton.jit(do_not_specialize=["seed_value"])
 def match_points(
-    windows, image_ids, seed_value, seed_pointer, strata, points, keys, num_points, blocks, BLOCK: tl.constexpr
-):
-    """Uniform points of an image, and the key that sorts them: the cell of a 1024 x 1024 grid, row by row."""
+    windows, image_ids, seed_value, seed_pointer, strata, frames, points, depths, keys, num_points, blocks,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Uniform points of an image, and the key that sorts them: the cell of a 1024 x 1024 grid, row by row.
+
+    Of a stack also their z, as `depths`; those of one slice are sorted together.
+    """
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     keep = i < num_points
     everything = tl.full((), _ALL_TARGETS, tl.uint32)
     key0, key1 = instance_key(seed_value, seed_pointer, tl.load(image_ids + image), everything)
-    x, y = draw_layout(key0, key1, i, tl.full((), MATCHER, tl.uint32), strata, FIRST_CELLS, windows, image)
+    stream = tl.full((), MATCHER, tl.uint32)
+    x, y, z = draw_layout(key0, key1, i, stream, strata, FIRST_CELLS, windows, image, frames)
     place = image * num_points + i
     tl.store(points + POINT_COLUMNS * place + X, x, mask=keep)
     tl.store(points + POINT_COLUMNS * place + Y, y, mask=keep)
     cell = (y * _GRID).to(tl.int32) * _GRID + (x * _GRID).to(tl.int32)
+    if frames is not None:
+        tl.store(depths + place, z, mask=keep)
+        cell += tl.minimum((z * frames).to(tl.int32), _GRID - 1) * (_GRID * _GRID)
     tl.store(keys + place, cell, mask=keep)
 
 
 @triton.jit
-def _load_point(points, order, image, i, num_points, keep):
+def _load_point(points, depths, order, image, i, num_points, keep):
     """Sorted points of an image."""
     place = image * num_points + tl.load(order + image * num_points + i, mask=keep, other=0)
     point = points + POINT_COLUMNS * place
-    return tl.load(point + X, mask=keep, other=0.0), tl.load(point + Y, mask=keep, other=0.0)
+    z = tl.zeros(keep.shape, tl.float32)
+    if depths is not None:
+        z = tl.load(depths + place, mask=keep, other=0.0)
+    return tl.load(point + X, mask=keep, other=0.0), tl.load(point + Y, mask=keep, other=0.0), z
 
 
 @triton.jit(do_not_specialize=["widest"])
 def match_targets(
-    points, order, data, table, images, ignore, weighted, weights, num_points, blocks, widest,
-    ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
+    points, depths, order, frames, data, table, images, ignore, weighted, weights, num_points, blocks, widest,
+    ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, LINEAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """weighted[b, t, i] = w t at the sorted points, 0 beyond an image's targets; weights[b, i] = w."""
     program = tl.program_id(0)
@@ -76,27 +86,32 @@ def match_targets(
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     keep = i < num_points
     ACC: tl.constexpr = weights.dtype.element_ty
-    x, y = _load_point(points, order, image, i, num_points, keep)
+    x, y, z = _load_point(points, depths, order, image, i, num_points, keep)
     image_row = images + image * IMAGE_COLUMNS
-    weight = 1.0 - is_ignored(ignore, image_row, None, x, y, keep).to(ACC)
+    weight = 1.0 - is_ignored(ignore, image_row, None, x, y, z, frames, keep).to(ACC)
     tl.store(weights + image * num_points + i, weight, mask=keep & (target == 0))
     real = target < tl.load(image_row + COUNT)
     row = tl.where(real, table_row(table, image_row, target), table)
-    value = read_targets(data + tl.load(image_row + BASE), row, x, y, keep & real, ENCODING, NEAREST, BORDER, ACC)
+    data_row = data + tl.load(image_row + BASE)
+    value = read_targets(data_row, row, x, y, z, frames, keep & real, ENCODING, NEAREST, BORDER, LINEAR, ACC)
     tl.store(weighted + pair * num_points + i, tl.where(real, value * weight, 0.0), mask=keep)
 
 
 @triton.jit
 def match_cells(
-    points, order, cells, fractions, count, num_points, blocks, height, width, BORDER: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Where the sorted points lie in maps of one size: cells y, x and fractions fy, fx, `[2, B, P]` each."""
+    points, depths, order, cells, fractions, count, num_points, blocks, height, width, depth,
+    BORDER: tl.constexpr, LINEAR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where the sorted points lie in maps of one size: cells y, x and fractions fy, fx, `[2, B, P]` each.
+
+    In stacks also the slice before them and the fraction there, `[3, B, P]`.
+    """
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     keep = i < num_points
     ACC: tl.constexpr = fractions.dtype.element_ty
-    px, py = _load_point(points, order, image, i, num_points, keep)
+    px, py, pz = _load_point(points, depths, order, image, i, num_points, keep)
     y, fy = locate(py, height, BORDER, ACC)
     x, fx = locate(px, width, BORDER, ACC)
     place = image * num_points + i
@@ -104,6 +119,10 @@ def match_cells(
     tl.store(cells + count + place, x, mask=keep)
     tl.store(fractions + place, fy, mask=keep)
     tl.store(fractions + count + place, fx, mask=keep)
+    if depth is not None:
+        k, fz = locate_slice(pz, depth, BORDER, LINEAR, ACC)
+        tl.store(cells + 2 * count + place, k, mask=keep)
+        tl.store(fractions + 2 * count + place, fz, mask=keep)
 
 
 @triton.jit
@@ -128,9 +147,9 @@ def _pair_terms(z, ALPHA: tl.constexpr, GAMMA: tl.constexpr):
 def match_terms(
     layers, first_layer, cells, fractions, weighted, weights, products, overlaps, negatives, areas, count,
     num_points, splits, per_split, batch, queries, widest, num_rows,
-    height, width, stride_b, stride_q, stride_y, stride_x,
-    LAYERS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICE: tl.constexpr, PRECISION: tl.constexpr,
-    QUERIES: tl.constexpr, TARGETS: tl.constexpr, POINTS: tl.constexpr,
+    height, width, stride_b, stride_q, stride_y, stride_x, depth, stride_z,
+    LAYERS: tl.constexpr, LINEAR: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICE: tl.constexpr,
+    PRECISION: tl.constexpr, QUERIES: tl.constexpr, TARGETS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
     """Sums over one of `splits` parts of the points, for QUERIES queries of an image and layer and TARGETS targets.
 
@@ -172,7 +191,14 @@ def match_terms(
             fx = tl.load(fractions + count + place, mask=keep, other=0.0)[None, :]
             weight = tl.load(weights + place, mask=keep, other=0.0)[None, :]
             real = keep[None, :] & (query < queries)[:, None]
-            z = sample_cells(base, y, x, fy, fx, height, width, stride_y, stride_x, real, ACC)
+            if depth is None:
+                z = sample_cells(base, y, x, fy, fx, height, width, stride_y, stride_x, real, ACC)
+            else:
+                k = tl.load(cells + 2 * count + place, mask=keep, other=0)[None, :]
+                fz = tl.load(fractions + 2 * count + place, mask=keep, other=0.0)[None, :]
+                z = sample_slices(
+                    base, k, y, x, fz, fy, fx, depth, height, width, stride_z, stride_y, stride_x, real, LINEAR, ACC
+                )
         s, negative, slope = _pair_terms(z, ALPHA, GAMMA)
         t = tl.load(wanted + i[:, None], mask=keep[:, None] & (target < widest)[None, :], other=0.0)
         if PRECISION == "sum":

@@ -49,11 +49,11 @@ def sample_channels(
 
 def sample_features(plan: Plan, features: Tensor, term: Term) -> Tensor:  # noqa: ARG001 (the plan knows)
     """Read features `[B, D, h, w]` at the points of a plan, in its order: `[B, D, P]`, in their own dtype."""
-    batch, channels, height, width = features.shape
+    batch, channels = features.shape[:2]
     sampled = empty((batch, channels, plan.num_points), features.dtype, features.device)
     blocks = cdiv(plan.num_points, _POINTS)
     with on_device(features):
-        cells, fractions = cells_of(plan, height, width)
+        cells, fractions = cells_of(plan, features)
         sample_channels[(batch * cdiv(channels, _CHANNELS) * blocks,)](
             features, cells, fractions, sampled, plan.order.numel(), plan.num_points, blocks, channels,
             *geometry(features), CHANNELS=_CHANNELS, POINTS=_POINTS, **OPTIONS,

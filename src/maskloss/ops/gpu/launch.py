@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskloss._abi import Draw, Job, is_border, is_stratified
-from maskloss.points import Strata
+from maskloss._abi import Draw, Job, Stack, is_border, is_stratified
+from maskloss.points import Boxes, Strata
 
 # Scratch memory of an operation: logits of candidates, or the planes in which half precision adds up its gradients.
 SCRATCH_BYTES = 256 * 2**20
@@ -56,8 +56,13 @@ class Span:
 
 
 def geometry(layer: Tensor) -> tuple[int, ...]:
-    """Height, width, and the four strides of logits `[B, Q, h, w]`, as all kernels take them."""
-    return (*layer.shape[2:], *layer.stride())
+    """Height, width, and the four strides of logits `[B, Q, h, w]` or `[B, Q, d, h, w]`, as all kernels take them."""
+    return (*layer.shape[-2:], *layer.stride()[:2], *layer.stride()[-2:])
+
+
+def slices(layer: Tensor) -> tuple[int | None, int | None]:
+    """Number and stride of the slices of logits `[B, Q, d, h, w]`; None of planes."""
+    return (layer.shape[2], layer.stride(2)) if layer.ndim == 5 else (None, None)
 
 
 def runs(logits: Sequence[Tensor], layer_sizes: Sequence[int], needed: Sequence[bool]) -> list[Span]:
@@ -77,7 +82,7 @@ def runs(logits: Sequence[Tensor], layer_sizes: Sequence[int], needed: Sequence[
 
 def _continues(run: Span, number: int, layer: Tensor) -> bool:
     follows = run.first + len(run.layers) == number and len(run.layers) < MAX_LAYERS
-    return follows and geometry(run.layers[0]) == geometry(layer)
+    return follows and (run.layers[0].shape, run.layers[0].stride()) == (layer.shape, layer.stride())
 
 
 def spans(logits: Sequence[Tensor], layer_sizes: Sequence[int], row_bytes: int) -> list[Span]:
@@ -150,11 +155,17 @@ class Sampling:
     num_uncertain: int
     border: bool
     strata: tuple[int, ...] | None = None
+    stack: Stack | None = None
 
     @property
     def source(self) -> tuple[Any, ...]:
-        """What drawn points follow from, as all kernels take it: windows, image numbers, seed, cells."""
-        return (self.windows, self.image_ids, *self.seed, self.strata)
+        """What drawn points follow from, as all kernels take it: windows, image numbers, seed, cells, slices."""
+        return (self.windows, self.image_ids, *self.seed, self.strata, self.stack.frames if self.stack else None)
+
+    @property
+    def linear(self) -> bool:
+        """Whether a point is read between two slices."""
+        return self.stack is not None and self.stack.linear
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -171,22 +182,25 @@ def split_seed(seed: Tensor) -> tuple[int, Tensor | None]:
     return (int(seed), None) if seed.device.type == "cpu" else (0, seed)
 
 
-def make_sampling(drawn: Draw, windows: Tensor, padding: str, points: Tensor | None = None) -> Sampling:
+def make_sampling(
+    drawn: Draw, windows: Tensor, padding: str, points: Tensor | None = None, stack: Stack | None = None
+) -> Sampling:
     """Gather what points depend on (see `Job.drawn`)."""
     ids, seed, num_points, candidates, uncertain, layout = drawn
     given = None if points is None else float_points(points)
-    strata = None if given is not None else strata_of(layout, candidates, num_points - uncertain)
+    strata = None if given is not None else strata_of(layout, stack, candidates, num_points - uncertain)
     numbers = (num_points, candidates, uncertain)
-    return Sampling(given, windows, ids, split_seed(seed), *numbers, is_border(padding), strata)
+    return Sampling(given, windows, ids, split_seed(seed), *numbers, is_border(padding), strata, stack)
 
 
-def sampling_of(job: Job) -> Sampling:
+def sampling_of(job: Job, stack: Stack | None = None) -> Sampling:
     """Gather what the points of the loss depend on."""
-    return make_sampling(job.drawn, job.targets.windows, job.term.padding, job.points)
+    return make_sampling(job.drawn, job.targets.windows, job.term.padding, job.points, stack)
 
 
-def strata_of(layout: str, *counts: int) -> tuple[int, ...] | None:
-    """Return the numbers of `Strata` for one draw after another; None: points are independent."""
+def strata_of(layout: str, stack: Stack | None, *counts: int) -> tuple[int, ...] | None:
+    """Return the numbers of `Strata`, or of `Boxes`, for one draw after another; None: points are independent."""
     if not is_stratified(layout):
         return None
-    return tuple(number for count in counts for number in Strata.of(count))
+    kind = Strata if stack is None else Boxes
+    return tuple(number for count in counts for number in kind.of(count))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from maskloss._abi import ENCODINGS, Gradients, Instances, Job, Saved
+from maskloss._abi import ENCODINGS, Gradients, Instances, Job, Saved, Stack
 
 from .choose import choose, row_bytes
 from .launch import (
@@ -20,18 +20,22 @@ from .launch import (
     on_device,
     runs,
     sampling_of,
+    slices,
     spans,
 )
 from .loss_kernels import NUM_SUMS, finish_losses, loss_terms
 from .scatter import LossGradient, Scatter
 
 
-def mask_loss(instances: Instances, job: Job, *, keep: bool = False) -> tuple[Tensor, Tensor, Saved]:
+def mask_loss(
+    instances: Instances, job: Job, stack: Stack | None = None, *, keep: bool = False
+) -> tuple[Tensor, Tensor, Saved]:
     """Cross-entropy `[N]`, Dice `[N]`, and what the backward pass needs.
 
-    `keep`: of instances with a plane each, and so that the backward pass needs no planes.
+    `keep`: of instances with a plane each, and so that the backward pass needs no planes. `stack` is how volumes, and
+    clips as a whole, are read.
     """
-    sampling, (encoding, data, table, images, _, ignore), term = sampling_of(job), job.targets, job.term
+    sampling, (encoding, data, table, images, _, ignore), term = sampling_of(job, stack), job.targets, job.term
     index, device, dtype = instances.rows.contiguous(), instances.rows.device, instances.accumulation_dtype
     size = row_bytes(sampling, dtype)
     work = _own_planes(instances).parts(size) if keep else spans(instances.logits, instances.layer_sizes, size)
@@ -49,9 +53,9 @@ def mask_loss(instances: Instances, job: Job, *, keep: bool = False) -> tuple[Te
                 ignore if ignore.numel() else None, *sampling.source, sampling.given(span), *choice,
                 soft[rows] if encoding == "values" else None, logits[rows] if keep else None, sums[rows],
                 num_points, sampling.num_uncertain, blocks,
-                *geometry(span.layers[0]), *sampling.strides,
+                *geometry(span.layers[0]), *slices(span.layers[0]), *sampling.strides,
                 LAYERS=len(span.layers), ENCODING=ENCODINGS[encoding], NEAREST=term.nearest, BORDER=sampling.border,
-                ALPHA=term.alpha, GAMMA=term.gamma, DICE=term.dice_kind, BLOCK=BLOCK, **options,
+                LINEAR=sampling.linear, ALPHA=term.alpha, GAMMA=term.gamma, DICE=term.dice_kind, BLOCK=BLOCK, **options,
             )  # fmt: skip
         if len(index):
             finish_losses[(cdiv(len(index), 32),)](
@@ -66,11 +70,16 @@ def _own_planes(instances: Instances) -> Span:
 
 
 def mask_loss_backward(
-    grads: Gradients, saved: Saved, instances: Instances, job: Job, needs_grad: Sequence[bool]
+    grads: Gradients,
+    saved: Saved,
+    instances: Instances,
+    job: Job,
+    needs_grad: Sequence[bool],
+    stack: Stack | None = None,
 ) -> list[Tensor]:
     """Dense gradients of the logits; an empty tensor for each layer that needs none."""
     logits, index, layer_sizes = instances
-    sampling, index = sampling_of(job), index.contiguous()
+    sampling, index = sampling_of(job, stack), index.contiguous()
     found = [empty((0,), layer.dtype, layer.device) for layer in logits]
     loss = LossGradient(Gradients(*(grad.contiguous() for grad in grads)), saved, job.targets, job.term)
     with on_device(index):

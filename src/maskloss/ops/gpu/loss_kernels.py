@@ -8,6 +8,7 @@ import triton.language as tl
 
 from maskloss import _abi as abi
 
+from .generator import point_of
 from .sampling import (
     BASE,
     IGNORE_OFFSET,
@@ -21,9 +22,8 @@ from .sampling import (
     keep_targets,
     kept_targets,
     layer_pointer,
-    point_of,
     read_targets,
-    sample_map,
+    sample_logits,
     table_row,
 )
 
@@ -120,10 +120,10 @@ def _store_sums(block, s, t, weight, keep, DICE: tl.constexpr):
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
 def loss_terms(
     layers, first_layer, index, data, table, images, ignore, windows, image_ids, seed_value, seed_pointer, strata,
-    points, order, kept, soft, logits, sums, num_points, num_uncertain, blocks,
-    height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
-    LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ALPHA: tl.constexpr,
-    GAMMA: tl.constexpr, DICE: tl.constexpr, BLOCK: tl.constexpr,
+    frames, points, order, kept, soft, logits, sums, num_points, num_uncertain, blocks,
+    height, width, stride_b, stride_q, stride_y, stride_x, depth, stride_z, stride_n, stride_p, stride_c,
+    LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, LINEAR: tl.constexpr,
+    ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Forward pass at a block of points of an instance: read z and t, write the block's five sums.
 
@@ -138,23 +138,24 @@ def loss_terms(
     row = index + n * INDEX_COLUMNS
     layer, image = tl.load(row + LAYER), tl.load(row + IMAGE)
     base = layer_pointer(layers, layer - first_layer, LAYERS) + image * stride_b + tl.load(row + QUERY) * stride_q
-    x, y = point_of(
-        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, strata, points, order,
+    px, py, pz = point_of(
+        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, strata, frames, points, order,
         stride_n, stride_p, stride_c, num_uncertain,
     )  # fmt: skip
-    if order is None:
-        z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, False, BORDER, ACC)
-    else:
+    fresh = keep
+    if order is not None:
         fresh = keep & (i >= num_uncertain)
-        z = sample_map(base, x, y, height, width, stride_y, stride_x, fresh, False, BORDER, ACC)
+    z = sample_logits(base, px, py, pz, depth, height, width, stride_z, stride_y, stride_x, fresh, BORDER, LINEAR, ACC)
+    if order is not None:
         known = tl.load(kept + n * num_uncertain + i, mask=i < num_uncertain, other=0.0)
         z = tl.where(i < num_uncertain, known, z)
     if logits is not None:
         tl.store(logits + n * num_points + i, z, mask=keep)
     image_row = images + image * IMAGE_COLUMNS
     target_row = table_row(table, image_row, tl.load(row + TARGET))
-    t = read_targets(data + tl.load(image_row + BASE), target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
-    skip = is_ignored(ignore, image_row, target_row + IGNORE_OFFSET, x, y, keep)
+    data_row = data + tl.load(image_row + BASE)
+    t = read_targets(data_row, target_row, px, py, pz, frames, keep, ENCODING, NEAREST, BORDER, LINEAR, ACC)
+    skip = is_ignored(ignore, image_row, target_row + IGNORE_OFFSET, px, py, pz, frames, keep)
     if soft is not None:
         keep_targets(soft, n * num_points + i, t, skip, keep)
     weight = 1.0 - skip.to(ACC)
@@ -195,10 +196,10 @@ def finish_losses(sums, ce, dice, count, blocks, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["first_layer", "seed_value"])
 def slope_terms(
     layers, first_layer, index, data, table, images, ignore, windows, image_ids, seed_value, seed_pointer, strata,
-    points, order, values, wanted, sums, num_points, num_uncertain, blocks,
-    height, width, stride_b, stride_q, stride_y, stride_x, stride_n, stride_p, stride_c,
-    LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, DICE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    frames, points, order, values, wanted, sums, num_points, num_uncertain, blocks,
+    height, width, stride_b, stride_q, stride_y, stride_x, depth, stride_z, stride_n, stride_p, stride_c,
+    LAYERS: tl.constexpr, ENCODING: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, LINEAR: tl.constexpr,
+    DICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Backward pass, first half, at a block of points: read z and t again, sum up what the slope of Dice needs.
 
@@ -212,8 +213,8 @@ def slope_terms(
     ACC: tl.constexpr = sums.dtype.element_ty
     row = index + n * INDEX_COLUMNS
     image = tl.load(row + IMAGE)
-    x, y = point_of(
-        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, strata, points, order,
+    px, py, pz = point_of(
+        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, strata, frames, points, order,
         stride_n, stride_p, stride_c, num_uncertain,
     )  # fmt: skip
     if layers is None:
@@ -221,15 +222,18 @@ def slope_terms(
     else:
         base = layer_pointer(layers, tl.load(row + LAYER) - first_layer, LAYERS)
         base += image * stride_b + tl.load(row + QUERY) * stride_q
-        z = sample_map(base, x, y, height, width, stride_y, stride_x, keep, False, BORDER, ACC)
+        z = sample_logits(
+            base, px, py, pz, depth, height, width, stride_z, stride_y, stride_x, keep, BORDER, LINEAR, ACC
+        )
         tl.store(values + n * num_points + i, z, mask=keep)
     if data is None:
         t, weight = kept_targets(wanted, n * num_points + i, keep, ACC)
     else:
         image_row = images + image * IMAGE_COLUMNS
         target_row = table_row(table, image_row, tl.load(row + TARGET))
-        t = read_targets(data + tl.load(image_row + BASE), target_row, x, y, keep, ENCODING, NEAREST, BORDER, ACC)
-        skip = is_ignored(ignore, image_row, target_row + IGNORE_OFFSET, x, y, keep)
+        data_row = data + tl.load(image_row + BASE)
+        t = read_targets(data_row, target_row, px, py, pz, frames, keep, ENCODING, NEAREST, BORDER, LINEAR, ACC)
+        skip = is_ignored(ignore, image_row, target_row + IGNORE_OFFSET, px, py, pz, frames, keep)
         keep_targets(wanted, n * num_points + i, t, skip, keep)
         weight = 1.0 - skip.to(ACC)
     s, _c, _logarithm = sigmoids(z)

@@ -8,6 +8,7 @@ the same with int64 planes in fixed point, because integer additions give the sa
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,7 +28,8 @@ from maskloss._abi import (
 )
 
 from .choose import list_chosen
-from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, focal_options, geometry, layer_spans
+from .generator import point_of
+from .launch import BLOCK, OPTIONS, Sampling, Span, cdiv, empty, focal_options, geometry, layer_spans, slices
 from .loss_kernels import NUM_SUMS, slope_terms, slopes
 from .sampling import (
     IMAGE,
@@ -37,8 +39,8 @@ from .sampling import (
     kept_targets,
     layer_pointer,
     locate,
+    locate_slice,
     nearest,
-    point_of,
 )
 
 # In the table of slots: a plane that no instance reads.
@@ -69,6 +71,24 @@ def _add(base, y, x, share, height, width, keep, scale):
         tl.atomic_add(pixel, tl.floor(share.to(tl.float64) * scale + 0.5).to(tl.int64), mask=inside, sem="relaxed")
 
 
+@triton.jit
+def _spread(
+    base, px, py, share, height, width, keep, scale, NEAREST: tl.constexpr, BORDER: tl.constexpr, ACC: tl.constexpr
+):
+    """Add shares to the pixel nearest to each point, or to the four around it."""
+    x, fx = locate(px, width, BORDER, ACC)
+    y, fy = locate(py, height, BORDER, ACC)
+    if NEAREST:
+        y, x = nearest(y, fy, height, BORDER), nearest(x, fx, width, BORDER)
+        _add(base, y, x, share, height, width, keep, scale)
+    else:
+        upper, lower = share * (1.0 - fy), share * fy
+        _add(base, y, x, upper * (1.0 - fx), height, width, keep, scale)
+        _add(base, y, x + 1, upper * fx, height, width, keep, scale)
+        _add(base, y + 1, x, lower * (1.0 - fx), height, width, keep, scale)
+        _add(base, y + 1, x + 1, lower * fx, height, width, keep, scale)
+
+
 @triton.jit(do_not_specialize=["count", "first_layer"])
 def claim_slots(index, slots, first_layer, count, batch, queries, BLOCK: tl.constexpr):
     """slots[plane] = the lowest instance that reads the plane: its place in the scratch planes."""
@@ -82,13 +102,15 @@ def claim_slots(index, slots, first_layer, count, batch, queries, BLOCK: tl.cons
 
 @triton.jit(do_not_specialize=["first_layer", "seed_value", "headroom"])
 def scatter(
-    planes, first_layer, slots, largest, index, windows, image_ids, seed_value, seed_pointer, strata, points, order,
-    values, wanted, sums, grad_ce, grad_dice, num_points, num_uncertain, blocks,
-    height, width, batch, queries, stride_n, stride_p, stride_c, headroom,
-    LAYERS: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr,
-    DICE: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
+    planes, first_layer, slots, largest, index, windows, image_ids, seed_value, seed_pointer, strata, frames, points,
+    order, values, wanted, sums, grad_ce, grad_dice, num_points, num_uncertain, blocks,
+    depth, height, width, batch, queries, stride_n, stride_p, stride_c, headroom,
+    LAYERS: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, LINEAR: tl.constexpr, ALPHA: tl.constexpr,
+    GAMMA: tl.constexpr, DICE: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Spread d at a block of points of an instance: planes[pixel] += d * weight of the pixel, for four pixels.
+
+    Of a stack of planes, that has a depth, for those of a slice, or of two if LINEAR.
 
     d is `values` itself, or (grad_ce given) the slope of the losses at the logits in `values` and the targets in
     `wanted`. MEASURE: instead, find the largest |d| of each scratch plane, from which follows the scale of its fixed
@@ -103,8 +125,8 @@ def scatter(
     image = tl.load(row + IMAGE)
     layer = tl.load(row + LAYER) - first_layer
     plane = image * queries + tl.load(row + QUERY)
-    x, y = point_of(
-        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, strata, points, order,
+    x, y, z = point_of(
+        n, i, keep, row, windows, image_ids, seed_value, seed_pointer, strata, frames, points, order,
         stride_n, stride_p, stride_c, num_uncertain,
     )  # fmt: skip
     d = tl.load(values + n * num_points + i, mask=keep, other=0.0)
@@ -113,10 +135,13 @@ def scatter(
         mine = sums + n * blocks * NUM_SUMS
         d = slopes(mine, blocks, tl.load(grad_ce + n), tl.load(grad_dice + n), d, t, weight, ALPHA, GAMMA, DICE, ACC)
     if slots is None:
-        base = layer_pointer(planes, layer, LAYERS) + plane * height * width
+        base, first = layer_pointer(planes, layer, LAYERS), plane
     else:
         slot = tl.load(slots + layer * batch * queries + plane).to(tl.int64)
-        base = planes + slot * height * width
+        base, first = planes, slot
+    if depth is not None:
+        first *= depth
+    base += first * height * width
     if MEASURE:
         bits = tl.abs(d).to(tl.float32).to(tl.int32, bitcast=True)
         tl.atomic_max(largest + slot, tl.max(tl.where(keep, bits, 0), 0), sem="relaxed")
@@ -124,17 +149,16 @@ def scatter(
         scale = None
         if largest is not None:
             scale = _two_to(headroom - _exponent(tl.load(largest + slot)))
-        x, fx = locate(x, width, BORDER, ACC)
-        y, fy = locate(y, height, BORDER, ACC)
-        if NEAREST:
-            y, x = nearest(y, fy, height, BORDER), nearest(x, fx, width, BORDER)
-            _add(base, y, x, d, height, width, keep, scale)
+        if depth is None:
+            _spread(base, x, y, d, height, width, keep, scale, NEAREST, BORDER, ACC)
         else:
-            upper, lower = d * (1.0 - fy), d * fy
-            _add(base, y, x, upper * (1.0 - fx), height, width, keep, scale)
-            _add(base, y, x + 1, upper * fx, height, width, keep, scale)
-            _add(base, y + 1, x, lower * (1.0 - fx), height, width, keep, scale)
-            _add(base, y + 1, x + 1, lower * fx, height, width, keep, scale)
+            k, fz = locate_slice(z, depth, BORDER, LINEAR, ACC)
+            front = base + k.to(tl.int64) * (height * width)
+            inside = keep & (k >= 0) & (k < depth)
+            _spread(front, x, y, d * (1.0 - fz), height, width, inside, scale, NEAREST, BORDER, ACC)
+            if LINEAR:
+                back, inside = front + height * width, keep & (k >= -1) & (k < depth - 1)
+                _spread(back, x, y, d * fz, height, width, inside, scale, NEAREST, BORDER, ACC)
 
 
 @triton.jit(do_not_specialize=["low", "headroom"])
@@ -238,11 +262,12 @@ class Scatter:
     def _through_planes(self, dtype: torch.dtype) -> list[Tensor]:
         """Add up in scratch planes, one for each plane that an instance reads, and write the gradients from those."""
         first, device = self.run.layers[0], self.index.device
-        batch, queries, height, width = first.shape
+        batch, queries = first.shape[:2]
+        plane_bytes = math.prod(first.shape[2:]) * dtype.itemsize
         grads = tuple(empty(layer.shape, layer.dtype, device) for layer in self.run.layers)
-        for span in layer_spans(self.run, self.layer_sizes, height * width * dtype.itemsize + self._row_bytes()):
+        for span in layer_spans(self.run, self.layer_sizes, plane_bytes + self._row_bytes()):
             slots, used = self._slots(span)
-            planes = torch.zeros(used, height, width, dtype=dtype, device=device)
+            planes = torch.zeros(used, *first.shape[2:], dtype=dtype, device=device)
             scratch = Scratch(slots, None)
             if span.count:
                 points = self._at_points(span)
@@ -263,7 +288,7 @@ class Scatter:
         num_planes: int,
     ) -> None:
         """Write the gradients of the layers, `num_planes` each, from scratch planes."""
-        size = planes.shape[1] * planes.shape[2]
+        size = math.prod(planes.shape[1:])
         blocks = cdiv(size, 1024)
         write_planes[(len(slots) * blocks,)](
             planes, slots, largest, grads, span.low, num_planes, size, blocks, self._headroom(span),
@@ -324,9 +349,9 @@ class Scatter:
             None if has_logits else span.layers, span.first, self.index[span.rows], None if has_targets else data,
             table, images, ignore if ignore.numel() else None, *sampling.source, sampling.given(span), order,
             values, wanted, sums, sampling.num_points, sampling.num_uncertain, blocks,
-            *geometry(span.layers[0]), *sampling.strides,
+            *geometry(span.layers[0]), *slices(span.layers[0]), *sampling.strides,
             LAYERS=len(span.layers), ENCODING=ENCODINGS[encoding], NEAREST=loss.term.nearest,
-            BORDER=sampling.border, DICE=loss.term.dice_kind, BLOCK=BLOCK, **options,
+            BORDER=sampling.border, LINEAR=sampling.linear, DICE=loss.term.dice_kind, BLOCK=BLOCK, **options,
         )  # fmt: skip
         return AtPoints(order, values, wanted, sums)
 
@@ -344,7 +369,9 @@ class Scatter:
         term = Term()
         if isinstance(loss, LossGradient):
             grads, term = tuple(grad[rows] for grad in loss.grads), loss.term
-        batch, queries, height, width = span.layers[0].shape
+        batch, queries = span.layers[0].shape[:2]
+        depth, _ = slices(span.layers[0])
+        height, width = span.layers[0].shape[-2:]
         if isinstance(loss, LossGradient) and loss.has_logits:
             batch = queries = 0  # QUERY alone numbers the planes
         # Scratch planes are numbered from the first layer of the span, gradients from that of the run.
@@ -352,9 +379,9 @@ class Scatter:
         scatter[(span.count * blocks,)](
             planes, first, *scratch, self.index[rows], *sampling.source, sampling.given(span), *points, *grads,
             sampling.num_points, sampling.num_uncertain, blocks,
-            height, width, batch, queries, *sampling.strides, self._headroom(span), LAYERS=layers, NEAREST=self.nearest,
-            BORDER=sampling.border, ALPHA=term.alpha, GAMMA=term.gamma, DICE=term.dice_kind, MEASURE=measure,
-            BLOCK=BLOCK, **OPTIONS,
+            depth, height, width, batch, queries, *sampling.strides, self._headroom(span), LAYERS=layers,
+            NEAREST=self.nearest, BORDER=sampling.border, LINEAR=sampling.linear, ALPHA=term.alpha, GAMMA=term.gamma,
+            DICE=term.dice_kind, MEASURE=measure, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
 
     def _headroom(self, span: Span) -> int:
