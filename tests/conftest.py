@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import gc
 import random
 import signal
 import sys
@@ -85,6 +86,13 @@ def _nothing_is_zero_by_chance() -> Iterator[None]:
         if find_spec("numba"):
             garbage.fill_arrays(patch)
         yield
+
+
+def pytest_collection_finish() -> None:
+    """Look at what stays for good no more, and at the rest less often: collecting took an eighth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 50)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

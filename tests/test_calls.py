@@ -18,6 +18,7 @@ from maskloss import (
     MaskTargets,
     PointSampling,
     StepTotals,
+    find_instances,
     step,
     step_totals,
 )
@@ -124,7 +125,7 @@ def test_what_is_packed_unseen_is_asserted(dtype: torch.dtype, monkeypatch: pyte
     assert MaskTargets.from_masks(masks.clamp(max=1), soft=False).dense().tolist() == [[[False, True, True]]]
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.uint8, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_void_pixels_of_compiled_code(dtype: torch.dtype) -> None:
     masks, void = void_masks()
     given, logits = masks.to(dtype).masked_fill(void, 255), torch.zeros(3, 10, 13)
@@ -764,6 +765,8 @@ def test_predictions_of_another_kind_name_what_takes_them() -> None:
         criterion("reference")(classes[0], factors, one_image())
     with pytest.raises(MaskLossError, match="no masks if another has some"):
         criterion("reference")(classes, [None, None], one_image())
+    with pytest.raises(MaskLossError, match="takes those of one layer"):
+        find_instances([classes[0]], [torch.randn(1, QUERIES, 9, 12)])  # type: ignore[arg-type]
     with pytest.raises(MaskLossError, match="only other layers may come without masks"):
         set_criterion()({"pred_logits": classes[0]}, one_image())
     for wrong in ({"matcher": HungarianMatcher()}, {"matcher": None}, {"weight_dict": None}):

@@ -49,6 +49,7 @@ FORMS: dict[str, Callable[[], Any]] = {
         "labels": [torch.tensor([0, 1]), torch.tensor([2])],
     },
 }
+QUICK_FORMS = ("dense", "label maps", "collated")
 
 
 def compare(backend: str, targets: Any) -> None:
@@ -68,7 +69,10 @@ def test_criterion(backend: str) -> None:
     compare(backend, packed(entries((7, 2))))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [*QUICK_FORMS, *(pytest.param(each, marks=pytest.mark.slow) for each in FORMS if each not in QUICK_FORMS)],
+)
 def test_forms_of_targets(form: str) -> None:
     compare("reference", FORMS[form]())
 
@@ -97,6 +101,7 @@ def test_loss_of_matches(backend: str) -> None:
     assert torch.equal(compiled(loss)(logits, targets, matches, seed=3, image_ids=[5, 6]).total, expected.total)
 
 
+@pytest.mark.slow
 def test_numbers_of_targets_may_change() -> None:
     module = criterion("reference")
 

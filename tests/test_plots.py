@@ -269,8 +269,9 @@ def test_animations_that_cannot_be_made(tmp_path):
 def test_matplotlib_is_imported_by_need_and_pyplot_never():
     check = (
         "import sys, torch; from maskloss import plots; assert 'matplotlib' not in sys.modules; "
-        "plots.instance_figure(plots.inspect_points(torch.rand(1, 4, 4), torch.ones(1, 4, 4))[0]).savefig('/dev/null', "
-        "format='png'); assert 'matplotlib.pyplot' not in sys.modules"
+        "one, at, points = torch.rand(4, 4), torch.rand(8), torch.rand(8, 2); found = plots.Inspection("
+        "one, one, points, at, 0.5, points, 4, at, at, torch.ones(8), at, 1.0, 0.5, 5.0, 5.0); "
+        "plots.instance_figure(found).savefig('/dev/null', format='png'); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
 

@@ -82,6 +82,8 @@ def check_maps(name: str, maps: Any, shape: str, *, min_size: int = 1) -> None:
         hint = "MaskFactors.from_dict takes it" if isinstance(maps, Mapping) else "torch.as_tensor converts arrays"
         if maps is None:
             hint = "a layer may have no masks if another has some"
+        elif isinstance(maps, (list, tuple)):
+            hint = "this call takes those of one layer, as one tensor"
         raise Cause(f"{name} must be a tensor {shape}", f"got {describe(maps)}", hint)
     check_layout(name, maps)
     leading = "..." in shape

@@ -1,4 +1,4 @@
-"""Checks of single numbers: of a number's type, finite, in range."""
+"""Checks of single numbers: of a number's type, finite, in range; and of flags."""
 
 from __future__ import annotations
 
@@ -62,3 +62,10 @@ def _limits(least: float, most: float) -> str:
     if least > -math.inf and most < math.inf:
         return f" in [{least:g}, {most:g}]"
     return f", at least {least:g}" if least > -math.inf else ""
+
+
+def check_flags(**flags: object) -> None:
+    """Raise if an option is neither True nor False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise Cause(f"{name} must be True or False", f"{name}={describe(value)}", "False is the default")

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from maskloss import _inputs, distributed, layers, ops
 from maskloss._abi import TARGET, Stack, accumulation_dtype
-from maskloss._numbers import is_float
+from maskloss._numbers import check_flags, is_float
 from maskloss._tracing import on_host, savable
 from maskloss.clips import (
     ClipOptions,
@@ -135,8 +135,7 @@ class MaskLoss(nn.Module):
         Raises:
             MaskLossError: wrong rank, dtype or device, numbers that do not pair up, or an index out of range.
         """
-        if not isinstance(best_of, bool):
-            raise Cause("best_of must be True or False", f"best_of={best_of!r}", "False is the default")
+        check_flags(best_of=best_of)
         logits, targets, matched, candidates = self._paired(mask_logits, masks, matches, best_of)
         if num_instances is not None:
             _inputs.check_count("num_instances", num_instances)

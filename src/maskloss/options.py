@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from typing_extensions import Unpack
 
 from maskloss import _abi, _inputs
-from maskloss._numbers import check_integer, check_number
+from maskloss._numbers import check_flags, check_integer, check_number
 from maskloss.errors import Cause, Unexpected, describe, reported_init
 from maskloss.ops import check_backend
 
@@ -114,8 +114,7 @@ class TargetRules:
         for name in ("ignore_value", "ignore_label"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), -(2**63), hint="255 and -1 are usual; None: there is none")
-        if not isinstance(self.drop_empty, bool):
-            raise Cause("drop_empty must be True or False", f"drop_empty={self.drop_empty!r}", "False is the default")
+        check_flags(drop_empty=self.drop_empty)
         _inputs.check_choice("no_object_label", self.no_object_label, ("warn", "allow", "error"))
 
     def check_matcher(self, matcher: TargetRules) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,8 @@ def run(*checks: str) -> None:
 
 
 def test_a_step_neither_copies_nor_waits_and_compiles_to_one_graph() -> None:
-    """The criterion as it is and compiled; the reference backend called with CUDA tensors."""
-    run("criterion", "cuda", "compile", "uneven")
-
-
-def test_a_step_that_is_to_be_captured_and_factors_copy_nothing_either() -> None:
-    pytest.importorskip("triton")
-    run("padded", "factors")
+    """The criterion as it is, compiled, captured and of factors; the reference backend called with CUDA tensors."""
+    run("criterion", "cuda", "compile", "uneven", *(("padded", "factors") if find_spec("triton") else ()))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -357,6 +358,9 @@ ERRORS = {
     "dn must be one of no, standard, seg": lambda: maskdino.SetCriterion(3, lambda *_: [], {}, 0.1, [], dn="yes"),
     'outputs must have "pred_masks"': lambda: mask2former_criterion()(
         {"pred_logits": torch.zeros(2, 6, 4)}, targets_of()
+    ),
+    'pred_masks" must be a tensor': lambda: mask2former_criterion()(
+        {"pred_logits": torch.zeros(2, 6, 4), "pred_masks": np.zeros((2, 6, 16, 16))}, targets_of()
     ),
     'dict with "masks" and "labels"': lambda: mask2former_criterion()(outputs_of(), [{}, {}]),
     "pred_logits must have 4 entries for 3 classes": lambda: mask2former_criterion()(

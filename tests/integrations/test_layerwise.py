@@ -170,6 +170,15 @@ def test_what_criteria_pass_on_top_says_which_layers_have_masks() -> None:
         (lambda: LayerMasks(when=3), "when must be a function"),  # type: ignore[arg-type]
         (lambda: LayerMasks("ab"), "names must be those of cross-entropy and Dice"),  # type: ignore[arg-type]
         (lambda: LayerMasks(pixels_per_point=0), "pixels_per_point must be"),
+        (
+            lambda: LayerMasks()(
+                {"pred_masks": torch.zeros(1, 2, 4, 4)},
+                [{"masks": torch.ones(1, 4, 4)}],
+                [(torch.tensor([1]), torch.tensor([0]))],
+                float("nan"),
+            ),
+            "num_boxes must be a finite number",
+        ),
         (lambda: LayerMasks()({"pred_masks": torch.zeros(1, 2, 4, 4)}, [{}], [], 1.0), 'must be a dict with "masks"'),
         (
             lambda: LayerMasks()(

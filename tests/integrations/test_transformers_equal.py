@@ -104,7 +104,7 @@ def capture(model: Any, family: str, batch: dict[str, Any]) -> Any:
     return again
 
 
-FAST = ("eomt", "rf_detr")
+FAST = ("eomt",)
 
 
 @pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in tiny.BUILDERS])

@@ -136,6 +136,7 @@ def test_a_backend_that_does_not_fit(capsys: pytest.CaptureFixture[str], monkeyp
     assert "backend 'gpu' runs on CUDA and ROCm tensors only" in lines[-2]
 
 
+@pytest.mark.slow
 def test_without_extras_and_without_a_compiler(tmp_path: Path) -> None:
     """What none but the extras install is not needed; that Numba compiles nothing is a problem."""
     code = """

@@ -232,9 +232,10 @@ OTHERS = {
     "rf_detr": ("class_embed.weight", "enc_out_class_embed.0.weight"),
     "oneformer": ("decoder.class_embed.weight",),
 }
+each_other = pytest.mark.parametrize("family", ["rf_detr", pytest.param("oneformer", marks=pytest.mark.slow)])
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@each_other
 def test_a_run_of_another_family(family, folder, tmp_path):
     path = write_model(family, tmp_path / "model")
     config = config_of(path, folder.root, num_points=24, checkpoint_every=2)
@@ -264,7 +265,7 @@ def test_a_run_of_another_family(family, folder, tmp_path):
     assert "contrastive" not in text and "(0.1 times that for the backbone)" in text and " 24 points" in text
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@each_other
 def test_another_family_learns(family, folder, tmp_path):
     """Masks, labels, boxes and images belong together: the loss of a batch falls."""
     path = write_model(family, tmp_path / "model")

@@ -137,7 +137,10 @@ def every_step_is_logged(monkeypatch):
     monkeypatch.setattr(engine, "LOG_EVERY", 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+OTHER_SIGNALS = [pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGHUP, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *OTHER_SIGNALS])
 def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, every_step_is_logged, logged, number):
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=r"stopped at step 2 of 6; go on with: maskloss train --resume") as stopped:

@@ -224,8 +224,8 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     code = SCRIPT + 'run(); print("loaded" if fill.stats.cache_hits else "compiled")'
-    together = [start(tmp_path, code) for _ in range(3)]
-    assert sorted(finish(process) for process in together) == ["compiled", "loaded", "loaded"]
+    together = [start(tmp_path, code) for _ in range(2)]
+    assert sorted(finish(process) for process in together) == ["compiled", "loaded"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs signal.setitimer and os.fork")

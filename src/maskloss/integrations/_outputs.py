@@ -63,7 +63,11 @@ def _entry(outputs: Outputs, name: str, layer: int = 0) -> Tensor:
     if not isinstance(found, Tensor) or found.ndim < 3:
         where = f"entry {layer - 1} of the other layers has" if layer else "those of the final layer have"
         hint = "give it in every layer" if name != "pred_masks" or layer else "only other layers may come without masks"
-        raise Cause(f'outputs must have "{name}"', f"{where} {', '.join(map(str, outputs))}", hint)
+        if found is None:
+            raise Cause(f'outputs must have "{name}"', f"{where} {', '.join(map(str, outputs))}", hint)
+        raise Cause(
+            f'"{name}" must be a tensor [B, Q, ...]', f"got {describe(found)}", "torch.as_tensor converts arrays"
+        )
     return found
 
 

@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 from maskloss import _inputs, ops
 from maskloss import matcher as core
 from maskloss._classification import KINDS, focal_sums, partial_of, softmax_loss
-from maskloss._numbers import check_integer
+from maskloss._numbers import check_flags, check_integer
 from maskloss.errors import Cause, describe, reported
 from maskloss.integrations import _outputs, _targets
 from maskloss.integrations._boxes import box_costs, box_terms
@@ -256,6 +256,7 @@ class SetCriterion(nn.Module):
     ) -> None:
         super().__init__()
         _inputs.check_weights(eos_coef=eos_coef)
+        check_flags(video=video)
         _check_function("extra_loss", extra_loss)
         _inputs.check_choice("classification", classification, KINDS)
         check_integer("num_classes", num_classes, 1, hint='do not count "no object"')
@@ -276,8 +277,6 @@ class SetCriterion(nn.Module):
                 "weight_dict must be a dict", f"got {describe(weight_dict)}", "{} if losses are weighted elsewhere"
             )
         self.losses, self.classification, self.extra_loss = list(losses), classification, extra_loss
-        if not isinstance(video, bool):
-            raise Cause("video must be True or False", f"video={video!r}", "True for clips, False for images")
         self.video = video
         self.layers_by_key = {"interm_outputs": "_interm"}
         group, self.rules = all_options(options, kwargs, no_object_label=no_object_label)

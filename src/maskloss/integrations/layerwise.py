@@ -96,15 +96,13 @@ class LayerMasks:
         if pixels_per_point is not None:
             check_number("pixels_per_point", pixels_per_point, 1, hint="RF-DETR has 16")
         if when is not None and not callable(when):
-            raise Cause(
-                "when must be a function", f"got {describe(when)}", "when=lambda layer_id, extra: layer_id < 10"
-            )
+            raise Cause("when must be a function", f"got {describe(when)}", "when=lambda layer_id: layer_id < 10")
         self.names, self.when, self.pixels_per_point = tuple(names), when, pixels_per_point
         self.rules = TargetRules(ignore_value, drop_empty=drop_empty)
         self.loss = MaskLoss(sampling=sampling, options=mask_options(options, **kwargs))
         self._last: _Packed | None = None
 
-    @reported("loss_masks")
+    @reported("loss_masks", {"num_instances": "num_boxes"})
     def __call__(
         self,
         outputs: Mapping[str, Any],

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from maskloss import _inputs
+from maskloss._numbers import check_flags
 from maskloss.errors import Cause, describe, reported
 from maskloss.integrations import _outputs, _targets, detr
 from maskloss.integrations._outputs import Outputs
@@ -38,20 +39,10 @@ _DENOISED = {
 class HungarianMatcher(detr.HungarianMatcher):
     """MaskDINO's matcher: the class cost of sigmoids, and boxes.
 
-    Args:
-        cost_class: see `detr.HungarianMatcher`.
-        cost_mask: weight of the masks' cross-entropy. Default 1.
-        cost_dice: weight of Dice. Default 1.
-        num_points: P, uniform points per image.
-        cost_box: weight of the L1 distance of boxes. Default 0.
-        cost_giou: weight of the boxes' GIoU. Default 0.
-        panoptic_on: give stuff (labels from 80 on) the mean of the things' box costs. Default False.
-        layout: see `PointSampling`.
-        options: see `detr.HungarianMatcher`.
-        kwargs: see `detr.HungarianMatcher`.
+    Its arguments are those of `detr.HungarianMatcher`, in MaskDINO's order, and one more.
 
-    Raises:
-        MaskLossError: an option outside its range.
+    Args:
+        panoptic_on: give stuff (labels from 80 on) the mean of the things' box costs. Default False.
 
     Source:
         MaskDINO (Li et al., 2023), section 3.4.
@@ -72,16 +63,9 @@ class HungarianMatcher(detr.HungarianMatcher):
         options: MaskOptions | None = None,
         **kwargs: Unpack[TargetKeywords],
     ) -> None:
-        masks = (cost_class, cost_mask, cost_dice, num_points)
-        super().__init__(
-            *masks,
-            cost_box=cost_box,
-            cost_giou=cost_giou,
-            layout=layout,
-            classification="focal",
-            options=options,
-            **kwargs,
-        )
+        check_flags(panoptic_on=panoptic_on)
+        given: dict[str, Any] = {"cost_box": cost_box, "cost_giou": cost_giou, "layout": layout, "options": options}
+        super().__init__(cost_class, cost_mask, cost_dice, num_points, classification="focal", **given, **kwargs)
         self.panoptic_on = panoptic_on
 
     def __repr__(self, _repr_indent: int = 4) -> str:
@@ -103,26 +87,17 @@ class HungarianMatcher(detr.HungarianMatcher):
 class SetCriterion(detr.SetCriterion):
     """MaskDINO's criterion: `detr.SetCriterion` with sigmoid classes and denoising.
 
+    Its arguments are those of `detr.SetCriterion`, but for `classification`, and four more.
+
     Args:
-        num_classes: C.
-        matcher: a `HungarianMatcher` of this module, or MaskDINO's own.
-        weight_dict: see `detr.SetCriterion`.
-        eos_coef: weight of "no object", used with `semantic_ce_loss`.
-        losses: which of "labels", "masks" and "boxes" to compute.
-        num_points: P, points per instance.
-        oversample_ratio: see `PointSampling`.
-        importance_sample_ratio: see `PointSampling`.
         dn: "no" (default), "standard" (classes and boxes) or "seg" (masks as well): what is denoised.
         dn_losses: which losses the denoised queries have. Default: none.
         panoptic_on: the boxes of stuff (labels from 80 on) do not count. Default False.
-        semantic_ce_loss: classify by a softmax over C + 1 classes. Default False: sigmoids.
-        layout: see `PointSampling`.
-        no_object_label: see `detr.SetCriterion`.
-        options: see `detr.SetCriterion`.
-        kwargs: see `detr.SetCriterion`.
+        semantic_ce_loss: classify by a softmax over C + 1 classes, in which `eos_coef` is the weight of "no object".
+            Default False: sigmoids.
 
     Raises:
-        MaskLossError: an unknown loss or kind of denoising, or an option outside its range.
+        MaskLossError: an unknown kind of denoising, and see `detr.SetCriterion`.
 
     Source:
         MaskDINO (Li et al., 2023) and its names. The zeros that it logs where there is nothing to denoise are kept.
@@ -155,8 +130,7 @@ class SetCriterion(detr.SetCriterion):
     ) -> None:
         detr.check_losses("dn_losses", dn_losses)
         _inputs.check_choice("dn", dn, ("no", *_DENOISED))
-        if not isinstance(semantic_ce_loss, bool):
-            raise Cause("semantic_ce_loss must be True or False", f"got {describe(semantic_ce_loss)}", "default: False")
+        check_flags(panoptic_on=panoptic_on, semantic_ce_loss=semantic_ce_loss)
         points = (num_points, oversample_ratio, importance_sample_ratio)
         classification = "softmax" if semantic_ce_loss else "focal"
         given = (num_classes, matcher, weight_dict, eos_coef, losses, *points)
@@ -205,13 +179,7 @@ class SetCriterion(detr.SetCriterion):
         return losses | self._denoised(layers, targets, step, count, mask_dict["scalar"], mask_dict["pad_size"])
 
     def _denoised(
-        self,
-        layers: Mapping[str, Outputs],
-        targets: Entries,
-        step: Step,
-        count: float | Tensor,
-        times: int,
-        size: int,
+        self, layers: Mapping[str, Outputs], targets: Entries, step: Step, count: float | Tensor, times: int, size: int
     ) -> dict[str, Tensor]:
         """Compute the losses of queries made from targets: query s * size / times + t is target t, noised anew."""
         if size % times:

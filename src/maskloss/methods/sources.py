@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from maskloss._numbers import check_number
 from maskloss.clips import ClipOptions
 from maskloss.criterion import MaskCriterion
-from maskloss.errors import Cause, describe, reported
+from maskloss.errors import Cause, describe, reported, require
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher
 from maskloss.methods.settings import NOT_DESCRIBED, Classification, Matching, MethodSettings, Points, settings_of
@@ -143,9 +144,22 @@ def settings_of_model(model: str) -> MethodSettings:
         MaskLossError: a model of another family, one that cannot be found, or values that are no numbers.
         MissingExtraError: Transformers is not installed (extra `transformers`).
     """
-    from maskloss.integrations.transformers.config import read_config
+    return settings_of_config(_read_config(model))
 
-    return settings_of_config(read_config(model))
+
+def _read_config(model: str) -> Any:
+    transformers = require("transformers", "transformers")
+    try:
+        return transformers.AutoConfig.from_pretrained(model)
+    except Exception as error:  # noqa: BLE001 (a damaged file can make Transformers raise anything)
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise Cause(
+            "the model must have a configuration that Transformers can read",
+            f"{model}: {text if len(text) <= 160 else text[:157] + '...'}",
+            "a newer Transformers may know the model"
+            if Path(model).exists()
+            else "name a folder with config.json, or a model on the Hub",
+        ) from None
 
 
 # Types of configurations of the families that share one criterion; OneFormer adds a contrastive term.

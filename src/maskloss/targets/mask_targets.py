@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskloss._abi import LABEL
-from maskloss._numbers import check_integer
+from maskloss._numbers import check_flags, check_integer
 from maskloss._tracing import on_host, outside, plain
 from maskloss.errors import Cause, describe, reported
 from maskloss.targets import bits, clips, coco, dense, joining, label_maps
@@ -189,12 +189,7 @@ class MaskTargets(Packed):
             MaskLossError: a map that is not `[H, W]` of integers, ids that do not occur in the map (looked for on a CPU
                 only) or that are void, maps and ids that do not pair up, or as in `from_masks`.
         """
-        if not isinstance(allow_missing, bool):
-            raise Cause(
-                "allow_missing must be True or False",
-                f"allow_missing={describe(allow_missing)}",
-                "True takes ids that do not occur as empty masks",
-            )
+        check_flags(allow_missing=allow_missing)
         several = isinstance(labels, (list, tuple))
         maps, numbers = (list(labels), [None] * len(labels) if ids is None else ids) if several else ([labels], [ids])
         if not maps or not isinstance(numbers, (list, tuple)) or len(numbers) != len(maps):

@@ -10,9 +10,11 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from maskloss import _inputs
+from maskloss._numbers import check_flags
 from maskloss.errors import Cause, reported, require
 from maskloss.integrations._undo import Undo
-from maskloss.integrations.transformers.families import FAMILIES, Family, Options, find, is_patched, supported
+from maskloss.integrations.transformers.families import FAMILIES, Family, find, is_patched, supported
+from maskloss.integrations.transformers.universal import Options
 from maskloss.ops import BACKENDS
 from maskloss.options import TargetRules
 from maskloss.points import PointSampling
@@ -128,9 +130,7 @@ def patch(
     require("transformers", "transformers")
     if backend is not None:
         _inputs.check_choice("backend", backend, BACKENDS)
-    for name, value in (("factors", factors), ("scale_by_ranks", scale_by_ranks)):
-        if not isinstance(value, bool):
-            raise Cause(f"{name} must be True or False", f"{name}={value!r}", "False is the default")
+    check_flags(factors=factors, scale_by_ranks=scale_by_ranks)
     checked = None if sampling is None else _inputs.check_sampling(sampling)
     rules = TargetRules(ignore_value, ignore_label, drop_empty, no_object_label)
     options = Options(backend, checked, factors, scale_by_ranks, rules)

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -15,14 +15,13 @@ from maskloss.errors import Cause, describe
 from maskloss.integrations.transformers.forward_pass import hand_over_factors, is_watched, leave_alone, watch
 from maskloss.integrations.transformers.rf_detr import rf_detr_loss
 from maskloss.integrations.transformers.universal import (
+    Options,
     PointCriterion,
     describe_class,
     original_class,
     restore,
     swap,
 )
-from maskloss.options import TargetRules
-from maskloss.points import PointSampling
 
 _WHY_NOT = {
     "MaskFormerForInstanceSegmentation": "MaskFormer's loss covers every pixel of the upsampled prediction: sampling "
@@ -30,27 +29,12 @@ _WHY_NOT = {
 }
 
 
-class Options(NamedTuple):
-    """What `patch` was told (see there)."""
-
-    backend: str | None = None
-    sampling: PointSampling | None = None
-    factors: bool = False
-    scale_by_ranks: bool = False
-    rules: TargetRules = TargetRules(no_object_label="warn")
-
-    @property
-    def of_criterion(self) -> dict[str, Any]:
-        """What a criterion has to know."""
-        return {name: value for name, value in self._asdict().items() if name != "factors"}
-
-
 @dataclass(frozen=True)
 class Family:
     """A model class, and the criterion that it builds."""
 
     name: str  # as people write it
-    module: str  # where Transformers has it, below `transformers.models`
+    package: str  # where Transformers has it, below `transformers.models`
     model: str  # name of the model's class
     criterion: str | None  # name of the criterion's class in that module; None: the model calls a loss function
     # path in the model of the module that makes the embeddings of the masks; None: masks cannot stay factors
@@ -60,8 +44,8 @@ class Family:
 
     @property
     def path(self) -> str:
-        """The module's full name."""
-        return f"transformers.models.{self.module}"
+        """The full name of the module."""
+        return f"transformers.models.{self.package}.modeling_{self.package}"
 
     def is_installed(self) -> bool:
         """Whether the installed Transformers has this family; its module is not imported."""
@@ -105,7 +89,7 @@ class Family:
                     f"there is only its criterion, {describe_class(model)}",
                     "patch it without factors, or call it with MaskFactors",
                 )
-            swap(model, options.of_criterion)
+            swap(model, options)
             return
         if options.factors and transformers_version() < self.product_since:
             found, wanted = (".".join(map(str, each)) for each in (transformers_version(), self.product_since))
@@ -135,39 +119,30 @@ class Family:
                 leave_alone(module)
 
 
+_DECODER = "model.transformer_module.decoder"
+_IN_MASK2FORMER, _IN_ONEFORMER = f"{_DECODER}.mask_predictor.mask_embedder", f"{_DECODER}.mask_embed"
+
 FAMILIES = (
     Family(
         "Mask2Former",
-        "mask2former.modeling_mask2former",
+        "mask2former",
         "Mask2FormerForUniversalSegmentation",
         "Mask2FormerLoss",
-        head="model.transformer_module.decoder.mask_predictor.mask_embedder",
+        _IN_MASK2FORMER,
         product_since=(4, 39),
     ),
-    Family(
-        "OneFormer",
-        "oneformer.modeling_oneformer",
-        "OneFormerForUniversalSegmentation",
-        "OneFormerLoss",
-        head="model.transformer_module.decoder.mask_embed",
-    ),
-    Family("EoMT", "eomt.modeling_eomt", "EomtForUniversalSegmentation", "EomtLoss", head="mask_head", layerwise=True),
+    Family("OneFormer", "oneformer", "OneFormerForUniversalSegmentation", "OneFormerLoss", _IN_ONEFORMER),
+    Family("EoMT", "eomt", "EomtForUniversalSegmentation", "EomtLoss", "mask_head", layerwise=True),
     Family(
         "EoMT-DINOv3",
-        "eomt_dinov3.modeling_eomt_dinov3",
+        "eomt_dinov3",
         "EomtDinov3ForUniversalSegmentation",
         "EomtDinov3Loss",
-        head="mask_head",
+        "mask_head",
         layerwise=True,
     ),
-    Family("VidEoMT", "videomt.modeling_videomt", "VideomtForUniversalSegmentation", "VideomtLoss", head=None),
-    Family(
-        "RF-DETR segmentation",
-        "rf_detr.modeling_rf_detr",
-        "RfDetrForInstanceSegmentation",
-        None,
-        head="query_features_proj",
-    ),
+    Family("VidEoMT", "videomt", "VideomtForUniversalSegmentation", "VideomtLoss", None),
+    Family("RF-DETR segmentation", "rf_detr", "RfDetrForInstanceSegmentation", None, "query_features_proj"),
 )
 
 
@@ -228,7 +203,7 @@ def _swap_criterion(model: nn.Module, name: str, options: Options) -> None:
             f"it is {describe_class(criterion)}, whose changes would be lost",
             "patch the model before its criterion is replaced, or use maskloss.MaskCriterion in yours",
         )
-    swap(criterion, options.of_criterion)
+    swap(criterion, options)
 
 
 def _swap_function(model: Any, options: Options) -> None:

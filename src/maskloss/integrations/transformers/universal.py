@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from maskloss import _inputs, distributed, ops
 from maskloss._classification import partial_of, softmax_loss
 from maskloss.errors import Cause, reported
-from maskloss.factors import MaskFactors
 from maskloss.integrations import _targets
 from maskloss.integrations.layerwise import layer_loss
 from maskloss.integrations.transformers import forward_pass
+from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher, check_predictions
 from maskloss.matches import Pairs
 from maskloss.options import TargetRules
 from maskloss.points import PointSampling
-from maskloss.step import check_whole, masks_that_count
+from maskloss.step import Step, check_whole, masks_that_count
 from maskloss.targets import MaskTargets
 
 _OPERATION = "maskloss in Transformers"
@@ -36,13 +36,20 @@ _OPERATION = "maskloss in Transformers"
 _NAMES = {"class_logits": "class_queries_logits", "mask_logits": "masks_queries_logits"}
 
 
-class PointCriterion(nn.Module):
-    """What is mixed into a criterion of Transformers; all options are read where Transformers keeps them."""
+class Options(NamedTuple):
+    """What `patch` was told (see there)."""
 
-    maskloss_backend: str | None  # "reference", "cpu" or "gpu"; None: by device
-    maskloss_sampling: PointSampling | None  # instead of the numbers that Transformers keeps; None: these
-    maskloss_scale_by_ranks: bool  # whether the mask terms are those of Transformers under data parallelism
-    maskloss_rules: TargetRules  # how targets are understood
+    backend: str | None
+    sampling: PointSampling | None
+    factors: bool
+    scale_by_ranks: bool
+    rules: TargetRules
+
+
+class PointCriterion(nn.Module):
+    """What is mixed into a criterion of Transformers; all other options are read where Transformers keeps them."""
+
+    maskloss_options: Options
     # shape of the number of masks, and so of the mask terms: OneFormer has `[1]`, the others `[]`
     count_shape: tuple[int, ...] = ()
     # whether the model calls its criterion several times in one forward pass, with the same masks
@@ -54,50 +61,52 @@ class PointCriterion(nn.Module):
     empty_weight: Tensor
     weight_dict: dict[str, float]
 
-    def layer_losses(
+    def losses(
         self,
-        mask_logits: Sequence[Tensor | MaskFactors],
-        class_logits: Sequence[Tensor],
+        mask_logits: Layer,
+        class_logits: Tensor,
+        others: Sequence[Mapping[str, Any]] | None,
         mask_labels: Any,
         class_labels: Sequence[Tensor],
-    ) -> list[dict[str, Tensor]]:
-        """Compute the unweighted terms of each decoder layer, from `[B, Q, h, w]` or factors, and `[B, Q, C + 1]`.
+        more: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Compute the unweighted terms of the final layer, and with "_0" ... of `others`, which hold the same by name.
 
         `mask_labels` are what `pack_masks` takes; a target of class C is matched by its mask, and its query learns "no
-        object". The terms are in Transformers' order, and tensors of their own: the models multiply them by the weights
-        in place.
+        object". `more` are other terms of the final layer. All are in Transformers' order, and tensors of their own:
+        the models multiply them by the weights in place.
         """
+        layers = [*(others or ()), {"masks_queries_logits": mask_logits, "class_queries_logits": class_logits}]
         if not torch.compiler.is_compiling():
             _reject_methods_of(self)
-        classes, masks = check_predictions(class_logits, mask_logits)
+        names = ("masks_queries_logits", "class_queries_logits")
+        logits = [[layer[name] for layer in layers] for name in names]
+        classes, masks, step = _begin(self, logits[0], logits[1], mask_labels, class_labels, classifies=True)
         no_object = classes.shape[3] - 1
-        packed = _packed(self, mask_labels, masks[0].device)
-        given = packed, class_labels, [*masks, classes], self.maskloss_rules
-        step = _targets.begin(*given, no_object=no_object, classifies=True)
-        matcher = _matcher_of(self.matcher, self)
-        found = matcher.match(classes, masks, step)
+        matcher = _matcher_of(self.matcher, self.maskloss_options)
+        matches = matcher.match(classes, masks, step)
         count = step.divisor(float(step.targets.num_masks))
-        if self.maskloss_scale_by_ranks:
+        if self.maskloss_options.scale_by_ranks:
             # Transformers divides the mean over the ranks by their number once more.
             count = distributed.at_least_one(count / distributed.world_size(step.group))
         ce_weight, dice_weight = (self.weight_dict.get(name, 1.0) for name in ("loss_mask", "loss_dice"))
-        shown = step.mask_weights(found, None, classes.dtype)
-        terms = self._mask_loss().layer_terms(masks, found, step, ops.Reduction(ce_weight, dice_weight, count, shown))
-        wanted = step.wanted_classes(found, classes.shape[:3], no_object)
+        shown = step.mask_weights(matches, None, classes.dtype)
+        terms = self._mask_loss().layer_terms(masks, matches, step, ops.Reduction(ce_weight, dice_weight, count, shown))
+        wanted = step.wanted_classes(matches, classes.shape[:3], no_object)
         partial = partial_of(step, masks, no_object, matcher.num_points, matcher.layout, softmax=True)
         by_class = softmax_loss(classes, wanted, self.empty_weight, step.query_weight(self.empty_weight), partial)
-        return [
-            {
-                "loss_mask": terms.ce[layer].clone().reshape(self.count_shape),
-                "loss_dice": terms.dice[layer].clone().reshape(self.count_shape),
-                "loss_cross_entropy": by_class[layer].clone(),
-            }
-            for layer in range(len(masks))
-        ]
+        found: dict[str, Tensor] = {}
+        for layer, suffix in [(-1, ""), *((layer, f"_{layer}") for layer in range(len(masks) - 1))]:
+            found[f"loss_mask{suffix}"] = terms.ce[layer].clone().reshape(self.count_shape)
+            found[f"loss_dice{suffix}"] = terms.dice[layer].clone().reshape(self.count_shape)
+            found[f"loss_cross_entropy{suffix}"] = by_class[layer].clone()
+            found |= more if layer == -1 else {}
+        return found
 
     def _mask_loss(self) -> MaskLoss:
         own = (self.num_points, self.oversample_ratio, self.importance_sample_ratio)
-        return MaskLoss(sampling=self.maskloss_sampling or PointSampling(*own), backend=self.maskloss_backend)
+        options = self.maskloss_options
+        return MaskLoss(sampling=options.sampling or PointSampling(*own), backend=options.backend)
 
 
 class UniversalCriterion(PointCriterion):
@@ -106,18 +115,15 @@ class UniversalCriterion(PointCriterion):
     @reported(_OPERATION, _NAMES)
     def forward(
         self,
-        masks_queries_logits: Tensor | MaskFactors,
+        masks_queries_logits: Layer,
         class_queries_logits: Tensor,
         mask_labels: Any,
         class_labels: Sequence[Tensor],
         auxiliary_predictions: Sequence[Mapping[str, Any]] | None = None,
     ) -> dict[str, Tensor]:
-        """Match all layers and compute their losses: those of the final one, and with "_0" ... those of the others.
-
-        `auxiliary_predictions` are the others', under the names of the first two arguments.
-        """
-        layers = [*(auxiliary_predictions or ()), _named(masks_queries_logits, class_queries_logits)]
-        return _join(self.layer_losses(*_columns(layers), mask_labels, class_labels))
+        """Match all layers and compute their losses (see `losses`)."""
+        layers = masks_queries_logits, class_queries_logits, auxiliary_predictions
+        return self.losses(*layers, mask_labels, class_labels, {})
 
 
 class LayerwiseCriterion(UniversalCriterion):
@@ -131,16 +137,12 @@ class LayerMethods(PointCriterion):
 
     @reported(_OPERATION, _NAMES)
     def loss_masks(
-        self,
-        masks_queries_logits: Tensor | MaskFactors,
-        mask_labels: Any,
-        indices: Pairs,
-        num_masks: float | Tensor,
+        self, masks_queries_logits: Layer, mask_labels: Any, indices: Pairs, num_masks: float | Tensor
     ) -> dict[str, Tensor]:
         """Compute the mask terms of one layer, divided by `num_masks`."""
         check_whole()
         masks = _packed(self, mask_labels, masks_queries_logits.device)
-        has_mask = masks_that_count(masks, None, self.maskloss_rules)
+        has_mask = masks_that_count(masks, None, self.maskloss_options.rules)
         ce, dice = layer_loss(self._mask_loss(), masks_queries_logits, masks, indices, num_masks, has_mask)
         return {"loss_mask": ce.reshape(self.count_shape), "loss_dice": dice.reshape(self.count_shape)}
 
@@ -165,41 +167,53 @@ class Scope(nn.Module):
 class PointMatcher(nn.Module):
     """`forward` of Transformers' matchers, for criteria that call them layer by layer."""
 
-    maskloss_backend: str | None
-    maskloss_sampling: PointSampling | None
-    maskloss_rules: TargetRules
+    maskloss_options: Options
 
     @reported(_OPERATION, _NAMES)
     def forward(
         self,
-        masks_queries_logits: Tensor | MaskFactors,
+        masks_queries_logits: Layer,
         class_queries_logits: Tensor,
         mask_labels: Any,
         class_labels: Sequence[Tensor],
     ) -> list[tuple[Tensor, Tensor]]:
         """Match one layer: (queries, targets) of each image, on the CPU."""
-        classes, masks = check_predictions(class_queries_logits, masks_queries_logits)
-        targets = _packed(self, mask_labels, masks[0].device)
-        no_object = classes.shape[3] - 1
-        step = _targets.begin(targets, class_labels, [*masks, classes], self.maskloss_rules, no_object=no_object)
-        return _matcher_of(self, self).match(classes, masks, step).to("cpu").pairs()
+        given = masks_queries_logits, class_queries_logits, mask_labels, class_labels
+        classes, masks, step = _begin(self, *given, classifies=False)
+        return _matcher_of(self, self.maskloss_options).match(classes, masks, step).to("cpu").pairs()
 
 
-def _packed(module: Any, masks: Any, device: torch.device) -> MaskTargets:
-    found, void = forward_pass.current(module), module.maskloss_rules.ignore_value
+def _begin(
+    module: PointCriterion | PointMatcher,
+    mask_logits: Any,
+    class_logits: Any,
+    mask_labels: Any,
+    class_labels: Sequence[Tensor],
+    *,
+    classifies: bool,
+) -> tuple[Tensor, list[Layer], Step]:
+    """Check the predictions of all layers, and begin a step with their targets."""
+    classes, masks = check_predictions(class_logits, mask_logits)
+    packed, predictions = _packed(module, mask_labels, masks[0].device), [*masks, classes]
+    given = packed, class_labels, predictions, module.maskloss_options.rules
+    return classes, masks, _targets.begin(*given, no_object=classes.shape[3] - 1, classifies=classifies)
+
+
+def _packed(module: PointCriterion | PointMatcher, masks: Any, device: torch.device) -> MaskTargets:
+    found, void = forward_pass.current(module), module.maskloss_options.rules.ignore_value
     return _targets.pack_masks(masks, device, void) if found is None else found.pack(masks, device, void)
 
 
-def _matcher_of(theirs: Any, options: PointCriterion | PointMatcher) -> HungarianMatcher:
+def _matcher_of(theirs: Any, options: Options) -> HungarianMatcher:
     """Make our matcher with the weights of theirs."""
-    sampling = options.maskloss_sampling
+    points = options.sampling or PointSampling(theirs.num_points)
     return HungarianMatcher(
         class_weight=theirs.cost_class,
         mask_weight=theirs.cost_mask,
         dice_weight=theirs.cost_dice,
-        num_points=theirs.num_points if sampling is None else sampling.num_points,
-        layout=PointSampling.layout if sampling is None else sampling.layout,
-        backend=options.maskloss_backend,
+        num_points=points.num_points,
+        layout=points.layout,
+        backend=options.backend,
     )
 
 
@@ -212,7 +226,7 @@ class OneFormerCriterion(PointCriterion):
     @reported(_OPERATION, _NAMES)
     def forward(
         self,
-        masks_queries_logits: Tensor | MaskFactors,
+        masks_queries_logits: Layer,
         class_queries_logits: Tensor,
         contrastive_queries_logits: Tensor,
         mask_labels: Any,
@@ -222,27 +236,12 @@ class OneFormerCriterion(PointCriterion):
         calculate_contrastive_loss: bool = True,
     ) -> dict[str, Tensor]:
         """Match all layers and compute their losses, and on request the contrastive one."""
-        layers = [*(auxiliary_predictions or ()), _named(masks_queries_logits, class_queries_logits)]
-        *others, final = self.layer_losses(*_columns(layers), mask_labels, class_labels)
+        more = {}
         if calculate_contrastive_loss:
             # In float32 like the other operand, which Transformers upcasts itself.
-            final |= self.loss_contrastive(contrastive_queries_logits, _inputs.accumulated(text_queries))
-        return _join([*others, final])
-
-
-def _named(masks: Tensor | MaskFactors, classes: Tensor) -> dict[str, Any]:
-    return {"masks_queries_logits": masks, "class_queries_logits": classes}
-
-
-def _columns(layers: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor | MaskFactors], list[Tensor]]:
-    names = ("masks_queries_logits", "class_queries_logits")
-    masks, classes = ([layer[name] for layer in layers] for name in names)
-    return masks, classes
-
-
-def _join(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    *others, final = layers
-    return final | {f"{name}_{i}": value for i, layer in enumerate(others) for name, value in layer.items()}
+            more = self.loss_contrastive(contrastive_queries_logits, _inputs.accumulated(text_queries))
+        layers = masks_queries_logits, class_queries_logits, auxiliary_predictions
+        return self.losses(*layers, mask_labels, class_labels, more)
 
 
 # By the class that Transformers has: with all layers at once, and layer by layer under a subclass.
@@ -280,12 +279,8 @@ def _original_matcher(matcher: object) -> type[Any] | None:
     return next((each for each in type(matcher).__mro__ if _path(each) in theirs), None)
 
 
-def swap(criterion: nn.Module, options: Mapping[str, Any]) -> None:
+def swap(criterion: nn.Module, options: Options) -> None:
     """Give a criterion of Transformers, or of a subclass, maskloss's methods; `restore` takes them back.
-
-    Args:
-        criterion: it.
-        options: values of `backend`, `sampling` and `scale_by_ranks`.
 
     Raises:
         Cause: a subclass overrides what would not be called any more, or neither its matching nor its mask terms would
@@ -305,7 +300,7 @@ def swap(criterion: nn.Module, options: Mapping[str, Any]) -> None:
             f"{name} has {', '.join(ignored)}",
             "sampling= of patch says how points are drawn",
         )
-    if not at_once and options["rules"].ignore_label is not None:
+    if not at_once and options.rules.ignore_label is not None:
         raise Cause(
             "ignore_label needs the classification to be computed here",
             f"{name} overrides {', '.join(overridden) or 'the matcher'}, and so Transformers computes it",
@@ -342,11 +337,9 @@ def describe_class(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _swap_class(module: Any, kind: type[Any], options: Mapping[str, Any]) -> None:
+def _swap_class(module: Any, kind: type[Any], options: Options) -> None:
     # The object stays, with its buffers, parameters and hooks; only its methods change.
-    module.__class__ = kind
-    for name, value in options.items():
-        setattr(module, f"maskloss_{name}", value)
+    module.__class__, module.maskloss_options = kind, options
 
 
 def restore(criterion: nn.Module) -> None:
@@ -354,8 +347,7 @@ def restore(criterion: nn.Module) -> None:
     for module in (criterion, vars(criterion)["_modules"].get("matcher")):
         if isinstance(module, (PointCriterion, PointMatcher)):
             module.__class__ = type(module).maskloss_original  # type: ignore[union-attr]
-            for name in [each for each in vars(module) if each.startswith("maskloss_")]:
-                delattr(module, name)
+            del module.maskloss_options
 
 
 @functools.cache
