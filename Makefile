@@ -55,7 +55,7 @@ slow: $(VENV)/.dev ## Run the slow tests (marked `slow`), and properties with mo
 
 .PHONY: long
 long: $(VENV)/.dev ## Run what takes longest: training several models, thousands of problems (tests marked `long`)
-	@$(PY) -m pytest -m long $(ARGS)
+	@$(PYTEST) -m long $(ARGS)
 
 .PHONY: bounds
 bounds: $(VENV)/.dev ## Run the tests of the operations with bounds checks in the CPU kernels

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
 from maskloss import MaskLoss, MaskLossError, MaskTargets, PointSampling
+from maskloss.targets.collate import collate
 from support import workers
 from support.encodings_of_masks import every_way, parts_of, some_masks
 
@@ -301,6 +302,13 @@ PACKED = torch.ones(2, 6, 2, dtype=torch.uint8)
         ("an id must be an integer in", partial(MaskTargets.from_label_map, MAP, [True])),
         ("an id must be an integer in", partial(MaskTargets.from_label_map, MAP, [2**63])),
         ("an id must be an integer in", partial(MaskTargets.from_label_map, MAP, [NAN])),
+        ("ids must be an ordinary tensor", partial(MaskTargets.from_label_map, MAP, torch.ones(2).to_sparse())),
+        (
+            "labels must be an ordinary tensor",
+            partial(collate, [{"masks": MASKS, "labels": torch.ones(2).to_sparse()}]),
+        ),
+        (r"labels\[:, 0\] has no second", partial(collate, [{"masks": MASKS, "labels": torch.ones(2, 1)}])),
+        (r"labels.argmax\(1\) if it is", partial(collate, [{"masks": MASKS, "labels": torch.ones(2, 3)}])),
     ],
 )
 def test_numbers_that_are_none(text: str, make: Callable[[], Any]) -> None:
