@@ -194,19 +194,18 @@ class SetCriterion(nn.Module):
         oversample_ratio: see `PointSampling`.
         importance_sample_ratio: see `PointSampling`.
         classification: "softmax" (default): cross-entropy over C + 1 classes; "focal": the focal loss of C sigmoids
-            with alpha 0.25 and gamma 2, summed over queries and classes and divided by the number of instances.
+            with alpha 0.25 and gamma 2, divided by the number of instances.
         layout: see `PointSampling`.
         video: for clips, as in Mask2Former's own code for video: "pred_masks" `[B, Q, T, h, w]` and "masks"
             `[N, T, H, W]`. All frames count, even where an instance is absent, and the sums are divided by the number
             of instances. Default False: images.
         extra_loss: more losses of the final layer, as DETR's methods compute them: called with (outputs, targets,
             indices, num_boxes), it returns a dict of losses. Default None.
-        no_object_label: "warn" (default) says once that targets have the label C, where labels are on a CPU; "allow"
-            does not; with "error" such a label is rejected.
+        no_object_label: "warn" (default) of targets with the label C, where labels are on a CPU; "allow" them, or
+            "error".
         options: how points are read, the focal loss of the masks and the backend, as one `MaskOptions`.
         kwargs: the same options one by one; and `ignore_value`, `ignore_label` and `drop_empty`, as in
-            `maskloss.MaskCriterion`. Sums are divided by the number of all targets, with a mask or not, as in the code
-            bases.
+            `maskloss.MaskCriterion`. Targets without a mask count in the divisor, as in the code bases.
 
     Attributes:
         layers_by_key: the suffix of the losses of each entry of the outputs that is one more layer, besides
@@ -257,7 +256,12 @@ class SetCriterion(nn.Module):
         super().__init__()
         _inputs.check_weights(eos_coef=eos_coef)
         check_flags(video=video)
-        _check_function("extra_loss", extra_loss)
+        if extra_loss is not None and not callable(extra_loss):
+            raise Cause(
+                "extra_loss must be a function",
+                f"got {describe(extra_loss)}",
+                "(outputs, targets, indices, num_boxes) -> dict",
+            )
         _inputs.check_choice("classification", classification, KINDS)
         check_integer("num_classes", num_classes, 1, hint='do not count "no object"')
         check_losses("losses", losses)
@@ -274,7 +278,7 @@ class SetCriterion(nn.Module):
             raise Cause("matcher must be called with outputs and targets", f"got {type(matcher).__name__}", hint)
         if not isinstance(weight_dict, Mapping):
             raise Cause(
-                "weight_dict must be a dict", f"got {describe(weight_dict)}", "{} if losses are weighted elsewhere"
+                "weight_dict must be a dict", f"got {describe(weight_dict)}", "{}: losses are weighted elsewhere"
             )
         self.losses, self.classification, self.extra_loss = list(losses), classification, extra_loss
         self.video = video
@@ -323,13 +327,11 @@ class SetCriterion(nn.Module):
                 may come without "pred_masks"; it has no mask terms then.
             targets: one dict per image: "labels" int64 `[T]`, in [0, C] for classification "softmax" (a target of
                 class C is matched by its mask, and its query learns "no object"); "masks": dense `[T, H, W]` (bool,
-                float or integers), a `MaskTargets`, or a label map `[H, W]` along with "ids"; "boxes" `[T, 4]`
-                (cx, cy, w, h) in [0, 1], where boxes are used; "has_mask", bool `[T]`: False for a target that is
-                matched by its class and box alone, and has no mask terms, as are all those of an image with "boxes"
-                and no "masks". Binary masks on a GPU are best bool: floats there count as soft, at twelve times the
-                memory. "unlabeled" and "annotated_classes" say of an image what `MaskCriterion` is told of a batch.
-                With `video`: "masks" of each clip, `[N, T, H, W]`, and "labels" `[N]`; "ids" are read beside a label
-                map `[T, H, W]` only.
+                integers, or floats, which are soft on a GPU), a `MaskTargets`, or a label map `[H, W]` along with
+                "ids"; "boxes" `[T, 4]` (cx, cy, w, h) in [0, 1], where boxes are used; "has_mask", bool `[T]`: False
+                for a target that is matched by its class and box alone, as are all those of an image with "boxes" and
+                no "masks"; "unlabeled" and "annotated_classes", as `MaskCriterion` is told them of a batch. With
+                `video`: "masks" of each clip, `[N, T, H, W]`; "ids" are read beside a label map `[T, H, W]` only.
 
         Returns:
             "loss_ce", "loss_mask", "loss_dice", "loss_bbox", "loss_giou", as far as asked for, of the final layer;
@@ -338,13 +340,13 @@ class SetCriterion(nn.Module):
         Raises:
             MaskLossError: wrong or missing outputs or targets.
         """
-        step = self.begin(outputs, targets)
-        return self.matched_losses(outputs, targets, step, step.divisor(float(step.targets.num_masks)))
+        return self.matched_losses(outputs, targets, *self.begin(outputs, targets))
 
-    def begin(self, outputs: Outputs, targets: Entries) -> Step:
-        """Pack the targets of a step, and check that they fit."""
+    def begin(self, outputs: Outputs, targets: Entries) -> tuple[Step, float | Tensor]:
+        """Pack the targets of a step, check that they fit, and count them over the ranks."""
         no_object = self.num_classes if self.classification == "softmax" else None
-        return _outputs.begin(outputs, targets, self.rules, no_object)
+        step = _outputs.begin(outputs, targets, self.rules, no_object)
+        return step, step.divisor(float(step.targets.num_masks))
 
     def matched_losses(
         self, outputs: Outputs, targets: Entries, step: Step, count: float | Tensor
@@ -490,9 +492,3 @@ def check_losses(name: str, losses: Sequence[str]) -> None:
             f"got {describe(losses)}",
             "extra_loss= takes a function that computes others",
         )
-
-
-def _check_function(name: str, value: object) -> None:
-    if value is not None and not callable(value):
-        hint = "it takes (outputs, targets, indices, num_boxes) and returns a dict"
-        raise Cause(f"{name} must be a function", f"got {describe(value)}", hint)

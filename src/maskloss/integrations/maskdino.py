@@ -162,9 +162,8 @@ class SetCriterion(detr.SetCriterion):
         Raises:
             MaskLossError: wrong or missing outputs or targets.
         """
-        step = self.begin(outputs, targets)
         # Once: a rank whose targets leave nothing to denoise must not sum over the ranks less often than the others.
-        count = step.divisor(float(step.targets.num_masks))
+        step, count = self.begin(outputs, targets)
         losses = self.matched_losses(outputs, targets, step, count)
         if self.dn == "no":
             return losses

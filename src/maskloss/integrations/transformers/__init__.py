@@ -42,11 +42,7 @@ class Patch(Undo):
         return bool(self.families or self._steps)
 
     def undo(self) -> None:
-        """Put back all that was changed, in models built in the meantime too. A second call does nothing.
-
-        A copy of a patched model, made by `copy.deepcopy` or read from a pickle, is patched as well, and is no model of
-        this patch: `unpatch` takes that back.
-        """
+        """Put back all that was changed, in models built in the meantime too, but not in copies (see `unpatch`)."""
         super().undo()
         for model in [model for model, owner in list(_OWNERS.items()) if owner is self]:
             _restore(model)
@@ -85,12 +81,9 @@ def patch(
     is patched as well. What a subclass overrides is called; the matching and the mask terms that it inherits are
     computed here.
 
-    Inputs, names of outputs, weights and what they mean stay as they are; `mask_labels` may also be packed masks
-    (`MaskTargets`) or pairs of a label map and its ids. A checkpoint saved before or after loads into both.
-
-    Transformers' image processors return binary masks as floats. On a GPU nobody may look at them without stalling it,
-    so they are treated as soft, which takes twelve times the memory of bits between forward and backward pass. Give
-    bool masks (`masks > 0.5`), or pack them: `MaskTargets.from_masks(masks, soft=False)`.
+    Inputs, outputs, weights and checkpoints stay as they are; `mask_labels` may also be packed masks (`MaskTargets`) or
+    pairs of a label map and its ids. Float masks, as Transformers' image processors make them, count as soft on a GPU,
+    which takes twelve times the memory: give `masks > 0.5`, or pack them.
 
     Args:
         model: a model or a criterion of a supported family, or a module that contains some. Default None: models, and
@@ -98,34 +91,30 @@ def patch(
         backend: "reference", "cpu" or "gpu". Default: by device, or MASKLOSS_BACKEND.
         sampling: numbers and layout of the points of the loss; the matching takes `num_points` and `layout` from it.
             Default: what the model's configuration says, independent points.
-        factors: let the model's mask head hand `MaskFactors` to the criterion while it trains with targets: then the
-            masks of all layers and queries are never formed, but for those of the final layer, which the model
-            returns. In evaluation, without targets, and while the model is compiled nothing changes. Default False.
-        scale_by_ranks: multiply the mask terms by the number of ranks, as Transformers' own do with Accelerate: for
-            runs whose learning rate or weights were tuned with them. Default False: the same terms for any number of
-            ranks. A subclass whose `forward` divides by a number of its own keeps that number in both cases.
+        factors: let the model's mask head hand `MaskFactors` to the criterion while it trains with targets: then no
+            masks are formed but those of the final layer, which the model returns. Default False.
+        scale_by_ranks: multiply the mask terms by the number of ranks, for runs that were tuned with Transformers' own.
+            Default False. A subclass whose `forward` divides by a number of its own keeps that number in both cases.
         ignore_value: the value of void pixels in `mask_labels`, 255 in many data sets: their points weigh nothing, in
             loss and matching. Default None: any value but 0 and 1 in integer masks is an error.
         ignore_label: the label of targets whose class is unknown, 255 or -1 for instance: they are matched by their
             masks, which are learned, and their queries have no classification. Default None.
         drop_empty: a target whose mask is empty has no mask terms, in loss and matching. Default False: an empty mask
             is learned, as Transformers does.
-        no_object_label: what a target with the label "no object" (the number of labels) does. "warn" (default) and
-            "allow": its mask is learned, and its query learns "no object", as in Transformers; people who count labels
-            from 1 do not expect it, so "warn" says it once, where labels are on a CPU. "error": it is rejected.
+        no_object_label: what a target with the label "no object" (the number of labels) does. "allow": its mask is
+            learned, and its query learns "no object", as in Transformers. "warn" (default): the same, and a warning
+            says so, where labels are on a CPU. "error": it is rejected.
 
     Returns:
         The patch: `undo()` takes it back, and `with patch(model): ...` does at the end of the block.
 
     Raises:
-        MaskLossError: a model of another family (the message lists the supported ones), one that is patched already,
-            one whose criterion is not Transformers' own or overrides what would not be called, an unknown backend, or
-            factors for VidEoMT, whose forward takes no targets.
+        MaskLossError: a model of another family, one that is patched already, one whose criterion is not Transformers'
+            own or overrides what would not be called, or factors for VidEoMT, whose forward takes no targets.
         MissingExtraError: Transformers is not installed (extra `transformers`).
 
     Source:
-        Transformers' implementation of each model. The differences are listed in the documentation, page
-        "Integrations".
+        Transformers' implementation of each model. The documentation lists the differences, page "Integrations".
     """
     require("transformers", "transformers")
     if backend is not None:

@@ -147,12 +147,6 @@ class LayerMethods(PointCriterion):
         return {"loss_mask": ce.reshape(self.count_shape), "loss_dice": dice.reshape(self.count_shape)}
 
 
-class OneFormerMethods(LayerMethods):
-    """`LayerMethods` for `OneFormerLoss`."""
-
-    count_shape = (1,)
-
-
 class Scope(nn.Module):
     """What comes before a subclass: the masks that its `forward` is given are packed once."""
 
@@ -244,13 +238,13 @@ class OneFormerCriterion(PointCriterion):
         return self.losses(*layers, mask_labels, class_labels, more)
 
 
-# By the class that Transformers has: with all layers at once, and layer by layer under a subclass.
-_MIXINS = {
-    "mask2former.modeling_mask2former.Mask2FormerLoss": (UniversalCriterion, LayerMethods),
-    "oneformer.modeling_oneformer.OneFormerLoss": (OneFormerCriterion, OneFormerMethods),
-    "eomt.modeling_eomt.EomtLoss": (LayerwiseCriterion, LayerMethods),
-    "eomt_dinov3.modeling_eomt_dinov3.EomtDinov3Loss": (LayerwiseCriterion, LayerMethods),
-    "videomt.modeling_videomt.VideomtLoss": (UniversalCriterion, LayerMethods),
+# By the class that Transformers has.
+_MIXINS: dict[str, type[PointCriterion]] = {
+    "mask2former.modeling_mask2former.Mask2FormerLoss": UniversalCriterion,
+    "oneformer.modeling_oneformer.OneFormerLoss": OneFormerCriterion,
+    "eomt.modeling_eomt.EomtLoss": LayerwiseCriterion,
+    "eomt_dinov3.modeling_eomt_dinov3.EomtDinov3Loss": LayerwiseCriterion,
+    "videomt.modeling_videomt.VideomtLoss": UniversalCriterion,
 }
 # What `loss_masks` of Transformers calls and ours does not.
 _NOT_CALLED = ("sample_points_using_uncertainty", "calculate_uncertainty", "_pad_images_to_max_in_batch")
@@ -354,11 +348,12 @@ def restore(criterion: nn.Module) -> None:
 def _derived(kind: Any, at_once: bool) -> Any:
     """Derive from a criterion's class one with maskloss's methods; `isinstance` still finds the original."""
     original: Any = original_class(kind)
-    fused, layerwise = _MIXINS[_path(original)]
+    mixin = _MIXINS[_path(original)]
     if at_once:
-        return _make(kind, (fused, kind))
+        return _make(kind, (mixin, kind))
     # Between the subclass and Transformers' class: what the subclass calls by `super()` is ours.
-    below = type(f"PointSampled{original.__name__}", (layerwise, original), {})
+    own = {"count_shape": mixin.count_shape}
+    below = type(f"PointSampled{original.__name__}", (LayerMethods, original), own)
     return _make(kind, (Scope, below) if kind is original else (Scope, kind, below))
 
 
