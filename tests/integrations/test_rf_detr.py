@@ -178,7 +178,7 @@ def test_void_pixels_and_empty_masks(backend: str) -> None:
 def test_it_is_undone() -> None:
     before = [dict(vars(kind)) for kind in (Criterion, Matcher)]
     handle = rf_detr.patch()
-    assert repr(handle) == "Patch(RF-DETR)"
+    assert repr(handle) == "Patch(on)"
     with pytest.raises(MaskLossError, match="that is not patched already"):
         rf_detr.patch()
     handle.undo()

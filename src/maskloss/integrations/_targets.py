@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from maskloss import _inputs
-from maskloss._abi import COUNT, FIRST
 from maskloss._tracing import on_host, plain
 from maskloss.errors import Cause, describe
 from maskloss.layers import Layer
@@ -145,23 +144,3 @@ def _canvas(entries: Sequence[Any]) -> Size | None:
     if not sizes:
         return None
     return max(1, *(int(height) for height, _ in sizes)), max(1, *(int(width) for _, width in sizes))
-
-
-def repeat_targets(targets: MaskTargets, times: int) -> MaskTargets:
-    """List the targets of every image `times` times; the pixels are shared, not copied.
-
-    Where one target supervises several queries of a layer, each of them draws its own points: they are drawn by the
-    number of the target, and copy g of target t has the number g * T + t.
-    """
-    if times == 1:
-        return targets
-    counts = tuple(count * times for count in targets.num_targets)
-    images = targets.images.clone()
-    images[:, COUNT] *= times
-    images[:, FIRST] *= times
-    which = torch.arange(len(targets), device=targets.device)
-    image = which.repeat_interleave(images[:, COUNT], output_size=sum(counts))
-    copy = torch.arange(sum(counts), device=targets.device) - images[:, FIRST][image]
-    rows = targets.first_rows[image] + copy % targets.counts[image]
-    present = None if targets.present is None else targets.present[rows]
-    return replace(targets, table=targets.table[rows], images=images, num_targets=counts, present=present)

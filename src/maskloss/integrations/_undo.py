@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from typing_extensions import Self
-
-T = TypeVar("T", bound="Undo")
 
 
 class Undo:
@@ -40,7 +37,8 @@ class Undo:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
+
+    def __repr__(self) -> str:
+        return f"Patch({'on' if self._steps else 'undone'})"

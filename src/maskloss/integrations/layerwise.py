@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from maskloss.matches import Matches, Pairs
 from maskloss.options import MaskKeywords, MaskOptions, TargetRules, mask_options, told
 from maskloss.points import PointSampling
 from maskloss.step import check_whole, masks_that_count
-from maskloss.targets import MaskTargets
+from maskloss.targets import MaskTargets, joining
 from maskloss.targets.collate import joined_flags, read
 
 __all__ = ["LayerMasks"]
@@ -150,10 +151,8 @@ class LayerMasks:
         if self.pixels_per_point is None:
             return self.loss
         height, width = logits.shape[2:]
-        given = self.loss.sampling
         points = max(height, int(height * width // self.pixels_per_point))
-        sampling = PointSampling(points, given.oversample_ratio, given.importance_ratio, given.layout)
-        return MaskLoss(sampling=sampling, options=self.loss.options)
+        return MaskLoss(sampling=replace(self.loss.sampling, num_points=points), options=self.loss.options)
 
     def _pack(self, targets: Sequence[Mapping[str, Any]], num_boxes: object, logits: Layer) -> _Packed:
         """Pack the targets, or return those of the last call if this is one of the same step."""
@@ -209,7 +208,7 @@ def layer_loss(
     if times > 1:
         sizes = torch.tensor(targets.num_targets, device="cpu")
         matches.index[:, TARGET] += earlier * sizes[matches.index[:, IMAGE]]
-        targets = _targets.repeat_targets(targets, times)
+        targets = joining.repeat(targets, times)
         matches = Matches(
             matches.index, matches.layer_sizes, matches.num_queries, targets.num_targets, counts=matches.counts
         )

@@ -22,6 +22,7 @@ from maskloss.matches import Matches, Pairs
 from maskloss.options import MaskOptions, TargetKeywords
 from maskloss.points import PointSampling
 from maskloss.step import Step
+from maskloss.targets import joining
 from maskloss.targets.collate import Entries
 
 __all__ = ["HungarianMatcher", "SetCriterion"]
@@ -134,14 +135,8 @@ class SetCriterion(detr.SetCriterion):
         points = (num_points, oversample_ratio, importance_sample_ratio)
         classification = "softmax" if semantic_ce_loss else "focal"
         given = (num_classes, matcher, weight_dict, eos_coef, losses, *points)
-        super().__init__(
-            *given,
-            classification=classification,
-            layout=layout,
-            no_object_label=no_object_label,
-            options=options,
-            **kwargs,
-        )
+        named: dict[str, Any] = {"layout": layout, "no_object_label": no_object_label, "options": options}
+        super().__init__(*given, classification=classification, **named, **kwargs)
         self.dn, self.dn_losses, self.panoptic_on = dn, list(dn_losses), panoptic_on
 
     @reported("SetCriterion", _outputs.NAMES)
@@ -194,7 +189,7 @@ class SetCriterion(detr.SetCriterion):
             for target in range(count)
         ]
         index = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 4).to(step.device, non_blocking=True)
-        repeated = _targets.repeat_targets(step.targets, times)
+        repeated = joining.repeat(step.targets, times)
         again: dict[str, Any] = {
             name: torch.cat([part.repeat(times) for part in values.split(list(counts))])
             for name in ("labels", "unknown", "has_mask")

@@ -35,13 +35,6 @@ __all__ = ["NAMES", "patch"]
 NAMES = ("loss_mask_ce", "loss_mask_dice")
 
 
-class _Patch(Undo):
-    """What `patch` changed, and the way back."""
-
-    def __repr__(self) -> str:
-        return f"Patch({'RF-DETR' if self._steps else 'undone'})"
-
-
 @reported("patch")
 def patch(
     criterion: type | None = None,
@@ -76,12 +69,16 @@ def patch(
         RF-DETR's own code: points with border padding, targets by their nearest pixel. A pair with a non-finite cost is
         matched last; the matcher has one set of points for each image and step, not one for each batch and layer.
     """
-    handle = _Patch()
+    handle = Undo()
     options, rules = MaskOptions("border", "nearest", backend=backend), TargetRules(ignore_value, drop_empty=drop_empty)
     if sampling is not None:
         _inputs.check_sampling(sampling)
     if criterion is None:
-        module = _their_module("rfdetr.models.criterion")
+        try:
+            module: Any = importlib.import_module("rfdetr.models.criterion")
+        except ModuleNotFoundError as error:
+            hint = "pip install 'rfdetr[train]', or give a class"
+            raise Cause("rfdetr must be installed", str(error), hint) from None
         criterion, matcher = module.SetCriterion, module.HungarianMatcher
     else:
         matcher = None
@@ -100,13 +97,6 @@ def patch(
         if hasattr(matcher, "_match_many"):
             handle.replace(matcher, "_match_many", _matching(matcher._match_many, match, many=True))
     return handle
-
-
-def _their_module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise Cause("rfdetr must be installed", str(error), "pip install 'rfdetr[train]', or give a class") from None
 
 
 def _loss_masks(

@@ -1,4 +1,4 @@
-"""Join images, take single ones out of a batch, select masks, convert between encodings."""
+"""Join images, take single ones out of a batch, select and repeat masks, convert between encodings."""
 
 from __future__ import annotations
 
@@ -156,3 +156,23 @@ def _numbers(entry: Any, count: int, image: int) -> Tensor:
             "they count the masks of the image, from 0",
         )
     return numbers.long()
+
+
+def repeat(targets: P, times: int) -> P:
+    """List the targets of every image `times` times; the pixels are shared, not copied.
+
+    Where one target supervises several queries of a layer, each of them draws its own points: they are drawn by the
+    number of the target, and copy g of target t has the number g * T + t.
+    """
+    if times == 1:
+        return targets
+    counts = tuple(count * times for count in targets.num_targets)
+    images = targets.images.clone()
+    images[:, COUNT] *= times
+    images[:, FIRST] *= times
+    which = torch.arange(len(targets), device=targets.device)
+    image = which.repeat_interleave(images[:, COUNT], output_size=sum(counts))
+    copy = torch.arange(sum(counts), device=targets.device) - images[:, FIRST][image]
+    rows = targets.first_rows[image] + copy % targets.counts[image]
+    present = None if targets.present is None else targets.present[rows]
+    return replace(targets, table=targets.table[rows], images=images, num_targets=counts, present=present)

@@ -12,16 +12,10 @@ from typing import Any, cast
 from torch import nn
 
 from maskloss.errors import Cause, describe
+from maskloss.integrations.transformers import universal
 from maskloss.integrations.transformers.forward_pass import hand_over_factors, is_watched, leave_alone, watch
 from maskloss.integrations.transformers.rf_detr import rf_detr_loss
-from maskloss.integrations.transformers.universal import (
-    Options,
-    PointCriterion,
-    describe_class,
-    original_class,
-    restore,
-    swap,
-)
+from maskloss.integrations.transformers.universal import Options, PointCriterion, describe_class, original_class
 
 _WHY_NOT = {
     "MaskFormerForInstanceSegmentation": "MaskFormer's loss covers every pixel of the upsampled prediction: sampling "
@@ -89,7 +83,7 @@ class Family:
                     f"there is only its criterion, {describe_class(model)}",
                     "patch it without factors, or call it with MaskFactors",
                 )
-            swap(model, options)
+            universal.swap(model, options)
             return
         if options.factors and transformers_version() < self.product_since:
             found, wanted = (".".join(map(str, each)) for each in (transformers_version(), self.product_since))
@@ -111,7 +105,7 @@ class Family:
         """Take back what `swap` did, as far as nobody has replaced it since."""
         criterion, function = _criterion_of(model), vars(model).get("_loss_function")
         if criterion is not None:
-            restore(criterion)
+            universal.restore(criterion)
         if _is_ours(function):
             del vars(model)["_loss_function"]
         for module in model.modules():
@@ -203,7 +197,7 @@ def _swap_criterion(model: nn.Module, name: str, options: Options) -> None:
             f"it is {describe_class(criterion)}, whose changes would be lost",
             "patch the model before its criterion is replaced, or use maskloss.MaskCriterion in yours",
         )
-    swap(criterion, options)
+    universal.swap(criterion, options)
 
 
 def _swap_function(model: Any, options: Options) -> None:
@@ -221,8 +215,3 @@ def _swap_function(model: Any, options: Options) -> None:
 
 def _is_ours(function: object) -> bool:
     return isinstance(function, functools.partial) and function.func is rf_detr_loss
-
-
-def can_be_factored(model: nn.Module) -> bool:
-    """Whether the masks of a model can stay factors."""
-    return all(family.head is not None for family, _ in find(model))

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import l1_loss
 
 from maskloss import _inputs, ops
+from maskloss._quality import quality_sums
 from maskloss.errors import Cause, reported
 from maskloss.integrations import _targets
 from maskloss.integrations._boxes import box_costs, box_terms
-from maskloss.integrations._quality import quality_sums
 from maskloss.layers import Layer
 from maskloss.loss import MaskLoss
 from maskloss.matcher import HungarianMatcher, check_predictions
@@ -23,6 +23,7 @@ from maskloss.options import MaskOptions, TargetRules
 from maskloss.outputs import LayerTerms
 from maskloss.points import PointSampling
 from maskloss.step import Step
+from maskloss.targets import joining
 
 # What Transformers has in its code and not in its configuration.
 OVERSAMPLE_RATIO, IMPORTANCE_RATIO = 3.0, 0.75
@@ -103,9 +104,7 @@ def _layer_terms(
 ) -> dict[str, Tensor]:
     """Compute every term of every layer, `[L]` each, in the order of `layers`."""
     logits, masks = check_predictions(
-        [layer["logits"] for layer in layers],
-        [layer["pred_masks"] for layer in layers],
-        no_object=False,
+        [layer["logits"] for layer in layers], [layer["pred_masks"] for layer in layers], no_object=False
     )
     boxes = _inputs.accumulated(torch.stack([layer["pred_boxes"] for layer in layers]))
     groups = _groups(logits.shape[2], config.num_queries)
@@ -115,7 +114,8 @@ def _layer_terms(
     area = height * width // config.mask_point_sample_ratio
     # One point for this many pixels, in the matching too; there the model has no lower bound of its own.
     for_matching = sampling or PointSampling(max(area, 1))
-    matches = _match(step, logits, boxes, masks, box_targets, groups, config, for_matching, options)
+    boxes_cost = box_costs(boxes, box_targets, config.bbox_cost, config.giou_cost)
+    matches = _matcher(config, groups, for_matching, options).match(logits, masks, step, boxes_cost)
     sampling = sampling or PointSampling(max(height, area), OVERSAMPLE_RATIO, IMPORTANCE_RATIO)
     count = step.divisor(float(step.targets.num_masks), times=groups)
     weights = config.mask_class_loss_coefficient, config.mask_dice_loss_coefficient
@@ -156,19 +156,9 @@ def _groups(queries: int, per_group: int) -> int:
     return groups
 
 
-def _match(
-    step: Step,
-    logits: Tensor,
-    boxes: Tensor,
-    masks: Sequence[Layer],
-    box_targets: Sequence[Tensor],
-    groups: int,
-    config: Any,
-    sampling: PointSampling,
-    options: MaskOptions,
-) -> Matches:
-    """Match every group of queries on its own."""
-    matcher = HungarianMatcher(
+def _matcher(config: Any, groups: int, sampling: PointSampling, options: MaskOptions) -> HungarianMatcher:
+    """Make the matcher of every group of queries."""
+    return HungarianMatcher(
         class_weight=config.class_cost,
         mask_weight=config.mask_class_loss_coefficient,
         dice_weight=config.mask_dice_loss_coefficient,
@@ -178,14 +168,13 @@ def _match(
         classification="focal",
         options=options,
     )
-    return matcher.match(logits, masks, step, box_costs(boxes, box_targets, config.bbox_cost, config.giou_cost))
 
 
 def _mask_terms(
     step: Step, loss: MaskLoss, masks: Sequence[Layer], matches: Matches, groups: int, reduction: ops.Reduction
 ) -> LayerTerms:
     """Compute the mask terms of each layer; a target has points of their own for its query in each group."""
-    repeated = step.with_targets(_targets.repeat_targets(step.targets, groups))
+    repeated = step.with_targets(joining.repeat(step.targets, groups))
     layer, image, query, target = matches.index.unbind(1)
     target = target + query // (matches.num_queries // groups) * step.targets.counts[image]
     index = torch.stack([layer, image, query, target], dim=1)

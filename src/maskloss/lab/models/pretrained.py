@@ -16,7 +16,7 @@ from maskloss.criterion import MaskCriterion
 from maskloss.distributed import StepTotals
 from maskloss.errors import Cause, require
 from maskloss.integrations.transformers import patch
-from maskloss.integrations.transformers.families import can_be_factored
+from maskloss.integrations.transformers.families import find
 from maskloss.lab.config import TrainConfig
 from maskloss.lab.data.scenes import Batch
 from maskloss.lab.files import explain, write_json
@@ -63,7 +63,8 @@ class PretrainedLearner(Learner):
             torch.manual_seed(config.seed)
             self.network = self._build(wanted, pretrained).float()
         # The one place where the model is given this library's losses.
-        patch(self.network, sampling=self.supervise(wanted), factors=can_be_factored(self.network))
+        factors = all(family.head is not None for family, _ in find(self.network))
+        patch(self.network, sampling=self.supervise(wanted), factors=factors)
         self.num_queries = int(wanted.num_queries)
         usual = self.family.share if config.backbone_lr is None else config.backbone_lr / (config.lr or LR)
         self.backbone_share = 0.0 if config.freeze_backbone else usual

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from maskloss.integrations import _quality
+from maskloss import _quality
 
 PLACE = tuple(torch.tensor([[0, 0, 2], [0, 1, 0], [0, 1, 4], [1, 0, 0], [1, 1, 4]]).T)
 CLASSES = torch.tensor([3, 0, 6, 6, 2])
