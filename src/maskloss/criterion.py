@@ -33,7 +33,7 @@ from maskloss.options import (
 )
 from maskloss.outputs import CriterionOutput, LayerTerms
 from maskloss.points import PointSampling
-from maskloss.step import Step, check_weights_of_totals
+from maskloss.step import Step, check_weights_of_totals, of_groups
 from maskloss.targets.collate import Entries, collate, joined_weights
 
 NO_OBJECT_WEIGHT = 0.1
@@ -282,7 +282,7 @@ class MaskCriterion(nn.Module):
     ) -> Matches:
         """Match, or take matches that were made elsewhere."""
         if given is None:
-            groups, queries = self.matcher.groups if self.matcher.training else 1, class_logits.shape[2]
+            groups, queries = self.matcher.groups_now, class_logits.shape[2]
             largest = ops.widest(step.targets.num_targets)
             if groups > 1 and step.totals is not None and largest > queries // groups:
                 raise Cause(
@@ -333,21 +333,7 @@ class MaskCriterion(nn.Module):
                 f"the layers have {list(matches.layer_sizes)} pairs",
                 "leave totals out, or give every layer the same number of pairs",
             )
-        return self._totals_of_groups(step.totals)
-
-    def _totals_of_groups(self, totals: StepTotals) -> StepTotals:
-        """Count each target once for every group of queries."""
-        groups = self.matcher.groups if self.matcher.training else 1
-        if groups > 1 and totals.class_weight is not None:
-            raise Cause(
-                "totals cannot weigh classes where queries are matched in groups",
-                f"groups={groups}, totals.class_weight={totals.class_weight!r}",
-                "leave totals out, or class_weights",
-            )
-        weight = totals.instance_weight
-        return totals._replace(
-            instances=totals.instances * groups, instance_weight=None if weight is None else weight * groups
-        )
+        return of_groups(step.totals, self.matcher.groups_now)
 
     def _mask_terms(
         self,
@@ -363,7 +349,7 @@ class MaskCriterion(nn.Module):
         `weights` are those of all targets, `matched` those of the matched instances.
         """
         clips = self.mask_loss.clips
-        instances = _given_or(counts.instance_weight, counts.instances)
+        instances = counts.instances if counts.instance_weight is None else counts.instance_weight
         divisor = distributed.at_least_one(instances * frames_of_divisor(clips, step.targets))
         layers, given = with_masks(logits)
         shown = matches.of_layers(layers)
@@ -386,7 +372,8 @@ class MaskCriterion(nn.Module):
             return sums / distributed.at_least_one(counts.instances)
         # The sum of the weights; without class weights known without asking the device.
         unmatched = counts.queries - counts.instances
-        weight = _given_or(counts.class_weight, counts.instances) + self.no_object_weight * unmatched
+        matched = counts.instances if counts.class_weight is None else counts.class_weight
+        weight = matched + self.no_object_weight * unmatched
         return _classification.softmax_loss(class_logits, wanted, self._query_weights(class_logits), weight, partial)
 
     @property
@@ -426,7 +413,3 @@ class MaskCriterion(nn.Module):
         if self._class_weights is not None:
             parts.append(f"class_weights={[round(weight, 4) for weight in self._class_weights.tolist()]}")
         return ", ".join(parts) + told(self.rules)
-
-
-def _given_or(given: float | Tensor | None, otherwise: float | Tensor) -> float | Tensor:
-    return otherwise if given is None else given

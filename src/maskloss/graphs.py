@@ -221,7 +221,7 @@ def padded_loss(
     last = torch.where(real, 0.0, float("nan")).view(1, batch, 1, -1).to(stacked.dtype)
     costs = last.expand(*stacked.shape[:3], -1) if extra_costs is None else extra_costs + last
     matches = criterion.matcher.match(stacked, logits, step, costs)
-    groups = criterion.matcher.groups if criterion.matcher.training else 1
+    groups = criterion.matcher.groups_now
     instances = targets.counts.clamp(max=queries // groups).sum().to(stacked.dtype)
     # The classes are those that the matching has found.
     known = {"masks": targets.masks, "labels": torch.where(real, targets.labels, 0)}

@@ -99,6 +99,11 @@ class HungarianMatcher(nn.Module):
         self.options, self.rules = all_options(options, kwargs)
         self.clips = check_clip_options(clips)
 
+    @property
+    def groups_now(self) -> int:
+        """Into how many groups queries are split: after `eval()` there is one."""
+        return self.groups if self.training else 1
+
     @reported("HungarianMatcher")
     def forward(
         self,
@@ -162,7 +167,7 @@ class HungarianMatcher(nn.Module):
         counts, (depth, _, queries, outputs) = step.targets.num_targets, class_logits.shape
         num_classes = outputs - (self.classification == "softmax")
         # Unmatched queries have the first number that is no label.
-        groups = self.groups if self.training else 1
+        groups = self.groups_now
         each, rest = queries // groups, queries % groups  # not `divmod`: PyTorch's compiler has none for symbolic sizes
         if rest:
             raise Cause(

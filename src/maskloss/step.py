@@ -360,3 +360,17 @@ def check_weights_of_totals(totals: StepTotals, **used_by: str | None) -> None:
         if (option is None) != (value is None):
             used = "nothing here weighs by it" if option is None else f"{option} needs it"
             raise Cause(f"totals.{field} belongs to {option or usual}", f"{used}, and it is {value!r}", hint)
+
+
+def of_groups(totals: StepTotals, groups: int) -> StepTotals:
+    """Count each target once for every group of queries."""
+    if groups > 1 and totals.class_weight is not None:
+        raise Cause(
+            "totals cannot weigh classes where queries are matched in groups",
+            f"groups={groups}, totals.class_weight={totals.class_weight!r}",
+            "leave totals out, or class_weights",
+        )
+    weight = totals.instance_weight
+    return totals._replace(
+        instances=totals.instances * groups, instance_weight=None if weight is None else weight * groups
+    )
