@@ -7,7 +7,7 @@ memory, and again in every worker, since counting references copies the pages th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +71,16 @@ class Part(NamedTuple):
     how: str  # how it was recognized
     # numbers of classes that stand for nothing where they have no instances, such as an exporter's class 0
     idle: frozenset[int] = frozenset()
+
+
+def numbered(entries: Mapping[str, list[Entry]], names: Mapping[int, str], how: str) -> list[Part]:
+    """Return parts whose labels have been the numbers of their classes; `names` lists those that are named."""
+    used = {each.label for some in entries.values() for entry in some for each in entry.instances}
+    classes = [(number, names.get(number, f"class {number}")) for number in sorted(used | set(names))]
+    place = {number: label for label, (number, _) in enumerate(classes)}
+    for entry in (entry for some in entries.values() for entry in some):
+        entry.instances[:] = [each._replace(label=place[each.label]) for each in entry.instances]
+    return [Part(part, classes, some, how) for part, some in entries.items()]
 
 
 class Catalog:

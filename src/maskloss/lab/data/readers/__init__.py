@@ -49,7 +49,7 @@ READERS = (
     Reader("via", via.VIA.find, "VIA: via_region_data.json, or a project"),
     Reader("supervisely", supervisely.SUPERVISELY.find, "Supervisely: img/ and ann/, a JSON file for each image"),
     Reader("labelme", labelme.LABELME.find, "labelme: x.json beside x.jpg, or with the image in it"),
-    Reader("cvat", cvat.find, "CVAT for images: annotations.xml"),
+    Reader("cvat", cvat.CVAT.find, "CVAT for images: annotations.xml"),
     Reader(
         "imagescope", imagescope.IMAGESCOPE.find, "ImageScope (MoNuSeg), LabelMe: an XML file of regions for each image"
     ),

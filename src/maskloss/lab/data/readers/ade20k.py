@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from maskloss.lab.data.catalog import Entry, Instance, Map, Part
+from maskloss.lab.data.catalog import Entry, Instance, Map, Part, numbered
 from maskloss.lab.data.maps import COLORS, fitting_size, read_map
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems
@@ -50,14 +50,9 @@ def _parts(tree: Tree, maps: dict[str, str], class_of: Callable[[int], int], pro
         with problems.tolerated():
             entry = _read(tree.path(image), tree.path(path), class_of)
             found.setdefault(part_of(path), []).append(entry)
-    numbers = sorted({each.label for entries in found.values() for entry in entries for each in entry.instances})
-    known = names.of_values(tree)
-    classes = [(number, known.get(number, f"class {number}")) for number in numbers]
-    place = {number: label for label, number in enumerate(numbers)}
-    for entries in found.values():
-        for entry in entries:
-            entry.instances[:] = [each._replace(label=place[each.label]) for each in entry.instances]
-    return [Part(part, classes, entries, "ADE20K") for part, entries in found.items()]
+    used = {each.label for entries in found.values() for entry in entries for each in entry.instances}
+    known = {number: name for number, name in names.of_values(tree).items() if number in used}
+    return numbered(found, known, "ADE20K")
 
 
 def _read(image: Path, mapped: Path, class_of: Callable[[int], int]) -> Entry:

@@ -117,11 +117,9 @@ def _must_be(tree: Tree, path: str) -> bool:
 
 
 def _may_be(tree: Tree, path: str) -> bool:
-    try:
+    with suppress(MaskLossError):  # a file that nobody named, and that is no JSON, is not the data
         return is_instances(tree.json(path))
-    except MaskLossError:
-        # A file that nobody named, and that is no JSON, is not the data.
-        return False
+    return False
 
 
 def _is_idle(file: CocoFile, number: int, name: str) -> bool:
@@ -232,18 +230,11 @@ class CocoFile:
         if all(side in (None, 0) for side in sides):
             return name, number, None
         height, width = sides
-        if not isinstance(height, int) or not isinstance(width, int):
-            raise self._wrong_size(name, image)
-        if min(height, width) == 0:
-            return name, number, None
-        if not 1 <= min(height, width) <= max(height, width) <= LONGEST_SIDE:
-            raise self._wrong_size(name, image)
-        return name, number, (height, width)
-
-    def _wrong_size(self, name: str, image: Mapping[str, Any]) -> Cause:
-        return self.wrong(
-            f"the size of {name!r} is {image.get('height')!r} x {image.get('width')!r}", "give its pixels"
-        )
+        whole = isinstance(height, int) and isinstance(width, int)
+        if not whole or min(height, width) < 0 or max(height, width) > LONGEST_SIDE:
+            what = f"the size of {name!r} is {image.get('height')!r} x {image.get('width')!r}"
+            raise self.wrong(what, "give its pixels")
+        return name, number, (height, width) if height * width else None
 
     def by_image(self) -> dict[Any, list[Mapping[str, Any]]]:
         """Sort the annotations by the id of their image."""

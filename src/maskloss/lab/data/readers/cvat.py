@@ -5,57 +5,41 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maskloss.errors import Cause, MaskLossError, describe
-from maskloss.lab.data.catalog import Entry, Part
-from maskloss.lab.data.options import DataOptions
-from maskloss.lab.data.problems import LEFT_OUT, Problems
-from maskloss.lab.data.readers.segmentation import number
-from maskloss.lab.data.readers.shapes import Drawn, parts_of
-from maskloss.lab.data.tree import TEST, TRAIN, VAL, Tree, part_of
+from maskloss.errors import Cause
+from maskloss.lab.data.problems import LEFT_OUT
+from maskloss.lab.data.readers.objects import Picture, Tool
+from maskloss.lab.data.readers.shapes import Drawn
+from maskloss.lab.data.tree import Tree, part_of
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
 _RULE = "an XML file of annotations must be CVAT's"
-# A file that is called so must be right; another one may be of anything.
-_SURE = "annotation"
-_PARTS = {"train": TRAIN, "training": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
 
 
-def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
-    """Find annotations.xml, or another XML file with images in it."""
-    files = [path for path in tree.ending(".xml") if options.annotations in (None, path)]
-    likely = [path for path in files if PurePosixPath(path).name.startswith(_SURE)] or files[:1]
-    roots = {path: root for path in likely if (root := _root(tree, path)) is not None}
-    names: dict[str, int] = {}
-    parts: dict[str, list[Entry]] = {}
-    for path, root in roots.items():
-        for image in root.iter("image"):
-            with problems.tolerated():
-                drawn = _read(tree, path, image, names, problems)
-                part = _PARTS.get((image.get("subset") or "").lower()) or part_of(path)
-                if drawn.usable:
-                    parts.setdefault(part, []).append(drawn.entry)
-    return parts_of(parts, names, f"CVAT: {', '.join(roots)}") if roots else None
+def _content(tree: Tree, path: str) -> Element:
+    root = tree.xml(path, _RULE)
+    is_video = root.tag == "annotations" and root.find("image") is None and root.find("track") is not None
+    return _frames(tree, root) if is_video else root
 
 
-def _root(tree: Tree, path: str) -> Element | None:
-    """Return the root of an XML file of CVAT; None: it is of something else."""
-    try:
-        root = tree.xml(path, _RULE)
-    except MaskLossError:
-        if PurePosixPath(path).name.startswith(_SURE):
-            raise
-        return None
-    if root.tag != "annotations":
-        return None
-    if root.find("image") is None and root.find("track") is not None:
-        return _frames(tree, root)
-    return root if root.find("image") is not None else None
+def _pictures(root: Element) -> list[Picture]:
+    found = []
+    for image in root.iterfind("image") if root.tag == "annotations" else ():
+        height, width = (int(image.get(side) or 0) for side in ("height", "width"))
+        groups: dict[tuple[str, ...], list[Element]] = {}
+        for place, shape in enumerate(image):
+            label, group = shape.get("label") or "object", shape.get("group_id") or "0"
+            alone = group == "0" or shape.tag != "polygon"
+            groups.setdefault((label, str(place), "alone") if alone else (label, group), []).append(shape)
+        objects = [(key[0], some) for key, some in groups.items()]
+        part = part_of(f"{image.get('subset') or ''}/0")
+        found.append(Picture(image.get("name") or None, height, width, objects, part=part))
+    return found
 
 
 def _frames(tree: Tree, root: Element) -> Element:
@@ -76,11 +60,9 @@ def _frames(tree: Tree, root: Element) -> Element:
     images: dict[int, Element] = {}
     for track in root.iter("track"):
         for shape in track:
-            frame = number(shape.get("frame"))
-            if frame is None:
-                raise Cause(_RULE, f"a shape of a track has {describe(dict(shape.attrib))}", "export it again")
-            name = by_number.get(int(frame), f"frame {int(frame)}")
-            image = images.setdefault(int(frame), ET.Element("image", sides | {"name": name}))
+            frame = int(shape.get("frame") or 0)
+            name = by_number.get(frame, f"frame {frame}")
+            image = images.setdefault(frame, ET.Element("image", sides | {"name": name}))
             if shape.get("outside") != "1":
                 shape.set("label", track.get("label") or "object")
                 image.append(shape)
@@ -89,56 +71,34 @@ def _frames(tree: Tree, root: Element) -> Element:
     return framed
 
 
-def _read(tree: Tree, path: str, image: Element, names: dict[str, int], problems: Problems) -> Drawn:
-    name = image.get("name") or ""
-    file = tree.find(name, path, problems)
-    height, width = _numbers(image, path, "height", "width")
-    drawn = Drawn(Entry(str(file), int(height), int(width), []), names, f"{path}: {name}", problems)
-    groups: dict[tuple[str, str], list[list[float]]] = {}
-    for place, shape in enumerate(image):
-        with drawn.guarded():
-            group, label = shape.get("group_id") or "0", shape.get("label") or "object"
-            if shape.tag == "polygon":
-                key = (label, group if group != "0" else f"alone {place}")
-                groups.setdefault(key, []).append(_points(shape, drawn.what))
-            else:
-                _draw(drawn, shape, label)
-    for (label, _), some in groups.items():
-        with drawn.guarded():
-            drawn.polygons(label, some)
-    return drawn
-
-
-def _draw(drawn: Drawn, shape: Element, label: str) -> None:
-    if shape.tag == "mask":
-        left, top, width, height = (int(each) for each in _numbers(shape, drawn.what, "left", "top", "width", "height"))
-        runs = [number(each) for each in (shape.get("rle") or "").split(",")]
-        counts = [int(each) for each in runs if each is not None and each >= 0]
-        if len(counts) < len(runs) or width <= 0 or height <= 0 or sum(counts) != width * height:
-            raise Cause(
-                _RULE, f"{drawn.what} has a mask of {sum(counts)} pixels in {height} x {width}", "export it again"
-            )
+def _draw(drawn: Drawn, each: Any) -> None:
+    label, [shape, *others] = each
+    if shape.tag == "polygon":
+        drawn.polygons(label, [_points(one) for one in (shape, *others)])
+    elif shape.tag == "mask":
+        left, top, width, height = (round(side) for side in _numbers(shape, "left", "top", "width", "height"))
+        counts = [int(run) for run in (shape.get("rle") or "").split(",")]
+        if min(counts) < 0 or min(width, height) <= 0 or sum(counts) != width * height:
+            what = f"{drawn.what} has a mask of {sum(counts)} pixels in {height} x {width}"
+            raise Cause(_RULE, what, "export it again")
         bits = np.repeat(np.fromiter(itertools.cycle((False, True)), bool, len(counts)), counts)
         drawn.bitmap(label, bits.reshape(height, width), left, top)
     elif shape.tag == "ellipse":
-        x, y, across, down = _numbers(shape, drawn.what, "cx", "cy", "rx", "ry")
-        drawn.ellipse(label, (x, y), (across, down), number(shape.get("rotation")) or 0.0)
+        x, y, across, down = _numbers(shape, "cx", "cy", "rx", "ry")
+        drawn.ellipse(label, (x, y), (across, down), float(shape.get("rotation") or 0))
     elif shape.tag == "box":
-        x, y, right, bottom = _numbers(shape, drawn.what, "xtl", "ytl", "xbr", "ybr")
+        x, y, right, bottom = _numbers(shape, "xtl", "ytl", "xbr", "ybr")
         drawn.box(label, [x, y, right - x, bottom - y])
     elif shape.tag != "tag":
         drawn.problems.note(LEFT_OUT, f"shapes that enclose nothing ({shape.tag})", drawn.what)
 
 
-def _numbers(element: Element, what: str, *wanted: str) -> list[float]:
-    found = [number(element.get(each)) for each in wanted]
-    if None in found:
-        raise Cause(_RULE, f"{what}: a {element.tag} has {describe(dict(element.attrib))}", "export it again")
-    return [each or 0.0 for each in found]
+def _numbers(element: Element, *wanted: str) -> list[float]:
+    return [float(element.attrib[each]) for each in wanted]
 
 
-def _points(shape: Element, what: str) -> list[float]:
-    found = [number(each) for point in (shape.get("points") or "").split(";") for each in point.split(",")]
-    if None in found:
-        raise Cause(_RULE, f"{what} has the points {describe(shape.get('points'))}", "export it again")
-    return [each or 0.0 for each in found]
+def _points(shape: Element) -> list[float]:
+    return [float(side) for point in shape.attrib["points"].split(";") for side in point.split(",")]
+
+
+CVAT = Tool("CVAT", _pictures, _draw, (".xml",), _content)

@@ -36,6 +36,7 @@ class Picture(NamedTuple):
     width: int
     objects: list[Any] | None  # as the tool writes them; None: nobody has annotated the image, it is left out
     inside: bool = False  # whether the JSON file holds the image itself, as labelme's imageData
+    part: str = ""  # of the data set, as the file says; "": its folder does
     id: Any = None  # what the tool calls the image; None: nothing
     told: Sequence[tuple[str, str]] = ()  # findings of the image, (kind, what)
 
@@ -71,7 +72,7 @@ class Tool(NamedTuple):
                 with problems.tolerated():
                     drawn = self._read(tree, path, picture, names, problems)
                     if drawn is not None and drawn.usable:
-                        parts.setdefault(part, []).append(drawn.entry)
+                        parts.setdefault(picture.part or part, []).append(drawn.entry)
         note_others(tree, parts, "images that no file of annotations lists", problems)
         return parts_of(parts, names, f"{self.name}: {mine[0]}{_and(len(mine))}") if mine else None
 

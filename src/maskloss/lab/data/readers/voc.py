@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskloss.errors import Cause
-from maskloss.lab.data.catalog import Entry, Instance, Map, Part
+from maskloss.lab.data.catalog import Entry, Instance, Map, Part, numbered
 from maskloss.lab.data.images import is_color
 from maskloss.lab.data.maps import COLORS, NUMBERS, fitting_size, read_map
 from maskloss.lab.data.options import DataOptions
@@ -57,16 +57,10 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
         with problems.tolerated():
             read[stem] = _read(*(tree.path(each[stem]) for each in (images, maps, classes)))
     known = _names(tree)
-    numbers = sorted({label for entry in read.values() for _, label, _ in entry.instances})
-    listed = [(place + 1, known.get(number, f"class {number}")) for place, number in enumerate(numbers)]
-    place_of = {number: place for place, number in enumerate(numbers)}
-    for entry in read.values():
-        entry.instances[:] = [each._replace(label=place_of[each.label]) for each in entry.instances]
-    how = f"VOC: {objects[0]} and {of_class[0]}"
-    return [
-        Part(part, listed, [read[stem] for stem in some if stem in read], how)
-        for part, some in _parts(tree, stems).items()
-    ]
+    used = {label for entry in read.values() for _, label, _ in entry.instances}
+    parts = {part: [read[stem] for stem in some if stem in read] for part, some in _parts(tree, stems).items()}
+    named = {number: known.get(number, f"class {number}") for number in used}
+    return numbered(parts, named, f"VOC: {objects[0]} and {of_class[0]}")
 
 
 def _read(image: Path, objects: Path, classes: Path) -> Entry:

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from maskloss.errors import Cause, MaskLossError, describe
-from maskloss.lab.data.catalog import BOX, Entry, Instance, Part
+from maskloss.lab.data.catalog import BOX, Entry, Instance, Part, numbered
 from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import DECIDED, LEFT_OUT, MENDED, Problems
@@ -53,15 +53,7 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
     how = named[0] if named else "labels/*.txt"
     folder = _Folder(labels, _parts(tree, description, labels, problems), classes, how, poses)
     found = {part: list(_read(tree, paths, folder, problems)) for part, paths in folder.parts.items()}
-    used = {each.label for entries in found.values() for entry in entries for each in entry.instances}
-    listed = [(number, folder.names.get(number, f"class {number}")) for number in sorted(used | set(folder.names))]
-    place = {number: label for label, (number, _) in enumerate(listed)}
-    parts = []
-    for part, entries in found.items():
-        for entry in entries:
-            entry.instances[:] = [each._replace(label=place[each.label]) for each in entry.instances]
-        parts.append(Part(part, listed, entries, f"YOLO polygons: {folder.how}"))
-    return parts
+    return numbered(found, folder.names, f"YOLO polygons: {folder.how}")
 
 
 def _described(tree: Tree) -> list[str]:
