@@ -65,7 +65,7 @@ def test_a_sentence_or_a_data_set(tmp_path, name):
     options = {key: each.format(root=root) if isinstance(each, str) else each for key, each in case.options.items()}
     options.pop("on_error", None)
     files = [path for path in sorted(root.rglob("*")) if path.suffix in TEXTS]
-    for _ in range(12 if files else 0):
+    for _ in range(9 if files else 0):
         path = drawn.choice(files)
         before = path.read_bytes()
         path.write_bytes(damaged(path, drawn))
