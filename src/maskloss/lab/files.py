@@ -117,7 +117,8 @@ def read_any_json(path: Path, rule: str) -> Any:
             return [json.loads(line) for line in content.splitlines() if line.strip()]
         return json.loads(content)
     except (ValueError, RecursionError, zlib.error) as error:
-        what, hint = in_truth(path) or (explain(error), "is it the right file?")
+        usual = "store it as UTF-8" if isinstance(error, UnicodeDecodeError) else "is it the right file?"
+        what, hint = in_truth(path) or (explain(error), usual)
         raise Cause(rule, f"{path}: {what}", hint) from None
     except OSError as error:
         raise Cause(rule, f"{path}: {explain(error)}", "check the path") from None

@@ -418,6 +418,18 @@ def scale(root: Path) -> None:
     text(root / "tasks.json", service(root, row))
 
 
+@case(
+    TOOLS,
+    "the same elsewhere, with `--annotations`",
+    "read",
+    regions=COUNT,
+    options={"annotations": "{root}_tasks.json"},
+)
+def scale_elsewhere(root: Path) -> None:
+    scale(root)
+    (root / "tasks.json").rename(f"{root}_tasks.json")
+
+
 @case(TOOLS, "Kili's JSON", "read: polygons with holes; boxes become regions")
 def kili(root: Path) -> None:
     def row(at: int) -> Any:

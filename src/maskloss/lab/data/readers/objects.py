@@ -52,7 +52,8 @@ class Tool(NamedTuple):
 
     def find(self, tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
         """Find files of the tool, of the whole data set or one for each image."""
-        files = [path for path in tree.ending(*self.endings) if options.annotations in (None, path)]
+        named = [options.annotations] if options.annotations else tree.files
+        files = [path for path in named if path.lower().endswith(self.endings)]
         whole = set(tree.whole_jsons)
         of_one = [path for path in files if path not in whole]
         some = [*of_one[:_LOOKED_AT], *(path for path in files if path in whole)][: 2 * _LOOKED_AT]
