@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from maskloss import HungarianMatcher, MaskLoss, MaskLossError, PointSampling, functional
-from maskloss._abi import FRAME_H, FRAME_W, INDEX_COLUMNS, LEFT, TOP, Term
+from maskloss._abi import FRAME_H, FRAME_W, INDEX_COLUMNS, LEFT, TOP, Instances, Term
 from maskloss.ops import cpu, dense, reference
 from maskloss.ops.cpu import arguments, positions
 from maskloss.ops.cpu.choose import threshold
+from maskloss.ops.cpu.loss import scale_gradients
 from maskloss.targets import MaskTargets
 from support.accuracy import assert_no_worse
 from support.batches import PLAIN, Batch, Sampling
@@ -246,6 +247,13 @@ def test_a_plane_of_more_than_two_to_the_31_elements_away() -> None:
     assert torch.equal(*found)
 
 
+def test_gradients_of_the_largest_volumes_are_scaled() -> None:
+    """With the border of a plane's copy, these would have more than 2^31 voxels. Nothing is computed here."""
+    large = torch.zeros(1).expand(1, 1, 1290, 1290, 1290)
+    nothing = torch.empty(0, INDEX_COLUMNS, dtype=torch.int64)
+    scale_gradients([large], 2.0, Instances([large], nothing, [0]), [True])
+
+
 def test_frame_larger_than_the_mask() -> None:
     assert_matches(make(canvas=(64, 128), ignore=torch.rand(57, 91) < 0.2), SAMPLING, OPTIONS["border"])
 
@@ -470,6 +478,15 @@ def test_positions_as_integers_are_those_in_double_precision() -> None:
         assert (places == others).all()
         assert (fx == gx).all()
         assert (fy == gy).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_large_zeros(dtype: torch.dtype) -> None:
+    """They are in huge pages, of which they need no whole number."""
+    found = arguments.zeros((7, 607, 613), dtype)
+    assert found.shape == (7, 607, 613)
+    assert found.dtype == dtype
+    assert not found.any()
 
 
 @pytest.mark.parametrize("advised", [True, False])

@@ -10,6 +10,7 @@ import math
 import mmap
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -42,8 +43,9 @@ from .scratch import Dtypes, Sizes
 Array = NDArray[Any]
 
 
-# From this size on, NumPy asks for huge pages.
-_HUGE = 1 << 22
+HUGE_PAGE = 1 << 21
+# From this size on, gradients get pages of their own.
+_LARGE = 1 << 22
 # With the border of a buffer.
 _MOST_PIXELS = 2**31 - 1
 _STORAGE = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.int16, torch.float64: np.float64}
@@ -121,18 +123,24 @@ def given_rows(points: Tensor | None) -> tuple[Given, Tensor | None]:
 def zeros(shape: Sequence[int], dtype: torch.dtype, sparse: bool = False) -> Tensor:
     """Zeros from the operating system's own zero pages: what is never written costs neither time nor memory.
 
-    NumPy asks for huge pages, 2 MB each. They are right where most of the memory will be written; where only some
-    planes will be (`sparse`), each write would clear the planes around it too, so these get ordinary pages.
+    Huge pages, 2 MB each, are right where most of the memory will be written; where only some planes will be
+    (`sparse`), each write would clear the planes around it too, so these get ordinary pages.
     """
-    if not sparse or not _own_pages(shape, dtype):
+    count = math.prod(shape)
+    if not _own_pages(shape, dtype):
         return torch.from_numpy(np.zeros(tuple(shape), _STORAGE[dtype])).view(dtype)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+    # Linux aligns whole numbers of huge pages: a volume that has the size of two is then two, not parts of three.
+    size = -(-count * dtype.itemsize // HUGE_PAGE) * HUGE_PAGE
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if not sparse and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(tuple(shape))
 
 
 def _own_pages(shape: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether a sparse gradient gets pages of its own."""
-    return math.prod(shape) * dtype.itemsize >= _HUGE and hasattr(mmap, "MAP_PRIVATE")
+    """Whether a gradient gets pages of its own."""
+    return math.prod(shape) * dtype.itemsize >= _LARGE and hasattr(mmap, "MAP_PRIVATE")
 
 
 def gradient_table(tensors: Sequence[Tensor], sparse: Sequence[bool]) -> NDArray[np.int64]:

@@ -118,15 +118,25 @@ def draw_bits(key, stream, counters, n, strata, bits):
     """
     xs, ys = bits[X], bits[Y]
     if strata.rows > 0:
-        follows = counters[n - 1] - counters[0] == n - 1
-        if follows and counters[0] & 1 == 0:
-            _words_of_pairs(key, stream, counters[0] >> 1, n, xs, ys)
-        else:
-            _words(key, stream, counters, n, xs)
-        _rows_of_cells(counters, n, follows, strata, ys)
+        draw_words(key, stream, counters, n, xs, ys)
+        _rows_of_cells(counters, n, _follow(counters, n), strata, ys)
         _into_cells(counters, n, strata, xs, ys)
         return
     _threefry_block(key, stream, counters, n, 8, xs, ys)
+
+
+@helper()
+def _follow(counters, n):
+    return counters[n - 1] - counters[0] == n - 1
+
+
+@helper()
+def draw_words(key, stream, counters, n, found, space):
+    """A word for each counter (ascending): each of the two of a pair of counters is for one."""
+    if _follow(counters, n) and counters[0] & 1 == 0:
+        _words_of_pairs(key, stream, counters[0] >> 1, n, found, space)
+    else:
+        _words(key, stream, counters, n, found)
 
 
 @helper()

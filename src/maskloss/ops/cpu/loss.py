@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskloss._abi import IMAGE, LAYER, QUERY, Gradients, Instances, Job, Saved
+from maskloss._abi import FLOAT_CODES, IMAGE, LAYER, QUERY, Gradients, Instances, Job, Saved
 
 from . import loss_kernels as kernels
 from .arguments import (
@@ -25,7 +26,7 @@ from .arguments import (
     work_space,
     zeros,
 )
-from .planes import GRADIENT_COLUMNS
+from .planes import ADDRESS, DTYPE, GRADIENT_COLUMNS, HEIGHT, SOURCE_COLUMNS, STRIDE_B, STRIDE_Q, WIDTH
 from .threads import launch
 
 
@@ -69,9 +70,15 @@ def mask_loss_settle(
 
 
 def scale_gradients(ahead: Sequence[Tensor], factor: float, instances: Instances, needs_grad: Sequence[bool]) -> None:
-    """Multiply the planes of instances, in gradients that were computed ahead."""
+    """Multiply the planes or volumes of instances, in gradients that were computed ahead."""
     planes = by_plane(instances, needs_grad)
-    written = _needed_table(ahead, needs_grad, [False] * len(ahead))
+    written = np.zeros((len(ahead), SOURCE_COLUMNS), np.int64)
+    columns = [ADDRESS, DTYPE, HEIGHT, WIDTH, STRIDE_B, STRIDE_Q]
+    for layer, grad in enumerate(ahead):
+        if needs_grad[layer]:
+            # As one row of pixels, so that planes and volumes are alike, and as large as they may be.
+            code, size = FLOAT_CODES[grad.dtype], math.prod(grad.shape[2:])
+            written[layer, columns] = grad.data_ptr(), code, 1, size, *grad.stride()[:2]
     args = (array_of(instances.rows), *planes, written, factor)
     launch(kernels.scale_planes, len(planes.starts) - 1, dtypes_of(instances.logits[0]), (0, 0, 0), args)
 

@@ -12,6 +12,9 @@ from numba.extending import intrinsic
 
 from .compile import helper
 
+# Bytes of a line of the caches.
+LINE = 64
+
 
 @intrinsic
 def _pointer(typingctx: Any, address: Any) -> Any:
@@ -63,6 +66,31 @@ def prefetch(typingctx: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(address), codegen
+
+
+@intrinsic
+def _need(typingctx: Any, value: Any) -> Any:
+    """Have LLVM believe that a number is needed, and with it what it is computed from."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(8 * context.get_abi_sizeof(args[0].type))
+        kind = ir.FunctionType(ir.VoidType(), [word])
+        builder.asm(kind, "", "r", [builder.bitcast(args[0], word)], side_effect=True)
+        return context.get_dummy_value()
+
+    return types.void(value), codegen
+
+
+@helper()
+def fetch(array, first, stop):
+    """Bring elements of an array into the caches, as fast as memory gives them in order, for reads in any other order.
+
+    One in each line is read: of this many prefetches in a row, a processor drops most.
+    """
+    seen = array.dtype.type(0)
+    for i in range(first, stop, LINE // array.itemsize):
+        seen += array[i]
+    _need(seen)
 
 
 @intrinsic

@@ -23,6 +23,7 @@ from maskloss._abi import (
     Y,
     Z,
 )
+from maskloss.points import Boxes
 
 from .blocks import NOT_GIVEN, SPARE, block_length
 from .choose import GROUP, LARGEST_KEY, list_marked, make_keys, mark_chosen, pick, threshold
@@ -31,31 +32,30 @@ from .cost_kernels import VECTOR, pair_costs, sort_pass
 from .formulas import add_focal_gradients, loss_gradients, sum_areas, sum_focal, sum_losses, sum_other_areas
 from .generator import instance_key
 from .loss_kernels import keep_soft
-from .memory import at, bare
+from .memory import LINE, at, bare, fetch
 from .planes import item_bytes
 from .sampling import BLOCK
 from .threads import take
+from .volume_points import draw_volume, find_cells, find_places, given_cells, weigh_points
 from .volume_sampling import (
     ADDRESS,
     DTYPE,
+    PLAIN,
     STRIDE_B,
     STRIDE_Q,
     copy_volume,
     dense_grid,
-    draw_volume,
-    find_cells,
-    find_places,
-    given_cells,
     read_target,
     read_volume,
     scatter_volume,
     settle_edges,
     target_grid,
     view_volume,
-    weigh_points,
 )
 
 _I32 = np.int32
+# Sorted by z, this many of the matcher's points lie in slices that are fetched before they are read.
+_AHEAD = 4 * BLOCK
 # Rows of work spaces that hold a value, a coordinate or an integer for each point of a block.
 VALUE_ROWS, POINT_ROWS, INTEGER_ROWS = 4, 3, 14
 # Rows that hold the points of an instance: fractions, logits, targets, weights, sigmoids, a work space, and the shares
@@ -64,13 +64,13 @@ GRADIENT_ROWS, PLACE_ROWS = 9, 2
 
 
 class Numbers(NamedTuple):
-    """How many points an instance has, and their boxes: cells, slabs, rows in narrow and wide ones; zeros if none."""
+    """How many points an instance has, and their boxes, without cells where points are independent."""
 
     points: int
     candidates: int
     uncertain: int
-    candidate_boxes: tuple[int, int, int, int]
-    random_boxes: tuple[int, int, int, int]
+    candidate_boxes: Boxes
+    random_boxes: Boxes
 
 
 class Reading(NamedTuple):
@@ -189,6 +189,9 @@ def volume_loss(
         window = windows[image]
         copy_volume(sources[layer], image, query, buffer)
         volume, grid = view_volume(sources[layer], image, query, reading.linear, buffer)
+        # A candidate reads four lines: most of a volume of no more lines than there are candidates.
+        if sources[layer, PLAIN] and not again and volume.size * volume.itemsize <= LINE * num_candidates:
+            fetch(volume, 0, volume.size)
         dense = dense_grid(grid)
         gaps = dense.by_slice != grid.by_slice or dense.by_row != grid.by_row
         wanted = grads.shape[0] > 0 and grads[layer, ADDRESS] != 0
@@ -203,9 +206,7 @@ def volume_loss(
             row = table[images[image, FIRST] + target]
             key = instance_key(seed, image_ids[image], target)
             lattice = target_grid(row, reading.frames, reading.linear)
-            alike = (
-                lattice.depth == grid.depth and lattice.height == grid.height and lattice.width == grid.width
-            )  # fmt: skip
+            alike = lattice.depth == grid.depth and lattice.height == grid.height and lattice.width == grid.width
             if num_uncertain > 0:
                 marks = chosen_bits[instance]
                 if not again:
@@ -223,19 +224,13 @@ def volume_loss(
                 uncertain = first < num_uncertain
                 if given.address == 0:
                     _draw_block(first, n, numbers, key, layer, chosen, counters, bits)
-                tx, ty, tz = blocks[0][:n], blocks[1][:n], blocks[2][:n]
+                tx, ty, tz = (fx, fy, fz) if alike else (blocks[0][:n], blocks[1][:n], blocks[2][:n])
+                _locate(given, instance, first, bits, n, window, lattice, reading.border, xyz, cells, tx, ty, tz)
+                read_target(
+                    cells, tx, ty, tz, n, row, lattice, data, encoding, reading.border, reading.nearest, codes, t, s
+                )
                 if not alike:
-                    _locate(given, instance, first, bits, n, window, lattice, reading.border, xyz, cells, tx, ty, tz)
-                    read_target(
-                        cells, tx, ty, tz, n, row, lattice, data, encoding, reading.border, reading.nearest, codes,
-                        t, s,
-                    )  # fmt: skip
-                _locate(given, instance, first, bits, n, window, grid, reading.border, xyz, cells, fx, fy, fz)
-                if alike:
-                    read_target(
-                        cells, fx, fy, fz, n, row, lattice, data, encoding, reading.border, reading.nearest, codes,
-                        t, s,
-                    )  # fmt: skip
+                    _locate(given, instance, first, bits, n, window, grid, reading.border, xyz, cells, fx, fy, fz)
                 count = 0
                 if wanted or again or not uncertain:
                     count = find_places(cells, n, grid, at_points, flags, edges)
@@ -387,15 +382,20 @@ def match_volumes(
         source, count = sources[layer], min(together, queries - start)
         # Only a volume that is alone is ever copied.
         copy_volume(source, image, start, buffer)
+        fetched = 0
         for first in range(0, num_points, BLOCK):
             n = min(BLOCK, num_points - first)
             _, grid = view_volume(source, image, start, reading.linear, buffer)
             _take_bits(points[image], first, n, bits)
             find_cells(bits, n, windows[image], grid, reading.border, xyz, cells, fx, fy, fz)
             moved = find_places(cells, n, grid, places, flags, edges)
+            done = fetched
             for row in range(count):
                 volume, _ = view_volume(source, image, start + row, reading.linear, buffer)
                 part = z[row, first : first + n]
+                if source[PLAIN] and volume.size * volume.itemsize <= 2 * LINE * num_points:
+                    fetched = min(volume.size * (first + _AHEAD) // num_points, volume.size)
+                    fetch(volume, done, fetched)
                 read_volume(volume, grid, cells, places, fx, fy, fz, n, edges, moved, part)
         for row in range(count):
             query = start + row

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
-"""Volumes for the CPU kernels: points in three dimensions, the eight voxels around each, and what is read there."""
+"""Volumes for the CPU kernels: reading the eight voxels around points, the adjoint, and reading targets."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -12,214 +12,34 @@ from numba.extending import intrinsic
 
 from maskloss._abi import (
     BITS,
-    CELL_BITS,
     CROP_H,
     CROP_W,
-    DEPTH_STREAM,
     FRAME_H,
     FRAME_W,
-    IGNORE_H,
-    IGNORE_SIZE,
-    IGNORE_STRIDE,
-    INVERSE_BITS,
     LEFT,
     OFFSET,
-    POSITION_SHIFT,
     STRIDE,
     TOP,
     VALUES,
-    WINDOW_H,
-    WINDOW_W,
-    WINDOW_X,
-    WINDOW_Y,
     X,
     Y,
     Z,
 )
-from maskloss.points import Strata
 
 from .compile import helper
-from .generator import U32, counter_of, draw_bits, points_of_bits, threefry
 from .lanes import Code, check_literals
 from .memory import at
 from .planes import item_bytes, read_row
-from .positions import Given, given_points, locate_pixels, nearest_pixel
+from .positions import nearest_pixel
 from .sampling import add_pair, gather, load_pair
-from .targets import bits_around, interpolate_codes, is_ignored, pixels_around, read_pixel
+from .targets import bits_around, interpolate_codes, pixels_around, read_pixel
+from .volume_points import Grid
 
 _I32 = np.int32
-_UNIT = np.float32(2.0**-24)
-_INDEPENDENT = Strata(0, 0, 0, 0, 0, 0)
 # Columns of the table that describes a tensor `[B, Q, d, h, w]`: address, element type, sizes, strides in elements, and
 # whether kernels read it where it is.
 ADDRESS, DTYPE, DEPTH, HEIGHT, WIDTH, STRIDE_B, STRIDE_Q, STRIDE_Z, STRIDE_Y, STRIDE_X, PLAIN = range(11)
 SOURCE_COLUMNS = 11
-
-
-class Grid(NamedTuple):
-    """The sizes of a volume, how far slices and rows lie apart, and whether z is read between two slices."""
-
-    depth: int
-    height: int
-    width: int
-    by_slice: int
-    by_row: int
-    linear: bool
-
-
-# ------------------------------------------------------------------------------------------------------------- points
-
-
-@helper()
-def _boxes(key, layer, stream, counters, n, boxes, bits):
-    """Points `counters[:n]` of the boxes of `points.stratified_points3`: cells, slabs, rows in narrow and wide ones."""
-    cells, slabs = boxes[0], boxes[1]
-    xs, ys, zs = bits[X], bits[Y], bits[Z]
-    flat, deep = counter_of(layer, stream), counter_of(layer, stream + DEPTH_STREAM)
-    mask = (1 << CELL_BITS) - 1
-    for k in range(n):
-        i = np.int64(counters[k])
-        slab = ((i + 1) * slabs - 1) // cells
-        behind = slab * cells // slabs
-        count = (slab + 1) * cells // slabs - behind
-        own = i - behind
-        rows = boxes[2] if count == cells // slabs else boxes[3]
-        row = ((own + 1) * rows - 1) // count
-        first = row * count // rows
-        wide = (row + 1) * count // rows - first
-        words, thirds = threefry(key, U32(i >> 1), flat), threefry(key, U32(i >> 1), deep)
-        word = np.int64(words[1] if i & 1 else words[0])
-        third = np.int64(thirds[1] if i & 1 else thirds[0])
-        across = ((own - first) << CELL_BITS) + (word >> CELL_BITS)
-        down = (first << CELL_BITS) + (word & mask) * wide
-        through = (behind << CELL_BITS) + (third >> CELL_BITS) * count
-        xs[k] = _I32(across * ((1 << INVERSE_BITS) // wide) >> POSITION_SHIFT)
-        ys[k] = _I32(down * ((1 << INVERSE_BITS) // count) >> POSITION_SHIFT)
-        zs[k] = _I32(through * ((1 << INVERSE_BITS) // cells) >> POSITION_SHIFT)
-
-
-@helper()
-def draw_volume(key, layer, stream, counters, n, boxes, bits):
-    """Points `counters[:n]` of a stream, 24 bits a coordinate; `boxes` are zeros where they are independent.
-
-    The fourth row of `bits` is work space.
-    """
-    if boxes[0] > 0:
-        _boxes(key, layer, stream, counters, n, boxes, bits)
-    else:
-        draw_bits(key, counter_of(layer, stream + DEPTH_STREAM), counters, n, _INDEPENDENT, bits[Z:])
-        draw_bits(key, counter_of(layer, stream), counters, n, _INDEPENDENT, bits)
-
-
-@helper()
-def _along(bits, n, size, cells, fractions):
-    """Where points lie along an axis: the voxel `floor(p)` and `p - floor(p)`, for `p = bits / 2**24 * size - 0.5`."""
-    for i in range(n):
-        p = np.int64(bits[i]) * np.int64(size) - (1 << 23)
-        cells[i] = _I32(p >> 24)
-        fractions[i] = np.float32(_I32(p & 0xFFFFFF)) * _UNIT
-
-
-@helper()
-def find_cells(bits, n, window, grid, border, coordinates, cells, fx, fy, fz):
-    """Where drawn points lie between the voxels of a grid; exact, as are `locate` and `locate_bits`."""
-    whole = window[WINDOW_X] == 0 and window[WINDOW_Y] == 0 and window[WINDOW_W] == 1 and window[WINDOW_H] == 1
-    if whole and not border:
-        _along(bits[X], n, grid.width, cells[X], fx)
-        _along(bits[Y], n, grid.height, cells[Y], fy)
-    else:
-        _coordinates_of_bits(bits, n, window, coordinates)
-        _cells_of_floats(coordinates, n, grid, border, cells, fx, fy, fz)
-        return
-    if grid.linear:
-        _along(bits[Z], n, grid.depth, cells[Z], fz)
-    else:
-        for i in range(n):
-            cells[Z, i] = _I32(np.int64(bits[Z, i]) * np.int64(grid.depth) >> 24)
-            fz[i] = 0
-
-
-@helper()
-def _coordinates_of_bits(bits, n, window, coordinates):
-    points_of_bits(bits, n, window, coordinates[X], coordinates[Y])
-    for i in range(n):
-        coordinates[Z, i] = np.float32(bits[Z, i]) * _UNIT
-
-
-@helper()
-def _given_coordinates(given, instance, first, n, coordinates):
-    deep = Given(given.address, given.double, given.row, given.point, 2 * given.coordinate)
-    given_points(deep, instance, first, n, coordinates[X], coordinates[Z])
-    given_points(given, instance, first, n, coordinates[X], coordinates[Y])
-
-
-@helper()
-def given_cells(given, instance, first, n, grid, border, coordinates, cells, fx, fy, fz):
-    """As `find_cells`, of points `first:first + n` that the caller gave to an instance."""
-    _given_coordinates(given, instance, first, n, coordinates)
-    _cells_of_floats(coordinates, n, grid, border, cells, fx, fy, fz)
-
-
-@helper()
-def _cells_of_floats(coordinates, n, grid, border, cells, fx, fy, fz):
-    locate_pixels(coordinates[X], n, grid.width, border, cells[X], fx)
-    locate_pixels(coordinates[Y], n, grid.height, border, cells[Y], fy)
-    if grid.linear:
-        locate_pixels(coordinates[Z], n, grid.depth, border, cells[Z], fz)
-        return
-    for i in range(n):
-        cells[Z, i] = _slice_at(coordinates[Z, i], grid.depth)
-        fz[i] = 0
-
-
-@helper(forceinline=True)
-def _slice_at(coordinate, depth):
-    """The slice that a point lies in. A NaN is in the first one; along the other axes it is off the volume."""
-    z = np.float64(coordinate) * depth
-    return _I32(min(z, depth - 1.0)) if z > 0 else _I32(0)
-
-
-@helper()
-def weigh_points(given, instance, first, bits, n, window, image, frames, ignore, coordinates, w):
-    """Weights of points, given or drawn: 0 in a voxel of the ignore region, 1 elsewhere (see `read_weights`)."""
-    for i in range(n):
-        w[i] = 1
-    if image[IGNORE_SIZE] == 0:
-        return
-    if given.address != 0:
-        _given_coordinates(given, instance, first, n, coordinates)
-    else:
-        _coordinates_of_bits(bits, n, window, coordinates)
-    region = image[IGNORE_H] // frames * image[IGNORE_STRIDE]
-    for i in range(n):
-        behind = _slice_at(coordinates[Z, i], frames) * region
-        if is_ignored(coordinates[X, i], coordinates[Y, i], image, frames, behind, ignore, given.double):
-            w[i] = 0
-
-
-@helper()
-def find_places(cells, n, grid, places, flags, edges):
-    """The first of the voxels around each point, moved to where all of them exist; list the points that were moved.
-
-    Returns:
-        How many there are. `flags` are work space.
-    """
-    beyond_u, beyond_v, beyond_k = _I32(grid.width - 1), _I32(grid.height - 1), _I32(grid.depth - grid.linear)
-    by_slice, by_row, zero = _I32(grid.by_slice), _I32(grid.by_row), _I32(0)
-    for i in range(n):
-        u, v, k = cells[X, i], cells[Y, i], cells[Z, i]
-        inside = (u >= zero) & (u < beyond_u) & (v >= zero) & (v < beyond_v) & (k >= zero) & (k < beyond_k)
-        flags[i] = _I32(0) if inside else _I32(1)
-        u = max(min(u, _I32(beyond_u - _I32(1))), zero)
-        v = max(min(v, _I32(beyond_v - _I32(1))), zero)
-        k = max(min(k, _I32(beyond_k - _I32(1))), zero)
-        places[i] = _I32(_I32(_I32(k * by_slice) + _I32(v * by_row)) + u)
-    count = 0
-    for i in range(n):
-        if flags[i]:
-            edges[count] = i
-            count += 1
-    return count
 
 
 # ------------------------------------------------------------------------------------------------------------ reading

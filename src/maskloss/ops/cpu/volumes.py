@@ -13,21 +13,21 @@ from torch import Tensor
 
 from maskloss._abi import FLOAT_CODES, Draw, Gradients, Instances, Job, Saved, Stack, is_stratified
 from maskloss.errors import Cause
-from maskloss.points import slabs_of
+from maskloss.points import Boxes
 
 from . import volume_kernels as kernels
-from .arguments import absolute, array_of, dtypes_of, encode, float_of, given_rows, zeros
+from .arguments import HUGE_PAGE, absolute, array_of, encode, float_of, given_rows, zeros
 from .blocks import SPARE
 from .cost_kernels import VECTOR
 from .loss import Planes, by_plane, common_factor, scale_gradients
 from .sampling import BLOCK
+from .scratch import Dtypes
 from .threads import launch
 from .volume_sampling import DEPTH, HEIGHT, PLAIN, SOURCE_COLUMNS, WIDTH
 
 _MOST_VOXELS = 2**31 - 1
 # Logits at the matcher's points that a thread holds at a time: they should fit into the second-level cache.
 _TOGETHER_BYTES = 1 << 19
-_HUGE_PAGE = 1 << 21
 # Slabs of slices into which the matcher's points are sorted.
 _SLABS = 64
 
@@ -48,18 +48,19 @@ def _table(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
     return np.array(rows, np.int64).reshape(len(rows), SOURCE_COLUMNS)
 
 
+def _dtypes(logits: Sequence[Tensor]) -> Dtypes:
+    """Element types of work spaces. Coordinates are doubles, so that given points of either type need one kernel."""
+    return float_of(logits[0].dtype), np.float64
+
+
 def _copied(sources: NDArray[np.int64]) -> int:
     """Voxels of the largest volume that is copied before it is read."""
     return max((int(row[DEPTH] * row[HEIGHT] * row[WIDTH]) for row in sources if not row[PLAIN]), default=0)
 
 
-def _boxes(draw: Draw, count: int) -> tuple[int, int, int, int]:
-    """The boxes of this many points: cells, slabs, and the rows of a slab's narrow and wide; zeros: independent."""
-    if not is_stratified(draw.layout):
-        return 0, 0, 0, 0
-    cells = max(count, 1)
-    slabs = slabs_of(cells)
-    return cells, slabs, math.isqrt(cells // slabs), math.isqrt(cells // slabs + 1)
+def _boxes(draw: Draw, count: int) -> Boxes:
+    """The boxes of this many points; no cells where points are independent."""
+    return Boxes.of(count) if is_stratified(draw.layout) else Boxes(0, 0, 0, 0, 0, 0)
 
 
 def _reading(job: Job, stack: Stack) -> kernels.Reading:
@@ -92,7 +93,8 @@ def _run(
     )
     args += (float(term.alpha), float(term.gamma), term.dice_kind, *losses, array_of(saved.chosen))
     args += (array_of(saved.soft), *planes, *slopes, written)
-    launch(kernels.volume_loss, len(planes.starts) - 1, dtypes_of(instances.logits[0], alive), sizes, args)
+    launch(kernels.volume_loss, len(planes.starts) - 1, _dtypes(instances.logits), sizes, args)
+    del alive
 
 
 def _forward(
@@ -137,8 +139,7 @@ def volume_loss_settle(
         ahead.clear()  # so that there is room for the new ones
         ahead += volume_loss_backward(grads, saved, instances, job, stack, needs_grad)
     elif factor != 1.0:
-        tall = [each.flatten(2, 3) if need else each for each, need in zip(ahead, needs_grad, strict=True)]
-        scale_gradients(tall, factor, instances, needs_grad)
+        scale_gradients(ahead, factor, instances, needs_grad)
 
 
 def volume_loss_backward(
@@ -159,7 +160,7 @@ def _new_gradients(instances: Instances, needs_grad: Sequence[bool]) -> tuple[li
     dtype, found = instances.accumulation_dtype, []
     for layer, count, need in zip(instances.logits, instances.layer_sizes, needs_grad, strict=True):
         # A volume of many pages wastes few of the huge ones, however few of its neighbors are written.
-        few = 2 * count < layer.shape[0] * layer.shape[1] and math.prod(layer.shape[2:]) * dtype.itemsize < _HUGE_PAGE
+        few = 2 * count < layer.shape[0] * layer.shape[1] and math.prod(layer.shape[2:]) * dtype.itemsize < HUGE_PAGE
         found.append(zeros(layer.shape if need else (0,), dtype, sparse=few))
     written = np.zeros((len(found), SOURCE_COLUMNS), np.int64)
     for number, need in enumerate(needs_grad):
@@ -175,7 +176,7 @@ def volume_cost(logits: Sequence[Tensor], num_targets: Sequence[int], job: Job, 
     kind, widest = float_of(logits[0].dtype), max(num_targets, default=0)
     ce, dice = (np.empty((len(logits), batch, queries, widest), kind) for _ in range(2))
     if ce.size:
-        num_points, dtypes = draw.num_points, dtypes_of(logits[0])
+        num_points, dtypes = draw.num_points, _dtypes(logits)
         points = np.empty((batch, 3, num_points), np.int32)
         weights, windows, images = (
             np.empty((batch, num_points), kind),
@@ -215,7 +216,7 @@ def _runs(
     args += (absolute(targets.table, targets.images), data.data_ptr(), encode(data, targets.encoding))
     args += (_reading(job, stack), weights, job.term.dice_kind, shares, sums, active[:, 1:])
     sizes = (kernels.VALUE_ROWS * BLOCK, kernels.POINT_ROWS * BLOCK, kernels.INTEGER_ROWS * BLOCK)
-    launch(kernels.matching_targets, rows, (weights.dtype.type, np.float32), sizes, args)
+    launch(kernels.matching_targets, rows, (weights.dtype.type, np.float64), sizes, args)
     row, vector = np.nonzero(active[:, 1:] != active[:, :-1])
     first, length = vector[::2] * VECTOR, (vector[1::2] - vector[::2]) * VECTOR
     starts = np.append(0, np.cumsum(np.bincount(row[::2], minlength=rows)))
