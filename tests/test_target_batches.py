@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from maskloss import MaskLoss, MaskLossError, MaskTargets, PointSampling
 from maskloss.targets.collate import collate
+from maskloss.targets.label_maps import check_ids
 from support import workers
 from support.encodings_of_masks import every_way, parts_of, some_masks
 
@@ -303,6 +304,7 @@ PACKED = torch.ones(2, 6, 2, dtype=torch.uint8)
         ("an id must be an integer in", partial(MaskTargets.from_label_map, MAP, [2**63])),
         ("an id must be an integer in", partial(MaskTargets.from_label_map, MAP, [NAN])),
         ("ids must be an ordinary tensor", partial(MaskTargets.from_label_map, MAP, torch.ones(2).to_sparse())),
+        ("ids must be an ordinary tensor", partial(check_ids, torch.ones(2).to_sparse())),
         (
             "labels must be an ordinary tensor",
             partial(collate, [{"masks": MASKS, "labels": torch.ones(2).to_sparse()}]),
