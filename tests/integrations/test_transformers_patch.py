@@ -20,7 +20,7 @@ from maskloss import MaskLossError, MaskTargets, PointSampling, distributed, ops
 from maskloss._abi import Draw, Job
 from maskloss.integrations import _targets
 from maskloss.integrations import transformers as transformers_integration
-from maskloss.integrations.transformers import patch, unpatch
+from maskloss.integrations.transformers import families, patch, unpatch
 from maskloss.integrations.transformers.families import FAMILIES
 from maskloss.integrations.transformers.universal import PointCriterion
 from support import tiny
@@ -211,6 +211,8 @@ def test_a_label_map_alone_has_all_that_occur() -> None:
 
 @pytest.mark.parametrize("factors", [False, True])
 def test_checkpoints_load_both_ways(factors: bool) -> None:
+    if factors and families.transformers_version() < (4, 39):
+        pytest.skip("this Transformers computes masks of Mask2Former by channel")
     plain, patched = tiny.mask2former(), tiny.mask2former()
     with patch(patched, factors=factors):
         for source, target in ((plain, patched), (patched, plain)):
