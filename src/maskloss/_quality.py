@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, softplus
 
+from maskloss import ops
 from maskloss._tracing import active, watched
 
 FOCAL_GAMMA, LEAST_QUALITY = 2.0, 0.01
-# On a CPU this many logits are computed at a time: work space then stays in the cache, and small.
-_AT_A_TIME = 1 << 16
 
 
 def quality_sums(logits: Tensor, place: tuple[Tensor, ...], iou: Tensor, alpha: float) -> Tensor:
@@ -49,48 +47,43 @@ def quality_terms(logits: Tensor, place: tuple[Tensor, ...], quality: Tensor) ->
 
 
 class _QualitySums(torch.autograd.Function):
-    """`quality_terms`, summed: no tensor of the size of the logits is kept, or made but for their gradient."""
+    """`quality_terms`, summed: no tensor of the size of the logits is kept, or made but for their gradient.
+
+    Both passes need the same sigmoids and softplus, so the first one computes the derivatives along with the sums.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, place: tuple[Tensor, ...], quality: Tensor) -> Tensor:
         ctx.save_for_backward(logits, *place, quality)
-        sums = logits.new_empty(logits.shape[:3])
-        by_query = sums.view(-1)
-        for rows, x, at in _parts(logits, place):
-            p = x.sigmoid()
-            terms = p.square_().mul_(softplus(x))
-            terms.index_put_(at, terms.new_zeros(()))
-            torch.sum(terms, 1, out=by_query[rows])
-        x = logits[place]
-        sums[place[:3]] += softplus(x) - quality * x
+        sums, ctx.slopes = _sums_and_slopes(logits, place, quality, slopes=ctx.needs_input_grad[0])
         return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, *place, quality = ctx.saved_tensors
-        found = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        by_class, by_query = found.view(-1, found.shape[-1]), grad.reshape(-1, 1)
-        for rows, x, _ in _parts(logits, place):
-            # d/dx p^2 softplus(x) = p^2 (p + 2 (1 - p) softplus(x))
-            p, rise = x.sigmoid(), softplus(x).mul_(2)
-            rise.addcmul_(p, rise, value=-1).add_(p)
-            torch.mul(rise.mul_(p.square_()), by_query[rows], out=by_class[rows])
-        found[tuple(place)] = (logits[tuple(place)].sigmoid() - quality) * grad[tuple(place[:3])]
-        return found, None, None
+        slopes, ctx.slopes = ctx.slopes, None  # the first backward pass takes them
+        if slopes is None:
+            logits, *place, quality = ctx.saved_tensors
+            slopes = _sums_and_slopes(logits, tuple(place), quality, slopes=True)[1]
+        return slopes.mul_(grad.unsqueeze(-1)), None, None
 
 
-def _parts(logits: Tensor, place: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor, tuple[Tensor, Tensor]]]:
-    """Cut the queries of all layers and images into parts: which they are, their logits `[R, C]`, and the matches."""
-    _, batch, queries, classes = logits.shape
+def _sums_and_slopes(
+    logits: Tensor, place: tuple[Tensor, ...], quality: Tensor, *, slopes: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum `quality_terms` over the classes, `[L, B, Q]`, and compute its derivatives, `[L, B, Q, C]`, if asked for."""
     layer, image, query, label = place
-    row, flat = (layer * batch + image) * queries + query, logits.reshape(-1, classes)
-    size = max(_AT_A_TIME // classes, 1) if logits.device.type == "cpu" else len(flat)
-    if size >= len(flat):
-        yield slice(0, len(flat)), flat, (row, label)
-        return
-    starts = range(0, len(flat), size)
-    bounds = torch.searchsorted(row, torch.tensor([*starts, len(flat)], device="cpu")).tolist()
-    for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
-        rows = slice(start, min(start + size, len(flat)))
-        yield rows, flat[rows], (row[first:last] - start, label[first:last])
+    if type(logits) is Tensor and logits.device.type == "cpu" and ops.has_host_kernels():
+        row = (layer * logits.shape[1] + image) * logits.shape[2] + query
+        return ops.quality_sums(logits, row, label, quality, slopes=slopes)
+    p, rise = logits.sigmoid(), softplus(logits)
+    squares = p.square()
+    terms = squares * rise
+    x = logits[place]
+    terms[place] = softplus(x) - quality * x
+    if not slopes:
+        return terms.sum(-1), None
+    # d/dx p^2 softplus(x) = p^2 (p + 2 (1 - p) softplus(x))
+    found = rise.mul_(2).addcmul_(p, rise, value=-1).add_(p).mul_(squares)
+    found[place] = x.sigmoid() - quality
+    return terms.sum(-1), found

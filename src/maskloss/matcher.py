@@ -23,6 +23,9 @@ from maskloss.step import Step
 from maskloss.targets import MaskTargets
 from maskloss.targets.collate import Entries, collate
 
+# On a CPU the class terms of this many pairs are computed at a time: work space then stays small, and in the cache.
+_AT_A_TIME = 1 << 16
+
 
 class HungarianMatcher(nn.Module):
     """Match queries and targets one to one, at the lowest total cost, for every image and decoder layer.
@@ -204,7 +207,10 @@ class HungarianMatcher(nn.Module):
             )
         targets = step.targets
         by_class = class_cost if self.classification == "softmax" else focal_class_cost
-        classes = by_class(class_logits.detach(), _by_image(step.labels, targets))
+        labels = _by_image(step.labels, targets)
+        pairs = class_logits[0, ..., 0].numel() * labels.shape[1]
+        size = max(_AT_A_TIME // max(pairs, 1), 1) if class_logits.device.type == "cpu" else len(class_logits)
+        classes = torch.cat([by_class(part, labels) for part in class_logits.detach().split(size)])
         if step.unknown is not None:
             classes = classes.masked_fill(_by_image(step.unknown, targets)[:, None], 0)
         cost = torch.add(self._mask_costs(mask_logits, step, classes), classes, alpha=self.class_weight)
@@ -225,7 +231,7 @@ class HungarianMatcher(nn.Module):
         )
         backend = ops.choose_backend(given[0].device, self.options.backend)
         ce, dice = layers.match_cost(given, targets.num_targets, job, backend, stack)
-        cost = torch.add(self.mask_weight * ce, dice, alpha=self.dice_weight)
+        cost = ce.mul_(self.mask_weight).add_(dice, alpha=self.dice_weight)
         if step.has_mask is not None:
             cost = cost.masked_fill(~_by_image(step.has_mask, targets)[:, None], 0)
         return spread(cost, numbers, len(mask_logits))

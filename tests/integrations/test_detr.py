@@ -164,6 +164,24 @@ def test_box_terms_equal_their_formulas() -> None:
         assert giou == pytest.approx(1 - (overlap / union - (hull - union) / hull))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_costs_of_boxes_are_those_of_their_terms(dtype: torch.dtype, tolerance: float) -> None:
+    """Of images with 3, 20 and no targets, boxes without an area, and of negative and unknown size among them."""
+    torch.manual_seed(0)
+    boxes = torch.rand(2, 3, 17, 4, dtype=dtype) * 0.5 + 0.1
+    boxes[0, 0, 0, 2:], boxes[0, 1, 1, 3], boxes[1, 0, 2, 2], boxes[1, 1, 3, 0] = 0, -0.2, torch.nan, torch.inf
+    targets = [torch.rand(count, 4, dtype=dtype) * 0.5 + 0.1 for count in (3, 20, 0)]
+    targets[1][7, 2:] = 0
+    costs = _boxes.box_costs(boxes, targets, 5.0, 2.0)
+    assert costs.shape == (2, 3, 17, 20)
+    assert costs.dtype == dtype
+    for image, given in enumerate(targets):
+        terms = _boxes.box_terms(boxes[:, image, :, None].double(), given[None, None].double())
+        expected = (5 * terms.l1 + 2 * (terms.giou - 1)).nan_to_num(torch.nan, torch.nan)
+        found = costs[:, image, :, : len(given)].double().nan_to_num(torch.nan, torch.nan)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 def test_sigmoid_classes_have_the_focal_loss() -> None:
     outputs, targets = outputs_of(classes=tiny.CLASSES, auxiliary=0), targets_of()
     matcher = detr.HungarianMatcher(num_points=POINTS, classification="focal")

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from maskloss import ops
+from maskloss._tracing import active, on_host, watched
+
 
 class BoxTerms(NamedTuple):
     """Terms of pairs of boxes, `[...]`: the sum of absolute differences, 1 - GIoU, and the IoU."""
@@ -57,6 +60,8 @@ def box_costs(boxes: Tensor, targets: Sequence[Tensor], l1_weight: float, giou_w
     """
     boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
     padded = pad_sequence(list(targets), batch_first=True).to(boxes)
+    if on_host(boxes) and type(boxes) is Tensor and ops.has_host_kernels() and not active() and not watched():
+        return ops.box_costs(boxes, padded, l1_weight, giou_weight)
     padded = padded[(None,) * (boxes.ndim - padded.ndim)]
     terms = box_terms(boxes.unsqueeze(-2), padded.unsqueeze(-3))
     return (l1_weight * terms.l1).add_(terms.giou - 1, alpha=giou_weight)

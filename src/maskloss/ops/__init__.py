@@ -46,9 +46,9 @@ from maskloss.ops.volumes import volume_cost, volume_loss
 
 __all__ = [
     "ASSIGNMENTS", "BACKENDS", "WIDEST_ON_DEVICE", "Draw", "Factors", "Instances", "Job", "Reduction", "Targets",
-    "Term", "assign", "check_backend", "choose_backend", "count_matches",
+    "Term", "assign", "box_costs", "check_backend", "choose_backend", "count_matches",
     "factored_mask_loss", "factored_match_cost", "has_host_kernels", "mask_loss", "match_cost", "matched_counts",
-    "pack_masks", "point_sample", "uncertain_points", "volume_cost", "volume_loss", "widest",
+    "pack_masks", "point_sample", "quality_sums", "uncertain_points", "volume_cost", "volume_loss", "widest",
 ]  # fmt: skip
 
 
@@ -69,6 +69,29 @@ def pack_masks(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[Any, int]]]
     """
     packed: tuple[Tensor, list[tuple[Any, int]]] = load("cpu").pack_masks(images)
     return packed
+
+
+def box_costs(boxes: Tensor, targets: Tensor, l1_weight: float, giou_weight: float) -> Tensor:
+    """Compute the boxes' part of the matching cost, `[..., B, Q, T]`, on the host, where `has_host_kernels`.
+
+    Not a registered operation: what traces or transforms the matching gets the formula of `integrations`.
+
+    Args:
+        boxes: `[..., B, Q, 4]`.
+        targets: `[B, T, 4]`, of the same type.
+        l1_weight: of the sum of absolute differences.
+        giou_weight: of -GIoU.
+    """
+    costs: Tensor = load("cpu").box_costs(boxes, targets, l1_weight, giou_weight)
+    return costs
+
+
+def quality_sums(
+    logits: Tensor, rows: Tensor, labels: Tensor, quality: Tensor, *, slopes: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum RF-DETR's classification over the classes of each query, with derivatives, where `has_host_kernels`."""
+    sums, found = load("cpu").quality_sums(logits, rows, labels, quality, slopes=slopes)
+    return sums, found
 
 
 # ------------------------------------------------------------------------------------------------------ point sampling

@@ -38,16 +38,19 @@ from .arguments import (
     work_space,
     zeros,
 )
+from .boxes import box_costs
 from .cost import clip_costs, join_frames, match_cost, match_plan, row_costs, sample_features
 from .loss import mask_loss, mask_loss_ahead, mask_loss_backward, mask_loss_settle, plane_gradients
 from .planes import buffer_size
+from .quality import quality_sums
 from .sampling import BLOCK
 from .scratch import Dtypes, Sizes
 from .threads import launch
 
 __all__ = [
-    "assign", "clip_costs", "join_frames", "mask_loss", "mask_loss_ahead", "mask_loss_backward", "mask_loss_settle",
-    "match_cost", "match_plan", "pack_masks", "plane_gradients", "point_sample", "point_sample_backward", "row_costs",
+    "assign", "box_costs", "clip_costs", "join_frames", "mask_loss", "mask_loss_ahead", "mask_loss_backward",
+    "mask_loss_settle", "match_cost", "match_plan", "pack_masks", "plane_gradients", "point_sample",
+    "point_sample_backward", "quality_sums", "row_costs",
     "sample_features", "uncertain_points",
 ]  # fmt: skip
 
