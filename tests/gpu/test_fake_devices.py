@@ -26,8 +26,8 @@ def run(*checks: str) -> None:
 
 
 def test_a_step_neither_copies_nor_waits_and_compiles_to_one_graph() -> None:
-    """The criterion as it is, compiled, captured and of factors; the reference backend called with CUDA tensors."""
-    run("criterion", "cuda", "compile", "uneven", *(("padded", "factors") if find_spec("triton") else ()))
+    """The criterion as it is, compiled, captured, of factors and volumes; the reference called with CUDA tensors."""
+    run("criterion", "cuda", "compile", "uneven", *(("padded", "factors", "volumes") if find_spec("triton") else ()))
 
 
 @pytest.mark.slow

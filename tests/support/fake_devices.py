@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maskloss import MaskCriterion, MaskFactors, MaskTargets, graphs
+from maskloss import ClipOptions, MaskCriterion, MaskFactors, MaskTargets, graphs
 from maskloss._abi import INDEX_COLUMNS, Draw, Factors, Gradients, Instances, Job, Targets, Term
 from maskloss.ops import choose_backend, factored, reference
 
@@ -98,6 +98,24 @@ def criterion_copies_nothing() -> None:
         assert "maskloss::assign" not in watch.operations
         assert out.total.device.type == "cuda"
         assert out.total.requires_grad
+
+
+def volumes_copy_nothing() -> None:
+    """Nor do clips whose frames are one unit; neither waits."""
+    with watched() as watch:
+        dense = [torch.empty(TARGETS, 3, 2 * SIZE, 2 * SIZE, dtype=torch.bool, device="cuda") for _ in range(BATCH)]
+        labels = [torch.empty(TARGETS, dtype=torch.int64, device="cuda") for _ in range(BATCH)]
+        packed = [MaskTargets.from_masks(each) for each in dense]
+        classes, _ = predictions("cuda")
+        shape = (BATCH, QUERIES, 3, SIZE, SIZE)
+        logits = [torch.empty(shape, device="cuda", requires_grad=True) for _ in range(LAYERS)]
+        targets = [{"masks": masks, "labels": each} for masks, each in zip(packed, labels, strict=True)]
+        watch.copies.clear()
+        for unit in ("clip", "volume"):
+            out = MaskCriterion(CLASSES, clips=ClipOptions(unit=unit))(classes, logits, targets)
+            assert out.total.requires_grad
+    assert not watch.copies, watch.copies
+    assert not watch.operations & {"aten::_local_scalar_dense", "aten::nonzero", "aten::item"}
 
 
 def uneven_layers_do_not_wait() -> None:
@@ -233,6 +251,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "criterion": criterion_copies_nothing,
     "compile": step_compiles_to_one_graph,
     "uneven": uneven_layers_do_not_wait,
+    "volumes": volumes_copy_nothing,
     "padded": padded_targets_copy_nothing,
     "factors": factors_copy_nothing,
 }

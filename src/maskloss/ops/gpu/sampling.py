@@ -88,14 +88,21 @@ def locate_slice(coordinate, depth, BORDER: tl.constexpr, LINEAR: tl.constexpr, 
 @triton.jit
 def _floor(coordinate, size, SHIFT: tl.constexpr, ACC: tl.constexpr):
     """Whole number before coordinate * size - SHIFT, as a float, and the distance from it."""
-    # Two branches and no `and`: Triton 3.3 evaluates neither that nor a constant on the right.
-    if coordinate.dtype != tl.float32 or tl.float32 != ACC:
-        position = coordinate.to(tl.float64) * size - SHIFT
-        first = tl.floor(position)
-        fraction = (position - first).to(ACC)
+    # One after the other: Triton 3.3 has no `or` of constants.
+    if coordinate.dtype != tl.float32:
+        first, fraction = _floor_exact(coordinate, size, SHIFT, ACC)
+    elif tl.float32 != ACC:
+        first, fraction = _floor_exact(coordinate, size, SHIFT, ACC)
     else:
         first, fraction = _floor_fused(coordinate, size, SHIFT)
     return first, fraction
+
+
+@triton.jit
+def _floor_exact(coordinate, size, SHIFT: tl.constexpr, ACC: tl.constexpr):
+    position = coordinate.to(tl.float64) * size - SHIFT
+    first = tl.floor(position)
+    return first, (position - first).to(ACC)
 
 
 @triton.jit
