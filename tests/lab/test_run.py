@@ -34,7 +34,10 @@ from maskloss.lab.models.weights import read_tensors
 from maskloss.lab.results.scoring import evaluate_run
 from maskloss.lab.runfolder import kept_step, path_of, read_facts, steps_of
 
-SHORT = {"steps": 6, "batch_size": 4, "held_out": 6, "evaluations": 2, "num_points": 32, "threads": 2, "device": "cpu"}
+SHORT = {
+    "steps": 6, "batch_size": 4, "held_out": 6, "evaluations": 2, "num_points": 32, "size": 32, "threads": 1,
+    "device": "cpu",
+}  # fmt: skip
 # The run of the module's fixture is drawn; the others are compared with it.
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SAME = ("model.safetensors", "metrics.jsonl")
@@ -104,8 +107,8 @@ def test_metrics_hold_the_terms_of_every_layer_and_the_scores(result):
 
 def test_the_configuration_is_kept_with_what_was_chosen(result):
     config = read_facts(result.folder).config
-    assert (config.grid, config.norm, config.lr, config.size) == (4, "batch", 3e-3, 64)
-    chosen = {"grid": None, "norm": None, "lr": None, "size": None, "class_weight": None, "no_object_weight": None}
+    assert (config.grid, config.norm, config.lr, config.size) == (4, "batch", 3e-3, 32)
+    chosen = {"grid": None, "norm": None, "lr": None, "class_weight": None, "no_object_weight": None}
     assert dataclasses.replace(config, **chosen) == TrainConfig(**SHORT)
 
 
@@ -817,4 +820,4 @@ def test_a_report_says_what_the_run_was(result):
     assert f"{result.evaluation.ap50:.3f}" in page and page.count('src="data:image/png;base64,') > 20
     for heading in ("What was learned from", "Where the loss looked", "What is hardest", "AP by size"):
         assert heading in page
-    assert re.search(r"<dt>image sizes</dt><dd>64 x 64</dd>", page)
+    assert re.search(r"<dt>image sizes</dt><dd>32 x 32</dd>", page)
