@@ -16,6 +16,7 @@ import pytest
 
 from lab.folders import CASES
 from lab.folders.of_others import fiftyone
+from lab.folders.of_public import feature
 from maskloss import MaskLossError
 from maskloss.lab.data.folder import FolderScenes, HeldOut
 from maskloss.lab.data.options import DataOptions
@@ -107,3 +108,39 @@ def test_a_first_image_without_regions(tmp_path):
     (tmp_path / "Annotations/0.xml").write_text("<Annotations/>")
     source = FolderScenes(str(tmp_path), 32)
     assert source.found.kind == "imagescope" and source.num_training + len(source.held_out) == 5
+
+
+def test_what_nobody_annotated_is_left_out_and_of_several_annotations_one_is_taken(tmp_path):
+    CASES["labelbox"].make(tmp_path)
+    path = tmp_path / "export.ndjson"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["projects"]["p"]["labels"] = []
+    rows[1]["projects"]["p"]["labels"] *= 2
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = FolderScenes(str(tmp_path), 32)
+    parts = source.found.train, source.found.held_out
+    assert sorted(len(part[place].objects) for part in parts for place in range(len(part))) == [2] * 4
+    told = "\n".join(map(str, source.findings))
+    assert "images that nobody annotated: 1" in told and "several annotations, the last taken: 1" in told
+
+
+def test_open_lines_enclose_nothing(tmp_path):
+    CASES["scalabel"].make(tmp_path)
+    path = tmp_path / "labels.json"
+    content = json.loads(path.read_text())
+    for frame in content:
+        frame["labels"][0]["poly2d"][0]["closed"] = False
+    path.write_text(json.dumps(content))
+    source = FolderScenes(str(tmp_path), 32)
+    assert len(source.found.train[0].objects) == 1
+    assert "shapes that enclose nothing (open lines): 5" in "\n".join(map(str, source.findings))
+
+
+def test_geojson_in_degrees_without_a_reference_system(tmp_path):
+    CASES["of_the_earth"].make(tmp_path)
+    for at in range(5):
+        one = feature(1, at)
+        one["geometry"]["coordinates"] = [[[x / 1000, y / 1000] for x, y in one["geometry"]["coordinates"][0]]]
+        (tmp_path / f"{at}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [one]}))
+    with pytest.raises(MaskLossError, match="GeoJSON must be in pixels"):
+        FolderScenes(str(tmp_path), 32)

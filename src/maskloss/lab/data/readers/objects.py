@@ -17,7 +17,7 @@ from maskloss.lab.data.catalog import Entry, Part
 from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import LEFT_OUT, Problems, cause_of
-from maskloss.lab.data.readers.segmentation import integer, number
+from maskloss.lab.data.readers.segmentation import box_of, integer, number
 from maskloss.lab.data.readers.shapes import Drawn, listed, note_others, parts_of
 from maskloss.lab.data.tiff import MOST_PIXELS
 from maskloss.lab.data.tree import Tree, part_of
@@ -299,10 +299,17 @@ def _geojson(content: Any) -> list[Picture]:
     if isinstance(content, list) and "annotations" in content[0]:
         return [Picture(row["id"], 0, 0, [_feature(each) for each in row["annotations"]]) for row in content]
     features = content if isinstance(content, list) else content["features"]
-    # Those with a reference system lie on the Earth.
-    if "crs" in content or any(each["type"] != "Feature" for each in features):
+    # Those with a reference system lie on the Earth, and so do those that no pixel could show.
+    if "crs" in content or any(each["type"] != "Feature" for each in features) or _are_degrees(features):
         return []
     return [Picture("", 0, 0, list(features))]
+
+
+def _are_degrees(features: Sequence[Any]) -> bool:
+    """Whether there are polygons, and none is larger than a pixel."""
+    polygons = [each["geometry"] for each in features if each["geometry"]["type"] in {"Polygon", "MultiPolygon"}]
+    boxes = [box_of(None, each["coordinates"]) for each in polygons]
+    return bool(boxes) and all(box is not None and max(box[2:]) <= 1 for box in boxes)
 
 
 def _feature(each: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from maskloss.lab.data.problems import LEFT_OUT
+from maskloss.lab.data.problems import DECIDED, LEFT_OUT
 from maskloss.lab.data.readers.objects import Picture, Tool, flat, unread, xy
 from maskloss.lab.data.readers.segmentation import box_of
 from maskloss.lab.data.readers.shapes import Drawn, unpack_png
@@ -24,25 +24,36 @@ def _draw_scalabel(drawn: Drawn, each: Any) -> None:
     if each.get("rle"):
         drawn.segmentation(name, each["rle"])
     elif each.get("poly2d"):
+        if not all(path.get("closed", True) for path in each["poly2d"]):
+            return drawn.problems.note(LEFT_OUT, "shapes that enclose nothing (open lines)", drawn.what)
         if any("C" in (path.get("types") or "") for path in each["poly2d"]):
             raise unread(drawn, "curve")
         drawn.polygons(name, [flat(path["vertices"]) for path in each["poly2d"]])
     elif box:
         drawn.box(name, [box["x1"], box["y1"], box["x2"] - box["x1"], box["y2"] - box["y1"]])
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------- Labelbox
+
+
+def _last(name: Any, size: Mapping[str, Any], labels: list[list[Any]]) -> Picture:
+    """Return an image with the last of its annotations, of which several people may each have made one."""
+    told = [(DECIDED, "images with several annotations, the last taken")] * (len(labels) > 1)
+    told += [(LEFT_OUT, "images that nobody annotated")] * (not labels)
+    height, width = size.get("height", 0), size.get("width", 0)
+    return Picture(name, height, width, labels[-1] if labels else None, told=told)
 
 
 def _labelbox(content: Any) -> list[Picture]:
     found = []
     for row in content if isinstance(content, list) else [content]:
         if "Label" in row:
-            found.append(Picture(row["External ID"], 0, 0, list(row["Label"].get("objects", []))))
+            found.append(_last(row["External ID"], {}, [row["Label"]["objects"]] if row["Label"] else []))
             continue
-        size, labels = row.get("media_attributes", {}), [one for p in row["projects"].values() for one in p["labels"]]
-        objects = [each for label in labels for each in label["annotations"]["objects"]]
-        found.append(Picture(row["data_row"]["external_id"], size.get("height", 0), size.get("width", 0), objects))
+        labels = [one for p in row["projects"].values() for one in p["labels"]]
+        objects = [list(label["annotations"]["objects"]) for label in labels]
+        found.append(_last(row["data_row"]["external_id"], row.get("media_attributes") or {}, objects))
     return found
 
 
@@ -97,8 +108,9 @@ def _draw_scale(drawn: Drawn, each: Any) -> None:
 def _kili(content: Any) -> list[Picture]:
     found = []
     for asset in content:
-        jobs = asset["labels"][-1]["jsonResponse"].values() if asset["labels"] else []
-        found.append(Picture(asset["externalId"], 0, 0, [one for job in jobs for one in job.get("annotations", [])]))
+        jobs = [each["jsonResponse"].values() for each in asset["labels"]]
+        drawn = [[one for job in some for one in job.get("annotations", [])] for some in jobs]
+        found.append(_last(asset["externalId"], {}, drawn))
     return found
 
 
