@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import gzip
 import json
 import random
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +18,13 @@ import pytest
 
 from lab.folders import CASES
 from lab.folders.of_others import fiftyone
-from lab.folders.of_public import feature
+from lab.folders.of_public import feature, region
 from maskloss import MaskLossError
 from maskloss.lab.data.folder import FolderScenes, HeldOut
 from maskloss.lab.data.options import DataOptions
+from maskloss.lab.data.readers import imagej
+from maskloss.lab.data.readers.segmentation import number
+from maskloss.lab.files import read_xml
 
 WRONG = (
     None, "", [], {}, -1, 0, 1e308, float("inf"), float("nan"), "x", True, 10**30, [[]], [None], {"a": 1}, 1.5, [1, 2],
@@ -110,6 +115,57 @@ def test_a_first_image_without_regions(tmp_path):
     assert source.found.kind == "imagescope" and source.num_training + len(source.held_out) == 5
 
 
+@pytest.mark.parametrize(
+    ("text", "encoding", "said"),
+    [
+        ('<?xml version="1.0" encoding="gb2312"?><a/>', "gb2312", "multi-byte encodings are not supported"),
+        ('<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>', "utf-16", "entities"),
+    ],
+)
+def test_xml_in_other_encodings(tmp_path, text, encoding, said):
+    path = tmp_path / "0.xml"
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(MaskLossError, match=said):
+        read_xml(path, "a file must be XML")
+
+
+def test_a_frame_of_a_video_that_is_no_number(tmp_path):
+    text = '<annotations><track label="nut"><box frame="x" xtl="1" ytl="1" xbr="5" ybr="5"/></track></annotations>'
+    (tmp_path / "annotations.xml").write_text(text)
+    with pytest.raises(MaskLossError, match="the folder must hold images with annotations"):
+        FolderScenes(str(tmp_path), 32)
+
+
+def test_archives_of_regions(tmp_path, monkeypatch):
+    """Words of names stay whole; what is damaged, or unpacks to too much, is no archive without these regions."""
+    CASES["imagej"].make(tmp_path)
+    (tmp_path / "0.png").rename(tmp_path / "thyroid_0.png")
+    path = (tmp_path / "0_rois.zip").rename(tmp_path / "thyroid_0_rois.zip")
+    assert len(FolderScenes(str(tmp_path), 32).found.train) == 4
+    monkeypatch.setattr(imagej, "_MOST_BYTES", 100)
+    with pytest.raises(MaskLossError, match=r"thyroid_0_rois\.zip unpacks to more than 100 bytes"):
+        FolderScenes(str(tmp_path), 32, options=DataOptions(annotations=path.name))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.roi", region(0, 0))
+    content = path.read_bytes()
+    start = content.index(b"0.roi") + len(b"0.roi")
+    path.write_bytes(content[:start] + b"\xff" * 6 + content[start + 6 :])
+    with pytest.raises(MaskLossError, match=r"thyroid_0_rois\.zip: Error -3 while decompressing"):
+        FolderScenes(str(tmp_path), 32, options=DataOptions(annotations=path.name))
+
+
+def test_voc_with_images_in_two_parts_and_without_objects(tmp_path):
+    CASES["voc"].make(tmp_path)
+    for part, stems in (("train", "0\n1\n2"), ("val", "3\n4"), ("test", "3\n4")):
+        path = tmp_path / f"ImageSets/Segmentation/{part}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(stems)
+    (tmp_path / "Annotations").mkdir(exist_ok=True)
+    (tmp_path / "Annotations/0.xml").write_text("<annotation><size><width>56</width></size></annotation>")
+    source = FolderScenes(str(tmp_path), 32)
+    assert (source.found.kind, len(source.found.train), len(source.held_out)) == ("voc", 3, 2)
+
+
 def test_what_nobody_annotated_is_left_out_and_of_several_annotations_one_is_taken(tmp_path):
     CASES["labelbox"].make(tmp_path)
     path = tmp_path / "export.ndjson"
@@ -144,3 +200,17 @@ def test_geojson_in_degrees_without_a_reference_system(tmp_path):
         (tmp_path / f"{at}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [one]}))
     with pytest.raises(MaskLossError, match="GeoJSON must be in pixels"):
         FolderScenes(str(tmp_path), 32)
+
+
+def test_text_of_other_forms(tmp_path):
+    """A compressed file of a tool, names in another encoding, a number beyond all bounds."""
+    CASES["label_studio_tasks"].make(tmp_path / "tasks")
+    for path in (tmp_path / "tasks").rglob("*.json"):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert FolderScenes(str(tmp_path / "tasks"), 32).found.kind == "labelstudio"
+    CASES["yolo_once"].make(tmp_path / "yolo")
+    (tmp_path / "yolo/data.yaml").write_bytes("train: images/train\nnames: [螺母]\n".encode("gbk"))
+    with pytest.raises(MaskLossError, match=r"data\.yaml: it is not text in UTF-8"):
+        FolderScenes(str(tmp_path / "yolo"), 32)
+    assert number(10**400) is None and number("1e400") is None and number("2") == 2.0

@@ -153,12 +153,17 @@ def read_xml(path: Path, rule: str) -> Element:
     check_file(path, rule)
     try:
         text = path.read_bytes()
-        # Entities can make a small file a large one, and tools write none.
-        if b"<!ENTITY" in text or b"<!DOCTYPE" in text:
+        # Entities can make a small file a large one, and tools write none. UTF-16 has zeros between the letters.
+        letters = text.replace(b"\0", b"")
+        if b"<!ENTITY" in letters or b"<!DOCTYPE" in letters:
             raise Cause(rule, f"{path} declares entities", "export it again")
         return ET.fromstring(text)
+    except Cause:
+        raise
     except (OSError, ET.ParseError, LookupError) as error:
         raise Cause(rule, f"{path}: {explain(error)}", "export it again") from None
+    except ValueError as error:  # GB 2312 and others that are not read
+        raise Cause(rule, f"{path}: {explain(error)}", "store it as UTF-8, and say so in its first line") from None
 
 
 def read_mapping(path: Path, rule: str, extra: str) -> dict[str, Any]:

@@ -78,9 +78,11 @@ def numbered(entries: Mapping[str, list[Entry]], names: Mapping[int, str], how: 
     used = {each.label for some in entries.values() for entry in some for each in entry.instances}
     classes = [(number, names.get(number, f"class {number}")) for number in sorted(used | set(names))]
     place = {number: label for label, (number, _) in enumerate(classes)}
-    for entry in (entry for some in entries.values() for entry in some):
-        entry.instances[:] = [each._replace(label=place[each.label]) for each in entry.instances]
-    return [Part(part, classes, some, how) for part, some in entries.items()]
+
+    def labeled(entry: Entry) -> Entry:  # a new one: an image may be in two parts
+        return entry._replace(instances=[each._replace(label=place[each.label]) for each in entry.instances])
+
+    return [Part(part, classes, list(map(labeled, some)), how) for part, some in entries.items()]
 
 
 class Catalog:

@@ -38,6 +38,8 @@ MASK_WORDS = frozenset(
 )
 # At the beginning of a name, only these mean a mask: mask_001.
 _FIRST = frozenset({"mask", "masks", "gt", "label", "labels", "seg", "target"})
+# Files of annotations that are no JSON.
+OTHER_FILES = (".csv", ".xml", ".yaml", ".yml", ".zip")
 # Names of files that programs leave beside the data.
 _NOT_DATA = ("__MACOSX", "Thumbs.db", "desktop.ini")
 # A run of this package has these; its pictures are no data.
@@ -117,6 +119,14 @@ class Tree:
     def _folders(self) -> set[str]:
         return {parent.as_posix() for path in self.files for parent in PurePosixPath(path).parents}
 
+    @cached_property
+    def by_folder(self) -> dict[str, list[str]]:
+        """The images of each folder."""
+        index: dict[str, list[str]] = defaultdict(list)
+        for path in self.images:
+            index[PurePosixPath(path).parent.as_posix()].append(path)
+        return index
+
     def under(self, folder: str, files: Iterable[str] | None = None) -> list[str]:
         """List the files anywhere in a folder."""
         start = "" if folder == "." else f"{folder}/"
@@ -144,9 +154,10 @@ class Tree:
                 raise
         return self._read[relative]
 
-    def forget(self) -> None:
-        """Let go of the files that were read."""
-        self._read.clear()
+    def forget(self, relative: str | None = None) -> None:
+        """Let go of a file that was read, or of all."""
+        for path in [*self._read] if relative is None else [relative]:
+            self._read.pop(path, None)
 
     @cached_property
     def whole_jsons(self) -> list[str]:
@@ -175,6 +186,10 @@ class Tree:
             index[folded(PurePosixPath(path).stem)].append(path)
         return index
 
+    @cached_property
+    def _any_file(self) -> dict[str, str]:
+        return {PurePosixPath(path).name: path for path in reversed(self.files)}
+
     def find(self, name: str, near: str, problems: Problems) -> Path:
         """Find the image that an annotation names: as it is written, or under its bare name anywhere in the folder.
 
@@ -195,7 +210,7 @@ class Tree:
         found = [path for path in self._by_stem.get(stem, []) if not is_mask_place(path)]
         if found:
             return self._choose(found, name, plain, near, problems)
-        other = next((path for path in self.files if PurePosixPath(path).name == plain.rsplit("/", 1)[-1]), None)
+        other = self._any_file.get(plain.rsplit("/", 1)[-1])
         if other is not None:
             raise Cause(
                 "every image must be in a format that is read",

@@ -13,6 +13,7 @@ from maskloss.errors import Cause
 from maskloss.lab.data.problems import LEFT_OUT
 from maskloss.lab.data.readers.objects import Picture, Tool
 from maskloss.lab.data.readers.shapes import Drawn
+from maskloss.lab.data.tiff import MOST_PIXELS
 from maskloss.lab.data.tree import Tree, part_of
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _draw(drawn: Drawn, each: Any) -> None:
     elif shape.tag == "mask":
         left, top, width, height = (round(side) for side in _numbers(shape, "left", "top", "width", "height"))
         counts = [int(run) for run in (shape.get("rle") or "").split(",")]
-        if min(counts) < 0 or min(width, height) <= 0 or sum(counts) != width * height:
+        if min(counts) < 0 or min(width, height) <= 0 or width * height > MOST_PIXELS or sum(counts) != width * height:
             what = f"{drawn.what} has a mask of {sum(counts)} pixels in {height} x {width}"
             raise Cause(_RULE, what, "export it again")
         bits = np.repeat(np.fromiter(itertools.cycle((False, True)), bool, len(counts)), counts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 import struct
 import zipfile
+import zlib
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -17,7 +19,8 @@ from maskloss.lab.files import check_file, explain
 
 CLASS = "object"
 _RULE = "an archive of regions must be one of ImageJ"
-_MOST_BYTES = 1 << 24
+# The most that the regions of an image may unpack to.
+_MOST_BYTES = 1 << 28
 # Types of regions; those of corners are drawn by polygons, by hand, and by the wand.
 _CORNERS, _BOX, _OVAL = (0, 7, 8), 1, 2
 _SUBPIXELS = 128
@@ -29,13 +32,23 @@ def _content(tree: Tree, path: str) -> Any:
     try:
         with zipfile.ZipFile(tree.path(path)) as archive:
             inner = [each for each in archive.infolist() if each.filename.lower().endswith(".roi")]
-            regions = [archive.read(each) for each in inner if each.file_size <= _MOST_BYTES]
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+            if sum(each.file_size for each in inner) > _MOST_BYTES:
+                raise Cause(_RULE, f"{tree.path(path)} unpacks to more than {_MOST_BYTES:,} bytes", "is it damaged?")
+            regions = [_unpacked(archive, each) for each in inner]
+    except Cause:
+        raise
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise Cause(_RULE, f"{tree.path(path)}: {explain(error)}", "save it again") from None
     pure = PurePosixPath(path)
-    beside = [each for each in tree.images if PurePosixPath(each).parent == pure.parent]
-    name = re.sub(r"(?i)[\s_.-]*roi[\s_-]*(set|s)?[\s_-]*", "", pure.stem)
+    name = re.sub(r"(?i)(^|[\s_.-]+)roi[\s_-]*(set|s)?$|^roi[\s_-]*(set|s)?[\s_.-]+", "", pure.stem)
+    beside = [] if name else tree.by_folder.get(pure.parent.as_posix(), [])
     return (name or (beside[0] if len(beside) == 1 else pure.stem)), regions
+
+
+def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """Unpack no more than the archive says that there is."""
+    with archive.open(member) as opened:
+        return opened.read(member.file_size)
 
 
 def _pictures(content: Any) -> list[Picture]:

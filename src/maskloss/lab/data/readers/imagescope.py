@@ -20,8 +20,8 @@ def _pictures(root: Element) -> list[Picture]:
         regions = [(_layer(layer), region) for layer in root.iter("Annotation") for region in layer.iter("Region")]
         return [Picture("", 0, 0, regions)]
     objects = [each for each in root.iterfind("object") if each.findtext("deleted") != "1"]
-    # PASCAL VOC's own files have boxes only.
-    of_boxes = bool(objects) and all(each.find("polygon") is None for each in objects)
+    # PASCAL VOC's own files have boxes only; without objects, the size of the image shows them.
+    of_boxes = all(each.find("polygon") is None for each in objects) if objects else root.find("size") is not None
     named = [(each.findtext("name") or CLASS, each) for each in objects]
     return [] if root.tag != "annotation" or of_boxes else [Picture("", 0, 0, named)]
 

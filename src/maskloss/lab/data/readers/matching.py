@@ -116,9 +116,7 @@ def _without_parts(found: Named) -> Named:
 
 def _by_content(tree: Tree) -> tuple[Named, Named]:
     """Find folders with files of the same names, some with maps and some with images, whatever they are called."""
-    folders: dict[str, list[str]] = {}
-    for path in tree.images:
-        folders.setdefault(PurePosixPath(path).parent.as_posix(), []).append(path)
+    folders = tree.by_folder
     if len(folders) < 2 or len(folders) % 2:
         return {}, {}
     maps = [name for name, some in folders.items() if all(_looks_like_a_map(tree.path(path)) for path in some[:3])]

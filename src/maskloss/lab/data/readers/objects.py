@@ -47,7 +47,7 @@ class Tool(NamedTuple):
     name: str
     pictures: Callable[[Any], list[Picture]]  # of a file; raises one of _DAMAGE where it is none of the tool's
     draw: Callable[[Drawn, Any], None]
-    endings: tuple[str, ...] = (".json", ".jsonl", ".ndjson", ".geojson")
+    endings: tuple[str, ...] = (".json", ".json.gz", ".jsonl", ".ndjson", ".geojson")
     content: Callable[[Tree, str], Any] = Tree.json  # reads a file
 
     def find(self, tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
@@ -85,16 +85,15 @@ class Tool(NamedTuple):
             return False
 
     def _of(self, tree: Tree, path: str) -> list[Picture]:
-        content = self.content(tree, path)
         try:
-            return self.pictures(content)
+            return self.pictures(self.content(tree, path))
         except MaskLossError:
             raise
         except _DAMAGE:
             return []
 
     def _read(self, tree: Tree, path: str, picture: Picture, names: dict[str, int], problems: Problems) -> Drawn | None:
-        name = picture.name or PurePosixPath(path).stem
+        name = PurePosixPath(path).stem if picture.name == "" else picture.name
         if not isinstance(name, str) or "\0" in name:
             raise Cause("every image must be named", f"{path} has {describe(name)}", "export it again")
         for kind, what in picture.told:

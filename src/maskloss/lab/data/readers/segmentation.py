@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -160,7 +161,7 @@ def number(value: Any) -> float | None:
             value = float(value)
         except ValueError:
             return None
-    return float(value) if _is_number(value) and math.isfinite(value) else None
+    return float(value) if _is_number(value) and abs(value) <= sys.float_info.max else None
 
 
 def encode(mask: NDArray[Any]) -> dict[str, Any]:

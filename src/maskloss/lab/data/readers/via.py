@@ -134,4 +134,4 @@ def _draw(drawn: Drawn, region: Any) -> None:
         drawn.problems.note(LEFT_OUT, f"shapes that enclose nothing ({kind})", drawn.what)
 
 
-VIA = Tool("VIA", _pictures, _draw, (".json", ".csv"), _content)
+VIA = Tool("VIA", _pictures, _draw, (".json", ".json.gz", ".csv"), _content)

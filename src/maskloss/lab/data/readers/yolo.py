@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from maskloss.errors import Cause, MaskLossError, describe
 from maskloss.lab.data.catalog import BOX, Entry, Instance, Part, numbered
 from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
-from maskloss.lab.data.problems import DECIDED, LEFT_OUT, MENDED, Problems
+from maskloss.lab.data.problems import DECIDED, LEFT_OUT, MENDED, Problems, cause_of
 from maskloss.lab.data.readers import names
 from maskloss.lab.data.readers.segmentation import Frame, box_of, polygons
 from maskloss.lab.data.tree import TEST, TRAIN, VAL, Tree, folded, is_mask_place, part_of, parts_of_name, shared_end
@@ -47,6 +46,9 @@ def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | N
     labels = {_key(path): path for path in texts if _key(path) in stems}
     if not named and not (labels and _are_labels(tree, labels)):
         return None
+    unread = [path for path in tree.ending(".yaml", ".yml") if path in tree.broken]
+    if unread and not named:
+        names.read_text(tree, unread[0])  # raises what is wrong with it
     description = names.read_yaml(tree, named[0]) if named else {}
     classes = _classes(description.get("names"), tree, named[0] if named else "")
     poses = "kpt_shape" in description or _are_poses(tree, labels)
@@ -62,10 +64,13 @@ def _described(tree: Tree) -> list[str]:
     for path in tree.ending(".yaml", ".yml"):
         name = PurePosixPath(path).name.lower()
         if name.startswith(("data", "dataset", "coco", "config")) or "/" not in path:
-            with suppress(MaskLossError):  # it may be of anything
+            try:
                 text = names.read_text(tree, path)
-                if "names" in text and ("train" in text or "val" in text):
-                    found.append(path)
+            except MaskLossError as error:  # it may be of anything
+                tree.broken[path] = cause_of(error)
+                continue
+            if "names" in text and ("train" in text or "val" in text):
+                found.append(path)
     return found
 
 
