@@ -22,8 +22,10 @@ from lab.folders.of_public import feature, region
 from maskloss import MaskLossError
 from maskloss.lab.data.folder import FolderScenes, HeldOut
 from maskloss.lab.data.options import DataOptions
-from maskloss.lab.data.readers import imagej
+from maskloss.lab.data.problems import Problems
+from maskloss.lab.data.readers import coco, imagej
 from maskloss.lab.data.readers.segmentation import number
+from maskloss.lab.data.tree import Tree
 from maskloss.lab.files import read_xml
 
 WRONG = (
@@ -214,3 +216,19 @@ def test_text_of_other_forms(tmp_path):
     with pytest.raises(MaskLossError, match=r"data\.yaml: it is not text in UTF-8"):
         FolderScenes(str(tmp_path / "yolo"), 32)
     assert number(10**400) is None and number("1e400") is None and number("2") == 2.0
+
+
+def test_files_that_are_not_the_data_do_not_stay_in_memory(tmp_path):
+    for at in range(9):
+        (tmp_path / f"{at}.json").write_text("[]")
+    tree = Tree(tmp_path)
+    assert coco.find(tree, DataOptions(), Problems()) is None
+    assert len(tree._read) == 6
+
+
+@pytest.mark.parametrize("name", ["cvat/annotations.xml", "yolo_once/data.yaml", "imagej/s1/RoiSet.zip"])
+def test_files_of_annotations_that_are_no_json_can_be_named(tmp_path, name):
+    case, _, annotations = name.partition("/")
+    CASES[case].make(tmp_path)
+    source = FolderScenes(str(tmp_path), 32, on_error="look", options=DataOptions(annotations=annotations))
+    assert source.found.kind == case.partition("_")[0]

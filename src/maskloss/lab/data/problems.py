@@ -38,6 +38,7 @@ class Problems:
     def __init__(self, on_error: str = STOP) -> None:
         self.on_error = on_error
         self.skipped: list[str] = []
+        self._told: set[str] = set()
         self.asked: list[MaskLossError] = []
         self._found: dict[tuple[str, str], tuple[int, list[str]]] = {}
 
@@ -53,8 +54,10 @@ class Problems:
         """Raise an error, or with "skip" keep its sentence."""
         if self.on_error == STOP:
             raise error
-        if sentence(error) not in self.skipped:
-            self.skipped.append(sentence(error))
+        told = sentence(error)
+        if told not in self._told:
+            self._told.add(told)
+            self.skipped.append(told)
 
     def ask(self, error: MaskLossError) -> None:
         """Raise what only a person can decide; where nothing is trained, keep it and go on."""

@@ -113,7 +113,7 @@ def _find(tree: Tree, options: DataOptions, problems: Problems) -> tuple[Reader,
     kinds = Counter(PurePosixPath(path).suffix.lower() or "no ending" for path in tree.files)
     holds = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common(5)) or "nothing"
     hint = next((hint for endings, hint in _UNREAD.items() if tree.ending(*endings.split())), LAYOUT)
-    lost = "".join(f"; {what}" for what in tree.broken.values())
+    lost = "".join(f"; {what}" for what in islice(tree.broken.values(), 3))
     raise Cause(f"the folder must hold {wanted}", f"none was found in {tree.root}, which holds {holds}{lost}", hint)
 
 

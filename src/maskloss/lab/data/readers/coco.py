@@ -16,11 +16,13 @@ from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import DECIDED, MENDED, SUSPICIOUS, Problems
 from maskloss.lab.data.readers.coco_forms import is_instances, mask_of, usual
 from maskloss.lab.data.readers.segmentation import Frame, box_of, integer, number, overlap, segmentation
-from maskloss.lab.data.tree import Tree, part_of
+from maskloss.lab.data.tree import OTHER_FILES, Tree, part_of
 from maskloss.lab.data.truth import decode
 
 INSTANCES = "annotations must be COCO instances"
 LONGEST_SIDE = 1 << 20
+# As many files as every reader looks into are kept in memory.
+_LOOKED_AT = 6
 # Files of these names are taken before others; those of the second list never are.
 _SURE, _PREFERRED = ("instances", "_annotations.coco"), ("annotations", "coco")
 _OTHERS = ("captions", "person_keypoints", "panoptic", "stuff", "image_info")
@@ -86,6 +88,8 @@ def _mask_box(source: Any, entry: Entry) -> list[float] | None:
 
 def _files(tree: Tree, options: DataOptions) -> list[str]:
     if options.annotations is not None:
+        if options.annotations.lower().endswith(OTHER_FILES):
+            return []
         return [options.annotations] if is_instances(tree.json(options.annotations, INSTANCES)) else []
     names = [path for path in tree.whole_jsons if not Path(path).name.lower().startswith(_OTHERS)]
     # The keypoints of persons come with their masks: where nothing else is there, they are meant.
@@ -96,7 +100,11 @@ def _files(tree: Tree, options: DataOptions) -> list[str]:
     more = [
         path for path in names if path not in found and (not found or part_of(path, stem=True) not in covered | {""})
     ]
-    found += [path for path in more if _may_be(tree, path)]
+    for place, path in enumerate(more):
+        if _may_be(tree, path):
+            found.append(path)
+        elif place >= _LOOKED_AT:
+            tree.forget(path)
     by_part: dict[str, list[str]] = {}
     for path in found:
         by_part.setdefault(part_of(path, stem=True), []).append(path)

@@ -12,7 +12,7 @@ from maskloss.lab.data.maps import COLORS
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import Problems
 from maskloss.lab.data.readers.coco import CocoFile, as_id, which
-from maskloss.lab.data.tree import Tree, folded, part_of
+from maskloss.lab.data.tree import OTHER_FILES, Tree, folded, part_of
 
 PANOPTIC = "annotations must be COCO panoptic"
 
@@ -20,6 +20,8 @@ PANOPTIC = "annotations must be COCO panoptic"
 def find(tree: Tree, options: DataOptions, problems: Problems) -> list[Part] | None:
     """Find files of COCO panoptic annotations with their folders of PNG files."""
     if options.annotations is not None:
+        if options.annotations.lower().endswith(OTHER_FILES):
+            return None
         files = [options.annotations] if _is_panoptic(tree.json(options.annotations)) else []
     else:
         files = [path for path in tree.whole_jsons if "panoptic" in PurePosixPath(path).name.lower()]

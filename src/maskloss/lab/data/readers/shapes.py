@@ -49,6 +49,7 @@ class Drawn:
         # An unknown instance would be learned as background.
         self.usable = True
         self._boxes: list[list[float]] = []
+        self._kinds: set[tuple[int, str]] = set()
 
     @property
     def frame(self) -> Frame:
@@ -139,7 +140,9 @@ class Drawn:
         else:
             label = self.names.setdefault(name, len(self.names))
         instances, around = self.entry.instances, _box_around(source)
-        for place, each in enumerate(instances):
+        # Most images have instances of one kind only, and some have very many.
+        others = instances if (label, BOX if kind == OBJECT else OBJECT) in self._kinds else []
+        for place, each in enumerate(others):
             # The rectangle that a mask was made from is no second object.
             if (
                 each.label == label
@@ -151,6 +154,7 @@ class Drawn:
                     return
                 del instances[place], self._boxes[place]
                 break
+        self._kinds.add((label, kind))
         instances.append(Instance(source, label, kind))
         self._boxes.append(around)
 
