@@ -232,3 +232,27 @@ def test_files_of_annotations_that_are_no_json_can_be_named(tmp_path, name):
     CASES[case].make(tmp_path)
     source = FolderScenes(str(tmp_path), 32, on_error="look", options=DataOptions(annotations=annotations))
     assert source.found.kind == case.partition("_")[0]
+
+
+@pytest.mark.parametrize(("case", "name"), [("encord", "labels.json"), ("scale", "tasks.json")])
+def test_images_that_a_service_has_not_finished_are_left_out(tmp_path, case, name):
+    CASES[case].make(tmp_path)
+    content = json.loads((tmp_path / name).read_text())
+    if case == "encord":
+        content[0]["data_units"]["a"]["labels"] = {}
+    else:
+        del content[0]["response"]
+    (tmp_path / name).write_text(json.dumps(content))
+    source = FolderScenes(str(tmp_path), 32)
+    assert len(source.found.train) + len(source.held_out) == 4
+    assert "images that nobody annotated: 1" in "\n".join(map(str, source.findings))
+
+
+def test_a_file_of_all_images_is_found_among_many_of_one_each(tmp_path):
+    CASES["cvat"].make(tmp_path)
+    (tmp_path / "Annotations").mkdir()
+    for at in range(5):
+        box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox>"
+        text = f"<annotation><object><name>nut</name>{box}</object></annotation>"
+        (tmp_path / f"Annotations/{at}.xml").write_text(text)
+    assert FolderScenes(str(tmp_path), 32).found.kind == "cvat"

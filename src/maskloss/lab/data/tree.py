@@ -162,13 +162,13 @@ class Tree:
     @cached_property
     def whole_jsons(self) -> list[str]:
         """The JSON files that are not those of one image each."""
-        of_image = {folded(PurePosixPath(path).stem) for path in self.images}
-        of_image |= {folded(PurePosixPath(path).name) for path in self.images}
-        return [
-            path
-            for path in self.ending(".json", ".json.gz", ".jsonl", ".ndjson")
-            if folded(PurePosixPath(path).stem) not in of_image
-        ]
+        return [path for path in self.ending(".json", ".json.gz", ".jsonl", ".ndjson") if path not in self.of_one]
+
+    @cached_property
+    def of_one(self) -> set[str]:
+        """The files that are named after an image, with or without its ending."""
+        stems = ((path, folded(PurePosixPath(path).stem)) for path in self.files)
+        return {path for path, stem in stems if stem in self._by_stem or stem in self._by_name}
 
     # ------------------------------------------------------------------------------------------------------- by names
 

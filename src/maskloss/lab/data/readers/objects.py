@@ -54,9 +54,8 @@ class Tool(NamedTuple):
         """Find files of the tool, of the whole data set or one for each image."""
         named = [options.annotations] if options.annotations else tree.files
         files = [path for path in named if path.lower().endswith(self.endings)]
-        whole = set(tree.whole_jsons)
-        of_one = [path for path in files if path not in whole]
-        some = [*of_one[:_LOOKED_AT], *(path for path in files if path in whole)][: 2 * _LOOKED_AT]
+        of_one = [path for path in files if path in tree.of_one]
+        some = [*of_one[:_LOOKED_AT], *(path for path in files if path not in tree.of_one)][: 2 * _LOOKED_AT]
         if not any(self._is_of(tree, path) for path in some):
             return None
         names: dict[str, int] = {}

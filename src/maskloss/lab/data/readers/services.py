@@ -74,7 +74,7 @@ def _draw_labelbox(drawn: Drawn, each: Any) -> None:
 
 def _encord(content: Any) -> list[Picture]:
     units = [unit for row in content for unit in row["data_units"].values()]
-    return [Picture(each["data_title"], each["height"], each["width"], each["labels"]["objects"]) for each in units]
+    return [_last(each["data_title"], each, [each["labels"]["objects"]] if each["labels"] else []) for each in units]
 
 
 def _draw_encord(drawn: Drawn, each: Any) -> None:
@@ -93,7 +93,8 @@ def _draw_encord(drawn: Drawn, each: Any) -> None:
 
 
 def _scale(content: Any) -> list[Picture]:
-    return [Picture(task["params"]["attachment"], 0, 0, task["response"]["annotations"]) for task in content]
+    drawn = [[task["response"]["annotations"]] if task.get("response") else [] for task in content]
+    return [_last(task["params"]["attachment"], {}, some) for task, some in zip(content, drawn, strict=True)]
 
 
 def _draw_scale(drawn: Drawn, each: Any) -> None:
