@@ -135,7 +135,7 @@ def _parts(
                 if not found and part != TEST:
                     lost = True
                     problems.note(MENDED, "folders that the YAML file names but that are not there", f"{key}: {place}")
-                parts.setdefault(part, []).extend(path for path in found if path not in set(parts.get(part, [])))
+                parts[part] = list(dict.fromkeys([*parts.get(part, []), *found]))
     # Where the YAML file is of folders that were nested or called otherwise, their names say what is what.
     both = set(parts.get(TRAIN, [])) & set(parts.get(VAL, []))
     if both:
