@@ -19,11 +19,13 @@ import pytest
 from lab.folders import CASES
 from lab.folders.of_others import fiftyone
 from lab.folders.of_public import feature, region
+from lab.folders.pieces import instance_map, pixels, write
 from maskloss import MaskLossError
 from maskloss.lab.data.folder import FolderScenes, HeldOut
 from maskloss.lab.data.options import DataOptions
 from maskloss.lab.data.problems import Problems
 from maskloss.lab.data.readers import coco, imagej
+from maskloss.lab.data.readers.matching import find_pairs
 from maskloss.lab.data.readers.segmentation import number
 from maskloss.lab.data.tree import Tree
 from maskloss.lab.files import read_xml
@@ -256,3 +258,21 @@ def test_a_file_of_all_images_is_found_among_many_of_one_each(tmp_path):
         text = f"<annotation><object><name>nut</name>{box}</object></annotation>"
         (tmp_path / f"Annotations/{at}.xml").write_text(text)
     assert FolderScenes(str(tmp_path), 32).found.kind == "cvat"
+
+
+@pytest.mark.parametrize("names", ["a zz b x", "train_a train_z val_a val_x", "a/1 a/2 b/3 b/1"])
+def test_folders_of_files_of_the_same_names_are_paired_by_more_than_their_order(tmp_path, names):
+    """Folders of images and of maps, in turn, which nothing but their own names could tell."""
+    folders = names.split()
+    for at in range(3):
+        for place, folder in enumerate(folders):
+            moved = 3 * (place // 2)
+            write(tmp_path / folder / f"{at}.png", instance_map(at=moved) if place % 2 else pixels(at, moved))
+    if names == "a zz b x":
+        with pytest.raises(MaskLossError, match="none was found"):
+            FolderScenes(str(tmp_path), 32)
+        return
+    pairs = find_pairs(Tree(tmp_path), Problems())
+    order = dict(zip(folders[::2], folders[1::2], strict=True))
+    assert len(pairs) == 6
+    assert all(pair.map == f"{order[pair.image[:-6]]}/{pair.image[-5:]}" for pair in pairs)

@@ -122,13 +122,24 @@ def _by_content(tree: Tree) -> tuple[Named, Named]:
     maps = [name for name, some in folders.items() if all(_looks_like_a_map(tree.path(path)) for path in some[:3])]
     images = [name for name in folders if name not in maps]
     found: tuple[Named, Named] = {}, {}
-    for image, mapped in zip(sorted(images), sorted(maps), strict=False):
-        keys = [[(mapped, PurePosixPath(path).stem) for path in folders[name]] for name in (image, mapped)]
-        if len(images) != len(maps) or set(keys[0]) != set(keys[1]):
-            return {}, {}
+    for image, mapped in _partners(folders, images, maps):
         for place, name in enumerate((image, mapped)):
-            found[place].update({key: [path] for key, path in zip(keys[place], folders[name], strict=True)})
+            found[place].update({(mapped, PurePosixPath(path).stem): [path] for path in folders[name]})
     return found
+
+
+def _partners(folders: dict[str, list[str]], images: list[str], maps: list[str]) -> list[tuple[str, str]]:
+    """Pair folders of the same files, or of the same part, parent or name as well; none where that is ambiguous."""
+    files = {name: frozenset(PurePosixPath(path).stem for path in some) for name, some in folders.items()}
+    for more in (lambda _: "", lambda name: part_of(f"{name}/0"), _parent, lambda name: PurePosixPath(name).name):
+        keys = [{(files[name], more(name)): name for name in some} for some in (images, maps)]
+        if len(keys[0]) == len(images) and len(keys[1]) == len(maps) and set(keys[0]) == set(keys[1]):
+            return [(keys[0][key], keys[1][key]) for key in keys[0]]
+    return []
+
+
+def _parent(name: str) -> str:
+    return PurePosixPath(name).parent.as_posix()
 
 
 def _looks_like_a_map(path: Path) -> bool:
