@@ -276,3 +276,32 @@ def test_folders_of_files_of_the_same_names_are_paired_by_more_than_their_order(
     order = dict(zip(folders[::2], folders[1::2], strict=True))
     assert len(pairs) == 6
     assert all(pair.map == f"{order[pair.image[:-6]]}/{pair.image[-5:]}" for pair in pairs)
+
+
+@pytest.mark.parametrize("field", ["ground_truth", "mine"])
+def test_fields_of_predictions_beside_those_of_annotations(tmp_path, field):
+    fiftyone(tmp_path)
+    content = json.loads((tmp_path / "samples.json").read_text())
+    for sample in content["samples"]:
+        sample["predictions"] = copy.deepcopy(sample["ground_truth"])
+        sample[field] = sample.pop("ground_truth")
+    content["samples"][0][field]["detections"] = []
+    (tmp_path / "samples.json").write_text(json.dumps(content))
+    source = FolderScenes(str(tmp_path), 32)
+    told, usual = "\n".join(map(str, source.findings)), field == "ground_truth"
+    parts = source.found.train, source.found.held_out
+    counts = sorted(len(part[place].objects) for part in parts for place in range(len(part)))
+    assert counts == ([0, 2, 2, 2, 2] if usual else [2, 4, 4, 4, 4])
+    assert ("several fields of objects, ground_truth taken: 5" in told) is usual
+    assert ("joined (predictions, mine): are predictions among them?: 4" in told) is not usual
+
+
+def test_copies_of_the_images_of_supervisely(tmp_path):
+    CASES["supervisely"].make(tmp_path)
+    images = [path for path in tmp_path.rglob("*") if path.parent.name == "img"]
+    for path in images:
+        (path.parent.parent / "preview").mkdir(exist_ok=True)
+        (path.parent.parent / "preview" / path.name).write_bytes(path.read_bytes())
+    source = FolderScenes(str(tmp_path), 32)
+    files = [*source.found.train.files, *source.found.held_out.files]
+    assert files and {Path(file).parent.name for file in files} == {"img"}

@@ -16,7 +16,7 @@ from maskloss.errors import Cause, MaskLossError, describe
 from maskloss.lab.data.catalog import Entry, Part
 from maskloss.lab.data.images import read_size
 from maskloss.lab.data.options import DataOptions
-from maskloss.lab.data.problems import LEFT_OUT, Problems, cause_of
+from maskloss.lab.data.problems import DECIDED, LEFT_OUT, SUSPICIOUS, Problems, cause_of
 from maskloss.lab.data.readers.segmentation import box_of, integer, number
 from maskloss.lab.data.readers.shapes import Drawn, listed, note_others, parts_of
 from maskloss.lab.data.tiff import MOST_PIXELS
@@ -31,7 +31,7 @@ _LOOKED_AT = 3
 class Picture(NamedTuple):
     """An image as a tool lists it."""
 
-    name: Any  # of the file; "": the file of annotations is named after it
+    name: Any  # of the file; "", or a folder with its slash: the file of annotations is named after it
     height: int  # pixels; 0: the file says it
     width: int
     objects: list[Any] | None  # as the tool writes them; None: nobody has annotated the image, it is left out
@@ -92,7 +92,9 @@ class Tool(NamedTuple):
             return []
 
     def _read(self, tree: Tree, path: str, picture: Picture, names: dict[str, int], problems: Problems) -> Drawn | None:
-        name = PurePosixPath(path).stem if picture.name == "" else picture.name
+        name = picture.name
+        if isinstance(name, str) and (not name or name.endswith("/")):
+            name += PurePosixPath(path).stem
         if not isinstance(name, str) or "\0" in name:
             raise Cause("every image must be named", f"{path} has {describe(name)}", "export it again")
         for kind, what in picture.told:
@@ -256,12 +258,23 @@ def _draw_isat(drawn: Drawn, each: Any) -> None:
 # --------------------------------------------------------------------------------------------------------- FiftyOne
 
 
+# What FiftyOne calls the field of annotations; predictions are in others.
+_TRUTH = "ground_truth"
+
+
 def _fiftyone(content: Any) -> list[Picture]:
     found = []
     for sample in content["samples"]:
-        fields = [each for each in sample.values() if isinstance(each, Mapping)]
-        objects = [each for field in fields for kind in ("detections", "polylines") for each in field.get(kind, [])]
-        found.append(Picture(sample["filepath"], 0, 0, objects))
+        fields = {key: each for key, each in sample.items() if isinstance(each, Mapping)}
+        drawn = {key: [*each.get("detections", []), *each.get("polylines", [])] for key, each in fields.items()}
+        drawn = {key: some for key, some in drawn.items() if some or key == _TRUTH}
+        told = []
+        if len(drawn) > 1 and _TRUTH in drawn:
+            told = [(DECIDED, f"samples with several fields of objects, {_TRUTH} taken")]
+            drawn = {_TRUTH: drawn[_TRUTH]}
+        elif len(drawn) > 1:
+            told = [(SUSPICIOUS, f"objects of several fields joined ({', '.join(drawn)}): are predictions among them?")]
+        found.append(Picture(sample["filepath"], 0, 0, [each for some in drawn.values() for each in some], told=told))
     return found
 
 

@@ -14,7 +14,7 @@ def _pictures(content: Any) -> list[Picture]:
     objects, size = list(content["objects"]), content.get("size") or {}
     if not {"tags", "size"} & set(content):
         return []
-    return [Picture("", size.get("height", 0), size.get("width", 0), objects)]
+    return [Picture("img/", size.get("height", 0), size.get("width", 0), objects)]
 
 
 def _draw(drawn: Drawn, each: Any) -> None:
