@@ -84,7 +84,8 @@ class MasklossArm:
         """Time packing, the matching costs, the assignment, the mask loss and the classification."""
         wrap(timed, _targets, "begin_entries", "packing")
         wrap(timed, HungarianMatcher, "costs", "matching cost")
-        wrap(timed, ours, "_match", "assignment")
+        wrap(timed, ours, "box_costs", "matching cost")
+        wrap(timed, HungarianMatcher, "match", "assignment")
         wrap(timed, ours, "_mask_terms", "mask loss")
         wrap(timed, ours, "quality_sums", "classification")
 
