@@ -135,6 +135,7 @@ def test_a_subclass_without_changes_has_all_layers_at_once() -> None:
 
     model: Any = tiny.mask2former()
     model.criterion = Mine(model.config, model.weight_dict)
+    model.criterion.losses = ["labels", "masks"]  # as in the criteria of DETR's code bases
     patch(model)
     type(model.criterion).loss_masks = None  # never called
     assert torch.isfinite(tiny.run(model, "mask2former", tiny.batch_for("mask2former"))[0]).all()

@@ -61,7 +61,7 @@ class PointCriterion(nn.Module):
     empty_weight: Tensor
     weight_dict: dict[str, float]
 
-    def losses(
+    def layer_losses(
         self,
         mask_logits: Layer,
         class_logits: Tensor,
@@ -121,9 +121,9 @@ class UniversalCriterion(PointCriterion):
         class_labels: Sequence[Tensor],
         auxiliary_predictions: Sequence[Mapping[str, Any]] | None = None,
     ) -> dict[str, Tensor]:
-        """Match all layers and compute their losses (see `losses`)."""
+        """Match all layers and compute their losses (see `layer_losses`)."""
         layers = masks_queries_logits, class_queries_logits, auxiliary_predictions
-        return self.losses(*layers, mask_labels, class_labels, {})
+        return self.layer_losses(*layers, mask_labels, class_labels, {})
 
 
 class LayerwiseCriterion(UniversalCriterion):
@@ -235,7 +235,7 @@ class OneFormerCriterion(PointCriterion):
             # In float32 like the other operand, which Transformers upcasts itself.
             more = self.loss_contrastive(contrastive_queries_logits, _inputs.accumulated(text_queries))
         layers = masks_queries_logits, class_queries_logits, auxiliary_predictions
-        return self.losses(*layers, mask_labels, class_labels, more)
+        return self.layer_losses(*layers, mask_labels, class_labels, more)
 
 
 # By the class that Transformers has.
