@@ -233,6 +233,10 @@ def test_denoised_queries_have_the_targets_they_were_made_from(monkeypatch: pyte
     assert nothing["loss_mask_dn_1"].item() == 0
     # Other ranks may have something to denoise in the same step.
     assert counted == [1, 1]
+    # The first auxiliary layer has no denoising losses unless there are proposals, and so it need not be there.
+    outputs["aux_outputs"], known["aux_outputs"] = outputs["aux_outputs"][:1], []
+    losses = criterion(outputs, targets, {"output_known_lbs_bboxes": known, "scalar": copies, "pad_size": size})
+    assert {name for name in losses if "_dn" in name} == {f"{name}_dn" for name in names}
 
 
 def test_a_matcher_by_itself_takes_the_labels_that_its_criterion_takes() -> None:

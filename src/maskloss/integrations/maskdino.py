@@ -218,6 +218,6 @@ def _check_denoised(mask_dict: Any, others: range) -> None:
         raise Cause("mask_dict must have what was denoised", f"{describe(mask_dict)} lacks {', '.join(missing)}", hint)
     known = mask_dict["output_known_lbs_bboxes"]
     layers = known.get("aux_outputs") if isinstance(known, Mapping) else None
-    if not isinstance(known, Mapping) or len(layers or ()) < others.stop:
+    if not isinstance(known, Mapping) or (others and len(layers or ()) < others.stop):
         got = f"there are {others.stop} auxiliary layers, and of the denoised queries {describe(known)}"
         raise Cause('"output_known_lbs_bboxes" must have every layer of the outputs', got, hint)
