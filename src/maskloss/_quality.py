@@ -47,9 +47,10 @@ def quality_terms(logits: Tensor, place: tuple[Tensor, ...], quality: Tensor) ->
 
 
 class _QualitySums(torch.autograd.Function):
-    """`quality_terms`, summed: no tensor of the size of the logits is kept, or made but for their gradient.
+    """`quality_terms`, summed.
 
-    Both passes need the same sigmoids and softplus, so the first one computes the derivatives along with the sums.
+    Both passes need the same sigmoids and softplus, so the first one computes the derivatives along with the sums, and
+    keeps them: they become the gradient.
     """
 
     @staticmethod

@@ -24,7 +24,7 @@ from maskloss.errors import Cause, describe, reported
 from maskloss.integrations import _outputs, _targets
 from maskloss.integrations._boxes import box_costs, box_terms
 from maskloss.integrations._outputs import Outputs
-from maskloss.layers import Layer
+from maskloss.layers import Layer, with_masks
 from maskloss.loss import MaskLoss
 from maskloss.matches import Matches, Pairs, join_layers
 from maskloss.options import MaskOptions, TargetKeywords, all_options, differing, told
@@ -278,7 +278,7 @@ class SetCriterion(nn.Module):
             raise Cause("matcher must be called with outputs and targets", f"got {type(matcher).__name__}", hint)
         if not isinstance(weight_dict, Mapping):
             raise Cause(
-                "weight_dict must be a dict", f"got {describe(weight_dict)}", "{}: losses are weighted elsewhere"
+                "weight_dict must be a dict", f"got {describe(weight_dict)}", "{} if losses are weighted elsewhere"
             )
         self.losses, self.classification, self.extra_loss = list(losses), classification, extra_loss
         self.video = video
@@ -417,8 +417,8 @@ class SetCriterion(nn.Module):
             terms["loss_ce"] = self._classify(classes, masks, matches, step, count)
         if "masks" in losses:
             ce_weight, dice_weight = (self.weight_dict.get(name, 1.0) for name in ("loss_mask", "loss_dice"))
-            present = [i for i, each in enumerate(masks) if each is not None]
-            given, shown = [each for each in masks if each is not None], matches.of_layers(present)
+            present, given = with_masks(masks)
+            shown = matches.of_layers(present)
             reduction = ops.Reduction(ce_weight, dice_weight, count, step.mask_weights(shown, None, classes.dtype))
             found = self.mask_loss.layer_terms(given, shown, step, reduction)
             by_layer = [dict(zip(present, term, strict=True)) for term in (found.ce, found.dice)]
