@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from maskloss import HungarianMatcher, MaskCriterion, MaskLossError, functional
+from maskloss.step import Step
+from maskloss.targets.collate import collate
 
 
 def inputs(
@@ -32,6 +34,17 @@ def test_focal_class_cost_equals_its_formula() -> None:
             positive = 0.3 * (1 - p) ** 1.5 * -math.log(p + 1e-8)
             negative = 0.7 * p**1.5 * -math.log(1 - p + 1e-8)
             assert cost[query, column].item() == pytest.approx(positive - negative)
+
+
+@pytest.mark.parametrize("classification", ["softmax", "focal"])
+def test_layers_are_computed_a_few_at_a_time(classification: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes, masks, targets = inputs(layers=3)
+    module = HungarianMatcher(num_points=64, classification=classification)
+    given = torch.stack(classes), masks, Step.begin(collate(targets), masks, seed=3)
+    together = module.costs(*given)
+    for pairs in (1, 70):
+        monkeypatch.setattr("maskloss.matcher._AT_A_TIME", pairs)
+        torch.testing.assert_close(module.costs(*given), together)
 
 
 def test_extra_costs_are_added(backend: str) -> None:

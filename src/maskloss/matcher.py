@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from maskloss import _inputs, layers, ops
 from maskloss._classification import KINDS
 from maskloss._numbers import check_integer, is_float
+from maskloss._tracing import on_host
 from maskloss.clips import ClipOptions, check_clip_options, stack_of
 from maskloss.errors import Cause, check_device, check_layout, describe, reported
 from maskloss.functional import class_cost, focal_class_cost
@@ -209,7 +210,7 @@ class HungarianMatcher(nn.Module):
         by_class = class_cost if self.classification == "softmax" else focal_class_cost
         labels = _by_image(step.labels, targets)
         pairs = class_logits[0, ..., 0].numel() * labels.shape[1]
-        size = max(_AT_A_TIME // max(pairs, 1), 1) if class_logits.device.type == "cpu" else len(class_logits)
+        size = max(_AT_A_TIME // max(pairs, 1), 1) if on_host(class_logits) else len(class_logits)
         classes = torch.cat([by_class(part, labels) for part in class_logits.detach().split(size)])
         if step.unknown is not None:
             classes = classes.masked_fill(_by_image(step.unknown, targets)[:, None], 0)
