@@ -343,7 +343,7 @@ def test_a_criterion_takes_no_matcher_whose_forward_it_would_pass_over() -> None
         def match(self, *args: Any) -> Any:
             return super().match(*args)
 
-    with pytest.raises(MaskLossError, match=r"Own overrides forward alone(.|\n)*override match or costs"):
+    with pytest.raises(MaskLossError, match=r"Own overrides forward and not match(.|\n)*override match or costs"):
         MaskCriterion(CLASSES, matcher=Own())
     assert isinstance(MaskCriterion(CLASSES, matcher=Both()).matcher, Both)
 

@@ -140,6 +140,9 @@ def test_what_does_not_fit_is_an_error() -> None:
     weighted = MaskCriterion(CLASSES, class_weights=[1.0] * CLASSES)
     with pytest.raises(MaskLossError, match="must have no class_weights, and no rules"):
         graphs.padded_loss(weighted, *predictions(2), static)
+    nothing = MaskCriterion(CLASSES, class_weight=0, mask_weight=0, dice_weight=0)
+    with pytest.raises(MaskLossError, match="at least one weight must be positive, or extra_costs given"):
+        graphs.padded_loss(nothing, *predictions(2), static)
     with pytest.raises(MaskLossError, match="a CUDA graph needs a CUDA device"):
         graphs.capture(lambda: None)
 

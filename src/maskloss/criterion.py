@@ -72,7 +72,7 @@ class MaskCriterion(nn.Module):
         clips: what the mask terms of clips and volumes are made of. Default `ClipOptions()`.
         groups: groups of queries, each matched to all targets on its own, in training mode (see `HungarianMatcher`);
             instances are counted over all of them. Default 1, or what the matcher has.
-        matcher: how to match; its `match` is called, so that a subclass that overrides `forward` alone is an error.
+        matcher: how to match. Its `match` is called: a subclass that overrides `forward` and not `match` is an error.
             Default: `HungarianMatcher` with the weights and options given here.
         ignore_value: the value of void pixels in masks and label maps that are packed here (see
             `MaskTargets.from_masks`). Default None.

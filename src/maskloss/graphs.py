@@ -15,7 +15,7 @@ from maskloss.criterion import MaskCriterion
 from maskloss.distributed import StepTotals
 from maskloss.errors import Cause, reported
 from maskloss.layers import Layer
-from maskloss.matcher import check_predictions
+from maskloss.matcher import check_costs, check_predictions
 from maskloss.options import TargetRules
 from maskloss.outputs import CriterionOutput
 from maskloss.step import Step, check_whole
@@ -217,6 +217,7 @@ def padded_loss(
     given, allowed = Batch(targets.masks, labels), TargetRules(no_object_label="allow")
     step = Step.begin(given, [*logits, stacked], allowed, image_ids=image_ids, seed=seed, group=False)
     batch, queries = stacked.shape[1:3]
+    check_costs(criterion.matcher, extra_costs)
     # Not a number: a pair that is taken only where no other is left.
     last = torch.where(real, 0.0, float("nan")).view(1, batch, 1, -1).to(stacked.dtype)
     costs = last.expand(*stacked.shape[:3], -1) if extra_costs is None else extra_costs + last

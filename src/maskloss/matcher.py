@@ -200,12 +200,7 @@ class HungarianMatcher(nn.Module):
         self, class_logits: Tensor, mask_logits: Sequence[Layer | None], step: Step, extra_costs: Tensor | None = None
     ) -> Tensor:
         """Compute the costs `[L, B, Q, T_max]` of checked inputs; meaningless beyond an image's targets."""
-        if extra_costs is None and not (self.class_weight or self.mask_weight or self.dice_weight):
-            raise Cause(
-                "at least one weight must be positive, or extra_costs given",
-                "all are 0",
-                "with all costs 0 the matching would be arbitrary",
-            )
+        check_costs(self, extra_costs)
         targets = step.targets
         by_class = class_cost if self.classification == "softmax" else focal_class_cost
         labels = _by_image(step.labels, targets)
@@ -245,6 +240,16 @@ class HungarianMatcher(nn.Module):
         return f"{weights}, {solved}, {points}, {self.options}{told(self.clips, self.rules)}"
 
 
+def check_costs(matcher: HungarianMatcher, extra_costs: Tensor | None) -> None:
+    """Raise if all costs would be 0."""
+    if extra_costs is None and not (matcher.class_weight or matcher.mask_weight or matcher.dice_weight):
+        raise Cause(
+            "at least one weight must be positive, or extra_costs given",
+            "all are 0",
+            "with all costs 0 the matching would be arbitrary",
+        )
+
+
 def check_matcher(matcher: HungarianMatcher, classification: str, groups: int | None) -> HungarianMatcher:
     """Raise unless a matcher fits a criterion; return it."""
     if not isinstance(matcher, HungarianMatcher):
@@ -257,8 +262,8 @@ def check_matcher(matcher: HungarianMatcher, classification: str, groups: int | 
     if kind.forward is not HungarianMatcher.forward and kind.match is HungarianMatcher.match:
         raise Cause(
             "a criterion calls match of its matcher, and never forward",
-            f"{kind.__name__} overrides forward alone",
-            "override match or costs, or give each call what the matcher finds as matches=",
+            f"{kind.__name__} overrides forward and not match",
+            "override match or costs instead, or give each call what the matcher finds as matches=",
         )
     if matcher.classification != classification:
         raise Cause(
