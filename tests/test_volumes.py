@@ -400,6 +400,8 @@ def test_what_volumes_do_not_have() -> None:
         MaskLoss(clips=VOLUME)(setup.logits[0], setup.packed, pairs, points=torch.rand(2, 4, 2))
     with pytest.raises(MaskLossError, match="2 instances but points"):
         MaskLoss(clips=VOLUME)(setup.logits[0], setup.packed, pairs, points=torch.rand(2 * D, 4, 3))
+    with pytest.raises(MaskLossError, match=r"at least one pixel(.|\n)*\[1, 0, 8, 8\]"):
+        MaskLoss(clips=VOLUME)(torch.zeros(1, 0, 8, 8), torch.ones(1, D, 8, 8), matches=None)
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 7), reason="PyTorch 2.6 compiles no step into one graph")

@@ -75,7 +75,7 @@ def check_sampling(sampling: PointSampling | None) -> PointSampling:
     return sampling
 
 
-def check_maps(name: str, maps: Any, shape: str, *, min_size: int = 1) -> None:
+def check_maps(name: str, maps: Any, shape: str) -> None:
     """Raise if maps have another rank than `shape` says, a dtype without kernels, or no pixels."""
     rank = shape.count(",") + 1
     if not isinstance(maps, Tensor):
@@ -100,7 +100,7 @@ def check_maps(name: str, maps: Any, shape: str, *, min_size: int = 1) -> None:
             f"got {maps.dtype}",
             f"{name}.float() converts",
         )
-    if min(maps.shape[-2:]) < min_size:
+    if 0 in maps.shape[-3 if " T," in shape else -2 :]:
         raise Cause(f"{name} must have at least one pixel", f"got {list(maps.shape)}", "check the sizes upstream")
 
 
