@@ -422,6 +422,8 @@ def test_options() -> None:
         MaskLoss(clips="present")  # type: ignore[arg-type]
     with pytest.raises(MaskLossError, match=r"ignore region must be bool \[T, H, W\](.|\n)*masks are 3 x 20 x 28"):
         MaskTargets.from_masks(blobs(1), ignore=torch.zeros(H, W, dtype=torch.bool))
+    with pytest.raises(MaskLossError, match=r"label maps \[T, H, W\] of integers"):
+        MaskTargets.from_label_map(torch.zeros(T, H, W))
 
 
 def test_stored_as_tall_masks() -> None:

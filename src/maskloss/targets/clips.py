@@ -64,7 +64,8 @@ def stacked(
     clips = _filled(clips) if rank == 4 else clips
     for each in clips:
         check_layout(shape, each)
-        if not isinstance(each, Tensor) or each.ndim != rank or each.shape[-3] < 1:
+        fits = isinstance(each, Tensor) and each.ndim == rank and each.shape[-3] > 0
+        if not fits or (rank == 3 and (each.is_floating_point() or each.is_complex() or each.dtype == torch.bool)):
             raise Cause(
                 f"the targets of all clips must be {shape}", f"got {describe(each)}", "T counts the frames, at least 1"
             )

@@ -201,7 +201,7 @@ class MaskTargets(Packed):
         maps, value = [plain(each) for each in maps], dense.check_void(ignore_value, dense=False)
         tall, frames = maps, 0
         if clips.are_clips(maps, 2):
-            tall, frames, ignore = clips.stacked(maps, "label maps [T, H, W]", canvas, ignore)
+            tall, frames, ignore = clips.stacked(maps, "label maps [T, H, W] of integers", canvas, ignore)
         tall = [label_maps.check_label_map(each) for each in tall]
         # Not from the canvas around the frames of a clip, where there is a number that is nobody's id.
         shown = [
