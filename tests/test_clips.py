@@ -474,6 +474,9 @@ def test_void_pixels_of_clips_in_every_form(canvas: tuple[int, int] | None) -> N
         assert torch.equal(each.images[:, IGNORE_SIZE:], packed[0].images[:, IGNORE_SIZE:]) or each is packed[2]
         assert torch.equal(each.dense(), packed[0].dense())
         assert torch.equal(planes(each).table[:, IGNORE_OFFSET], planes(packed[0]).table[:, IGNORE_OFFSET])
+    soft = torch.zeros(1, 2, 4, 4)
+    soft[0, 0, 1], soft[0, 1, 2] = 255, 0.5
+    assert MaskTargets.from_masks(soft, ignore_value=255).present.tolist() == [[False, True]]
     with pytest.raises(MaskLossError, match="ignore_value must be no target's id"):
         MaskTargets.from_label_map(labels, [1, 255], ignore_value=255)
     with pytest.raises(MaskLossError, match="integer masks must be 0 or 1"):

@@ -105,7 +105,10 @@ def described(targets: P, stored: Sequence[Tensor], frames: int, valid: Box | No
     if targets.encoding == "bits":
         found = planes(stacked_up).inhabited().view(targets.num_masks, frames)
     elif targets.encoding == "values":
-        found = torch.cat([(each != 0).unflatten(1, (frames, -1)).flatten(2).any(2) for each in stored])
+        # As they are kept, without void pixels.
+        kept = zip(targets.data.split([each.numel() for each in stored]), stored, strict=True)
+        values = [data.view(each.shape) for data, each in kept]
+        found = torch.cat([(each != 0).unflatten(1, (frames, -1)).flatten(2).any(2) for each in values])
     else:
         # One frame after the other: all pixels of all ids at once would be the dense masks.
         listed = zip(stored, targets.table[:, LABEL].split(list(targets.num_targets)), strict=True)
