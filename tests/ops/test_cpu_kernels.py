@@ -258,6 +258,18 @@ def test_frame_larger_than_the_mask() -> None:
     assert_matches(make(canvas=(64, 128), ignore=torch.rand(57, 91) < 0.2), SAMPLING, OPTIONS["border"])
 
 
+def test_points_far_outside_lie_in_the_last_pixel_of_an_ignore_region() -> None:
+    """Also where integers cannot count the pixels between."""
+    ignore = torch.zeros(8, 9, dtype=torch.bool)
+    ignore[-1, -1] = True
+    targets, points = (
+        MaskTargets.from_masks(torch.ones(1, 8, 9), ignore=ignore),
+        torch.tensor([[[1e30] * 2, [0.3] * 2]]),
+    )
+    found = [MaskLoss(backend=each)(torch.ones(1, 5, 6), targets, points=points) for each in ("cpu", "reference")]
+    torch.testing.assert_close(*(each.total for each in found))
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["plain", "border", "nearest"])
 def test_given_points(kind: torch.dtype, name: str) -> None:

@@ -51,8 +51,8 @@ def ignored(points: Tensor, images: Tensor, ignore: Tensor, offset: Tensor | int
 
     # The pixel is found in the points' own precision, from float32 on: in half precision it would be another one.
     points = points if points.dtype == torch.float64 else points.float()
-    y = (points[..., Y] * column(IMAGE_H)).nan_to_num().long().clamp(min=0).clamp(max=column(IMAGE_H) - 1)
-    x = (points[..., X] * column(IMAGE_W)).nan_to_num().long().clamp(min=0).clamp(max=column(IMAGE_W) - 1)
+    y = (points[..., Y] * column(IMAGE_H)).nan_to_num().clamp(0, 2**31).long().clamp(max=column(IMAGE_H) - 1)
+    x = (points[..., X] * column(IMAGE_W)).nan_to_num().clamp(0, 2**31).long().clamp(max=column(IMAGE_W) - 1)
     inside = (column(IGNORE_SIZE) > 0) & (y < column(IGNORE_H)) & (x < column(IGNORE_W))
     address = torch.where(inside, column(IGNORE_BASE) + offset + y * column(IGNORE_STRIDE) + (x >> 3), 0)
     return inside & ((ignore[address] >> (x & 7)) & 1).bool()
