@@ -34,9 +34,9 @@ def _box_costs(counter, items, values, _coordinates, _integers, boxes, targets, 
     """
     values, boxes, targets, result = bare(values), bare(boxes), bare(targets), bare(result)
     queries, columns = result.shape[1], result.shape[2]
-    rows = values[: _ROWS * columns].reshape(_ROWS, columns)
+    parts = values[: _ROWS * columns].reshape(_ROWS, columns)
     x, y, w, h, left, top, right, bottom, areas = (
-        rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7], rows[8],
+        parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6], parts[7], parts[8],
     )  # fmt: skip
     kind = values.dtype.type
     half, tiny = kind(0.5), np.finfo(values.dtype).tiny
