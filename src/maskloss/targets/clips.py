@@ -69,8 +69,6 @@ def stacked(
             raise Cause(
                 f"the targets of all clips must be {shape}", f"got {describe(each)}", "T counts the frames, at least 1"
             )
-        if rank == 3 and (each.is_floating_point() or each.is_complex() or each.dtype == torch.bool):
-            raise Cause(f"{shape} must have an integer dtype", f"got {describe(each)}", "masks are [N, T, H, W]")
         lengths.add(each.shape[-3])
     if len(lengths) > 1:
         raise Cause(
