@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -204,9 +205,12 @@ class HungarianMatcher(nn.Module):
         targets = step.targets
         by_class = class_cost if self.classification == "softmax" else focal_class_cost
         labels = _by_image(step.labels, targets)
-        pairs = class_logits[0, ..., 0].numel() * labels.shape[1]
-        size = max(_AT_A_TIME // max(pairs, 1), 1) if on_host(class_logits) else len(class_logits)
-        classes = torch.cat([by_class(part, labels) for part in class_logits.detach().split(size)])
+        logits, pairs = class_logits.detach(), math.prod(class_logits.shape[1:-1]) * labels.shape[1]
+        size = max(_AT_A_TIME // max(pairs, 1), 1) if on_host(logits) else len(logits)
+        if size < len(logits):
+            classes = torch.cat([by_class(part, labels) for part in logits.split(size)])
+        else:
+            classes = by_class(logits, labels)
         if step.unknown is not None:
             classes = classes.masked_fill(_by_image(step.unknown, targets)[:, None], 0)
         cost = torch.add(self._mask_costs(mask_logits, step, classes), classes, alpha=self.class_weight)
