@@ -455,6 +455,10 @@ def test_padded_clips_and_their_windows() -> None:
     padded = MaskTargets.from_label_map(labels, [0, 2], canvas=(H + 4, W + 3))
     assert not padded.dense()[0, :, H:].any()
     assert torch.equal(padded.dense()[1, :, :H, :W], labels == 2)
+    lowest = torch.where(masks[0], -128, 0).to(torch.int8)  # an id like any other, and not what lies beside the frame
+    padded = MaskTargets.from_label_map(lowest, [-128], canvas=(H + 4, W + 3))
+    assert torch.equal(padded.dense()[0, :, :H, :W], masks[0])
+    assert not padded.dense()[0, :, H:].any()
 
 
 @pytest.mark.parametrize("canvas", [None, (H + 4, W + 3)])

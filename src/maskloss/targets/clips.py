@@ -82,7 +82,7 @@ def stacked(
     if rank == 4:
         return [tall(each, canvas) for each in clips], lengths.pop(), region
     # Beside a label map lies a number that is nobody's id.
-    maps = [each.to(torch.int16) if canvas is not None and each.dtype == torch.uint8 else each for each in clips]
+    maps = [each.to(torch.int16) if canvas is not None and each.dtype.itemsize == 1 else each for each in clips]
     return [tall(each, canvas, torch.iinfo(each.dtype).min) for each in maps], lengths.pop(), region
 
 
