@@ -59,6 +59,8 @@ GROUPS: dict[str, tuple[list[str], list[str], list[str]]] = {
 }
 # The exit status of a process that could not begin; none of pytest's.
 FAILED = 70
+# That of pytest for files without tests, such as a module without doctests.
+NO_TESTS = 5
 PAIRS: list[tuple[type[ast.AST], type[ast.AST]]] = [
     *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn)),
     *((ast.And, ast.Or), (ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.BitAnd, ast.BitOr), (ast.LShift, ast.RShift)),
@@ -182,9 +184,11 @@ class Tree:
 
     def survives(self, mutant: Mutant, tests: list[str]) -> bool:
         """Whether all tests pass with a mutant, as they must without one."""
-        if new := [name for name in tests if name not in self._known]:
+        names = [mutant.path, *tests]  # with the doctests of the file, if it has some
+        if new := [name for name in names if name not in self._known]:
             began = time.monotonic()
-            assert self.tested(new, 3600) == 0, (self.root.parent / "log").read_text(encoding="utf-8")[-3000:]
+            passed = self.tested(new, 3600) in (0, NO_TESTS)
+            assert passed, (self.root.parent / "log").read_text(encoding="utf-8")[-3000:]
             self._known.update(new)
             # A mutant that hangs is killed; on a busy machine a test is no mutant's victim.
             self._limit += 10 * (time.monotonic() - began)
@@ -192,7 +196,7 @@ class Tree:
         text = path.read_text(encoding="utf-8")
         self._write(path, text[: mutant.start] + mutant.after + text[mutant.end :])
         try:
-            return self.tested([mutant.path, *tests], self._limit) == 0
+            return self.tested(names, self._limit) == 0
         finally:
             self._write(path, text)
 

@@ -581,6 +581,8 @@ def test_the_best_of_several_candidates_counts(backend: str) -> None:
     assert all(touched[n, out.best[n]] for n in range(3))
     weights = torch.tensor([1.0, 0.0, 3.0])
     weighted = loss(logits, masks, best_of=True, instance_weights=weights, seed=1).total
+    with pytest.raises(MaskLossError, match="instance_weights must be an ordinary tensor"):
+        loss(logits, masks, best_of=True, instance_weights=weights.to_sparse(), seed=1)
     torch.testing.assert_close(weighted, (each.min(1).values * weights).sum() / 4)
     for wrong in ({"best_of": 1}, {"best_of": True, "matches": [(torch.tensor([0]), torch.tensor([0]))]}):
         with pytest.raises(MaskLossError, match="best_of"):
